@@ -1,0 +1,72 @@
+"""Loading, Inference and Daemon Agents: plain loops. Who runs them in threads is `pipeline.py`'s business.
+
+Each loop ends when the exchange is closed. A Loading Agent's failure travels as `Failed` to the Inference Agent, and
+the Inference Agent's to the caller; both go on. A failure of the Daemon closes the exchange, since nobody would free
+memory any more; callers get it as the cause of their ClosedError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Task
+
+__all__ = ["daemon_agent", "inference_agent", "loading_agent"]
+
+
+def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]) -> None:
+    """Load shard after shard, in plan order.
+
+    Args:
+        exchange: gives tasks and takes messages.
+        load: reserves budget, reads, makes the session; None when the task became stale on the way.
+    """
+    while (task := exchange.next_task()) is not None:
+        message: Loaded | Failed | None = None
+        try:
+            shard = load(task)
+            if shard is not None:
+                message = Loaded(task=task, shard=shard)
+            del shard
+        except BaseException as error:  # SystemExit in a worker must reach the caller too
+            message = Failed(task=task, error=error)
+        exchange.deliver(message)
+        del message
+
+
+def inference_agent(exchange: Exchange, recover: Callable[[], None]) -> None:
+    """Serve one request after the other.
+
+    Args:
+        exchange: gives requests.
+        recover: brings the pipeline back to the beginning of a pass after one failed.
+    """
+    while (request := exchange.next_request()) is not None:
+        try:
+            result = request.work(request)
+        except BaseException as error:
+            try:
+                recover()
+            finally:
+                request.result.set_exception(error)
+                del error
+        else:
+            request.result.set_result(result)
+            del result
+        del request
+
+
+def daemon_agent(exchange: Exchange, free: Callable[[LoadedShard], None]) -> None:
+    """Destroy what ran, give its memory back, and watch the budget.
+
+    Args:
+        exchange: gives retired shards.
+        free: destroys one of them.
+    """
+    try:
+        while (shard := exchange.next_retired()) is not None:
+            free(shard)
+            del shard
+            exchange.notify()
+    except BaseException as error:
+        exchange.close(error)

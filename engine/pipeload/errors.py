@@ -1,0 +1,76 @@
+"""The exceptions of pipeload. Everything that pipeload raises on purpose is a `PipeloadError`.
+
+```
+PipeloadError
+ |- ConfigError     an argument, option or input that cannot be used
+ |- ManifestError   the model directory's manifest is missing, damaged or of an unknown version
+ |- ShardError      a file of the model directory is missing, truncated, damaged or foreign
+ |- BudgetError     the memory budget cannot work for this model and these inputs
+ |- LoadError       a shard could not be brought into memory
+ |- RunError        ONNX Runtime failed while it ran a shard
+ |- ExportError     a model could not be exported, split or verified
+ '- ClosedError     the model was closed before or during the call
+```
+
+A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "ClosedError",
+    "ConfigError",
+    "ExportError",
+    "LoadError",
+    "ManifestError",
+    "PipeloadError",
+    "RunError",
+    "ShardError",
+]
+
+
+class PipeloadError(Exception):
+    """Base of every error that pipeload raises on purpose."""
+
+
+class ConfigError(PipeloadError, ValueError):
+    """An argument, option or input array cannot be used."""
+
+
+class ManifestError(PipeloadError):
+    """The manifest is missing, damaged, inconsistent, or of a version that this pipeload does not know."""
+
+
+class ShardError(PipeloadError):
+    """A file of the model directory is missing, truncated, damaged or foreign."""
+
+
+class BudgetError(PipeloadError, MemoryError):
+    """The memory budget cannot work.
+
+    Attributes:
+        needed_bytes: the smallest budget that works for this model and these inputs.
+        budget_bytes: the budget that was asked for.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int, budget_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.budget_bytes = budget_bytes
+
+
+class LoadError(PipeloadError):
+    """A shard could not be brought into memory: the read failed, or ONNX Runtime refused its graph."""
+
+
+class RunError(PipeloadError):
+    """ONNX Runtime failed while it ran a shard."""
+
+
+class ExportError(PipeloadError):
+    """A model could not be exported, split, verified or packaged."""
+
+
+class ClosedError(PipeloadError):
+    """The model was closed before or during the call."""

@@ -1,0 +1,284 @@
+"""Where the agents meet: tasks, messages and signals under one lock.
+
+```
+ callers --submit--> [requests] --next_request--> Inference Agent
+                                                      |  take (waits for `ready`)
+ Loading Agents <--next_task-- [schedule]             v
+        |                                          run shard
+        '----deliver: Loaded | Failed ("ready")-->    |  retire ("free")
+                                                      v
+ Loading Agents <--"stop" / "resume"-- Daemon Agent <-'
+```
+
+Shards are drawn in plan order, round and round: after the last shard of a pass comes the first of the next. A shard
+that is planned to be resident is drawn once and then left out. Every draw has a ticket; inference consumes tickets in
+order. `reset` starts a new *epoch*: whatever was drawn or loaded before it is thrown away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeload.errors import ClosedError
+from pipeload.session import ShardSession, Stopper
+from pipeload.storage import Buffer
+
+__all__ = ["Exchange", "Failed", "Loaded", "LoadedShard", "Request", "Task"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One shard to load.
+
+    Attributes:
+        ticket: position in the sequence of all loads.
+        index: the shard's position in the model.
+        resident: it stays in memory after it ran.
+        epoch: the epoch in which it was drawn.
+    """
+
+    ticket: int
+    index: int
+    resident: bool
+    epoch: int
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedShard:
+    """A shard in memory, and what must be given back for it."""
+
+    index: int
+    session: ShardSession | None
+    buffer: Buffer | None
+    reserved_bytes: int
+    pooled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A Loading Agent's message: the shard is ready."""
+
+    task: Task
+    shard: LoadedShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A Loading Agent's message: the shard cannot be had, and why."""
+
+    task: Task
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One call that waits for its pass."""
+
+    work: Callable[[Request], Any]
+    result: Future[Any] = field(default_factory=Future)
+    stopper: Stopper = field(default_factory=Stopper)
+
+
+class Exchange:
+    """The state that the agents share. Every wait ends when it is closed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._closed = False
+        self._cause: BaseException | None = None
+        self._requests: deque[Request] = deque()
+        self._current: Request | None = None
+        self._resident: tuple[bool, ...] = ()
+        self._held: set[int] = set()
+        self._place = 0
+        self._next_ticket = 0
+        self._expected_ticket = 0
+        self._epoch = 0
+        self._stopped = True
+        self._short = False
+        self._outstanding = 0
+        self._ready: dict[int, Loaded | Failed] = {}
+        self._retired: deque[LoadedShard] = deque()
+
+    # Callers
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ClosedError when closed."""
+        with self._changed:
+            if self._closed:
+                raise ClosedError("The model is closed. Load it again.") from self._cause
+            self._requests.append(request)
+            self._changed.notify_all()
+
+    def withdraw(self, request: Request) -> None:
+        """The caller no longer waits: forget the request, or end it if it runs."""
+        with self._changed:
+            if request in self._requests:
+                self._requests.remove(request)
+            request.stopper.stop()
+            self._changed.notify_all()
+
+    # Loading Agents
+
+    def next_task(self) -> Task | None:
+        """The next shard to load, waiting while stopped or while nothing is to load; None when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._may_draw())
+            if self._closed:
+                return None
+            while self._place in self._held:
+                self._place = (self._place + 1) % len(self._resident)
+            index = self._place
+            task = Task(ticket=self._next_ticket, index=index, resident=self._resident[index], epoch=self._epoch)
+            if task.resident:
+                self._held.add(index)
+            self._place = (index + 1) % len(self._resident)
+            self._next_ticket += 1
+            self._outstanding += 1
+            return task
+
+    def is_stale(self, task: Task) -> bool:
+        """Nobody wants this shard any more."""
+        return self._closed or task.epoch != self._epoch
+
+    def deliver(self, message: Loaded | Failed | None) -> None:
+        """Signal `ready` for a task (None: it was cancelled). A shard of an old epoch goes to the Daemon at once."""
+        with self._changed:
+            self._outstanding -= 1
+            if message is not None and not self.is_stale(message.task):
+                self._ready[message.task.ticket] = message
+            elif isinstance(message, Loaded):
+                self._retired.append(message.shard)
+            self._changed.notify_all()
+
+    # Inference Agent
+
+    def next_request(self) -> Request | None:
+        """The next call to serve; None when closed."""
+        with self._changed:
+            self._current = None
+            self._changed.wait_for(lambda: self._closed or self._requests)
+            if self._closed:
+                return None
+            self._current = self._requests.popleft()
+            return self._current
+
+    def take(self, index: int, request: Request) -> tuple[Task, LoadedShard]:
+        """Wait until the shard is ready, which must be the next one in ticket order.
+
+        Raises:
+            ClosedError: the exchange was closed, or the request was withdrawn.
+            BaseException: whatever made the load fail.
+        """
+        with self._changed:
+            ticket = self._expected_ticket
+            self._changed.wait_for(lambda: self._closed or request.stopper.stopped or ticket in self._ready)
+            if self._closed:
+                raise ClosedError("The model was closed during the call.") from self._cause
+            if request.stopper.stopped:
+                raise ClosedError("The call was ended.")
+            message = self._ready[ticket]
+            if isinstance(message, Failed):
+                raise message.error
+            assert message.task.index == index, "loaders and inference walk the same order"
+            del self._ready[ticket]
+            self._expected_ticket += 1
+            return message.task, message.shard
+
+    def retire(self, shard: LoadedShard) -> None:
+        """Signal `free`: the shard ran, the Daemon may destroy it."""
+        with self._changed:
+            self._retired.append(shard)
+            self._changed.notify_all()
+
+    # Daemon Agent
+
+    def next_retired(self) -> LoadedShard | None:
+        """The next shard to destroy; None when closed and nothing is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._retired)
+            return self._retired.popleft() if self._retired else None
+
+    def signal_memory(self, *, short: bool) -> None:
+        """Signal `stop` or `resume` to the Loading Agents."""
+        with self._changed:
+            self._short = short
+            self._changed.notify_all()
+
+    # Control
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the Loading Agents wait for a `start`."""
+        return self._stopped
+
+    def start(self, resident: Sequence[bool], held: Sequence[int] = ()) -> None:
+        """Let the Loading Agents begin at the first shard of a pass.
+
+        Args:
+            resident: for each shard, whether it stays in memory after it ran.
+            held: shards that are in memory already.
+        """
+        with self._changed:
+            assert not self._outstanding, "reset before start"
+            self._resident = tuple(resident)
+            self._held = set(held)
+            self._place = 0
+            self._stopped = False
+            self._changed.notify_all()
+
+    def reset(self, wake: Callable[[], None]) -> None:
+        """Stop the Loading Agents, wait until none works, and hand all that is ready to the Daemon.
+
+        Args:
+            wake: makes Loading Agents that wait for budget look whether they are stale.
+        """
+        with self._changed:
+            self._stopped = True
+            self._epoch += 1
+        wake()
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._outstanding)
+            self._retired.extend(m.shard for m in self._ready.values() if isinstance(m, Loaded))
+            self._ready.clear()
+            self._expected_ticket = self._next_ticket
+            self._changed.notify_all()
+
+    def wait_freed(self, freed: Callable[[], bool]) -> None:
+        """Wait until the Daemon has freed what was retired."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or (not self._retired and freed()))
+
+    def notify(self) -> None:
+        """Make every wait look at its condition again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End every wait; queued and running requests end with ClosedError, because of `cause` if there is one."""
+        with self._changed:
+            self._closed = True
+            self._cause = self._cause or cause
+            waiting, self._requests = list(self._requests), deque()
+            if self._current is not None:
+                self._current.stopper.stop()
+            self._changed.notify_all()
+        for request in waiting:
+            error = ClosedError("The model was closed before the call began.")
+            error.__cause__ = cause
+            request.result.set_exception(error)
+
+    def _may_draw(self) -> bool:
+        # With nothing loaded ahead inference would wait for ever, so one shard may come even when memory is short.
+        ahead = self._outstanding or self._ready
+        return not self._stopped and not (self._short and ahead) and len(self._held) < len(self._resident)

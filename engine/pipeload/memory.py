@@ -1,0 +1,133 @@
+"""What the process uses and what it may use, in bytes: sizes as people write them, RSS, cgroup limits, trimming.
+
+`MB` is 1000 * 1000 bytes and `MiB` is 1024 * 1024, as in the SI and as `docker` does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from pipeload.errors import ConfigError
+
+__all__ = ["auto_budget_bytes", "format_bytes", "parse_bytes", "peak_rss_bytes", "rss_bytes", "trim"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_AUTO_SHARE = 0.95
+"""Part of the free memory that "auto" takes; the rest is left for what the kernel charges beside RSS."""
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_PAGE_BYTES = resource.getpagesize()
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of `268435456`, `"256MB"`, `"256 MiB"` or `"1.5GB"`.
+
+    Raises:
+        ConfigError: the text is no size, or not positive.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise ConfigError(f"A size in bytes is an int or a text such as '256MB', not {size!r}.")
+    if isinstance(size, int):
+        value = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", size.upper())
+        if not match or (match[3] and not match[2]):
+            raise ConfigError(f"'{size}' is no size in bytes. Write it as 268435456, '256MB' or '256MiB'.")
+        value = int(float(match[1]) * (_BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]))
+    if value <= 0:
+        raise ConfigError(f"A size in bytes is positive, not {size!r}.")
+    return value
+
+
+def format_bytes(nbytes: float) -> str:
+    """`"268.4 MB"`: the size in the decimal unit that fits."""
+    for unit in ("B", "kB", "MB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
+def rss_bytes() -> int:
+    """Memory that the whole process occupies now."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that the whole process has occupied since it began."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def trim() -> None:
+    """Give freed heap memory back to the system where the C library can (glibc's `malloc_trim`)."""
+    release = _malloc_trim()
+    if release is not None:
+        release(0)
+
+
+def auto_budget_bytes() -> int:
+    """The budget that `"auto"` stands for: what the cgroup (v1 or v2) and the machine leave to this process."""
+    rss = rss_bytes()
+    free = [psutil.virtual_memory().available + rss]
+    for limit, used_by_all in _cgroup_limits(Path("/proc/self/cgroup"), _CGROUP_ROOT):
+        free.append(limit - max(0, used_by_all - rss))
+    return int(max(min(free), 1) * _AUTO_SHARE)
+
+
+def _cgroup_limits(membership: Path, root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, memory in use without page cache that can be dropped) of this process's cgroup and its parents."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _limits_upwards(root, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            yield from _limits_upwards(
+                root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            )
+
+
+def _limits_upwards(
+    mount: Path, path: str, limit_name: str, usage_name: str, cache_name: str
+) -> Iterator[tuple[int, int]]:
+    # Inside a container the path in /proc may not exist below the mount: the mount itself is then the cgroup.
+    folder = mount / path.lstrip("/")
+    for place in (folder, *folder.parents):
+        if place != mount and mount not in place.parents:
+            return
+        try:
+            limit = (place / limit_name).read_text().strip()
+            usage = int((place / usage_name).read_text())
+            stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        # Without a limit v1 reports a number near 2**63, v2 the word "max".
+        if limit != "max" and int(limit) < 2**60:
+            yield int(limit), max(0, usage - int(stat.get(cache_name, 0)))
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        function = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_size_t]
+    function.restype = ctypes.c_int
+    return function

@@ -1,0 +1,329 @@
+"""The facade: open a sharded model directory, run it, close it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload import manifest as manifests
+from pipeload import planner, profiler
+from pipeload.errors import ClosedError, ConfigError
+from pipeload.manifest import Manifest, TensorSpec
+from pipeload.memory import auto_budget_bytes, parse_bytes
+from pipeload.pipeline import Pipeline, Stats
+from pipeload.planner import Plan
+from pipeload.session import Value, to_array, to_value
+from pipeload.state import DecodeState
+from pipeload.storage import Storage
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Model", "load"]
+
+_CAPACITY_STEP = 128
+"""Caches are counted in steps of so many tokens, so that the plan changes seldom while a text grows."""
+
+
+def load(
+    path: str | os.PathLike[str],
+    memory_budget: int | str = "auto",
+    *,
+    loaders: int | None = None,
+    threads: int | None = None,
+    sizes: Mapping[str, int] | None = None,
+    verify: bool = True,
+) -> Model:
+    """Open a sharded model directory under a memory budget for the whole process.
+
+    Nothing is read before the budget was found to work. Reading begins in the background at once.
+
+    Args:
+        path: the directory that `pipeload export` made.
+        memory_budget: the most memory that the process may use, in bytes or as `"256MB"` or `"1GiB"`; `"auto"` takes
+            what the cgroup (v1 or v2) and the machine leave free.
+        loaders: number of Loading Agents; None chooses.
+        threads: intra-op threads; None takes every core that the process may use.
+        sizes: sizes of symbolic dimensions to plan for, such as `{"sequence_length": 512}`; without it batch 1 and 128.
+            Larger inputs work as well, as long as they fit the budget: resident shards then make room for them.
+        verify: check the sha256 of each file the first time that it is read. Sizes and headers are always checked.
+
+    Returns:
+        The model, a context manager.
+
+    Raises:
+        ManifestError: the directory holds no valid model.
+        BudgetError: the budget cannot work; names the smallest that can.
+        ConfigError: an argument cannot be used.
+
+    Example:
+        >>> with pipeload.load("models/exported/minilm", memory_budget="128MB") as model:
+        ...     vectors = model.embed(["a cat", "a dog"])
+    """
+    directory = Path(path)
+    manifest = manifests.read(directory)
+    unknown = set(sizes or {}) - set(manifest.dims)
+    if unknown:
+        raise ConfigError(f"The model has no dimension {sorted(unknown)}; it has {sorted(manifest.dims)}.")
+    for name, number in (("loaders", loaders), ("threads", threads)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
+    budget = auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget)
+    return Model(
+        directory,
+        manifest,
+        budget_bytes=budget,
+        loaders=loaders,
+        threads=threads,
+        dims=planner.planning_dims(manifest, sizes),
+        verify=verify,
+    )
+
+
+class Model:
+    """A model that runs under a memory budget. Made by `load`; safe to call from several threads.
+
+    Attributes:
+        directory: where it lies.
+        manifest: what it consists of.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        *,
+        budget_bytes: int,
+        loaders: int | None,
+        threads: int | None,
+        dims: Mapping[str, int],
+        verify: bool,
+    ) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._caches = {cache.input: cache.output for cache in manifest.caches}
+        self._specs = {spec.name: spec for spec in manifest.inputs}
+        self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        profile = profiler.measure()
+
+        def replan(pass_bytes: int, cache_bytes: int) -> Plan:
+            return planner.make_plan(
+                manifest,
+                profile,
+                budget_bytes=budget_bytes,
+                pass_bytes=pass_bytes,
+                cache_bytes=cache_bytes,
+                loaders=loaders,
+                threads=threads,
+            )
+
+        plan = replan(planner.pass_bytes(manifest, dims, last_position=bool(manifest.caches)), 0)
+        self._pipeline = Pipeline(manifest, Storage(directory, manifest, verify=verify), plan, replan)
+        # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
+        self._finalizer = weakref.finalize(self, _close_in, self._pid, self._pipeline)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Graph inputs that are no caches."""
+        return tuple(spec for spec in self.manifest.inputs if spec.name not in self._caches)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Graph outputs that are no caches."""
+        made = set(self._caches.values())
+        return tuple(spec for spec in self.manifest.outputs if spec.name not in made)
+
+    @property
+    def plan(self) -> Plan:
+        """How the model runs now; larger inputs may change it."""
+        return self._pipeline.plan
+
+    @property
+    def stats(self) -> Stats:
+        """What happened since the model was opened."""
+        return self._pipeline.stats
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """One pass over all shards.
+
+        Args:
+            inputs: an array for each graph input; names, dtypes and shapes as in `inputs`. Caches may be left out, and
+                are then empty.
+
+        Returns:
+            An array for each graph output, caches included.
+
+        Raises:
+            ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
+            BudgetError: inputs of this size do not fit the budget; nothing was read.
+            ShardError, LoadError, RunError: a shard could not be read, made or run; the next call starts afresh.
+            ClosedError: the model was closed before or during the call.
+        """
+        values, dims = self._convert(inputs, {})
+        pass_bytes = planner.pass_bytes(self.manifest, dims)
+        outputs = self._run(values, pass_bytes, last_position=False)
+        return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
+
+    def new_state(self, capacity: int = 0) -> DecodeState:
+        """An empty KV cache for `step`.
+
+        Args:
+            capacity: tokens to plan for; more fit as long as the budget allows.
+
+        Raises:
+            ConfigError: the model has no caches.
+        """
+        self._check_usable()
+        if not self._caches:
+            raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
+        state = DecodeState(capacity, self._states.discard)
+        with self._lock:
+            self._states.add(state)
+        return state
+
+    def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> NDArray[Any]:
+        """One pass over new tokens of a decoder, after those that the state holds.
+
+        Args:
+            inputs: as for `run`, without caches; an attention mask covers the cached tokens too.
+            state: caches; updated when the pass succeeded.
+
+        Returns:
+            Logits of the last position, `[batch, vocabulary]`.
+
+        Raises:
+            As `run`.
+        """
+        state.check_open()
+        values, dims = self._convert(inputs, state.caches)
+        length = manifests.evaluate_dim(self._grown_dim(), dims)
+        if length > state.capacity:
+            state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        state.batch = max(state.batch, self._batch(dims))
+        pass_bytes = planner.pass_bytes(self.manifest, dims, last_position=True)
+        outputs = self._run(values, pass_bytes, last_position=True)
+        state.caches = {name: outputs[made] for name, made in self._caches.items()}
+        state.length = length
+        logits = to_array(outputs[self.outputs[0].name])
+        return logits[:, -1, :]
+
+    def embed(self, texts: str | Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
+        """Sentence embeddings; see `pipeload.tasks.embed`. Needs the extra [text]."""
+        from pipeload.tasks import embed
+
+        return embed.embed(self, texts, batch_size=batch_size)
+
+    def classify(self, inputs: Any, *, top_k: int = 5) -> Any:
+        """Labels of texts, tokens or images; see `pipeload.tasks.classify`. Needs the extra [text] or [vision]."""
+        from pipeload.tasks import classify
+
+        return classify.classify(self, inputs, top_k=top_k)
+
+    def generate(self, prompt: Any, *, max_new_tokens: int = 64) -> Any:
+        """Greedy continuation of a prompt; see `pipeload.tasks.generate`. Texts need the extra [text]."""
+        from pipeload.tasks import generate
+
+        return generate.generate(self, prompt, max_new_tokens=max_new_tokens)
+
+    def close(self) -> None:
+        """End running calls with ClosedError, join every thread, give all memory back. May be called again."""
+        self._finalizer()
+
+    def __enter__(self) -> Model:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise ConfigError(
+            "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
+        )
+
+    def _run(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> dict[str, Value]:
+        with self._lock:
+            cached = sum(self._state_bytes(state) for state in self._states)
+        return self._pipeline.run(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
+
+    def _convert(
+        self, inputs: Mapping[str, NDArray[Any]], caches: Mapping[str, Value]
+    ) -> tuple[dict[str, Value], dict[str, int]]:
+        """Checked values for every graph input, and the sizes of all symbolic dimensions."""
+        self._check_usable()
+        faults = [f"'{name}' is no input of the model" for name in inputs if name not in self._specs]
+        faults += [f"'{spec.name}' is missing" for spec in self.inputs if spec.name not in inputs]
+        for name, array in inputs.items():
+            spec = self._specs.get(name)
+            wanted = "uint16" if spec and spec.dtype == "bfloat16" else spec.dtype if spec else ""
+            if not isinstance(array, np.ndarray):
+                faults.append(f"'{name}' is a {type(array).__name__}, not a NumPy array")
+            elif spec and array.dtype != wanted:
+                faults.append(f"'{name}' has dtype {array.dtype}, the model takes {wanted}")
+        if faults:
+            takes = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
+            raise ConfigError(f"The inputs do not fit the model: {'; '.join(faults)}. It takes {takes}.")
+        shapes = {name: array.shape for name, array in inputs.items()}
+        shapes |= {name: tuple(value.shape()) for name, value in caches.items()}
+        dims = manifests.bind_dims(self.manifest.inputs, shapes)
+        values = {name: to_value(array, self._specs[name].dtype) for name, array in inputs.items()}
+        values |= caches
+        for name in self._caches:
+            if name not in values:
+                spec = self._specs[name]
+                # A cache that was left out is empty: its own length, which nothing else binds, is 0.
+                dims = {symbol: dims.get(symbol, 0) for symbol in self.manifest.dims}
+                shape = tuple(manifests.evaluate_dim(dim, dims) for dim in spec.shape)
+                values[name] = to_value(
+                    np.zeros(shape, np.uint16 if spec.dtype == "bfloat16" else spec.dtype), spec.dtype
+                )
+        missing = [symbol for symbol in self.manifest.dims if symbol not in dims]
+        return values, dims | dict.fromkeys(missing, 0)
+
+    def _batch(self, dims: Mapping[str, int]) -> int:
+        return manifests.evaluate_dim(self._specs[next(iter(self._caches))].shape[0], dims)
+
+    def _state_bytes(self, state: DecodeState) -> int:
+        """What a state takes when its caches are full."""
+        batch, grown = self._specs[next(iter(self._caches))].shape[0], self._grown_dim()
+        dims = dict.fromkeys(self.manifest.dims, 0)
+        if isinstance(batch, str):
+            dims[batch] = max(state.batch, 1)
+        # "past + new": one of the symbols stands for all tokens, the others are 0.
+        dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = state.capacity
+        return planner.cache_bytes(self.manifest, dims)
+
+    def _grown_dim(self) -> int | str:
+        """The dimension of a cache output that differs from the cache input's: tokens after a pass."""
+        input_name, output_name = next(iter(self._caches.items()))
+        output = next(spec for spec in self.manifest.outputs if spec.name == output_name)
+        for before, after in zip(self._specs[input_name].shape, output.shape, strict=True):
+            if before != after:
+                return after
+        raise ConfigError(f"Cache '{input_name}' does not grow, so the model cannot decode step by step.")
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ConfigError(
+                f"This model was opened in process {self._pid} and its threads live there; this is process "
+                f"{os.getpid()}. Load the model after the fork."
+            )
+        if not self._finalizer.alive:
+            raise ClosedError("The model is closed. Load it again.")
+
+
+def _close_in(pid: int, pipeline: Pipeline) -> None:
+    if os.getpid() == pid:
+        pipeline.close()

@@ -1,0 +1,121 @@
+"""One shard's ONNX Runtime session over borrowed buffers. The only module that imports onnxruntime.
+
+Shards are optimised when they are exported, so sessions are made with optimisation off. A streamed shard borrows
+its weights from a buffer, without a copy and without prepacking, and is made in a millisecond or two. A packed
+shard reads its weights through its own file and lays them out for the CPU, which costs far more and makes each run
+a little faster: only for shards that stay.
+
+Nothing here touches onnxruntime's process-wide state: every session has its own threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pipeload.errors import ClosedError, LoadError, RunError
+from pipeload.manifest import Shard
+from pipeload.storage import Buffer
+
+__all__ = ["ShardSession", "Stopper", "Value", "to_array", "to_value"]
+
+Value: TypeAlias = ort.OrtValue
+"""A tensor in onnxruntime's memory, which travels between shards without a copy."""
+
+_BFLOAT16 = 16
+"""ONNX's number for an element type that NumPy does not have."""
+
+
+def to_value(array: NDArray[Any], dtype: str | None = None) -> Value:
+    """A value that borrows a C-contiguous array; the array must not change while the value lives."""
+    array = np.ascontiguousarray(array)
+    if dtype == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def to_array(value: Value) -> NDArray[Any]:
+    """The value as an array of its own."""
+    array: NDArray[Any] = value.numpy()
+    return array
+
+
+class Stopper:
+    """Ends whatever session runs under it, from any thread."""
+
+    def __init__(self) -> None:
+        self._options = ort.RunOptions()
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Make the running session, and every later one, fail."""
+        self.stopped = True
+        self._options.terminate = True
+
+
+class ShardSession:
+    """A shard that is ready to run.
+
+    Args:
+        shard: what it is.
+        graph: its `.onnx` file.
+        buffer: memory that holds its weights, which must stay as it is until the session is gone; None for a packed
+            session, which reads the weights file beside the graph.
+        threads: intra-op threads.
+
+    Raises:
+        LoadError: onnxruntime refused the graph.
+    """
+
+    def __init__(self, shard: Shard, graph: Path, buffer: Buffer | None, threads: int) -> None:
+        self._name = shard.name
+        self._outputs = list(shard.outputs)
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # An arena per session would round every block of memory up and keep it.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
+        self._weights: list[Value] = []
+        if buffer is None:
+            # The pool stops spinning when the run ends: the next shard's pool needs the cores.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        else:
+            # Spinning threads would take the Loading Agents' cores while the shard runs.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            for spec in shard.tensors:
+                assert shard.weights is not None
+                value = to_value(buffer.tensor(spec, shard.weights.offset), spec.dtype)
+                self._weights.append(value)
+                options.add_initializer(spec.name, value)
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a dozen exception types without a common base
+            raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {_first_line(error)}") from error
+
+    def run(self, inputs: Mapping[str, Value], stopper: Stopper) -> Sequence[Value]:
+        """Run the shard. Returns its outputs, in the order of `Shard.outputs`.
+
+        Raises:
+            RunError: onnxruntime failed.
+            ClosedError: the stopper was used.
+        """
+        try:
+            result: Sequence[Value] = self._session.run_with_ort_values(self._outputs, dict(inputs), stopper._options)
+        except Exception as error:
+            if stopper.stopped:
+                raise ClosedError(f"The call was ended while shard '{self._name}' ran.") from error
+            raise RunError(f"Shard '{self._name}' failed: {_first_line(error)}") from error
+        return result
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

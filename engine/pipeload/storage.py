@@ -1,0 +1,371 @@
+"""Shard files -> page-aligned buffers. The only module that opens weights.
+
+A weights file is a safetensors file whose data begins at a multiple of 4096 bytes. A shard's weights are one
+contiguous range of it, read in large pieces by direct I/O, so that no page cache is filled and no byte is copied
+twice; file systems without O_DIRECT get ordinary reads, each piece followed by `POSIX_FADV_DONTNEED`.
+
+Files are opened for each load and closed after it: a file that went missing, shrank or was replaced is noticed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import LoadError, ShardError
+from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec
+
+__all__ = ["Buffer", "BufferPool", "Storage", "page_ceil"]
+
+_PIECE_BYTES = 8 << 20
+"""One read: large enough for full bandwidth, small enough that a cancelled load ends soon."""
+_MAX_HEADER_BYTES = 100 << 20
+_SAFETENSORS_DTYPES = {
+    "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
+
+
+def page_ceil(nbytes: int) -> int:
+    """The next multiple of the page size."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+class Buffer:
+    """Page-aligned anonymous memory, which shards are read into and sessions borrow.
+
+    Pages occupy memory from their first use on. `close` gives the memory back even while views exist: they are
+    then all zeros, never a dangling pointer.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = page_ceil(max(nbytes, 1))
+        self._map = mmap.mmap(-1, self.nbytes)
+        # Huge pages make the first fill several times cheaper; where there are none, nothing is lost.
+        with suppress(OSError, AttributeError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self._map)
+
+    def piece(self, begin: int, end: int) -> memoryview:
+        """A writable view of the bytes `begin` to `end`."""
+        return self._view[begin:end]
+
+    def tensor(self, spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+        """A tensor inside the buffer, without a copy; bfloat16 appears as uint16.
+
+        Args:
+            spec: the tensor, with its offset in the file.
+            range_offset: where in the file the range in this buffer begins.
+        """
+        dtype = np.dtype(np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
+        begin = spec.offset - range_offset
+        return np.frombuffer(self._map, dtype=dtype, count=prod(spec.shape), offset=begin).reshape(spec.shape)
+
+    def close(self) -> None:
+        """Give the memory back to the system."""
+        self._view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            # Somebody still holds an array over it: drop the pages now, the address range goes with the array.
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class BufferPool:
+    """Equal buffers that are used again and again, so that their pages are made only once.
+
+    How many are in use is the budget's business: whoever takes one has reserved its bytes. Idle ones are reserved by
+    nobody, so the pool keeps no more of them than the plan has buffers.
+
+    Args:
+        buffer_bytes: size of each.
+        keep: buffers, idle ones and used ones together, up to which a buffer that comes back is kept.
+    """
+
+    def __init__(self, buffer_bytes: int, keep: int) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._idle: list[Buffer] = []
+        self._count = 0
+
+    def take(self) -> Buffer:
+        """An idle buffer, or a new one. Its content is undefined."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            self._count += 1
+        return Buffer(self._buffer_bytes)
+
+    def give(self, buffer: Buffer) -> None:
+        """Put a buffer back, or give its memory back to the system when there are more than planned."""
+        with self._lock:
+            if self._count <= self._keep:
+                self._idle.append(buffer)
+                return
+            self._count -= 1
+        buffer.close()
+
+    def close(self) -> None:
+        """Give the memory of all idle buffers back to the system."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._count -= len(idle)
+        for buffer in idle:
+            buffer.close()
+
+
+class Storage:
+    """The files of one sharded model directory.
+
+    Args:
+        directory: the sharded model directory.
+        manifest: its validated manifest.
+        verify: check sha256 the first time that a file or range is read.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
+        self._directory = directory.resolve()
+        self._records = {record.path: record for record in manifest.files}
+        self._verify = verify
+        self._verified: set[str] = set()
+        self._headers: dict[str, bytes] = {}
+        self._tensors: dict[str, list[WeightSpec]] = {}
+        for shard in manifest.shards:
+            if shard.weights:
+                self._tensors.setdefault(shard.weights.path, []).extend(shard.tensors)
+
+    def graph(self, shard: Shard) -> Path:
+        """The shard's graph file, checked.
+
+        Raises:
+            ShardError: it is missing, or not the file that was exported.
+        """
+        path, record = self._resolve(shard.graph.path), shard.graph
+        try:
+            if path.stat().st_size != record.nbytes:
+                raise ShardError(_wrong_size(record, path.stat().st_size))
+            if self._verify and record.path not in self._verified:
+                if hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
+                    raise ShardError(_damaged(record.path))
+                self._verified.add(record.path)
+        except OSError as error:
+            raise _unreadable(record.path, error) from error
+        return path
+
+    def read_weights(self, shard: Shard, buffer: Buffer, cancelled: Callable[[], bool]) -> bool:
+        """Fill the buffer with the shard's weights. Returns False when `cancelled` became true on the way.
+
+        Raises:
+            ShardError: the file is missing, truncated, damaged or foreign.
+            LoadError: the system could not read it.
+        """
+        if shard.weights is None:
+            return True
+        span = shard.weights
+        path = self._resolve(span.path)
+        self._check_header(path, self._records[span.path])
+        digest = hashlib.sha256() if self._verify and f"{span.path}@{span.offset}" not in self._verified else None
+        descriptor, direct = _open_direct(path, span.path)
+        try:
+            position = 0
+            while position < span.nbytes:
+                if cancelled():
+                    return False
+                end = min(position + _PIECE_BYTES, page_ceil(span.nbytes))
+                try:
+                    count = os.preadv(descriptor, [buffer.piece(position, end)], span.offset + position)
+                except OSError as error:
+                    if not (direct and error.errno == errno.EINVAL):
+                        raise LoadError(
+                            f"Reading '{span.path}' at byte {span.offset + position} failed: {error.strerror}. "
+                            "Check the disk, then load the model again."
+                        ) from error
+                    os.close(descriptor)
+                    descriptor, direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+                    continue
+                if count == 0:
+                    raise ShardError(_wrong_size(self._records[span.path], span.offset + position))
+                if not direct and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, span.offset + position, count, os.POSIX_FADV_DONTNEED)
+                if digest:
+                    digest.update(buffer.piece(position, min(position + count, span.nbytes)))
+                position += count
+                # Direct I/O cannot go on from an unaligned place: read the last page again, or meet the end.
+                if direct and position < span.nbytes:
+                    position -= position % PAGE_BYTES
+        finally:
+            os.close(descriptor)
+        if digest:
+            if digest.hexdigest() != span.sha256:
+                raise ShardError(_damaged(span.path))
+            self._verified.add(f"{span.path}@{span.offset}")
+        return True
+
+    def verify_mapped(self, shard: Shard) -> Path | None:
+        """Check the shard's weights file for a session that maps it itself. Returns its path, None without weights.
+
+        The first time, all of the range is read through the page cache, where the session will find it again.
+        """
+        if shard.weights is None:
+            return None
+        span = shard.weights
+        path = self._resolve(span.path)
+        self._check_header(path, self._records[span.path])
+        key = f"{span.path}@{span.offset}"
+        if self._verify and key not in self._verified:
+            digest = hashlib.sha256()
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(span.offset)
+                    left = span.nbytes
+                    while left and (piece := file.read(min(left, _PIECE_BYTES))):
+                        digest.update(piece)
+                        left -= len(piece)
+            except OSError as error:
+                raise _unreadable(span.path, error) from error
+            if digest.hexdigest() != span.sha256:
+                raise ShardError(_damaged(span.path))
+            self._verified.add(key)
+        return path
+
+    def forget_cached(self, shard: Shard) -> None:
+        """Drop the shard's weights from the page cache, where they are no longer of use."""
+        if shard.weights is None or not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError):
+            descriptor = os.open(self._resolve(shard.weights.path), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, shard.weights.offset, shard.weights.nbytes, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+    def read_rows(self, lookup: Lookup, indices: NDArray[Any], *, keep_cached: bool) -> NDArray[Any]:
+        """Rows of a table: the same as `table[indices]`, with only those rows read.
+
+        Args:
+            lookup: the table and its file.
+            indices: integers of any shape; negative ones count from the end.
+            keep_cached: leave the rows in the page cache for the next call.
+
+        Returns:
+            Array of shape `indices.shape + table.shape[1:]`; bfloat16 appears as uint16.
+
+        Raises:
+            ShardError: the file is missing, truncated or foreign.
+            IndexError: an index is not below the number of rows.
+        """
+        table = lookup.table
+        path = self._resolve(lookup.path)
+        self._check_header(path, self._records[lookup.path])
+        rows, inverse = np.unique(indices, return_inverse=True)
+        if rows.size and not (-table.shape[0] <= rows[0] and rows[-1] < table.shape[0]):
+            worst = int(rows[0] if rows[0] < -table.shape[0] else rows[-1])
+            raise IndexError(f"{worst} is no row of '{table.name}', which has {table.shape[0]}")
+        dtype = np.dtype(np.uint16 if table.dtype == "bfloat16" else table.dtype)
+        unique = np.empty((rows.size, *table.shape[1:]), dtype)
+        row_bytes = dtype.itemsize * prod(table.shape[1:])
+        flat = unique.view(np.uint8).reshape(-1).data if unique.size else memoryview(b"")
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, table.offset, table.nbytes, os.POSIX_FADV_RANDOM)
+                for place, row in enumerate((rows % table.shape[0]).tolist() if rows.size else []):
+                    piece = flat[place * row_bytes : (place + 1) * row_bytes]
+                    if os.preadv(descriptor, [piece], table.offset + row * row_bytes) != row_bytes:
+                        raise ShardError(_wrong_size(self._records[lookup.path], os.fstat(descriptor).st_size))
+                if not keep_cached and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, table.offset, table.nbytes, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _unreadable(lookup.path, error) from error
+        result: NDArray[Any] = unique[inverse.reshape(indices.shape)]
+        return result
+
+    def _resolve(self, relative: str) -> Path:
+        """The file's path, which must not leave the model directory, not even through a symbolic link."""
+        path = (self._directory / relative).resolve()
+        if self._directory not in path.parents:
+            raise ShardError(f"'{relative}' leads out of the model directory, to {path}. Export the model again.")
+        return path
+
+    def _check_header(self, path: Path, record: FileRecord) -> None:
+        """Size at each load; the header is parsed once and compared as bytes from then on."""
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != record.nbytes:
+                    raise ShardError(_wrong_size(record, size))
+                known = self._headers.get(record.path)
+                if known is not None:
+                    if file.read(len(known)) != known:
+                        raise ShardError(_damaged(record.path))
+                    return
+                length = int.from_bytes(file.read(8), "little")
+                if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+                    raise ShardError(f"'{record.path}' is no safetensors file: its header claims {length} bytes.")
+                header = file.read(length)
+        except OSError as error:
+            raise _unreadable(record.path, error) from error
+        self._match_header(record.path, header)
+        self._headers[record.path] = length.to_bytes(8, "little") + header
+
+    def _match_header(self, name: str, header: bytes) -> None:
+        """Every tensor that the manifest expects whole in the file is where, and what, the file's header says."""
+        try:
+            entries = json.loads(header)
+            data_begin = 8 + len(header)
+            found = {
+                key: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]), data_begin + e["data_offsets"][0])
+                for key, e in entries.items()
+                if key != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ShardError(
+                f"'{name}' has a damaged safetensors header: {error!r}. Export the model again."
+            ) from error
+        for spec in self._tensors.get(name, []):
+            if spec.name in found and found[spec.name] != (spec.dtype, spec.shape, spec.offset):
+                raise ShardError(
+                    f"'{name}' is not the file that the manifest describes: tensor '{spec.name}' is "
+                    f"{found[spec.name]}, expected {(spec.dtype, spec.shape, spec.offset)}. Export the model again."
+                )
+
+
+def _open_direct(path: Path, name: str) -> tuple[int, bool]:
+    """(descriptor, whether it is for direct I/O)."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        if direct:
+            with suppress(OSError):
+                return os.open(path, flags | direct), True
+        return os.open(path, flags), False
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _wrong_size(record: FileRecord, size: int) -> str:
+    return f"'{record.path}' has {size} bytes, the manifest says {record.nbytes}. Copy or export the model again."
+
+
+def _damaged(name: str) -> str:
+    return f"'{name}' is damaged: its sha256 is not the one in the manifest. Copy or export the model again."
+
+
+def _unreadable(name: str, error: OSError) -> ShardError:
+    return ShardError(f"'{name}' cannot be read: {error.strerror or error}. Copy or export the model again.")
