@@ -136,7 +136,7 @@ def _throttle(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Path 
     if read_bytes_per_s is None or disk_of is None:
         yield [memory.folder]
         return
-    device = os.stat(disk_of).st_dev
+    device = disk_of.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     if memory.unified:
         (memory.folder / "io.max").write_text(f"{number} rbps={read_bytes_per_s}")

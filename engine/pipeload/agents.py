@@ -2,13 +2,14 @@
 
 Each loop ends when the exchange is closed. A Loading Agent's failure travels as `Failed` to the Inference Agent, and
 the Inference Agent's to the caller; both go on. A failure of the Daemon closes the exchange, since nobody would free
-memory any more; callers get it as the cause of their ClosedError.
+memory any more; callers get it as the cause of their ClosedError. A failed recovery does the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from pipeload.errors import ClosedError
 from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Task
 
 __all__ = ["daemon_agent", "inference_agent", "loading_agent"]
@@ -47,7 +48,11 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None]) -> None:
         except BaseException as error:
             try:
                 recover()
+            except BaseException as failure:  # nobody can tell any more what is loaded
+                exchange.close(failure)
             finally:
+                if isinstance(error, ClosedError) and exchange.cause is not None:
+                    error.__cause__ = exchange.cause
                 request.result.set_exception(error)
                 del error
         else:

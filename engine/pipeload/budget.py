@@ -49,18 +49,11 @@ class Budget:
             ClosedError: the budget was closed.
         """
         with self._changed:
-            if nbytes > self._limit_bytes:
-                self._skip(ticket)
-                raise BudgetError(
-                    f"{format_bytes(nbytes)} are more than the {format_bytes(self._limit_bytes)} that the budget "
-                    "leaves for weights.",
-                    needed_bytes=nbytes,
-                    budget_bytes=self._limit_bytes,
-                )
             self._changed.wait_for(
                 lambda: (
                     self._closed
                     or cancelled()
+                    or nbytes > self._limit_bytes
                     or (self._turn == ticket and self._reserved_bytes + nbytes <= self._limit_bytes)
                 )
             )
@@ -69,6 +62,13 @@ class Budget:
                 raise ClosedError("The model was closed.")
             if cancelled():
                 return False
+            if nbytes > self._limit_bytes:
+                raise BudgetError(
+                    f"{format_bytes(nbytes)} are more than the {format_bytes(self._limit_bytes)} that the budget "
+                    "leaves for weights.",
+                    needed_bytes=nbytes,
+                    budget_bytes=self._limit_bytes,
+                )
             self._reserved_bytes += nbytes
             return True
 

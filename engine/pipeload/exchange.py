@@ -101,6 +101,7 @@ class Exchange:
         self._epoch = 0
         self._stopped = True
         self._short = False
+        self._failed = False
         self._outstanding = 0
         self._ready: dict[int, Loaded | Failed] = {}
         self._retired: deque[LoadedShard] = deque()
@@ -152,6 +153,7 @@ class Exchange:
             self._outstanding -= 1
             if message is not None and not self.is_stale(message.task):
                 self._ready[message.task.ticket] = message
+                self._failed = self._failed or isinstance(message, Failed)
             elif isinstance(message, Loaded):
                 self._retired.append(message.shard)
             self._changed.notify_all()
@@ -218,6 +220,11 @@ class Exchange:
         return self._closed
 
     @property
+    def cause(self) -> BaseException | None:
+        """What made an agent close it, if one did."""
+        return self._cause
+
+    @property
     def stopped(self) -> bool:
         """Whether the Loading Agents wait for a `start`."""
         return self._stopped
@@ -251,6 +258,7 @@ class Exchange:
             self._changed.wait_for(lambda: self._closed or not self._outstanding)
             self._retired.extend(m.shard for m in self._ready.values() if isinstance(m, Loaded))
             self._ready.clear()
+            self._failed = False
             self._expected_ticket = self._next_ticket
             self._changed.notify_all()
 
@@ -281,4 +289,6 @@ class Exchange:
     def _may_draw(self) -> bool:
         # With nothing loaded ahead inference would wait for ever, so one shard may come even when memory is short.
         ahead = self._outstanding or self._ready
-        return not self._stopped and not (self._short and ahead) and len(self._held) < len(self._resident)
+        # After a failure inference starts anew: until then the agents would only fail again and again.
+        held_back = self._stopped or self._failed or (self._short and ahead)
+        return not held_back and len(self._held) < len(self._resident)

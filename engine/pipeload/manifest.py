@@ -304,7 +304,7 @@ def evaluate_dim(dim: int | str, dims: Mapping[str, int]) -> int:
     """The size of a dimension, given the sizes of the symbols. Raises KeyError for an unbound symbol."""
     if isinstance(dim, int):
         return dim
-    return sum(int(part) if part.isdigit() else dims[part] for part in _parts(dim))
+    return sum(int(part) if part.isdecimal() else dims[part] for part in _parts(dim))
 
 
 def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -331,15 +331,16 @@ def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
     for _, dim, size in pairs:
         if isinstance(dim, str) and _parts(dim) == [dim]:
             dims.setdefault(dim, size)
-    for _, dim, size in pairs:
-        if isinstance(dim, str):
-            unbound = {part for part in _parts(dim) if not part.isdigit() and part not in dims}
-            if len(unbound) == 1:
+    solved = True
+    while solved:
+        solved = False
+        for _, dim, size in pairs:
+            if len(unbound := set(symbols(dim)) - dims.keys()) == 1:
                 symbol = unbound.pop()
                 rest = size - evaluate_dim(dim, {**dims, symbol: 0})
-                count = _parts(dim).count(symbol)
-                if rest >= 0 and rest % count == 0:
-                    dims[symbol] = rest // count
+                # Where no size fits, the comparison below finds the contradiction.
+                dims[symbol] = max(0, rest // symbols(dim).count(symbol))
+                solved = True
     for spec, dim, size in pairs:
         try:
             wanted = evaluate_dim(dim, dims)
@@ -357,7 +358,7 @@ def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
 
 def symbols(dim: int | str) -> list[str]:
     """The symbols in a dimension: none for an int, several for a sum."""
-    return [] if isinstance(dim, int) else [part for part in _parts(dim) if not part.isdigit()]
+    return [] if isinstance(dim, int) else [part for part in _parts(dim) if not part.isdecimal()]
 
 
 @dataclass(frozen=True)
@@ -380,11 +381,21 @@ def _faults(m: Manifest) -> Iterator[str]:
     for spec in (*m.inputs, *m.outputs, *m.edges):
         if spec.dtype not in _DTYPES:
             yield f"tensor '{spec.name}' has the unknown dtype '{spec.dtype}'"
+        if any(dim < 0 if isinstance(dim, int) else "" in _parts(dim) for dim in spec.shape):
+            yield f"tensor '{spec.name}' has no valid shape {list(spec.shape)}"
+        elif unknown := {symbol for dim in spec.shape for symbol in symbols(dim)} - set(m.dims):
+            yield f"tensor '{spec.name}' has the unknown dimensions {sorted(unknown)}"
+    for name, structure in m.structures.items():
+        terms = [term for formula in structure.activations for term in formula]
+        if unknown := {dim for term in terms for dim in term.dims} - set(m.dims):
+            yield f"structure '{name}' uses the unknown dimensions {sorted(unknown)}"
+        if any(term.nbytes < 0 for term in terms):
+            yield f"structure '{name}' has a negative number of bytes"
     known_files = {record.path: record for record in m.files}
     for record in m.files:
         if not _inside(record.path):
             yield f"file '{record.path}' is not inside the model directory"
-        if not re.fullmatch("[0-9a-f]{64}", record.sha256) or record.nbytes < 0:
+        if not _is_sha256(record.sha256) or record.nbytes < 0:
             yield f"file '{record.path}' has no valid size and sha256"
     available = {spec.name for spec in m.inputs}
     for shard in m.shards:
@@ -399,13 +410,17 @@ def _faults(m: Manifest) -> Iterator[str]:
         if not m.head.shards or m.head.output not in outputs:
             yield f"the head makes '{m.head.output}', which is no output of the model"
         outputs.discard(m.head.output)
-    for name in sorted(outputs - available):
+    for name in sorted(outputs - {name for shard in m.shards for name in shard.outputs}):
         yield f"output '{name}' is made by no shard"
+    inputs, made = {spec.name: spec for spec in m.inputs}, {spec.name: spec for spec in m.outputs}
     for cache in m.caches:
-        if cache.input not in {spec.name for spec in m.inputs}:
+        before, after = inputs.get(cache.input), made.get(cache.output)
+        if before is None:
             yield f"cache input '{cache.input}' is no input of the model"
-        if cache.output not in {spec.name for spec in m.outputs}:
+        if after is None:
             yield f"cache output '{cache.output}' is no output of the model"
+        if before and after and (before.dtype, len(before.shape)) != (after.dtype, len(after.shape)):
+            yield f"cache input '{cache.input}' and output '{cache.output}' differ in dtype or rank"
 
 
 def _shard_faults(
@@ -417,8 +432,6 @@ def _shard_faults(
             yield f"shard '{shard.name}' takes '{name}', which nothing before it makes"
     if shard.structure not in m.structures:
         yield f"shard '{shard.name}' has the unknown structure '{shard.structure}'"
-    elif unknown := {dim for f in m.structures[shard.structure].activations for t in f for dim in t.dims} - set(m.dims):
-        yield f"structure '{shard.structure}' uses the unknown dimensions {sorted(unknown)}"
     if known_files.get(shard.graph.path) != shard.graph:
         yield f"graph '{shard.graph.path}' of shard '{shard.name}' is not in the list of files"
     if shard.tensors and shard.weights is None:
@@ -430,6 +443,8 @@ def _shard_faults(
             yield f"weights '{shard.weights.path}' of shard '{shard.name}' are not in the list of files"
         elif not 0 <= begin <= end <= record.nbytes:
             yield f"weights of shard '{shard.name}' end at byte {end} of {record.nbytes}"
+        if not _is_sha256(shard.weights.sha256):
+            yield f"weights of shard '{shard.name}' have no valid sha256"
         if begin % PAGE_BYTES:
             yield f"weights of shard '{shard.name}' begin at byte {begin}, no multiple of {PAGE_BYTES}"
         for tensor in shard.tensors:
@@ -454,6 +469,10 @@ def _repeated(what: str, names: Iterable[str]) -> Iterator[str]:
         if name in seen:
             yield f"{what} '{name}' occurs twice"
         seen.add(name)
+
+
+def _is_sha256(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def _inside(path: str) -> bool:

@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +18,22 @@ import psutil
 
 from pipeload.errors import ConfigError
 
-__all__ = ["auto_budget_bytes", "format_bytes", "parse_bytes", "peak_rss_bytes", "rss_bytes", "trim"]
+__all__ = [
+    "auto_budget_bytes",
+    "format_bytes",
+    "limit_heap",
+    "parse_bytes",
+    "peak_rss_bytes",
+    "rss_bytes",
+    "trim",
+]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_AUTO_SHARE = 0.95
+_AUTO_SHARE = 0.98
 """Part of the free memory that "auto" takes; the rest is left for what the kernel charges beside RSS."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h."""
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _PAGE_BYTES = resource.getpagesize()
 
@@ -67,8 +78,13 @@ def rss_bytes() -> int:
 
 def peak_rss_bytes() -> int:
     """The most memory that the whole process has occupied since it began."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+    except (OSError, TypeError):
+        # Elsewhere; on Linux this would count what a parent process occupied before it started this program.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def trim() -> None:
@@ -78,12 +94,25 @@ def trim() -> None:
         release(0)
 
 
+def limit_heap() -> None:
+    """Keep the C library's heap from piling up freed memory, where it can be told to (glibc's `mallopt`).
+
+    By default glibc keeps up to 64 MB in each of several arenas once large blocks were freed. From this call on, for
+    the rest of the process, blocks from 512 KiB on go back to the system when freed, and an arena keeps 1 MiB.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 512 << 10)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+
+
 def auto_budget_bytes() -> int:
     """The budget that `"auto"` stands for: what the cgroup (v1 or v2) and the machine leave to this process."""
     rss = rss_bytes()
     free = [psutil.virtual_memory().available + rss]
     for limit, used_by_all in _cgroup_limits(Path("/proc/self/cgroup"), _CGROUP_ROOT):
-        free.append(limit - max(0, used_by_all - rss))
+        # Pages of shared libraries may be charged to another cgroup: then RSS may exceed the limit by as much.
+        free.append(limit - (used_by_all - rss))
     return int(max(min(free), 1) * _AUTO_SHARE)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +24,11 @@ from pipeload.planner import Plan
 from pipeload.session import Value, to_array, to_value
 from pipeload.state import DecodeState
 from pipeload.storage import Storage
-
-if TYPE_CHECKING:
-    pass
+from pipeload.tasks.classify import classify
+from pipeload.tasks.config import ModelConfig, read_settings
+from pipeload.tasks.embed import embed
+from pipeload.tasks.generate import generate
+from pipeload.tasks.text import tokenizer_of
 
 __all__ = ["Model", "load"]
 
@@ -83,7 +86,7 @@ def load(
         budget_bytes=budget,
         loaders=loaders,
         threads=threads,
-        dims=planner.planning_dims(manifest, sizes),
+        dims=planner.planning_dims(manifest, _image_sizes(directory, manifest) | dict(sizes or {})),
         verify=verify,
     )
 
@@ -114,6 +117,9 @@ class Model:
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        # The tokenizer takes tens of megabytes: it has to be there when the process is measured.
+        with suppress(ConfigError):
+            tokenizer_of(self)
         profile = profiler.measure()
 
         def replan(pass_bytes: int, cache_bytes: int) -> Plan:
@@ -217,23 +223,10 @@ class Model:
         logits = to_array(outputs[self.outputs[0].name])
         return logits[:, -1, :]
 
-    def embed(self, texts: str | Sequence[str], *, batch_size: int = 32) -> NDArray[np.float32]:
-        """Sentence embeddings; see `pipeload.tasks.embed`. Needs the extra [text]."""
-        from pipeload.tasks import embed
-
-        return embed.embed(self, texts, batch_size=batch_size)
-
-    def classify(self, inputs: Any, *, top_k: int = 5) -> Any:
-        """Labels of texts, tokens or images; see `pipeload.tasks.classify`. Needs the extra [text] or [vision]."""
-        from pipeload.tasks import classify
-
-        return classify.classify(self, inputs, top_k=top_k)
-
-    def generate(self, prompt: Any, *, max_new_tokens: int = 64) -> Any:
-        """Greedy continuation of a prompt; see `pipeload.tasks.generate`. Texts need the extra [text]."""
-        from pipeload.tasks import generate
-
-        return generate.generate(self, prompt, max_new_tokens=max_new_tokens)
+    # Each is the task's own function, whose first argument is the model.
+    embed = embed
+    classify = classify
+    generate = generate
 
     def close(self) -> None:
         """End running calls with ClosedError, join every thread, give all memory back. May be called again."""
@@ -322,6 +315,16 @@ class Model:
             )
         if not self._finalizer.alive:
             raise ClosedError("The model is closed. Load it again.")
+
+
+def _image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
+    if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
+        return {}
+    config = read_settings(directory, "config.json", ModelConfig)
+    sizes = (config.num_channels or 3, *(config.image_height_width or (224, 224)))
+    shape = manifest.inputs[0].shape[1:]
+    return {dim: size for dim, size in zip(shape, sizes, strict=True) if isinstance(dim, str)}
 
 
 def _close_in(pid: int, pipeline: Pipeline) -> None:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
-from pipeload.errors import ClosedError
+from pipeload.errors import BudgetError, ClosedError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
 from pipeload.manifest import Manifest
-from pipeload.memory import peak_rss_bytes, rss_bytes, trim
+from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim
 from pipeload.planner import SESSION_BYTES, Plan
 from pipeload.session import ShardSession, Value
 from pipeload.storage import Buffer, BufferPool, Storage, page_ceil
@@ -79,6 +79,9 @@ class Pipeline:
         self._first_pass_s: float | None = None
         self._last_pass_s: float | None = None
         self._counter = threading.Lock()
+        self._closing = threading.Lock()
+        if not plan.packed:
+            limit_heap()
         self._exchange.start(self._resident_flags())
         self._threads = [
             threading.Thread(
@@ -171,17 +174,21 @@ class Pipeline:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
         self._exchange.close()
         self._budget.close()
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        for shard in self._residents.values():
-            self._free(shard)
-        self._residents.clear()
-        self._exchange.reset(self._budget.wake)
-        while (retired := self._exchange.next_retired()) is not None:
-            self._free(retired)
-        self._pool.close()
-        trim()
+        if threading.current_thread() in self._threads:
+            # The garbage collector may find an abandoned model in an agent, which cannot wait for itself.
+            threading.Thread(target=self.close, name="pipeload-closer").start()
+            return
+        with self._closing:
+            for thread in self._threads:
+                thread.join()
+            self._threads = []
+            while self._residents:
+                self._free(self._residents.popitem()[1])
+            self._exchange.reset(self._budget.wake)
+            while (retired := self._exchange.next_retired()) is not None:
+                self._free(retired)
+            self._pool.close()
+            trim()
 
     # Loading Agents
 
@@ -245,9 +252,12 @@ class Pipeline:
     def _prepare(self, pass_bytes: int, cache_bytes: int) -> None:
         """Make room for what this pass needs, and see that the Loading Agents work."""
         # What a pass needed once it may need again: giving it back and forth would reload resident shards.
-        pass_bytes = max(pass_bytes, self._plan.pass_bytes)
-        if (pass_bytes, cache_bytes) != (self._plan.pass_bytes, self._plan.cache_bytes):
-            plan = self._replan(pass_bytes, cache_bytes)
+        most_bytes = max(pass_bytes, self._plan.pass_bytes)
+        if (most_bytes, cache_bytes) != (self._plan.pass_bytes, self._plan.cache_bytes):
+            try:
+                plan = self._replan(most_bytes, cache_bytes)
+            except BudgetError:
+                plan = self._replan(pass_bytes, cache_bytes)
             if (plan.resident, plan.buffers, plan.buffer_bytes, plan.packed) != (
                 self._plan.resident, self._plan.buffers, self._plan.buffer_bytes, self._plan.packed
             ):  # fmt: skip
@@ -262,6 +272,8 @@ class Pipeline:
                 self._pool.close()
                 self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
                 self._budget.set_limit(_weights_limit(self._manifest, plan))
+                if not plan.packed:
+                    limit_heap()
                 trim()
             self._plan = plan
         if self._exchange.stopped:

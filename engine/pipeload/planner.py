@@ -31,11 +31,11 @@ from pipeload.storage import page_ceil
 
 __all__ = ["SESSION_BYTES", "Plan", "cache_bytes", "make_plan", "pass_bytes", "planning_dims"]
 
-_RUNTIME_BYTES = 26_000_000
+_RUNTIME_BYTES = 20_000_000
 """onnxruntime's code pages, thread stacks and heap, which appear with the first pass."""
 SESSION_BYTES = 400_000
 """One session beside its weights: graph, kernels, thread pool."""
-_HEAP_FACTOR = 1.3
+_HEAP_FACTOR = 1.2
 """The heap occupies more than the tensors in it: freed pieces lie between living ones."""
 _SMALL_SHARE = 0.1
 """A shard below this part of the largest is made resident first: it saves a session, and costs next to nothing."""
@@ -109,7 +109,7 @@ def make_plan(
         streamed = [shard for shard in shards if shard.name not in names]
         slot = max((page_ceil(shard.nbytes) for shard in streamed), default=0)
         used = sum(_loaded_bytes(s) for s in shards if s.name in names) + buffers * (slot + SESSION_BYTES)
-        transient = largest.nbytes if packed else 0
+        transient = page_ceil(largest.nbytes) if packed else 0
         return Plan(
             budget_bytes=budget_bytes,
             # Nothing waits for a second loader's shard when there is one buffer.
@@ -130,13 +130,17 @@ def make_plan(
     everything = result(shards, 0, packed=True)
     if everything.peak_bytes <= budget_bytes:
         return everything
-    order = _residence_order(shards)
-    # A full pipeline first, and then as many resident shards as fit beside it.
-    for buffers in range(wanted_loaders + 1, 0, -1):
-        for count in range(len(shards), -1, -1):
-            plan = result(order[:count], min(buffers, len(shards) - count), packed=False)
-            if plan.peak_bytes <= budget_bytes:
-                return plan
+    # What memory buys, in this order: one buffer, small resident shards, a full pipeline, the other resident shards.
+    # The plan is the longest part of this list that fits, so that more memory never means more reading.
+    order, small = _residence_order(shards)
+    full = wanted_loaders + 1
+    steps = [(count, 1) for count in range(small + 1)]
+    steps += [(small, buffers) for buffers in range(2, full)]
+    steps += [(count, full) for count in range(small, len(shards) + 1)]
+    for count, buffers in reversed(steps):
+        plan = result(order[:count], min(buffers, len(shards) - count), packed=False)
+        if plan.peak_bytes <= budget_bytes:
+            return plan
     needed = fixed + _loaded_bytes(largest)
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     raise BudgetError(
@@ -210,27 +214,19 @@ def tensor_bytes(spec: TensorSpec, dims: Mapping[str, int]) -> int:
         return 0
 
 
-def _residence_order(shards: tuple[Shard, ...]) -> list[Shard]:
-    """Shards in the order in which they become resident: small ones first, then every other, every fourth ..."""
+def _residence_order(shards: tuple[Shard, ...]) -> tuple[list[Shard], int]:
+    """Shards in the order in which they become resident, and how many small ones are at its beginning."""
     largest = max(shard.nbytes for shard in shards)
     small = [shard for shard in shards if shard.nbytes <= largest * _SMALL_SHARE]
     rest = [shard for shard in shards if shard.nbytes > largest * _SMALL_SHARE]
-    return small + [rest[place] for place in _spread(len(rest))]
+    return small + [rest[place] for place in _spread(len(rest))], len(small)
 
 
 def _spread(count: int) -> list[int]:
-    """0 .. count - 1 so that the first k of them are far apart, for every k."""
-    places: list[int] = []
-    seen: set[int] = set()
-    step = 1
-    while len(places) < count:
-        for numerator in range(1, 2 * step, 2):
-            place = min(count - 1, numerator * count // (2 * step))
-            if place not in seen:
-                seen.add(place)
-                places.append(place)
-        step *= 2
-    return places
+    """0 .. count - 1 so that the first k of them are far apart, for every k (van der Corput's sequence)."""
+    bits = count.bit_length() + 1
+    reversals = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits if count else 0))
+    return list(dict.fromkeys(reversal * count >> bits for reversal in reversals))
 
 
 def _loaded_bytes(shard: Shard) -> int:
@@ -238,7 +234,8 @@ def _loaded_bytes(shard: Shard) -> int:
 
 
 def _position_symbols(manifest: Manifest) -> set[str]:
-    """Symbols of the second dimension of the head's input: the positions."""
-    assert manifest.head is not None
+    """Symbols of the last dimension but one of the head's input: the positions."""
+    if manifest.head is None:
+        return set()
     spec = next((edge for edge in manifest.edges if edge.name == manifest.head.input), None)
     return set(symbols(spec.shape[-2])) if spec and len(spec.shape) >= 2 else set()

@@ -33,16 +33,24 @@ _BFLOAT16 = 16
 
 def to_value(array: NDArray[Any], dtype: str | None = None) -> Value:
     """A value that borrows a C-contiguous array; the array must not change while the value lives."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")
     if dtype == "bfloat16":
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def to_array(value: Value) -> NDArray[Any]:
-    """The value as an array of its own."""
-    array: NDArray[Any] = value.numpy()
+    """The value as an array over the same memory, which keeps the value alive as long as the array lives."""
+    array: NDArray[Any] = np.asarray(_Owner(value))
     return array
+
+
+class _Owner:
+    """Base of an array over a value. onnxruntime's own arrays do not keep alive what a value has borrowed."""
+
+    def __init__(self, value: Value) -> None:
+        self._value = value
+        self.__array_interface__ = value.numpy().__array_interface__
 
 
 class Stopper:

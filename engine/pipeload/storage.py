@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import LoadError, ShardError
-from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec
+from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec, dtype_bytes
 
 __all__ = ["Buffer", "BufferPool", "Storage", "page_ceil"]
 
@@ -52,10 +52,13 @@ class Buffer:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = page_ceil(max(nbytes, 1))
-        self._map = mmap.mmap(-1, self.nbytes)
-        # Huge pages make the first fill several times cheaper; where there are none, nothing is lost.
-        with suppress(OSError, AttributeError):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+        # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Huge pages make the first fill several times cheaper; a forked child must not keep copies. Where there is no
+        # such advice, nothing is lost.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with suppress(OSError, AttributeError):
+                self._map.madvise(getattr(mmap, advice))
         self._view = memoryview(self._map)
 
     def piece(self, begin: int, end: int) -> memoryview:
@@ -107,7 +110,12 @@ class BufferPool:
             if self._idle:
                 return self._idle.pop()
             self._count += 1
-        return Buffer(self._buffer_bytes)
+        try:
+            return Buffer(self._buffer_bytes)
+        except BaseException:
+            with self._lock:
+                self._count -= 1
+            raise
 
     def give(self, buffer: Buffer) -> None:
         """Put a buffer back, or give its memory back to the system when there are more than planned."""
@@ -143,9 +151,13 @@ class Storage:
         self._verified: set[str] = set()
         self._headers: dict[str, bytes] = {}
         self._tensors: dict[str, list[WeightSpec]] = {}
+        self._slices: dict[str, list[WeightSpec]] = {}
         for shard in manifest.shards:
             if shard.weights:
-                self._tensors.setdefault(shard.weights.path, []).extend(shard.tensors)
+                expected = self._slices if shard.role == "head" else self._tensors
+                expected.setdefault(shard.weights.path, []).extend(shard.tensors)
+            for lookup in shard.lookups:
+                self._tensors.setdefault(lookup.path, []).append(lookup.table)
 
     def graph(self, shard: Shard) -> Path:
         """The shard's graph file, checked.
@@ -193,8 +205,7 @@ class Storage:
                             f"Reading '{span.path}' at byte {span.offset + position} failed: {error.strerror}. "
                             "Check the disk, then load the model again."
                         ) from error
-                    os.close(descriptor)
-                    descriptor, direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC), False
+                    descriptor, direct = _reopen(descriptor, path, span.path), False
                     continue
                 if count == 0:
                     raise ShardError(_wrong_size(self._records[span.path], span.offset + position))
@@ -203,9 +214,9 @@ class Storage:
                 if digest:
                     digest.update(buffer.piece(position, min(position + count, span.nbytes)))
                 position += count
-                # Direct I/O cannot go on from an unaligned place: read the last page again, or meet the end.
-                if direct and position < span.nbytes:
-                    position -= position % PAGE_BYTES
+                if direct and position < span.nbytes and position % PAGE_BYTES:
+                    # Direct I/O cannot go on from an unaligned place: ordinary reads can, or meet the end of the file.
+                    descriptor, direct = _reopen(descriptor, path, span.path), False
         finally:
             os.close(descriptor)
         if digest:
@@ -317,7 +328,10 @@ class Storage:
                     return
                 length = int.from_bytes(file.read(8), "little")
                 if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-                    raise ShardError(f"'{record.path}' is no safetensors file: its header claims {length} bytes.")
+                    raise ShardError(
+                        f"'{record.path}' is no safetensors file: its header claims {length} bytes. "
+                        "Copy or export the model again."
+                    )
                 header = file.read(length)
         except OSError as error:
             raise _unreadable(record.path, error) from error
@@ -325,7 +339,10 @@ class Storage:
         self._headers[record.path] = length.to_bytes(8, "little") + header
 
     def _match_header(self, name: str, header: bytes) -> None:
-        """Every tensor that the manifest expects whole in the file is where, and what, the file's header says."""
+        """Every tensor that the manifest expects in the file is where, and what, the file's header says.
+
+        Slices of a head have no names of their own in the header: each lies within one of its tensors.
+        """
         try:
             entries = json.loads(header)
             data_begin = 8 + len(header)
@@ -334,15 +351,23 @@ class Storage:
                 for key, e in entries.items()
                 if key != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ShardError(
                 f"'{name}' has a damaged safetensors header: {error!r}. Export the model again."
             ) from error
         for spec in self._tensors.get(name, []):
-            if spec.name in found and found[spec.name] != (spec.dtype, spec.shape, spec.offset):
+            if found.get(spec.name) != (spec.dtype, spec.shape, spec.offset):
                 raise ShardError(
                     f"'{name}' is not the file that the manifest describes: tensor '{spec.name}' is "
-                    f"{found[spec.name]}, expected {(spec.dtype, spec.shape, spec.offset)}. Export the model again."
+                    f"{found.get(spec.name)}, expected {(spec.dtype, spec.shape, spec.offset)}. Export the model again."
+                )
+        for spec in self._slices.get(name, []):
+            end = spec.offset + spec.nbytes
+            if not any(d == spec.dtype and begin <= spec.offset and end <= last for d, begin, last in spans):
+                raise ShardError(
+                    f"'{name}' is not the file that the manifest describes: it has no tensor around "
+                    f"'{spec.name}', bytes {spec.offset} to {end}. Export the model again."
                 )
 
 
@@ -357,6 +382,16 @@ def _open_direct(path: Path, name: str) -> tuple[int, bool]:
         return os.open(path, flags), False
     except OSError as error:
         raise _unreadable(name, error) from error
+
+
+def _reopen(descriptor: int, path: Path, name: str) -> int:
+    """A descriptor of the same file for ordinary reads, in place of the one for direct I/O."""
+    try:
+        ordinary = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    os.close(descriptor)
+    return ordinary
 
 
 def _wrong_size(record: FileRecord, size: int) -> str:
