@@ -1,0 +1,65 @@
+"""The command `pipeload`: one module a subcommand, each with a function of the same name."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+import pipeload
+from pipeload.cli import classify, embed, export, generate, inspect, run, verify
+from pipeload.errors import PipeloadError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="pipeload",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(export.export)
+app.command()(inspect.inspect)
+app.command()(verify.verify)
+app.command()(run.run)
+app.command()(embed.embed)
+app.command()(classify.classify)
+app.command()(generate.generate)
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0 done; 1 a PipeloadError, as one line on stderr, or a reader of the output that went away; 2 wrong
+    usage; 130 Ctrl-C; 143 SIGTERM, after which nothing half-made is left.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except PipeloadError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _terminate(number: int, _frame: object) -> NoReturn:
+    # An exception, so that whoever holds files and processes lets go of them.
+    sys.exit(128 + number)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pipeload {pipeload.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Run transformer models that do not fit into memory, on CPUs, from standard ONNX shards."""

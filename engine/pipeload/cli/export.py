@@ -1,0 +1,74 @@
+"""`pipeload export`: SOURCE -> sharded model directory."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pipeload_export
+from pipeload.cli.options import Json
+from pipeload.cli.progress import progress_bars
+from pipeload.cli.report import differences, print_json, print_table, summary
+
+__all__ = ["export"]
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Hub id, checkpoint folder, .gguf file, .onnx file, or catalog:NAME."),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The sharded model directory to make.")],
+    task: Annotated[
+        str | None, typer.Option(help="What the model is for, such as text-classification; else as its config says.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    opset: Annotated[int | None, typer.Option(min=1, help="Version of the ONNX operators.")] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
+    keep_onnx: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the unsplit ONNX model in this folder.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings along.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what the libraries print.")] = False,
+    as_json: Json = False,
+) -> None:
+    r"""Make a sharded model directory of a checkpoint or an ONNX file.
+
+    It appears at TARGET when it is complete and verified, or not at all. Needs the extra \[export].
+
+    Examples:
+        pipeload export catalog:minilm models/exported/minilm
+
+        pipeload export sentence-transformers/all-MiniLM-L6-v2 minilm --revision main
+
+        pipeload export ./checkpoint classifier --task text-classification
+
+        pipeload export ./model.onnx model --force --json
+    """
+    if verbose:
+        logging.basicConfig()
+        logging.getLogger("pipeload_export").setLevel(logging.DEBUG)
+    with progress_bars() as progress:
+        manifest = pipeload_export.export(
+            source,
+            target,
+            task=task,
+            revision=revision,
+            opset=opset,
+            whole=whole,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            keep_onnx=keep_onnx,
+            progress=progress,
+        )
+    if as_json:
+        print_json({"target": str(target), **summary(manifest), "verification": manifest.verification})
+        return
+    print_table(f"{manifest.source} -> {target}", summary(manifest))
+    typer.echo(differences(manifest.verification))

@@ -1,0 +1,65 @@
+"""How the export's and the verification's progress looks: bars on stderr, and only on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = ["progress_bars"]
+
+_FEW = 10_000
+"""Totals below this are counts of things, not bytes."""
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A function `progress(what, done, total)` that draws a bar for each `what`; silent without a terminal.
+
+    A total of 0 means that nobody knows: the bar then only shows that something is going on, and for how long.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda *_: None
+        return
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        _Amount(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            # What comes next has begun, so what came before is over, even if nobody knew how long it would take.
+            for task in bars.tasks:
+                bars.update(task.id, total=task.total or 1, completed=task.total or 1)
+            bars.start()
+            tasks[what] = bars.add_task(what, total=total or None)
+        bars.update(tasks[what], completed=done, total=total or None)
+
+    try:
+        yield progress
+    finally:
+        bars.stop()
+
+
+class _Amount(DownloadColumn):
+    def render(self, task: Any) -> Any:
+        if not task.total or task.total < _FEW:
+            return ""
+        return super().render(task)

@@ -1,0 +1,68 @@
+"""What export, inspect and verify print about a sharded model directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+import typer
+
+from pipeload.manifest import Manifest, Verification
+from pipeload.memory import format_bytes
+
+__all__ = ["differences", "print_json", "print_table", "summary", "table"]
+
+
+def print_json(value: Any) -> None:
+    """Print a dict, list or dataclass as JSON."""
+    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """The model in a few facts; sizes have keys that end with `_bytes`."""
+    return {
+        "source": manifest.source,
+        "model_type": manifest.model_type,
+        "task": manifest.task,
+        "shards": len(manifest.shards),
+        "blocks": sum(shard.role == "block" for shard in manifest.shards),
+        "pass_bytes": manifest.weight_bytes,
+        "largest_shard_bytes": max(shard.nbytes for shard in manifest.shards),
+        "directory_bytes": sum(record.nbytes for record in manifest.files),
+    }
+
+
+def print_table(title: str, facts: Mapping[str, Any]) -> None:
+    """Print facts, one a line; sizes with a unit."""
+    typer.echo(title)
+    rows = [
+        (key.removesuffix("_bytes").replace("_", " "), format_bytes(value) if key.endswith("_bytes") else str(value))
+        for key, value in facts.items()
+    ]
+    typer.echo(table(rows))
+
+
+def differences(found: Iterable[Verification]) -> str:
+    """The worst differences from the unsplit model; outputs that differ only by a number in the name share a line."""
+    worst: dict[str, list[Verification]] = {}
+    for result in found:
+        worst.setdefault(re.sub(r"\d+", "*", result.output), []).append(result)
+    if not worst:
+        return "  not compared with the unsplit model"
+    rows = [("output", "worst difference", "of its range", "limit")]
+    for name, group in worst.items():
+        result = max(group, key=lambda each: each.max_rel_error)
+        absolute, relative = f"{result.max_abs_error:.2e}", f"{result.max_rel_error:.2e}"
+        rows.append((name if len(group) > 1 else result.output, absolute, relative, f"{result.limit:g}"))
+    return table(rows)
+
+
+def table(rows: Iterable[Iterable[str]]) -> str:
+    """Columns of text, each as wide as its widest cell; plain, so that it can be read by grep and awk as well."""
+    cells = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

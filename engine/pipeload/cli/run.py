@@ -1,0 +1,135 @@
+"""`pipeload run`: arrays in, arrays out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+import pipeload
+from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, open_model
+from pipeload.cli.report import print_json
+from pipeload.manifest import TensorSpec, evaluate_dim
+from pipeload.planner import planning_dims
+from pipeload.tasks.config import ModelConfig
+from pipeload.tasks.runner import config_of
+
+__all__ = ["run"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def run(
+    directory: Directory,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=FILE", help="A graph input as .npy file; once for each."),
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Make up the inputs that are not given.")] = False,
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--size", metavar="NAME=N", help="Size of a dimension of the random inputs; once for each."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the outputs as .npz.")] = None,
+    passes: Annotated[int, typer.Option(min=1, help="Run so many times.")] = 1,
+    budget: Budget = "auto",
+    as_json: Json = False,
+    stats: Stats = False,
+) -> None:
+    """Run a model on arrays.
+
+    Prints the seconds of each pass, and the shape and range of each output.
+
+    Examples:
+        pipeload run models/minilm --input input_ids=ids.npy --input attention_mask=mask.npy --output out.npz
+
+        pipeload run models/bert-large --random --size sequence_length=128 --passes 5 --budget 256MB
+    """
+    given = {name: _read_array(name, file) for name, file in _pairs(inputs, "--input").items()}
+    dims = {name: _integer(name, value) for name, value in _pairs(sizes, "--size").items()}
+    with open_model(directory, budget, stats=stats, sizes=dims) as model:
+        if random:
+            given = _random_inputs(model, dims) | given
+        seconds = []
+        outputs: Arrays = {}
+        for _ in chunks(range(passes), 1, "Running"):
+            begin = time.perf_counter()
+            outputs = model.run(given)
+            seconds.append(time.perf_counter() - begin)
+        shown = {spec.name: outputs[spec.name] for spec in model.outputs}
+    if output:
+        with output.open("wb") as target:
+            np.savez(target, **outputs)  # type: ignore[arg-type]
+    facts = {name: _facts(array) for name, array in shown.items()}
+    if as_json:
+        print_json({"seconds": seconds, "outputs": facts})
+        return
+    for number, duration in enumerate(seconds, 1):
+        typer.echo(f"pass {number}: {duration:.3f} s")
+    for name, fact in facts.items():
+        spread = f"  {fact['min']:.6g} .. {fact['max']:.6g}, mean {fact['mean']:.6g}" if "min" in fact else ""
+        typer.echo(f"{name}: {fact['dtype']}{fact['shape']}{spread}")
+
+
+def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    pairs = [value.partition("=") for value in values or []]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"Write {option} as NAME=VALUE, not '{name}{equals}{value}'.")
+    return {name: value for name, _, value in pairs}
+
+
+def _integer(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(f"The size of {name} must be a number, not '{text}'.")
+    return int(text)
+
+
+def _read_array(name: str, file: str) -> NDArray[Any]:
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error}.") from error
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise typer.BadParameter(f"{file} for {name} holds several arrays. Save each as its own .npy file.")
+    return array
+
+
+def _random_inputs(model: pipeload.Model, sizes: dict[str, int]) -> Arrays:
+    """An array for each graph input: what it means where its name tells, seeded noise where it does not."""
+    config = config_of(model)
+    height, width = config.image_height_width or (224, 224)
+    image = {"num_channels": config.num_channels or 3, "height": height, "width": width}
+    dims = planning_dims(model.manifest) | image | sizes
+    generator = np.random.default_rng(0)
+    return {spec.name: _random_array(spec, dims, config, generator) for spec in model.inputs}
+
+
+def _random_array(
+    spec: TensorSpec, dims: Mapping[str, int], config: ModelConfig, generator: np.random.Generator
+) -> NDArray[Any]:
+    shape = tuple(evaluate_dim(dim, dims) for dim in spec.shape)
+    if spec.name == "position_ids":
+        array: NDArray[Any] = np.broadcast_to(np.arange(shape[-1]), shape)
+    elif spec.name == "token_type_ids":
+        array = np.zeros(shape)
+    elif spec.name.endswith("mask") or spec.dtype == "bool":
+        array = np.ones(shape)
+    elif "int" in spec.dtype:
+        array = generator.integers(0, config.vocab_size or 2, shape)
+    else:
+        array = generator.standard_normal(shape)
+    return array.astype(spec.dtype)
+
+
+def _facts(array: NDArray[Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"dtype": str(array.dtype), "shape": list(array.shape)}
+    if array.size:
+        facts |= {"min": float(array.min()), "max": float(array.max()), "mean": float(array.mean())}
+    return facts

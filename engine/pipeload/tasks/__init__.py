@@ -1,0 +1,19 @@
+"""From texts and images to answers: what a task does before and after the passes through the model.
+
+```
+texts, images --> text.py, vision.py --> arrays --> Runner.run or Decoder.step --> arrays
+                                                                                      |
+              embed.py (pooling.py), classify.py (labels.py, entities.py), generate.py
+                                                                                      |
+                                                     vectors, labels, entities, texts <
+```
+
+`batch.py` makes rectangles of sequences, `config.py` reads the model directory's own files (`config.json` ...), and
+`runner.py` says what a task asks of the engine. The semantics are those of transformers and sentence-transformers;
+neither is imported. The tokenizers library and Pillow (extras `text` and `vision`) are imported at the first call that
+needs them.
+"""
+
+from __future__ import annotations
+
+__all__: list[str] = []

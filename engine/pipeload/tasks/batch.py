@@ -1,0 +1,62 @@
+"""Sequences of different lengths as one rectangular array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import BudgetError, ConfigError
+
+__all__ = ["Side", "in_batches", "padded", "position_ids"]
+
+Side = Literal["left", "right"]
+
+
+def padded(rows: Sequence[Sequence[int]], *, fill: int, side: Side) -> NDArray[np.int64]:
+    """The rows as int64 `[len(rows), longest]`, shorter ones filled up on the given side."""
+    longest = max(len(row) for row in rows)
+    array = np.full((len(rows), longest), fill, np.int64)
+    for target, row in zip(array, rows, strict=True):
+        if row:
+            target[slice(len(row)) if side == "right" else slice(-len(row), None)] = row
+    return array
+
+
+def position_ids(mask: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions that count only real tokens, `[batch, length]`; 1 for padding, as in transformers."""
+    return np.where(mask == 0, 1, mask.cumsum(axis=-1) - 1)
+
+
+def in_batches(lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], None]) -> None:
+    """Call `run` with the indices of one batch after the other, until every index had its turn.
+
+    The longest come first, so that little of a batch is padding, and so that the largest batch is the first.
+    One that the memory budget cannot hold is made smaller, and so are all that follow: the refusal costs
+    nothing, because it comes before anything is read.
+
+    Args:
+        lengths: tokens of each item.
+        batch_size: most items in a batch.
+        run: runs the items of these indices.
+
+    Raises:
+        ConfigError: `batch_size` is not a positive number.
+        BudgetError: not even a single item fits.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    begin = 0
+    while begin < len(order):
+        indices = order[begin : begin + batch_size]
+        try:
+            run(indices)
+        except BudgetError:
+            if len(indices) == 1:
+                raise
+            batch_size = len(indices) // 2
+        else:
+            begin += len(indices)

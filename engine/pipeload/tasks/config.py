@@ -1,0 +1,87 @@
+"""The settings that a model brings along in its own JSON files.
+
+Only the fields that a task uses are looked at, and those are checked for their type. A file that is missing
+means defaults, because a directory made from a bare `.onnx` file has none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from pipeload.errors import ShardError
+
+__all__ = ["GenerationConfig", "ModelConfig", "read_settings"]
+
+_POSITIONS_AFTER_PADDING = frozenset(
+    "camembert data2vec-text esm ibert longformer luke mpnet roberta xlm-roberta xlm-roberta-xl xmod".split()  # noqa: SIM905
+)
+"""Model types whose first position is `pad_token_id + 1`, so that the table has fewer usable rows."""
+
+Settings = TypeVar("Settings")
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the tasks need from `config.json`."""
+
+    model_type: str | None = None
+    problem_type: str | None = None
+    id2label: dict[int, str] = {}
+    vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    n_positions: int | None = None
+    pad_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    image_size: int | list[int] | None = None
+    num_channels: int | None = None
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens, prompt and answer together, that the model has positions for; None if not said."""
+        rows = self.max_position_embeddings or self.n_positions
+        if rows is not None and self.model_type in _POSITIONS_AFTER_PADDING:
+            return rows - (self.pad_token_id if self.pad_token_id is not None else 1) - 1
+        return rows
+
+    @property
+    def image_height_width(self) -> tuple[int, int] | None:
+        """The size of the images that the model was built for, or None if it is not said."""
+        if self.image_size is None:
+            return None
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        return self.image_size[0], self.image_size[-1]
+
+    def label(self, index: int) -> str:
+        """The name of a class; `LABEL_3`, as in transformers, if the model does not name its classes."""
+        return self.id2label.get(index, f"LABEL_{index}")
+
+
+class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What greedy generation needs from `generation_config.json`."""
+
+    eos_token_id: int | list[int] | None = None
+
+
+def read_settings(directory: Path, name: str, kind: type[Settings]) -> Settings:
+    """The JSON file `name` of the model directory as a `kind`, or `kind()` if there is no such file.
+
+    Raises:
+        ShardError: the file cannot be read, is no JSON, has a field of another type than it should have, or
+            lies outside the directory.
+    """
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise ShardError(f"{path} points to a place outside the model directory. Export the model again.")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return kind()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ShardError(f"{path} is damaged: {error}. Export the model again.") from error

@@ -1,0 +1,132 @@
+"""What a task asks of the engine.
+
+The tasks see a model only through these protocols, so that they can be tested with a few lines of numpy, and
+so that the engine can change how it runs passes without touching them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import ConfigError
+from pipeload.manifest import Manifest, TensorSpec
+from pipeload.tasks.config import ModelConfig, read_settings
+
+__all__ = [
+    "Array",
+    "DecodeState",
+    "Decoder",
+    "Runner",
+    "config_of",
+    "free_inputs",
+    "graph_inputs",
+    "once_per_runner",
+]
+
+Array = NDArray[np.generic]
+Kept = TypeVar("Kept")
+
+
+class DecodeState(Protocol):
+    """The KV caches of one batch of growing sequences. Leaving the context gives their memory back."""
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence that the caches hold, padding included."""
+
+    def close(self) -> None:
+        """Give the memory back. May be called more than once."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+State = TypeVar("State", bound=DecodeState)
+
+
+class Runner(Protocol):
+    """A loaded model: what it is, and how to send arrays through it."""
+
+    @property
+    def directory(self) -> Path:
+        """The sharded model directory."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The validated manifest of that directory."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All graph outputs for the given graph inputs. Caches that are left out are empty."""
+
+
+class Decoder(Runner, Protocol[State]):
+    """A runner that can also extend sequences; each engine has its own kind of state."""
+
+    def step(self, inputs: Mapping[str, Array], state: State) -> NDArray[np.float32]:
+        """Run the model over the new tokens and put their keys and values into the state.
+
+        Returns the logits of the last position only, `[batch, vocabulary]`.
+        """
+
+    def new_state(self, capacity: int = 0) -> State:
+        """An empty state. `capacity` says how many tokens it will hold, so that the engine can plan for them."""
+
+
+def free_inputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
+    """The graph inputs that are no caches, in the order of the graph."""
+    caches = {cache.input for cache in manifest.caches}
+    return tuple(spec for spec in manifest.inputs if spec.name not in caches)
+
+
+def graph_inputs(runner: Runner, offered: Mapping[str, Array]) -> dict[str, Array]:
+    """Those of the offered arrays that the graph takes, in the dtypes that it takes.
+
+    Raises:
+        ConfigError: the graph takes an input that is not offered.
+    """
+    specs = free_inputs(runner.manifest)
+    if missing := [spec.name for spec in specs if spec.name not in offered]:
+        raise ConfigError(
+            f"The model takes {_quoted(missing)}, and this call makes only {_quoted(offered)}. "
+            "Pass all inputs to model.run instead."
+        )
+    return {spec.name: offered[spec.name].astype(spec.dtype, copy=False) for spec in specs}
+
+
+def once_per_runner(make: Callable[[Runner], Kept]) -> Callable[[Runner], Kept]:
+    """`make`, called once for every runner; what it returned lives as long as the runner does."""
+    kept: WeakKeyDictionary[Runner, Kept] = WeakKeyDictionary()
+    lock = threading.Lock()
+
+    @wraps(make)
+    def look_up(runner: Runner) -> Kept:
+        # One lock, also while making: two threads that start with the same model must not load a tokenizer
+        # twice, because its memory counts.
+        with lock:
+            if runner not in kept:
+                kept[runner] = make(runner)
+            return kept[runner]
+
+    return look_up
+
+
+@once_per_runner
+def config_of(runner: Runner) -> ModelConfig:
+    """The settings from the model's `config.json`. Raises ShardError if it is damaged."""
+    return read_settings(runner.directory, "config.json", ModelConfig)
+
+
+def _quoted(names: Mapping[str, object] | list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
