@@ -1,0 +1,31 @@
+"""The exporter: from a checkpoint or an ONNX file to a sharded model directory.
+
+Modules, in the order in which data flows through them:
+
+```
+extra       is the extra [export] installed?
+task        what a model is for, and which transformers class that means
+catalog     recipes for models by name, from packages or with seeded weights
+hub         a model of the Hugging Face hub -> a local checkpoint folder
+source      SOURCE -> a checkpoint, or an ONNX graph with its side files
+folder      what lies in a checkpoint folder
+checkpoint  a checkpoint -> an unsplit ONNX graph, in a child process
+tracing     what that process does
+split       graph -> shards (graph, cuts, head, tables, weights, activations are its parts)
+samples     seeded inputs that suit a model
+chain       the shards one after another, and the unsplit graph, in plain onnxruntime
+graphcheck  is a shard's graph valid, and does it point to the weights of the manifest?
+verify      files, graphs and answers of a sharded model directory
+staging     a folder that becomes the target at once, or never
+package     all of it, in order: `export`
+```
+
+Importing this package needs only what the engine needs; torch, onnx and the others are imported when they are used.
+"""
+
+from __future__ import annotations
+
+from pipeload_export.package import export
+from pipeload_export.verify import Report, verify
+
+__all__ = ["Report", "export", "verify"]

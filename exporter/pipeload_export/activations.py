@@ -1,0 +1,150 @@
+"""How much memory the intermediate tensors of a shard take, as polynomials in the model's symbolic dimensions.
+
+A shard's profile says which nodes ran, in which order, and how large their outputs were. A walk over them that frees
+each tensor after its last use gives the bytes that are alive at each node. Over several runs these are exact
+polynomials in the sizes of the dimensions, because every tensor's size is a product of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations_with_replacement
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+
+from pipeload.manifest import ByteTerm, Structure
+from pipeload_export.graph import attribute
+from pipeload_export.sampling import Event
+
+__all__ = ["fit", "live_bytes"]
+
+_DEGREE = 2
+_TOTAL_DEGREE = 3
+_MOST_FORMULAS = 8
+_ALIASES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
+"""Operators whose output is their input's memory, where that is the session's own."""
+_ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
+
+
+def live_bytes(model: ModelProto, events: Sequence[Event], shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """Bytes that are alive while each node of a run works: all that was made and is still needed, and its outputs.
+
+    Args:
+        model: the shard's graph.
+        events: one run of it.
+        shapes: of the tensors that the shard takes and makes, in this run.
+    """
+    nodes = model.graph.node
+    if any(a.type in (a.GRAPH, a.GRAPHS) for node in nodes for a in node.attribute):
+        # Nodes of branches and loops cannot be told from those around them: as if nothing were ever freed.
+        return [sum(sum(event.output_bytes) for event in events)]
+    outputs = {value.name for value in model.graph.output}
+    last_use: dict[str, int] = {}
+    for place, event in enumerate(events):
+        if event.node < len(nodes):
+            last_use.update(dict.fromkeys(nodes[event.node].input, place))
+    owner: dict[str, str] = {}
+    known = dict(shapes)
+    alive: dict[str, int] = {}
+    result = []
+    for place, event in enumerate(events):
+        if event.node >= len(nodes):
+            # A cast that the session adds for itself; the node that wanted it comes next.
+            alive[f"cast for {place + 1}"] = sum(event.output_bytes)
+            last_use[f"cast for {place + 1}"] = place + 1
+            result.append(sum(alive.values()))
+            continue
+        node = nodes[event.node]
+        made = zip(filter(None, node.output), event.output_bytes, event.output_shapes, strict=False)
+        for name, nbytes, shape in made:
+            known[name] = shape
+            source = owner.get(node.input[0]) if node.op_type in _ALIASES else None
+            if source and name not in outputs and source not in outputs:
+                owner[name] = source
+                last_use[source] = max(last_use.get(source, place), last_use.get(name, place))
+            else:
+                owner[name] = name
+                alive[name] = nbytes
+        result.append(sum(alive.values()) + _scratch_bytes(node, known))
+        for name in [name for name in alive if name not in outputs and last_use.get(name, place) <= place]:
+            del alive[name]
+    return result
+
+
+def _scratch_bytes(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Memory that a kernel takes for itself while it works, at most."""
+    if node.op_type in _ATTENTION:
+        tensors = [shapes[name] for name in (*node.input, *node.output) if len(shapes.get(name, ())) >= 3]
+        batch, length = shapes[node.output[0]][0], shapes[node.output[0]][-2]
+        heads = attribute(node, "num_heads", 0) or attribute(node, "q_num_heads", 1)
+        scores: int = batch * heads * length * max(shape[-2] for shape in tensors)
+        scratch: int = 4 * (3 * sum(prod(shapes.get(name, (0,))) for name in node.input if name) + scores)
+        return scratch
+    if node.op_type == "Conv" and node.input[0] in shapes:
+        # The input is unfolded: for each position of the output, all that it depends on.
+        made, taken = shapes[node.output[0]], shapes[node.input[0]]
+        kernel: list[int] = attribute(node, "kernel_shape", [1])
+        return 4 * made[0] * prod(made[2:]) * taken[1] * prod(kernel)
+    return 0
+
+
+def fit(
+    symbols: Sequence[str], points: Sequence[Mapping[str, int]], steps: NDArray[np.int64], *, high: bool = False
+) -> Structure:
+    """The polynomials that bound what was alive.
+
+    Args:
+        symbols: the dimensions that vary.
+        points: their sizes in each run.
+        steps: bytes alive, of shape [runs, nodes].
+        high: allow any product of squares, as images with two extents need.
+    """
+    monomials = _monomials(symbols, high=high)
+    matrix = np.array([[prod(p[s] for s in m) for m in monomials] for p in points], float)
+    solved = np.linalg.lstsq(matrix, steps.astype(float), rcond=None)[0]
+    formulas: set[tuple[int, ...]] = set()
+    for column in range(steps.shape[1]):
+        factors = np.rint(solved[:, column])
+        if (matrix @ factors != steps[:, column]).any():
+            # No polynomial: scaled until it is nowhere below what was seen.
+            factors = np.maximum(solved[:, column], 0)
+            seen = matrix @ factors
+            ratio = float(np.max(steps[:, column] / np.maximum(seen, 1), initial=1))
+            factors = np.ceil(factors * ratio)
+        # Without its negative terms a polynomial is larger.
+        formulas.add(tuple(int(f) for f in np.maximum(factors, 0)))
+    kept = _thinned(_undominated(formulas))
+    return Structure(
+        activations=tuple(
+            tuple(ByteTerm(nbytes=f, dims=m) for f, m in zip(formula, monomials, strict=True) if f) for formula in kept
+        )
+    )
+
+
+def _monomials(symbols: Sequence[str], *, high: bool) -> list[tuple[str, ...]]:
+    most = _DEGREE * len(symbols) if high else min(_TOTAL_DEGREE, _DEGREE * len(symbols))
+    result = []
+    for degree in range(most + 1):
+        for names in combinations_with_replacement(symbols, degree):
+            if all(names.count(name) <= _DEGREE for name in names):
+                result.append(names)
+    return result
+
+
+def _undominated(formulas: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [
+        one
+        for one in sorted(formulas, reverse=True)
+        if not any(one != two and all(a <= b for a, b in zip(one, two, strict=True)) for two in formulas)
+    ]
+
+
+def _thinned(formulas: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """At most so many formulas: the last ones are replaced by one that is above all of them."""
+    if len(formulas) <= _MOST_FORMULAS:
+        return formulas
+    rest = formulas[_MOST_FORMULAS - 1 :]
+    return [*formulas[: _MOST_FORMULAS - 1], tuple(max(column) for column in zip(*rest, strict=True))]

@@ -1,0 +1,139 @@
+"""What lies in a checkpoint folder: which files are its weights, how large they are, and what else a model needs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeload.errors import ConfigError, ExportError
+from pipeload_export.extra import require_modules
+
+__all__ = ["SIDE_FILES", "choose_weights", "float32_bytes", "read_json", "side_files"]
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
+"""Files that a sharded model directory keeps as they are. The settings of the modules of sentence-transformers come
+on top (`1_Pooling/config.json`)."""
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PART = re.compile(r"model-\d+-of-\d+\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_MAX_HEADER_BYTES = 100 << 20
+
+
+def choose_weights(names: Iterable[str], where: str) -> list[str]:
+    """The files with the weights, among the names of the files at the top of a folder or repository.
+
+    Either safetensors (with their index, if there are several), or one GGUF file, which is then alone in the list.
+
+    Raises:
+        ConfigError: there are none, or only such as pipeload does not open.
+    """
+    names = sorted(names)
+    if _SINGLE in names:
+        return [_SINGLE]
+    if _INDEX in names:
+        return [_INDEX, *(name for name in names if _PART.fullmatch(name))]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if len(gguf) == 1:
+        return gguf
+    if gguf:
+        raise ConfigError(f"{where} holds several GGUF files: {', '.join(gguf)}. Pass the path of one of them.")
+    if onnx := [name for name in names if name.endswith(".onnx")]:
+        raise ConfigError(f"{where} holds no checkpoint, but {', '.join(onnx)}. Pass the path of the .onnx file.")
+    if pickles := [name for name in names if name.endswith(_PICKLES) and name != "training_args.bin"]:
+        raise ConfigError(
+            f"{where} holds its weights only as {', '.join(pickles)}. Such files can run code when they are opened, so "
+            "pipeload refuses them. Convert them to safetensors (model.save_pretrained(FOLDER) of transformers)."
+        )
+    raise ConfigError(f"{where} holds no weights: neither {_SINGLE}, nor {_INDEX}, nor a .gguf file.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no file. Raises ExportError if it is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise ExportError(f"{path} is no JSON: {error}. Repair it or fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ExportError(f"{path} holds no JSON object. Repair it or fetch it again.")
+    return value
+
+
+def side_files(folder: Path) -> dict[str, Path]:
+    """Path in the sharded model directory -> file of this folder, for those that it has."""
+    names = list(SIDE_FILES)
+    modules = folder / "modules.json"
+    if modules.is_file():
+        try:
+            names += [str(PurePosixPath(module["path"]) / "config.json") for module in json.loads(modules.read_bytes())]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ExportError(f"{modules} is damaged: {error!r}. Fetch it again.") from error
+    inside = [name for name in dict.fromkeys(names) if ".." not in name and not name.startswith("/")]
+    return {name: folder / name for name in inside if (folder / name).is_file()}
+
+
+def float32_bytes(folder: Path, weights: list[str]) -> int:
+    """Bytes of all weights once their floats are float32, from the files' headers. Nothing else is read.
+
+    Raises:
+        ExportError: a file is missing, truncated or damaged.
+    """
+    if weights[0].endswith(".gguf"):
+        return _gguf_bytes(folder / weights[0])
+    if weights[0] == _INDEX:
+        parts = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
+            raise ExportError(f"{folder / _INDEX} has no weight_map. Fetch the checkpoint again.")
+        weights = sorted(set(parts.values()))
+    if missing := [name for name in weights if not (folder / name).is_file()]:
+        raise ExportError(f"{folder} lacks {', '.join(missing)}. Fetch the checkpoint again.")
+    return sum(_safetensors_bytes(folder / name) for name in weights)
+
+
+def _safetensors_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+            widened: int = sum(
+                prod(entry["shape"]) * 4
+                if entry["dtype"] in ("F16", "BF16", "F32")
+                else entry["data_offsets"][1] - entry["data_offsets"][0]
+                for entry in tensors
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ExportError(f"{path} is no safetensors file: {error!r}. Fetch it again.") from error
+    if path.stat().st_size != end:
+        raise ExportError(f"{path} has {path.stat().st_size} bytes where its header says {end}. Fetch it again.")
+    return widened
+
+
+def _gguf_bytes(path: Path) -> int:
+    require_modules("gguf", "sentencepiece")
+    from gguf import GGUFReader
+
+    try:
+        elements = [int(tensor.n_elements) for tensor in GGUFReader(path).tensors]
+    except (ValueError, KeyError, IndexError, OverflowError) as error:
+        raise ExportError(f"{path} is no GGUF file, or a damaged one: {error}. Fetch it again.") from error
+    return 4 * sum(elements)

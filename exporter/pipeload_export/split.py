@@ -1,0 +1,151 @@
+"""An ONNX graph -> ordered shards with named edges, each a graph file and a weights file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ValueInfoProto
+
+from pipeload.errors import ExportError
+from pipeload.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
+from pipeload_export.cuts import find_cuts
+from pipeload_export.fold import drop_dead, normalise
+from pipeload_export.graph import Graph, dtype_name, load
+from pipeload_export.head import HeadCut, cut_head
+from pipeload_export.placement import Piece, find_caches, place
+from pipeload_export.sampling import Sampler
+from pipeload_export.tables import Lift, lift_tables
+from pipeload_export.writer import Progress, ShardWriter
+
+__all__ = ["SplitModel", "split"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitModel:
+    """What `pipeload.manifest.Manifest` says about a model, as far as its graph tells."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    edges: tuple[TensorSpec, ...]
+    caches: tuple[Cache, ...]
+    head: Head | None
+    shards: tuple[Shard, ...]
+    structures: dict[str, Structure]
+    dims: tuple[str, ...]
+    files: tuple[FileRecord, ...]
+
+
+def split(
+    model_path: Path,
+    shards_dir: Path,
+    *,
+    whole: bool = False,
+    progress: Progress | None = None,
+) -> SplitModel:
+    """Cut a transformer's ONNX graph into shards, and write them.
+
+    Where the model keeps its weights in an external file, memory holds about one block at a time; the values of
+    initializers inside the model's file are held as well.
+
+    Args:
+        model_path: the `.onnx` file.
+        shards_dir: an existing folder for the shards; paths in the result are relative to its parent.
+        whole: put a model without repeating blocks into one shard, instead of refusing it.
+        progress: called with what is being written, and its bytes so far and in total.
+
+    Raises:
+        ExportError: the file is no graph that can be cut; the message says why.
+
+    Example:
+        >>> model = split(Path("model.onnx"), Path("target/shards"))
+        >>> [shard.name for shard in model.shards]
+        ['prologue', 'block.000', 'block.001', 'epilogue']
+    """
+    graph = normalise(load(model_path))
+    cuts = find_cuts(graph, whole=whole)
+    activation = {name for segment in cuts.segments for name in segment}
+    lifts = lift_tables(graph, block_bytes=cuts.block_bytes, activation=activation)
+    head = cut_head(graph, block_bytes=cuts.block_bytes, tables=[lift.table for lift in lifts]) if cuts.count else None
+    lifted = {name: graph.constants[name] for name in (*(lift.table for lift in lifts), *_constants_of(head))}
+    drop_dead(graph, [*([head.input] if head else []), *(lift.indices for lift in lifts)])
+    pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
+    caches = find_caches(graph, pieces)
+    graph.constants.update(lifted)
+
+    inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
+    sampler = Sampler(graph, inputs, _last_uses(pieces, lifts, head))
+    writer = ShardWriter(graph, shards_dir, sampler, progress or _silent)
+    tables = {lift.table: lifted[lift.table] for lift in lifts}
+    writer.write_tables(tables, first=head.table if head and head.tied else None)
+    for piece in pieces:
+        writer.write_piece(piece, lifts)
+    if head:
+        writer.write_head(head)
+    writer.finish()
+
+    dims = tuple(dict.fromkeys(symbol for spec in inputs for dim in spec.shape for symbol in symbols(dim)))
+    known = {*graph.output_names, *(spec.name for spec in inputs)}
+    edges = dict.fromkeys(name for shard in writer.shards for name in (*shard.inputs, *shard.outputs))
+    slices = tuple(shard.name for shard in writer.shards if shard.role == "head")
+    return SplitModel(
+        inputs=inputs,
+        outputs=tuple(_output_spec(value, writer, dims, head) for value in graph.outputs),
+        edges=tuple(writer.edge(name) for name in edges if name not in known),
+        caches=caches,
+        head=Head(input=head.input, output=head.output, shards=slices) if head else None,
+        shards=tuple(writer.shards),
+        structures=writer.structures.known,
+        dims=dims,
+        files=tuple(writer.files),
+    )
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _constants_of(head: HeadCut | None) -> list[str]:
+    return [name for name in (head.table, head.bias) if name] if head else []
+
+
+def _last_uses(pieces: Sequence[Piece], lifts: Sequence[Lift], head: HeadCut | None) -> dict[str, int]:
+    """Tensor -> number of the last shard that takes it, or looks up rows by it."""
+    result: dict[str, int] = {}
+    for number, piece in enumerate(pieces):
+        result.update(dict.fromkeys(piece.inputs, number))
+        result.update((lift.indices, number) for lift in lifts if lift.output in piece.inputs)
+    if head:
+        result[head.input] = len(pieces) + len(head.rows) - 1
+    return result
+
+
+def _input_spec(value: ValueInfoProto, graph: Graph) -> TensorSpec:
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        raise ExportError(
+            f"The graph does not say how many dimensions its input '{value.name}' has. Export it with shapes."
+        )
+    dtype = dtype_name(tensor.elem_type or graph.types.get(value.name, (0, None))[0])
+    return TensorSpec(name=value.name, dtype=dtype, shape=_declared(value))
+
+
+def _declared(value: ValueInfoProto) -> tuple[int | str, ...]:
+    """The shape that the graph declares; a dimension without a name gets one."""
+    sizes = (d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim)
+    return tuple(f"{value.name}.{axis}" if size == "" else size for axis, size in enumerate(sizes))
+
+
+def _output_spec(value: ValueInfoProto, writer: ShardWriter, dims: Sequence[str], head: HeadCut | None) -> TensorSpec:
+    """As the graph declares it, if that is said in terms of the inputs' dimensions; else as it was seen."""
+    declared = _declared(value)
+    is_known = value.type.tensor_type.HasField("shape") and set(dims).issuperset(
+        s for d in declared for s in symbols(d)
+    )
+    if head and value.name == head.output:
+        found = writer.edge(head.input)
+        shape = declared if is_known else (*found.shape[:-1], head.rows[-1][1]) if found.shape else ()
+        return TensorSpec(name=value.name, dtype=dtype_name(value.type.tensor_type.elem_type), shape=shape)
+    found = writer.edge(value.name)
+    return TensorSpec(name=value.name, dtype=found.dtype, shape=declared if is_known else found.shape)

@@ -1,0 +1,221 @@
+"""A folder that becomes the target at once, or never.
+
+```
+ .NAME.lock                one export to a target at a time (flock: it ends with the process, however that ends)
+ .NAME.staging-PID-RANDOM  everything is written here, beside the target, hence on its file system
+ .NAME.old-PID-RANDOM      only where the kernel cannot exchange two folders: the old target, for a moment
+```
+
+Whatever happens, the target is the old one, or absent as before, or the new one as a whole. What a killed export
+left behind is removed, or put back, by the next one to the same target.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pipeload.errors import ConfigError, ExportError
+
+__all__ = ["Staging"]
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+class Staging:
+    """A context in which a folder is built that `commit` puts in the target's place.
+
+    Args:
+        target: the folder that is to be.
+        marker: a file that marks a folder as one that this program made. Only such a folder, or an empty one, is
+            ever replaced.
+        force: an existing target may be replaced.
+
+    Raises:
+        ConfigError: the target exists and may not be replaced, or cannot be a folder at all.
+        ExportError: another process is exporting to the same target.
+    """
+
+    def __init__(self, target: Path, marker: str, *, force: bool) -> None:
+        # Resolved, so that two spellings meet at one lock and a symbolic link stays where it is.
+        self._target = target.expanduser().resolve()
+        self._marker = marker
+        self._force = force
+        self._lock: int | None = None
+        self._folder = self._beside("staging")
+
+    @property
+    def work(self) -> Path:
+        """A folder for what is needed on the way."""
+        return self._folder / "work"
+
+    @property
+    def result(self) -> Path:
+        """The folder that becomes the target."""
+        return self._folder / "result"
+
+    @property
+    def disk(self) -> Path:
+        """A folder that exists on the target's file system."""
+        return next(folder for folder in self._target.parents if folder.is_dir())
+
+    def overlaps(self, other: Staging) -> bool:
+        """Whether one of the two targets is the other, or lies in it."""
+        one, two = self._target, other._target
+        return one == two or one in two.parents or two in one.parents
+
+    def check(self) -> None:
+        """Raise ConfigError if the target may not become what is to be built. Changes nothing."""
+        target = self._target
+        if not target.name:
+            raise ConfigError(f"The target {target} is the root of the file system. Name a folder in it.")
+        if not os.path.lexists(target):
+            return
+        if not target.is_dir():
+            raise ConfigError(f"The target {target} exists and is a file. Name a folder that does not exist.")
+        if not self._force:
+            raise ConfigError(f"The target {target} exists. Name another one, or pass --force to replace it.")
+        if any(target.iterdir()) and not (target / self._marker).is_file():
+            raise ConfigError(
+                f"The target {target} holds files, but no {self._marker}, so it was not made by this command and is "
+                "not replaced. Name another target, or remove it yourself."
+            )
+
+    def commit(self) -> None:
+        """Bring all that was written to the disk, then put the result in the target's place."""
+        _sync(self.result)
+        try:
+            self.check()
+            if not self._target.exists():
+                self.result.rename(self._target)
+            elif not _exchange(self.result, self._target):
+                old = self._beside("old")
+                self._target.rename(old)
+                self.result.rename(self._target)
+                shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            raise ExportError(
+                f"The export could not be moved to {self._target}: {error.strerror or error}. Was it made meanwhile?"
+            ) from error
+        _sync_folder(self._target.parent)
+
+    def __enter__(self) -> Self:
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        except OSError as error:
+            raise ConfigError(
+                f"Nothing can be written beside {self._target}: {error.strerror or error}. Name another target."
+            ) from error
+        try:
+            self._clean_up()
+            self.check()
+            self.work.mkdir(parents=True)
+            self.result.mkdir()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            # Removed while it is held: whoever waits for the old file notices that it is gone, and makes a new one.
+            with suppress(OSError):
+                self._lock_path.unlink()
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def _lock_path(self) -> Path:
+        return self._target.with_name(f".{self._target.name}.lock")
+
+    def _beside(self, kind: str) -> Path:
+        name = self._target.name or "root"
+        return self._target.parent / f".{name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+
+    def _acquire(self) -> None:
+        while True:
+            descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(descriptor, 32, 0).decode(errors="replace")
+                os.close(descriptor)
+                raise ExportError(
+                    f"Another export to {self._target} is under way (process {owner or 'unknown'}). "
+                    "Wait for it, or name another target."
+                ) from error
+            except BaseException:
+                os.close(descriptor)
+                raise
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                    self._lock = descriptor
+                    return
+            os.close(descriptor)
+
+    def _leftovers(self, kind: str) -> Iterator[Path]:
+        pattern = re.compile(rf"\.{re.escape(self._target.name)}\.{kind}-\d+-[0-9a-f]{{8}}")
+        yield from (path for path in self._target.parent.iterdir() if pattern.fullmatch(path.name))
+
+    def _clean_up(self) -> None:
+        """Under the lock nobody else works on this target, so whatever lies there was left behind."""
+        for old in self._leftovers("old"):
+            if self._target.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(self._target)
+        for folder in self._leftovers("staging"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step, where the kernel and the file system can (Linux `renameat2`)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_SUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _sync(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync_file(Path(parent, name))
+        _sync_folder(Path(parent))
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    # Some file systems cannot do that for folders; the data itself is safe all the same.
+    with suppress(OSError):
+        _sync_file(path)

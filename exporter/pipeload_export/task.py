@@ -1,0 +1,85 @@
+"""What a model is for: the names of the Hugging Face hub, and how to tell from a config or a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeload.errors import ConfigError
+
+__all__ = ["TASKS", "check_task", "task_of_config", "task_of_graph"]
+
+TASKS = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "token-classification": "AutoModelForTokenClassification",
+}
+"""Task -> the class of transformers that loads a checkpoint for it."""
+
+_ARCHITECTURES = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForPreTraining": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForImageClassificationWithTeacher": "image-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "Model": "feature-extraction",
+}
+"""End of an architecture's name -> task. `Model` comes last, because `LMHeadModel` ends with it as well."""
+
+
+def check_task(task: str) -> str:
+    """The task as the manifest calls it; `text-generation-with-past` is `text-generation`, which always has a cache.
+
+    Raises:
+        ConfigError: it is none of `TASKS`.
+    """
+    name = task.removesuffix("-with-past")
+    if name not in TASKS:
+        raise ConfigError(f"'{task}' is no task that pipeload knows. Choose one of: {', '.join(TASKS)}.")
+    return name
+
+
+def task_of_config(config: Mapping[str, Any]) -> str | None:
+    """The task that the config's architecture was made for, or None if it does not tell."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list):
+        return None
+    for architecture in architectures:
+        for ending, task in _ARCHITECTURES.items():
+            if isinstance(architecture, str) and architecture.endswith(ending):
+                return task
+    return None
+
+
+def task_of_graph(inputs: Sequence[str], outputs: Mapping[str, Sequence[int | str]], config: Mapping[str, Any]) -> str:
+    """The task of an ONNX graph.
+
+    The graph has the last word where it is clear, because the config beside it describes the checkpoint that
+    the graph was made from, which may have had another head.
+
+    Args:
+        inputs: names of the graph's inputs.
+        outputs: name of each output -> its shape.
+        config: what is known from `config.json`; may be empty.
+    """
+    if "start_logits" in outputs and "end_logits" in outputs:
+        return "question-answering"
+    if "logits" not in outputs:
+        return "feature-extraction"
+    if any("past" in name for name in inputs):
+        return "text-generation"
+    found = task_of_config(config)
+    if found not in (None, "feature-extraction"):
+        return found
+    shape = outputs["logits"]
+    if len(shape) == 2:
+        return "image-classification" if "pixel_values" in inputs else "text-classification"
+    return "fill-mask" if shape and shape[-1] == config.get("vocab_size") else "token-classification"

@@ -1,0 +1,135 @@
+"""Tiny seeded models as sharded directories, for tests: every family's real architecture, with weights of some 100 kB.
+
+    python -m tests.models OUT                all of them
+    python -m tests.models OUT bert gpt2      some of them
+
+Each directory of an architecture also holds `reference.npz`: inputs, and what the unsplit model answers to them, as
+`input.0.input_ids`, `output.0.last_hidden_state`, `input.1.input_ids` ... Directories named `toy...` are those of
+`tests/engine/toy.py`. Tests find the folder in the environment variable PIPELOAD_TEST_MODELS; a machine without torch
+gets it from one that has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+REFERENCE_NAME = "reference.npz"
+_VOCABULARY = 1000
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+_IMAGE = {"image_size": 32, "patch_size": 8}
+_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": _VOCABULARY, "n_positions": 64}
+
+# name -> (task, class of transformers, class of its config, the config's arguments)
+ARCHITECTURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
+    "bert": ("feature-extraction", "BertModel", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
+    "vit": ("image-classification", "ViTForImageClassification", "ViTConfig", {**_SMALL, **_IMAGE}),
+    "gpt2": ("text-generation", "GPT2LMHeadModel", "GPT2Config", _GPT),
+    "llama": (
+        "text-generation",
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        {**_SMALL, "num_key_value_heads": 2, "vocab_size": _VOCABULARY, "tie_word_embeddings": True},
+    ),
+}
+TOYS: Mapping[str, Mapping[str, Any]] = {
+    "toy": {"blocks": 6, "width": 64},
+    "toy-other": {"blocks": 6, "width": 64, "seed": 1},
+    "toy-decoder": {"blocks": 4, "width": 64, "decoder": True},
+    "toy-large": {"blocks": 8, "width": 1024},
+}
+_SIZES = ((1, 1), (1, 7), (2, 12))
+"""Batch and length of the reference inputs."""
+
+
+def make(out: Path, name: str) -> Path:
+    """Write one model into a folder; what is there already stays. Returns the model's directory."""
+    directory = out / name
+    if not directory.exists():
+        if name in TOYS:
+            from tests.engine.toy import make_toy
+
+            make_toy(directory, **TOYS[name])
+        else:
+            _make_architecture(directory, name)
+    return directory
+
+
+def _make_architecture(directory: Path, name: str) -> None:
+    import torch
+    import transformers
+
+    from pipeload_export import export
+
+    task, model_class, config_class, options = ARCHITECTURES[name]
+    torch.manual_seed(sum(name.encode()))
+    config = getattr(transformers, config_class)(**options)
+    model = getattr(transformers, model_class)(config).eval()
+    with tempfile.TemporaryDirectory(prefix="pipeload-models-") as folder:
+        checkpoint, unsplit = Path(folder) / "checkpoint", Path(folder) / "unsplit"
+        model.save_pretrained(checkpoint)
+        export(checkpoint, directory, task=task, keep_onnx=unsplit)
+        np.savez(directory / REFERENCE_NAME, **_reference(unsplit / "model.onnx", task))
+
+
+def _reference(path: Path, task: str) -> dict[str, NDArray[Any]]:
+    """Seeded inputs and the answers that plain onnxruntime gets from the unsplit graph, without optimisation."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    found: dict[str, NDArray[Any]] = {}
+    for number, inputs in enumerate(_inputs(session.get_inputs(), task)):
+        for name, array in inputs.items():
+            found[f"input.{number}.{name}"] = array
+        for name, array in zip(names, session.run(names, inputs), strict=True):
+            found[f"output.{number}.{name}"] = array
+    return found
+
+
+def _inputs(specs: list[Any], task: str) -> Iterator[dict[str, NDArray[Any]]]:
+    random = np.random.default_rng(0)
+    for batch, length in _SIZES:
+        pasts = (0, 5) if task == "text-generation" else (0,)
+        for past in pasts:
+            yield {spec.name: _input(spec, batch, length, past, random) for spec in specs}
+
+
+def _input(spec: Any, batch: int, length: int, past: int, random: np.random.Generator) -> NDArray[Any]:
+    if spec.name == "pixel_values":
+        return random.standard_normal((batch, 3, _IMAGE["image_size"], _IMAGE["image_size"]), dtype=np.float32)
+    if spec.name == "input_ids":
+        return random.integers(0, _VOCABULARY, (batch, length))
+    if spec.name == "position_ids":
+        return np.tile(np.arange(past, past + length), (batch, 1))
+    if spec.name == "token_type_ids":
+        return np.zeros((batch, length), np.int64)
+    if spec.name == "attention_mask":
+        return np.ones((batch, past + length), np.int64)
+    assert spec.name.startswith("past_key_values."), f"no recipe for the input {spec.name}"
+    _, heads, _, size = spec.shape
+    return random.standard_normal((batch, heads, past, size), dtype=np.float32)
+
+
+def main(say: Callable[[str], None] = print) -> int:
+    """Parse the command line and make the models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("names", nargs="*", help=f"of {' '.join([*ARCHITECTURES, *TOYS])}; default: all")
+    arguments = parser.parse_args()
+    for name in arguments.names or [*ARCHITECTURES, *TOYS]:
+        say(str(make(arguments.out, name)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
