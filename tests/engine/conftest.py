@@ -1,0 +1,124 @@
+"""Models for the engine's tests, a time limit for each of them, and no thread may outlive one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.engine.harness import PATIENCE_S, agents
+from tests.models import ARCHITECTURES, TOYS, make
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            # Making models may take longer, and has a limit of its own.
+            item.add_marker(pytest.mark.timeout(2 * PATIENCE_S, func_only=True))
+
+
+@pytest.fixture(autouse=True)
+def no_agent_survives() -> Iterator[None]:
+    yield
+    assert agents() == []
+
+
+@pytest.fixture
+def descriptors() -> Callable[[], int]:
+    """How many files this process has open now."""
+    return lambda: len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture(scope="session")
+def made_toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name -> a toy's directory, which no test may change."""
+    given = os.environ.get("PIPELOAD_TEST_MODELS")
+    folder = None if given else tmp_path_factory.mktemp("toys")
+
+    def find(name: str) -> Path:
+        if folder is None:
+            return _given(given, name)
+        if importlib.util.find_spec("onnx") is None:
+            pytest.skip("needs the package onnx, or toys in PIPELOAD_TEST_MODELS")
+        return make(folder, name)
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def toy(made_toys: Callable[[str], Path]) -> Path:
+    """Six blocks of 16 kB."""
+    return made_toys("toy")
+
+
+@pytest.fixture(scope="session")
+def toy_decoder(made_toys: Callable[[str], Path]) -> Path:
+    """Four blocks with caches, and a tied head in two slices."""
+    return made_toys("toy-decoder")
+
+
+@pytest.fixture(scope="session")
+def toy_large(made_toys: Callable[[str], Path]) -> Path:
+    """Eight blocks of 4.2 MB, so that megabytes of budget make a difference."""
+    return made_toys("toy-large")
+
+
+@pytest.fixture
+def toy_copy(toy: Path, tmp_path: Path) -> Path:
+    """A toy that the test may damage."""
+    return Path(shutil.copytree(toy, tmp_path / "model"))
+
+
+@pytest.fixture(params=TOYS.keys() - {"toy-other"})
+def any_toy(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
+    return made_toys(request.param)
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def exported(request: pytest.FixtureRequest) -> Path:
+    """An architecture's directory, with `reference.npz`."""
+    given = os.environ.get("PIPELOAD_TEST_MODELS")
+    if given:
+        return _given(given, request.param)
+    if missing := [name for name in ("onnx", "torch", "transformers") if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}, or {request.param} in PIPELOAD_TEST_MODELS")
+    return _made_once(request.param)
+
+
+def _given(folder: str | None, name: str) -> Path:
+    directory = Path(str(folder)) / name
+    if not directory.is_dir():
+        pytest.skip(f"PIPELOAD_TEST_MODELS has no {name}")
+    return directory
+
+
+def _made_once(name: str) -> Path:
+    """The model as the exporter of this commit makes it, from the cache where it is there already.
+
+    In a process of its own: torch would stay in this one, and in its memory.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]):
+        digest.update(path.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
+    if not (cache / name).exists():
+        cache.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as staging:
+            variables = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'engine'}{os.pathsep}{REPOSITORY / 'exporter'}"}
+            subprocess.run(
+                [sys.executable, "-m", "tests.models", staging, name],
+                cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            # Somebody else may have made it meanwhile: then that one stays.
+            if not (cache / name).exists():
+                (Path(staging) / name).rename(cache / name)
+    return cache / name

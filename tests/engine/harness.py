@@ -1,0 +1,133 @@
+"""What the engine's tests share: gates, the sequential reference, budgets that are known to work."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pipeload
+from pipeload import manifest as manifests
+from pipeload.forward import Forward
+from pipeload.session import ShardSession, Stopper, to_array, to_value
+from pipeload.storage import Buffer, Storage
+
+EMULATED = os.environ.get("PIPELOAD_EMULATED") == "1"
+PATIENCE_S = 900 if EMULATED else 60
+"""How long anything may take before a test calls it a hang."""
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+class Gate:
+    """A place where a thread stops until the test lets it go on."""
+
+    def __init__(self, *, opened: bool = False) -> None:
+        self._reached = threading.Semaphore(0)
+        self._open = threading.Event()
+        if opened:
+            self._open.set()
+
+    def stop_here(self) -> None:
+        """For the thread: say that it is here, and wait."""
+        self._reached.release()
+        assert self._open.wait(PATIENCE_S), "nobody opened the gate"
+
+    def wait_reached(self) -> None:
+        """For the test: wait until one more thread is here."""
+        assert self._reached.acquire(timeout=PATIENCE_S), "nobody came to the gate"
+
+    def open(self) -> None:
+        self._open.set()
+
+
+class Background(threading.Thread):
+    """A call in a thread of its own, which keeps its result or its exception."""
+
+    def __init__(self, call: Any, *arguments: Any) -> None:
+        super().__init__(name="test-caller", daemon=True)
+        self._call, self._arguments = call, arguments
+        self._result: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._call(*self._arguments)
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+    def end(self) -> Any:
+        """Wait for the call; its result, or its exception."""
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        return self._result
+
+    def wait(self) -> BaseException | None:
+        """Wait for the call; its exception, if it had one."""
+        self.join(PATIENCE_S)
+        assert not self.is_alive(), "the call hangs"
+        return self.error
+
+
+def agents() -> list[str]:
+    """Names of all agents that live in this process."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeload-")]
+
+
+def smallest_budget(directory: Path, **options: Any) -> int:
+    """The smallest budget that works for the model in this process, as the engine names it."""
+    try:
+        pipeload.load(directory, 1, **options)
+    except pipeload.BudgetError as error:
+        return error.needed_bytes
+    raise AssertionError("a budget of one byte works")
+
+
+def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[str, NDArray[Any]]:
+    """The reference: the same shards, one plain session after another, without agents. Left out caches are empty."""
+    manifest = manifests.read(directory)
+    storage = Storage(directory, manifest)
+
+    @contextmanager
+    def borrow(index: int) -> Iterator[ShardSession]:
+        shard = manifest.shards[index]
+        buffer = Buffer(shard.nbytes)
+        assert storage.read_weights(shard, buffer, lambda: False)
+        yield ShardSession(shard, storage.graph(shard), buffer, threads)
+
+    dims = manifests.bind_dims(manifest.inputs, {name: array.shape for name, array in inputs.items()})
+    dims = {symbol: dims.get(symbol, 0) for symbol in manifest.dims}
+    arrays = dict(inputs)
+    for spec in manifest.inputs:
+        if spec.name not in arrays:
+            shape = [manifests.evaluate_dim(dim, dims) for dim in spec.shape]
+            arrays[spec.name] = np.zeros(shape, spec.dtype)
+    values = {spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs}
+    outputs = Forward(manifest, storage).run(values, borrow, Stopper())
+    return {name: to_array(value).copy() for name, value in outputs.items()}
+
+
+def assert_same(actual: Arrays, expected: Arrays) -> None:
+    """Equal bit for bit."""
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name], array, err_msg=name)
+
+
+def assert_close(actual: Arrays, expected: Arrays, share: float) -> None:
+    """Equal within a share of each output's range."""
+    assert actual.keys() == expected.keys()
+    for name, array in expected.items():
+        assert actual[name].shape == array.shape, name
+        if array.size:
+            error = np.abs(actual[name].astype(np.float64) - array).max()
+            assert error <= share * (np.ptp(array) or 1.0), f"{name} is off by {error}"

@@ -1,0 +1,307 @@
+"""Tasks are drawn round and round in plan order, consumed in ticket order, and every wait can be ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.engine.harness import Background
+
+from pipeload.errors import ClosedError
+from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Request, Task
+
+
+def _nothing() -> None:
+    pass
+
+
+def _request(work: Any = None) -> Request:
+    return Request(work=work)
+
+
+def _shard(index: int) -> LoadedShard:
+    return LoadedShard(index=index, session=None, buffer=None, reserved_bytes=1, pooled=True)
+
+
+def _draw(exchange: Exchange) -> Task:
+    task = exchange.next_task()
+    assert task is not None
+    return task
+
+
+def _load(exchange: Exchange) -> Task:
+    """Draw and deliver one shard."""
+    task = _draw(exchange)
+    exchange.deliver(Loaded(task=task, shard=_shard(task.index)))
+    return task
+
+
+def _started(*resident: bool) -> Exchange:
+    exchange = Exchange()
+    exchange.start(resident)
+    return exchange
+
+
+def _holds_back(exchange: Exchange) -> bool:
+    """A Loading Agent that asks for a task would wait."""
+    with exchange._changed:
+        return not exchange._may_draw()
+
+
+def _retired(exchange: Exchange) -> list[int]:
+    """What the Daemon would get, by closing the exchange."""
+    exchange.close()
+    found = []
+    while (shard := exchange.next_retired()) is not None:
+        found.append(shard.index)
+    return found
+
+
+def test_shards_are_drawn_in_order_and_round_and_round() -> None:
+    exchange = _started(False, False, False)
+    tasks = [_load(exchange) for _ in range(8)]
+    assert [task.index for task in tasks] == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert [task.ticket for task in tasks] == list(range(8))
+
+
+def test_resident_shards_are_drawn_once() -> None:
+    exchange = _started(False, True, False, True)
+    assert [(task.index, task.resident) for task in (_load(exchange) for _ in range(8))] == [
+        (0, False), (1, True), (2, False), (3, True), (0, False), (2, False), (0, False), (2, False),
+    ]  # fmt: skip
+
+
+def test_when_everything_is_resident_the_drawing_ends() -> None:
+    exchange = _started(True, True)
+    assert [_load(exchange).index for _ in range(2)] == [0, 1]
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.close()
+    assert waiting.end() is None
+
+
+def test_what_is_held_already_is_not_drawn() -> None:
+    exchange = Exchange()
+    exchange.start((True, True, False), held=[0])
+    assert [_load(exchange).index for _ in range(4)] == [1, 2, 2, 2]
+
+
+def test_inference_takes_shards_in_ticket_order_however_they_come() -> None:
+    exchange = _started(False, False, False)
+    tasks = [_draw(exchange) for _ in range(3)]
+    first = Background(exchange.take, 0, _request())
+    for task in reversed(tasks[1:]):
+        exchange.deliver(Loaded(task=task, shard=_shard(task.index)))
+    assert first.is_alive()
+    exchange.deliver(Loaded(task=tasks[0], shard=_shard(0)))
+    assert first.end()[1].index == 0
+    assert [exchange.take(k, _request())[1].index for k in (1, 2)] == [1, 2]
+
+
+def test_a_pass_begins_where_the_one_before_prefetched() -> None:
+    exchange = _started(False, False)
+    for _ in range(4):
+        _load(exchange)
+    taken = [exchange.take(index, _request())[0].ticket for index in (0, 1, 0, 1)]
+    assert taken == [0, 1, 2, 3]
+
+
+# Failures
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), MemoryError(), SystemExit(3), KeyboardInterrupt()])
+def test_a_failed_load_is_raised_where_it_was_awaited(error: BaseException) -> None:
+    exchange = _started(False, False)
+    waiting = Background(exchange.take, 0, _request())
+    exchange.deliver(Failed(task=_draw(exchange), error=error))
+    assert waiting.wait() is error
+
+
+def test_shards_before_a_failed_one_can_still_be_taken() -> None:
+    exchange = _started(False, False)
+    first, second = _draw(exchange), _draw(exchange)
+    exchange.deliver(Failed(task=second, error=OSError("disk")))
+    exchange.deliver(Loaded(task=first, shard=_shard(0)))
+    assert exchange.take(0, _request())[0] is first
+    with pytest.raises(OSError, match="disk"):
+        exchange.take(1, _request())
+
+
+def test_after_a_failure_nothing_more_is_drawn_until_the_reset() -> None:
+    # Otherwise Loading Agents would fail again and again while nobody calls.
+    exchange = _started(False, False)
+    exchange.deliver(Failed(task=_draw(exchange), error=OSError("disk")))
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.reset(_nothing)
+    exchange.start((False, False))
+    assert waiting.end().index == 0
+
+
+# Reset
+
+
+def test_a_reset_waits_for_work_and_throws_away_what_is_ready() -> None:
+    exchange = _started(False, False, False)
+    _load(exchange)
+    working = _draw(exchange)
+    woken: list[bool] = []
+    resetting = Background(exchange.reset, lambda: woken.append(exchange.is_stale(working)))
+    while not woken:
+        exchange.notify()
+    assert woken == [True], "whoever is woken must see that the task is stale"
+    assert resetting.is_alive()
+    exchange.deliver(Loaded(task=working, shard=_shard(1)))
+    resetting.end()
+    assert exchange.stopped
+    assert sorted(_retired(exchange)) == [0, 1]
+
+
+@pytest.mark.parametrize("message", ["cancelled", "failed"])
+def test_stale_work_may_also_end_without_a_shard(message: str) -> None:
+    exchange = _started(False, False)
+    working = _draw(exchange)
+    resetting = Background(exchange.reset, _nothing)
+    exchange.deliver(None if message == "cancelled" else Failed(task=working, error=OSError()))
+    resetting.end()
+    exchange.start((False, False))
+    assert _load(exchange).index == 0
+    assert exchange.take(0, _request())[1].index == 0
+
+
+def test_after_a_reset_a_pass_begins_with_its_first_shard() -> None:
+    exchange = _started(False, False, False)
+    before = [_load(exchange) for _ in range(2)]
+    exchange.take(0, _request())
+    exchange.reset(_nothing)
+    exchange.start((False, True, False), held=[1])
+    after = _load(exchange)
+    assert (after.index, after.ticket) == (0, 2)
+    assert exchange.is_stale(before[0])
+    assert not exchange.is_stale(after)
+    assert exchange.take(0, _request())[0] is after
+    assert _load(exchange).index == 2
+
+
+def test_nothing_is_drawn_between_reset_and_start() -> None:
+    exchange = _started(False)
+    exchange.reset(_nothing)
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.start((False,))
+    assert waiting.end().index == 0
+
+
+# Stop and resume
+
+
+def test_stop_holds_the_loaders_back_and_resume_lets_them_go_on() -> None:
+    exchange = _started(False, False, False)
+    _load(exchange)
+    exchange.signal_memory(short=True)
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.signal_memory(short=False)
+    assert waiting.end().index == 1
+
+
+def test_when_nothing_is_ahead_one_shard_may_come_even_when_memory_is_short() -> None:
+    exchange = _started(False, False, False)
+    exchange.signal_memory(short=True)
+    _load(exchange)
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.take(0, _request())
+    exchange.notify()
+    assert waiting.end().index == 1
+
+
+# Requests
+
+
+def test_requests_are_served_in_the_order_in_which_they_came() -> None:
+    exchange = Exchange()
+    requests = [_request() for _ in range(3)]
+    for request in requests:
+        exchange.submit(request)
+    assert [exchange.next_request() for _ in range(3)] == requests
+
+
+def test_a_withdrawn_request_is_never_served() -> None:
+    exchange = Exchange()
+    first, second = _request(), _request()
+    exchange.submit(first)
+    exchange.submit(second)
+    exchange.withdraw(first)
+    assert exchange.next_request() is second
+
+
+def test_a_withdrawn_request_that_runs_stops_waiting() -> None:
+    exchange = _started(False)
+    request = _request()
+    exchange.submit(request)
+    assert exchange.next_request() is request
+    waiting = Background(exchange.take, 0, request)
+    exchange.withdraw(request)
+    assert isinstance(waiting.wait(), ClosedError)
+    assert request.stopper.stopped
+
+
+# Close
+
+
+def test_closing_ends_every_wait() -> None:
+    exchange = _started(True)
+    request = _request()
+    exchange.submit(request)
+    assert exchange.next_request() is request
+    _draw(exchange)
+    taking = Background(exchange.take, 0, request)
+    drawing = Background(exchange.next_task)
+    retiring = Background(exchange.next_retired)
+    resetting = Background(exchange.reset, _nothing)
+    freeing = Background(exchange.wait_freed, lambda: False)
+    exchange.close()
+    assert isinstance(taking.wait(), ClosedError)
+    assert (drawing.end(), retiring.end(), resetting.end(), freeing.end()) == (None,) * 4
+    assert request.stopper.stopped
+    assert exchange.next_request() is None
+    assert exchange.next_task() is None
+
+
+def test_closing_ends_requests_that_wait_with_the_cause() -> None:
+    exchange, cause = Exchange(), OSError("daemon died")
+    request = _request()
+    exchange.submit(request)
+    exchange.close(cause)
+    error = request.result.exception(0)
+    assert isinstance(error, ClosedError)
+    assert error.__cause__ is cause
+    with pytest.raises(ClosedError) as caught:
+        exchange.submit(_request())
+    assert caught.value.__cause__ is cause
+
+
+def test_the_first_cause_stays() -> None:
+    exchange, cause = Exchange(), OSError("daemon died")
+    exchange.close(cause)
+    exchange.close()
+    with pytest.raises(ClosedError) as caught:
+        exchange.take(0, _request())
+    assert caught.value.__cause__ is cause
+
+
+def test_what_comes_after_closing_goes_to_the_daemon() -> None:
+    exchange = _started(False, False)
+    working = _draw(exchange)
+    exchange.close()
+    exchange.deliver(Loaded(task=working, shard=_shard(0)))
+    assert _retired(exchange) == [0]
+
+
+def test_a_failure_after_closing_is_dropped() -> None:
+    exchange = _started(False)
+    working = _draw(exchange)
+    exchange.close()
+    exchange.deliver(Failed(task=working, error=OSError()))
+    assert _retired(exchange) == []

@@ -1,0 +1,270 @@
+"""Small sharded model directories, written by hand: every feature of the format, and weights of any size.
+
+    prologue          embedded = table[input_ids]; hidden.0 = embedded @ w; mask from attention_mask
+    block.000 ...     hidden.k+1 = hidden.k + tanh(hidden.k @ w + b) * mask        (a decoder adds a cached running sum)
+    epilogue          an encoder's last_hidden_state; a decoder's input for its head
+    head.000, .001    a decoder's head, cut along the vocabulary, tied to the table
+
+Needs the package onnx; `tests/models.py` writes toys too, for environments that do not have it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.manifest import (
+    PAGE_BYTES,
+    ByteTerm,
+    Cache,
+    FileRecord,
+    Head,
+    Lookup,
+    Manifest,
+    Shard,
+    Structure,
+    TensorSpec,
+    WeightSpec,
+    WeightsRange,
+    write,
+)
+
+VOCABULARY = 96
+HEAD_ROWS = (64, 32)
+"""Rows of each head slice: with any width that is a multiple of 16, both begin at a page."""
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+
+def inputs(batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, NDArray[np.int64]]:
+    """Seeded inputs for any toy; the last position of the first row is masked out when there are several rows."""
+    random = np.random.default_rng(seed)
+    mask = np.ones((batch, length), np.int64)
+    if batch > 1:
+        mask[0, -1:] = 0
+    return {"input_ids": random.integers(0, VOCABULARY, (batch, length)), "attention_mask": mask}
+
+
+def make_toy(directory: Path, *, blocks: int = 6, width: int = 64, decoder: bool = False, seed: int = 0) -> Path:
+    """Write a toy into a new directory. A block has about `4 * width * width` bytes of weights."""
+    return _Toy(directory, blocks, width, decoder, seed).write()
+
+
+class _Toy:
+    def __init__(self, directory: Path, blocks: int, width: int, decoder: bool, seed: int) -> None:
+        self._directory, self._blocks, self._width, self._decoder = directory, blocks, width, decoder
+        self._random = np.random.default_rng(seed)
+        self._files: list[FileRecord] = []
+        self._shards: list[Shard] = []
+        (directory / "shards").mkdir(parents=True)
+
+    def write(self) -> Path:
+        width, decoder = self._width, self._decoder
+        table = self._normal(VOCABULARY, width)
+        tables = self._weights_file("embeddings", {"embeddings.table": table})
+        lookup = Lookup(path="shards/embeddings.safetensors", table=tables[0], indices="input_ids", output="embedded")
+        mask_length = "past_sequence_length + sequence_length" if decoder else "sequence_length"
+        hidden = ("batch_size", "sequence_length", width)
+        ids = TensorSpec(name="input_ids", dtype="int64", shape=hidden[:2])
+        mask = TensorSpec(name="attention_mask", dtype="int64", shape=("batch_size", mask_length))
+        edges = [
+            TensorSpec(name="embedded", dtype="float32", shape=hidden),
+            TensorSpec(name="mask", dtype="float32", shape=("batch_size", mask_length, 1)),
+        ]
+        past = [
+            TensorSpec(name=f"past.{k}", dtype="float32", shape=("batch_size", "past_sequence_length", width))
+            for k in range(self._blocks if decoder else 0)
+        ]
+        present = [
+            TensorSpec(name=f"present.{k}", dtype="float32", shape=("batch_size", mask_length, width))
+            for k in range(len(past))
+        ]
+
+        self._shard(
+            "prologue",
+            [("Cast", ["attention_mask"], ["flags"], {"to": 1}), ("Unsqueeze", ["flags", "last"], ["mask"], {}),
+             ("MatMul", ["embedded", "prologue.w"], ["hidden.0"], {})],
+            {"embedded": hidden, "attention_mask": mask.shape}, {"hidden.0": hidden, "mask": (*mask.shape, 1)},
+            {"prologue.w": self._normal(width, width)}, lookups=(lookup,),
+        )  # fmt: skip
+        for k in range(self._blocks):
+            edges.append(TensorSpec(name=f"hidden.{k}", dtype="float32", shape=hidden))
+            nodes, takes, makes = self._block(k)
+            self._shard(
+                f"block.{k:03d}", nodes, takes, makes,
+                {f"block.{k}.w": self._normal(width, width), f"block.{k}.b": self._normal(width)},
+            )  # fmt: skip
+        last, made = f"hidden.{self._blocks}", "normed" if decoder else "last_hidden_state"
+        edges.append(TensorSpec(name=last, dtype="float32", shape=hidden))
+        self._shard("epilogue", [("Mul", [last, "epilogue.scale"], [made], {})], {last: hidden}, {made: hidden},
+                    {"epilogue.scale": self._normal(width)})  # fmt: skip
+        head = None
+        outputs = [TensorSpec(name="last_hidden_state", dtype="float32", shape=hidden)]
+        if decoder:
+            edges.append(TensorSpec(name="normed", dtype="float32", shape=hidden))
+            head = Head(input="normed", output="logits", shards=tuple(self._head(lookup, table)))
+            outputs = [TensorSpec(name="logits", dtype="float32", shape=(*hidden[:2], VOCABULARY)), *present]
+        manifest = Manifest(
+            exporter="tests", source="toy", model_type="toy",
+            task="text-generation" if decoder else "feature-extraction",
+            inputs=(ids, mask, *past), outputs=tuple(outputs), edges=tuple(edges),
+            caches=tuple(Cache(input=p.name, output=q.name) for p, q in zip(past, present, strict=True)),
+            head=head, shards=tuple(self._shards), structures=self._structures(), files=tuple(self._files),
+            dims=("batch_size", "sequence_length") + ("past_sequence_length",) * decoder,
+        )  # fmt: skip
+        write(manifest, self._directory)
+        return self._directory
+
+    def _block(self, k: int) -> tuple[list[tuple], dict[str, tuple], dict[str, tuple]]:
+        hidden = ("batch_size", "sequence_length", self._width)
+        takes = {f"hidden.{k}": hidden, "mask": ("batch_size", "mask_length", 1)}
+        makes = {f"hidden.{k + 1}": hidden}
+        nodes = [
+            ("MatMul", [f"hidden.{k}", f"block.{k}.w"], ["product"], {}),
+            ("Add", ["product", f"block.{k}.b"], ["biased"], {}),
+            ("Tanh", ["biased"], ["active"], {}),
+        ]
+        if not self._decoder:
+            nodes.append(("Mul", ["active", "mask"], ["change"], {}))
+        else:
+            takes[f"past.{k}"] = ("batch_size", "past_sequence_length", self._width)
+            makes[f"present.{k}"] = ("batch_size", "mask_length", self._width)
+            nodes += [
+                ("Concat", [f"past.{k}", "active"], [f"present.{k}"], {"axis": 1}),
+                ("Mul", [f"present.{k}", "mask"], ["masked"], {}),
+                ("CumSum", ["masked", "second"], ["sums"], {}),
+                ("Shape", [f"past.{k}"], ["past_length"], {"start": 1, "end": 2}),
+                ("Slice", ["sums", "past_length", "end", "second_list"], ["change"], {}),
+            ]
+        nodes.append(("Add", [f"hidden.{k}", "change"], [f"hidden.{k + 1}"], {}))
+        return nodes, takes, makes
+
+    def _head(self, lookup: Lookup, table: NDArray[np.float32]) -> list[str]:
+        names, row = [], 0
+        for k, rows in enumerate(HEAD_ROWS):
+            name, weight, width = f"head.{k:03d}", f"head.{k}.rows", self._width
+            offset, data = lookup.table.offset + row * 4 * width, table[row : row + rows].tobytes()
+            spec = WeightSpec(name=weight, dtype="float32", shape=(rows, width), offset=offset)
+            span = WeightsRange(path=lookup.path, offset=offset, nbytes=len(data), sha256=_sha256(data))
+            hidden = ("batch_size", "sequence_length", width)
+            nodes = [
+                ("Transpose", [weight], ["columns"], {}),
+                ("MatMul", ["normed", "columns"], [f"logits.{k}"], {}),
+            ]
+            makes = {f"logits.{k}": (*hidden[:2], rows)}
+            self._shard(name, nodes, {"normed": hidden}, makes, {}, borrowed=(span, spec))
+            names.append(name)
+            row += rows
+        return names
+
+    def _shard(
+        self,
+        name: str,
+        nodes: Sequence[tuple],
+        takes: Mapping[str, tuple],
+        makes: Mapping[str, tuple],
+        weights: Arrays,
+        *,
+        lookups: tuple[Lookup, ...] = (),
+        borrowed: tuple[WeightsRange, WeightSpec] | None = None,
+    ) -> None:
+        if borrowed:
+            span, tensors = borrowed[0], [borrowed[1]]
+        else:
+            tensors = self._weights_file(name, weights)
+            data = b"".join(array.tobytes() for array in weights.values())
+            path = f"shards/{name}.safetensors"
+            span = WeightsRange(path=path, offset=tensors[0].offset, nbytes=len(data), sha256=_sha256(data))
+        graph = _graph(name, nodes, takes, makes, tensors, Path(span.path).name)
+        role = name.split(".")[0]
+        self._shards.append(
+            Shard(
+                name=name,
+                role=role,
+                graph=self._file(f"shards/{name}.onnx", graph),
+                weights=span,
+                tensors=tuple(tensors),
+                inputs=tuple(takes),
+                outputs=tuple(makes),
+                lookups=lookups,
+                structure=role,
+            )
+        )
+
+    def _structures(self) -> dict[str, Structure]:
+        row = 4 * self._width * (7 if self._decoder else 5)
+        terms = [ByteTerm(nbytes=row, dims=("batch_size", "sequence_length"))]
+        if self._decoder:
+            terms.append(ByteTerm(nbytes=row, dims=("batch_size", "past_sequence_length")))
+        roles = {shard.structure for shard in self._shards}
+        # A head slice transposes its rows on each run.
+        extra = {"head": [ByteTerm(nbytes=4 * self._width * max(HEAD_ROWS))]}
+        return {role: Structure(activations=((*terms, *extra.get(role, [])),)) for role in sorted(roles)}
+
+    def _weights_file(self, name: str, weights: Arrays) -> list[WeightSpec]:
+        header, begins = {}, [0]
+        for key, array in weights.items():
+            begins.append(begins[-1] + array.nbytes)
+            header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": begins[-2:]}
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % PAGE_BYTES)
+        data = b"".join(array.tobytes() for array in weights.values())
+        self._file(f"shards/{name}.safetensors", len(text).to_bytes(8, "little") + text + data)
+        return [
+            WeightSpec(name=key, dtype="float32", shape=array.shape, offset=8 + len(text) + begin)
+            for (key, array), begin in zip(weights.items(), begins, strict=False)
+        ]
+
+    def _file(self, path: str, data: bytes) -> FileRecord:
+        (self._directory / path).write_bytes(data)
+        record = FileRecord(path=path, nbytes=len(data), sha256=_sha256(data))
+        self._files.append(record)
+        return record
+
+    def _normal(self, *shape: int) -> NDArray[np.float32]:
+        return (self._random.standard_normal(shape, dtype=np.float32) / np.float32(shape[-1]) ** 0.5).astype(np.float32)
+
+
+def _graph(
+    name: str,
+    nodes: Sequence[tuple],
+    takes: Mapping[str, tuple],
+    makes: Mapping[str, tuple],
+    tensors: Sequence[WeightSpec],
+    location: str,
+) -> bytes:
+    import onnx
+    from onnx import TensorProto, helper
+
+    def value(key: str, shape: tuple) -> onnx.ValueInfoProto:
+        dtype = TensorProto.INT64 if key == "attention_mask" else TensorProto.FLOAT
+        return helper.make_tensor_value_info(key, dtype, shape)
+
+    used = {key for _, args, _, _ in nodes for key in args}
+    constants = {"last": [2], "second_list": [1], "end": [2**31]}
+    small = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in constants.items() if k in used]
+    small += [helper.make_tensor("second", TensorProto.INT64, [], [1])] if "second" in used else []
+    for spec in tensors:
+        tensor = TensorProto(name=spec.name, data_type=TensorProto.FLOAT, dims=spec.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, entry in (("location", location), ("offset", spec.offset), ("length", spec.nbytes)):
+            tensor.external_data.add(key=key, value=str(entry))
+        small.append(tensor)
+    graph = helper.make_graph(
+        [helper.make_node(op, args, results, **attributes) for op, args, results, attributes in nodes],
+        name,
+        [value(*item) for item in takes.items()],
+        [value(*item) for item in makes.items()],
+        small,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
