@@ -52,7 +52,7 @@ CASES = (
 
 
 def main() -> int:
-    console = Console()
+    console = Console(width=100)
     refusal = cgroup.permitted()
     if refusal:
         console.print(f"No memory cgroup ({refusal}): budgets are kept by pipeload alone, peaks are those of RSS.")

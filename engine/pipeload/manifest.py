@@ -40,6 +40,7 @@ __all__ = [
     "bind_dims",
     "dtype_bytes",
     "evaluate_dim",
+    "match_dims",
     "read",
     "symbols",
     "write",
@@ -315,6 +316,16 @@ def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
     Raises:
         ConfigError: a rank or size does not fit; all faults at once.
     """
+    dims, faults = match_dims(specs, shapes)
+    if faults:
+        raise ConfigError("The inputs do not fit the model: " + "; ".join(faults) + ".")
+    return dims
+
+
+def match_dims(
+    specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, int] | None = None
+) -> tuple[dict[str, int], list[str]]:
+    """As `bind_dims`, but gives the faults instead of raising them; `known` are sizes that are given beforehand."""
     specs = [spec for spec in specs if spec.name in shapes]
     faults = [
         f"'{s.name}' has {len(shapes[s.name])} dimensions {shapes[s.name]}, the model takes {len(s.shape)} {s.shape}"
@@ -327,7 +338,7 @@ def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
         if len(spec.shape) == len(shapes[spec.name])
         for dim, size in zip(spec.shape, shapes[spec.name], strict=True)
     ]
-    dims: dict[str, int] = {}
+    dims: dict[str, int] = dict(known or {})
     for _, dim, size in pairs:
         if isinstance(dim, str) and _parts(dim) == [dim]:
             dims.setdefault(dim, size)
@@ -351,9 +362,7 @@ def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
                 f"'{spec.name}' has size {size} where the model takes {dim}"
                 + ("" if isinstance(dim, int) else f" = {wanted}")
             )
-    if faults:
-        raise ConfigError("The inputs do not fit the model: " + "; ".join(faults) + ".")
-    return dims
+    return dims, faults
 
 
 def symbols(dim: int | str) -> list[str]:

@@ -76,8 +76,11 @@ def load(
     unknown = set(sizes or {}) - set(manifest.dims)
     if unknown:
         raise ConfigError(f"The model has no dimension {sorted(unknown)}; it has {sorted(manifest.dims)}.")
+    for symbol, size in (sizes or {}).items():
+        if not isinstance(size, int | np.integer) or size < 0:
+            raise ConfigError(f"The size of {symbol} is {size!r}; it must be a whole number, not below 0.")
     for name, number in (("loaders", loaders), ("threads", threads)):
-        if number is not None and number < 1:
+        if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
     budget = auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget)
     return Model(
@@ -192,9 +195,15 @@ class Model:
         self._check_usable()
         if not self._caches:
             raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
-        state = DecodeState(capacity, self._states.discard)
-        with self._lock:
-            self._states.add(state)
+        states, lock = self._states, self._lock
+
+        def forget(state: DecodeState) -> None:
+            with lock:
+                states.discard(state)
+
+        state = DecodeState(capacity, forget)
+        with lock:
+            states.add(state)
         return state
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> NDArray[Any]:
@@ -213,11 +222,16 @@ class Model:
         state.check_open()
         values, dims = self._convert(inputs, state.caches)
         length = manifests.evaluate_dim(self._grown_dim(), dims)
+        before = state.capacity, state.batch
         if length > state.capacity:
             state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
         state.batch = max(state.batch, self._batch(dims))
         pass_bytes = planner.pass_bytes(self.manifest, dims, last_position=True)
-        outputs = self._run(values, pass_bytes, last_position=True)
+        try:
+            outputs = self._run(values, pass_bytes, last_position=True)
+        except BaseException:
+            state.capacity, state.batch = before
+            raise
         state.caches = {name: outputs[made] for name, made in self._caches.items()}
         state.length = length
         logits = to_array(outputs[self.outputs[0].name])
@@ -231,6 +245,8 @@ class Model:
     def close(self) -> None:
         """End running calls with ClosedError, join every thread, give all memory back. May be called again."""
         self._finalizer()
+        # Somebody else may be closing it at this moment: then this waits until it is closed.
+        _close_in(self._pid, self._pipeline)
 
     def __enter__(self) -> Model:
         self._check_usable()
@@ -265,25 +281,27 @@ class Model:
                 faults.append(f"'{name}' is a {type(array).__name__}, not a NumPy array")
             elif spec and array.dtype != wanted:
                 faults.append(f"'{name}' has dtype {array.dtype}, the model takes {wanted}")
-        if faults:
-            takes = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
-            raise ConfigError(f"The inputs do not fit the model: {'; '.join(faults)}. It takes {takes}.")
-        shapes = {name: array.shape for name, array in inputs.items()}
+        given = [name for name in self._caches if name in inputs or name in caches]
+        left_out = [self._specs[name] for name in self._caches if name not in given]
+        if given:
+            faults += [f"cache '{spec.name}' is missing: pass all caches, or none" for spec in left_out]
+        shapes = {name: array.shape for name, array in inputs.items() if isinstance(array, np.ndarray)}
         shapes |= {name: tuple(value.shape()) for name, value in caches.items()}
-        dims = manifests.bind_dims(self.manifest.inputs, shapes)
+        # Caches that were left out are empty: their length, which only they and sums have, is 0.
+        bound = {dim for spec in self.inputs for dim in spec.shape}
+        lengths = {symbol for spec in left_out for dim in spec.shape for symbol in manifests.symbols(dim)} - bound
+        dims, misfits = manifests.match_dims(self.manifest.inputs, shapes, dict.fromkeys(lengths, 0))
+        if faults or misfits:
+            takes = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
+            raise ConfigError(f"The inputs do not fit the model: {'; '.join(faults + misfits)}. It takes {takes}.")
+        dims = {symbol: dims.get(symbol, 0) for symbol in self.manifest.dims}
         values = {name: to_value(array, self._specs[name].dtype) for name, array in inputs.items()}
         values |= caches
-        for name in self._caches:
-            if name not in values:
-                spec = self._specs[name]
-                # A cache that was left out is empty: its own length, which nothing else binds, is 0.
-                dims = {symbol: dims.get(symbol, 0) for symbol in self.manifest.dims}
-                shape = tuple(manifests.evaluate_dim(dim, dims) for dim in spec.shape)
-                values[name] = to_value(
-                    np.zeros(shape, np.uint16 if spec.dtype == "bfloat16" else spec.dtype), spec.dtype
-                )
-        missing = [symbol for symbol in self.manifest.dims if symbol not in dims]
-        return values, dims | dict.fromkeys(missing, 0)
+        for spec in left_out:
+            shape = tuple(manifests.evaluate_dim(dim, dims) for dim in spec.shape)
+            empty = np.zeros(shape, np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
+            values[spec.name] = to_value(empty, spec.dtype)
+        return values, dims
 
     def _batch(self, dims: Mapping[str, int]) -> int:
         return manifests.evaluate_dim(self._specs[next(iter(self._caches))].shape[0], dims)

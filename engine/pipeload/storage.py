@@ -31,6 +31,8 @@ __all__ = ["Buffer", "BufferPool", "Storage", "page_ceil"]
 
 _PIECE_BYTES = 8 << 20
 """One read: large enough for full bandwidth, small enough that a cancelled load ends soon."""
+_CHECK_BYTES = 1 << 20
+"""One read of a check: small, since the budget has no place for it."""
 _MAX_HEADER_BYTES = 100 << 20
 _SAFETENSORS_DTYPES = {
     "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
@@ -152,12 +154,18 @@ class Storage:
         self._headers: dict[str, bytes] = {}
         self._tensors: dict[str, list[WeightSpec]] = {}
         self._slices: dict[str, list[WeightSpec]] = {}
+        head_bytes: dict[str, int] = {}
         for shard in manifest.shards:
+            if shard.weights and shard.role == "head":
+                head_bytes[shard.weights.path] = head_bytes.get(shard.weights.path, 0) + shard.weights.nbytes
             if shard.weights:
                 expected = self._slices if shard.role == "head" else self._tensors
                 expected.setdefault(shard.weights.path, []).extend(shard.tensors)
             for lookup in shard.lookups:
                 self._tensors.setdefault(lookup.path, []).append(lookup.table)
+                # The slices of a tied head are all of the table, and each is checked before the pass has an answer.
+                if head_bytes.get(lookup.path, 0) >= lookup.table.nbytes:
+                    self._verified.add(lookup.path)
 
     def graph(self, shard: Shard) -> Path:
         """The shard's graph file, checked.
@@ -236,20 +244,7 @@ class Storage:
         path = self._resolve(span.path)
         self._check_header(path, self._records[span.path])
         key = f"{span.path}@{span.offset}"
-        if self._verify and key not in self._verified:
-            digest = hashlib.sha256()
-            try:
-                with path.open("rb", buffering=0) as file:
-                    file.seek(span.offset)
-                    left = span.nbytes
-                    while left and (piece := file.read(min(left, _PIECE_BYTES))):
-                        digest.update(piece)
-                        left -= len(piece)
-            except OSError as error:
-                raise _unreadable(span.path, error) from error
-            if digest.hexdigest() != span.sha256:
-                raise ShardError(_damaged(span.path))
-            self._verified.add(key)
+        self._verify_once(key, path, span.offset, span.nbytes, span.sha256, keep_cached=True)
         return path
 
     def forget_cached(self, shard: Shard) -> None:
@@ -266,6 +261,8 @@ class Storage:
     def read_rows(self, lookup: Lookup, indices: NDArray[Any], *, keep_cached: bool) -> NDArray[Any]:
         """Rows of a table: the same as `table[indices]`, with only those rows read.
 
+        The first time, all of the table's file is read once to check its sha256, unless a tied head is checked anyway.
+
         Args:
             lookup: the table and its file.
             indices: integers of any shape; negative ones count from the end.
@@ -275,12 +272,13 @@ class Storage:
             Array of shape `indices.shape + table.shape[1:]`; bfloat16 appears as uint16.
 
         Raises:
-            ShardError: the file is missing, truncated or foreign.
+            ShardError: the file is missing, truncated, damaged or foreign.
             IndexError: an index is not below the number of rows.
         """
         table = lookup.table
-        path = self._resolve(lookup.path)
-        self._check_header(path, self._records[lookup.path])
+        path, record = self._resolve(lookup.path), self._records[lookup.path]
+        self._check_header(path, record)
+        self._verify_once(lookup.path, path, 0, record.nbytes, record.sha256, keep_cached=False)
         rows, inverse = np.unique(indices, return_inverse=True)
         if rows.size and not (-table.shape[0] <= rows[0] and rows[-1] < table.shape[0]):
             worst = int(rows[0] if rows[0] < -table.shape[0] else rows[-1])
@@ -297,7 +295,7 @@ class Storage:
                 for place, row in enumerate((rows % table.shape[0]).tolist() if rows.size else []):
                     piece = flat[place * row_bytes : (place + 1) * row_bytes]
                     if os.preadv(descriptor, [piece], table.offset + row * row_bytes) != row_bytes:
-                        raise ShardError(_wrong_size(self._records[lookup.path], os.fstat(descriptor).st_size))
+                        raise ShardError(_wrong_size(record, os.fstat(descriptor).st_size))
                 if not keep_cached and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(descriptor, table.offset, table.nbytes, os.POSIX_FADV_DONTNEED)
             finally:
@@ -306,6 +304,26 @@ class Storage:
             raise _unreadable(lookup.path, error) from error
         result: NDArray[Any] = unique[inverse.reshape(indices.shape)]
         return result
+
+    def _verify_once(self, key: str, path: Path, offset: int, nbytes: int, sha256: str, *, keep_cached: bool) -> None:
+        """Compare a range of a file with its sha256, unless that was done before or is not wanted."""
+        if not self._verify or key in self._verified:
+            return
+        name = path.relative_to(self._directory).as_posix()
+        digest, position, end = hashlib.sha256(), offset, offset + nbytes
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                while position < end and (piece := file.read(min(end - position, _CHECK_BYTES))):
+                    digest.update(piece)
+                    if not keep_cached and hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(file.fileno(), position, len(piece), os.POSIX_FADV_DONTNEED)
+                    position += len(piece)
+        except OSError as error:
+            raise _unreadable(name, error) from error
+        if digest.hexdigest() != sha256:
+            raise ShardError(_damaged(name))
+        self._verified.add(key)
 
     def _resolve(self, relative: str) -> Path:
         """The file's path, which must not leave the model directory, not even through a symbolic link."""

@@ -11,9 +11,10 @@ source      SOURCE -> a checkpoint, or an ONNX graph with its side files
 folder      what lies in a checkpoint folder
 checkpoint  a checkpoint -> an unsplit ONNX graph, in a child process
 tracing     what that process does
-split       graph -> shards (graph, cuts, head, tables, weights, activations are its parts)
+split       graph -> shards (graph, fold, cuts, placement, tables, head, fuse, writer, ... are its parts)
 samples     seeded inputs that suit a model
 chain       the shards one after another, and the unsplit graph, in plain onnxruntime
+compare     the answers of the two, and by how much they differ
 graphcheck  is a shard's graph valid, and does it point to the weights of the manifest?
 verify      files, graphs and answers of a sharded model directory
 staging     a folder that becomes the target at once, or never

@@ -22,7 +22,8 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from onnx import AttributeProto, NodeProto, TensorProto
+import onnx
+from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 from pipeload.errors import ExportError
 from pipeload_export.graph import FLOATS, Graph, node_inputs
@@ -334,10 +335,27 @@ def _signature(flow: _Flow, segment: Sequence[int], begin: str, end: str) -> byt
         inputs = [digest_of(name) if name else b"none" for name in node.input]
         if node.op_type in _COMMUTATIVE:
             inputs.sort()
-        parts = [node.domain.encode(), node.op_type.encode(), *sorted(map(_attribute_bytes, node.attribute)), *inputs]
+        parts = [node.domain.encode(), node.op_type.encode(), *_attributes(node, graph.opsets), *inputs]
         base = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
         digests.update((name, base + bytes([place])) for place, name in enumerate(node.output) if name)
     return digests[end] + flow.bytes_of(segment).to_bytes(8, "little")
+
+
+def _attributes(node: NodeProto, opsets: dict[str, int]) -> list[bytes]:
+    """A node's attributes without those that have the operator's default value, which exporters may write or not."""
+    defaults: dict[str, AttributeProto] = {}
+    if onnx.defs.has(node.op_type, node.domain):
+        schema = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
+        defaults = {name: item.default_value for name, item in schema.attributes.items()}
+    return sorted(
+        _attribute_bytes(item)
+        for item in node.attribute
+        if item.name not in defaults or not _same_value(item, defaults[item.name])
+    )
+
+
+def _same_value(one: AttributeProto, two: AttributeProto) -> bool:
+    return one.type == two.type and bool(helper.get_attribute_value(one) == helper.get_attribute_value(two))
 
 
 def _attribute_bytes(item: AttributeProto) -> bytes:

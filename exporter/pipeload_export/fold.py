@@ -21,6 +21,10 @@ from pipeload_export.graph import Constant, Graph, attribute, is_pure, known_con
 
 __all__ = ["drop_dead", "infer_types", "normalise"]
 
+_NORM_OPSET = 17
+"""The first version of ONNX that has LayerNormalization."""
+_NORM_EPSILON = 1e-12
+"""Of onnxruntime's fused norms, where a graph does not say."""
 SMALL_BYTES = 64 << 10
 """Up to this size a result may be larger than what it was made from."""
 
@@ -31,6 +35,7 @@ _LAZY = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "C
 def normalise(graph: Graph) -> Graph:
     """The same graph with its constants folded, without dead nodes, and with its tensors' types inferred."""
     drop_dead(graph)
+    _separate_sums(graph)
     _fold(graph)
     graph.types = infer_types(graph)
     _drop_detours(graph)
@@ -66,6 +71,31 @@ def drop_dead(graph: Graph, kept_tensors: Iterable[str] = ()) -> None:
             kept.append(node)
     graph.nodes = kept[::-1]
     graph.constants = {name: c for name, c in graph.constants.items() if name in needed}
+
+
+def _separate_sums(graph: Graph) -> None:
+    """Take fused residual norms apart where their sum is used as well.
+
+    Between layers fused that way two tensors are alive, the normed state and the state, although one makes the other.
+    """
+    nodes: list[NodeProto] = []
+    for node in graph.nodes:
+        simple = node.op_type == "SkipSimplifiedLayerNormalization"
+        skip = simple or (node.op_type == "SkipLayerNormalization" and graph.opsets.get("", 0) >= _NORM_OPSET)
+        if not skip or node.domain != "com.microsoft" or len(node.output) < 4 or not node.output[3]:
+            nodes.append(node)
+            continue
+        inputs = [*node.input, "", ""][:5]
+        bias, sides = inputs[3 if simple else 4], list(inputs[:2])
+        if bias:
+            sides[0] = f"{node.output[3]}.biased"
+            nodes.append(helper.make_node("Add", [inputs[0], bias], [sides[0]]))
+        nodes.append(helper.make_node("Add", sides, [node.output[3]]))
+        kind, terms = ("SimplifiedLayerNormalization", inputs[2:3]) if simple else ("LayerNormalization", inputs[2:4])
+        epsilon = attribute(node, "epsilon", _NORM_EPSILON)
+        taken = [node.output[3], *filter(None, terms)]
+        nodes.append(helper.make_node(kind, taken, [node.output[0]], axis=-1, epsilon=epsilon, stash_type=1))
+    graph.nodes = nodes
 
 
 def _fold(graph: Graph) -> None:

@@ -5,13 +5,14 @@ like an earlier one does not run again: its outputs have the shapes that the ear
 as much as one block, however many blocks it has.
 
 Which sizes go together is not written in a graph. Where the shards refuse independent ones, other plans are tried:
-images of whole patches, and symbols that are the sum of two others, as a length of cache and text together is.
+images of whole patches, symbols that are the sum of two others, as a length of cache and text together is, and masks
+that hide nothing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 from pathlib import Path
@@ -36,6 +37,8 @@ Arrays = dict[str, NDArray[Any]]
 
 _SIZES = ((1, 2, 3), (4, 6, 9), (2, 5, 7), (3, 8, 10))
 """Sizes of the first, second ... symbol; three of each determine a polynomial of degree two."""
+_EDGE_SIZES = (1, 3, 4)
+"""Sizes for kernels that take some dimensions only where another is one. Never zero, on which kernels may crash."""
 _MOST_POINTS = 30
 _MOST_PATCHES = 64
 _COMPARED = 3
@@ -59,12 +62,18 @@ class _Plan:
         fixed: symbols that have one size.
         sizes: symbols that have other sizes than usual.
         sums: symbols that are the sum of others.
+        ones: integers are ones; otherwise zeros and ones.
+        declared: outputs must have the shapes that the graph declares.
+        partial: sizes that a shard refuses are left out, as long as most remain.
         wider: a plan that covers more, to be tried where this one works.
     """
 
     fixed: Mapping[str, int] = field(default_factory=dict)
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ones: bool = False
+    declared: bool = False
+    partial: bool = False
     wider: _Plan | None = None
 
     def points(self, names: Sequence[str]) -> list[dict[str, int]]:
@@ -111,8 +120,9 @@ class Sampler:
         self._specs = {spec.name: spec for spec in specs}
         self._last_use = last_use
         self._names = list(dict.fromkeys(name for spec in specs for dim in spec.shape for name in symbols(dim)))
+        self._declared = {v.name: [dim.dim_param for dim in v.type.tensor_type.shape.dim] for v in graph.outputs}
         self._steps: list[_Step] = []
-        self._begin(_Plan())
+        self._begin(_Plan(), _Plan().points(self._names))
 
     @property
     def free_symbols(self) -> tuple[str, ...]:
@@ -157,7 +167,7 @@ class Sampler:
     @property
     def is_wide(self) -> bool:
         """Whether the extents of images were varied, of which products of a high degree are made."""
-        return bool(self._plan.sizes)
+        return bool(self._plan.sizes) and not self._plan.partial
 
     def run_shapes(self, names: Sequence[str], run: int) -> dict[str, tuple[int, ...]]:
         """Shapes of tensors in one of the runs."""
@@ -183,9 +193,9 @@ class Sampler:
             return constant
         return " + ".join([*parts, *([str(constant)] if constant else [])])
 
-    def _begin(self, plan: _Plan) -> None:
+    def _begin(self, plan: _Plan, points: list[dict[str, int]]) -> None:
         self._plan = plan
-        self.points = plan.points(self._names)
+        self.points = points
         self.shapes: dict[str, list[tuple[int, ...]]] = {
             name: [tuple(evaluate_dim(dim, point) for dim in spec.shape) for point in self.points]
             for name, spec in self._specs.items()
@@ -202,7 +212,7 @@ class Sampler:
             found = next((plan for plan in self._plans() if self._replay(plan, step, plain)), None)
             if found is None:
                 raise ExportError(
-                    f"Shard {step.shard} does not run on sample inputs of any size that was tried, so the memory that "
+                    f"{_name(step)} does not run on sample inputs of any size that was tried, so the memory that "
                     f"it needs is not known: {refused}."
                 ) from refused
             done = (self._replay(found.wider, step, plain) if found.wider else None) or self._replay(found, step, plain)
@@ -213,13 +223,19 @@ class Sampler:
 
     def _replay(self, plan: _Plan, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]] | None:
         """Do everything again, and the step, at other sizes; None if a shard refuses them."""
-        self._begin(plan)
-        try:
-            for before in self._steps:
-                self._do(before, None)
-            return self._do(step, plain)
-        except _Refused:
-            return None
+        points = plan.points(self._names)
+        most = len(points)
+        while len(points) * 2 > most:
+            self._begin(plan, points)
+            try:
+                for before in self._steps:
+                    self._do(before, None)
+                return self._do(step, plain)
+            except _Refused as refused:
+                if not plan.partial:
+                    return None
+                points = [point for place, point in enumerate(points) if place not in refused.places]
+        return None
 
     def _do(self, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]]:
         chosen, events = step.fused, list[list[Event]]()
@@ -239,6 +255,8 @@ class Sampler:
                 if plain is not None and not _agree(_run(plain, inputs[:_COMPARED], step.outputs)[0], results):
                     chosen = plain
                     results, events = _run(plain, inputs, step.outputs)
+        if self._plan.declared:
+            self._check_declared(step.outputs, results)
         self._taken[step.shard] = self._shapes_of(step.inputs)
         for state, arrays in zip(self._states, results, strict=True):
             state.update(zip(step.outputs, arrays, strict=True))
@@ -251,6 +269,14 @@ class Sampler:
                     del state[name]
         return chosen, events
 
+    def _check_declared(self, names: Sequence[str], results: Sequence[Sequence[NDArray[Any]]]) -> None:
+        """Refuse a plan under which an output's size is not the one that the graph gives it."""
+        for place, name in enumerate(names):
+            for point, arrays in zip(self.points, results, strict=True):
+                for size, dim in zip(arrays[place].shape, self._declared.get(name, ()), strict=False):
+                    if point.get(dim, size) != size:
+                        raise _Refused(f"'{name}' has {size} where it should have {dim}", range(len(results)))
+
     def _shapes_of(self, names: Sequence[str]) -> list[list[tuple[int, ...]]]:
         return [self.shapes[name] for name in names]
 
@@ -261,7 +287,7 @@ class Sampler:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self._graph.types[name][0])
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
             # Zeros and ones are rows of any table; as a mask, they leave the first position visible.
-            values = random.integers(0, 2, shape)
+            values = random.integers(self._plan.ones, 2, shape)
             values[..., :1] = 1
             return values.astype(dtype)
         return random.standard_normal(shape).astype(dtype)
@@ -276,11 +302,18 @@ class Sampler:
                 }
                 wider = _Plan(fixed=channels, sizes=sizes)
                 yield _Plan(fixed={**channels, **extents}, wider=wider)
+        edge = dict.fromkeys(self._names, _EDGE_SIZES)
+        # A symbol that equals another is less likely than one that is the sum of two.
+        for declared, parts, partial, ones in product((True, False), (2, 1), (False, True), (False, True)):
+            for sums in self._relations(parts):
+                yield _Plan(sums=sums, ones=ones, partial=partial, sizes=edge if partial else {}, declared=declared)
+
+    def _relations(self, count: int) -> Iterator[dict[str, tuple[str, ...]]]:
+        """None, and each symbol as the sum of so many others."""
+        yield {}
         for name in self._names:
-            others = [other for other in self._names if other != name]
-            for count in (2, 1):
-                for parts in combinations(others, count):
-                    yield _Plan(sums={name: parts})
+            for parts in combinations([other for other in self._names if other != name], count):
+                yield {name: parts}
 
     def _images(self) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
         """For each input that a convolution takes: its channels, and the steps in which its extents may grow."""
@@ -298,8 +331,20 @@ class Sampler:
             )
 
 
+def _name(step: _Step) -> str:
+    return "The lookup of rows" if step.fused is None else f"Shard '{step.fused.model.graph.name}'"
+
+
 class _Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
-    """A shard does not run on inputs of these sizes."""
+    """A shard does not run on inputs of some sizes.
+
+    Attributes:
+        places: which of the runs failed.
+    """
+
+    def __init__(self, message: str, places: Collection[int]) -> None:
+        super().__init__(message)
+        self.places = places
 
 
 def _run(
@@ -316,9 +361,16 @@ def _run(
         values = _add_weights(fused, Path(folder), options)
         try:
             session = ort.InferenceSession(f"{folder}/shard.onnx", options, providers=["CPUExecutionProvider"])
-            results = [session.run(list(outputs), arrays) for arrays in inputs]
         except Exception as error:  # onnxruntime's exceptions have no common base
-            raise _Refused(str(error).splitlines()[0]) from error
+            raise ExportError(f"onnxruntime refuses a shard: {_first_line(error)}") from error
+        results, failed = [], dict[int, str]()
+        for place, arrays in enumerate(inputs):
+            try:
+                results.append(session.run(list(outputs), arrays))
+            except Exception as error:  # noqa: BLE001 - as above
+                failed[place] = _first_line(error)
+        if failed:
+            raise _Refused(next(iter(failed.values())), failed.keys())
         events = _events(json.loads(Path(session.end_profiling()).read_text()))
         del session, values
     return results, events
@@ -371,6 +423,10 @@ def _events(records: Sequence[Mapping[str, Any]]) -> list[list[Event]]:
 _ITEM_BYTES = {"float": 4, "double": 8, "bool": 1, "float16": 2, "bfloat16": 2} | {
     f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _agree(wanted: Sequence[Sequence[NDArray[Any]]], found: Sequence[Sequence[NDArray[Any]]]) -> bool:

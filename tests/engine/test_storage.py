@@ -547,7 +547,6 @@ def test_a_table_file_that_is_not_the_exported_one_is_named(
         storage.read_rows(lookup, np.array([1]), keep_cached=True)
 
 
-@pytest.mark.xfail(strict=True, reason="read_rows checks no sha256")
 def test_a_foreign_table_file_is_named(toy_copy: Path, made_toys: Callable[[str], Path]) -> None:
     manifest = manifests.read(toy_copy)
     (lookup,) = manifest.shards[0].lookups

@@ -29,7 +29,7 @@ def test_dominated_steps_are_dropped_and_others_kept() -> None:
     found = fit(
         ("b", "s"),
         POINTS,
-        steps(lambda b, s: 4 * b * s, lambda b, s: 8 * b * s, lambda b, s: b * s * s, lambda b, s: 2),
+        steps(lambda b, s: 4 * b * s, lambda b, s: 8 * b * s, lambda b, s: b * s * s, lambda *_: 2),
     )
     assert found.activation_bytes({"b": 1, "s": 2}) == 16
     assert found.activation_bytes({"b": 1, "s": 100}) == 10_000

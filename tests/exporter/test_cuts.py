@@ -140,7 +140,7 @@ def unrepeated() -> ModelProto:
 
 
 def test_nothing_repeated_is_refused_with_the_reason(cuts_of: Callable[..., Cuts]) -> None:
-    with pytest.raises(ExportError, match=r"no repeating blocks.*the longest run is 1.*--whole"):
+    with pytest.raises(ExportError, match=r"no repeating blocks.*the longest run of equal structure.*is 1.*--whole"):
         cuts_of(unrepeated())
 
 

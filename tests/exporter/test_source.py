@@ -276,7 +276,10 @@ class TestCheckpoint:
         with pytest.raises(ExportError, match="does not export models of type 'bert' for image-classification, only"):
             found.to_onnx(tmp_path, silent)
 
-    def test_code_of_the_checkpoint_runs_only_when_asked(self, bert: Path, tmp_path: Path) -> None:
+    def test_code_of_the_checkpoint_runs_only_when_asked(
+        self, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
         folder = shutil.copytree(bert, tmp_path / "hostile")
         code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nfrom transformers import BertConfig as Own"
         (folder / "own.py").write_text(code)
@@ -340,6 +343,6 @@ class TestCheckpoint:
         parent = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=False)
         assert parent.returncode == -signal.SIGKILL
         with suppress(psutil.NoSuchProcess):
-            child = psutil.Process(int(parent.stdout))
-            child.wait(timeout=10)
+            _, alive = psutil.wait_procs([psutil.Process(int(parent.stdout))], timeout=10)
+            assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
         assert not (tmp_path / "result.json").exists()

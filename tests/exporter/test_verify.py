@@ -21,8 +21,8 @@ from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadErr
 from pipeload.manifest import FileRecord, Manifest, Shard, read, write
 from pipeload_export import export, verify
 from pipeload_export import samples as samples_module
-from pipeload_export.samples import index_limits, sample_cases
-from pipeload_export.verify import limit_of
+from pipeload_export.compare import _difference, limit_of
+from pipeload_export.samples import Case, index_limits, sample_cases
 
 WEIGHTS = "shards/block.001.safetensors"
 GRAPH = "shards/block.001.onnx"
@@ -214,6 +214,13 @@ class TestAnswers:
         assert limit_of("float32") == 1e-4
         assert limit_of("float32") < limit_of("float16") < limit_of("bfloat16")
         assert limit_of("int64") == 0
+
+    def test_range_is_that_of_all_cases(self) -> None:
+        # One case alone may have next to no range, as a classifier's two logits for one text.
+        wanted = [np.array([[1.0, 1.0]], np.float32), np.array([[1.0, 3.0]], np.float32)]
+        found = [wanted[0] + np.float32(2**-20), wanted[1]]
+        result = _difference("logits", wanted, found, [Case(name="", inputs={})] * 2, [0, 1])
+        assert (result.max_abs_error, result.max_rel_error) == (2**-20, 2**-21)
 
     def test_nan_must_be_nan(self, exported: Path, tmp_path: Path) -> None:
         # A model that says NaN for everything: the shards, which do not, must not pass as equal.
