@@ -30,7 +30,37 @@ _GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": _VOCABULARY, "n_p
 # name -> (task, class of transformers, class of its config, the config's arguments)
 ARCHITECTURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
     "bert": ("feature-extraction", "BertModel", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
+    "bert-qa": ("question-answering", "BertForQuestionAnswering", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
+    "bert-mlm": ("fill-mask", "BertForMaskedLM", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
+    "roberta": (
+        "text-classification",
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**_SMALL, "vocab_size": _VOCABULARY},
+    ),
+    "distilbert": (
+        "token-classification",
+        "DistilBertForTokenClassification",
+        "DistilBertConfig",
+        {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 128, "vocab_size": _VOCABULARY},
+    ),
     "vit": ("image-classification", "ViTForImageClassification", "ViTConfig", {**_SMALL, **_IMAGE}),
+    "deit": ("image-classification", "DeiTForImageClassification", "DeiTConfig", {**_SMALL, **_IMAGE}),
+    "gpt-neo": (
+        "text-generation",
+        "GPTNeoForCausalLM",
+        "GPTNeoConfig",
+        {
+            "hidden_size": 64,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 16,
+            "vocab_size": _VOCABULARY,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "gpt-j": ("text-generation", "GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 8}),
     "gpt2": ("text-generation", "GPT2LMHeadModel", "GPT2Config", _GPT),
     "llama": (
         "text-generation",

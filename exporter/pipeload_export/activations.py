@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto
 
 from pipeload.manifest import ByteTerm, Structure
 from pipeload_export.graph import attribute
-from pipeload_export.sampling import Event
+from pipeload_export.trial import Event
 
 __all__ = ["fit", "live_bytes"]
 

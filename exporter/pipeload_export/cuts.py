@@ -19,22 +19,19 @@ run of segments that repeats: same operators, same shapes of the weights, other 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx
-from onnx import AttributeProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, NodeProto, helper
 
 from pipeload.errors import ExportError
-from pipeload_export.graph import FLOATS, Graph, node_inputs
+from pipeload_export.flow import Flow, depths_of, nodes_between, source_of, spread_tensors
+from pipeload_export.graph import FLOATS, Graph
 
 __all__ = ["Cuts", "find_cuts"]
 
-_BYTES = frozenset({TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4})
-_SHAPE_OPS = frozenset({"Shape", "Size"})
 _COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum", "Mean"})
-_SPREAD = 1 / 3
-"""A tensor that is read directly over more than this part of the model's depth is shared."""
 _NEARLY = 0.9
 """Runs that cover this part of the best run's weights are as good: the one with the most repetitions wins."""
 
@@ -85,7 +82,7 @@ def find_cuts(graph: Graph, *, whole: bool = False) -> Cuts:
     Raises:
         ExportError: nothing repeats, so there are no blocks to stream.
     """
-    flow = _Flow(graph)
+    flow = Flow(graph)
     found = [cuts for inputs in (False, True) if (cuts := _cuts_from(flow, graph, float_inputs=inputs)) is not None]
     best = max(found, key=lambda cuts: cuts.coverage, default=None)
     if best is None:
@@ -110,69 +107,22 @@ def _suspect(cuts: Cuts) -> str:
     return f"The part that ends at '{cuts.boundaries[place]}' holds {largest * 100 // total} % of the weights. "
 
 
-@dataclass(slots=True)
-class _Flow:
-    """A graph as the search sees it; everything by index of the node."""
-
-    graph: Graph
-    constant: dict[str, frozenset[str]] = field(init=False)
-    inputs: list[list[str]] = field(init=False, default_factory=list)
-    heavy: list[bool] = field(init=False, default_factory=list)
-    blocked: list[bool] = field(init=False, default_factory=list)
-    sources: list[frozenset[str]] = field(init=False, default_factory=list)
-    consumers: dict[str, list[int]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.constant = self.graph.constant_sources()
-        for index, node in enumerate(self.graph.nodes):
-            names = list(dict.fromkeys(node_inputs(node)))
-            inputs = [name for name in names if name not in self.constant]
-            self.inputs.append(inputs)
-            self.sources.append(frozenset().union(*(self.constant.get(name, ()) for name in names)))
-            self.heavy.append(bool(inputs) and any(self._is_weight(n) for n in names if n in self.constant))
-            self.blocked.append(not inputs or node.op_type in _SHAPE_OPS)
-            for name in inputs:
-                self.consumers.setdefault(name, []).append(index)
-
-    def _is_weight(self, name: str) -> bool:
-        if name in self.graph.constants:
-            dtype, shape = self.graph.constants[name].dtype, self.graph.constants[name].shape
-            return dtype in FLOATS | _BYTES and sum(size > 1 for size in shape) >= 2
-        dtype, known = self.graph.types.get(name, (0, None))
-        sizes = (2, 2) if known is None else [size if isinstance(size, int) else 2 for size in known]
-        return (not dtype or dtype in FLOATS) and sum(size > 1 for size in sizes) >= 2
-
-    def bytes_of(self, nodes: Iterable[int]) -> int:
-        """Bytes of the initializers that the nodes use, directly or through arithmetic on constants."""
-        names = frozenset().union(*(self.sources[index] for index in nodes))
-        return sum(self.graph.constants[name].nbytes for name in names)
-
-    def is_float(self, name: str) -> bool:
-        """Whether a tensor is of a float type, or of a type that could not be inferred."""
-        dtype = self.graph.types.get(name, (0, None))[0]
-        return not dtype or dtype in FLOATS
-
-
-_Depth = tuple[int, int, int]
-"""Nodes with weights on the longest path to a tensor, those with any constant, and all."""
-
-
-def _cuts_from(flow: _Flow, graph: Graph, *, float_inputs: bool) -> Cuts | None:
+def _cuts_from(flow: Flow, graph: Graph, *, float_inputs: bool) -> Cuts | None:
     """The cuts for one kind of source: nodes with weights, or the graph's float inputs as well."""
     begins = (
         {v.name for v in graph.inputs if flow.is_float(v.name) and _rank(graph, v.name) >= 2} if float_inputs else ()
     )
     shared: set[str] = set()
     while True:
-        depths = _depths(flow, begins, shared)
+        depths = depths_of(flow, begins, shared)
         reached = [name for name in graph.output_names if name in depths]
         if not reached:
             return None
         # Of equal depths the first output wins, as max does.
         output = max(reached, key=lambda name: depths[name])
-        source = _source(flow, depths, output, shared, begins)
-        active = _between(flow, source, output, shared)
-        spread = _spread_tensors(flow, active, shared) - {output}
+        source = source_of(flow, depths, output, shared, begins)
+        active = nodes_between(flow, source, output, shared)
+        spread = spread_tensors(flow, active, shared) - {output}
         if not spread:
             break
         shared |= spread
@@ -201,84 +151,7 @@ def _rank(graph: Graph, name: str) -> int:
     return len(shape) if shape is not None else 0
 
 
-def _depths(flow: _Flow, begins: Iterable[str], shared: set[str]) -> dict[str, _Depth]:
-    depths: dict[str, _Depth] = dict.fromkeys(begins, (1, 0, 0))
-    for index, node in enumerate(flow.graph.nodes):
-        if flow.blocked[index]:
-            continue
-        before = [depths[name] for name in flow.inputs[index] if name in depths and name not in shared]
-        if not before and not flow.heavy[index]:
-            continue
-        weights, constants, nodes = max(before, default=(0, 0, 0))
-        depth = weights + flow.heavy[index], constants + bool(flow.sources[index]), nodes + 1
-        depths.update(dict.fromkeys(filter(None, node.output), depth))
-    return depths
-
-
-def _source(flow: _Flow, depths: dict[str, _Depth], output: str, shared: set[str], begins: Iterable[str]) -> int | str:
-    """The node, or the graph input, at which the longest path to the output begins."""
-    maker = {name: index for index, node in enumerate(flow.graph.nodes) for name in node.output if name}
-    pending, seen, ends = [output], {output}, list[int | str]()
-    while pending:
-        name = pending.pop()
-        index = maker.get(name)
-        if index is None:
-            ends.append(name)
-            continue
-        before = [n for n in flow.inputs[index] if n in depths and n not in shared]
-        deepest = max((depths[n] for n in before), default=None)
-        if deepest is None:
-            ends.append(index)
-        for n in before:
-            if depths[n] == deepest and n not in seen:
-                seen.add(n)
-                pending.append(n)
-    nodes = sorted({end for end in ends if isinstance(end, int)})
-    if not nodes:
-        return next(name for name in begins if name in ends)
-    # Word and position embeddings often join at once; the largest table is the text's.
-    return max(nodes, key=lambda i: (flow.bytes_of([i]), flow.graph.nodes[i].op_type))
-
-
-def _between(flow: _Flow, source: int | str, output: str, shared: set[str]) -> list[int]:
-    """Indices of the nodes on any path from the source to the output that leads through activation only."""
-    tainted: set[str] = {source} if isinstance(source, str) else set()
-    touched: list[int] = []
-    for index, node in enumerate(flow.graph.nodes):
-        if flow.blocked[index]:
-            continue
-        if index == source or any(name in tainted for name in flow.inputs[index]):
-            tainted.update(name for name in node.output if name and name not in shared)
-            touched.append(index)
-    needed, active = {output}, list[int]()
-    for index in reversed(touched):
-        if needed.intersection(flow.graph.nodes[index].output):
-            needed.update(name for name in flow.inputs[index] if name in tainted)
-            active.append(index)
-    return active[::-1]
-
-
-def _spread_tensors(flow: _Flow, active: Sequence[int], shared: set[str]) -> set[str]:
-    """Activation tensors that are read directly all over the model: they behave like a mask, not like a state.
-
-    A node stands where its result is needed: so many nodes with weights lie between it and the output at most.
-    """
-    place: dict[int, int] = {}
-    for index in reversed(active):
-        users = {user for name in flow.graph.nodes[index].output for user in flow.consumers.get(name, ())}
-        place[index] = flow.heavy[index] + max((place[user] for user in users if user in place), default=0)
-    total = max(place.values(), default=0)
-    result = set()
-    for index in active:
-        for name in filter(None, flow.graph.nodes[index].output):
-            places = sorted(place[user] for user in flow.consumers.get(name, ()) if user in place)
-            # Without the last one: a state may be read again at the end, where all states are put together.
-            if len(places) >= 3 and places[-1] - places[1] > total * _SPREAD and name not in shared:
-                result.add(name)
-    return result
-
-
-def _segments(flow: _Flow, active: Sequence[int], output: str, source: int | str) -> tuple[list[str], list[list[int]]]:
+def _segments(flow: Flow, active: Sequence[int], output: str, source: int | str) -> tuple[list[str], list[list[int]]]:
     """Boundaries, and before each its segment.
 
     Every active node lies on a path from the source to the output. Therefore a tensor is on all of those paths
@@ -311,7 +184,7 @@ def _segments(flow: _Flow, active: Sequence[int], output: str, source: int | str
     return boundaries, segments
 
 
-def _signature(flow: _Flow, segment: Sequence[int], begin: str, end: str) -> bytes:
+def _signature(flow: Flow, segment: Sequence[int], begin: str, end: str) -> bytes:
     """Equal for segments that do the same with weights of the same shapes, whatever they are called."""
     graph = flow.graph
     digests: dict[str, bytes] = {begin: b"begin"}

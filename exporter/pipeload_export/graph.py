@@ -1,39 +1,35 @@
-"""An ONNX graph that is made to be taken apart: sorted nodes, and constants whose values stay in the file.
+"""An ONNX graph that is made to be taken apart: sorted nodes, and constants whose values stay where they are.
 
-A constant is read when somebody asks for its values, and then through a memory map where the model keeps it in an
-external file. So a graph costs memory for its structure only, however large its weights are.
+A constant is read when somebody asks for its values. So a graph costs memory for its structure only, however large its
+weights are.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnx.external_data_helper import ExternalDataInfo
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from pipeload.errors import ExportError
 
 __all__ = [
     "DTYPES",
     "FLOATS",
+    "PACKED",
+    "SUBGRAPHS",
     "Constant",
     "Graph",
     "attribute",
     "dtype_name",
     "is_pure",
     "known_constant",
-    "load",
     "node_inputs",
-    "sort_nodes",
+    "storage_dtype",
     "tensor_proto",
 ]
 
@@ -55,12 +51,12 @@ DTYPES: Mapping[int, str] = {
 """ONNX's number of an element type -> its name in the manifest. Other types cannot travel between shards."""
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
-_PACKED = frozenset(
+PACKED = frozenset(
     getattr(TensorProto, name)
     for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
     if hasattr(TensorProto, name)
 )
-_SUBGRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+SUBGRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +77,7 @@ class Constant:
     @property
     def nbytes(self) -> int:
         """Bytes that the values occupy in a file."""
-        bits = 4 if self.dtype in _PACKED else 8 * _storage_dtype(self.dtype).itemsize
+        bits = 4 if self.dtype in PACKED else 8 * storage_dtype(self.dtype).itemsize
         return -(-prod(self.shape) * bits // 8)
 
     @property
@@ -147,7 +143,7 @@ _IMPURE = frozenset(
 
 def is_pure(node: NodeProto) -> bool:
     """Whether equal inputs always give equal outputs."""
-    return node.op_type not in _IMPURE and not any(a.type in _SUBGRAPHS for a in node.attribute)
+    return node.op_type not in _IMPURE and not any(a.type in SUBGRAPHS for a in node.attribute)
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -159,7 +155,7 @@ def node_inputs(node: NodeProto) -> Iterator[str]:
     """Names that a node reads: its inputs, and what its subgraphs take from the graph around them."""
     yield from filter(None, node.input)
     for item in node.attribute:
-        if item.type in _SUBGRAPHS:
+        if item.type in SUBGRAPHS:
             for graph in (item.g, *item.graphs):
                 yield from _outer_names(graph)
 
@@ -185,111 +181,9 @@ def dtype_name(elem_type: int) -> str:
     return DTYPES[elem_type]
 
 
-def load(path: Path) -> Graph:
-    """Read a model's structure, sorted; weights in external files are left there.
-
-    Raises:
-        ExportError: it is no ONNX model, has a cycle, a tensor without a source, or a missing weights file.
-    """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf has no common base of its errors
-        raise ExportError(f"{path} is no ONNX model: {str(error).splitlines()[0]}") from error
-    if not model.graph.node or not model.graph.output:
-        raise ExportError(f"{path} holds no ONNX graph with nodes and outputs.")
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    if model.graph.sparse_initializer:
-        raise ExportError(f"{path} has sparse initializers, which shards cannot hold. Export it with dense ones.")
-    return _graph_of(model, path)
-
-
-def _graph_of(model: ModelProto, path: Path) -> Graph:
-    files = _Files(path.parent)
-    constants = {tensor.name: _constant_of(tensor, files) for tensor in model.graph.initializer}
-    nodes = []
-    for node in model.graph.node:
-        constant = _constant_node(node, files)
-        if constant is None:
-            _bring_in(node, files)
-            nodes.append(node)
-        else:
-            constants[node.output[0]] = constant
-    inputs = [value for value in model.graph.input if value.name not in constants]
-    return Graph(
-        nodes=sort_nodes(nodes, {*constants, *(value.name for value in inputs)}),
-        constants=constants,
-        inputs=inputs,
-        outputs=list(model.graph.output),
-        opsets={entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import},
-        forget=files.forget,
-    )
-
-
-def _constant_node(node: NodeProto, files: _Files) -> Constant | None:
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
-        value = attribute(node, name)
-        if isinstance(value, TensorProto):
-            return _constant_of(value, files)
-        if value is not None:
-            return known_constant(np.asarray(value, np.float32 if "float" in name else np.int64))
-    return None
-
-
 def known_constant(array: NDArray[Any]) -> Constant:
     """A constant whose values are in memory."""
     return Constant(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, lambda: array)
-
-
-def _bring_in(node: NodeProto, files: _Files) -> None:
-    """Replace tensors in attributes that lie in an external file by their values."""
-    for item in node.attribute:
-        for tensor in (item.t, *item.tensors) if item.type in (item.TENSOR, item.TENSORS) else ():
-            if tensor.data_location == TensorProto.EXTERNAL:
-                tensor.CopyFrom(tensor_proto(tensor.name, _constant_of(tensor, files)))
-        for graph in (item.g, *item.graphs) if item.type in _SUBGRAPHS else ():
-            for tensor in graph.initializer:
-                if tensor.data_location == TensorProto.EXTERNAL:
-                    tensor.CopyFrom(tensor_proto(tensor.name, _constant_of(tensor, files)))
-            for inner in graph.node:
-                _bring_in(inner, files)
-
-
-def sort_nodes(nodes: list[NodeProto], available: Iterable[str]) -> list[NodeProto]:
-    """Nodes in an order in which each comes after those that it depends on; sorted lists stay as they are.
-
-    Raises:
-        ExportError: there is a cycle, or an input that nothing makes.
-    """
-    known = set(available)
-    producer = {name: index for index, node in enumerate(nodes) for name in node.output if name}
-    result: list[NodeProto] = []
-    done = [False] * len(nodes)
-    for start in range(len(nodes)):
-        stack = [] if done[start] else [(start, iter(list(node_inputs(nodes[start]))))]
-        opened = {start}
-        while stack:
-            index, names = stack[-1]
-            for name in names:
-                if name in known:
-                    continue
-                if name not in producer:
-                    raise ExportError(f"Node '{nodes[index].name}' takes '{name}', which nothing makes.")
-                before = producer[name]
-                if before in opened:
-                    raise ExportError(f"The graph has a cycle through '{name}'.")
-                opened.add(before)
-                stack.append((before, iter(list(node_inputs(nodes[before])))))
-                break
-            else:
-                stack.pop()
-                opened.discard(index)
-                done[index] = True
-                known.update(filter(None, nodes[index].output))
-                result.append(nodes[index])
-    return result
 
 
 def tensor_proto(name: str, constant: Constant) -> TensorProto:
@@ -302,60 +196,7 @@ def tensor_proto(name: str, constant: Constant) -> TensorProto:
     return proto
 
 
-def _storage_dtype(elem_type: int) -> np.dtype[Any]:
+def storage_dtype(elem_type: int) -> np.dtype[Any]:
+    """NumPy's type for the values of an element type."""
     dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(elem_type)
     return dtype
-
-
-class _Files:
-    """External files of a model, each mapped once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
-        self._maps: dict[str, NDArray[np.uint8]] = {}
-
-    def read(self, location: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """A view of a part of a file."""
-        if location not in self._maps:
-            path = (self._folder / location).resolve()
-            if not path.is_file():
-                raise ExportError(f"The model's weights file {path} is missing.")
-            self._maps[location] = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
-        data = self._maps[location][offset : offset + nbytes]
-        if data.nbytes != nbytes:
-            raise ExportError(
-                f"The model's weights file {self._folder / location} ends at byte {self._maps[location].nbytes}; "
-                f"the model refers to byte {offset + nbytes}. Fetch or export the model again."
-            )
-        return data
-
-    def forget(self) -> None:
-        """Let go of the pages that were read; they come back from the file when they are needed."""
-        for mapped in self._maps.values():
-            if isinstance(mapped, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-
-
-def _constant_of(proto: TensorProto, files: _Files) -> Constant:
-    shape = tuple(proto.dims)
-    if proto.data_location != TensorProto.EXTERNAL:
-        return Constant(proto.data_type, shape, partial(numpy_helper.to_array, proto))
-    info = ExternalDataInfo(proto)
-    if proto.data_type in _PACKED:
-        raise ExportError(
-            f"Initializer '{proto.name}' is of a 4-bit type in an external file, which is not supported. "
-            "Use a model whose 4-bit weights are packed into uint8 (MatMulNBits)."
-        )
-    dtype = _storage_dtype(proto.data_type)
-    nbytes = prod(shape) * dtype.itemsize
-    if info.length is not None and info.length != nbytes:
-        raise ExportError(f"Initializer '{proto.name}' should have {nbytes} bytes, but refers to {info.length}.")
-
-    def read() -> NDArray[Any]:
-        data = files.read(info.location, info.offset or 0, nbytes)
-        if (info.offset or 0) % dtype.itemsize:
-            data = data.copy()
-        return data.view(dtype).reshape(shape)
-
-    files.read(info.location, info.offset or 0, nbytes)
-    return Constant(proto.data_type, shape, read)

@@ -12,8 +12,9 @@ from pipeload.errors import ExportError
 from pipeload.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
 from pipeload_export.cuts import find_cuts
 from pipeload_export.fold import drop_dead, normalise
-from pipeload_export.graph import Graph, dtype_name, load
+from pipeload_export.graph import Graph, dtype_name
 from pipeload_export.head import HeadCut, cut_head
+from pipeload_export.loading import load
 from pipeload_export.placement import Piece, find_caches, place
 from pipeload_export.sampling import Sampler
 from pipeload_export.tables import Lift, lift_tables

@@ -14,7 +14,8 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from pipeload.manifest import Structure
 from pipeload_export.activations import fit, live_bytes
 from pipeload_export.fuse import INLINE_BYTES, Fused
-from pipeload_export.sampling import Event, Sampler
+from pipeload_export.sampling import Sampler
+from pipeload_export.trial import Event
 
 __all__ = ["Structures", "structure_id"]
 

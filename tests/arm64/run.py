@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tests.arm64.environment import REPOSITORY, PreparationError, is_native, prepare
+from tests.models import TOYS
 
 ENGINE_TESTS = REPOSITORY / "tests" / "engine"
 
@@ -82,7 +83,7 @@ def make_models(folder: Path) -> Path:
         UsageError: the host's interpreter could not make them.
     """
     path = os.pathsep.join(str(REPOSITORY / root) for root in ("engine", "exporter"))
-    command = [sys.executable, "-m", "tests.models", str(folder)]
+    command = [sys.executable, "-m", "tests.models", str(folder), *COMPARED, *TOYS]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )

@@ -150,7 +150,7 @@ def test_the_next_pass_is_read_before_anybody_calls(toy: Path) -> None:
         rig.storage.before_read = lambda _: second.stop_here() if len(rig.storage.read) > len(NAMES) else None
         rig.check()
         second.wait_reached()
-        assert rig.storage.read[len(NAMES) :] == ["prologue"]
+        assert rig.storage.read[len(NAMES)] == "prologue"
 
 
 def test_reading_begins_before_the_first_call(toy: Path) -> None:

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 from tests.exporter.conftest import Sharded
 
 from pipeload_export.activations import fit, live_bytes
-from pipeload_export.sampling import Event
+from pipeload_export.trial import Event
 
 POINTS = [{"b": b, "s": s} for b in (1, 2, 3) for s in (4, 6, 9)]
 

@@ -14,7 +14,7 @@ from tests.exporter.graphs import WIDTH, Builder, backwards, encoder, renamed, r
 from pipeload.errors import ExportError
 from pipeload_export.cuts import Cuts, find_cuts
 from pipeload_export.fold import normalise
-from pipeload_export.graph import load
+from pipeload_export.loading import load
 
 
 @pytest.fixture
