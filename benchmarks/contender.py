@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=4, help="new tokens to generate")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--size", action="append", default=[], metavar="DIM=N", help="sizes for run")
+    parser.add_argument("--size", action="append", default=[], metavar="DIM=N", help="sizes to plan for, and to run")
     parser.add_argument("--save", type=Path, help="where the outputs go, as .npz")
     arguments = parser.parse_args()
     if arguments.task == "generate":
@@ -45,7 +45,8 @@ def main() -> None:
     before = rss_bytes()
     begin = time.perf_counter()
     if arguments.engine == "pipeload":
-        with pipeload.load(arguments.directory, arguments.budget, threads=arguments.threads) as model:
+        sizes = {name: int(size) for name, size in (pair.split("=") for pair in arguments.size)}
+        with pipeload.load(arguments.directory, arguments.budget, threads=arguments.threads, sizes=sizes) as model:
             record = _measure(model, arguments, begin)
             plan = model.plan
             record |= {

@@ -36,6 +36,7 @@ class Case:
         task: what the contenders do with it.
         cap_bytes: the cgroup's limit.
         budget: what pipeload gets where there is no cgroup: counts shared libraries, which a cgroup may not.
+        options: for pipeload: what to plan for.
     """
 
     name: str
@@ -43,11 +44,26 @@ class Case:
     task: str
     cap_bytes: int
     budget: str
+    options: tuple[str, ...]
 
 
 CASES = (
-    Case(name="minilm", title="all-MiniLM-L6-v2", task="embed", cap_bytes=76_000_000, budget="120MB"),
-    Case(name="smollm2-135m", title="SmolLM2-135M-Instruct", task="generate", cap_bytes=200_000_000, budget="240MB"),
+    Case(
+        name="minilm",
+        title="all-MiniLM-L6-v2",
+        task="embed",
+        cap_bytes=76_000_000,
+        budget="120MB",
+        options=("--size", "sequence_length=32"),
+    ),
+    Case(
+        name="smollm2-135m",
+        title="SmolLM2-135M-Instruct",
+        task="generate",
+        cap_bytes=200_000_000,
+        budget="240MB",
+        options=(),
+    ),
 )
 
 
@@ -77,7 +93,11 @@ def _export(case: Case, console: Console) -> tuple[Path, Path]:
 def _compare(case: Case, directory: Path, onnx: Path, *, capped: bool, console: Console) -> list[dict[str, Any]]:
     weights = sum(path.stat().st_size for path in (directory / "shards").glob("*.safetensors"))
     contenders = [
-        ("pipeload", ["pipeload", "--budget", "auto" if capped else case.budget], case.cap_bytes if capped else None),
+        (
+            "pipeload",
+            ["pipeload", "--budget", "auto" if capped else case.budget, *case.options],
+            case.cap_bytes if capped else None,
+        ),
         ("single session", ["single"], None),
     ]
     if capped:

@@ -31,7 +31,7 @@ from pipeload.storage import page_ceil
 
 __all__ = ["SESSION_BYTES", "Plan", "cache_bytes", "make_plan", "pass_bytes", "planning_dims"]
 
-_RUNTIME_BYTES = 20_000_000
+_RUNTIME_BYTES = 18_000_000
 """onnxruntime's code pages, thread stacks and heap, which appear with the first pass."""
 SESSION_BYTES = 400_000
 """One session beside its weights: graph, kernels, thread pool."""

@@ -147,7 +147,8 @@ def spread_tensors(flow: Flow, active: Sequence[int], shared: set[str]) -> set[s
     for index in active:
         for name in filter(None, flow.graph.nodes[index].output):
             places = sorted(place[user] for user in flow.consumers.get(name, ()) if user in place)
-            # Without the last one: a state may be read again at the end, where all states are put together.
-            if len(places) >= 3 and places[-1] - places[1] > total * _SPREAD and name not in shared:
+            # Of a state without the last one: it may be read again at the end, where all states are put together.
+            first = 1 if flow.is_float(name) else 0
+            if len(places) >= 3 and places[-1] - places[first] > total * _SPREAD and name not in shared:
                 result.add(name)
     return result

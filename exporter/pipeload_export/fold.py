@@ -74,26 +74,27 @@ def drop_dead(graph: Graph, kept_tensors: Iterable[str] = ()) -> None:
 
 
 def _separate_sums(graph: Graph) -> None:
-    """Take fused residual norms apart where their sum is used as well.
+    """Take fused residual norms apart: the boundary between two layers often lies inside, after the sum.
 
-    Between layers fused that way two tensors are alive, the normed state and the state, although one makes the other.
+    Where the sum is used as well, two tensors are alive behind the norm, although one makes the other.
     """
     nodes: list[NodeProto] = []
     for node in graph.nodes:
         simple = node.op_type == "SkipSimplifiedLayerNormalization"
         skip = simple or (node.op_type == "SkipLayerNormalization" and graph.opsets.get("", 0) >= _NORM_OPSET)
-        if not skip or node.domain != "com.microsoft" or len(node.output) < 4 or not node.output[3]:
+        if not skip or node.domain != "com.microsoft" or any(node.output[1:3]):
             nodes.append(node)
             continue
+        total = node.output[3] if len(node.output) > 3 and node.output[3] else f"{node.output[0]}.sum"
         inputs = [*node.input, "", ""][:5]
         bias, sides = inputs[3 if simple else 4], list(inputs[:2])
         if bias:
-            sides[0] = f"{node.output[3]}.biased"
+            sides[0] = f"{total}.biased"
             nodes.append(helper.make_node("Add", [inputs[0], bias], [sides[0]]))
-        nodes.append(helper.make_node("Add", sides, [node.output[3]]))
+        nodes.append(helper.make_node("Add", sides, [total]))
         kind, terms = ("SimplifiedLayerNormalization", inputs[2:3]) if simple else ("LayerNormalization", inputs[2:4])
         epsilon = attribute(node, "epsilon", _NORM_EPSILON)
-        taken = [node.output[3], *filter(None, terms)]
+        taken = [total, *filter(None, terms)]
         nodes.append(helper.make_node(kind, taken, [node.output[0]], axis=-1, epsilon=epsilon, stash_type=1))
     graph.nodes = nodes
 
