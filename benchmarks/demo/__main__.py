@@ -1,7 +1,7 @@
 """`make demo`: export two real models, run each under a memory cap, and compare with single-session ONNX Runtime.
 
 Each contender runs in a process of its own, in a memory cgroup where this user may make one; its answers are
-checked against single-session ONNX Runtime before any number is printed.
+checked against single-session ONNX Runtime before any number is printed. `--save` keeps the records in results/.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def main() -> int:
     for case in CASES:
         directory, onnx = _export(case, console)
         records += _compare(case, directory, onnx, capped=refusal is None, console=console)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo.json").write_text(json.dumps(records, indent=1) + "\n")
+    if "--save" in sys.argv:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "demo.json").write_text(json.dumps(records, indent=1) + "\n")
     return 0 if all(record["ok"] for record in records) else 1
 
 
