@@ -17,6 +17,9 @@ A message gives the fact, the value and the remedy. The cause, where there is on
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 __all__ = [
     "BudgetError",
     "ClosedError",
@@ -58,6 +61,11 @@ class BudgetError(PipeloadError, MemoryError):
         super().__init__(message)
         self.needed_bytes = needed_bytes
         self.budget_bytes = budget_bytes
+
+    def __reduce__(self) -> tuple[Callable[..., BudgetError], tuple[str]]:
+        # An exception is copied by calling its class with its arguments, which leaves keywords out.
+        make = partial(BudgetError, needed_bytes=self.needed_bytes, budget_bytes=self.budget_bytes)
+        return make, (str(self),)
 
 
 class LoadError(PipeloadError):

@@ -162,8 +162,8 @@ class Pipeline:
             return outputs
 
         request = Request(work=work)
-        self._exchange.submit(request)
         try:
+            self._exchange.submit(request)
             outputs: dict[str, Value] = request.result.result()
         except BaseException:
             self._exchange.withdraw(request)

@@ -154,17 +154,15 @@ class Storage:
         self._headers: dict[str, bytes] = {}
         self._tensors: dict[str, list[WeightSpec]] = {}
         self._slices: dict[str, list[WeightSpec]] = {}
-        head_bytes: dict[str, int] = {}
         for shard in manifest.shards:
-            if shard.weights and shard.role == "head":
-                head_bytes[shard.weights.path] = head_bytes.get(shard.weights.path, 0) + shard.weights.nbytes
             if shard.weights:
                 expected = self._slices if shard.role == "head" else self._tensors
                 expected.setdefault(shard.weights.path, []).extend(shard.tensors)
+        for shard in manifest.shards:
             for lookup in shard.lookups:
                 self._tensors.setdefault(lookup.path, []).append(lookup.table)
                 # The slices of a tied head are all of the table, and each is checked before the pass has an answer.
-                if head_bytes.get(lookup.path, 0) >= lookup.table.nbytes:
+                if sum(spec.nbytes for spec in self._slices.get(lookup.path, [])) >= lookup.table.nbytes:
                     self._verified.add(lookup.path)
 
     def graph(self, shard: Shard) -> Path:

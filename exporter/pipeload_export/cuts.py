@@ -126,7 +126,7 @@ def _cuts_from(flow: Flow, graph: Graph, *, float_inputs: bool) -> Cuts | None:
         if not spread:
             break
         shared |= spread
-    boundaries, segments = _segments(flow, active, output, source)
+    boundaries, segments = _segments(flow, active, output, source, shared)
     sizes = [flow.bytes_of(segment) for segment in segments]
     if not any(sizes):
         return None
@@ -151,7 +151,9 @@ def _rank(graph: Graph, name: str) -> int:
     return len(shape) if shape is not None else 0
 
 
-def _segments(flow: Flow, active: Sequence[int], output: str, source: int | str) -> tuple[list[str], list[list[int]]]:
+def _segments(
+    flow: Flow, active: Sequence[int], output: str, source: int | str, shared: set[str]
+) -> tuple[list[str], list[list[int]]]:
     """Boundaries, and before each its segment.
 
     Every active node lies on a path from the source to the output. Therefore a tensor is on all of those paths
@@ -171,7 +173,7 @@ def _segments(flow: Flow, active: Sequence[int], output: str, source: int | str)
         made = [
             name
             for name in filter(None, flow.graph.nodes[index].output)
-            if name == output or any(user in members for user in flow.consumers.get(name, ()))
+            if name == output or (name not in shared and any(user in members for user in flow.consumers.get(name, ())))
         ]
         alive = {name for name in alive if last_use[name] > place} | set(made)
         if len(alive) == 1 and len(made) == 1 and flow.is_float(made[0]):

@@ -8,6 +8,7 @@ stay compressed: a node that makes its result larger than what goes in is not co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from pipeload_export.fuse import elem_type_of
 from pipeload_export.graph import Constant, Graph, attribute, is_pure, known_constant, node_inputs, tensor_proto
 
 __all__ = ["drop_dead", "infer_types", "normalise"]
@@ -44,21 +46,43 @@ def normalise(graph: Graph) -> Graph:
 
 
 def infer_types(graph: Graph) -> dict[str, tuple[int, tuple[int | str | None, ...] | None]]:
-    """What ONNX's shape inference finds out about every tensor; operators that it does not know stay unknown."""
+    """What ONNX's shape inference finds out about every tensor, and onnxruntime about the types of the others."""
     large = {n: c for n, c in graph.constants.items() if c.nbytes >= SMALL_BYTES}
     small = [tensor_proto(n, c) for n, c in graph.constants.items() if n not in large]
     # Values of large constants do not matter for shapes, and a proto cannot hold more than 2 GB of them.
     inputs = [*graph.inputs, *(helper.make_tensor_value_info(n, c.dtype, c.shape) for n, c in large.items())]
     outputs = [helper.make_empty_tensor_value_info(value.name) for value in graph.outputs]
     model = _model(graph, graph.nodes, inputs, outputs, small)
-    try:
+    # A graph that ONNX cannot infer may still run; its types are then taken from onnxruntime.
+    with suppress(Exception):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # noqa: BLE001 - a graph that ONNX cannot infer may still run; types are then taken from sessions
-        return {value.name: _type_of(value) for value in inputs}
     known: dict[str, tuple[int, tuple[int | str | None, ...] | None]]
     known = {name: (constant.dtype, constant.shape) for name, constant in graph.constants.items()}
     known |= {value.name: _type_of(value) for value in (*inputs, *model.graph.value_info, *model.graph.output)}
-    return known | {value.name: _type_of(value) for value in graph.outputs if value.type.HasField("tensor_type")}
+    known |= {value.name: _type_of(value) for value in graph.outputs if value.type.HasField("tensor_type")}
+    unknown = [n for node in graph.nodes for n in node.output if n and not known.get(n, (0, None))[0]]
+    return known | {name: (dtype, None) for name, dtype in _ask_session(model, unknown).items()}
+
+
+def _ask_session(model: ModelProto, names: list[str]) -> dict[str, int]:
+    """Element types of tensors, as onnxruntime finds them when it opens the graph; large weights are inputs there."""
+    if not names:
+        return {}
+    kept = [value.name for value in model.graph.output]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in kept)
+    try:
+        session = _session(model)
+    except Exception:  # noqa: BLE001 - onnxruntime's errors have no common base; unknown types may be floats
+        return {}
+    types = {value.name: elem_type_of(value.type) for value in session.get_outputs()}
+    return {name: types[name] for name in names if types.get(name)}
+
+
+def _session(model: ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def drop_dead(graph: Graph, kept_tensors: Iterable[str] = ()) -> None:
@@ -199,12 +223,8 @@ def _evaluate(graph: Graph, nodes: list[NodeProto]) -> dict[str, NDArray[Any]]:
     names = sorted(made)
     values = [tensor_proto(name, graph.constants[name]) for name in used]
     model = _model(graph, nodes, [], [helper.make_empty_tensor_value_info(name) for name in names], values)
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        arrays = session.run(names, {})
+        arrays = _session(model).run(names, {})
     except Exception:  # noqa: BLE001 - onnxruntime's errors have no common base; unfolded nodes are always correct
         return {}
     return {n: a for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray) and a.dtype != object}

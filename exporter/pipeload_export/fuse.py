@@ -25,7 +25,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from pipeload_export.graph import DTYPES, FLOATS, Constant, tensor_proto
 
-__all__ = ["INLINE_BYTES", "Fused", "fuse", "is_external"]
+__all__ = ["INLINE_BYTES", "Fused", "elem_type_of", "fuse", "is_external"]
 
 INLINE_BYTES = 1024
 """Smaller constants stay in the graph's file, unless they are weights."""
@@ -165,13 +165,13 @@ def _optimise(folder: Path, level: ort.GraphOptimizationLevel, disabled: Collect
     session = ort.InferenceSession(
         str(folder / "given.onnx"), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
     )
-    return {value.name: _elem_type(value.type) for value in session.get_outputs()}
+    return {value.name: elem_type_of(value.type) for value in session.get_outputs()}
 
 
 _ORT_TYPES = {"float": "float32", "double": "float64"}
 
 
-def _elem_type(text: str) -> int:
+def elem_type_of(text: str) -> int:
     """ONNX's number for onnxruntime's name of a tensor type, such as "tensor(float)"."""
     name = text.removeprefix("tensor(").removesuffix(")")
     name = _ORT_TYPES.get(name, name)

@@ -62,6 +62,9 @@ def _graph_of(model: ModelProto, path: Path) -> Graph:
         constant = _constant_node(node, files)
         if constant is None:
             _bring_in(node, files)
+            # Stack traces and scopes of the program that exported the model.
+            node.doc_string = ""
+            del node.metadata_props[:]
             nodes.append(node)
         else:
             constants[node.output[0]] = constant

@@ -388,6 +388,7 @@ def test_too_small_a_budget_is_refused_before_anything_is_read(
         assert_same(model.run(toys.inputs()), run_sequentially(toy_large, toys.inputs(), threads=THREADS))
 
 
+@pytest.mark.skipif(EMULATED, reason="three minutes under qemu, and no other code runs there")
 def test_larger_inputs_make_resident_shards_leave(toy_large: Path, fixed_profile: Profile) -> None:
     budget = smallest_budget(toy_large) + 33_000_000
     with _load(toy_large, budget) as model:
@@ -538,6 +539,15 @@ def _gated_reads(monkeypatch: pytest.MonkeyPatch, at: str) -> Gate:
     return gate
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that was started in the background of a shell ignores Ctrl-C: not here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.skipif(EMULATED, reason="signals do not interrupt waits reliably under qemu")
 def test_an_interrupted_caller_is_free_at_once_and_the_next_call_works(
     toy: Path, monkeypatch: pytest.MonkeyPatch
@@ -693,6 +703,7 @@ def test_the_interpreter_ends_cleanly_without_close(toy: Path, end: str) -> None
 import contextlib, os, signal, sys, threading
 import pipeload
 from tests.engine import toy
+signal.signal(signal.SIGINT, signal.default_int_handler)
 inputs = toy.inputs()
 try:
     pipeload.load({str(toy)!r}, 1)
@@ -781,7 +792,8 @@ def test_a_thousand_passes_leave_threads_descriptors_and_memory_as_they_were(
             if number == warm:
                 before = (threading.active_count(), rss_bytes(), descriptors())
         assert threading.active_count() == before[0]
-        assert rss_bytes() - before[1] < 4_000_000
+        # The emulator's own memory grows as it translates more code.
+        assert EMULATED or rss_bytes() - before[1] < 4_000_000
         # Each loader may have a file open at one of the two moments.
         assert abs(descriptors() - before[2]) <= 2 * model.plan.loaders
     assert model.stats.passes == passes

@@ -555,6 +555,19 @@ def test_a_foreign_table_file_is_named(toy_copy: Path, made_toys: Callable[[str]
         Storage(toy_copy, manifest).read_rows(lookup, np.array([1]), keep_cached=True)
 
 
+def test_a_tied_table_is_checked_by_the_slices_of_its_head(toy_decoder: Path, tmp_path: Path) -> None:
+    # Each slice is loaded and checked before a pass has an answer: to read all of the table for it would be a waste.
+    directory = Path(shutil.copytree(toy_decoder, tmp_path / "model"))
+    manifest = manifests.read(directory)
+    (lookup,) = manifest.shards[0].lookups
+    _flip(directory / lookup.path, -1)
+    storage = Storage(directory, manifest)
+    storage.read_rows(lookup, np.array([1]), keep_cached=True)
+    _read(storage, manifest.shards[-2])
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is damaged"):
+        _read(storage, manifest.shards[-1])
+
+
 def test_a_disk_that_fails_for_a_row_is_named(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, lookup, _ = table
 

@@ -55,6 +55,16 @@ class Builder:
         scale = self.constant(1 + 0.1 * self.random.standard_normal(width), np.float32)
         return self.op("LayerNormalization", x, scale, self.constant(np.zeros(width), np.float32), axis=-1)
 
+    def residual_norm(self, state: str, update: str) -> tuple[str, str]:
+        """onnxruntime's fused sum and norm: the normed state and the state."""
+        self._count += 1
+        scale, shift = self.constant(np.ones(WIDTH), np.float32), self.constant(np.zeros(WIDTH), np.float32)
+        names = [f"normed.{self._count}", "", "", f"state.{self._count}"]
+        inputs = [state, update, scale, shift]
+        options = {"domain": "com.microsoft", "epsilon": 1e-5}
+        self.nodes.append(helper.make_node("SkipLayerNormalization", inputs, names, **options))
+        return names[0], names[3]
+
     def attention(self, x: str, *, bias: str | None = None, past: str | None = None) -> tuple[str, str]:
         """One head over the normed activation. Returns the update, and the keys with those of the past."""
         normed = self.norm(x)
@@ -105,6 +115,38 @@ def encoder(layers: int = 3, *, seed: int = 0, opset: int = 17) -> Builder:
     for _ in range(layers):
         x = builder.layer(x, bias=bias)
     builder.output(builder.norm(x), "hidden", ["batch", "length", WIDTH])
+    return builder
+
+
+def grouped_decoder(layers: int = 3) -> Builder:
+    """A decoder as onnxruntime-genai writes them: fused norms and attention, one symbol for cache and text together."""
+    builder = Builder()
+    ids = builder.input("input_ids", ["batch", "length"])
+    mask = builder.input("attention_mask", ["batch", "total"])
+    state = builder.embed(ids)
+    count = builder.op("Sub", builder.op("ReduceSum", mask, builder.constant([1]), keepdims=0), builder.constant([1]))
+    counts = builder.op("Cast", count, to=TensorProto.INT32)
+    total = builder.op("Gather", builder.op("Shape", mask), builder.constant(1))
+    totals = builder.op("Cast", total, to=TensorProto.INT32)
+    normed, presents = builder.norm(state), []
+    for number in range(layers):
+        pasts = [
+            builder.input(f"past.{number}.{kind}", ["batch", 1, "past", 16], TensorProto.FLOAT)
+            for kind in ("key", "value")
+        ]
+        sides = [builder.op("MatMul", normed, builder.weight(WIDTH, size)) for size in (WIDTH, 16, 16)]
+        names = [f"mixed.{number}", f"present.{number}.key", f"present.{number}.value"]
+        options = {"domain": "com.microsoft", "num_heads": 2, "kv_num_heads": 1}
+        inputs = [*sides, *pasts, counts, totals]
+        builder.nodes.append(helper.make_node("GroupQueryAttention", inputs, names, **options))
+        presents += names[1:]
+        normed, state = builder.residual_norm(state, builder.op("MatMul", names[0], builder.weight(WIDTH, WIDTH)))
+        inner = builder.op("Relu", builder.op("MatMul", normed, builder.weight(WIDTH, 2 * WIDTH)))
+        normed, state = builder.residual_norm(state, builder.op("MatMul", inner, builder.weight(2 * WIDTH, WIDTH)))
+    builder.output(normed, "hidden", ["batch", "length", WIDTH])
+    builder.outputs += [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 1, "total", 16]) for name in presents
+    ]
     return builder
 
 

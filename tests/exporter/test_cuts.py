@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto
 from tests.exporter.conftest import ARCHITECTURES
-from tests.exporter.graphs import WIDTH, Builder, backwards, encoder, renamed, reordered
+from tests.exporter.graphs import WIDTH, Builder, backwards, encoder, grouped_decoder, renamed, reordered
 
 from pipeload.errors import ExportError
 from pipeload_export.cuts import Cuts, find_cuts
@@ -105,6 +105,20 @@ def test_the_first_activation_may_be_read_by_every_layer(cuts_of: Callable[..., 
         x = builder.layer(builder.op("Add", x, first))
     builder.output(x, "hidden", ["batch", "length", WIDTH])
     assert cuts_of(builder.model()).count >= 5
+
+
+def test_an_integer_that_the_first_activation_makes_is_shared(cuts_of: Callable[..., Cuts]) -> None:
+    builder = Builder()
+    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
+    largest = builder.op("ArgMax", x, axis=-1)
+    for _ in range(3):
+        x = builder.layer(builder.op("Add", x, builder.op("Cast", largest, to=TensorProto.FLOAT)))
+    builder.output(x, "hidden", ["batch", "length", WIDTH])
+    assert cuts_of(builder.model()).count == 3
+
+
+def test_fused_layers_of_a_decoder_are_found(cuts_of: Callable[..., Cuts]) -> None:
+    assert cuts_of(grouped_decoder(4).model()).count == 4
 
 
 def test_the_layers_of_a_decoder_are_found_behind_its_encoder(cuts_of: Callable[..., Cuts]) -> None:

@@ -103,14 +103,9 @@ def test_residual_norms_with_two_outputs_come_apart(shard: Callable[..., Sharded
     builder = Builder()
     state = builder.embed(builder.input("input_ids", ["batch", "length"]))
     normed = builder.norm(state)
-    for number in range(3):
+    for _ in range(3):
         update = builder.op("Tanh", builder.op("MatMul", normed, builder.weight(WIDTH, WIDTH)))
-        scale, shift = builder.constant(np.ones(WIDTH), np.float32), builder.constant(np.zeros(WIDTH), np.float32)
-        names = [f"normed.{number}", "", "", f"state.{number}"]
-        inputs = [state, update, scale, shift]
-        node = helper.make_node("SkipLayerNormalization", inputs, names, domain="com.microsoft", epsilon=1e-5)
-        builder.nodes.append(node)
-        normed, state = names[0], names[3]
+        normed, state = builder.residual_norm(state, update)
     builder.output(builder.op("MatMul", normed, builder.weight(WIDTH, WIDTH)), "hidden", BATCH)
     sharded = shard(builder.model())
     assert sharded.blocks == 3

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from tests.exporter.conftest import ARCHITECTURES, Sharded, assert_same_answers
-from tests.exporter.graphs import ROWS, WIDTH, Builder, backwards, encoder, renamed, reordered, run
+from tests.exporter.graphs import ROWS, WIDTH, Builder, backwards, encoder, grouped_decoder, renamed, reordered, run
 
 from pipeload.errors import ExportError
 from pipeload.manifest import PAGE_BYTES, evaluate_dim
@@ -256,6 +256,18 @@ def test_a_length_that_is_the_sum_of_two_others_is_discovered(shard: Callable[..
     answers_agree(
         sharded, {"batch": 2, "length": 3, "past": 4, "total": 7}, {"batch": 1, "length": 1, "past": 0, "total": 1}
     )
+
+
+def test_a_kernel_that_refuses_most_sizes_is_run_at_the_others(shard: Callable[..., Sharded]) -> None:
+    sharded = shard(grouped_decoder().model())
+    block = next(item for item in sharded.model.shards if item.role == "block")
+    structure = sharded.model.structures[block.structure]
+    dims = {"batch": 4, "length": 1, "past": 999, "total": 1000}
+    presents = 2 * 4 * 1000 * 16 * 4
+    assert presents < structure.activation_bytes(dims) < 10 * presents
+    assert len(sharded.model.caches) == 6
+    answers_agree(sharded, {"batch": 1, "length": 4, "past": 0, "total": 4})
+    answers_agree(sharded, {"batch": 2, "length": 1, "past": 5, "total": 6})
 
 
 @pytest.mark.parametrize("per_row", [True, False])

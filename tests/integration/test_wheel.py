@@ -66,7 +66,6 @@ def test_the_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
     assert {root for root in roots if not root.endswith(".dist-info")} == {"pipeload", "pipeload_export"}
 
 
-@pytest.mark.xfail(strict=True, reason="py.typed is missing, and pyproject.toml says Typing :: Typed")
 def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
     assert {"pipeload/py.typed", "pipeload_export/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
 
