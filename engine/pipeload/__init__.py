@@ -6,7 +6,8 @@ Modules, in the order in which data flows through them:
 errors     the exception tree
 manifest   pipeload.json: what a sharded model directory holds
 memory     sizes, RSS, cgroup limits
-storage    shard files -> page-aligned buffers
+buffers    page-aligned memory
+storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
 profiler   measures this machine -> Profile
 planner    manifest + profile + budget -> Plan

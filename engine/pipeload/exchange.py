@@ -24,9 +24,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeload.buffers import Buffer
 from pipeload.errors import ClosedError
 from pipeload.session import ShardSession, Stopper
-from pipeload.storage import Buffer
 
 __all__ = ["Exchange", "Failed", "Loaded", "LoadedShard", "Request", "Task"]
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
+from pipeload.buffers import Buffer, BufferPool, page_ceil
 from pipeload.errors import BudgetError, ClosedError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
@@ -28,7 +29,7 @@ from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim
 from pipeload.planner import SESSION_BYTES, Plan
 from pipeload.session import ShardSession, Value
-from pipeload.storage import Buffer, BufferPool, Storage, page_ceil
+from pipeload.storage import Storage
 
 __all__ = ["Pipeline", "Stats"]
 

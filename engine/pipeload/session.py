@@ -18,9 +18,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from pipeload.buffers import Buffer
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.manifest import Shard
-from pipeload.storage import Buffer
 
 __all__ = ["ShardSession", "Stopper", "Value", "to_array", "to_value"]
 

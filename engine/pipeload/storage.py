@@ -12,10 +12,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import mmap
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -24,10 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.buffers import Buffer, page_ceil
 from pipeload.errors import LoadError, ShardError
 from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec, dtype_bytes
 
-__all__ = ["Buffer", "BufferPool", "Storage", "page_ceil"]
+__all__ = ["Storage"]
 
 _PIECE_BYTES = 8 << 20
 """One read: large enough for full bandwidth, small enough that a cancelled load ends soon."""
@@ -38,103 +37,6 @@ _SAFETENSORS_DTYPES = {
     "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
     "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
 }  # fmt: skip
-
-
-def page_ceil(nbytes: int) -> int:
-    """The next multiple of the page size."""
-    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-class Buffer:
-    """Page-aligned anonymous memory, which shards are read into and sessions borrow.
-
-    Pages occupy memory from their first use on. `close` gives the memory back even while views exist: they are
-    then all zeros, never a dangling pointer.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = page_ceil(max(nbytes, 1))
-        # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Huge pages make the first fill several times cheaper; a forked child must not keep copies. Where there is no
-        # such advice, nothing is lost.
-        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
-            with suppress(OSError, AttributeError):
-                self._map.madvise(getattr(mmap, advice))
-        self._view = memoryview(self._map)
-
-    def piece(self, begin: int, end: int) -> memoryview:
-        """A writable view of the bytes `begin` to `end`."""
-        return self._view[begin:end]
-
-    def tensor(self, spec: WeightSpec, range_offset: int) -> NDArray[Any]:
-        """A tensor inside the buffer, without a copy; bfloat16 appears as uint16.
-
-        Args:
-            spec: the tensor, with its offset in the file.
-            range_offset: where in the file the range in this buffer begins.
-        """
-        dtype = np.dtype(np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
-        begin = spec.offset - range_offset
-        return np.frombuffer(self._map, dtype=dtype, count=prod(spec.shape), offset=begin).reshape(spec.shape)
-
-    def close(self) -> None:
-        """Give the memory back to the system."""
-        self._view.release()
-        try:
-            self._map.close()
-        except BufferError:
-            # Somebody still holds an array over it: drop the pages now, the address range goes with the array.
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-
-class BufferPool:
-    """Equal buffers that are used again and again, so that their pages are made only once.
-
-    How many are in use is the budget's business: whoever takes one has reserved its bytes. Idle ones are reserved by
-    nobody, so the pool keeps no more of them than the plan has buffers.
-
-    Args:
-        buffer_bytes: size of each.
-        keep: buffers, idle ones and used ones together, up to which a buffer that comes back is kept.
-    """
-
-    def __init__(self, buffer_bytes: int, keep: int) -> None:
-        self._buffer_bytes = buffer_bytes
-        self._keep = keep
-        self._lock = threading.Lock()
-        self._idle: list[Buffer] = []
-        self._count = 0
-
-    def take(self) -> Buffer:
-        """An idle buffer, or a new one. Its content is undefined."""
-        with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            self._count += 1
-        try:
-            return Buffer(self._buffer_bytes)
-        except BaseException:
-            with self._lock:
-                self._count -= 1
-            raise
-
-    def give(self, buffer: Buffer) -> None:
-        """Put a buffer back, or give its memory back to the system when there are more than planned."""
-        with self._lock:
-            if self._count <= self._keep:
-                self._idle.append(buffer)
-                return
-            self._count -= 1
-        buffer.close()
-
-    def close(self) -> None:
-        """Give the memory of all idle buffers back to the system."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-            self._count -= len(idle)
-        for buffer in idle:
-            buffer.close()
 
 
 class Storage:
@@ -195,40 +97,19 @@ class Storage:
         span = shard.weights
         path = self._resolve(span.path)
         self._check_header(path, self._records[span.path])
-        digest = hashlib.sha256() if self._verify and f"{span.path}@{span.offset}" not in self._verified else None
-        descriptor, direct = _open_direct(path, span.path)
-        try:
-            position = 0
-            while position < span.nbytes:
-                if cancelled():
-                    return False
-                end = min(position + _PIECE_BYTES, page_ceil(span.nbytes))
-                try:
-                    count = os.preadv(descriptor, [buffer.piece(position, end)], span.offset + position)
-                except OSError as error:
-                    if not (direct and error.errno == errno.EINVAL):
-                        raise LoadError(
-                            f"Reading '{span.path}' at byte {span.offset + position} failed: {error.strerror}. "
-                            "Check the disk, then load the model again."
-                        ) from error
-                    descriptor, direct = _reopen(descriptor, path, span.path), False
-                    continue
-                if count == 0:
-                    raise ShardError(_wrong_size(self._records[span.path], span.offset + position))
-                if not direct and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(descriptor, span.offset + position, count, os.POSIX_FADV_DONTNEED)
-                if digest:
-                    digest.update(buffer.piece(position, min(position + count, span.nbytes)))
-                position += count
-                if direct and position < span.nbytes and position % PAGE_BYTES:
-                    # Direct I/O cannot go on from an unaligned place: ordinary reads can, or meet the end of the file.
-                    descriptor, direct = _reopen(descriptor, path, span.path), False
-        finally:
-            os.close(descriptor)
+        key = f"{span.path}@{span.offset}"
+        digest = hashlib.sha256() if self._verify and key not in self._verified else None
+        if cancelled():
+            return False
+        for piece in self._read_directly(span.path, path, span.offset, span.nbytes, buffer.piece, _PIECE_BYTES):
+            if cancelled():
+                return False
+            if digest:
+                digest.update(piece)
         if digest:
             if digest.hexdigest() != span.sha256:
                 raise ShardError(_damaged(span.path))
-            self._verified.add(f"{span.path}@{span.offset}")
+            self._verified.add(key)
         return True
 
     def verify_mapped(self, shard: Shard) -> Path | None:
@@ -303,22 +184,77 @@ class Storage:
         result: NDArray[Any] = unique[inverse.reshape(indices.shape)]
         return result
 
+    def _read_directly(
+        self,
+        name: str,
+        path: Path,
+        offset: int,
+        nbytes: int,
+        place: Callable[[int, int], memoryview],
+        piece_bytes: int,
+    ) -> Iterator[memoryview]:
+        """Read a range past the page cache, piece by piece.
+
+        Args:
+            name: the file, as the manifest names it.
+            path: where it is.
+            offset: where the range begins, a multiple of the page size.
+            nbytes: its length.
+            place: (begin, end) within the range -> page-aligned memory for these bytes.
+            piece_bytes: most bytes of one read.
+
+        Yields:
+            What each read brought, without what lies behind the range.
+        """
+        descriptor, direct = _open_direct(path, name)
+        try:
+            position = 0
+            while position < nbytes:
+                end = min(position + piece_bytes, page_ceil(nbytes))
+                target = place(position, end)
+                try:
+                    count = os.preadv(descriptor, [target], offset + position)
+                except OSError as error:
+                    if not (direct and error.errno == errno.EINVAL):
+                        raise LoadError(
+                            f"Reading '{name}' at byte {offset + position} failed: {error.strerror}. "
+                            "Check the disk, then load the model again."
+                        ) from error
+                    descriptor, direct = _reopen(descriptor, path, name), False
+                    continue
+                if count == 0:
+                    raise ShardError(_wrong_size(self._records[name], offset + position))
+                if not direct and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(descriptor, offset + position, count, os.POSIX_FADV_DONTNEED)
+                yield target[: min(count, nbytes - position)]
+                position += count
+                if direct and position < nbytes and position % PAGE_BYTES:
+                    # Direct I/O cannot go on from an unaligned place: ordinary reads can, or meet the end of the file.
+                    descriptor, direct = _reopen(descriptor, path, name), False
+        finally:
+            os.close(descriptor)
+
     def _verify_once(self, key: str, path: Path, offset: int, nbytes: int, sha256: str, *, keep_cached: bool) -> None:
         """Compare a range of a file with its sha256, unless that was done before or is not wanted."""
         if not self._verify or key in self._verified:
             return
-        name = path.relative_to(self._directory).as_posix()
-        digest, position, end = hashlib.sha256(), offset, offset + nbytes
-        try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(offset)
-                while position < end and (piece := file.read(min(end - position, _CHECK_BYTES))):
-                    digest.update(piece)
-                    if not keep_cached and hasattr(os, "posix_fadvise"):
-                        os.posix_fadvise(file.fileno(), position, len(piece), os.POSIX_FADV_DONTNEED)
-                    position += len(piece)
-        except OSError as error:
-            raise _unreadable(name, error) from error
+        name, digest = path.relative_to(self._directory).as_posix(), hashlib.sha256()
+        if keep_cached:
+            try:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(offset)
+                    while nbytes and (data := file.read(min(nbytes, _PIECE_BYTES))):
+                        digest.update(data)
+                        nbytes -= len(data)
+            except OSError as error:
+                raise _unreadable(name, error) from error
+        else:
+            scratch = Buffer(_CHECK_BYTES)
+            place = lambda begin, end: scratch.piece(0, end - begin)  # noqa: E731
+            for piece in self._read_directly(name, path, offset, nbytes, place, _CHECK_BYTES):
+                digest.update(piece)
+                piece.release()
+            scratch.close()
         if digest.hexdigest() != sha256:
             raise ShardError(_damaged(name))
         self._verified.add(key)

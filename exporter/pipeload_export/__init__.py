@@ -11,7 +11,17 @@ source      SOURCE -> a checkpoint, or an ONNX graph with its side files
 folder      what lies in a checkpoint folder
 checkpoint  a checkpoint -> an unsplit ONNX graph, in a child process
 tracing     what that process does
-split       graph -> shards (graph, fold, cuts, placement, tables, head, fuse, writer, ... are its parts)
+split       graph -> shards; its parts, in order:
+loading       the file as a sorted graph whose weights stay in it
+graph         that graph
+fold          constants folded, names resolved
+flow, cuts    where one activation flows, where the blocks begin and end
+tables, head  embedding tables taken out, the vocabulary head cut
+placement     each node to its shard; edges, caches
+fuse          a shard optimised offline by onnxruntime
+plans, trial, sampling, activations   sample runs of shards -> shapes, live bytes
+structure     the id of what shards have in common
+weights, writer   safetensors files, graph files
 samples     seeded inputs that suit a model
 chain       the shards one after another, and the unsplit graph, in plain onnxruntime
 compare     the answers of the two, and by how much they differ

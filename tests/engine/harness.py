@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 import pipeload
 from pipeload import manifest as manifests
+from pipeload.buffers import Buffer
 from pipeload.forward import Forward
 from pipeload.session import ShardSession, Stopper, to_array, to_value
-from pipeload.storage import Buffer, Storage
+from pipeload.storage import Storage
 
 EMULATED = os.environ.get("PIPELOAD_EMULATED") == "1"
 PATIENCE_S = 900 if EMULATED else 60

@@ -25,13 +25,14 @@ from tests.engine.harness import (
 
 from pipeload import manifest as manifests
 from pipeload import pipeline as pipelines
+from pipeload.buffers import Buffer, page_ceil
 from pipeload.errors import BudgetError, ClosedError, LoadError, ShardError
 from pipeload.manifest import Manifest, Shard
 from pipeload.pipeline import Pipeline
 from pipeload.planner import SESSION_BYTES, Plan, make_plan
 from pipeload.profiler import Profile
 from pipeload.session import ShardSession, to_array, to_value
-from pipeload.storage import Buffer, Storage, page_ceil
+from pipeload.storage import Storage
 
 NAMES = ["prologue", *(f"block.{k:03d}" for k in range(6)), "epilogue"]
 FAILURES = [OSError("disk"), MemoryError(), SystemExit(3), KeyboardInterrupt()]

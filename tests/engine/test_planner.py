@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipeload.buffers import page_ceil
 from pipeload.errors import BudgetError
 from pipeload.manifest import (
     ByteTerm,
@@ -21,7 +22,6 @@ from pipeload.manifest import (
 )
 from pipeload.planner import SESSION_BYTES, Plan, cache_bytes, make_plan, pass_bytes, planning_dims
 from pipeload.profiler import Profile, measure
-from pipeload.storage import page_ceil
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies

@@ -17,10 +17,11 @@ from tests.engine.harness import Background
 
 from pipeload import manifest as manifests
 from pipeload import session as sessions
+from pipeload.buffers import Buffer
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.manifest import Shard
 from pipeload.session import ShardSession, Stopper, to_array, to_value
-from pipeload.storage import Buffer, Storage
+from pipeload.storage import Storage
 
 
 @pytest.fixture

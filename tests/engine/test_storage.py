@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +16,10 @@ import pytest
 
 from pipeload import manifest as manifests
 from pipeload import storage as storages
+from pipeload.buffers import Buffer
 from pipeload.errors import LoadError, ShardError
-from pipeload.manifest import PAGE_BYTES, Lookup, Shard, WeightSpec
-from pipeload.storage import Buffer, BufferPool, Storage, page_ceil
+from pipeload.manifest import PAGE_BYTES, Lookup, Shard
+from pipeload.storage import Storage
 
 BLOCK = 2
 """A shard in the middle of the toy."""
@@ -534,12 +533,13 @@ def test_rows_of_every_element_type_are_read(toy: Path, dtype: str) -> None:
 
 @pytest.mark.parametrize(("damage", "words"), _HEADER_DAMAGE)
 @pytest.mark.parametrize("again", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("verify", [True, False])
 def test_a_table_file_that_is_not_the_exported_one_is_named(
-    toy_copy: Path, damage: Callable[[Path], Any], words: str, again: bool
+    toy_copy: Path, damage: Callable[[Path], Any], words: str, again: bool, verify: bool
 ) -> None:
     manifest = manifests.read(toy_copy)
     (lookup,) = manifest.shards[0].lookups
-    storage = Storage(toy_copy, manifest)
+    storage = Storage(toy_copy, manifest, verify=verify)
     if again:
         storage.read_rows(lookup, np.array([1]), keep_cached=True)
     damage(toy_copy / lookup.path)
@@ -553,6 +553,31 @@ def test_a_foreign_table_file_is_named(toy_copy: Path, made_toys: Callable[[str]
     shutil.copy(made_toys("toy-other") / lookup.path, toy_copy / lookup.path)
     with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is damaged"):
         Storage(toy_copy, manifest).read_rows(lookup, np.array([1]), keep_cached=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _replace_header(b"{}"),
+        _edit_tensor(dtype="I32"),
+        _edit_tensor(shape=[16, 64]),
+        _edit_tensor(data_offsets=[64, 0]),
+    ],
+    ids=["none", "other dtype", "smaller", "other place"],
+)
+def test_a_slice_of_a_head_lies_within_a_tensor_of_its_file(
+    toy_decoder: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    directory = Path(shutil.copytree(toy_decoder, tmp_path / "model"))
+    manifest = manifests.read(directory)
+    # Not tied: nothing else speaks of the file.
+    manifest = replace(manifest, shards=tuple(replace(shard, lookups=()) for shard in manifest.shards))
+    storage, head = Storage(directory, manifest, verify=False), manifest.shards[-2]
+    assert _read(storage, head) == _expected(directory, head)
+    assert head.weights is not None
+    damage(directory / head.weights.path)
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is not the file"):
+        _read(Storage(directory, manifest, verify=False), head)
 
 
 def test_a_tied_table_is_checked_by_the_slices_of_its_head(toy_decoder: Path, tmp_path: Path) -> None:
@@ -570,65 +595,7 @@ def test_a_tied_table_is_checked_by_the_slices_of_its_head(toy_decoder: Path, tm
 
 def test_a_disk_that_fails_for_a_row_is_named(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, lookup, _ = table
-
+    storage.read_rows(lookup, np.array([1]), keep_cached=True)
     monkeypatch.setattr(os, "preadv", _raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' cannot be read: Input/output error"):
         storage.read_rows(lookup, np.array([1]), keep_cached=True)
-
-
-# Buffers
-
-
-@pytest.mark.parametrize(("nbytes", "pages"), [(0, 0), (1, 1), (4096, 1), (4097, 2)])
-def test_sizes_are_rounded_to_pages(nbytes: int, pages: int) -> None:
-    assert page_ceil(nbytes) == pages * PAGE_BYTES
-    assert Buffer(nbytes).nbytes == max(1, pages) * PAGE_BYTES
-
-
-def test_buffers_begin_at_a_page() -> None:
-    assert np.frombuffer(Buffer(10).piece(0, 10), np.uint8).ctypes.data % PAGE_BYTES == 0
-
-
-def test_a_closed_buffer_gives_its_memory_back_even_while_arrays_live() -> None:
-    spec = WeightSpec(name="w", dtype="float32", shape=(1024,), offset=0)
-    buffer = Buffer(4096)
-    array = buffer.tensor(spec, 0)
-    array[:] = 1
-    buffer.close()
-    # Zeros, never a dangling pointer.
-    assert not array.any()
-
-
-def test_a_pool_reuses_buffers_and_keeps_no_more_than_planned() -> None:
-    pool = BufferPool(PAGE_BYTES, keep=2)
-    first, second, third = pool.take(), pool.take(), pool.take()
-    closed = weakref.ref(first)
-    pool.give(first)
-    del first
-    gc.collect()
-    assert closed() is None, "there were three, and two are planned"
-    pool.give(second)
-    assert pool.take() is second
-    pool.give(second)
-    pool.give(third)
-    assert {id(pool.take()), id(pool.take())} == {id(second), id(third)}
-
-
-def test_a_closed_pool_starts_anew() -> None:
-    pool = BufferPool(PAGE_BYTES, keep=1)
-    used, idle = pool.take(), pool.take()
-    pool.give(used)
-    pool.close()
-    pool.give(idle)
-    assert pool.take() is idle
-
-
-def test_a_pool_that_got_no_memory_counts_no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = BufferPool(PAGE_BYTES, keep=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(storages, "Buffer", _raising(MemoryError()))
-        with pytest.raises(MemoryError):
-            pool.take()
-    buffer = pool.take()
-    pool.give(buffer)
-    assert pool.take() is buffer

@@ -1,0 +1,113 @@
+"""Page-aligned memory that shards are read into and that sessions borrow."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from contextlib import suppress
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.manifest import PAGE_BYTES, WeightSpec
+
+__all__ = ["Buffer", "BufferPool", "page_ceil"]
+
+
+def page_ceil(nbytes: int) -> int:
+    """The next multiple of the page size."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+class Buffer:
+    """Page-aligned anonymous memory, which shards are read into and sessions borrow.
+
+    Pages occupy memory from their first use on. `close` gives the memory back even while views exist: they are
+    then all zeros, never a dangling pointer.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = page_ceil(max(nbytes, 1))
+        # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Huge pages make the first fill several times cheaper; a forked child must not keep copies. Where there is no
+        # such advice, nothing is lost.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with suppress(OSError, AttributeError):
+                self._map.madvise(getattr(mmap, advice))
+        self._view = memoryview(self._map)
+
+    def piece(self, begin: int, end: int) -> memoryview:
+        """A writable view of the bytes `begin` to `end`."""
+        return self._view[begin:end]
+
+    def tensor(self, spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+        """A tensor inside the buffer, without a copy; bfloat16 appears as uint16.
+
+        Args:
+            spec: the tensor, with its offset in the file.
+            range_offset: where in the file the range in this buffer begins.
+        """
+        dtype = np.dtype(np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
+        begin = spec.offset - range_offset
+        return np.frombuffer(self._map, dtype=dtype, count=prod(spec.shape), offset=begin).reshape(spec.shape)
+
+    def close(self) -> None:
+        """Give the memory back to the system."""
+        self._view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            # Somebody still holds an array over it: drop the pages now, the address range goes with the array.
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class BufferPool:
+    """Equal buffers that are used again and again, so that their pages are made only once.
+
+    How many are in use is the budget's business: whoever takes one has reserved its bytes. Idle ones are reserved by
+    nobody, so the pool keeps no more of them than the plan has buffers.
+
+    Args:
+        buffer_bytes: size of each.
+        keep: buffers, idle ones and used ones together, up to which a buffer that comes back is kept.
+    """
+
+    def __init__(self, buffer_bytes: int, keep: int) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._idle: list[Buffer] = []
+        self._count = 0
+
+    def take(self) -> Buffer:
+        """An idle buffer, or a new one. Its content is undefined."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            self._count += 1
+        try:
+            return Buffer(self._buffer_bytes)
+        except BaseException:
+            with self._lock:
+                self._count -= 1
+            raise
+
+    def give(self, buffer: Buffer) -> None:
+        """Put a buffer back, or give its memory back to the system when there are more than planned."""
+        with self._lock:
+            if self._count <= self._keep:
+                self._idle.append(buffer)
+                return
+            self._count -= 1
+        buffer.close()
+
+    def close(self) -> None:
+        """Give the memory of all idle buffers back to the system."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._count -= len(idle)
+        for buffer in idle:
+            buffer.close()

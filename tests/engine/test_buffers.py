@@ -1,0 +1,73 @@
+"""Buffers: aligned, borrowed safely, never more than the pool may keep."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeload import buffers
+from pipeload.buffers import Buffer, BufferPool, page_ceil
+from pipeload.manifest import PAGE_BYTES, WeightSpec
+
+
+def _out_of_memory(*_: Any) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(("nbytes", "pages"), [(0, 0), (1, 1), (4096, 1), (4097, 2)])
+def test_sizes_are_rounded_to_pages(nbytes: int, pages: int) -> None:
+    assert page_ceil(nbytes) == pages * PAGE_BYTES
+    assert Buffer(nbytes).nbytes == max(1, pages) * PAGE_BYTES
+
+
+def test_buffers_begin_at_a_page() -> None:
+    assert np.frombuffer(Buffer(10).piece(0, 10), np.uint8).ctypes.data % PAGE_BYTES == 0
+
+
+def test_a_closed_buffer_gives_its_memory_back_even_while_arrays_live() -> None:
+    spec = WeightSpec(name="w", dtype="float32", shape=(1024,), offset=0)
+    buffer = Buffer(4096)
+    array = buffer.tensor(spec, 0)
+    array[:] = 1
+    buffer.close()
+    # Zeros, never a dangling pointer.
+    assert not array.any()
+
+
+def test_a_pool_reuses_buffers_and_keeps_no_more_than_planned() -> None:
+    pool = BufferPool(PAGE_BYTES, keep=2)
+    first, second, third = pool.take(), pool.take(), pool.take()
+    closed = weakref.ref(first)
+    pool.give(first)
+    del first
+    gc.collect()
+    assert closed() is None, "there were three, and two are planned"
+    pool.give(second)
+    assert pool.take() is second
+    pool.give(second)
+    pool.give(third)
+    assert {id(pool.take()), id(pool.take())} == {id(second), id(third)}
+
+
+def test_a_closed_pool_starts_anew() -> None:
+    pool = BufferPool(PAGE_BYTES, keep=1)
+    used, idle = pool.take(), pool.take()
+    pool.give(used)
+    pool.close()
+    pool.give(idle)
+    assert pool.take() is idle
+
+
+def test_a_pool_that_got_no_memory_counts_no_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = BufferPool(PAGE_BYTES, keep=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "Buffer", _out_of_memory)
+        with pytest.raises(MemoryError):
+            pool.take()
+    buffer = pool.take()
+    pool.give(buffer)
+    assert pool.take() is buffer
