@@ -7,6 +7,7 @@ memory any more; callers get it as the cause of their ClosedError. A failed reco
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 
 from pipeload.errors import ClosedError
@@ -30,6 +31,7 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
                 message = Loaded(task=task, shard=shard)
             del shard
         except BaseException as error:  # SystemExit in a worker must reach the caller too
+            _let_go(error)
             message = Failed(task=task, error=error)
         exchange.deliver(message)
         del message
@@ -53,6 +55,7 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None]) -> None:
             finally:
                 if isinstance(error, ClosedError) and exchange.cause is not None:
                     error.__cause__ = exchange.cause
+                _let_go(error)
                 request.result.set_exception(error)
                 del error
         else:
@@ -75,3 +78,10 @@ def daemon_agent(exchange: Exchange, free: Callable[[LoadedShard], None]) -> Non
             exchange.notify()
     except BaseException as error:
         exchange.close(error)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """An error that somebody keeps must not keep sessions and activations alive through its frames."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

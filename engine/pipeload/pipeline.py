@@ -33,6 +33,8 @@ from pipeload.storage import Storage
 
 __all__ = ["Pipeline", "Stats"]
 
+_HEAP_SLACK_BYTES = 256_000_000
+"""More than a heap was ever seen to keep beside the tensors in it."""
 _TRIM_SHARE = 0.95
 """Above this part of the budget the Daemon gives freed heap memory back after each shard."""
 
@@ -81,8 +83,7 @@ class Pipeline:
         self._last_pass_s: float | None = None
         self._counter = threading.Lock()
         self._closing = threading.Lock()
-        if not plan.packed:
-            limit_heap()
+        _bound_heap(plan)
         self._exchange.start(self._resident_flags())
         self._threads = [
             threading.Thread(
@@ -259,9 +260,9 @@ class Pipeline:
                 plan = self._replan(most_bytes, cache_bytes)
             except BudgetError:
                 plan = self._replan(pass_bytes, cache_bytes)
-            if (plan.resident, plan.buffers, plan.buffer_bytes, plan.packed) != (
-                self._plan.resident, self._plan.buffers, self._plan.buffer_bytes, self._plan.packed
-            ):  # fmt: skip
+            # Shards that are being packed now were granted more than the new plan may leave.
+            packing = plan.packed and len(self._residents) < len(self._manifest.shards)
+            if packing or _layout(plan) != _layout(self._plan):
                 self._exchange.reset(self._budget.wake)
                 names = [shard.name for shard in self._manifest.shards]
                 for index in list(self._residents):
@@ -272,10 +273,9 @@ class Pipeline:
                     raise ClosedError("The model was closed during the call.")
                 self._pool.close()
                 self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
-                self._budget.set_limit(_weights_limit(self._manifest, plan))
-                if not plan.packed:
-                    limit_heap()
+                _bound_heap(plan)
                 trim()
+            self._budget.set_limit(_weights_limit(self._manifest, plan))
             self._plan = plan
         if self._exchange.stopped:
             self._exchange.start(self._resident_flags(), list(self._residents))
@@ -307,6 +307,17 @@ class Pipeline:
             trim()
             self._exchange.signal_memory(short=False)
         self._budget.release(shard.reserved_bytes)
+
+
+def _layout(plan: Plan) -> tuple[object, ...]:
+    """What cannot change while shards are loaded."""
+    return plan.resident, plan.buffers, plan.buffer_bytes, plan.packed
+
+
+def _bound_heap(plan: Plan) -> None:
+    """Keep the heap small where freed memory in it could break the budget; else leave it as fast as it is."""
+    if plan.budget_bytes - plan.peak_bytes < _HEAP_SLACK_BYTES:
+        limit_heap()
 
 
 def _weights_limit(manifest: Manifest, plan: Plan) -> int:

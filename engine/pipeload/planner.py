@@ -126,7 +126,7 @@ def make_plan(
             peak_bytes=fixed + used + transient,
         )
 
-    # A packed session maps its file while it packs: one loader, so that only one shard is in memory twice.
+    # A packed session maps its file while it packs: then the largest shard is in memory twice.
     everything = result(shards, 0, packed=True)
     if everything.peak_bytes <= budget_bytes:
         return everything
@@ -147,8 +147,8 @@ def make_plan(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
         f"{format_bytes(needed)} = {format_bytes(process)} process and runtime + {format_bytes(pass_bytes)} "
         f"activations + {format_bytes(cache_bytes)} caches + the largest shard '{largest.name}' with "
-        f"{format_bytes(largest.nbytes)} ({format_bytes(max(0, free))} were left for it). Raise the budget to at "
-        f"least {needed} bytes, or pass smaller inputs.",
+        f"{format_bytes(largest.nbytes)} ({format_bytes(max(0, free))} were left for it), rounded up. Raise the "
+        f"budget to at least {needed} bytes, or pass smaller inputs.",
         needed_bytes=needed,
         budget_bytes=budget_bytes,
     )

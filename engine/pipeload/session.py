@@ -58,6 +58,7 @@ class Stopper:
 
     def __init__(self) -> None:
         self._options = ort.RunOptions()
+        self._options.log_severity_level = 4
         self.stopped = False
 
     def stop(self) -> None:
@@ -85,7 +86,7 @@ class ShardSession:
         self._outputs = list(shard.outputs)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         # An arena per session would round every block of memory up and keep it.

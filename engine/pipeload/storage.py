@@ -60,12 +60,15 @@ class Storage:
             if shard.weights:
                 expected = self._slices if shard.role == "head" else self._tensors
                 expected.setdefault(shard.weights.path, []).extend(shard.tensors)
+        tables: dict[str, dict[str, int]] = {}
         for shard in manifest.shards:
             for lookup in shard.lookups:
                 self._tensors.setdefault(lookup.path, []).append(lookup.table)
-                # The slices of a tied head are all of the table, and each is checked before the pass has an answer.
-                if sum(spec.nbytes for spec in self._slices.get(lookup.path, [])) >= lookup.table.nbytes:
-                    self._verified.add(lookup.path)
+                tables.setdefault(lookup.path, {})[lookup.table.name] = lookup.table.nbytes
+        for path, sizes in tables.items():
+            # Slices of a tied head that are all of the file are checked before the pass has an answer.
+            if sum(spec.nbytes for spec in self._slices.get(path, [])) >= sum(sizes.values()):
+                self._verified.add(path)
 
     def graph(self, shard: Shard) -> Path:
         """The shard's graph file, checked.

@@ -182,6 +182,27 @@ def test_a_failure_of_the_recovery_ends_all_calls_instead_of_hanging_them(error:
         assert caught.value.__cause__ is error
 
 
+@pytest.mark.parametrize("where", ["on_load", "on_run"])
+def test_an_error_that_is_kept_keeps_nothing_else_alive(where: str) -> None:
+    class Session:
+        pass
+
+    alive: list[weakref.ref[Session]] = []
+
+    def fail(_: Any) -> None:
+        session = Session()
+        alive.append(weakref.ref(session))
+        raise OSError("disk")
+
+    with _crew() as crew:
+        setattr(crew, where, fail)
+        with pytest.raises(OSError, match="disk") as kept:
+            crew.run_until_it_fails()
+    gc.collect()
+    assert kept.value is not None
+    assert [reference() for reference in alive] == [None] * len(alive)
+
+
 def test_loading_that_always_fails_is_tried_once_a_call() -> None:
     failures = []
 

@@ -217,7 +217,7 @@ def test_classify_takes_images_by_path_and_from_stdin(tmp_path: Path, call: Call
 
 def test_generate_prints_the_text_and_its_continuation(tmp_path: Path, call: Call) -> None:
     write_bert_tokenizer(tmp_path)
-    result = call(ToyDecoder(tmp_path, script=[8, 9, 7]), "generate", "the cat ", "--max-new-tokens", "3")
+    result = call(ToyDecoder(tmp_path, script=[8, 9, 7]), "generate", "the cat", "--max-new-tokens", "3")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "the cat sat on dog\n", "")
 
 
@@ -227,7 +227,7 @@ def test_generate_prints_json(tmp_path: Path, call: Call) -> None:
     result = call(ToyDecoder(tmp_path, script=[8, 9]), "generate", "-", "--json", stdin="the cat\n")
     assert json.loads(result.stdout) == {
         "prompt": "the cat",
-        "text": "sat on",
+        "text": " sat on",
         "token_ids": [8, 9],
         "prompt_tokens": 4,
         "finish_reason": "eos",
@@ -349,3 +349,13 @@ def test_help_has_examples(command: str) -> None:
     assert result.exit_code == 0
     assert f"pipeload {command} models/" in result.stdout
     assert "--budget" in result.stdout
+
+
+@pytest.mark.parametrize("command", [("embed", "a text"), ("run", "--random")])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, call: Call, command: tuple[str, ...]
+) -> None:
+    runner = ToyRunner(tmp_path, manifest("feature-extraction"), lambda _: pytest.fail("the model ran"))
+    result = call(runner, *command, f"--output={tmp_path}/missing/out.npz")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr

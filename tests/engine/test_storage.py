@@ -593,6 +593,21 @@ def test_a_tied_table_is_checked_by_the_slices_of_its_head(toy_decoder: Path, tm
         _read(storage, manifest.shards[-1])
 
 
+def test_a_table_beside_a_tied_head_is_checked(exported: Path, tmp_path: Path) -> None:
+    manifest = manifests.read(exported)
+    heads = {shard.weights.path for shard in manifest.shards if shard.role == "head" and shard.weights}
+    tied = [lookup for shard in manifest.shards for lookup in shard.lookups if lookup.path in heads]
+    if len({lookup.table.name for lookup in tied}) < 2:
+        pytest.skip("no second table in the file of a tied head")
+    copy = Path(shutil.copytree(exported, tmp_path / "model"))
+    table = min((lookup.table for lookup in tied), key=lambda table: table.nbytes)
+    with (copy / tied[0].path).open("r+b") as file:
+        file.seek(table.offset)
+        file.write(b"\x55" * 64)
+    with pytest.raises(ShardError, match=r"embeddings\.safetensors' is damaged"):
+        Storage(copy, manifest).read_rows(tied[0], np.array([1]), keep_cached=True)
+
+
 def test_a_disk_that_fails_for_a_row_is_named(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, lookup, _ = table
     storage.read_rows(lookup, np.array([1]), keep_cached=True)

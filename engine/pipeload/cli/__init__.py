@@ -43,6 +43,11 @@ def main() -> None:
     except PipeloadError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", file=sys.stderr)
+        sys.exit(1)
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

@@ -32,7 +32,7 @@ def classify(
     """Label texts or images, or find the entities in texts, by what the model was made for.
 
     Examples:
-        pipeload classify models/vit cat.jpg dog.jpg --top-k 3 --budget 256MB
+        pipeload classify models/exported/vit cat.jpg dog.jpg --top-k 3 --budget 256MB
 
         pipeload classify models/sentiment "what a fine day"
 

@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, open_model, read_lines
+from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, in_folder, open_model, read_lines
 from pipeload.tasks.pooling import normalized
 
 __all__ = ["embed"]
@@ -28,7 +28,9 @@ def embed(
         list[str] | None, typer.Argument(metavar="TEXT...", help="The texts; - reads lines from stdin.")
     ] = None,
     file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one text a line.")] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the vectors as .npy.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=in_folder, help="Save the vectors as .npy.")
+    ] = None,
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
@@ -38,9 +40,9 @@ def embed(
     Prints the cosine similarities between the texts, or the first figures of the vector of a single text.
 
     Examples:
-        pipeload embed models/minilm "a cat sleeps" "a kitten naps" --budget 96MB
+        pipeload embed models/exported/minilm "a cat sleeps" "a kitten naps" --budget 128MB
 
-        pipeload embed models/minilm --file lines.txt --output vectors.npy
+        pipeload embed models/exported/minilm --file lines.txt --output vectors.npy
     """
     wanted = [line for text in texts or [] for line in (read_lines() if text == "-" else [text])]
     wanted += read_lines(file) if file else []

@@ -29,9 +29,9 @@ def generate(
     Prints the text and its continuation as it comes. It ends where the model ends it, or after the tokens asked for.
 
     Examples:
-        pipeload generate models/smollm2 "The capital of France is" --max-new-tokens 8 --budget 384MB
+        pipeload generate models/exported/smollm2-135m "The capital of France is" --max-new-tokens 8 --budget 256MB
 
-        pipeload generate models/gpt2-xl - --json < prompt.txt
+        pipeload generate models/exported/smollm2-135m - --json < prompt.txt
     """
     text = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n") if prompt == "-" else prompt
     with open_model(directory, budget, stats=stats) as model:

@@ -22,6 +22,7 @@ __all__ = [
     "Json",
     "Stats",
     "chunks",
+    "in_folder",
     "open_model",
     "read_lines",
     "status",
@@ -41,6 +42,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Stats = Annotated[bool, typer.Option("--stats", help="Say on stderr how many passes, seconds and bytes it took.")]
 
 Item = TypeVar("Item")
+
+
+def in_folder(path: Path | None) -> Path | None:
+    """The path of a file to write, whose folder must be there: better said before the work than after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{path} cannot be written: name a file in a folder that exists.")
+    return path
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +13,9 @@ import typer
 from numpy.typing import NDArray
 
 import pipeload
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, open_model
+from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, in_folder, open_model
 from pipeload.cli.report import print_json
-from pipeload.manifest import TensorSpec, evaluate_dim
+from pipeload.manifest import TensorSpec, bind_dims, evaluate_dim
 from pipeload.planner import planning_dims
 from pipeload.tasks.config import ModelConfig
 from pipeload.tasks.runner import config_of
@@ -35,7 +36,9 @@ def run(
         list[str] | None,
         typer.Option("--size", metavar="NAME=N", help="Size of a dimension of the random inputs; once for each."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the outputs as .npz.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", callback=in_folder, help="Save the outputs as .npz.")
+    ] = None,
     passes: Annotated[int, typer.Option(min=1, help="Run so many times.")] = 1,
     budget: Budget = "auto",
     as_json: Json = False,
@@ -46,15 +49,16 @@ def run(
     Prints the seconds of each pass, and the shape and range of each output.
 
     Examples:
-        pipeload run models/minilm --input input_ids=ids.npy --input attention_mask=mask.npy --output out.npz
+        pipeload run models/exported/minilm --input input_ids=ids.npy --random --output out.npz
 
-        pipeload run models/bert-large --random --size sequence_length=128 --passes 5 --budget 256MB
+        pipeload run models/exported/bert-large --random --size sequence_length=128 --passes 5 --budget 256MB
     """
     given = {name: _read_array(name, file) for name, file in _pairs(inputs, "--input").items()}
     dims = {name: _integer(name, value) for name, value in _pairs(sizes, "--size").items()}
     with open_model(directory, budget, stats=stats, sizes=dims) as model:
         if random:
-            given = _random_inputs(model, dims) | given
+            shapes = {name: array.shape for name, array in given.items()}
+            given = _random_inputs(model, bind_dims(model.inputs, shapes) | dims) | given
         seconds = []
         outputs: Arrays = {}
         for _ in chunks(range(passes), 1, "Running"):
@@ -93,7 +97,7 @@ def _integer(name: str, text: str) -> int:
 def _read_array(name: str, file: str) -> NDArray[Any]:
     try:
         array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error}.") from error
     if not isinstance(array, np.ndarray):
         array.close()

@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError, ConfigError
 
-__all__ = ["Side", "in_batches", "padded", "position_ids"]
+__all__ = ["WINDOW", "Side", "in_batches", "padded", "position_ids"]
 
 Side = Literal["left", "right"]
+
+WINDOW = 1024
+"""Texts whose tokens are in memory together: those of all texts have no place in the budget."""
 
 
 def padded(rows: Sequence[Sequence[int]], *, fill: int, side: Side) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
-from pipeload.tasks.batch import in_batches
+from pipeload.tasks.batch import WINDOW, in_batches
 from pipeload.tasks.entities import entities
 from pipeload.tasks.labels import Label, scores, top_labels
 from pipeload.tasks.runner import Array, Runner, config_of, graph_inputs
@@ -82,6 +82,9 @@ def classify(
 def _texts(
     runner: Runner, texts: Sequence[Any], top_k: int | None, batch_size: int, by_token: bool
 ) -> list[list[Label]]:
+    if len(texts) > WINDOW:
+        parts = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
+        return [labels for part in parts for labels in _texts(runner, part, top_k, batch_size, by_token)]
     config, tokenizer = config_of(runner), tokenizer_of(runner)
     rows = [tokenizer.encode(text) for text in texts]
     results: dict[int, list[Label]] = {}

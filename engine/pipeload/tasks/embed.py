@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.manifest import TensorSpec
-from pipeload.tasks.batch import in_batches
+from pipeload.tasks.batch import WINDOW, in_batches
 from pipeload.tasks.config import read_settings
 from pipeload.tasks.pooling import normalized, pool
 from pipeload.tasks.runner import Runner, free_inputs, graph_inputs, once_per_runner
@@ -42,7 +42,7 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
         BudgetError: not even a single text fits into the memory budget.
 
     Example:
-        >>> with pipeload.load("models/exported/minilm", "96MB") as model:
+        >>> with pipeload.load("models/exported/minilm", "128MB") as model:
         ...     model.embed(["a dog", "a puppy"]).shape
         (2, 384)
     """
@@ -50,6 +50,9 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
     if isinstance(texts, str):
         vector: NDArray[np.float32] = embed(runner, [texts], batch_size=batch_size)[0]
         return vector
+    if len(texts) > WINDOW:
+        parts = range(0, len(texts), WINDOW)
+        return np.concatenate([embed(runner, texts[i : i + WINDOW], batch_size=batch_size) for i in parts])
     recipe = _recipe_of(runner)
     tokenizer = tokenizer_of(runner)
     rows = [tokenizer.encode(recipe.prepare(text)) for text in texts]

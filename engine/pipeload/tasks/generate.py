@@ -39,7 +39,7 @@ class Generation:
     """What the model made of one prompt.
 
     Attributes:
-        text: the new text, without the prompt and without special tokens; None if the prompt was token ids and
+        text: the new text as it follows the prompt, without special tokens; None if the prompt was token ids and
             the model has no tokenizer.
         token_ids: the new tokens, the one that ended the text included.
         prompt_tokens: how many tokens the prompt has.
@@ -88,13 +88,13 @@ def generate(
         RunError: the model computed no numbers (NaN).
 
     Example:
-        >>> with pipeload.load("models/exported/smollm2", "384MB") as model:
+        >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model:
         ...     model.generate("The capital of France is", max_new_tokens=2).text
         ' Paris.'
     """
     _check_model(runner)
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be a whole number from 1 on, not {max_new_tokens!r}.")
     prompts, single = _listed(prompt)
     if stream and not single:
         raise ConfigError("stream takes a single prompt. Pass the prompts one by one, or leave stream out.")
@@ -103,7 +103,7 @@ def generate(
     _check_rows(runner, rows, max_new_tokens)
     eos = _eos_ids(runner, tokenizer)
     made: list[list[int]] = [[] for _ in rows]
-    detokenizer = Detokenizer(tokenizer) if stream and tokenizer else None
+    detokenizer = Detokenizer(tokenizer, rows[0]) if stream and tokenizer else None
     # Closed explicitly, so that the caches are given back at once when `stream` raises.
     with closing(_greedy(runner, rows, max_new_tokens, eos)) as steps:
         for row, token in steps:
@@ -114,7 +114,7 @@ def generate(
         stream(piece)
     results = [
         Generation(
-            text=tokenizer.decode(new) if tokenizer else None,
+            text=_continuation(tokenizer, row, new) if tokenizer else None,
             token_ids=tuple(new),
             prompt_tokens=len(row),
             finish_reason="eos" if new[-1] in eos else "length",
@@ -150,6 +150,11 @@ def _greedy(
             # Rows that have ended are carried along, because the caches are one array for the whole batch.
             tokens = best[:, None]
             mask = np.concatenate([mask, np.ones_like(tokens)], axis=1)
+
+
+def _continuation(tokenizer: Tokenizer, prompt: Sequence[int], new: Sequence[int]) -> str:
+    detokenizer = Detokenizer(tokenizer, prompt)
+    return "".join(map(detokenizer.push, new)) + detokenizer.flush()
 
 
 def _likeliest(logits: NDArray[np.float32]) -> NDArray[np.int64]:

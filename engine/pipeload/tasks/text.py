@@ -166,17 +166,25 @@ class Tokenizer:
         return id_
 
 
+_CONTEXT = 8
+"""Tokens before a text that say whether it begins with a space."""
+
+
 class Detokenizer:
     """The text of a growing sequence, in pieces that can be shown at once.
 
     A piece is held back while it ends inside a character: byte-level tokens may carry a part of one. The
     pieces together are the text of the whole sequence.
+
+    Args:
+        tokenizer: decodes.
+        before: the tokens that the sequence continues; the first piece then begins with a space if the text does.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._shown: list[int] = []
+        self._shown: list[int] = list(before)[-_CONTEXT:]
 
     def push(self, id_: int) -> str:
         """The text that this token completes; empty if it completes none."""

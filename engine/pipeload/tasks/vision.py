@@ -232,7 +232,10 @@ def _upright_rgb(image: Image) -> PillowImage:
     name = "The image" if isinstance(image, bytes) else f"The image {image}"
     try:
         with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+            # In place: a photo takes tens of megabytes, and each copy as many.
+            opened.load()
+            PIL.ImageOps.exif_transpose(opened, in_place=True)
+            return opened if opened.mode == "RGB" else opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         # SyntaxError and ValueError are what some of Pillow's format readers raise for damaged files.
         raise ConfigError(f"{name} cannot be read: {error}.") from error

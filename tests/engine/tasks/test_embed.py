@@ -58,6 +58,13 @@ def test_longer_texts_run_together(tmp_path: Path) -> None:
     assert set(runner.calls[0]) == set(TEXT_INPUTS)
 
 
+def test_many_texts_are_tokenised_a_window_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = embed(_runner(tmp_path), TEXTS)
+    monkeypatch.setattr("pipeload.tasks.embed.WINDOW", 3)
+    runner = _runner(tmp_path)
+    np.testing.assert_array_equal(embed(runner, TEXTS), expected)
+
+
 def test_a_single_text_is_a_single_vector(tmp_path: Path) -> None:
     runner = _runner(tmp_path)
     np.testing.assert_array_equal(embed(runner, "dog"), embed(runner, ["dog"])[0])

@@ -122,9 +122,9 @@ def test_texts_in_texts_out(tmp_path: Path) -> None:
     write_bert_tokenizer(tmp_path)
     model = ToyDecoder(tmp_path, script=[7, 8, 17])
     result = generate(model, "the cat", max_new_tokens=3)
-    assert (result.text, result.prompt_tokens) == ("dog sat anna", 4)
+    assert (result.text, result.prompt_tokens) == (" dog sat anna", 4)
     both = generate(ToyDecoder(tmp_path, script=[7, 8, 17]), ["the cat", "the dog sat"], max_new_tokens=3)
-    assert [one.text for one in both] == ["dog sat anna"] * 2
+    assert [one.text for one in both] == [" dog sat anna"] * 2
 
 
 def test_ids_get_a_text_too_where_there_is_a_tokenizer(tmp_path: Path) -> None:
@@ -139,8 +139,8 @@ def test_pieces_are_streamed_as_they_come(tmp_path: Path) -> None:
     model = ToyDecoder(tmp_path, script=[7, 11, 2, 8])
     seen: list[tuple[int, str]] = []
     result = generate(model, "the", max_new_tokens=4, stream=lambda piece: seen.append((len(model.steps), piece)))
-    assert seen == [(1, "dog"), (2, "s"), (4, " sat")]
-    assert result.text == "dogs sat"
+    assert seen == [(1, " dog"), (2, "s"), (4, " sat")]
+    assert result.text == " dogs sat"
 
 
 def test_a_character_in_several_tokens_is_streamed_whole(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_stream_is_for_one_prompt(tmp_path: Path) -> None:
 
 
 def test_no_new_tokens_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, not 0"):
+    with pytest.raises(ConfigError, match="max_new_tokens must be a whole number from 1 on, not 0"):
         generate(ToyDecoder(tmp_path), PROMPT, max_new_tokens=0)
 
 
