@@ -168,7 +168,7 @@ def planning_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) ->
 
 
 def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool = False) -> int:
-    """What one pass needs beside weights and caches: the most that activations, edges and outputs take together.
+    """What one pass needs beside weights and caches: its inputs, and the most that everything made takes together.
 
     Args:
         manifest: the model.
@@ -196,8 +196,11 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
     if manifest.head:
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
         peak += tensor_bytes(spec, head_dims)
+    # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
+    passed = [spec for spec in manifest.inputs if spec.name not in cache_names or not last_position]
+    needed = int(peak * _HEAP_FACTOR) + sum(sizes[spec.name] for spec in passed)
     # In whole steps, so that the plan changes seldom while a text grows token by token.
-    return -(-int(peak * _HEAP_FACTOR) // _ROUND_BYTES) * _ROUND_BYTES
+    return -(-needed // _ROUND_BYTES) * _ROUND_BYTES
 
 
 def cache_bytes(manifest: Manifest, dims: Mapping[str, int]) -> int:

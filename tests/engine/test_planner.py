@@ -236,6 +236,13 @@ def test_a_pass_needs_edges_and_activations_of_its_worst_shard() -> None:
     assert 160 * MB <= need <= 400 * MB
 
 
+def test_the_callers_arrays_are_counted() -> None:
+    image = TensorSpec(name="image", dtype="float32", shape=("batch", 3, 1000, 1000))
+    model = replace(_model(), inputs=(*_model().inputs, image))
+    dims = {"batch": 10, "length": 1}
+    assert pass_bytes(model, dims) - pass_bytes(_model(), dims) >= 120 * MB
+
+
 def test_a_pass_needs_more_for_larger_inputs() -> None:
     needs = [pass_bytes(_model(), {"batch": 8, "length": length}) for length in range(0, 5000, 100)]
     assert needs == sorted(needs)
