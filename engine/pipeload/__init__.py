@@ -9,7 +9,8 @@ memory     sizes, RSS, cgroup limits
 buffers    page-aligned memory
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
-profiler   measures this machine -> Profile
+profile    what the planner has to know about machine and process
+profiler   measures them -> Profile
 planner    manifest + profile + budget -> Plan
 budget     byte reservations in plan order
 exchange   where the agents meet
@@ -38,7 +39,7 @@ from pipeload.errors import (
 )
 from pipeload.model import Model, load
 from pipeload.planner import Plan
-from pipeload.profiler import Profile
+from pipeload.profile import Profile
 from pipeload.state import DecodeState
 
 __version__ = "0.1.0"

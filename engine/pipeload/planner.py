@@ -27,7 +27,7 @@ from pipeload.buffers import page_ceil
 from pipeload.errors import BudgetError
 from pipeload.manifest import Manifest, Shard, TensorSpec, dtype_bytes, evaluate_dim, symbols
 from pipeload.memory import format_bytes
-from pipeload.profiler import Profile
+from pipeload.profile import Profile
 
 __all__ = ["SESSION_BYTES", "Plan", "cache_bytes", "make_plan", "pass_bytes", "planning_dims"]
 

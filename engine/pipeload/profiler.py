@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeload.memory import rss_bytes, trim
+from pipeload.profile import Profile
 
-__all__ = ["Profile", "measure"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """What the planner has to know about the machine and the process.
-
-    Attributes:
-        process_bytes: memory that the whole process occupies before anything is loaded: interpreter, libraries, and
-            whatever a host application keeps.
-        cores: processors that the process may use at the same time.
-    """
-
-    process_bytes: int
-    cores: int
+__all__ = ["measure"]
 
 
 def measure() -> Profile:

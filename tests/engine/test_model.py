@@ -40,7 +40,7 @@ from pipeload import manifest as manifests
 from pipeload import model as models
 from pipeload import planner
 from pipeload.memory import rss_bytes
-from pipeload.profiler import Profile
+from pipeload.profile import Profile
 from pipeload.storage import Storage
 from pipeload.tasks.text import tokenizer_of
 

@@ -30,7 +30,7 @@ from pipeload.errors import BudgetError, ClosedError, LoadError, ShardError
 from pipeload.manifest import Manifest, Shard
 from pipeload.pipeline import Pipeline
 from pipeload.planner import SESSION_BYTES, Plan, make_plan
-from pipeload.profiler import Profile
+from pipeload.profile import Profile
 from pipeload.session import ShardSession, to_array, to_value
 from pipeload.storage import Storage
 

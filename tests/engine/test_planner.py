@@ -21,7 +21,8 @@ from pipeload.manifest import (
     WeightsRange,
 )
 from pipeload.planner import SESSION_BYTES, Plan, cache_bytes, make_plan, pass_bytes, planning_dims
-from pipeload.profiler import Profile, measure
+from pipeload.profile import Profile
+from pipeload.profiler import measure
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
