@@ -6,6 +6,7 @@ Modules, in the order in which data flows through them:
 errors     the exception tree
 manifest   pipeload.json: what a sharded model directory holds
 memory     sizes, RSS, cgroup limits
+trace      what every agent did, and when
 buffers    page-aligned memory
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
