@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,12 +15,17 @@ from numpy.typing import NDArray
 
 from pipeload.manifest import PAGE_BYTES, WeightSpec
 
-__all__ = ["Buffer", "BufferPool", "page_ceil"]
+__all__ = ["Buffer", "BufferPool", "Part", "page_ceil", "page_floor", "tensor_in"]
 
 
 def page_ceil(nbytes: int) -> int:
     """The next multiple of the page size."""
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def page_floor(nbytes: int) -> int:
+    """The last multiple of the page size that is not above."""
+    return nbytes // PAGE_BYTES * PAGE_BYTES
 
 
 class Buffer:
@@ -62,6 +69,34 @@ class Buffer:
         except BufferError:
             # Somebody still holds an array over it: drop the pages now, the address range goes with the array.
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a shard's weights in memory.
+
+    Attributes:
+        begin: first byte, counted from the beginning of the shard's range; where a tensor begins.
+        end: the byte after the last one; where a tensor ends.
+        buffer: memory that begins with the page in which `begin` lies.
+    """
+
+    begin: int
+    end: int
+    buffer: Buffer
+
+
+def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+    """The tensor as an array over the part that holds it, without a copy; bfloat16 appears as uint16.
+
+    Args:
+        parts: all parts of a shard's weights.
+        spec: the tensor, with its offset in the file.
+        range_offset: where in the file the shard's range begins.
+    """
+    place = spec.offset - range_offset
+    part = next(part for part in parts if part.begin <= place < max(part.end, part.begin + 1))
+    return part.buffer.tensor(spec, range_offset + page_floor(part.begin))
 
 
 class BufferPool:

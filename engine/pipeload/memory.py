@@ -9,6 +9,7 @@ import ctypes
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -19,6 +20,7 @@ import psutil
 from pipeload.errors import ConfigError
 
 __all__ = [
+    "FreeMemory",
     "auto_budget_bytes",
     "format_bytes",
     "limit_heap",
@@ -32,6 +34,12 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _AUTO_SHARE = 0.98
 """Part of the free memory that "auto" takes; the rest is left for what the kernel charges beside RSS."""
+_LOOK_S = 0.25
+_PRESSURE = Path("/proc/pressure/memory")
+_PRESSURE_PERCENT = 10.0
+"""Share of time in which some process waited for memory."""
+_SCARCE_SHARE = 0.1
+_PRESSED_SHARE = 0.95
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h."""
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -114,6 +122,37 @@ def auto_budget_bytes() -> int:
         # Pages of shared libraries may be charged to another cgroup: then RSS may exceed the limit by as much.
         free.append(limit - (used_by_all - rss))
     return int(max(min(free), 1) * _AUTO_SHARE)
+
+
+class FreeMemory:
+    """What cgroup and machine leave to this process, looked up no more often than it changes.
+
+    Where the kernel reports that processes wait for memory (PSI), while little of the machine's memory is free, it is
+    less than what the process occupies.
+    """
+
+    def __init__(self) -> None:
+        self._looked_s = float("-inf")
+        self._free_bytes = 0
+
+    def __call__(self) -> int:
+        """The bytes that the whole process may occupy."""
+        if time.monotonic() - self._looked_s > _LOOK_S:
+            self._free_bytes = auto_budget_bytes()
+            if _pressed():
+                self._free_bytes = min(self._free_bytes, int(rss_bytes() * _PRESSED_SHARE))
+            self._looked_s = time.monotonic()
+        return self._free_bytes
+
+
+def _pressed() -> bool:
+    machine = psutil.virtual_memory()
+    if machine.available > machine.total * _SCARCE_SHARE:
+        return False
+    with suppress(OSError, LookupError, ValueError):
+        some = _PRESSURE.read_text().splitlines()[0]
+        return float(some.split("avg10=")[1].split()[0]) > _PRESSURE_PERCENT
+    return False
 
 
 def _cgroup_limits(membership: Path, root: Path) -> Iterator[tuple[int, int]]:

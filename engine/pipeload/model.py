@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -14,21 +16,27 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload import footprint, profiler
 from pipeload import manifest as manifests
-from pipeload import planner, profiler
+from pipeload.batches import batches, split_batch
 from pipeload.errors import ClosedError, ConfigError
-from pipeload.manifest import Manifest, TensorSpec
-from pipeload.memory import auto_budget_bytes, parse_bytes
-from pipeload.pipeline import Pipeline, Stats
+from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from pipeload.memory import FreeMemory, auto_budget_bytes, parse_bytes
+from pipeload.pipeline import Call, Pipeline
 from pipeload.planner import Plan
+from pipeload.profile import Profile
+from pipeload.replanner import Replanner
 from pipeload.session import Value, to_array, to_value
+from pipeload.stamps import stamps_of
 from pipeload.state import DecodeState
+from pipeload.stats import Stats
 from pipeload.storage import Storage
 from pipeload.tasks.classify import classify
 from pipeload.tasks.config import ModelConfig, read_settings
 from pipeload.tasks.embed import embed
 from pipeload.tasks.generate import generate
 from pipeload.tasks.text import tokenizer_of
+from pipeload.trace import Progress, Trace
 
 __all__ = ["Model", "load"]
 
@@ -44,6 +52,8 @@ def load(
     threads: int | None = None,
     sizes: Mapping[str, int] | None = None,
     verify: bool = True,
+    profile: Profile | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Model:
     """Open a sharded model directory under a memory budget for the whole process.
 
@@ -57,7 +67,11 @@ def load(
         threads: intra-op threads; None takes every core that the process may use.
         sizes: sizes of symbolic dimensions to plan for, such as `{"sequence_length": 512}`; without it batch 1 and 128.
             Larger inputs work as well, as long as they fit the budget: resident shards then make room for them.
-        verify: check the sha256 of each file the first time that it is read. Sizes and headers are always checked.
+        verify: check the sha256 of each file that was not found right before, on this machine, and has not changed
+            since. Sizes and headers are always checked.
+        profile: what the machine can do with this model, as `pipeload profile` measures it; None takes the one that
+            was kept for this machine, and learns from the first passes where there is none.
+        progress: called after each shard of each pass, in a thread of the engine.
 
     Returns:
         The model, a context manager.
@@ -89,8 +103,10 @@ def load(
         budget_bytes=budget,
         loaders=loaders,
         threads=threads,
-        dims=planner.planning_dims(manifest, _image_sizes(directory, manifest) | dict(sizes or {})),
+        dims=footprint.planning_dims(manifest, _image_sizes(directory, manifest) | dict(sizes or {})),
         verify=verify,
+        profile=profile,
+        progress=progress,
     )
 
 
@@ -112,6 +128,8 @@ class Model:
         threads: int | None,
         dims: Mapping[str, int],
         verify: bool,
+        profile: Profile | None,
+        progress: Callable[[Progress], None] | None,
     ) -> None:
         self.directory = directory
         self.manifest = manifest
@@ -123,21 +141,20 @@ class Model:
         # The tokenizer takes tens of megabytes: it has to be there when the process is measured.
         with suppress(ConfigError):
             tokenizer_of(self)
-        profile = profiler.measure()
-
-        def replan(pass_bytes: int, cache_bytes: int) -> Plan:
-            return planner.make_plan(
-                manifest,
-                profile,
-                budget_bytes=budget_bytes,
-                pass_bytes=pass_bytes,
-                cache_bytes=cache_bytes,
-                loaders=loaders,
-                threads=threads,
-            )
-
-        plan = replan(planner.pass_bytes(manifest, dims, last_position=bool(manifest.caches)), 0)
-        self._pipeline = Pipeline(manifest, Storage(directory, manifest, verify=verify), plan, replan)
+        process = profiler.measure()
+        known = profile or Profile(process_bytes=0, cores=0)
+        self._replanner = Replanner(
+            manifest,
+            replace(known, process_bytes=process.process_bytes, cores=process.cores),
+            budget_bytes=budget_bytes,
+            free_bytes=FreeMemory(),
+            loaders=loaders,
+            threads=threads,
+        )
+        plan = self._replanner.plan(footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches)), 0)
+        stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
+        storage = Storage(directory, manifest, verify=verify, stamps=stamps)
+        self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
         # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
         self._finalizer = weakref.finalize(self, _close_in, self._pid, self._pipeline)
 
@@ -156,6 +173,16 @@ class Model:
     def plan(self) -> Plan:
         """How the model runs now; larger inputs may change it."""
         return self._pipeline.plan
+
+    @property
+    def profile(self) -> Profile:
+        """What is known about the machine; passes teach more."""
+        return self._replanner.profile
+
+    @property
+    def trace(self) -> Trace:
+        """What every agent did and when, of the latest passes."""
+        return self._pipeline.trace
 
     @property
     def stats(self) -> Stats:
@@ -178,10 +205,52 @@ class Model:
             ShardError, LoadError, RunError: a shard could not be read, made or run; the next call starts afresh.
             ClosedError: the model was closed before or during the call.
         """
-        values, dims = self._convert(inputs, {})
-        pass_bytes = planner.pass_bytes(self.manifest, dims)
-        outputs = self._run(values, pass_bytes, last_position=False)
-        return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
+        return self._arrays(self._start(inputs).result())
+
+    def run_many(
+        self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """A pass for each item, or for each batch of them, with the next one queued while one runs.
+
+        One sweep over the shards serves all items of a batch, so with streamed shards larger batches take hardly more
+        time, as long as computing takes less than reading.
+
+        Args:
+            items: inputs as for `run`; taken as they are needed.
+            batch: items that are joined along the first dimension, as long as their other dimensions are equal.
+
+        Yields:
+            The outputs of each item, in order.
+
+        Raises:
+            As `run`; ConfigError also when batch is below 1.
+        """
+        if batch < 1:
+            raise ConfigError(f"batch is {batch}; it must be at least 1.")
+        queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
+        try:
+            for inputs, sizes in batches(items, batch):
+                queue.append((self._start(inputs), sizes))
+                if len(queue) > 1:
+                    yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
+            while queue:
+                yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
+        finally:
+            for call, _ in queue:
+                call.withdraw()
+
+    def set_budget(self, memory_budget: int | str) -> None:
+        """Another memory budget, from now on; memory beyond it is given back before this returns.
+
+        Args:
+            memory_budget: as for `load`.
+
+        Raises:
+            BudgetError: it cannot work; the old one stays.
+            ClosedError: the model is closed.
+        """
+        self._check_usable()
+        self._pipeline.set_budget(auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget))
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.
@@ -226,9 +295,9 @@ class Model:
         if length > state.capacity:
             state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
         state.batch = max(state.batch, self._batch(dims))
-        pass_bytes = planner.pass_bytes(self.manifest, dims, last_position=True)
+        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=True)
         try:
-            outputs = self._run(values, pass_bytes, last_position=True)
+            outputs = self._submit(values, pass_bytes, last_position=True).result()
         except BaseException:
             state.capacity, state.batch = before
             raise
@@ -262,10 +331,17 @@ class Model:
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
 
-    def _run(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> dict[str, Value]:
+    def _start(self, inputs: Mapping[str, NDArray[Any]]) -> Call[dict[str, Value]]:
+        values, dims = self._convert(inputs, {})
+        return self._submit(values, footprint.pass_bytes(self.manifest, dims), last_position=False)
+
+    def _submit(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> Call[dict[str, Value]]:
         with self._lock:
             cached = sum(self._state_bytes(state) for state in self._states)
-        return self._pipeline.run(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
+        return self._pipeline.submit(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
+
+    def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
+        return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
 
     def _convert(
         self, inputs: Mapping[str, NDArray[Any]], caches: Mapping[str, Value]
@@ -314,7 +390,7 @@ class Model:
             dims[batch] = max(state.batch, 1)
         # "past + new": one of the symbols stands for all tokens, the others are 0.
         dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = state.capacity
-        return planner.cache_bytes(self.manifest, dims)
+        return footprint.cache_bytes(self.manifest, dims)
 
     def _grown_dim(self) -> int | str:
         """The dimension of a cache output that differs from the cache input's: tokens after a pass."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 import pipeload
 from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, in_folder, open_model
 from pipeload.cli.report import print_json
+from pipeload.footprint import planning_dims
 from pipeload.manifest import TensorSpec, bind_dims, evaluate_dim
-from pipeload.planner import planning_dims
 from pipeload.tasks.config import ModelConfig
 from pipeload.tasks.runner import config_of
 
