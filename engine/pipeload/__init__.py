@@ -18,6 +18,8 @@ exchange   where the agents meet
 agents     Loading, Inference and Daemon Agents
 forward    one pass over the shards
 pipeline   the threads
+recording  a trace, read back from its file
+timeline   a picture of a trace
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate

@@ -117,6 +117,18 @@ class BufferPool:
         self._idle: list[Buffer] = []
         self._count = 0
 
+    @property
+    def idle_bytes(self) -> int:
+        """Memory of the buffers that nobody uses now."""
+        with self._lock:
+            return len(self._idle) * self._buffer_bytes
+
+    @property
+    def used(self) -> int:
+        """How many buffers somebody uses now."""
+        with self._lock:
+            return self._count - len(self._idle)
+
     def take(self) -> Buffer:
         """An idle buffer, or a new one. Its content is undefined."""
         with self._lock:

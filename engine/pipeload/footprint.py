@@ -54,8 +54,9 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
         for name in [name for name in alive if name not in kept and last_use.get(name, -1) <= i]:
             del alive[name]
     if manifest.head:
+        # The slices, and the output that they are joined to.
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
-        peak += tensor_bytes(spec, head_dims)
+        peak += 2 * tensor_bytes(spec, head_dims)
     # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
     passed = [spec for spec in manifest.inputs if spec.name not in cache_names or not last_position]
     needed = int(peak * _HEAP_FACTOR) + sum(sizes[spec.name] for spec in passed)

@@ -403,7 +403,8 @@ class Pipeline:
 
     def _occupied_bytes(self) -> int:
         """Memory of the process without weights and caches."""
-        return rss_bytes() - self._budget.reserved_bytes - self._plan.cache_bytes - self._plan.packing_bytes
+        weights = self._budget.reserved_bytes + self._pool.idle_bytes + self._plan.packing_bytes
+        return rss_bytes() - weights - self._plan.cache_bytes
 
     def _resident_flags(self) -> list[bool]:
         return [shard.name in self._plan.resident for shard in self._manifest.shards]
@@ -433,6 +434,7 @@ class Pipeline:
                 self._exchange.submit(Request(work=lambda _: self._prepare()))
 
     def _sample(self) -> None:
+        self.trace.sample("buffers", self._pool.used)
         self.trace.sample("reserved_bytes", self._budget.reserved_bytes)
         self.trace.sample("rss_bytes", rss_bytes())
 

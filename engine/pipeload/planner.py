@@ -61,6 +61,9 @@ _TINY_SHARE = 0.02
 _CACHED_SHARE = 0.9
 """Reading through the page cache must be faster by more than this: it takes processor time."""
 _ROUND_BYTES = 1_000_000
+_LEAST_SPARE_BYTES = 1_000_000
+_SPARE_SHARE = 0.005
+"""Not planned for: what the heap keeps is known that well."""
 _MOST_LOADERS = 4
 """More were never faster on a disk that is read in large pieces, and each needs a buffer."""
 _BUFFER_SIZES = 12
@@ -159,7 +162,7 @@ def make_plan(
     process = process_bytes(profile)
     fixed = process + pass_bytes + cache_bytes
     speed = _Speed.of(manifest, profile, threads)
-    free = budget_bytes - fixed
+    free = budget_bytes - fixed - _spare_bytes(budget_bytes)
     found: list[tuple[_Layout, Schedule]] = []
     fastest_s = float("inf")
     for layout in _layouts(manifest.shards, free, speed, loaders):
@@ -493,13 +496,18 @@ def _all_bytes(shards: Sequence[Shard]) -> int:
     return sum(page_ceil(shard.nbytes) + SESSION_BYTES for shard in shards)
 
 
+def _spare_bytes(budget_bytes: int) -> int:
+    return max(_LEAST_SPARE_BYTES, int(budget_bytes * _SPARE_SHARE))
+
+
 def _too_small(
     manifest: Manifest, budget_bytes: int, process_bytes: int, pass_bytes: int, cache_bytes: int
 ) -> BudgetError:
     fixed = process_bytes + pass_bytes + cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.nbytes)
-    needed = fixed + page_ceil(largest.nbytes) + SESSION_BYTES
-    needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
+    needed = fixed + page_ceil(largest.nbytes) + SESSION_BYTES + 2 * _LEAST_SPARE_BYTES
+    needed = max(needed, int(needed / (1 - 2 * _SPARE_SHARE)))
+    needed = (needed // _ROUND_BYTES + 1) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
         f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + {format_bytes(pass_bytes)} "

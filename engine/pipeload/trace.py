@@ -7,7 +7,7 @@ loader-0    | read 0 |..reserve..|#### read 2 ####|#session#|...      a span tha
 daemon      .........................|free 0|......|free 1|.....
 ```
 
-Recording is on always, so it is cheap: one append for each span, about a microsecond, and no lock.
+Recording is on always, so it is cheap: one append for each span, a few microseconds, and no lock.
 """
 
 from __future__ import annotations
