@@ -201,7 +201,7 @@ class Model:
             with lock:
                 states.discard(state)
 
-        state = DecodeState(capacity, forget)
+        state = DecodeState(capacity, forget, self)
         with lock:
             states.add(state)
         return state
@@ -219,7 +219,7 @@ class Model:
         Raises:
             As `run`.
         """
-        state.check_open()
+        state.check_usable_by(self)
         values, dims = self._convert(inputs, state.caches)
         length = manifests.evaluate_dim(self._grown_dim(), dims)
         before = state.capacity, state.batch
