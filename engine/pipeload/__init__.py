@@ -4,7 +4,8 @@ Modules, in the order in which data flows through them:
 
 ```
 errors     the exception tree
-manifest   pipeload.json: what a sharded model directory holds
+manifest   pipeload.json: what a sharded model directory holds; made of
+             manifest_records, dims (symbolic dimensions), manifest_faults (what may be wrong)
 memory     sizes, RSS, cgroup limits
 buffers    page-aligned memory
 storage    shard files -> buffers
