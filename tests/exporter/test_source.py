@@ -81,7 +81,7 @@ class TestOnnxFile:
 
     def test_has_an_opset_and_a_revision_of_its_own(self, tmp_path: Path) -> None:
         path = write_onnx(tmp_path / "m.onnx")
-        with pytest.raises(ConfigError, match="opset"):
+        with pytest.raises(ConfigError, match="opset of its own"):
             find(path, opset=17)
         with pytest.raises(ConfigError, match="--revision"):
             find(path, revision="main")
