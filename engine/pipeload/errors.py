@@ -30,6 +30,7 @@ __all__ = [
     "PipeloadError",
     "RunError",
     "ShardError",
+    "TruncationWarning",
 ]
 
 
@@ -82,3 +83,7 @@ class ExportError(PipeloadError):
 
 class ClosedError(PipeloadError):
     """The model was closed before or during the call."""
+
+
+class TruncationWarning(UserWarning):
+    """Texts were cut to the tokens that the model takes. No error: `warnings.filterwarnings` silences it."""

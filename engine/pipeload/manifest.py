@@ -77,7 +77,11 @@ def read(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     try:
         data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except NotADirectoryError as error:
+        raise ManifestError(
+            f"{directory} is no directory. Pass the directory that `pipeload export` made, which holds {MANIFEST_NAME}."
+        ) from error
+    except FileNotFoundError as error:
         raise ManifestError(
             f"{path} does not exist, so {directory} is not a sharded model directory. "
             "Make one with `pipeload export SOURCE TARGET`."

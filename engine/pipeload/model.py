@@ -18,7 +18,7 @@ from pipeload import manifest as manifests
 from pipeload import planner, profiler
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.manifest import Manifest, TensorSpec
-from pipeload.memory import auto_budget_bytes, parse_bytes
+from pipeload.memory import parse_budget
 from pipeload.pipeline import Pipeline, Stats
 from pipeload.planner import Plan
 from pipeload.session import Value, to_array, to_value
@@ -82,7 +82,7 @@ def load(
     for name, number in (("loaders", loaders), ("threads", threads)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
-    budget = auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget)
+    budget = parse_budget(memory_budget)
     return Model(
         directory,
         manifest,
