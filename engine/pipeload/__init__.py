@@ -4,8 +4,10 @@ Modules, in the order in which data flows through them:
 
 ```
 errors     the exception tree
-manifest   pipeload.json: what a sharded model directory holds; made of
-             manifest_records, dims (symbolic dimensions), manifest_faults (what may be wrong)
+manifest   pipeload.json: what a sharded model directory holds; its parts, in order:
+manifest_records   what it consists of
+dims               symbolic dimensions -> sizes
+manifest_faults    what is wrong with it
 memory     sizes, RSS, cgroup limits
 buffers    page-aligned memory
 storage    shard files -> buffers

@@ -12,6 +12,8 @@ PipeloadError
  '- ClosedError     the model was closed before or during the call
 ```
 
+Beside it there is one warning, `TruncationWarning`: texts were cut to what the model takes.
+
 A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
 """
 

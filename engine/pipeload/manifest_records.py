@@ -1,4 +1,7 @@
-"""What `pipeload.json` consists of: a record for each kind of thing that it lists."""
+"""What `pipeload.json` consists of: a record for each kind of thing that it lists.
+
+All of pipeload but the modules beside this one takes them from `pipeload.manifest`, which lists their names.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,6 @@ from math import prod
 from typing import Literal
 
 import numpy as np
-
-__all__ = [
-    "FORMAT_VERSION",
-    "ITEM_BYTES",
-    "PAGE_BYTES",
-    "ByteTerm",
-    "Cache",
-    "FileRecord",
-    "Head",
-    "Lookup",
-    "Manifest",
-    "Role",
-    "Shard",
-    "Structure",
-    "TensorSpec",
-    "Verification",
-    "WeightSpec",
-    "WeightsRange",
-    "dtype_bytes",
-]
 
 FORMAT_VERSION = 1
 PAGE_BYTES = 4096

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.harness import EMULATED
 from typer.testing import CliRunner
 
 import pipeload
 from pipeload import __main__ as beginning
 from pipeload import cli
 from pipeload.cli import app
+
+_BY_ITSELF = pytest.mark.skipif(EMULATED, reason="subprocesses do not work under qemu")
 
 _HANGS_AT_IMPORT = """
 import sys
@@ -56,6 +59,7 @@ def _environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
 
 
+@_BY_ITSELF
 @pytest.mark.parametrize(
     ("program", "arguments"), [(_HANGS_AT_IMPORT, []), (_HANGS_AT_WORK, ["run", "model", "--random"])]
 )
@@ -88,6 +92,7 @@ def test_the_commands_run_with_the_interrupt_handler_that_was_there(
     assert found == [handler]
 
 
+@_BY_ITSELF
 def test_the_package_is_a_program() -> None:
     command = [sys.executable, "-m", "pipeload"]
     done = subprocess.run([*command, "--version"], env=_environment(), capture_output=True, text=True, check=False)
@@ -97,6 +102,7 @@ def test_the_package_is_a_program() -> None:
     assert done.stderr == "error: Missing argument 'DIR'.\nTry 'pipeload embed --help'.\n"
 
 
+@_BY_ITSELF
 def test_importing_the_package_is_cheap_and_gives_all_of_it() -> None:
     program = (
         "import sys, pipeload\n"

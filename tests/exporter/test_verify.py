@@ -39,6 +39,10 @@ def exported(unsplit: Path, tmp_path: Path) -> Path:
     return tmp_path / "exported"
 
 
+def spoil(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type = "NoSuchOperator"
+
+
 def rehash(directory: Path) -> None:
     """Make the manifest agree with the files, as an attacker or a broken tool would."""
     manifest = read(directory)
@@ -163,9 +167,6 @@ class TestDamage:
             verify(exported)
 
     def test_graph_that_is_not_valid(self, exported: Path) -> None:
-        def spoil(model: onnx.ModelProto) -> None:
-            model.graph.node[0].op_type = "NoSuchOperator"
-
         change_graph(exported / GRAPH, spoil)
         rehash(exported)
         with pytest.raises(ExportError, match=r"onnx.checker refuses shard 'block\.001'.*NoSuchOperator"):
@@ -183,9 +184,6 @@ class TestDamage:
             verify(exported)
 
     def test_graphs_of_several_shards_are_named_together(self, exported: Path) -> None:
-        def spoil(model: onnx.ModelProto) -> None:
-            model.graph.node[0].op_type = "NoSuchOperator"
-
         for name in ("block.000", "block.002"):
             change_graph(exported / GRAPH.replace("block.001", name), spoil)
         rehash(exported)
