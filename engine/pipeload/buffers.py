@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.errors import LoadError
 from pipeload.manifest import PAGE_BYTES, WeightSpec
 
 __all__ = ["Buffer", "BufferPool", "Part", "page_ceil", "page_floor", "tensor_in"]
@@ -33,12 +34,21 @@ class Buffer:
 
     Pages occupy memory from their first use on. `close` gives the memory back even while views exist: they are
     then all zeros, never a dangling pointer.
+
+    Raises:
+        LoadError: the system refuses to map so many bytes.
     """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = page_ceil(max(nbytes, 1))
-        # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise LoadError(
+                f"The system has no memory for a buffer of {self.nbytes} bytes ({error}). Lower the memory budget, "
+                "raise the limit of the process (ulimit -v), or end other programs."
+            ) from error
         # Huge pages make the first fill several times cheaper; a forked child must not keep copies. Where there is no
         # such advice, nothing is lost.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):

@@ -24,6 +24,7 @@ __all__ = [
     "auto_budget_bytes",
     "format_bytes",
     "limit_heap",
+    "parse_budget",
     "parse_bytes",
     "peak_rss_bytes",
     "rss_bytes",
@@ -32,6 +33,8 @@ __all__ = [
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_LIKELY_MEGABYTES = 10**6
+"""A text without a unit below it was meant in megabytes: no process runs in less than this number of bytes."""
 _AUTO_SHARE = 0.98
 """Part of the free memory that "auto" takes; the rest is left for what the kernel charges beside RSS."""
 _LOOK_S = 0.25
@@ -60,10 +63,19 @@ def parse_bytes(size: int | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", size.upper())
         if not match or (match[3] and not match[2]):
             raise ConfigError(f"'{size}' is no size in bytes. Write it as 268435456, '256MB' or '256MiB'.")
+        if size.strip()[-1].isdigit() and 0 < float(match[1]) < _LIKELY_MEGABYTES:
+            raise ConfigError(f"The size in bytes '{size}' means {match[1]} bytes. Write '{match[1]}MB' for megabytes.")
         value = int(float(match[1]) * (_BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]))
     if value <= 0:
-        raise ConfigError(f"A size in bytes is positive, not {size!r}.")
+        raise ConfigError(f"A size in bytes is positive, not {size!r}. Write it as 268435456, '256MB' or '256MiB'.")
     return value
+
+
+def parse_budget(size: int | str) -> int:
+    """Bytes of a memory budget: as `parse_bytes`, or `"auto"`, in any case, for `auto_budget_bytes`."""
+    if isinstance(size, str) and size.strip().lower() == "auto":
+        return auto_budget_bytes()
+    return parse_bytes(size)
 
 
 def format_bytes(nbytes: float) -> str:

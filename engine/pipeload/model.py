@@ -21,7 +21,7 @@ from pipeload import manifest as manifests
 from pipeload.batches import batches, split_batch
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
-from pipeload.memory import FreeMemory, auto_budget_bytes, parse_bytes
+from pipeload.memory import FreeMemory, parse_budget
 from pipeload.pipeline import Call, Pipeline
 from pipeload.planner import Plan
 from pipeload.profile import Profile
@@ -96,7 +96,7 @@ def load(
     for name, number in (("loaders", loaders), ("threads", threads)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
-    budget = auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget)
+    budget = parse_budget(memory_budget)
     return Model(
         directory,
         manifest,
@@ -250,7 +250,7 @@ class Model:
             ClosedError: the model is closed.
         """
         self._check_usable()
-        self._pipeline.set_budget(auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget))
+        self._pipeline.set_budget(parse_budget(memory_budget))
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.
@@ -270,7 +270,7 @@ class Model:
             with lock:
                 states.discard(state)
 
-        state = DecodeState(capacity, forget)
+        state = DecodeState(capacity, forget, self)
         with lock:
             states.add(state)
         return state
@@ -288,7 +288,7 @@ class Model:
         Raises:
             As `run`.
         """
-        state.check_open()
+        state.check_usable_by(self)
         values, dims = self._convert(inputs, state.caches)
         length = manifests.evaluate_dim(self._grown_dim(), dims)
         before = state.capacity, state.batch

@@ -10,12 +10,14 @@ import typer
 
 import pipeload
 from pipeload.cli import classify, embed, export, generate, inspect, run, timeline, verify
+from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.errors import PipeloadError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="pipeload",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,15 +42,18 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        app(prog_name="pipeload")
     except PipeloadError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(error)
         sys.exit(1)
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", file=sys.stderr)
+        print_error(f"{error.filename or 'the output'} cannot be written or read: {error.strerror}.")
         sys.exit(1)
+    except KeyboardInterrupt:
+        print_error("interrupted.")
+        sys.exit(INTERRUPTED)
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from pipeload.cli.options import Budget, Directory, Json, Stats, open_model, status
 from pipeload.cli.report import print_json
+from pipeload.cli.texts import read_text, refuse_images
 from pipeload.tasks.generate import MAX_NEW_TOKENS
 from pipeload.tasks.generate import generate as generate_text
 
@@ -33,7 +33,8 @@ def generate(
 
         pipeload generate models/exported/smollm2-135m - --json < prompt.txt
     """
-    text = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n") if prompt == "-" else prompt
+    refuse_images([prompt], "generate")
+    text = read_text().rstrip("\n") if prompt == "-" else prompt
     with open_model(directory, budget, stats=stats) as model:
         if as_json:
             with status("Generating"):

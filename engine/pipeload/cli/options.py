@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,7 +23,6 @@ __all__ = [
     "chunks",
     "in_folder",
     "open_model",
-    "read_lines",
     "status",
 ]
 
@@ -77,18 +75,3 @@ def chunks(items: Sequence[Item], size: int, text: str) -> Iterator[Sequence[Ite
     begins = range(0, len(items), size)
     for begin in track(begins, text, console=console, transient=True, disable=not console.is_terminal):
         yield items[begin : begin + size]
-
-
-def read_lines(path: Path = Path("-")) -> list[str]:
-    """The lines of a file, or of stdin for `-`, without empty ones.
-
-    Raises:
-        typer.BadParameter: it cannot be read, or is no UTF-8.
-    """
-    try:
-        text = (sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()).decode()
-    except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}.") from error
-    return [line for line in text.splitlines() if line.strip()]

@@ -97,8 +97,14 @@ def _integer(name: str, text: str) -> int:
 def _read_array(name: str, file: str) -> NDArray[Any]:
     try:
         array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error}.") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        # NumPy takes whatever it does not know for a pickle, and then says how to load it all the same.
+        why = "" if "pickle" in str(error) else f" ({error})"
+        raise typer.BadParameter(
+            f"{file} for {name} cannot be read as .npy{why}. Save an array of numbers with numpy.save."
+        ) from error
     if not isinstance(array, np.ndarray):
         array.close()
         raise typer.BadParameter(f"{file} for {name} holds several arrays. Save each as its own .npy file.")
