@@ -71,10 +71,10 @@ def parse_bytes(size: int | str) -> int:
     return value
 
 
-def parse_budget(size: int | str) -> int:
-    """Bytes of a memory budget: as `parse_bytes`, or `"auto"`, in any case, for `auto_budget_bytes`."""
+def parse_budget(size: int | str) -> int | None:
+    """Bytes of a memory budget: as `parse_bytes`, or None for `"auto"`, in any case."""
     if isinstance(size, str) and size.strip().lower() == "auto":
-        return auto_budget_bytes()
+        return None
     return parse_bytes(size)
 
 

@@ -123,7 +123,7 @@ class Model:
         directory: Path,
         manifest: Manifest,
         *,
-        budget_bytes: int,
+        budget_bytes: int | None,
         loaders: int | None,
         threads: int | None,
         dims: Mapping[str, int],

@@ -170,8 +170,8 @@ class Pipeline:
 
         return Call(self._exchange, work)
 
-    def set_budget(self, budget_bytes: int) -> None:
-        """Another budget, from now on: after the running pass, memory beyond it is given back before this returns.
+    def set_budget(self, budget_bytes: int | None) -> None:
+        """Another budget, or None for what is free, from now on; memory beyond it is given back before this returns.
 
         Raises:
             BudgetError: it cannot work; the old one stays.

@@ -44,7 +44,7 @@ class Replanner:
     Args:
         manifest: the model.
         profile: the machine and the process.
-        budget_bytes: what was asked for.
+        budget_bytes: what was asked for; None takes what is free.
         free_bytes: what cgroup and machine leave to this process now; looked at between passes.
         loaders: number of Loading Agents; None chooses.
         threads: intra-op threads; None chooses.
@@ -55,7 +55,7 @@ class Replanner:
         manifest: Manifest,
         profile: Profile,
         *,
-        budget_bytes: int,
+        budget_bytes: int | None,
         free_bytes: Callable[[], int],
         loaders: int | None = None,
         threads: int | None = None,
@@ -86,15 +86,15 @@ class Replanner:
         return planner.make_plan(
             self._manifest,
             self._profile,
-            budget_bytes=limit_bytes or self._budget_bytes,
+            budget_bytes=limit_bytes or self._budget_bytes or self._free_bytes(),
             pass_bytes=pass_bytes,
             cache_bytes=cache_bytes,
             loaders=self._loaders,
             threads=self._threads,
         )
 
-    def set_budget(self, budget_bytes: int, pass_bytes: int, cache_bytes: int) -> None:
-        """Another budget, from the next pass on.
+    def set_budget(self, budget_bytes: int | None, pass_bytes: int, cache_bytes: int) -> None:
+        """Another budget, from the next pass on; None takes what is free.
 
         Raises:
             BudgetError: it cannot work for passes that need so much beside weights; the old one stays.
@@ -106,7 +106,9 @@ class Replanner:
     def limit_bytes(self, current: Plan) -> int:
         """What the process may use now: the budget, or less when less memory is left."""
         free = self._free_bytes()
-        return free if free < min(self._budget_bytes, current.budget_bytes * (1 - _SWING_SHARE)) else self._budget_bytes
+        if free < current.budget_bytes * (1 - _SWING_SHARE) or free > current.budget_bytes * (1 + _ROOM_SHARE):
+            return min(free, self._budget_bytes or free)
+        return current.budget_bytes if self._budget_bytes is None else self._budget_bytes
 
     def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
         """The plan for the next pass: the one in force, as long as nothing speaks against it.
@@ -172,10 +174,10 @@ class Replanner:
         try:
             return self.plan(*now, limit_bytes)
         except BudgetError as error:
-            if limit_bytes >= self._budget_bytes:
+            if self._budget_bytes is not None and limit_bytes >= self._budget_bytes:
                 raise
             # Memory is short outside of this process: the least that works is the best that can be done.
-            return self.plan(*now, min(error.needed_bytes, self._budget_bytes))
+            return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
 
 
 def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span]) -> Profile:

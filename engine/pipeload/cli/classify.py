@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, open_model
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
 from pipeload.cli.texts import read_lines, refuse_images
 from pipeload.tasks.entities import Entity
@@ -29,6 +29,7 @@ def classify(
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
+    trace: Trace = None,
 ) -> None:
     """Label texts or images, or find the entities in texts, by what the model was made for.
 
@@ -39,7 +40,7 @@ def classify(
 
         pipeload classify models/ner - < letters.txt
     """
-    with open_model(directory, budget, stats=stats) as model:
+    with open_model(directory, budget, stats=stats, trace=trace) as model:
         images = model.manifest.task == "image-classification"
         if not images:
             refuse_images(inputs, f"this model for {model.manifest.task}")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -12,7 +11,9 @@ from rich.progress import Progress as Bars
 
 from pipeload.cli.report import table
 from pipeload.memory import format_bytes
-from pipeload.trace import KINDS, WAITING, AgentTimes, Progress
+from pipeload.planner import Plan
+from pipeload.stats import PassStats, Stats
+from pipeload.trace import KINDS, WAITING, Progress
 
 __all__ = ["pass_progress", "stats_lines"]
 
@@ -94,54 +95,12 @@ def _duration(seconds: float) -> str:
     return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
 
 
-class _PassStats(Protocol):
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def read_bytes(self) -> int: ...
-    @property
-    def read_bytes_per_s(self) -> float: ...
-    @property
-    def bound_s(self) -> float | None: ...
-    @property
-    def efficiency(self) -> float | None: ...
-    @property
-    def agents(self) -> Mapping[str, AgentTimes]: ...
-
-
-class _Stats(Protocol):
-    @property
-    def passes(self) -> int: ...
-    @property
-    def first_pass_s(self) -> float | None: ...
-    @property
-    def last_pass_s(self) -> float | None: ...
-    @property
-    def read_bytes(self) -> int: ...
-    @property
-    def peak_bytes(self) -> int: ...
-    @property
-    def last(self) -> _PassStats | None: ...
-
-
-class _Plan(Protocol):
-    @property
-    def budget_bytes(self) -> int: ...
-    @property
-    def loaders(self) -> int: ...
-    @property
-    def buffers(self) -> int: ...
-    @property
-    def resident(self) -> Collection[str]: ...
-
-
-def stats_lines(stats: _Stats, plan: _Plan, measured_bytes_per_s: float | None = None) -> list[str]:
+def stats_lines(stats: Stats, plan: Plan) -> list[str]:
     """The text of `--stats`.
 
     Args:
         stats: of the model, when its work is done.
         plan: in force.
-        measured_bytes_per_s: bandwidth that the profile knows for the plan's Loading Agents, to compare with.
     """
     first = "" if stats.first_pass_s is None else f", first {stats.first_pass_s:.3f} s"
     last = "" if stats.last_pass_s is None or stats.passes < 2 else f", last {stats.last_pass_s:.3f} s"
@@ -149,14 +108,15 @@ def stats_lines(stats: _Stats, plan: _Plan, measured_bytes_per_s: float | None =
     lines = [
         f"{_count(stats.passes, 'pass', 'passes')}{first}{last}, {format_bytes(stats.read_bytes)} read, {memory}",
         f"plan: {_count(plan.loaders, 'Loading Agent')}, {_count(plan.buffers, 'buffer')}, "
-        f"{_count(len(plan.resident), 'resident shard')}",
+        f"{_count(len(plan.resident), 'resident shard')}, {format_bytes(plan.resident_bytes)} stay in memory, "
+        f"{format_bytes(plan.streamed_bytes)} are read in each pass",
     ]
     if stats.last is not None:
-        lines += _last_pass(stats.last, measured_bytes_per_s)
+        lines += _last_pass(stats.last, stats.peak_read_bytes_per_s)
     return lines
 
 
-def _last_pass(last: _PassStats, measured_bytes_per_s: float | None) -> Iterator[str]:
+def _last_pass(last: PassStats, measured_bytes_per_s: float | None) -> Iterator[str]:
     line = f"last pass: {last.seconds:.3f} s"
     if last.bound_s is not None and last.efficiency is not None:
         line += f", T* {last.bound_s:.3f} s, efficiency {last.efficiency:.1%}"

@@ -13,7 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 import pipeload
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, in_folder, open_model
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, in_folder, open_model
 from pipeload.cli.report import print_json
 from pipeload.footprint import planning_dims
 from pipeload.manifest import TensorSpec, bind_dims, evaluate_dim
@@ -43,6 +43,7 @@ def run(
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
+    trace: Trace = None,
 ) -> None:
     """Run a model on arrays.
 
@@ -55,7 +56,7 @@ def run(
     """
     given = {name: _read_array(name, file) for name, file in _pairs(inputs, "--input").items()}
     dims = {name: _integer(name, value) for name, value in _pairs(sizes, "--size").items()}
-    with open_model(directory, budget, stats=stats, sizes=dims) as model:
+    with open_model(directory, budget, stats=stats, trace=trace, sizes=dims) as model:
         if random:
             shapes = {name: array.shape for name, array in given.items()}
             given = _random_inputs(model, bind_dims(model.inputs, shapes) | dims) | given
