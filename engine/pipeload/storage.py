@@ -140,6 +140,31 @@ class Storage:
             finally:
                 os.close(descriptor)
 
+    def stream_weights(self, shard: Shard, scratch: Buffer, *, direct: bool = True) -> Iterator[int]:
+        """Read the shard's weights without keeping them: each read fills `scratch` and replaces the one before.
+
+        Args:
+            shard: what to read.
+            scratch: where to.
+            direct: past the page cache, where the file system can; else through it.
+
+        Yields:
+            Bytes of each read.
+
+        Raises:
+            ShardError: the file is missing, truncated or foreign. Its sha256 is not checked.
+            LoadError: the system could not read it.
+        """
+        if shard.weights is None:
+            return
+        span = shard.weights
+        path = self._resolve(span.path)
+        self._check_header(path, self._records[span.path])
+        place = lambda begin, end: scratch.piece(0, end - begin)  # noqa: E731
+        for piece in self._read_directly(span.path, path, span.offset, span.nbytes, place, scratch.nbytes, direct):
+            yield len(piece)
+            piece.release()
+
     def read_rows(self, lookup: Lookup, indices: NDArray[Any], *, keep_cached: bool) -> NDArray[Any]:
         """Rows of a table: the same as `table[indices]`, with only those rows read.
 
@@ -195,6 +220,7 @@ class Storage:
         nbytes: int,
         place: Callable[[int, int], memoryview],
         piece_bytes: int,
+        direct: bool = True,
     ) -> Iterator[memoryview]:
         """Read a range past the page cache, piece by piece.
 
@@ -205,11 +231,12 @@ class Storage:
             nbytes: its length.
             place: (begin, end) within the range -> page-aligned memory for these bytes.
             piece_bytes: most bytes of one read.
+            direct: False reads through the page cache, and drops from it what was read.
 
         Yields:
             What each read brought, without what lies behind the range.
         """
-        descriptor, direct = _open_direct(path, name)
+        descriptor, direct = _open(path, name, direct)
         try:
             position = 0
             while position < nbytes:
@@ -326,12 +353,12 @@ class Storage:
                 )
 
 
-def _open_direct(path: Path, name: str) -> tuple[int, bool]:
+def _open(path: Path, name: str, wanted_direct: bool) -> tuple[int, bool]:
     """(descriptor, whether it is for direct I/O)."""
     flags = os.O_RDONLY | os.O_CLOEXEC
     direct = getattr(os, "O_DIRECT", 0)
     try:
-        if direct:
+        if direct and wanted_direct:
             with suppress(OSError):
                 return os.open(path, flags | direct), True
         return os.open(path, flags), False
