@@ -5,18 +5,22 @@ Modules, in the order in which data flows through them:
 ```
 errors     the exception tree
 manifest   pipeload.json: what a sharded model directory holds
+examples   made-up inputs
 memory     sizes, RSS, cgroup limits
+machine    processors, memory, storage device
 buffers    page-aligned memory
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
-profile    what the planner has to know about machine and process
-profiler   measures them -> Profile
+profile    what the planner has to know about machine, process and model, and where that is kept
 planner    manifest + profile + budget -> Plan
 budget     byte reservations in plan order
 exchange   where the agents meet
 agents     Loading, Inference and Daemon Agents
 forward    one pass over the shards
 pipeline   the threads
+bandwidth  how fast files are read
+stopwatch  how long shards take
+profiler   measures machine, process and model -> Profile
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate

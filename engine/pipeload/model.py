@@ -30,7 +30,7 @@ from pipeload.tasks.embed import embed
 from pipeload.tasks.generate import generate
 from pipeload.tasks.text import tokenizer_of
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "image_sizes", "load"]
 
 _CAPACITY_STEP = 128
 """Caches are counted in steps of so many tokens, so that the plan changes seldom while a text grows."""
@@ -89,7 +89,7 @@ def load(
         budget_bytes=budget,
         loaders=loaders,
         threads=threads,
-        dims=planner.planning_dims(manifest, _image_sizes(directory, manifest) | dict(sizes or {})),
+        dims=planner.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
         verify=verify,
     )
 
@@ -335,7 +335,7 @@ class Model:
             raise ClosedError("The model is closed. Load it again.")
 
 
-def _image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
+def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
     """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
     if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
         return {}

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
@@ -31,7 +33,9 @@ from pipeload.planner import SESSION_BYTES, Plan
 from pipeload.session import ShardSession, Value
 from pipeload.storage import Storage
 
-__all__ = ["Pipeline", "Stats"]
+__all__ = ["Pipeline", "Stats", "together"]
+
+T = TypeVar("T")
 
 _HEAP_SLACK_BYTES = 256_000_000
 """More than a heap was ever seen to keep beside the tensors in it."""
@@ -326,3 +330,48 @@ def _weights_limit(manifest: Manifest, plan: Plan) -> int:
         return plan.budget_bytes - plan.process_bytes - plan.pass_bytes - plan.cache_bytes
     resident = [page_ceil(s.nbytes) + SESSION_BYTES for s in manifest.shards if s.name in plan.resident]
     return sum(resident) + plan.buffers * (plan.buffer_bytes + SESSION_BYTES)
+
+
+def together(jobs: Sequence[Callable[[], T]]) -> list[T]:
+    """Run jobs at the same time, each in a thread of its own. Returns their results, in order.
+
+    All begin when all threads are there, so jobs may wait for one another; none begins when a thread cannot be
+    started. All have ended when this returns or raises, unless it is interrupted twice.
+
+    Raises:
+        BaseException: whatever the first of the jobs that failed has raised.
+    """
+    begin = threading.Event()
+    futures: list[Future[T]] = [Future() for _ in jobs]
+
+    def work(job: Callable[[], T], future: Future[T]) -> None:
+        begin.wait()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - the caller gets it
+                future.set_exception(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair, name=f"pipeload-loader-{i}", daemon=True)
+        for i, pair in enumerate(zip(jobs, futures, strict=True))
+    ]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    finally:
+        begin.set()
+        try:
+            for thread in started:
+                thread.join()
+        except BaseException:
+            for thread in started:
+                thread.join()
+            raise
+    return [future.result() for future in futures]

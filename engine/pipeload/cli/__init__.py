@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pipeload
-from pipeload.cli import classify, embed, export, generate, inspect, run, verify
+from pipeload.cli import classify, embed, export, generate, inspect, profile, run, verify
 from pipeload.errors import PipeloadError
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command()(export.export)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(profile.profile)
 app.command()(run.run)
 app.command()(embed.embed)
 app.command()(classify.classify)

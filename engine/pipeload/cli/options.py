@@ -24,7 +24,9 @@ __all__ = [
     "chunks",
     "in_folder",
     "open_model",
+    "pairs",
     "read_lines",
+    "read_sizes",
     "status",
 ]
 
@@ -92,3 +94,21 @@ def read_lines(path: Path = Path("-")) -> list[str]:
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}.") from error
     return [line for line in text.splitlines() if line.strip()]
+
+
+def pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    """The values of an option that is written as NAME=VALUE, once for each name."""
+    split = [value.partition("=") for value in values or []]
+    for name, equals, value in split:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"Write {option} as NAME=VALUE, not '{name}{equals}{value}'.")
+    return {name: value for name, _, value in split}
+
+
+def read_sizes(values: list[str] | None) -> dict[str, int]:
+    """The sizes of `--size NAME=N`."""
+    sizes = pairs(values, "--size")
+    for name, text in sizes.items():
+        if not text.isdecimal():
+            raise typer.BadParameter(f"The size of {name} must be a number, not '{text}'.")
+    return {name: int(text) for name, text in sizes.items()}
