@@ -8,13 +8,14 @@ manifest   pipeload.json: what a sharded model directory holds; its parts, in or
 manifest_records   what it consists of
 dims               symbolic dimensions -> sizes
 manifest_faults    what is wrong with it
+examples           made-up inputs
 memory     sizes, RSS, cgroup limits
+machine    processors, memory, storage device
 trace      what every agent did, and when
 buffers    page-aligned memory
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
-profile    what the planner has to know about machine and process
-profiler   measures them -> Profile
+profile    what the planner has to know about machine, process and model, and where that is kept
 planner    manifest + profile + budget -> Plan
 budget     byte reservations in plan order
 exchange   where the agents meet
@@ -23,6 +24,9 @@ forward    one pass over the shards
 pipeline   the threads
 recording  a trace, read back from its file
 timeline   a picture of a trace
+bandwidth  how fast files are read
+stopwatch  how long shards take
+profiler   measures machine, process and model -> Profile
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate

@@ -27,6 +27,7 @@ __all__ = [
     "parse_budget",
     "parse_bytes",
     "peak_rss_bytes",
+    "reset_peak_rss",
     "rss_bytes",
     "trim",
 ]
@@ -105,6 +106,15 @@ def peak_rss_bytes() -> int:
         # Elsewhere; on Linux this would count what a parent process occupied before it started this program.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_rss() -> bool:
+    """Make `peak_rss_bytes` begin anew, where the system can (Linux). Returns whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def trim() -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from pipeload import footprint, profiler
 from pipeload import manifest as manifests
+from pipeload import profile as profiles
 from pipeload.batches import batches, split_batch
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
@@ -38,7 +39,7 @@ from pipeload.tasks.generate import generate
 from pipeload.tasks.text import tokenizer_of
 from pipeload.trace import Progress, Trace
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "image_sizes", "load"]
 
 _CAPACITY_STEP = 128
 """Caches are counted in steps of so many tokens, so that the plan changes seldom while a text grows."""
@@ -103,7 +104,7 @@ def load(
         budget_bytes=budget,
         loaders=loaders,
         threads=threads,
-        dims=footprint.planning_dims(manifest, _image_sizes(directory, manifest) | dict(sizes or {})),
+        dims=footprint.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
         verify=verify,
         profile=profile,
         progress=progress,
@@ -142,7 +143,9 @@ class Model:
         with suppress(ConfigError):
             tokenizer_of(self)
         process = profiler.measure()
-        known = profile or Profile(process_bytes=0, cores=0)
+        self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
+        known = profile or profiles.find(directory, self._profile_dims) or process
+        self._keeps_profile = profile is None
         self._replanner = Replanner(
             manifest,
             replace(known, process_bytes=process.process_bytes, cores=process.cores),
@@ -312,7 +315,13 @@ class Model:
     generate = generate
 
     def close(self) -> None:
-        """End running calls with ClosedError, join every thread, give all memory back. May be called again."""
+        """End running calls with ClosedError, join every thread, give all memory back. May be called again.
+
+        What passes have taught about the machine is kept for the next time.
+        """
+        learned = self._replanner.learned
+        if self._finalizer.alive and self._keeps_profile and learned and os.getpid() == self._pid:
+            profiles.keep(self.directory, replace(learned, dims=self._profile_dims))
         self._finalizer()
         # Somebody else may be closing it at this moment: then this waits until it is closed.
         _close_in(self._pid, self._pipeline)
@@ -411,7 +420,7 @@ class Model:
             raise ClosedError("The model is closed. Load it again.")
 
 
-def _image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
+def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
     """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
     if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
         return {}

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Generic, TypeVar
 
@@ -34,7 +35,7 @@ from pipeload.stats import PassStats, Stats, pass_stats
 from pipeload.storage import Storage
 from pipeload.trace import Kind, Progress, Trace
 
-__all__ = ["Call", "Pipeline"]
+__all__ = ["Call", "Pipeline", "together"]
 
 Result = TypeVar("Result")
 
@@ -447,3 +448,48 @@ def _bound_heap(plan: Plan) -> None:
     """Keep the heap small where freed memory in it could break the budget; else leave it as fast as it is."""
     if plan.budget_bytes - plan.peak_bytes < _HEAP_SLACK_BYTES:
         limit_heap()
+
+
+def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run jobs at the same time, each in a thread of its own. Returns their results, in order.
+
+    All begin when all threads are there, so jobs may wait for one another; none begins when a thread cannot be
+    started. All have ended when this returns or raises, unless it is interrupted twice.
+
+    Raises:
+        BaseException: whatever the first of the jobs that failed has raised.
+    """
+    begin = threading.Event()
+    futures: list[Future[Result]] = [Future() for _ in jobs]
+
+    def work(job: Callable[[], Result], future: Future[Result]) -> None:
+        begin.wait()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - the caller gets it
+                future.set_exception(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair, name=f"pipeload-loader-{i}", daemon=True)
+        for i, pair in enumerate(zip(jobs, futures, strict=True))
+    ]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    finally:
+        begin.set()
+        try:
+            for thread in started:
+                thread.join()
+        except BaseException:
+            for thread in started:
+                thread.join()
+            raise
+    return [future.result() for future in futures]

@@ -34,6 +34,7 @@ _MARGIN = 0.15
 """Measured passes that leave the prediction by more than this make the profile learn."""
 _SWING_SHARE = 0.02
 """Part of the budget by which free memory swings all the time."""
+_WRONG_PASSES = 2
 _LEAST_READ_BYTES = 16 << 20
 """Less than this says nothing about the bandwidth."""
 
@@ -71,11 +72,18 @@ class Replanner:
         self._patience = 0
         self._room_bytes = 0
         self._kind: object = None
+        self._has_learned = False
+        self._wrong = 0
 
     @property
     def profile(self) -> Profile:
         """What is known by now."""
         return self._profile
+
+    @property
+    def learned(self) -> Profile | None:
+        """What is known by now, if steady passes have taught anything of it."""
+        return self._profile if self._has_learned else None
 
     def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
         """The best plan for passes that need so much beside weights.
@@ -159,9 +167,15 @@ class Replanner:
         """
         alike, self._kind = self._kind == kind, kind
         predicted_s = current.steady_pass_s
-        if predicted_s is not None and (not alike or abs(seconds - predicted_s) <= _MARGIN * predicted_s):
-            return False
+        if predicted_s is not None:
+            wrong = alike and abs(seconds - predicted_s) > _MARGIN * predicted_s
+            # Once may be chance: somebody else has used the disk or a core.
+            self._wrong = self._wrong + 1 if wrong else 0
+            if self._wrong < _WRONG_PASSES:
+                return False
+        self._wrong = 0
         self._profile = learn(self._manifest, self._profile, current, spans)
+        self._has_learned = self._has_learned or alike
         self._again = True
         return True
 

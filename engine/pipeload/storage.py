@@ -144,6 +144,42 @@ class Storage:
         """Remember for later processes what was checked."""
         self._stamps.save()
 
+    def forget_cached(self, shard: Shard) -> None:
+        """Drop the shard's weights from the page cache, where they are no longer of use."""
+        if shard.weights is None or not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError):
+            descriptor = os.open(self._resolve(shard.weights.path), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, shard.weights.offset, shard.weights.nbytes, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+
+    def stream_weights(self, shard: Shard, scratch: Buffer, *, direct: bool = True) -> Iterator[int]:
+        """Read the shard's weights without keeping them: each read fills `scratch` and replaces the one before.
+
+        Args:
+            shard: what to read.
+            scratch: where to.
+            direct: past the page cache, where the file system can; else through it.
+
+        Yields:
+            Bytes of each read.
+
+        Raises:
+            ShardError: the file is missing, truncated or foreign. Its sha256 is not checked.
+            LoadError: the system could not read it.
+        """
+        if shard.weights is None:
+            return
+        span = shard.weights
+        path = self._resolve(span.path)
+        self._check_header(path, self._records[span.path])
+        place = lambda begin, end: scratch.piece(0, end - begin)  # noqa: E731
+        for piece in self._read_pieces(span.path, path, span.offset, span.nbytes, place, scratch.nbytes, direct=direct):
+            yield len(piece)
+            piece.release()
+
     def read_rows(self, lookup: Lookup, indices: NDArray[Any], *, keep_cached: bool) -> NDArray[Any]:
         """Rows of a table: the same as `table[indices]`, with only those rows read.
 

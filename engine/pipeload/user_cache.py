@@ -14,7 +14,11 @@ def user_cache(name: str) -> Path:
     """`${PIPELOAD_CACHE}/name`, else `${XDG_CACHE_HOME:-~/.cache}/pipeload/name`; nothing is made there."""
     own, base = (os.environ.get(variable, "") for variable in ("PIPELOAD_CACHE", "XDG_CACHE_HOME"))
     # The XDG rules say that a relative path is to be ignored.
-    folder = Path(own) if own else (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload"
+    folder = (
+        Path(own)
+        if own.startswith("/")
+        else (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload"
+    )
     return folder / name
 
 

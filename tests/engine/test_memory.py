@@ -138,3 +138,20 @@ def test_trimming_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.Mon
     memory.trim()
     monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
     memory.trim()
+
+
+@pytest.mark.skipif(not memory.reset_peak_rss(), reason="the system does not let a process forget its peak")
+def test_a_peak_that_was_reset_begins_with_what_is_occupied_now() -> None:
+    held = np.ones(50_000_000, np.uint8)
+    with_array = memory.peak_rss_bytes()
+    del held
+    assert memory.reset_peak_rss()
+    assert memory.peak_rss_bytes() < with_array - 25_000_000
+
+
+def test_a_peak_that_cannot_be_reset_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert memory.reset_peak_rss() is False

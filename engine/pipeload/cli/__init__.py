@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pipeload
-from pipeload.cli import classify, embed, export, generate, inspect, run, timeline, verify
+from pipeload.cli import classify, embed, export, generate, inspect, plan, profile, run, timeline, verify
 from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.errors import PipeloadError
 
@@ -27,6 +27,8 @@ app = typer.Typer(
 app.command()(export.export)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(profile.profile)
+app.command()(plan.plan)
 app.command()(run.run)
 app.command()(embed.embed)
 app.command()(classify.classify)

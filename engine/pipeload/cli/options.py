@@ -24,6 +24,8 @@ __all__ = [
     "chunks",
     "in_folder",
     "open_model",
+    "pairs",
+    "read_sizes",
     "status",
 ]
 
@@ -110,3 +112,21 @@ def chunks(items: Sequence[Item], size: int, text: str) -> Iterator[Sequence[Ite
     begins = range(0, len(items), size)
     for begin in track(begins, text, console=_CONSOLE, transient=True, disable=not _CONSOLE.is_terminal):
         yield items[begin : begin + size]
+
+
+def pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    """The values of an option that is written as NAME=VALUE, once for each name."""
+    split = [value.partition("=") for value in values or []]
+    for name, equals, value in split:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"Write {option} as NAME=VALUE, not '{name}{equals}{value}'.")
+    return {name: value for name, _, value in split}
+
+
+def read_sizes(values: list[str] | None) -> dict[str, int]:
+    """The sizes of `--size NAME=N`."""
+    sizes = pairs(values, "--size")
+    for name, text in sizes.items():
+        if not text.isdecimal():
+            raise typer.BadParameter(f"The size of {name} must be a number, not '{text}'.")
+    return {name: int(text) for name, text in sizes.items()}
