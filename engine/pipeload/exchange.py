@@ -330,7 +330,7 @@ class Exchange:
 
         Args:
             resident: for each shard, whether it stays in memory after it ran.
-            loaders: how many of them may work at the same time.
+            loaders: how many of them may load at the same time; one more may pack.
         """
         with self._changed:
             assert not self._outstanding, "reset before start"
@@ -391,13 +391,12 @@ class Exchange:
         self._pass_number += self._place == 0
 
     def _may_pack(self) -> bool:
-        free = self._outstanding < self._loaders
-        return bool(self._to_pack) and not self._packing and not self._stopped and free
+        return bool(self._to_pack) and not self._packing and not self._stopped
 
     def _may_draw(self) -> bool:
         # With nothing loaded ahead inference would wait for ever, so one shard may come even when memory is short.
         ahead = self._outstanding or self._ready
         # After a failure inference starts anew: until then the agents would only fail again and again.
         held_back = self._stopped or self._failed or (self._short and ahead)
-        busy = self._outstanding >= self._loaders
+        busy = self._outstanding - self._packing >= self._loaders
         return not held_back and not busy and len(self._held) < len(self._resident)

@@ -213,9 +213,12 @@ class Pipeline:
         self._threads.append(thread)
 
     def _spawn_loaders(self) -> None:
-        """As many Loading Agents as the plan has; those of an earlier plan that are too many wait for another one."""
+        """As many Loading Agents as the plan has, and one more to pack while these wait for their turn to load.
+
+        Those of an earlier plan that are too many find nothing to do.
+        """
         running = sum(thread.name.startswith("pipeload-loader") for thread in self._threads)
-        for number in range(running, self._plan.loaders):
+        for number in range(running, self._plan.loaders + self._plan.packed):
             self._spawn(f"loader-{number}", loading_agent, self._exchange, self._load)
 
     # Loading Agents
