@@ -20,7 +20,7 @@ from pipeload import footprint, profiler
 from pipeload import manifest as manifests
 from pipeload import profile as profiles
 from pipeload.batches import batches, split_batch
-from pipeload.errors import ClosedError, ConfigError
+from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.memory import FreeMemory, parse_budget
 from pipeload.pipeline import Call, Pipeline
@@ -154,7 +154,12 @@ class Model:
             loaders=loaders,
             threads=threads,
         )
-        plan = self._replanner.plan(footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches)), 0)
+        pass_bytes = footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches))
+        try:
+            # Whoever opens a decoder will decode: room for the first caches now saves another plan, and reading, then.
+            plan = self._replanner.plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
+        except BudgetError:
+            plan = self._replanner.plan(pass_bytes, 0)
         stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
         self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
@@ -346,7 +351,7 @@ class Model:
 
     def _submit(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> Call[dict[str, Value]]:
         with self._lock:
-            cached = sum(self._state_bytes(state) for state in self._states)
+            cached = sum(self._cache_bytes(state.batch, state.capacity) for state in self._states)
         return self._pipeline.submit(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
 
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
@@ -391,14 +396,14 @@ class Model:
     def _batch(self, dims: Mapping[str, int]) -> int:
         return manifests.evaluate_dim(self._specs[next(iter(self._caches))].shape[0], dims)
 
-    def _state_bytes(self, state: DecodeState) -> int:
-        """What a state takes when its caches are full."""
-        batch, grown = self._specs[next(iter(self._caches))].shape[0], self._grown_dim()
+    def _cache_bytes(self, batch: int, capacity: int) -> int:
+        """What full caches of so many sequences and tokens take."""
+        rows, grown = self._specs[next(iter(self._caches))].shape[0], self._grown_dim()
         dims = dict.fromkeys(self.manifest.dims, 0)
-        if isinstance(batch, str):
-            dims[batch] = max(state.batch, 1)
+        if isinstance(rows, str):
+            dims[rows] = max(batch, 1)
         # "past + new": one of the symbols stands for all tokens, the others are 0.
-        dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = state.capacity
+        dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = capacity
         return footprint.cache_bytes(self.manifest, dims)
 
     def _grown_dim(self) -> int | str:

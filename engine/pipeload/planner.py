@@ -70,6 +70,8 @@ _BUFFER_SIZES = 12
 """Most sizes of a buffer that are tried."""
 _CLOSE = 0.005
 """Plans whose predicted times differ by less are equal: the one that reads less, with fewer agents, wins."""
+_FEWER_THREADS = 1.1
+"""Fewer threads than there are cores must be faster by this factor: what was measured may have met other work."""
 _LATE = 0.02
 """A first pass that is longer by more than this counts, when steady passes are equal."""
 _ASSUMED_READ_BYTES_PER_S = 1e9
@@ -165,6 +167,7 @@ def make_plan(
     free = budget_bytes - fixed - _spare_bytes(budget_bytes)
     found: list[tuple[_Layout, Schedule]] = []
     fastest_s = float("inf")
+    most_threads = max(speed.times)
     for layout in _layouts(manifest.shards, free, speed, loaders):
         work = speed.work(manifest.shards, layout)
         bandwidth = speed.bandwidth(layout.loaders)
@@ -172,6 +175,8 @@ def make_plan(
         if least_s > fastest_s * (1 + _CLOSE):
             continue
         schedule = simulate(work, loaders=layout.loaders, buffers=layout.buffers, read_bytes_per_s=bandwidth)
+        if layout.threads < most_threads and schedule.steady_s * _FEWER_THREADS > fastest_s:
+            continue
         fastest_s = min(fastest_s, schedule.steady_s)
         found.append((layout, schedule))
     if not found:
@@ -366,7 +371,7 @@ def _layouts(shards: Sequence[Shard], free: int, speed: _Speed, loaders: int | N
     sizes = _buffer_sizes(shards)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
-    for threads in speed.times:
+    for threads in sorted(speed.times, reverse=True):
         pays = speed.packing_streamed_pays(threads)
         for packed in (False, True):
             for count, buffers, size in slots:
