@@ -2,7 +2,7 @@
 
 ```
 each shard              read | first run, whose memory counts | session, run | session, run | session, run
-three of a structure    beside a reader: session, run ...     | packed session, packed session, run, run ...
+three of a structure    beside a reader: session, run ...     | packed session, run, run ...
 ```
 """
 
@@ -159,21 +159,17 @@ class Stopwatch:
 
     def _pack(self, shard: Shard, threads: int, run: Callable[[ShardSession], object]) -> tuple[float, list[float]]:
         """Seconds to make a packed session, and of its runs but the first: a packed shard's session stays."""
-        packs: list[float] = []
         runs: list[float] = []
-        for _ in range(2):
-            session = None  # never two of them, nor what the first has left on the heap
-            trim()
-            begin = time.perf_counter()
-            session = self._open(shard, threads, packed=True)
-            packs.append(time.perf_counter() - begin)
-        assert session is not None
+        trim()
+        begin = time.perf_counter()
+        session = self._open(shard, threads, packed=True)
+        pack_s = time.perf_counter() - begin
         run(session)
         while _go_on(runs, _CHOSEN_S):
             begin = time.perf_counter()
             run(session)
             runs.append(time.perf_counter() - begin)
-        return min(packs), runs
+        return pack_s, runs
 
     def _beside_reader(self, shard: Shard, job: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
         """Do the job while an agent reads the other shards, again and again."""
