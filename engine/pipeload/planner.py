@@ -324,8 +324,9 @@ class _Speed:
         )
 
     def bandwidth(self, loaders: int) -> float:
-        known = [number for number in self.read_bytes_per_s if number <= loaders] or list(self.read_bytes_per_s)
-        return self.read_bytes_per_s[max(known)]
+        # More agents never read more slowly; where they seem to, the disk had something else to do meanwhile.
+        known = [number for number in self.read_bytes_per_s if number <= loaders] or [min(self.read_bytes_per_s)]
+        return max(self.read_bytes_per_s[number] for number in known)
 
     def packing_streamed_pays(self, threads: int) -> bool:
         """For weights that onnxruntime handles far better packed than not (int4 and int8 matrices)."""
