@@ -208,6 +208,18 @@ def test_residents_are_packed_one_after_another() -> None:
     assert sorted(_retired(exchange)) == [0, 2]
 
 
+@pytest.mark.parametrize("resident", [True, False], ids=["all resident", "one streamed"])
+def test_a_single_loader_packs_too(resident: bool) -> None:
+    exchange = Exchange()
+    exchange.start((True, resident), 1)
+    _run_one(exchange, 0)
+    _run_one(exchange, 1)
+    exchange.pack([0])
+    task = _draw(exchange)
+    assert (task.index, task.packing) == (0, True)
+    assert _holds_back(exchange)
+
+
 def test_a_packed_shard_is_not_swapped_in_while_the_old_one_runs() -> None:
     exchange = _packing(1)
     task = _draw(exchange)
