@@ -105,8 +105,10 @@ class Replanner:
 
     def limit_bytes(self, current: Plan) -> int:
         """What the process may use now: the budget, or less when less memory is left."""
-        free = self._free_bytes()
-        return free if free < min(self._budget_bytes, current.budget_bytes * (1 - _SWING_SHARE)) else self._budget_bytes
+        limit = min(self._free_bytes(), self._budget_bytes)
+        held = min(current.budget_bytes, self._budget_bytes)
+        # A little less than what is in force is no reason to load shards again.
+        return held if held * (1 - _SWING_SHARE) <= limit < held else limit
 
     def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
         """The plan for the next pass: the one in force, as long as nothing speaks against it.
