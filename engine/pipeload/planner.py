@@ -128,7 +128,7 @@ class Plan:
     @property
     def layout(self) -> tuple[object, ...]:
         """What cannot change while shards are loaded."""
-        streaming = self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
+        streaming = self.loaders, self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
         return self.resident, self.kept, self.packed, self.threads, streaming
 
 
