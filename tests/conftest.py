@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-import uuid
+from collections.abc import Iterator
+from itertools import count
 
 import pytest
 
@@ -11,8 +12,21 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+_NUMBERS = count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def users_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What fixtures of a whole session do must not reach the user's own cache either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIPELOAD_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / "session"))
+        yield
+
 
 @pytest.fixture(autouse=True)
-def no_profiles(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store of profiles for each test, neither another test's nor that of whoever runs them."""
-    monkeypatch.setenv("PIPELOAD_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
+def users_cache(
+    users_cache_of_the_session: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty cache for each test: none writes into the user's own, and none finds what another one kept."""
+    folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
+    monkeypatch.setenv("PIPELOAD_CACHE", str(folder))

@@ -9,14 +9,20 @@ manifest_records   what it consists of
 dims               symbolic dimensions -> sizes
 manifest_faults    what is wrong with it
 examples           made-up inputs
+user_cache what is kept between processes, and where
 memory     sizes, RSS, cgroup limits
 machine    processors, memory, storage device
 trace      what every agent did, and when
 buffers    page-aligned memory
+stamps     which files were checked before
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
 profile    what the planner has to know about machine, process and model, and where that is kept
+footprint  what a pass needs beside weights
+schedule   how long a pass takes, and the least that it could
 planner    manifest + profile + budget -> Plan
+replanner  another plan when needs, memory or what is known change
+stats      what happened, in figures
 budget     byte reservations in plan order
 exchange   where the agents meet
 agents     Loading, Inference and Daemon Agents
@@ -27,6 +33,7 @@ timeline   a picture of a trace
 bandwidth  how fast files are read
 stopwatch  how long shards take
 profiler   measures machine, process and model -> Profile
+batches    several inputs in one pass
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate

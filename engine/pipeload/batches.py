@@ -22,10 +22,14 @@ def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator
     group: list[dict[str, NDArray[Any]]] = []
     for item in items:
         arrays = dict(item)
-        if group and (len(group) == count or _form(arrays) != _form(group[0])):
+        if group and _form(arrays) != _form(group[0]):
             yield _join(group)
             group = []
         group.append(arrays)
+        # Not only when the next item comes: that may take a while.
+        if len(group) == count:
+            yield _join(group)
+            group = []
     if group:
         yield _join(group)
 
@@ -46,12 +50,12 @@ def split_batch(outputs: Mapping[str, NDArray[Any]], rows: Sequence[int]) -> Ite
         begin += count
 
 
-def _form(arrays: Mapping[str, Any]) -> dict[str, object]:
-    # What is no array, or has no rows, fits nothing: it goes alone, and the model says what is wrong with it.
-    return {
-        name: (array.dtype, array.shape[1:]) if isinstance(array, np.ndarray) and array.ndim else object()
-        for name, array in arrays.items()
-    }
+def _form(arrays: Mapping[str, Any]) -> object:
+    rows = {len(a) if isinstance(a, np.ndarray) and a.ndim else None for a in arrays.values()}
+    if len(rows) != 1 or None in rows:
+        # What is no array, or has other rows than the rest, goes alone: the model says what is wrong with it.
+        return object()
+    return {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
 
 
 def _join(group: Sequence[Arrays]) -> tuple[Arrays, list[int]]:

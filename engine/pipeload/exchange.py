@@ -146,8 +146,9 @@ class Exchange:
             self._changed.wait_for(lambda: self._closed or self._may_pack() or self._may_draw())
             if self._closed:
                 return None
+            packs = self._may_pack()
             self._outstanding += 1
-            if self._may_pack():
+            if packs:
                 self._packing = True
                 index = self._to_pack.popleft()
                 return Task(ticket=-1, index=index, resident=True, epoch=self._epoch, packing=True)

@@ -102,6 +102,7 @@ class Pipeline:
         self._read_bytes = 0
         self._first_pass_s: float | None = None
         self._last_pass: PassStats | None = None
+        self._unsettled_s: float | None = None
         self._counter = threading.Lock()
         self._closing = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -373,6 +374,7 @@ class Pipeline:
             begin_s,
             end_s,
         )
+        self._unsettled_s = begin_s
         self._first_pass_s = self._first_pass_s or self._last_pass.seconds
         self._passes += 1
 
@@ -381,10 +383,11 @@ class Pipeline:
         if self._last_pass is None or self._exchange.stopped:
             return
         self._storage.save_stamps()
-        if not self._exchange.packing:
-            last, end_s = self._last_pass, time.perf_counter()
-            spans = self.trace.spans_since(end_s - last.seconds)
-            if self._replanner.after_pass(self._plan, spans, last.seconds, self._needs[0]):
+        # Calls that ran no pass come here too, and under another plan its spans would be misread.
+        begin_s, self._unsettled_s = self._unsettled_s, None
+        if begin_s is not None and not self._exchange.packing:
+            spans = self.trace.spans_since(begin_s)
+            if self._replanner.after_pass(self._plan, spans, self._last_pass.seconds, self._needs[0]):
                 with suppress(BudgetError):  # the next call meets it again
                     self._prepare()
         if self._plan.packed and not self._exchange.packing:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 from pipeload.buffers import page_ceil, page_floor
@@ -134,7 +135,7 @@ class Plan:
     @property
     def layout(self) -> tuple[object, ...]:
         """What cannot change while shards are loaded."""
-        streaming = self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
+        streaming = self.loaders, self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
         return self.resident, self.kept, self.packed, self.threads, streaming
 
 
@@ -374,10 +375,11 @@ def _layouts(shards: Sequence[Shard], free: int, speed: _Speed, loaders: int | N
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
     for threads in sorted(speed.times, reverse=True):
-        pays = speed.packing_streamed_pays(threads)
-        for packed in (False, True):
+        # Where it pays there may yet be no memory for the packed copies.
+        ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
+        for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
-                layout = _fill(shards, order, free, buffers, size, packed=packed, pack_streamed=pays)
+                layout = _fill(shards, order, free, buffers, size, packed=packed, pack_streamed=pack_streamed)
                 if layout is not None:
                     yield replace(layout, loaders=count, threads=threads)
 

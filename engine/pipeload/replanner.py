@@ -114,9 +114,13 @@ class Replanner:
     def limit_bytes(self, current: Plan) -> int:
         """What the process may use now: the budget, or less when less memory is left."""
         free = self._free_bytes()
-        if free < current.budget_bytes * (1 - _SWING_SHARE) or free > current.budget_bytes * (1 + _ROOM_SHARE):
-            return min(free, self._budget_bytes or free)
-        return current.budget_bytes if self._budget_bytes is None else self._budget_bytes
+        # A little less or more than what is in force is no reason to load shards again.
+        if self._budget_bytes is None:
+            held = current.budget_bytes
+            return held if held * (1 - _SWING_SHARE) <= free <= held * (1 + _ROOM_SHARE) else free
+        limit = min(free, self._budget_bytes)
+        held = min(current.budget_bytes, self._budget_bytes)
+        return held if held * (1 - _SWING_SHARE) <= limit < held else limit
 
     def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
         """The plan for the next pass: the one in force, as long as nothing speaks against it.

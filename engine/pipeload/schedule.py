@@ -106,7 +106,8 @@ def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_byte
             if shard.streamed:
                 slots.append(inference_s)
         ends.append(inference_s)
-    return Schedule(first_s=ends[0], steady_s=ends[-1] - ends[-2])
+    # What was read ahead during a long first pass may still be used up: no pass for ever takes less than its reading.
+    return Schedule(first_s=ends[0], steady_s=max(ends[-1] - ends[-2], reading_s))
 
 
 def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> Roofline:

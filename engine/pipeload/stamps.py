@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -60,7 +61,8 @@ class Stamps:
         with self._lock:
             if key in self._checked:
                 return True
-            if self._kept.get(key) != stamp(path):
+            known = self._kept.get(key)
+            if known is None or known != _stamp_if_there(path):
                 return False
             self._checked.add(key)
             return True
@@ -75,7 +77,7 @@ class Stamps:
         """
         with self._lock:
             self._checked.add(key)
-            if stamp(path) == before and time.time_ns() - max(before[3:]) > _FRESH_NS:
+            if _stamp_if_there(path) == before and time.time_ns() - max(before[3:]) > _FRESH_NS:
                 self._kept[key] = before
                 self._changed = True
 
@@ -93,3 +95,9 @@ def stamp(path: Path) -> Stamp:
     """The stamp of a file as it is now."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _stamp_if_there(path: Path) -> Stamp | None:
+    with suppress(OSError):
+        return stamp(path)
+    return None

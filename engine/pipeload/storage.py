@@ -133,7 +133,8 @@ class Storage:
                     return False
                 if digest:
                     digest.update(piece[skip:])
-                skip = 0
+                # A short read may end before the part begins.
+                skip = max(0, skip - len(piece))
         if digest:
             if digest.hexdigest() != span.sha256:
                 raise ShardError(_damaged(span.path))

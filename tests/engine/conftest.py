@@ -62,6 +62,12 @@ def toy(made_toys: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def toy_uneven(made_toys: Callable[[str], Path]) -> Path:
+    """Six blocks whose second tensor begins within a page."""
+    return made_toys("toy-uneven")
+
+
+@pytest.fixture(scope="session")
 def toy_decoder(made_toys: Callable[[str], Path]) -> Path:
     """Four blocks with caches, and a tied head in two slices."""
     return made_toys("toy-decoder")

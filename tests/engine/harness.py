@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import pipeload
 from pipeload import manifest as manifests
-from pipeload.buffers import Buffer
+from pipeload.buffers import Buffer, Part
 from pipeload.forward import Forward
 from pipeload.session import ShardSession, Stopper, to_array, to_value
 from pipeload.storage import Storage
@@ -100,9 +100,9 @@ def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[s
     @contextmanager
     def borrow(index: int) -> Iterator[ShardSession]:
         shard = manifest.shards[index]
-        buffer = Buffer(shard.nbytes)
-        assert storage.read_weights(shard, buffer, lambda: False)
-        yield ShardSession(shard, storage.graph(shard), buffer, threads)
+        parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
+        assert storage.read_weights(shard, parts, lambda: False)
+        yield ShardSession(shard, storage.graph(shard), parts, threads)
 
     dims = manifests.bind_dims(manifest.inputs, {name: array.shape for name, array in inputs.items()})
     dims = {symbol: dims.get(symbol, 0) for symbol in manifest.dims}

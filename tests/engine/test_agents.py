@@ -27,7 +27,7 @@ def _nothing(*_: Any) -> None:
 class _Crew:
     """Agents around fakes. Every shard is its index; a pass gives the list of the shards that ran."""
 
-    def __init__(self, *, loaders: int = 2, resident: tuple[int, ...] = ()) -> None:
+    def __init__(self, *, loaders: int = 2, resident: tuple[int, ...] = (), watch_s: float = PATIENCE_S) -> None:
         self.exchange = Exchange()
         self.loaded: list[int] = []
         self.freed: list[int] = []
@@ -36,14 +36,16 @@ class _Crew:
         self.on_free: Callable[[int], None] = _nothing
         self.on_run: Callable[[int], None] = _nothing
         self.on_recover: Callable[[], None] = _nothing
+        self.on_settle: Callable[[], None] = _nothing
+        self.on_watch: Callable[[], None] = _nothing
         self._budget = Budget(len(resident) + loaders + 1)
         self._resident = tuple(index in resident for index in range(SHARDS))
-        self._kept: dict[int, LoadedShard] = {}
-        self.exchange.start(self._resident)
+        self._loaders = loaders
+        self.exchange.start(self._resident, loaders)
         self.threads = [
             *(Background(loading_agent, self.exchange, self._load) for _ in range(loaders)),
-            Background(inference_agent, self.exchange, self._recover),
-            Background(daemon_agent, self.exchange, self._free),
+            Background(inference_agent, self.exchange, self._recover, lambda: self.on_settle()),
+            Background(daemon_agent, self.exchange, self._free, lambda: self.on_watch(), watch_s),
         ]
 
     def run_until_it_fails(self) -> None:
@@ -78,18 +80,18 @@ class _Crew:
 
     def _work(self, request: Request) -> list[int]:
         if self.exchange.stopped:
-            self.exchange.start(self._resident, list(self._kept))
+            self.exchange.start(self._resident, self._loaders)
         ran = []
         for index in range(SHARDS):
-            shard = self._kept.get(index)
+            shard, resident = self.exchange.borrow_resident(index), True
             if shard is None:
                 task, shard = self.exchange.take(index, request)
-                if task.resident:
-                    self._kept[index] = shard
-            self.on_run(index)
+                resident = task.resident
+            try:
+                self.on_run(index)
+            finally:
+                self.exchange.give_back(index, shard, resident=resident)
             ran.append(shard.index)
-            if index not in self._kept:
-                self.exchange.retire(shard)
         return ran
 
     def _free(self, shard: LoadedShard) -> None:
@@ -101,6 +103,11 @@ class _Crew:
         self.recovered += 1
         self.on_recover()
         self.exchange.reset(self._budget.wake)
+
+
+def _run_for_ever(crew: _Crew) -> None:
+    while True:
+        crew.run()
 
 
 @contextmanager
@@ -267,6 +274,51 @@ def test_a_withdrawn_call_does_not_disturb_the_next() -> None:
         with pytest.raises(ClosedError):
             request.result.result(PATIENCE_S)
         assert crew.run() == list(range(SHARDS))
+
+
+def test_settling_comes_after_each_answer() -> None:
+    answered: list[bool] = []
+    with _crew() as crew:
+        requests: list[Request] = []
+        settled = Gate(opened=True)
+        crew.on_settle = lambda: (answered.append(requests[-1].result.done()), settled.stop_here())
+        for _ in range(3):
+            gate = Gate()
+            crew.on_run = lambda index, gate=gate: gate.stop_here() if index == 0 else None
+            requests.append(crew.submit())
+            gate.open()
+            settled.wait_reached()
+    assert answered == [True] * 3
+
+
+def test_a_failed_call_is_not_settled() -> None:
+    settled: list[bool] = []
+    with _crew() as crew:
+        crew.on_settle = lambda: settled.append(True)
+        crew.on_run = _once(OSError("disk"), 2)
+        with pytest.raises(OSError, match="disk"):
+            crew.run()
+    assert settled == []
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["on_settle", "on_watch"])
+def test_a_failure_behind_the_calls_ends_them_with_its_cause(error: BaseException, where: str) -> None:
+    with _crew(watch_s=0.001) as crew:
+        setattr(crew, where, lambda: _once(error, 0)(0))
+        # Not the call whose answer is there already.
+        with pytest.raises(ClosedError) as caught:
+            _run_for_ever(crew)
+        assert caught.value.__cause__ is error
+
+
+def test_the_daemon_watches_only_while_nothing_is_retired() -> None:
+    watched = Gate(opened=True)
+    with _crew(watch_s=0.001, resident=tuple(range(SHARDS))) as crew:
+        crew.on_watch = watched.stop_here
+        for _ in range(3):
+            watched.wait_reached()
+        assert crew.freed == []
 
 
 def test_idle_agents_keep_no_request_and_no_result_alive() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeload import buffers
-from pipeload.buffers import Buffer, BufferPool, page_ceil
+from pipeload.buffers import Buffer, BufferPool, Part, page_ceil, page_floor, tensor_in
 from pipeload.errors import LoadError
 from pipeload.manifest import PAGE_BYTES, WeightSpec
 
@@ -29,6 +29,33 @@ def test_sizes_are_rounded_to_pages(nbytes: int, pages: int) -> None:
 def test_memory_that_the_system_does_not_have_is_named(nbytes: int) -> None:
     with pytest.raises(LoadError, match=rf"no memory for a buffer of {nbytes} bytes .*Lower the memory budget"):
         Buffer(nbytes)
+
+
+@pytest.mark.parametrize(("nbytes", "pages"), [(0, 0), (4095, 0), (4096, 1), (8191, 1)])
+def test_places_are_rounded_down_to_pages(nbytes: int, pages: int) -> None:
+    assert page_floor(nbytes) == pages * PAGE_BYTES
+
+
+def test_a_tensor_is_found_in_the_part_that_holds_it() -> None:
+    # Three tensors of a range at byte 8192 of its file: two kept, one streamed, cut within a page.
+    specs = [
+        WeightSpec(name=str(k), dtype="float32", shape=(count,), offset=8192 + begin)
+        for k, (begin, count) in enumerate([(0, 1000), (4000, 250), (5000, 1000)])
+    ]
+    parts = [Part(0, 5000, Buffer(5000)), Part(5000, 9000, Buffer(9000 - 4096))]
+    for number, part in enumerate(parts):
+        part.buffer.piece(0, part.buffer.nbytes)[:] = np.full(part.buffer.nbytes // 4, number, np.float32).tobytes()
+    parts[1].buffer.piece(904, 908)[:] = np.float32(7).tobytes()
+    arrays = [tensor_in(parts, spec, 8192) for spec in specs]
+    assert [array.shape for array in arrays] == [(1000,), (250,), (1000,)]
+    assert not arrays[0].any()
+    assert not arrays[1].any()
+    assert arrays[2].tolist() == [7, *[1] * 999]
+
+
+def test_a_tensor_of_no_bytes_is_found_too() -> None:
+    empty = WeightSpec(name="empty", dtype="float32", shape=(0, 4), offset=4096)
+    assert tensor_in([Part(0, 0, Buffer(0))], empty, 4096).shape == (0, 4)
 
 
 def test_buffers_begin_at_a_page() -> None:

@@ -10,6 +10,8 @@ from tests.engine.harness import Background
 from pipeload.errors import ClosedError
 from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Request, Task
 
+LOADERS = 4
+
 
 def _nothing() -> None:
     pass
@@ -38,14 +40,22 @@ def _load(exchange: Exchange) -> Task:
 
 def _started(*resident: bool) -> Exchange:
     exchange = Exchange()
-    exchange.start(resident)
+    exchange.start(resident, LOADERS)
     return exchange
+
+
+def _run_one(exchange: Exchange, index: int) -> None:
+    """Load, take and give back the next shard, as a resident one when it is planned to be."""
+    task = _load(exchange)
+    assert task.index == index
+    taken, shard = exchange.take(index, _request())
+    exchange.give_back(index, shard, resident=taken.resident)
 
 
 def _holds_back(exchange: Exchange) -> bool:
     """A Loading Agent that asks for a task would wait."""
     with exchange._changed:
-        return not exchange._may_draw()
+        return not exchange._may_draw() and not exchange._may_pack()
 
 
 def _retired(exchange: Exchange) -> list[int]:
@@ -81,8 +91,10 @@ def test_when_everything_is_resident_the_drawing_ends() -> None:
 
 
 def test_what_is_held_already_is_not_drawn() -> None:
-    exchange = Exchange()
-    exchange.start((True, True, False), held=[0])
+    exchange = _started(True, True, False)
+    _run_one(exchange, 0)
+    exchange.reset(_nothing)
+    exchange.start((True, True, False), LOADERS)
     assert [_load(exchange).index for _ in range(4)] == [1, 2, 2, 2]
 
 
@@ -104,6 +116,171 @@ def test_a_pass_begins_where_the_one_before_prefetched() -> None:
         _load(exchange)
     taken = [exchange.take(index, _request())[0].ticket for index in (0, 1, 0, 1)]
     assert taken == [0, 1, 2, 3]
+
+
+def test_each_task_says_which_pass_it_is_for() -> None:
+    exchange = _started(False, True, False)
+    assert [(task.index, task.pass_number) for task in (_load(exchange) for _ in range(6))] == [
+        (0, 1), (1, 1), (2, 1), (0, 2), (2, 2), (0, 3),
+    ]  # fmt: skip
+
+
+def test_no_more_loaders_work_than_were_asked_for() -> None:
+    exchange = Exchange()
+    exchange.start((False, False, False), 2)
+    first, second = _draw(exchange), _draw(exchange)
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.deliver(Loaded(task=second, shard=_shard(second.index)))
+    assert waiting.end().index == 2
+    exchange.deliver(Loaded(task=first, shard=_shard(first.index)))
+
+
+# Residents
+
+
+def test_a_resident_shard_is_borrowed_again_and_again() -> None:
+    exchange = _started(True, False)
+    assert exchange.borrow_resident(0) is None
+    _run_one(exchange, 0)
+    assert list(exchange.residents) == [0]
+    for _ in range(3):
+        shard = exchange.borrow_resident(0)
+        assert shard is not None
+        exchange.give_back(0, shard, resident=True)
+    assert exchange.borrow_resident(1) is None
+    assert _retired(exchange) == []
+
+
+def test_a_shard_that_is_not_resident_is_retired_when_it_ran() -> None:
+    exchange = _started(False, False)
+    _run_one(exchange, 0)
+    assert exchange.residents == {}
+    assert _retired(exchange) == [0]
+
+
+def test_a_dropped_resident_is_retired_and_drawn_again() -> None:
+    exchange = _started(True, False)
+    _run_one(exchange, 0)
+    exchange.reset(_nothing)
+    exchange.drop(0)
+    exchange.start((True, False), LOADERS)
+    assert _load(exchange).index == 0
+    assert exchange.residents == {}
+    assert _retired(exchange) == [0]
+
+
+# Packing
+
+
+def _packing(*indices: int) -> Exchange:
+    """Three residents that ran, of which some are to be packed."""
+    exchange = _started(True, True, True)
+    for index in range(3):
+        _run_one(exchange, index)
+    exchange.pack(indices)
+    return exchange
+
+
+def test_residents_are_packed_one_after_another() -> None:
+    exchange = _packing(2, 0)
+    task = _draw(exchange)
+    assert (task.index, task.packing) == (2, True)
+    assert exchange.packing
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    assert exchange.resident(2) is exchange.residents[2]
+    old, packed = exchange.resident(2), _shard(2)
+    packed.reserved_bytes, old.reserved_bytes = 0, 7
+    exchange.swap(task, packed)
+    assert exchange.residents[2] is packed
+    # The packed one stands for the bytes; what is retired gives none back.
+    assert (packed.reserved_bytes, old.reserved_bytes) == (7, 0)
+    assert _holds_back(exchange), "one at a time: the packed copy takes memory until the old one is gone"
+    exchange.packed()
+    exchange.deliver(None)
+    second = waiting.end()
+    assert (second.index, second.packing) == (0, True)
+    exchange.swap(second, _shard(0))
+    exchange.packed()
+    exchange.deliver(None)
+    assert not exchange.packing
+    assert sorted(_retired(exchange)) == [0, 2]
+
+
+@pytest.mark.parametrize("resident", [True, False], ids=["all resident", "one streamed"])
+def test_a_single_loader_packs_too(resident: bool) -> None:
+    exchange = Exchange()
+    exchange.start((True, resident), 1)
+    _run_one(exchange, 0)
+    _run_one(exchange, 1)
+    exchange.pack([0])
+    task = _draw(exchange)
+    assert (task.index, task.packing) == (0, True)
+    assert _holds_back(exchange)
+
+
+def test_a_packed_shard_is_not_swapped_in_while_the_old_one_runs() -> None:
+    exchange = _packing(1)
+    task = _draw(exchange)
+    running = exchange.borrow_resident(1)
+    assert running is not None
+    packed = _shard(1)
+    swapping = Background(exchange.swap, task, packed)
+    other = Background(exchange.notify)
+    other.end()
+    assert swapping.is_alive()
+    assert exchange.residents[1] is running
+    exchange.give_back(1, running, resident=True)
+    swapping.end()
+    assert exchange.residents[1] is packed
+
+
+def test_giving_back_does_not_undo_a_swap() -> None:
+    exchange = _packing(1)
+    task = _draw(exchange)
+    packed = _shard(1)
+    exchange.swap(task, packed)
+    borrowed = exchange.borrow_resident(1)
+    assert borrowed is packed
+    exchange.give_back(1, packed, resident=True)
+    assert exchange.residents[1] is packed
+
+
+def test_a_packing_that_failed_is_raised_at_the_next_shard_once() -> None:
+    exchange = _packing(1)
+    exchange.packed()
+    exchange.deliver(Failed(task=_draw(exchange), error=OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        exchange.borrow_resident(0)
+    assert exchange.borrow_resident(0) is not None
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+def test_a_packed_shard_that_comes_too_late_is_retired(how: str) -> None:
+    exchange = _packing(1)
+    task, packed, old = _draw(exchange), _shard(1), exchange.resident(1)
+    running = exchange.borrow_resident(1)
+    assert running is old
+    swapping = Background(exchange.swap, task, packed)
+    ending = Background(exchange.reset, _nothing) if how == "reset" else Background(exchange.close)
+    swapping.end()
+    exchange.packed()
+    exchange.deliver(None)
+    ending.end()
+    assert exchange.residents[1] is old
+    assert exchange.next_retired() is packed
+
+
+def test_a_reset_forgets_what_is_to_be_packed() -> None:
+    exchange = _packing(0, 1, 2)
+    exchange.reset(_nothing)
+    assert not exchange.packing
+    exchange.start((True, True, True), LOADERS)
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    exchange.close()
+    assert waiting.end() is None
 
 
 # Failures
@@ -134,7 +311,7 @@ def test_after_a_failure_nothing_more_is_drawn_until_the_reset() -> None:
     waiting = Background(exchange.next_task)
     assert _holds_back(exchange)
     exchange.reset(_nothing)
-    exchange.start((False, False))
+    exchange.start((False, False), LOADERS)
     assert waiting.end().index == 0
 
 
@@ -164,7 +341,7 @@ def test_stale_work_may_also_end_without_a_shard(message: str) -> None:
     resetting = Background(exchange.reset, _nothing)
     exchange.deliver(None if message == "cancelled" else Failed(task=working, error=OSError()))
     resetting.end()
-    exchange.start((False, False))
+    exchange.start((False, False), LOADERS)
     assert _load(exchange).index == 0
     assert exchange.take(0, _request())[1].index == 0
 
@@ -174,13 +351,13 @@ def test_after_a_reset_a_pass_begins_with_its_first_shard() -> None:
     before = [_load(exchange) for _ in range(2)]
     exchange.take(0, _request())
     exchange.reset(_nothing)
-    exchange.start((False, True, False), held=[1])
+    exchange.start((False, True, False), LOADERS)
     after = _load(exchange)
-    assert (after.index, after.ticket) == (0, 2)
+    assert (after.index, after.ticket, after.pass_number) == (0, 2, 1)
     assert exchange.is_stale(before[0])
     assert not exchange.is_stale(after)
     assert exchange.take(0, _request())[0] is after
-    assert _load(exchange).index == 2
+    assert _load(exchange).index == 1
 
 
 def test_nothing_is_drawn_between_reset_and_start() -> None:
@@ -188,7 +365,7 @@ def test_nothing_is_drawn_between_reset_and_start() -> None:
     exchange.reset(_nothing)
     waiting = Background(exchange.next_task)
     assert _holds_back(exchange)
-    exchange.start((False,))
+    exchange.start((False,), LOADERS)
     assert waiting.end().index == 0
 
 
@@ -245,6 +422,26 @@ def test_a_withdrawn_request_that_runs_stops_waiting() -> None:
     exchange.withdraw(request)
     assert isinstance(waiting.wait(), ClosedError)
     assert request.stopper.stopped
+
+
+def test_idle_means_that_no_call_runs_or_waits() -> None:
+    exchange = _started(False)
+    assert exchange.idle
+    exchange.submit(_request())
+    assert not exchange.idle
+    exchange.next_request()
+    assert not exchange.idle
+    waiting = Background(exchange.next_request)
+    while not exchange.idle:
+        exchange.notify()
+    exchange.close()
+    assert waiting.end() is None
+
+
+def test_the_daemon_gets_nothing_when_its_patience_ends() -> None:
+    exchange = _started(False)
+    assert exchange.next_retired(0.001) is None
+    assert not exchange.closed
 
 
 # Close

@@ -14,7 +14,7 @@ from tests.engine import toy as toys
 from tests.engine.harness import assert_same, run_sequentially
 
 from pipeload import manifest as manifests
-from pipeload.buffers import Buffer
+from pipeload.buffers import Buffer, Part
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.forward import Forward
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
@@ -44,9 +44,9 @@ class _Pass:
     def _borrow(self, index: int) -> Iterator[Any]:
         self.borrowed.append(index)
         shard = self.manifest.shards[index]
-        buffer = Buffer(shard.nbytes)
-        self.storage.read_weights(shard, buffer, lambda: False)
-        outer, session = self, ShardSession(shard, self.storage.graph(shard), buffer, 1)
+        parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
+        self.storage.read_weights(shard, parts, lambda: False)
+        outer, session = self, ShardSession(shard, self.storage.graph(shard), parts, 1)
 
         class Noting:
             def run(self, inputs: Mapping[str, Value], stopper: Stopper) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import (
+    EMULATED,
     PATIENCE_S,
     Background,
     Gate,
@@ -25,14 +26,17 @@ from tests.engine.harness import (
 
 from pipeload import manifest as manifests
 from pipeload import pipeline as pipelines
-from pipeload.buffers import Buffer, page_ceil
+from pipeload.buffers import Buffer, Part, page_ceil, page_floor
 from pipeload.errors import BudgetError, ClosedError, LoadError, ShardError
 from pipeload.manifest import Manifest, Shard
-from pipeload.pipeline import Pipeline
+from pipeload.memory import rss_bytes
+from pipeload.pipeline import Call, Pipeline
 from pipeload.planner import SESSION_BYTES, Plan, make_plan
-from pipeload.profile import Profile
-from pipeload.session import ShardSession, to_array, to_value
+from pipeload.profile import Profile, ShardTimes
+from pipeload.replanner import Replanner
+from pipeload.session import ShardSession, Value, to_array, to_value
 from pipeload.storage import Storage
+from pipeload.trace import Progress, Span, read_bytes
 
 NAMES = ["prologue", *(f"block.{k:03d}" for k in range(6)), "epilogue"]
 FAILURES = [OSError("disk"), MemoryError(), SystemExit(3), KeyboardInterrupt()]
@@ -44,13 +48,15 @@ class _Storage(Storage):
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         super().__init__(directory, manifest)
         self.read: list[str] = []
+        self.read_bytes: list[tuple[str, int]] = []
         self.before_read: Callable[[Shard], None] = _nothing
 
-    def read_weights(self, shard: Shard, buffer: Buffer, cancelled: Callable[[], bool]) -> bool:
+    def read_weights(self, shard: Shard, parts: Sequence[Part], *rest: Any, **options: Any) -> bool:
         self.before_read(shard)
-        done = super().read_weights(shard, buffer, cancelled)
+        done = super().read_weights(shard, parts, *rest, **options)
         if done:
             self.read.append(shard.name)
+            self.read_bytes.append((shard.name, sum(part.end - part.begin for part in parts)))
         return done
 
 
@@ -59,43 +65,103 @@ def _nothing(*_: Any) -> None:
 
 
 def _plan(
-    manifest: Manifest, *, resident: tuple[str, ...] = (), buffers: int = 2, loaders: int = 2, pass_bytes: int = 0
+    manifest: Manifest,
+    *,
+    resident: Sequence[str] = (),
+    kept: Mapping[str, int] | None = None,
+    buffers: int = 2,
+    loaders: int = 2,
+    pass_bytes: int = 0,
+    packed: bool = False,
+    packed_streamed: bool = False,
 ) -> Plan:
+    """A plan by hand, which adds up."""
+    kept = dict(kept or {})
     streamed = [shard for shard in manifest.shards if shard.name not in resident]
+    staying = [shard for shard in manifest.shards if shard.name in resident]
+    buffers = min(buffers, len(streamed))
+    buffer_bytes = max((page_ceil(s.nbytes) - page_floor(kept.get(s.name, 0)) for s in streamed), default=0)
+    weights = sum(page_ceil(shard.nbytes) + SESSION_BYTES for shard in staying)
+    weights += sum(page_ceil(nbytes) for nbytes in kept.values())
+    weights += buffers * (buffer_bytes * (1 + packed_streamed) + SESSION_BYTES)
+    streamed_bytes = sum(shard.nbytes - kept.get(shard.name, 0) for shard in streamed)
     return Plan(
-        budget_bytes=10**10,
+        budget_bytes=10**11,
         loaders=loaders,
-        buffers=min(buffers, len(streamed)),
-        buffer_bytes=max((page_ceil(shard.nbytes) for shard in streamed), default=0),
+        buffers=buffers,
+        buffer_bytes=buffer_bytes,
         resident=frozenset(resident),
-        packed=False,
+        kept=kept,
+        packed=packed,
+        packed_streamed=packed_streamed,
         threads=1,
-        process_bytes=0,
+        process_bytes=10**10,
         pass_bytes=pass_bytes,
         cache_bytes=0,
-        streamed_bytes=sum(shard.nbytes for shard in streamed),
-        peak_bytes=0,
+        resident_bytes=manifest.weight_bytes - streamed_bytes,
+        streamed_bytes=streamed_bytes,
+        peak_bytes=10**10 + pass_bytes + weights,
     )
 
 
-class _Rig:
-    """A pipeline over the toy, with a storage that notes."""
+class _Scripted(Replanner):
+    """Plans as the test says."""
 
-    def __init__(self, directory: Path, *, replan: Callable[[int, int], Plan] | None = None, **options: Any) -> None:
+    def __init__(self, manifest: Manifest, replan: Callable[[int, int], Plan]) -> None:
+        super().__init__(manifest, Profile(process_bytes=0, cores=1), budget_bytes=10**11, free_bytes=lambda: 10**12)
+        self._replan = replan
+        self.learned: list[tuple[Plan, list[Span], float]] = []
+
+    def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
+        return self._replan(pass_bytes, cache_bytes)
+
+    def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
+        self.learned.append((current, list(spans), seconds))
+        return False
+
+
+class _Rig:
+    """A pipeline over a toy, with a storage that notes, and plans that the test makes."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        replan: Callable[[int, int], Plan] | None = None,
+        replanner: Callable[[Manifest], tuple[Plan, Replanner]] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> None:
         self.manifest = manifests.read(directory)
         self.storage = _Storage(directory, self.manifest)
         self.expected = run_sequentially(directory, toys.inputs(), threads=1)
         plan = _plan(self.manifest, **options)
-        self.pipeline = Pipeline(self.manifest, self.storage, plan, replan or (lambda *_: plan))
+        self.replanner: Any = _Scripted(self.manifest, replan or (lambda *_: plan))
+        if replanner is not None:
+            plan, self.replanner = replanner(self.manifest)
+        self.pipeline = Pipeline(self.manifest, self.storage, plan, self.replanner, progress)
+        self.exchange = self.pipeline._exchange
 
-    def run(self, *, pass_bytes: int = 0) -> dict[str, Any]:
+    def submit(self, *, pass_bytes: int = 0, cache_bytes: int = 0) -> Call[dict[str, Value]]:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
-        outputs = self.pipeline.run(values, pass_bytes=pass_bytes, cache_bytes=0, last_position=False)
-        return {name: to_array(value) for name, value in outputs.items()}
+        return self.pipeline.submit(values, pass_bytes=pass_bytes, cache_bytes=cache_bytes, last_position=False)
+
+    def run(self, **needs: int) -> dict[str, Any]:
+        return {name: to_array(value) for name, value in self.submit(**needs).result().items()}
 
     def check(self, passes: int = 1) -> None:
         for _ in range(passes):
             assert_same(self.run(), self.expected)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until the agents have brought something about."""
+        with self.exchange._changed:
+            assert self.exchange._changed.wait_for(condition, PATIENCE_S), "it never happens"
+
+    def wait_packed(self) -> None:
+        """Until every resident shard is packed, and no Loading Agent is busy with it."""
+        residents = self.exchange._residents
+        self.wait(lambda: all(shard.buffer is None for shard in residents.values()) and not self.exchange._packing)
 
 
 @contextmanager
@@ -106,6 +172,8 @@ def _rig(directory: Path, **options: Any) -> Iterator[_Rig]:
     finally:
         rig.pipeline.close()
         assert agents() == []
+    if not rig.exchange.cause:
+        assert rig.pipeline._budget.reserved_bytes == 0
 
 
 def _once(error: BaseException, at: str) -> Callable[[Shard], None]:
@@ -158,7 +226,9 @@ def test_reading_begins_before_the_first_call(toy: Path) -> None:
     gate = Gate()
     original = _Storage.read_weights
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Storage, "read_weights", lambda *args: (gate.stop_here(), original(*args))[1])
+        patch.setattr(
+            _Storage, "read_weights", lambda *args, **options: (gate.stop_here(), original(*args, **options))[1]
+        )
         with _rig(toy) as rig:
             gate.wait_reached()
             gate.open()
@@ -170,8 +240,8 @@ def test_no_more_sessions_live_than_planned(toy: Path, monkeypatch: pytest.Monke
     lock, alive, most = threading.Lock(), [0], [0]
 
     class Counted(ShardSession):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             with lock:
                 alive[0] += 1
                 most[0] = max(most[0], alive[0])
@@ -202,7 +272,102 @@ def test_threads_have_names(toy: Path) -> None:
         assert sorted(agents()) == ["pipeload-daemon", "pipeload-inference", "pipeload-loader-0", "pipeload-loader-1"]
 
 
-# Everything fits
+# Partly resident shards
+
+
+def _halves(manifest: Manifest, *names: str) -> dict[str, int]:
+    """Each shard's last tensor is streamed, and what lies before it is kept."""
+    shards = [shard for shard in manifest.shards if shard.name in names and shard.weights and len(shard.tensors) > 1]
+    return {shard.name: shard.tensors[-1].offset - shard.weights.offset for shard in shards if shard.weights}
+
+
+BLOCKS = tuple(NAMES[1:-1])
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+@pytest.mark.parametrize("loaders", [1, 2, 4])
+@pytest.mark.parametrize("name", ["toy", "toy-uneven"])
+@pytest.mark.parametrize(
+    ("resident", "kept"),
+    [((), BLOCKS), (("prologue", "epilogue"), BLOCKS), (("block.001", "block.004"), ("block.000", "block.005"))],
+    ids=["every block", "all but the ends", "some"],
+)
+def test_partly_resident_passes_equal_sequential_ones_and_read_what_is_kept_once(
+    made_toys: Callable[[str], Path],
+    name: str,
+    resident: tuple[str, ...],
+    kept: tuple[str, ...],
+    loaders: int,
+    buffers: int,
+) -> None:
+    manifest = manifests.read(made_toys(name))
+    halves = _halves(manifest, *kept)
+    assert set(halves) == set(kept)
+    with _rig(made_toys(name), resident=resident, kept=halves, buffers=buffers, loaders=loaders) as rig:
+        rig.check(passes=4)
+        assert rig.pipeline.plan.streamed_bytes < manifest.weight_bytes
+        seen: dict[str, list[int]] = {}
+        for shard, nbytes in rig.storage.read_bytes:
+            seen.setdefault(shard, []).append(nbytes)
+        for shard in manifest.shards:
+            first, *later = seen[shard.name]
+            assert first == shard.nbytes
+            assert set(later) <= {shard.nbytes - halves.get(shard.name, 0)}
+            assert len(later) in ([0] if shard.name in resident else [3, 4])
+        reads = [span for span in rig.pipeline.trace.spans if span.kind == "read"]
+        assert read_bytes(span for span in reads if span.pass_number == 1) == manifest.weight_bytes
+        for number in (2, 3, 4):
+            steady = [span for span in reads if span.pass_number == number]
+            assert read_bytes(steady) == rig.pipeline.plan.streamed_bytes
+
+
+def test_a_load_of_a_kept_part_that_fails_is_done_again_and_leaks_nothing(toy_uneven: Path) -> None:
+    manifest = manifests.read(toy_uneven)
+    with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), buffers=1) as rig:
+        rig.storage.before_read = _once(OSError("disk"), "block.002")
+        with pytest.raises(OSError, match="disk"):
+            rig.check()
+        rig.check(passes=3)
+
+
+@pytest.mark.parametrize("at", [4096, -1], ids=["kept", "streamed"])
+def test_a_damaged_part_is_found_when_it_is_read_the_first_time(toy_copy: Path, at: int) -> None:
+    manifest = manifests.read(toy_copy)
+    path = toy_copy / "shards" / "block.002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    plan = _plan(manifest, kept=_halves(manifest, *BLOCKS))
+    pipeline = Pipeline(manifest, _Storage(toy_copy, manifest), plan, _Scripted(manifest, lambda *_: plan))
+    try:
+        values = {name: to_value(array) for name, array in toys.inputs().items()}
+        for _ in range(2):
+            with pytest.raises(ShardError, match=r"'shards/block\.002\.safetensors' is damaged"):
+                pipeline.submit(values, pass_bytes=0, cache_bytes=0, last_position=False).result()
+    finally:
+        pipeline.close()
+
+
+def test_kept_parts_that_another_plan_does_not_want_leave(toy_uneven: Path) -> None:
+    manifest = manifests.read(toy_uneven)
+    plans = [
+        _plan(manifest, kept=_halves(manifest, *BLOCKS)),
+        _plan(manifest, kept=_halves(manifest, "block.001", "block.002"), resident=("block.003",), pass_bytes=1),
+        _plan(manifest, resident=BLOCKS[:4], pass_bytes=2),
+        _plan(manifest, pass_bytes=3),
+    ]
+    with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
+        for number in (0, 1, 0, 2, 1, 3, 0, 0):
+            for _ in range(2):
+                assert_same(rig.run(pass_bytes=number), rig.expected)
+            kept = {manifest.shards[index].name for index in rig.pipeline._kept}
+            assert kept == set(plans[number].kept)
+            staying = {manifest.shards[index].name for index in rig.exchange.residents}
+            assert staying == plans[number].resident
+            assert rig.pipeline._budget.reserved_bytes <= plans[number].weights_bytes
+
+
+# Packing
 
 
 @pytest.mark.parametrize("loaders", [1, 2])
@@ -219,25 +384,132 @@ def test_the_smallest_budget_for_packing_does_not_hang(toy: Path, loaders: int, 
 
     exact = plan(plan(10**10).peak_bytes)
     assert exact.packed
-    pipeline = Pipeline(manifest, Storage(toy, manifest), exact, lambda *_: exact)
+    pipeline = Pipeline(manifest, Storage(toy, manifest), exact, _Scripted(manifest, lambda *_: exact))
     try:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
-        options: Any = {"pass_bytes": 0, "cache_bytes": 0, "last_position": False}
-        call = Background(lambda: pipeline.run(values, **options))
-        call.end()
+        for _ in range(3):
+            pipeline.submit(values, pass_bytes=0, cache_bytes=0, last_position=False).result()
         assert pipeline._budget.reserved_bytes <= pipeline._budget._limit_bytes
     finally:
         pipeline.close()
 
 
-def test_packed_shards_are_read_once_and_agree(toy: Path) -> None:
-    manifest = manifests.read(toy)
-    plan = replace(_plan(manifest, resident=tuple(NAMES)), packed=True)
-    with _rig(toy, resident=tuple(NAMES), replan=lambda *_: plan) as rig:
+@pytest.mark.parametrize("resident", [tuple(NAMES), ("prologue", *BLOCKS[:3])], ids=["all", "some"])
+def test_residents_are_packed_behind_the_passes_from_memory(toy: Path, resident: tuple[str, ...]) -> None:
+    gate = Gate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines, "ShardSession", _gated_packing(gate))
+        with _rig(toy, resident=resident, packed=True) as rig:
+            # Nothing is packed yet, so the answer is the sequential one's.
+            rig.check()
+            gate.wait_reached()
+            rig.check()
+            reserved = rig.pipeline._budget.reserved_bytes
+            buffers = [shard.buffer for shard in rig.exchange.residents.values()]
+            assert len(buffers) == len(resident)
+            gate.open()
+            rig.wait_packed()
+            for _ in range(3):
+                assert_close(rig.run(), rig.expected, 1e-5)
+            # The packed copies stand for the bytes, and the memory of what was read is given back.
+            rig.wait(lambda: all(buffer is not None and buffer._map.closed for buffer in buffers))
+            if len(resident) == len(NAMES):
+                assert rig.pipeline._budget.reserved_bytes == reserved
+            counts = Counter(rig.storage.read)
+            assert {counts[name] for name in resident} == {1}
+            packs = [span.shard for span in rig.pipeline.trace.spans if span.kind == "pack"]
+            assert sorted(packs) == sorted(resident)
+
+
+def _gated_packing(gate: Gate, at: str = "") -> type[ShardSession]:
+    """Sessions that stop at a gate before they are packed."""
+
+    class Gated(ShardSession):
+        def __init__(self, shard: Shard, *arguments: Any, **options: Any) -> None:
+            if options.get("packed") and at in shard.name:
+                gate.stop_here()
+            super().__init__(shard, *arguments, **options)
+
+    return Gated
+
+
+def test_streamed_shards_that_are_packed_agree(toy: Path) -> None:
+    with _rig(toy, packed_streamed=True) as rig:
+        for _ in range(4):
+            assert_close(rig.run(), rig.expected, 1e-5)
+        kinds = Counter(span.kind for span in rig.pipeline.trace.spans)
+        assert kinds["pack"] >= 4 * len(NAMES)
+        assert kinds["session"] == 0
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failed_packing_reaches_the_caller_and_the_next_call_works(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(pipelines, "ShardSession", _failing_sessions("pack", error, "block.003"))
+    with _rig(toy, resident=NAMES, packed=True) as rig:
         rig.check()
-        # The same residents, but packed: they are made anew.
+        rig.wait(lambda: rig.exchange._packing_error is not None)
+        with pytest.raises(type(error)) as caught:
+            rig.run()
+        assert caught.value is error
+        rig.run()
+        rig.wait_packed()
+        assert_close(rig.run(), rig.expected, 1e-5)
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)
+
+
+def test_closing_while_a_shard_is_packed_ends_all_threads(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    monkeypatch.setattr(pipelines, "ShardSession", _gated_packing(gate, "block.002"))
+    with _rig(toy, resident=NAMES, packed=True) as rig:
+        rig.check()
+        gate.wait_reached()
+        closing = Background(rig.pipeline.close)
+        rig.wait(lambda: rig.exchange.closed)
+        assert closing.is_alive(), "a thread still packs"
+        gate.open()
+        closing.end()
+        assert agents() == []
+
+
+def test_a_reset_waits_for_packing_and_forgets_what_comes_too_late(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, armed = Gate(), threading.Event()
+
+    class Failing(_gated_packing(gate, "block.002")):  # type: ignore[misc]
+        def run(self, *arguments: Any) -> Any:
+            if armed.is_set():
+                armed.clear()
+                raise OSError("disk")
+            return super().run(*arguments)
+
+    monkeypatch.setattr(pipelines, "ShardSession", Failing)
+    with _rig(toy, resident=NAMES, packed=True) as rig:
+        rig.check()
+        gate.wait_reached()
+        armed.set()
+        call = Background(rig.run)
+        rig.wait(lambda: rig.exchange.stopped)
+        assert call.is_alive()
+        gate.open()
+        with pytest.raises(OSError, match="disk"):
+            call.end()
+        rig.run()
+        rig.wait_packed()
+        assert_close(rig.run(), rig.expected, 1e-5)
+
+
+def test_a_plan_without_packing_makes_packed_shards_leave(toy: Path) -> None:
+    manifest = manifests.read(toy)
+    plans = [_plan(manifest, resident=NAMES, packed=packed, pass_bytes=packed) for packed in (False, True)]
+    with _rig(toy, resident=NAMES, replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
+        rig.check()
         assert_close(rig.run(pass_bytes=1), rig.expected, 1e-5)
-        assert_close(rig.run(pass_bytes=1), rig.expected, 1e-5)
+        rig.wait_packed()
+        # Those that are not packed serve a plan that is: nothing is read again.
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)
+        rig.check(passes=2)
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 2)
 
 
 # Failures
@@ -261,10 +533,10 @@ def _failing_sessions(method: str, error: BaseException, at: str) -> type[ShardS
     fail = _once(error, at)
 
     class Failing(ShardSession):
-        def __init__(self, shard: Shard, *arguments: Any) -> None:
-            if method == "make":
+        def __init__(self, shard: Shard, *arguments: Any, **options: Any) -> None:
+            if method == "make" or (method == "pack" and options.get("packed")):
                 fail(shard)
-            super().__init__(shard, *arguments)
+            super().__init__(shard, *arguments, **options)
             self._shard = shard
 
         def run(self, *arguments: Any) -> Any:
@@ -475,28 +747,26 @@ def test_a_pass_that_needs_more_makes_residents_leave(toy: Path) -> None:
 
     with _rig(toy, resident=small, replan=replan) as rig:
         rig.check(passes=2)
-        assert_same(rig.run(pass_bytes=5), rig.expected)
+        for _ in range(2):
+            assert_same(rig.run(pass_bytes=5), rig.expected)
         assert rig.pipeline.plan.resident == {"block.003"}
-        assert set(rig.pipeline._residents) == {4}
+        assert set(rig.exchange.residents) == {4}
         rig.storage.read.clear()
-        rig.check(passes=2)
+        assert_same(rig.run(pass_bytes=5), rig.expected)
         counts = Counter(rig.storage.read)
         assert "block.003" not in counts
-        assert counts["block.001"] >= 2
-        # What was needed once may be needed again: the plan stays.
-        assert rig.pipeline.plan.pass_bytes == 5
-    assert rig.pipeline._budget.reserved_bytes == 0
+        rig.check(passes=2)
+        assert set(rig.exchange.residents) == {2, 4, 6}
 
 
 def test_other_buffer_sizes_take_effect(toy: Path) -> None:
     manifest = manifests.read(toy)
-    blocks = tuple(name for name in NAMES if name.startswith("block"))
 
     def replan(pass_bytes: int, _: int) -> Plan:
-        resident = (blocks, (), ("prologue", *blocks[:3]))[pass_bytes]
+        resident = (BLOCKS, (), ("prologue", *BLOCKS[:3]))[pass_bytes]
         return _plan(manifest, resident=resident, pass_bytes=pass_bytes, buffers=1 + pass_bytes)
 
-    with _rig(toy, resident=blocks, buffers=1, replan=replan) as rig:
+    with _rig(toy, resident=BLOCKS, buffers=1, replan=replan) as rig:
         rig.check(passes=2)
         for pass_bytes in (1, 2):
             for _ in range(2):
@@ -504,12 +774,57 @@ def test_other_buffer_sizes_take_effect(toy: Path) -> None:
             plan = rig.pipeline.plan
             kept = [page_ceil(s.nbytes) for s in manifest.shards if s.name in plan.resident]
             limit = sum(kept) + plan.buffers * plan.buffer_bytes + (len(kept) + plan.buffers) * SESSION_BYTES
+            assert plan.weights_bytes == limit
             assert rig.pipeline._budget.reserved_bytes <= limit
 
 
+def test_loading_agents_come_when_a_plan_wants_more_and_wait_when_it_wants_fewer(toy: Path) -> None:
+    manifest = manifests.read(toy)
+    plans = [_plan(manifest, loaders=loaders, buffers=4, pass_bytes=k) for k, loaders in enumerate((1, 3, 2))]
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def before(_: Shard) -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        together.stop_here()
+        with lock:
+            now[0] -= 1
+
+    def start(*arguments: Any) -> None:
+        nonlocal together
+        together, most[0] = Gate(), 0
+        real_start(*arguments)
+        started.release()
+
+    together, started = Gate(opened=True), threading.Semaphore(0)
+    with _rig(toy, loaders=1, buffers=4, replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
+        rig.check()
+        assert {name for name in agents() if "loader" in name} == {"pipeload-loader-0"}
+        rig.storage.before_read = before
+        real_start, rig.exchange.start = rig.exchange.start, start  # type: ignore[method-assign]
+        # All that may read at the same time do, and nobody else, until they are let go on.
+        for number, loaders in ((1, 3), (2, 2), (0, 1), (1, 3)):
+            call = rig.submit(pass_bytes=number)
+            assert started.acquire(timeout=PATIENCE_S)
+            for _ in range(loaders):
+                together.wait_reached()
+            with rig.exchange._changed:
+                assert not rig.exchange._may_draw(), "another one would begin"
+            together.open()
+            result = {name: to_array(value) for name, value in call.result().items()}
+            assert_same(result, rig.expected)
+            assert most[0] <= loaders
+        assert len([name for name in agents() if "loader" in name]) == 3
+
+
 def test_a_pass_that_does_not_fit_is_refused_and_the_next_works(toy: Path) -> None:
-    def replan(*_: int) -> Plan:
-        raise BudgetError("too large", needed_bytes=2, budget_bytes=1)
+    manifest = manifests.read(toy)
+
+    def replan(pass_bytes: int, _: int) -> Plan:
+        if pass_bytes:
+            raise BudgetError("too large", needed_bytes=2, budget_bytes=1)
+        return _plan(manifest)
 
     with _rig(toy, replan=replan) as rig:
         rig.check()
@@ -520,35 +835,300 @@ def test_a_pass_that_does_not_fit_is_refused_and_the_next_works(toy: Path) -> No
         assert rig.pipeline.plan.pass_bytes == 0
 
 
-def test_what_was_needed_once_gives_way_when_it_is_in_the_way(toy: Path) -> None:
+def test_what_passes_teach_is_taken_from_their_own_spans(toy: Path) -> None:
+    with _rig(toy, resident=("block.001",)) as rig:
+        rig.check(passes=3)
+        # A call that runs no shard teaches nothing.
+        rig.pipeline.set_budget(10**11)
+        Call(rig.exchange, _nothing).result()
+        learned = rig.replanner.learned
+        assert len(learned) == 3
+        for number, (plan, spans, seconds) in enumerate(learned, start=1):
+            assert plan.resident == {"block.001"}
+            runs = [span for span in spans if span.kind == "run" and span.pass_number == number]
+            assert [span.shard for span in runs] == NAMES
+            assert seconds >= runs[-1].end_s - runs[0].begin_s
+
+
+def test_a_lesson_may_change_the_plan_before_the_next_call(toy: Path) -> None:
     manifest = manifests.read(toy)
+    plans = [_plan(manifest), _plan(manifest, resident=BLOCKS)]
 
-    def replan(pass_bytes: int, cache_bytes: int) -> Plan:
-        if pass_bytes + cache_bytes > 10:
-            raise BudgetError("too large", needed_bytes=pass_bytes + cache_bytes, budget_bytes=10)
-        return replace(_plan(manifest), pass_bytes=pass_bytes, cache_bytes=cache_bytes)
+    class Learning(_Scripted):
+        def after_pass(self, *arguments: Any) -> bool:
+            super().after_pass(*arguments)
+            return len(self.learned) == 1
 
-    with _rig(toy, replan=replan) as rig:
-        values = {name: to_value(array) for name, array in toys.inputs().items()}
-        rig.pipeline.run(values, pass_bytes=8, cache_bytes=0, last_position=False)
-        rig.pipeline.run(values, pass_bytes=2, cache_bytes=6, last_position=False)
-        assert (rig.pipeline.plan.pass_bytes, rig.pipeline.plan.cache_bytes) == (2, 6)
+    def replanner(_: Manifest) -> tuple[Plan, Replanner]:
+        made = Learning(manifest, lambda *_: plans[len(made.learned) > 0])
+        return plans[0], made
+
+    with _rig(toy, replanner=replanner) as rig:
+        rig.check()
+        # Nobody calls: the agents begin to read what is to stay.
+        rig.wait(lambda: rig.pipeline.plan is plans[1])
+        rig.check(passes=2)
+        assert set(rig.exchange.residents) == set(range(1, 7))
+
+
+# Budgets
+
+
+class _Unlearning(Replanner):
+    """Does not learn, so that plans depend on budgets and needs only; tells when it was asked."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.asked = threading.Semaphore(0)
+
+    def before_pass(self, *arguments: Any) -> Plan:
+        try:
+            return super().before_pass(*arguments)
+        finally:
+            self.asked.release()
+
+    def after_pass(self, *_: Any) -> bool:
+        return False
+
+
+def _profile(manifest: Manifest) -> Profile:
+    """Reading takes longest, and packing gains nothing."""
+    times = ShardTimes(session_s=1e-4, run_s=1e-4, loading_run_s=1e-4, pack_s=1e-2, packed_run_s=1e-4)
+    shards = {shard.name: times for shard in manifest.shards}
+    return Profile(process_bytes=rss_bytes(), cores=1, read_bytes_per_s={1: 1e9, 2: 1.2e9}, times={1: shards})
+
+
+def _budgets(manifest: Manifest, profile: Profile) -> list[int]:
+    """From one buffer to everything resident, nothing packed."""
+
+    def plan(budget: int) -> Plan:
+        return make_plan(manifest, profile, budget_bytes=budget, pass_bytes=10**6)
+
+    with pytest.raises(BudgetError) as caught:
+        plan(1)
+    least = caught.value.needed_bytes
+    everything = next(b for b in range(least, least + 10**9, 10**6) if not plan(b).streamed_bytes)
+    assert not plan(everything).packed
+    return [least, (least + everything) // 2, everything]
+
+
+@contextmanager
+def _budgeted(directory: Path, which: int) -> Iterator[tuple[_Rig, list[int], list[int]]]:
+    """A rig under one of the budgets; the budgets, and what is free, which the test may change."""
+    profile = _profile(manifests.read(directory))
+    budgets = _budgets(manifests.read(directory), profile)
+    free = [10**12]
+
+    def replanner(manifest: Manifest) -> tuple[Plan, Replanner]:
+        made = _Unlearning(manifest, profile, budget_bytes=budgets[which], free_bytes=lambda: free[0])
+        return made.plan(10**6, 0), made
+
+    with _rig(directory, replanner=replanner) as rig:
+        yield rig, budgets, free
+
+
+def test_a_smaller_budget_gives_memory_back_before_it_returns(toy_large: Path) -> None:
+    with _budgeted(toy_large, 2) as (rig, budgets, _):
+        rig.check(passes=2)
+        assert len(rig.exchange.residents) == 10
+        buffers = {index: shard.buffer for index, shard in rig.exchange.residents.items()}
+        before = rss_bytes()
+        rig.pipeline.set_budget(budgets[0])
+        plan = rig.pipeline.plan
+        assert plan.peak_bytes <= plan.budget_bytes == budgets[0]
+        assert set(rig.exchange.residents) <= {
+            index for index, shard in enumerate(rig.manifest.shards) if shard.name in plan.resident
+        }
+        gone = [buffer for index, buffer in buffers.items() if index not in rig.exchange.residents]
+        assert len(gone) >= 8
+        assert all(buffer is not None and buffer._map.closed for buffer in gone)
+        # Reading may have begun anew, into as many buffers as the plan has.
+        dropped = sum(buffer.nbytes for buffer in gone if buffer)
+        assert EMULATED or before - rss_bytes() > 0.8 * (dropped - plan.buffers * plan.buffer_bytes)
+        rig.check(passes=2)
+
+
+def test_a_larger_budget_is_used(toy_large: Path) -> None:
+    with _budgeted(toy_large, 0) as (rig, budgets, _):
+        rig.check(passes=2)
+        residents = set(rig.exchange.residents)
+        for budget in budgets[1:]:
+            rig.pipeline.set_budget(budget)
+            rig.check(passes=2)
+            assert residents < set(rig.exchange.residents)
+            residents = set(rig.exchange.residents)
+        assert len(residents) == 10
+        rig.storage.read.clear()
+        rig.check(passes=2)
+        assert rig.storage.read == []
+
+
+def test_a_budget_that_cannot_work_is_refused_and_the_old_one_stays(toy_large: Path) -> None:
+    with _budgeted(toy_large, 1) as (rig, budgets, _):
+        rig.check()
+        before = rig.pipeline.plan
+        with pytest.raises(BudgetError) as caught:
+            rig.pipeline.set_budget(budgets[0] - 5_000_000)
+        assert caught.value.needed_bytes == pytest.approx(budgets[0], abs=2e6)
+        assert rig.pipeline.plan == before
+        rig.check(passes=2)
+        assert rig.pipeline.plan.layout == before.layout
+        assert rig.pipeline.plan.budget_bytes == budgets[1]
+
+
+def test_budgets_change_while_passes_run(toy_large: Path) -> None:
+    with _budgeted(toy_large, 2) as (rig, budgets, _):
+        calls = [Background(rig.check, 12) for _ in range(2)]
+        for number in range(12):
+            rig.pipeline.set_budget(budgets[number % 3])
+            assert rig.pipeline.plan.budget_bytes == budgets[number % 3]
+        for call in calls:
+            call.end()
+        assert rig.pipeline.stats.passes == 24
+
+
+def test_closing_during_set_budget_ends_it(toy: Path) -> None:
+    gate = Gate()
+    with _rig(toy) as rig:
+        rig.storage.before_read = lambda shard: gate.stop_here() if shard.name == "block.003" else None
+        call = Background(rig.check)
+        gate.wait_reached()
+        setting = Background(rig.pipeline.set_budget, 10**11)
+        closing = Background(rig.pipeline.close)
+        assert isinstance(setting.wait(), ClosedError)
+        gate.open()
+        closing.end()
+        assert isinstance(call.wait(), ClosedError)
+        with pytest.raises(ClosedError):
+            rig.pipeline.set_budget(10**11)
+
+
+def test_an_idle_model_gives_memory_back_when_it_becomes_short(
+    toy_large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    with _budgeted(toy_large, 2) as (rig, budgets, free):
+        rig.check(passes=2)
+        replanner = rig.replanner
+        # One for each call: whatever comes now is the Daemon's doing.
+        assert [replanner.asked.acquire(timeout=PATIENCE_S) for _ in range(2)] == [True, True]
+        free[0] = budgets[0]
+        assert replanner.asked.acquire(timeout=PATIENCE_S)
+        Call(rig.exchange, _nothing).result()
+        plan = rig.pipeline.plan
+        assert plan.peak_bytes <= plan.budget_bytes <= budgets[0]
+        assert len(rig.exchange.residents) <= len(plan.resident) < 10
+        rig.check(passes=20)
+        assert rig.pipeline.plan.budget_bytes <= budgets[0], "memory is still short"
+        free[0] = 10**12
+        rig.check(passes=20)
+        assert len(rig.exchange.residents) == 10
+
+
+def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    watched = Gate(opened=True)
+    with _budgeted(toy, 2) as (rig, _, _):
+        real = rig.replanner.limit_bytes
+        monkeypatch.setattr(rig.replanner, "limit_bytes", lambda plan: (watched.stop_here(), real(plan))[1])
+        rig.check()
+        plan = rig.pipeline.plan
+        for _ in range(5):
+            watched.wait_reached()
+        assert rig.pipeline.plan is plan
+
+
+# What happened
 
 
 def test_statistics_add_up(toy: Path) -> None:
     with _rig(toy) as rig:
         assert rig.pipeline.stats.passes == 0
         assert rig.pipeline.stats.first_pass_s is None
+        assert rig.pipeline.stats.last is None
         rig.check(passes=3)
         stats = rig.pipeline.stats
         assert stats.passes == 3
         assert stats.first_pass_s is not None
-        assert stats.last_pass_s is not None
+        assert stats.last is not None
+        assert stats.last_pass_s == stats.last.seconds
+        assert stats.budget_bytes == rig.pipeline.plan.budget_bytes
         assert stats.read_bytes >= 3 * rig.manifest.weight_bytes
         assert stats.peak_bytes > 0
-    read = rig.pipeline.stats.read_bytes
-    sizes = {shard.name: shard.nbytes for shard in rig.manifest.shards}
-    assert read <= sum(sizes[name] for name in rig.storage.read)
+        assert {"inference", "loader-0", "loader-1"} <= stats.last.agents.keys()
+    assert rig.pipeline.stats.read_bytes == sum(nbytes for _, nbytes in rig.storage.read_bytes)
+
+
+def test_the_trace_tells_what_every_agent_did(toy: Path) -> None:
+    with _rig(toy, resident=NAMES[:-1], loaders=2) as rig:
+        rig.check(passes=3)
+        rig.wait(lambda: not rig.exchange._retired)
+        spans = rig.pipeline.trace.spans
+        # The last shard of a pass that nobody called for may be on its way.
+        known = [span for span in spans if span.pass_number <= 3]
+        assert {span.agent for span in known} <= {"inference", "loader-0", "loader-1", "daemon"}
+        reads = [span for span in known if span.kind == "read"]
+        assert read_bytes(reads) == rig.manifest.weight_bytes + 2 * rig.manifest.shards[-1].nbytes
+        for kind in ("reserve", "session"):
+            assert Counter(span.shard for span in known if span.kind == kind) == Counter(s.shard for s in reads)
+        runs = [span for span in known if span.kind == "run"]
+        assert [span.shard for span in runs] == NAMES * 3
+        assert [span.pass_number for span in runs] == [1] * 8 + [2] * 8 + [3] * 8
+        assert {span.shard for span in known if span.kind == "free"} == {"epilogue"}
+        # Nothing runs before it was read and made.
+        ready = {(s.shard, s.pass_number): s.end_s for s in known if s.kind == "session"}
+        for run in runs:
+            assert run.begin_s >= ready.get((run.shard, run.pass_number), 0)
+        counters = {sample.counter for sample in rig.pipeline.trace.samples}
+        assert counters == {"reserved_bytes", "rss_bytes"}
+
+
+def test_progress_is_told_after_each_shard(toy: Path) -> None:
+    told: list[Progress] = []
+    with _rig(toy, progress=told.append) as rig:
+        rig.check(passes=2)
+        total = rig.manifest.weight_bytes
+        done = np.cumsum([shard.nbytes for shard in rig.manifest.shards]).tolist()
+    assert [(one.shard, one.index, one.count) for one in told] == [
+        (name, index, len(NAMES)) for index, name in enumerate(NAMES, start=1)
+    ] * 2
+    for one in (told[:8], told[8:]):
+        elapsed = [progress.elapsed_s for progress in one]
+        assert elapsed == sorted(elapsed)
+    for progress, nbytes in zip(told, done * 2, strict=True):
+        assert progress.eta_s == pytest.approx(progress.elapsed_s * (total - nbytes) / nbytes)
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_an_error_in_the_progress_callback_reaches_the_caller(toy: Path, error: BaseException) -> None:
+    armed = [True]
+
+    def fail(progress: Progress) -> None:
+        if armed and progress.index == 4:
+            armed.clear()
+            raise error
+
+    with _rig(toy, progress=fail, resident=("block.002",)) as rig:
+        with pytest.raises(type(error)) as caught:
+            rig.run()
+        assert caught.value is error
+        rig.check(passes=2)
+
+
+def test_the_progress_callback_may_close_the_pipeline(toy: Path) -> None:
+    closed: list[bool] = []
+
+    def close(_: Progress) -> None:
+        rig.pipeline.close()
+        closed.append(True)
+
+    with _rig(toy, progress=close) as rig:
+        with pytest.raises(ClosedError):
+            rig.run()
+        assert closed == [True]
+        for thread in threading.enumerate():
+            if thread.name == "pipeload-closer":
+                thread.join(PATIENCE_S)
 
 
 def test_a_shard_that_onnxruntime_refuses_is_named(toy_copy: Path) -> None:

@@ -3,63 +3,78 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from tests.engine.plans import manifest_of
 
-from pipeload.buffers import page_ceil
+from pipeload import planner
+from pipeload.buffers import page_ceil, page_floor
 from pipeload.errors import BudgetError
-from pipeload.manifest import (
-    ByteTerm,
-    Cache,
-    FileRecord,
-    Head,
-    Manifest,
-    Shard,
-    Structure,
-    TensorSpec,
-    WeightsRange,
-)
-from pipeload.planner import SESSION_BYTES, Plan, cache_bytes, make_plan, pass_bytes, planning_dims
-from pipeload.profile import Profile
-from pipeload.profiler import measure
+from pipeload.manifest import Manifest
+from pipeload.planner import SESSION_BYTES, Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
+from pipeload.profile import Profile, ShardTimes
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 MB = 1_000_000
 PROFILE = Profile(process_bytes=50 * MB, cores=4)
-_EMPTY = FileRecord(path="x", nbytes=0, sha256="0" * 64)
+"""Not measured."""
 
 
-def _shard(name: str, nbytes: int, *, takes: tuple[str, ...] = (), makes: tuple[str, ...] = ()) -> Shard:
-    weights = WeightsRange(path="x", offset=0, nbytes=nbytes, sha256="0" * 64) if nbytes else None
-    return Shard(
-        name=name, role="block", graph=_EMPTY, weights=weights, tensors=(), inputs=takes, outputs=makes, structure="s"
+def _measured(
+    manifest: Manifest,
+    *,
+    read_bytes_per_s: dict[int, float] | None = None,
+    cached_read_bytes_per_s: dict[int, float] | None = None,
+    run_bytes_per_s: float = 10e9,
+    pack_bytes_per_s: float = 1e9,
+    packed_share: float = 0.9,
+    loading_share: float = 1.1,
+    session_s: float = 1e-3,
+    threads: tuple[int, ...] = (4,),
+) -> Profile:
+    times = {}
+    for count in threads:
+        runs = {s.name: 1e-4 + s.nbytes / run_bytes_per_s * max(threads) / count for s in manifest.shards}
+        times[count] = {
+            shard.name: ShardTimes(
+                session_s=session_s,
+                run_s=runs[shard.name],
+                loading_run_s=runs[shard.name] * loading_share,
+                pack_s=1e-3 + shard.nbytes / pack_bytes_per_s,
+                packed_run_s=runs[shard.name] * packed_share,
+            )
+            for shard in manifest.shards
+        }
+    return replace(
+        PROFILE,
+        read_bytes_per_s=read_bytes_per_s or {1: 1e9, 2: 1.4e9},
+        cached_read_bytes_per_s=cached_read_bytes_per_s or {},
+        times=times,
     )
 
 
-def _manifest(*sizes: int, activations: tuple[ByteTerm, ...] = (ByteTerm(nbytes=10),)) -> Manifest:
-    return Manifest(
-        exporter="tests", source="", model_type="", task="", inputs=(), outputs=(), edges=(), files=(),
-        shards=tuple(_shard(f"s{k}", nbytes) for k, nbytes in enumerate(sizes)),
-        structures={"s": Structure(activations=(activations,))},
-    )  # fmt: skip
+def _plan(manifest: Manifest, budget_bytes: int, profile: Profile = PROFILE, **options: Any) -> Plan:
+    return make_plan(manifest, profile, budget_bytes=budget_bytes, **{"pass_bytes": MB, **options})
 
 
-def _plan(manifest: Manifest, budget_bytes: int, **options: Any) -> Plan:
-    options = {"pass_bytes": MB, **options}
-    return make_plan(manifest, PROFILE, budget_bytes=budget_bytes, **options)
-
-
-def _needed(manifest: Manifest, **options: Any) -> int:
+def _needed(manifest: Manifest, profile: Profile = PROFILE, **options: Any) -> int:
     with pytest.raises(BudgetError) as caught:
-        _plan(manifest, 1, **options)
+        _plan(manifest, 1, profile, **options)
     return caught.value.needed_bytes
 
 
-_SIZES = st.lists(
-    st.one_of(st.integers(0, 200 * MB), st.sampled_from([0, 1, 4096, MB, 50 * MB])), min_size=1, max_size=30
+_TENSOR = st.one_of(st.integers(1, 40 * MB), st.sampled_from([1, 4096, 65_536, MB, 10 * MB]))
+_SHARD = st.one_of(st.lists(_TENSOR, min_size=0, max_size=6), st.just([4 * MB] * 5))
+_SHARDS = st.one_of(
+    st.lists(_SHARD, min_size=1, max_size=14),
+    # Models as they are: equal blocks between smaller ends.
+    st.builds(
+        lambda first, block, count, last: [first, *[block] * count, last], _SHARD, _SHARD, st.integers(1, 20), _SHARD
+    ),
 )
 _OPTIONS = st.fixed_dictionaries(
     {
@@ -69,97 +84,203 @@ _OPTIONS = st.fixed_dictionaries(
         "threads": st.sampled_from([None, 1, 3]),
     }
 )
-_BUDGETS = st.integers(1, 4000 * MB)
-_settings = settings(derandomize=True, database=None, deadline=None, max_examples=300)
+_PROFILES = st.one_of(
+    st.none(),
+    st.fixed_dictionaries(
+        {
+            "read_bytes_per_s": st.sampled_from([{1: 1e9, 2: 1.4e9}, {1: 3e8}, {1: 2e9, 2: 2e9, 4: 3e9}]),
+            "cached_read_bytes_per_s": st.sampled_from([{}, {1: 5e9, 2: 6e9}, {1: 1e8}]),
+            "run_bytes_per_s": st.sampled_from([1e9, 4e9, 20e9]),
+            "pack_bytes_per_s": st.sampled_from([5e8, 1e11]),
+            "packed_share": st.sampled_from([0.3, 0.9, 1.1]),
+            "loading_share": st.sampled_from([1.0, 1.5]),
+            "threads": st.sampled_from([(4,), (1, 2)]),
+        }
+    ),
+)
+_SHARES = st.floats(0, 2.5)
+"""Of the weights, beside the smallest budget that works."""
+_settings = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+def _case(shards: list[list[int]], measured: dict[str, Any] | None) -> tuple[Manifest, Profile]:
+    manifest = manifest_of(*shards)
+    return manifest, PROFILE if measured is None else _measured(manifest, **measured)
 
 
 # For anything
 
 
 @_settings
-@given(_SIZES, _OPTIONS, _BUDGETS)
+@given(_SHARDS, _PROFILES, _OPTIONS, st.integers(1, 2000 * MB))
 def test_the_predicted_peak_keeps_to_the_budget_or_the_named_budget_works(
-    sizes: list[int], options: dict[str, Any], budget: int
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], budget: int
 ) -> None:
-    manifest = _manifest(*sizes)
+    manifest, profile = _case(shards, measured)
     try:
-        plan = _plan(manifest, budget, **options)
+        plan = _plan(manifest, budget, profile, **options)
     except BudgetError as error:
-        plan = _plan(manifest, error.needed_bytes, **options)
+        plan = _plan(manifest, error.needed_bytes, profile, **options)
         assert plan.budget_bytes > budget
     assert plan.peak_bytes <= plan.budget_bytes
 
 
 @_settings
-@given(_SIZES, _OPTIONS, _BUDGETS)
-def test_a_plan_adds_up(sizes: list[int], options: dict[str, Any], budget: int) -> None:
-    manifest = _manifest(*sizes)
-    try:
-        plan = _plan(manifest, budget, **options)
-    except BudgetError as error:
-        plan = _plan(manifest, error.needed_bytes, **options)
+@given(_SHARDS, _PROFILES, _OPTIONS, _SHARES)
+def test_a_plan_adds_up(
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], share: float
+) -> None:
+    manifest, profile = _case(shards, measured)
+    budget = _needed(manifest, profile, **options) + int(share * manifest.weight_bytes)
+    plan = _plan(manifest, budget, profile, **options)
     streamed = [shard for shard in manifest.shards if shard.name not in plan.resident]
     resident = [shard for shard in manifest.shards if shard.name in plan.resident]
     assert len(resident) == len(plan.resident)
-    assert plan.streamed_bytes == sum(shard.nbytes for shard in streamed)
-    assert plan.buffer_bytes >= max((shard.nbytes for shard in streamed), default=0)
+    # Memory.
+    buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + SESSION_BYTES)
+    weights = buffers + sum(page_ceil(s.nbytes) + SESSION_BYTES for s in resident)
+    weights += sum(page_ceil(nbytes) for nbytes in plan.kept.values())
+    assert plan.weights_bytes == weights
+    assert plan.process_bytes == process_bytes(profile)
+    needs = options["pass_bytes"] + options["cache_bytes"]
+    assert plan.peak_bytes == plan.process_bytes + needs + plan.packing_bytes + weights
+    assert (plan.packing_bytes > 0) == plan.packed
+    # Weights.
+    assert plan.streamed_bytes == sum(shard.nbytes - plan.kept.get(shard.name, 0) for shard in streamed)
+    assert plan.resident_bytes + plan.streamed_bytes == manifest.weight_bytes
+    # Buffers.
     assert plan.buffer_bytes % 4096 == 0
+    for shard in streamed:
+        assert page_ceil(shard.nbytes) - page_floor(plan.kept.get(shard.name, 0)) <= plan.buffer_bytes
     assert (plan.buffers == 0) == (not streamed)
-    assert plan.buffers <= len(streamed)
-    assert 1 <= plan.loaders <= (options["loaders"] or 2)
-    assert plan.threads == (options["threads"] or PROFILE.cores)
-    assert not (plan.packed and streamed)
-    used = sum(page_ceil(s.nbytes) + SESSION_BYTES for s in resident) + plan.buffers * (
-        plan.buffer_bytes + SESSION_BYTES
-    )
-    assert plan.peak_bytes >= PROFILE.process_bytes + options["pass_bytes"] + options["cache_bytes"] + used
+    assert plan.buffers <= min(len(streamed), plan.loaders + 1)
+    # What is kept of a shard ends where a tensor begins, and something is left.
+    assert set(plan.kept) <= {shard.name for shard in streamed}
+    for shard in streamed:
+        assert shard.weights is not None or not plan.kept.get(shard.name)
+        if shard.name in plan.kept:
+            assert shard.weights is not None
+            assert plan.kept[shard.name] in {spec.offset - shard.weights.offset for spec in shard.tensors[1:]}
+            assert not plan.packed_streamed, "a packed copy takes memory for all of the shard"
+    # Numbers.
+    assert plan.loaders == (options["loaders"] or plan.loaders)
+    assert plan.loaders >= 1
+    assert plan.threads in ([options["threads"]] if options["threads"] else profile.times or [profile.cores])
+    assert (plan.steady_pass_s is not None) == (plan.first_pass_s is not None) == profile.measured
 
 
 @_settings
-@given(_SIZES, _OPTIONS, st.lists(st.floats(0, 2.5), min_size=2, max_size=8))
-def test_more_budget_never_means_more_streamed_bytes(
-    sizes: list[int], options: dict[str, Any], shares: list[float]
+@given(_SHARDS, _PROFILES, _OPTIONS, st.lists(_SHARES, min_size=2, max_size=5))
+def test_more_budget_never_promises_a_slower_pass(
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], shares: list[float]
 ) -> None:
-    manifest = _manifest(*sizes)
-    needed = _needed(manifest, **options)
+    manifest, profile = _case(shards, measured or {})
+    needed = _needed(manifest, profile, **options)
     budgets = [needed + int(share * manifest.weight_bytes) for share in sorted(shares)]
-    streamed = [_plan(manifest, budget, **options).streamed_bytes for budget in budgets]
-    assert streamed == sorted(streamed, reverse=True)
+    seconds = [_plan(manifest, budget, profile, **options).steady_pass_s or 0.0 for budget in budgets]
+    # A shard that becomes resident needs a session, whose memory might have kept a beginning of another shard.
+    sessions_s = len(manifest.shards) * SESSION_BYTES / profile.read_bytes_per_s[1]
+    for less, more in pairwise(seconds):
+        # Plans that are equally fast may differ by half a percent.
+        assert more <= less * 1.0051 + sessions_s
 
 
 @_settings
-@given(_SIZES, _OPTIONS, _BUDGETS)
-def test_a_plan_is_a_pure_function(sizes: list[int], options: dict[str, Any], budget: int) -> None:
+@given(_SHARDS, _PROFILES, _OPTIONS, _SHARES)
+def test_a_plan_is_a_pure_function(
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], share: float
+) -> None:
     def outcome() -> Any:
+        manifest, profile = _case(shards, measured)
         try:
-            return _plan(_manifest(*sizes), budget, **options)
+            return _plan(manifest, int(share * (100 * MB + manifest.weight_bytes)) + 1, profile, **options)
         except BudgetError as error:
             return str(error)
 
     assert outcome() == outcome()
 
 
-# In particular
+@_settings
+@given(_SHARDS, _PROFILES, _OPTIONS, _SHARES)
+def test_a_prediction_made_later_is_the_plans_own(
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], share: float
+) -> None:
+    manifest, profile = _case(shards, measured)
+    budget = _needed(manifest, profile, **options) + int(share * manifest.weight_bytes)
+    plan = _plan(manifest, budget, profile, **options)
+    predicted = predict(manifest, profile, plan)
+    if measured is None:
+        assert predicted is None
+    else:
+        assert predicted is not None
+        assert (predicted.first_s, predicted.steady_s) == (plan.first_pass_s, plan.steady_pass_s)
 
 
-def test_more_budget_streams_less_step_by_step() -> None:
-    manifest = _manifest(2 * MB, *[50 * MB] * 12, 3 * MB)
-    plans = [_plan(manifest, budget) for budget in range(_needed(manifest), 900 * MB, MB)]
-    streamed = [plan.streamed_bytes for plan in plans]
-    assert streamed == sorted(streamed, reverse=True)
-    assert {plan.buffers for plan in plans} >= {1, 2, 3}
-    assert plans[-1].packed
+@_settings
+@given(_SHARDS, _PROFILES, _OPTIONS, _SHARES, st.integers(0, 10**9), st.integers(0, 10**9), st.integers(1, 10**10))
+def test_other_needs_keep_the_layout(
+    shards: list[list[int]],
+    measured: dict[str, Any] | None,
+    options: dict[str, Any],
+    share: float,
+    pass_bytes: int,
+    cache_bytes: int,
+    budget: int,
+) -> None:
+    manifest, profile = _case(shards, measured)
+    needed = _needed(manifest, profile, **options)
+    plan = _plan(manifest, needed + int(share * manifest.weight_bytes), profile, **options)
+    grown = replace(profile, process_bytes=profile.process_bytes + 7)
+    other = with_needs(plan, grown, pass_bytes, cache_bytes, budget)
+    assert other.layout == plan.layout
+    assert other.weights_bytes == plan.weights_bytes
+    assert (other.pass_bytes, other.cache_bytes, other.budget_bytes) == (pass_bytes, cache_bytes, budget)
+    before = plan.process_bytes + plan.pass_bytes + plan.cache_bytes
+    assert other.peak_bytes - plan.peak_bytes == process_bytes(grown) + pass_bytes + cache_bytes - before
+
+
+# Budgets, in particular
+
+BLOCKS = [[4 * MB, 4 * MB, 4 * MB, 4 * MB, 17 * MB, 17 * MB]] * 12
+"""As a transformer's: four matrices of attention, two of the feed-forward part."""
+
+
+def test_every_byte_of_budget_saves_reading_until_nothing_is_read() -> None:
+    manifest = manifest_of([2 * MB], *BLOCKS, [3 * MB])
+    profile = _measured(manifest)
+    plans = [_plan(manifest, budget, profile) for budget in range(_needed(manifest, profile), 900 * MB, 5 * MB)]
+    seconds = [plan.steady_pass_s or 0.0 for plan in plans]
+    for less, more in pairwise(seconds):
+        assert more <= less * 1.0051
+    assert {plan.buffers for plan in plans} >= {0, 1, 2}
+    assert any(plan.kept for plan in plans)
+    assert not plans[-1].streamed_bytes
+    # No cliff: between two budgets a pass never gets faster by more than twice what the bytes between them take.
+    reading = [seconds[k] - seconds[k + 1] for k in range(len(seconds) - 1) if plans[k + 1].streamed_bytes]
+    assert max(reading[3:]) <= 0.15 * seconds[0]
 
 
 def test_when_everything_fits_nothing_is_streamed() -> None:
-    plan = _plan(_manifest(*[50 * MB] * 4), 1000 * MB)
-    assert plan.packed
-    assert plan.resident == {"s0", "s1", "s2", "s3"}
-    assert (plan.streamed_bytes, plan.buffers, plan.buffer_bytes) == (0, 0, 0)
+    for profile in (PROFILE, _measured(manifest_of(*BLOCKS))):
+        plan = _plan(manifest_of(*BLOCKS), 3000 * MB, profile)
+        assert plan.packed
+        assert plan.resident == {f"s{k}" for k in range(12)}
+        assert (plan.streamed_bytes, plan.buffers, plan.buffer_bytes, plan.kept) == (0, 0, 0, {})
+
+
+def test_packing_that_gains_nothing_is_left_alone() -> None:
+    manifest = manifest_of(*BLOCKS)
+    assert not _plan(manifest, 3000 * MB, _measured(manifest, packed_share=1.0)).packed
 
 
 def test_what_fits_without_packing_stays_resident() -> None:
-    manifest = _manifest(*[50 * MB] * 4)
+    manifest = manifest_of(*[[50 * MB]] * 4)
     packed = min(budget for budget in range(250 * MB, 500 * MB, MB) if _plan(manifest, budget).packed)
     plan = _plan(manifest, packed - MB)
     assert not plan.packed
@@ -167,31 +288,41 @@ def test_what_fits_without_packing_stays_resident() -> None:
 
 
 def test_the_smallest_budget_holds_one_buffer_for_the_largest_shard() -> None:
-    manifest = _manifest(MB, 80 * MB, 3 * MB)
+    manifest = manifest_of([MB], [80 * MB], [3 * MB])
     plan = _plan(manifest, _needed(manifest))
     assert plan.buffers == 1
     assert plan.buffer_bytes >= 80 * MB
-    assert plan.loaders == 1
 
 
 def test_too_small_a_budget_names_what_it_is_made_of() -> None:
-    manifest = _manifest(MB, 80 * MB, 3 * MB)
+    manifest = manifest_of([MB], [80 * MB], [3 * MB])
     with pytest.raises(BudgetError) as caught:
         _plan(manifest, 100 * MB, pass_bytes=7 * MB, cache_bytes=9 * MB)
+    assert caught.value.budget_bytes == 100 * MB
     for words in ("100.0 MB", "'s1'", "80.0 MB", "7.0 MB activations", "9.0 MB caches", str(caught.value.needed_bytes)):
         assert words in str(caught.value)
 
 
+def test_the_named_budget_is_not_far_above_what_is_needed() -> None:
+    manifest = manifest_of([MB], [80 * MB], [3 * MB])
+    needed = _needed(manifest)
+    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + SESSION_BYTES) <= 2 * MB
+    with pytest.raises(BudgetError):
+        _plan(manifest, needed - 3 * MB)
+
+
 def test_small_shards_are_resident_before_large_ones() -> None:
-    manifest = _manifest(MB, *[50 * MB] * 12, 2 * MB)
-    for budget in range(_needed(manifest) + 10 * MB, 900 * MB, 10 * MB):
-        assert {"s0", "s13"} <= _plan(manifest, budget).resident
+    manifest = manifest_of([MB], *[[50 * MB]] * 12, [2 * MB])
+    found = [_plan(manifest, budget).resident for budget in range(_needed(manifest), 900 * MB, 10 * MB)]
+    assert any(found)
+    for resident in found:
+        assert not resident - {"s0", "s13"} or {"s0", "s13"} <= resident
 
 
-@pytest.mark.parametrize("count", [4, 7, 12, 24, 48])
+@pytest.mark.parametrize("count", [4, 7, 12, 24])
 def test_resident_shards_are_spread_evenly(count: int) -> None:
-    manifest = _manifest(*[50 * MB] * count)
-    for budget in range(_needed(manifest), 60 * MB * (count + 4), 25 * MB):
+    manifest = manifest_of(*[[50 * MB]] * count)
+    for budget in range(_needed(manifest), 60 * MB * (count + 4), 50 * MB):
         plan = _plan(manifest, budget)
         resident = sorted(int(name[1:]) for name in plan.resident)
         if not 0 < len(resident) < count:
@@ -202,95 +333,84 @@ def test_resident_shards_are_spread_evenly(count: int) -> None:
         assert max(gaps) <= 2 * fair + 2, f"{resident} of {count}"
 
 
+def test_weights_that_are_far_better_packed_are_packed_by_the_loaders_where_memory_allows() -> None:
+    manifest = manifest_of(*[[50 * MB]] * 12)
+    profile = _measured(manifest, run_bytes_per_s=5e7, pack_bytes_per_s=1e9, packed_share=0.05)
+    plan = _plan(manifest, 400 * MB, profile)
+    assert plan.packed_streamed
+    assert plan.kept == {}
+    # Where there is room for one buffer and no copy, it still works.
+    tight = _plan(manifest, _needed(manifest, profile), profile)
+    assert not tight.packed_streamed
+    assert (tight.steady_pass_s or 0) > (plan.steady_pass_s or 0)
+
+
+# The machine
+
+
 def test_loaders_and_threads_are_as_asked_for() -> None:
-    manifest = _manifest(*[50 * MB] * 12)
+    manifest = manifest_of(*[[50 * MB]] * 12)
     plan = _plan(manifest, 400 * MB, loaders=3, threads=1)
-    assert (plan.loaders, plan.threads, plan.buffers) == (3, 1, 4)
+    assert (plan.loaders, plan.threads) == (3, 1)
+    assert 1 <= plan.buffers <= 4
 
 
-# What a pass needs
+def test_as_many_loaders_as_the_bandwidth_needs() -> None:
+    manifest = manifest_of(*[[10 * MB]] * 24)
+    for bandwidth, loaders in (({1: 1e9, 2: 1e9}, 1), ({1: 1e9, 2: 2e9}, 2)):
+        profile = _measured(manifest, read_bytes_per_s=bandwidth, loading_share=1.0, session_s=0.0)
+        assert _plan(manifest, _needed(manifest, profile) + 40 * MB, profile).loaders == loaders
 
 
-def _model() -> Manifest:
-    """ids -> [embed] -> a -> [block] -> b -> [top] -> out; the mask is used until the end."""
-    specs = {
-        "ids": ("int64", ("batch", "length")), "mask": ("float32", ("batch", "length")),
-        "a": ("float32", ("batch", "length", 100)), "b": ("float32", ("batch", "length", 100)),
-        "out": ("float32", ("batch", 10)),
-    }  # fmt: skip
-    tensors = {n: TensorSpec(name=n, dtype=dtype, shape=shape) for n, (dtype, shape) in specs.items()}
-    shards = (
-        _shard("embed", MB, takes=("ids",), makes=("a",)),
-        _shard("block", MB, takes=("a", "mask"), makes=("b",)),
-        _shard("top", MB, takes=("b", "mask"), makes=("out",)),
-    )
-    return replace(
-        _manifest(1), inputs=(tensors["ids"], tensors["mask"]), outputs=(tensors["out"],),
-        edges=(tensors["a"], tensors["b"]), shards=shards, dims=("batch", "length"),
-        structures={"s": Structure(activations=((ByteTerm(nbytes=1200, dims=("batch", "length")),),))},
-    )  # fmt: skip
+def test_the_page_cache_is_used_where_it_is_faster() -> None:
+    manifest = manifest_of(*BLOCKS)
+    for cached, direct in (({1: 1.05e9}, True), ({1: 3e9}, False)):
+        profile = _measured(manifest, read_bytes_per_s={1: 1e9}, cached_read_bytes_per_s=cached)
+        assert _plan(manifest, 200 * MB, profile).direct is direct
 
 
-def test_a_pass_needs_edges_and_activations_of_its_worst_shard() -> None:
-    need = pass_bytes(_model(), {"batch": 100, "length": 1000})
-    # Input edge of 40 MB and activations of 120 MB, outputs included.
-    assert 160 * MB <= need <= 400 * MB
+def test_the_fastest_number_of_threads_is_taken() -> None:
+    manifest = manifest_of(*BLOCKS)
+    assert _plan(manifest, 2000 * MB, _measured(manifest, threads=(1, 2))).threads == 2
 
 
-def test_the_callers_arrays_are_counted() -> None:
-    image = TensorSpec(name="image", dtype="float32", shape=("batch", 3, 1000, 1000))
-    model = replace(_model(), inputs=(*_model().inputs, image))
-    dims = {"batch": 10, "length": 1}
-    assert pass_bytes(model, dims) - pass_bytes(_model(), dims) >= 120 * MB
+def test_times_of_a_number_of_threads_that_nobody_measured_are_those_of_the_nearest() -> None:
+    manifest = manifest_of(*BLOCKS)
+    profile = _measured(manifest, threads=(1, 4))
+    assert planner.times_of(manifest, profile, 3) == profile.times[4]
+    assert _plan(manifest, 200 * MB, profile, threads=3).threads == 3
 
 
-def test_a_pass_needs_more_for_larger_inputs() -> None:
-    needs = [pass_bytes(_model(), {"batch": 8, "length": length}) for length in range(0, 5000, 100)]
-    assert needs == sorted(needs)
+# The smallest budget for a latency
 
 
-def test_planning_assumes_one_row_of_128() -> None:
-    assert planning_dims(_model()) == {"batch": 1, "length": 128}
-    assert planning_dims(_model(), {"length": 512}) == {"batch": 1, "length": 512}
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.5, 0.2, 0.0])
+def test_the_smallest_budget_for_a_latency_is_found(share: float) -> None:
+    manifest = manifest_of([MB], *BLOCKS, [2 * MB])
+    profile = _measured(manifest)
+    slowest = _plan(manifest, _needed(manifest, profile), profile).steady_pass_s or 0.0
+    fastest = _plan(manifest, 5000 * MB, profile).steady_pass_s or 0.0
+    target = fastest + share * (slowest - fastest)
+    plan = budget_for_latency(manifest, profile, target * 1.006, pass_bytes=MB)
+    assert plan is not None
+    assert plan.steady_pass_s is not None
+    assert plan.steady_pass_s <= target * 1.006
+    if plan.budget_bytes > _needed(manifest, profile) + MB:
+        less = _plan(manifest, plan.budget_bytes - MB, profile).steady_pass_s
+        assert less is not None
+        assert less > target * 1.006
 
 
-def _decoder() -> Manifest:
-    base = _model()
-    past = TensorSpec(name="past", dtype="float32", shape=("batch", 4, "past_length", 16))
-    present = replace(past, name="present", shape=("batch", 4, "past_length + length", 16))
-    logits = TensorSpec(name="logits", dtype="float32", shape=("batch", "length", 50_000))
-    mask = replace(base.inputs[1], shape=("batch", "past_length + length"))
-    hidden = replace(base.edges[0], name="hidden")
-    shards = (
-        base.shards[0],
-        _shard("block", MB, takes=("a", "mask", "past"), makes=("hidden", "present")),
-        _shard("head.0", MB, takes=("hidden",), makes=("logits.0",)),
-    )
-    return replace(
-        base, inputs=(base.inputs[0], mask, past), outputs=(logits, present), edges=(base.edges[0], hidden),
-        shards=shards, dims=("batch", "length", "past_length"), caches=(Cache(input="past", output="present"),),
-        head=Head(input="hidden", output="logits", shards=("head.0",)),
-    )  # fmt: skip
+def test_a_latency_that_no_budget_reaches_is_none() -> None:
+    manifest = manifest_of(*BLOCKS)
+    profile = _measured(manifest)
+    assert budget_for_latency(manifest, profile, 1e-6, pass_bytes=MB) is None
 
 
-def test_planning_assumes_empty_caches() -> None:
-    assert planning_dims(_decoder()) == {"batch": 1, "length": 128, "past_length": 0}
-
-
-def test_caches_are_counted_by_their_length_after_the_pass() -> None:
-    one = 2 * 4 * 16 * 4 * 11
-    need = cache_bytes(_decoder(), {"batch": 2, "length": 1, "past_length": 10})
-    assert one <= need <= 4 * one
-    assert cache_bytes(_model(), {"batch": 2, "length": 1}) == 0
-
-
-def test_a_head_for_the_last_position_needs_less_than_one_for_all() -> None:
-    dims = {"batch": 1, "length": 1000, "past_length": 0}
-    every, last = pass_bytes(_decoder(), dims), pass_bytes(_decoder(), dims, last_position=True)
-    assert every - last >= 190 * MB
-
-
-def test_the_machine_is_measured() -> None:
-    profile = measure()
-    assert profile.cores >= 1
-    assert profile.process_bytes > 10 * MB
+def test_a_latency_that_is_always_met_takes_the_smallest_budget() -> None:
+    manifest = manifest_of(*BLOCKS)
+    profile = _measured(manifest)
+    plan = budget_for_latency(manifest, profile, 1e6, pass_bytes=MB, cache_bytes=3 * MB, loaders=2, threads=4)
+    assert plan is not None
+    assert plan.budget_bytes == _needed(manifest, profile, cache_bytes=3 * MB)
+    assert (plan.loaders, plan.threads, plan.cache_bytes) == (2, 4, 3 * MB)

@@ -17,7 +17,7 @@ from tests.engine.harness import Background
 
 from pipeload import manifest as manifests
 from pipeload import session as sessions
-from pipeload.buffers import Buffer
+from pipeload.buffers import Buffer, Part, tensor_in
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.manifest import Shard
 from pipeload.session import ShardSession, Stopper, to_array, to_value
@@ -25,12 +25,12 @@ from pipeload.storage import Storage
 
 
 @pytest.fixture
-def block(toy: Path) -> tuple[Shard, Path, Buffer]:
+def block(toy: Path) -> tuple[Shard, Path, list[Part]]:
     manifest = manifests.read(toy)
     shard, storage = manifest.shards[1], Storage(toy, manifest)
-    buffer = Buffer(shard.nbytes)
-    assert storage.read_weights(shard, buffer, lambda: False)
-    return shard, storage.graph(shard), buffer
+    parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
+    assert storage.read_weights(shard, parts, lambda: False)
+    return shard, storage.graph(shard), parts
 
 
 def _inputs() -> dict[str, Any]:
@@ -45,32 +45,61 @@ def _run(session: ShardSession, stopper: Stopper | None = None) -> Any:
 
 
 def test_a_shard_computes_what_its_graph_says(block: Any) -> None:
-    shard, graph, buffer = block
+    shard, graph, parts = block
     assert shard.weights is not None
-    w, b = (buffer.tensor(spec, shard.weights.offset) for spec in shard.tensors)
+    w, b = (tensor_in(parts, spec, shard.weights.offset) for spec in shard.tensors)
     hidden = _inputs()["hidden.0"]
-    np.testing.assert_allclose(_run(ShardSession(shard, graph, buffer, 1)), hidden + np.tanh(hidden @ w + b), atol=1e-6)
+    np.testing.assert_allclose(_run(ShardSession(shard, graph, parts, 1)), hidden + np.tanh(hidden @ w + b), atol=1e-6)
 
 
-def test_a_packed_session_reads_the_same_weights_from_its_file(block: Any) -> None:
-    shard, graph, buffer = block
-    packed, borrowed = ShardSession(shard, graph, None, 1), ShardSession(shard, graph, buffer, 1)
-    np.testing.assert_allclose(_run(packed), _run(borrowed), atol=1e-6)
+def test_a_packed_session_computes_the_same_and_no_longer_needs_its_memory(block: Any) -> None:
+    shard, graph, parts = block
+    expected = _run(ShardSession(shard, graph, parts, 1))
+    packed = ShardSession(shard, graph, parts, 1, packed=True, lasting=True)
+    buffer = parts[0].buffer
+    buffer.piece(0, buffer.nbytes)[:] = bytes(buffer.nbytes)
+    parts.clear()
+    buffer.close()
+    assert buffer._map.closed, "the session holds on to the memory"
+    # Packed kernels sum in another order.
+    np.testing.assert_allclose(_run(packed), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_session_that_lasts_computes_the_same(block: Any, lasting: bool) -> None:
+    shard, graph, parts = block
+    expected = _run(ShardSession(shard, graph, parts, 2))
+    session = ShardSession(shard, graph, parts, 2, lasting=lasting)
+    for _ in range(3):
+        np.testing.assert_array_equal(_run(session), expected)
+
+
+def test_weights_in_several_parts_compute_the_same(block: Any) -> None:
+    shard, graph, (whole,) = block
+    assert shard.weights is not None
+    cut = shard.tensors[1].offset - shard.weights.offset
+    parts = [Part(0, cut, Buffer(cut)), Part(cut, shard.nbytes, Buffer(shard.nbytes - cut))]
+    for part in parts:
+        size = part.end - part.begin
+        part.buffer.piece(0, size)[:] = whole.buffer.piece(part.begin, part.end)
+    expected = _run(ShardSession(shard, graph, [whole], 1))
+    np.testing.assert_array_equal(_run(ShardSession(shard, graph, parts, 1)), expected)
 
 
 def test_streamed_weights_are_borrowed_and_not_copied(block: Any) -> None:
-    shard, graph, buffer = block
-    session = ShardSession(shard, graph, buffer, 1)
-    before = _run(session)
+    shard, graph, parts = block
+    session = ShardSession(shard, graph, parts, 1)
+    before, buffer = _run(session), parts[0].buffer
     buffer.piece(0, buffer.nbytes)[:] = bytes(buffer.nbytes)
     np.testing.assert_array_equal(_run(session), _inputs()["hidden.0"])
     assert not np.array_equal(before, _inputs()["hidden.0"])
 
 
 def test_a_session_that_is_gone_lets_its_buffer_go(block: Any) -> None:
-    shard, graph, buffer = block
-    session = ShardSession(shard, graph, buffer, 1)
+    shard, graph, parts = block
+    session = ShardSession(shard, graph, parts, 1)
     _run(session)
+    buffer = parts[0].buffer
     del session
     # Nothing exports the memory any more, or this would be a BufferError inside and only drop the pages.
     buffer.close()
@@ -133,19 +162,19 @@ def test_an_array_keeps_alive_what_its_value_borrowed() -> None:
 
 
 def test_a_graph_that_onnxruntime_refuses_is_named(block: Any, tmp_path: Path) -> None:
-    shard, _, buffer = block
+    shard, _, parts = block
     (tmp_path / "block.000.onnx").write_bytes(b"no graph")
     with pytest.raises(LoadError, match=r"refused shard 'block.000' \(block.000.onnx\)") as caught:
-        ShardSession(shard, tmp_path / "block.000.onnx", buffer, 1)
+        ShardSession(shard, tmp_path / "block.000.onnx", parts, 1)
     assert caught.value.__cause__ is not None
 
 
 @pytest.mark.parametrize("shape", [(32, 128), (4, 64), (64,)])
 def test_a_tensor_of_another_shape_than_the_graphs_gives_no_answer(block: Any, shape: tuple[int, ...]) -> None:
-    shard, graph, buffer = block
+    shard, graph, parts = block
     w, b = shard.tensors
     with pytest.raises((LoadError, RunError), match=r"'block\.000'"):
-        _run(ShardSession(replace(shard, tensors=(replace(w, shape=shape), b)), graph, buffer, 1))
+        _run(ShardSession(replace(shard, tensors=(replace(w, shape=shape), b)), graph, parts, 1))
 
 
 def test_inputs_that_onnxruntime_refuses_are_a_run_error(block: Any) -> None:
@@ -168,42 +197,52 @@ def test_a_used_stopper_ends_every_later_run(block: Any) -> None:
     assert _run(session, Stopper()).shape == (2, 5, 64)
 
 
-def test_a_stopper_ends_a_running_session(tmp_path: Path) -> None:
+def _bare(tmp_path: Path, name: str, text: str) -> tuple[Shard, Path]:
+    """A shard without weights, from onnx's textual form."""
     onnx = pytest.importorskip("onnx")
-    # A loop that would go on for hours, and passes a node boundary often.
-    body = "body (int64 i, bool c, float[1] x) => (bool d, float[1] y) { d = Identity(c)\n y = Mul(x, x) }"
-    graph = onnx.parser.parse_graph(
-        "endless (float[1] x) => (float[1] y) <int64 n = {9000000000000000}, bool go = {1}>"
-        f"{{ y = Loop <body = {body}> (n, go, x) }}"
+    model = onnx.helper.make_model(
+        onnx.parser.parse_graph(text), opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8
     )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    path = tmp_path / "endless.onnx"
+    path = tmp_path / f"{name}.onnx"
     path.write_bytes(model.SerializeToString())
     record = manifests.FileRecord(path=path.name, nbytes=0, sha256="")
     shard = Shard(
-        name="endless",
-        role="block",
-        graph=record,
-        weights=None,
-        tensors=(),
-        inputs=("x",),
-        outputs=("y",),
-        structure="",
+        name=name, role="block", graph=record, weights=None, tensors=(), inputs=("x",), outputs=("y",), structure=""
     )
-    session, stopper = ShardSession(shard, path, None, 1), Stopper()
+    return shard, path
+
+
+def test_a_stopper_ends_a_running_session(tmp_path: Path) -> None:
+    # A loop that would go on for hours, and passes a node boundary often.
+    body = "body (int64 i, bool c, float[1] x) => (bool d, float[1] y) { d = Identity(c)\n y = Mul(x, x) }"
+    shard, path = _bare(
+        tmp_path,
+        "endless",
+        "endless (float[1] x) => (float[1] y) <int64 n = {9000000000000000}, bool go = {1}>"
+        f"{{ y = Loop <body = {body}> (n, go, x) }}",
+    )
+    session, stopper = ShardSession(shard, path, [], 1), Stopper()
     call = Background(session.run, {"x": to_value(np.ones(1, np.float32))}, stopper)
     stopper.stop()
     assert isinstance(call.wait(), ClosedError)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shard_without_weights_runs(tmp_path: Path, packed: bool) -> None:
+    shard, path = _bare(tmp_path, "double", "double (float[1] x) => (float[1] y) { y = Add(x, x) }")
+    session = ShardSession(shard, path, [Part(0, 0, Buffer(0))], 1, packed=packed)
+    (result,) = session.run({"x": to_value(np.full(1, 21, np.float32))}, Stopper())
+    np.testing.assert_array_equal(to_array(result), [42])
 
 
 # The host application's own onnxruntime
 
 
 def test_the_hosts_own_sessions_are_not_touched(block: Any) -> None:
-    shard, graph, buffer = block
+    shard, graph, parts = block
     severity = ort.get_default_logger_severity() if hasattr(ort, "get_default_logger_severity") else None
     before = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    session = ShardSession(shard, graph, buffer, 1)
+    session = ShardSession(shard, graph, parts, 1)
     after = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
     expected = _run(session)
     for own in (before, after):

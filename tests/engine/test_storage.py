@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from pipeload import manifest as manifests
 from pipeload import storage as storages
-from pipeload.buffers import Buffer
+from pipeload.buffers import Buffer, Part, page_ceil, page_floor, tensor_in
 from pipeload.errors import LoadError, ShardError
 from pipeload.manifest import PAGE_BYTES, Lookup, Shard
 from pipeload.storage import Storage
@@ -36,11 +37,27 @@ def _raising(error: BaseException) -> Callable[..., Any]:
     return fail
 
 
-def _read(storage: Storage, shard: Shard) -> bytes:
-    buffer = Buffer(shard.nbytes)
-    buffer.piece(0, buffer.nbytes)[:] = b"\xaa" * buffer.nbytes
-    assert storage.read_weights(shard, buffer, _never)
-    return bytes(buffer.piece(0, shard.nbytes))
+def _parts(shard: Shard, *cuts: int) -> list[Part]:
+    """Parts of the shard that lie between the cuts, full of something else."""
+    parts = []
+    for begin, end in pairwise([0, *cuts, shard.nbytes]):
+        buffer = Buffer(page_ceil(end) - page_floor(begin))
+        buffer.piece(0, buffer.nbytes)[:] = b"\xaa" * buffer.nbytes
+        parts.append(Part(begin, end, buffer))
+    return parts
+
+
+def _content(parts: Sequence[Part]) -> bytes:
+    return b"".join(
+        bytes(part.buffer.piece(part.begin - page_floor(part.begin), part.end - page_floor(part.begin)))
+        for part in parts
+    )
+
+
+def _read(storage: Storage, shard: Shard, *cuts: int, direct: bool = True) -> bytes:
+    parts = _parts(shard, *cuts)
+    assert storage.read_weights(shard, parts, _never, direct=direct)
+    return _content(parts)
 
 
 def _expected(directory: Path, shard: Shard) -> bytes:
@@ -124,9 +141,59 @@ def test_every_way_to_read_gives_the_same_bytes(
     monkeypatch.setattr(storages, "_PIECE_BYTES", piece_bytes)
     manifest = manifests.read(toy_decoder)
     storage = Storage(toy_decoder, manifest)
-    for _ in range(2):
+    for direct in (True, False):
         for shard in manifest.shards:
-            assert _read(storage, shard) == _expected(toy_decoder, shard)
+            assert _read(storage, shard, direct=direct) == _expected(toy_decoder, shard)
+
+
+@pytest.mark.parametrize("way", _WAYS)
+@pytest.mark.parametrize("piece_bytes", [PAGE_BYTES, 8 << 20])
+@pytest.mark.parametrize("cuts", [(4096,), (2000,), (11_000,), (1, 11_000, 16_384), (8192, 8192)], ids=str)
+def test_parts_hold_the_same_bytes_and_are_checked_together(
+    toy_copy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: Callable[[pytest.MonkeyPatch], None],
+    piece_bytes: int,
+    cuts: tuple[int, ...],
+) -> None:
+    way(monkeypatch)
+    monkeypatch.setattr(storages, "_PIECE_BYTES", piece_bytes)
+    storage, shard, path = _open(toy_copy)
+    assert _read(storage, shard, *cuts) == _expected(toy_copy, shard)
+    _flip(path, -shard.nbytes + cuts[0])
+    storage, shard, path = _open(toy_copy)
+    with pytest.raises(ShardError, match="is damaged"):
+        _read(storage, shard, *cuts)
+
+
+def test_one_part_alone_is_read_and_does_not_count_as_checked(toy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shard, path = _open(toy_copy)
+    asked: list[tuple[int, int]] = []
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: (asked.append((at, len(views[0]))), real(fd, views, at))[1])
+    part = _parts(shard, 11_000)[1]
+    assert storage.read_weights(shard, [part], _never)
+    assert _content([part]) == _expected(toy_copy, shard)[11_000:]
+    # Nothing but the part's own pages: the range begins at the file's second page.
+    assert asked == [(4096 + 8192, page_ceil(shard.nbytes) - 8192)]
+    _flip(path, -1)
+    with pytest.raises(ShardError, match="is damaged"):
+        _read(storage, shard)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_direct_says_how_files_are_opened(toy: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    storage, shard, _ = _open(toy)
+    flags: list[int] = []
+    real = os.open
+
+    def note(name: Any, flag: int, *rest: Any, **options: Any) -> int:
+        flags.append(flag & os.O_DIRECT)
+        return real(name, flag, *rest, **options)
+
+    monkeypatch.setattr(os, "open", note)
+    _read(storage, shard, direct=direct)
+    assert bool(flags[0]) is direct
 
 
 def test_a_file_system_in_memory_gives_the_same_bytes(toy: Path) -> None:
@@ -145,17 +212,15 @@ def test_a_file_system_in_memory_gives_the_same_bytes(toy: Path) -> None:
 def test_tensors_are_views_into_the_buffer(toy: Path) -> None:
     storage, shard, path = _open(toy)
     assert shard.weights is not None
-    buffer = Buffer(shard.nbytes)
-    storage.read_weights(shard, buffer, _never)
+    parts = _parts(shard, shard.tensors[1].offset - shard.weights.offset)
+    storage.read_weights(shard, parts, _never)
     content = path.read_bytes()
     for spec in shard.tensors:
-        array = buffer.tensor(spec, shard.weights.offset)
+        array = tensor_in(parts, spec, shard.weights.offset)
         expected = np.frombuffer(content, spec.dtype, array.size, spec.offset).reshape(spec.shape)
         np.testing.assert_array_equal(array, expected)
         array[...] = 0
-        assert not any(
-            buffer.piece(spec.offset - shard.weights.offset, spec.offset - shard.weights.offset + array.nbytes)
-        )
+    assert not any(_content(parts))
 
 
 def test_exported_weights_files_open_with_safetensors(exported: Path) -> None:
@@ -165,19 +230,19 @@ def test_exported_weights_files_open_with_safetensors(exported: Path) -> None:
     for shard in manifest.shards:
         if shard.weights is None or shard.role == "head":
             continue
-        buffer = Buffer(shard.nbytes)
-        storage.read_weights(shard, buffer, _never)
+        parts = _parts(shard)
+        storage.read_weights(shard, parts, _never)
         expected = numpy.load_file(exported / shard.weights.path)
         for spec in shard.tensors:
-            np.testing.assert_array_equal(buffer.tensor(spec, shard.weights.offset), expected[spec.name])
+            np.testing.assert_array_equal(tensor_in(parts, spec, shard.weights.offset), expected[spec.name])
 
 
 def test_a_shard_without_weights_reads_nothing(toy: Path) -> None:
     storage, shard, _ = _open(toy)
     bare = replace(shard, weights=None, tensors=())
-    assert storage.read_weights(bare, Buffer(0), _never)
-    assert storage.verify_mapped(bare) is None
-    storage.forget_cached(bare)
+    parts = _parts(bare)
+    assert storage.read_weights(bare, parts, _never)
+    assert _content(parts) == b""
 
 
 def test_reading_leaves_no_descriptor_open(toy: Path, descriptors: Callable[[], int]) -> None:
@@ -185,9 +250,8 @@ def test_reading_leaves_no_descriptor_open(toy: Path, descriptors: Callable[[], 
     before = descriptors()
     for _ in range(3):
         _read(storage, shard)
+        _read(storage, shard, 11_000, direct=False)
         storage.graph(shard)
-        storage.verify_mapped(shard)
-        storage.forget_cached(shard)
     assert descriptors() == before
 
 
@@ -197,8 +261,13 @@ def test_reading_leaves_no_descriptor_open(toy: Path, descriptors: Callable[[], 
 def test_a_cancelled_read_stops_at_the_next_piece(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storages, "_PIECE_BYTES", PAGE_BYTES)
     storage, shard, _ = _open(toy)
-    answers = iter([False, False, True])
-    assert not storage.read_weights(shard, Buffer(shard.nbytes), lambda: next(answers))
+    for cuts in ((), (11_000,)):
+        answers = iter([False, False, True])
+        parts = _parts(shard, *cuts)
+        assert not storage.read_weights(shard, parts, answers.__next__)
+        # The first piece was there, and the one on the way when it was cancelled.
+        assert _content(parts)[2 * PAGE_BYTES :] == b"\xaa" * (shard.nbytes - 2 * PAGE_BYTES)
+        assert next(answers, None) is None
     # What was not read to the end does not count as verified.
     assert _read(storage, shard) == _expected(toy, shard)
 
@@ -207,7 +276,7 @@ def test_a_cancelled_read_does_not_count_as_verified(toy_copy: Path, monkeypatch
     monkeypatch.setattr(storages, "_PIECE_BYTES", PAGE_BYTES)
     storage, shard, path = _open(toy_copy)
     answers = iter([False, True])
-    assert not storage.read_weights(shard, Buffer(shard.nbytes), lambda: next(answers))
+    assert not storage.read_weights(shard, _parts(shard), lambda: next(answers))
     _flip(path, -1)
     with pytest.raises(ShardError, match="is damaged"):
         _read(storage, shard)
@@ -297,7 +366,7 @@ def test_a_file_that_is_not_the_exported_one_is_named(
 ) -> None:
     storage, shard, path = _open(toy_copy, verify=verify)
     damage(path)
-    for attempt in (lambda: _read(storage, shard), lambda: storage.verify_mapped(shard)):
+    for attempt in (lambda: _read(storage, shard), lambda: _read(storage, shard, 4096)):
         with pytest.raises(ShardError, match=words) as caught:
             attempt()
         assert "shards/block.001.safetensors" in str(caught.value)
@@ -317,7 +386,7 @@ def test_damage_between_two_loads_is_named(toy_copy: Path, damage: Callable[[Pat
 def test_a_flipped_bit_is_found_at_the_first_load(toy_copy: Path, at: int) -> None:
     storage, shard, path = _open(toy_copy)
     _flip(path, at)
-    for attempt in (lambda: _read(storage, shard), lambda: storage.verify_mapped(shard)):
+    for attempt in (lambda: _read(storage, shard), lambda: _read(storage, shard, 4096)):
         with pytest.raises(ShardError, match=r"'shards/block.001.safetensors' is damaged: its sha256"):
             attempt()
 
@@ -326,7 +395,6 @@ def test_without_verify_only_the_sha256_is_skipped(toy_copy: Path) -> None:
     storage, shard, path = _open(toy_copy, verify=False)
     _flip(path, -1)
     assert _read(storage, shard) == _expected(toy_copy, shard)
-    assert storage.verify_mapped(shard) == path
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -363,7 +431,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(
         return False
 
     with pytest.raises(ShardError, match=r"'shards/block.001.safetensors' has .* bytes"):
-        storage.read_weights(shard, Buffer(shard.nbytes), shrink)
+        storage.read_weights(shard, _parts(shard), shrink)
 
 
 @pytest.mark.parametrize("way", [_refusing_direct_read, _as_it_is], ids=["fallback", "direct"])
@@ -396,6 +464,24 @@ def test_a_file_that_vanishes_when_direct_io_fails_is_named(
 
     monkeypatch.setattr(os, "preadv", vanish)
     with pytest.raises((ShardError, LoadError), match=r"shards/block.001.safetensors"):
+        _read(storage, shard)
+    assert descriptors() == before
+
+
+def test_a_file_that_vanishes_after_it_was_opened_fails_by_name_or_not_at_all(
+    toy_copy: Path, monkeypatch: pytest.MonkeyPatch, descriptors: Callable[[], int]
+) -> None:
+    storage, shard, path = _open(toy_copy)
+    before, real = descriptors(), os.preadv
+
+    def vanish(*arguments: Any) -> int:
+        path.unlink(missing_ok=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "preadv", vanish)
+    # What was read is whole: only the next load can notice.
+    assert len(_read(storage, shard)) == shard.nbytes
+    with pytest.raises(ShardError, match="cannot be read: No such file"):
         _read(storage, shard)
     assert descriptors() == before
 
@@ -437,9 +523,8 @@ def test_a_link_out_of_the_directory_is_refused(toy_copy: Path, toy: Path, relat
     storage, shard, _ = _open(toy_copy)
     (toy_copy / relative).unlink()
     (toy_copy / relative).symlink_to(toy / relative)
-    attempt = storage.graph if relative.endswith(".onnx") else storage.verify_mapped
     with pytest.raises(ShardError, match=f"'{relative}' leads out of the model directory"):
-        attempt(shard)
+        storage.graph(shard) if relative.endswith(".onnx") else _read(storage, shard)
 
 
 def test_a_linked_folder_out_of_the_directory_is_refused(toy_copy: Path, toy: Path) -> None:

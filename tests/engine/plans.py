@@ -1,0 +1,46 @@
+"""Manifests of any sizes, for the tests of what plans: no files, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeload.manifest import (
+    PAGE_BYTES,
+    ByteTerm,
+    FileRecord,
+    Manifest,
+    Shard,
+    Structure,
+    WeightSpec,
+    WeightsRange,
+)
+
+_EMPTY = FileRecord(path="x", nbytes=0, sha256="0" * 64)
+
+
+def shard_of(name: str, sizes: Sequence[int], *, takes: tuple[str, ...] = (), makes: tuple[str, ...] = ()) -> Shard:
+    """A shard with a tensor of each size, one after the other."""
+    tensors, place = [], PAGE_BYTES
+    for k, nbytes in enumerate(sizes):
+        tensors.append(WeightSpec(name=f"{name}.{k}", dtype="int8", shape=(nbytes,), offset=place))
+        place += nbytes
+    weights = WeightsRange(path="x", offset=PAGE_BYTES, nbytes=sum(sizes), sha256="0" * 64) if sum(sizes) else None
+    return Shard(
+        name=name,
+        role="block",
+        graph=_EMPTY,
+        weights=weights,
+        tensors=tuple(tensors) if weights else (),
+        inputs=takes,
+        outputs=makes,
+        structure="s",
+    )
+
+
+def manifest_of(*shards: Sequence[int]) -> Manifest:
+    """A manifest whose shards s0, s1 ... have tensors of these sizes."""
+    return Manifest(
+        exporter="tests", source="", model_type="", task="", inputs=(), outputs=(), edges=(), files=(),
+        shards=tuple(shard_of(f"s{k}", sizes) for k, sizes in enumerate(shards)),
+        structures={"s": Structure(activations=((ByteTerm(nbytes=10),),))},
+    )  # fmt: skip

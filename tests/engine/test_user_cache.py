@@ -1,0 +1,60 @@
+"""Where the cache lies, and files that appear in it whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeload import user_cache as caches
+from pipeload.user_cache import keep_file, user_cache
+
+
+def test_an_own_folder_comes_first_then_the_users_then_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PIPELOAD_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert user_cache("verified") == tmp_path / "own" / "verified"
+    monkeypatch.delenv("PIPELOAD_CACHE")
+    assert user_cache("verified") == tmp_path / "xdg" / "pipeload" / "verified"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert user_cache("verified") == tmp_path / "home" / ".cache" / "pipeload" / "verified"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert user_cache("verified") == tmp_path / "home" / ".cache" / "pipeload" / "verified"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tests_do_not_write_into_the_users_own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert tmp_path_factory.getbasetemp() in user_cache("x").parents
+
+
+def test_a_file_is_made_with_its_folders_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file"
+    for data in (b"one", b"two"):
+        keep_file(path, data)
+        assert path.read_bytes() == data
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    keep_file(path, b"one")
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(caches.Path, "replace", full)
+    keep_file(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208 - Path is patched
+
+
+def test_an_interrupted_write_leaves_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(caches.Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        keep_file(tmp_path / "file", b"one")
+    assert list(tmp_path.iterdir()) == []
