@@ -306,7 +306,8 @@ def test_too_small_a_budget_names_what_it_is_made_of() -> None:
 def test_the_named_budget_is_not_far_above_what_is_needed() -> None:
     manifest = manifest_of([MB], [80 * MB], [3 * MB])
     needed = _needed(manifest)
-    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + SESSION_BYTES) <= 2 * MB
+    # Two megabytes are spare, and it is a whole number of them.
+    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + SESSION_BYTES) <= 4 * MB
     with pytest.raises(BudgetError):
         _plan(manifest, needed - 3 * MB)
 

@@ -340,7 +340,7 @@ def test_a_profile_that_was_not_measured_is_after_one_pass() -> None:
     assert case.replanner.after_pass(case.plan, spans, 1.0, "text")
     profile = case.replanner.profile
     assert profile.measured
-    assert list(profile.read_bytes_per_s.values()) == pytest.approx([5e8, 5e8])
+    assert list(profile.read_bytes_per_s.values()) == pytest.approx([5e8] * 3)
     assert [times.loading_run_s for times in profile.times[1].values()] == pytest.approx([3e-3] * 10)
     plan = case.pass_()
     assert plan.steady_pass_s is not None
@@ -361,7 +361,8 @@ def test_a_wrong_prediction_teaches_and_the_next_plan_predicts_what_happens() ->
     assert case.plan.steady_pass_s is not None
     spans = _pass_spans(case.plan, run_s=1e-3, bandwidth=1e8)
     seconds = spans[-1].end_s - spans[0].begin_s
-    # The first pass of a kind has been read ahead for another one: it teaches nothing.
+    # The first pass of a kind has been read ahead for another one, and one that is wrong may be chance.
+    assert not case.replanner.after_pass(case.plan, spans, seconds, "text")
     assert not case.replanner.after_pass(case.plan, spans, seconds, "text")
     assert case.replanner.after_pass(case.plan, spans, seconds, "text")
     plan = case.pass_()
@@ -374,6 +375,7 @@ def test_passes_of_another_kind_do_not_teach_at_once() -> None:
     spans = _pass_spans(case.plan, run_s=1.0, bandwidth=1e8)
     for kind in (1, 2, 1, 2):
         assert not case.replanner.after_pass(case.plan, spans, 99.0, kind)
+    assert not case.replanner.after_pass(case.plan, spans, 99.0, 2)
     assert case.replanner.after_pass(case.plan, spans, 99.0, 2)
 
 
