@@ -41,6 +41,8 @@ Result = TypeVar("Result")
 
 _HEAP_SLACK_BYTES = 256_000_000
 """More than a heap was ever seen to keep beside the tensors in it."""
+_SPANS = 10_000
+"""Kept in the trace, and as many samples: some tens of passes, in 3 MB that no plan counts."""
 _WATCH_S = 1.0
 """How often an idle model looks whether memory has become short."""
 
@@ -97,7 +99,7 @@ class Pipeline:
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._exchange = Exchange()
         self._kept: dict[int, Buffer] = {}
-        self.trace = Trace()
+        self.trace = Trace(_SPANS)
         self._passes = 0
         self._read_bytes = 0
         self._first_pass_s: float | None = None

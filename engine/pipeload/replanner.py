@@ -143,8 +143,8 @@ class Replanner:
         most_pass, most_cache = (max(need) for need in zip(*self._needs, strict=True))
         kept = planner.with_needs(current, self._profile, most_pass, most_cache, limit)
         room = limit - kept.peak_bytes
-        self._patience += 1
-        enough = room > self._room_bytes + limit * _ROOM_SHARE and self._patience >= _PATIENCE
+        self._patience = self._patience + 1 if room > self._room_bytes + limit * _ROOM_SHARE else 0
+        enough = self._patience >= _PATIENCE
         if room >= 0 and not self._again and not enough:
             return kept
         best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes))
@@ -193,6 +193,8 @@ class Replanner:
             return self.plan(*now, limit_bytes)
         except BudgetError as error:
             if self._budget_bytes is not None and limit_bytes >= self._budget_bytes:
+                # It was refused, so nothing needs to be kept free for it.
+                self._needs.clear()
                 raise
             # Memory is short outside of this process: the least that works is the best that can be done.
             return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,54 @@ def test_auto_takes_less_than_the_machine_has(monkeypatch: pytest.MonkeyPatch) -
 def test_auto_is_never_zero_even_in_a_full_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_cgroup_limits", lambda *_: iter([(10, 10**12)]))
     assert memory.auto_budget_bytes() >= 0
+
+
+def test_free_memory_is_looked_up_no_more_often_than_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looked = [1000.0], []
+    monkeypatch.setattr(memory.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(memory, "auto_budget_bytes", lambda: looked.append(now[0]) or len(looked))
+    monkeypatch.setattr(memory, "_pressed", lambda: False)
+    free = memory.FreeMemory()
+    assert [free(), free(), free()] == [1, 1, 1]
+    now[0] += 60
+    assert [free(), free()] == [2, 2]
+
+
+def test_under_pressure_less_is_free_than_the_process_occupies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "auto_budget_bytes", lambda: 10**12)
+    monkeypatch.setattr(memory, "rss_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory, "_pressed", lambda: True)
+    assert 0.9 * 10**9 < memory.FreeMemory()() < 10**9
+
+
+@pytest.mark.parametrize(
+    ("text", "available", "pressed"),
+    [
+        ("some avg10=25.00 avg60=1.00 avg300=0.00 total=1\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n", 5, True),
+        ("some avg10=5.00 avg60=99.00 avg300=0.00 total=1\n", 5, False),
+        ("some avg10=99.00 avg60=99.00 avg300=0.00 total=1\n", 50, False),
+        ("", 5, False),
+        ("nonsense\n", 5, False),
+        (None, 5, False),
+    ],
+    ids=["waiting", "hardly waiting", "enough free", "empty", "nonsense", "no such file"],
+)
+def test_pressure_is_waiting_for_memory_while_little_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, available: int, pressed: bool
+) -> None:
+    if text is not None:
+        (tmp_path / "memory").write_text(text)
+    monkeypatch.setattr(memory, "_PRESSURE", tmp_path / "memory")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=100))
+    assert memory._pressed() is pressed
+
+
+def test_limiting_the_heap_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Any) -> None:
+        raise OSError("no C library")
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", refuse)
+    memory.limit_heap()
 
 
 def test_trimming_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

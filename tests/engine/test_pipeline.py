@@ -988,6 +988,58 @@ def test_budgets_change_while_passes_run(toy_large: Path) -> None:
         assert rig.pipeline.stats.passes == 24
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Callers, changing needs and budgets, memory that comes and goes, withdrawn calls, learning and packing."""
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    manifest = manifests.read(toy_large)
+    process = rss_bytes()
+    least, _, everything = _budgets(manifest, _profile(manifest))
+    budgets = [least + 3_000_000, (least + everything) // 2, everything, everything + 40_000_000]
+    random = np.random.default_rng(seed)
+    free = [10**12]
+
+    def replanner(_: Manifest) -> tuple[Plan, Replanner]:
+        made = Replanner(
+            manifest, Profile(process_bytes=process, cores=1), budget_bytes=budgets[2], free_bytes=lambda: free[0]
+        )
+        return made.plan(10**6, 0), made
+
+    with _rig(toy_large, replanner=replanner) as rig:
+
+        def call(needs: list[int]) -> None:
+            for need in needs:
+                assert_close(rig.run(pass_bytes=10**6 + need), rig.expected, 1e-5)
+
+        def set_budgets(order: list[int]) -> None:
+            for which in order:
+                rig.pipeline.set_budget(budgets[which])
+
+        def swing(amounts: list[int]) -> None:
+            for amount in amounts:
+                free[0] = amount
+                rig.run()
+
+        def give_up(times: int) -> None:
+            for _ in range(times):
+                waiting = rig.submit()
+                waiting.withdraw()
+
+        threads = [
+            Background(call, random.choice([0, 10**6], 8).tolist()),
+            Background(call, random.choice([0, 10**6], 8).tolist()),
+            Background(set_budgets, random.integers(0, 4, 8).tolist()),
+            Background(swing, random.choice([budgets[0], budgets[1], 10**12], 8).tolist()),
+            Background(give_up, 8),
+        ]
+        for thread in threads:
+            thread.end()
+        free[0] = 10**12
+        plan = rig.pipeline.plan
+        assert plan.peak_bytes <= plan.budget_bytes
+        assert rig.pipeline._budget.reserved_bytes <= rig.pipeline._budget._limit_bytes
+
+
 def test_closing_during_set_budget_ends_it(toy: Path) -> None:
     gate = Gate()
     with _rig(toy) as rig:

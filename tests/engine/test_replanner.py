@@ -166,6 +166,19 @@ def test_memory_that_comes_back_is_taken_after_some_passes() -> None:
     assert case.plan == first
 
 
+def test_memory_that_comes_back_for_a_moment_is_not_taken() -> None:
+    case = _Case(budget=400 * MB)
+    case.free = 200 * MB
+    short = case.pass_()
+    for _ in range(5):
+        for _ in range(2 * PATIENCE):
+            case.free = 200 * MB
+            assert case.pass_().layout == short.layout
+        for _ in range(PATIENCE // 2):
+            case.free = 10**12
+            assert case.pass_().layout == short.layout
+
+
 def test_memory_that_comes_back_in_part_is_taken_in_part() -> None:
     case = _Case(budget=400 * MB)
     case.free = 200 * MB
