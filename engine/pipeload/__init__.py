@@ -20,6 +20,7 @@ pipeline   the threads
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate
+bench/     pipeload beside other ways to run a model
 cli/       the commands
 ```
 """

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pipeload
-from pipeload.cli import classify, embed, export, generate, inspect, run, verify
+from pipeload.cli import bench, classify, embed, export, generate, inspect, run, verify
 from pipeload.errors import PipeloadError
 
 __all__ = ["app", "main"]
@@ -29,6 +29,7 @@ app.command()(run.run)
 app.command()(embed.embed)
 app.command()(classify.classify)
 app.command()(generate.generate)
+app.command()(bench.bench)
 
 
 def main() -> None:
