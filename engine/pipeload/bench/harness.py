@@ -268,10 +268,10 @@ def _jobs(settings: Settings, disks: Sequence[int | None], *, capped: bool) -> l
     """In running order. Without caps the others feel no budget, so they run once; so does `single` without a limit."""
     jobs: dict[Job, None] = {}
     for disk in disks:
+        if "single" in settings.contenders:
+            jobs[Job(contender="single", budget_bytes=None, disk_bytes_per_s=disk)] = None
         for budget in settings.budgets:
             for contender in settings.contenders:
-                if contender == "single":
-                    jobs[Job(contender=contender, budget_bytes=None, disk_bytes_per_s=disk)] = None
                 for loaders in settings.loaders if contender == "pipeload" and settings.loaders else (None,):
                     cap = budget if capped or contender == "pipeload" else None
                     jobs[Job(contender=contender, budget_bytes=cap, disk_bytes_per_s=disk, loaders=loaders)] = None

@@ -12,7 +12,6 @@ from typing import Any
 from pipeload.bench.harness import Report
 from pipeload.bench.record import Record, Run
 from pipeload.errors import ConfigError
-from pipeload.memory import format_bytes
 
 __all__ = ["draw", "draw_agents", "draw_latency", "draw_memory"]
 
@@ -57,7 +56,6 @@ def draw_latency(records: Sequence[Record], target: Path) -> Path:
         mine = [r for r in records if (r.model, r.disk_bytes_per_s) == (model, disk)]
         axis.set_title(f"{model}, disk {_rate(disk)}", loc="left")
         axis.set_xlabel("memory budget, MB")
-        axis.set_yscale("log")
         _plot_bound(axis, mine)
         dead: list[tuple[float, str]] = []
         for name in _STYLES:
@@ -71,17 +69,18 @@ def draw_latency(records: Sequence[Record], target: Path) -> Path:
             axis.axhline(free.steady_s, color=_STYLES["single"][0], linewidth=1, linestyle=":")
             axis.annotate(
                 "single session, no limit",
-                (1, free.steady_s),
+                (0, free.steady_s),
                 xycoords=("axes fraction", "data"),
-                xytext=(-4, 3),
+                xytext=(4, 3),
                 textcoords="offset points",
-                ha="right",
                 fontsize=8,
                 color=_STYLES["single"][0],
             )
+        # Room for the crosses above the slowest contender.
+        axis.set_ylim(0, axis.get_ylim()[1] * (1.2 if dead else 1.05))
         _plot_dead(axis, dead)
     axes[0].set_ylabel("steady pass, s")
-    _legend(figure, axes, "x  killed or refused")
+    _legend(figure, axes)
     return _save(figure, target)
 
 
@@ -107,7 +106,9 @@ def draw_memory(report: Report, target: Path) -> Path:
     for (record, run), axis in zip(chosen, axes, strict=True):
         _plot_memory(axis, record, run)
         axis.set_ylim(0, highest * 1.15)
+        axis.set_xlim(left=0)
         axis.set_xlabel("seconds")
+    for axis in axes[::3]:
         axis.set_ylabel("memory, MB")
     if chosen:
         figure.suptitle(
@@ -123,27 +124,21 @@ def draw_agents(records: Sequence[Record], target: Path) -> Path:
     figure, (axis,) = _figure(1, width=5.6, height=3.9)
     numbers = sorted({record.loaders for record in records if record.loaders})
     groups = list(dict.fromkeys((record.model, record.disk_bytes_per_s) for record in records))
-    colours = [colour for colour, _ in _STYLES.values()]
-    for (model, disk), colour in zip(groups, colours, strict=False):
+    for (model, disk), (colour, marker) in zip(groups, _STYLES.values(), strict=False):
         mine = [r for r in records if (r.model, r.disk_bytes_per_s) == (model, disk)]
         base = next((r.steady_s for r in mine if r.contender == "standard" and r.steady_s), None)
         ours = {r.loaders: r for r in mine if r.loaders and r.steady_s}
         base = base or next((ours[number].steady_s for number in numbers if number in ours), None)
         points = [(number, base / ours[number].steady_s) for number in numbers if base and number in ours]  # type: ignore[operator]
         if points:
-            label = f"{model}, disk {_rate(disk)}"
-            axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=2, label=label)
-            best = max(points, key=lambda point: point[1])
-            axis.annotate(
-                f"{best[1]:.2f} x", best, xytext=(0, 7), textcoords="offset points", ha="center", color=colour
-            )
+            label = f"{model}, disk {_rate(disk)}: up to {max(speed for _, speed in points):.2f}"
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=2, label=label)
     named = any(record.contender == "standard" and record.steady_s for record in records)
     axis.axhline(1, color=_GREY, linestyle="--", linewidth=1)
     axis.set_xscale("log", base=2)
     axis.set_xticks(numbers, [str(number) for number in numbers])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.15)
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
     axis.set_xlabel("Loading Agents")
     axis.set_ylabel(f"speed, {'standard pipeline' if named else 'one agent'} = 1")
     axis.legend(frameon=False, loc="lower right")
@@ -160,21 +155,18 @@ def _plot_bound(axis: Any, records: Sequence[Record]) -> None:
 
 
 def _plot_dead(axis: Any, dead: Sequence[tuple[float, str]]) -> None:
-    """Crosses on the upper edge, side by side where several contenders died at one budget."""
+    """Crosses below the upper edge, one below the other where several contenders died at one budget."""
+    if not dead:
+        return
     seen: dict[float, int] = {}
     for place, name in dead:
         row = seen.get(place, 0)
         seen[place] = row + 1
-        axis.annotate(
-            "x",
-            (place, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, -9 - 10 * row),
-            textcoords="offset points",
-            ha="center",
-            color=_STYLES[name][0],
-            weight="bold",
+        axis.plot(
+            place, 0.96 - 0.05 * row, "X", color=_STYLES[name][0], transform=axis.get_xaxis_transform(), markersize=7
         )
+    for name in dict.fromkeys(name for _, name in dead):
+        axis.plot([], [], "X", color=_STYLES[name][0], markersize=7, label=f"{name}: killed or refused")
 
 
 def _plot_memory(axis: Any, record: Record, run: Run) -> None:
@@ -188,7 +180,7 @@ def _plot_memory(axis: Any, record: Record, run: Run) -> None:
     if record.budget_bytes:
         axis.axhline(record.budget_bytes / 1e6, color="black", linestyle="--", linewidth=1)
         axis.annotate(
-            f"limit {format_bytes(record.budget_bytes)}",
+            f"limit {record.budget_bytes / 1e6:.0f} MB",
             (1, record.budget_bytes / 1e6),
             xycoords=("axes fraction", "data"),
             xytext=(-3, 3),
@@ -219,18 +211,18 @@ def _figure(panels: int, *, width: float, height: float, columns: int = 4) -> tu
     return figure, axes[:panels]
 
 
-def _legend(figure: Any, axes: Sequence[Any], note: str) -> None:
+def _legend(figure: Any, axes: Sequence[Any]) -> None:
+    """One legend for all panels."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside upper left", ncols=len(entries), frameon=False, title=note
-    )
+    columns = min(len(entries), 3 * len(axes))
+    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 
 def _rate(disk: int | None) -> str:
-    return "not throttled" if disk is None else f"{format_bytes(disk)}/s"
+    return "not throttled" if disk is None else f"{disk / 1e6:.0f} MB/s"
 
 
 def _save(figure: Any, target: Path) -> Path:

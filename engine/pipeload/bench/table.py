@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pipeload.bench.record import Record
@@ -17,9 +18,9 @@ Column = tuple[str, Callable[[Record], str]]
 def table(records: Sequence[Record]) -> Table:
     """A table for rich to print; a line between the settings."""
     columns = list(_columns(records))
-    result = Table(*(name for name, _ in columns))
-    for column in result.columns[1:]:
-        column.justify = "right"
+    result = Table(box=SIMPLE_HEAD)
+    for index, (name, _) in enumerate(columns):
+        result.add_column(name, justify="right" if index else "left", no_wrap=True)
     setting = None
     for record in records:
         if setting not in (None, (record.budget_bytes, record.disk_bytes_per_s)):

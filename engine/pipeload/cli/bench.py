@@ -26,6 +26,7 @@ __all__ = ["bench"]
 
 Parsed = TypeVar("Parsed")
 
+_WIDTH = 160
 _DEFAULT = "pipeload,single,mmap,layerwise,standard"
 
 
@@ -101,7 +102,9 @@ def bench(
     if as_json:
         typer.echo(to_json(report.records).decode())
         return
-    Console().print(table(report.records))
+    console = Console()
+    # A file or a pipe is as wide as the table.
+    Console(width=console.width if console.is_terminal else _WIDTH).print(table(report.records))
     for record in report.records:
         if record.message:
             typer.echo(f"{record.contender}: {record.message}", err=True)
