@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import cgroup
 from tests.engine import toy as toys
 from tests.engine.harness import assert_same, run_sequentially
 
 from pipeload import manifest as manifests
+from pipeload.bench import cgroup
 
 pytestmark = [
     pytest.mark.cgroup,
