@@ -45,13 +45,14 @@ class Case:
         contenders: who.
         percents: budgets in percent of the weights; None for no limit.
         disks: throttles in MB/s; None for none.
-        passes, rounds, sizes, loaders, cold: see `Settings`.
+        settling, passes, rounds, sizes, loaders, cold: see `Settings`.
     """
 
     name: str
     contenders: tuple[ContenderName, ...]
     percents: tuple[float | None, ...]
     disks: tuple[int | None, ...] = (None,)
+    settling: int = 2
     passes: int = 5
     rounds: int = 3
     sizes: dict[str, int] = field(default_factory=dict)
@@ -120,6 +121,7 @@ def _run(case: Case, console: Console) -> Report:
             contenders=case.contenders,
             budgets=tuple(None if p is None else int(manifest.weight_bytes * p / 100) for p in case.percents),
             disks=tuple(None if rate is None else rate * 1_000_000 for rate in case.disks),
+            settling=case.settling,
             passes=case.passes,
             rounds=case.rounds,
             sizes={name: size for name, size in case.sizes.items() if name in manifest.dims},

@@ -104,7 +104,8 @@ def made_once() -> Path:
     """
     digest = hashlib.sha256()
     sources = [*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]
-    for path in sorted([*sources, REPOSITORY / "engine" / "pipeload" / "manifest.py"]):
+    engine = REPOSITORY / "engine" / "pipeload"
+    for path in sorted([*sources, *engine.glob("manifest*.py"), engine / "dims.py"]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
     if not cache.exists():

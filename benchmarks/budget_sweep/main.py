@@ -18,6 +18,7 @@ CASES = tuple(
         percents=(25, 50, 75, 95),
         disks=(200, 400, None),
         sizes=sizes,
+        settling=1 if name == "gpt2-xl" else 2,
         passes=3 if name == "gpt2-xl" else 5,
         rounds=2 if name == "gpt2-xl" else 3,
     )

@@ -18,6 +18,7 @@ CASES = tuple(
         percents=(50, None),
         disks=(400, None),
         sizes=sizes,
+        settling=0,
         passes=1,
         rounds=3 if name == "gpt2-xl" else 5,
     )

@@ -17,6 +17,7 @@ CASES = tuple(
         contenders=("pipeload", "single", "mmap"),
         percents=(None,),
         sizes=sizes,
+        settling=10,
         passes=5 if name == "gpt2-xl" else 20,
     )
     for name, sizes in LARGE.items()

@@ -4,19 +4,29 @@ Modules, in the order in which data flows through them:
 
 ```
 errors     the exception tree
-manifest   pipeload.json: what a sharded model directory holds
+manifest   pipeload.json: what a sharded model directory holds; its parts, in order:
+manifest_records   what it consists of
+dims               symbolic dimensions -> sizes
+manifest_faults    what is wrong with it
+examples           made-up inputs
 memory     sizes, RSS, cgroup limits
+machine    processors, memory, storage device
+trace      what every agent did, and when
 buffers    page-aligned memory
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
-profile    what the planner has to know about machine and process
-profiler   measures them -> Profile
+profile    what the planner has to know about machine, process and model, and where that is kept
 planner    manifest + profile + budget -> Plan
 budget     byte reservations in plan order
 exchange   where the agents meet
 agents     Loading, Inference and Daemon Agents
 forward    one pass over the shards
 pipeline   the threads
+recording  a trace, read back from its file
+timeline   a picture of a trace
+bandwidth  how fast files are read
+stopwatch  how long shards take
+profiler   measures machine, process and model -> Profile
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate
@@ -26,6 +36,9 @@ cli/       the commands
 """
 
 from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from pipeload.errors import (
     BudgetError,
@@ -37,11 +50,14 @@ from pipeload.errors import (
     PipeloadError,
     RunError,
     ShardError,
+    TruncationWarning,
 )
-from pipeload.model import Model, load
-from pipeload.planner import Plan
-from pipeload.profile import Profile
-from pipeload.state import DecodeState
+
+if TYPE_CHECKING:
+    from pipeload.model import Model, load
+    from pipeload.planner import Plan
+    from pipeload.profile import Profile
+    from pipeload.state import DecodeState
 
 __version__ = "0.1.0"
 
@@ -59,5 +75,21 @@ __all__ = [
     "Profile",
     "RunError",
     "ShardError",
+    "TruncationWarning",
     "load",
 ]
+
+_HOMES = {"DecodeState": "state", "Model": "model", "Plan": "planner", "Profile": "profile", "load": "model"}
+"""Modules of what is imported when it is first used: with onnxruntime and NumPy that takes up to seconds, in which
+`__main__` already has to answer Ctrl-C."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

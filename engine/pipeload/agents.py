@@ -37,12 +37,13 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
         del message
 
 
-def inference_agent(exchange: Exchange, recover: Callable[[], None]) -> None:
+def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Callable[[], None]) -> None:
     """Serve one request after the other.
 
     Args:
         exchange: gives requests.
         recover: brings the pipeline back to the beginning of a pass after one failed.
+        settle: called after each that did not fail, when its caller has the answer.
     """
     while (request := exchange.next_request()) is not None:
         try:
@@ -60,19 +61,32 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None]) -> None:
                 del error
         else:
             request.result.set_result(result)
-            del result
+            # What the caller does not keep must be free while the pipeline settles.
+            request, result = None, None
+            try:
+                settle()
+            except BaseException as failure:
+                _let_go(failure)
+                exchange.close(failure)
         del request
 
 
-def daemon_agent(exchange: Exchange, free: Callable[[LoadedShard], None]) -> None:
+def daemon_agent(
+    exchange: Exchange, free: Callable[[LoadedShard], None], watch: Callable[[], None], watch_s: float
+) -> None:
     """Destroy what ran, give its memory back, and watch the budget.
 
     Args:
         exchange: gives retired shards.
         free: destroys one of them.
+        watch: called when nothing was retired for `watch_s` seconds.
+        watch_s: how long that is.
     """
     try:
-        while (shard := exchange.next_retired()) is not None:
+        while (shard := exchange.next_retired(watch_s)) is not None or not exchange.closed:
+            if shard is None:
+                watch()
+                continue
             free(shard)
             del shard
             exchange.notify()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.errors import LoadError
 from pipeload.manifest import PAGE_BYTES, WeightSpec
 
-__all__ = ["Buffer", "BufferPool", "page_ceil"]
+__all__ = ["Buffer", "BufferPool", "Part", "page_ceil", "page_floor", "tensor_in"]
 
 
 def page_ceil(nbytes: int) -> int:
@@ -21,17 +24,31 @@ def page_ceil(nbytes: int) -> int:
     return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
+def page_floor(nbytes: int) -> int:
+    """The last multiple of the page size that is not above."""
+    return nbytes // PAGE_BYTES * PAGE_BYTES
+
+
 class Buffer:
     """Page-aligned anonymous memory, which shards are read into and sessions borrow.
 
     Pages occupy memory from their first use on. `close` gives the memory back even while views exist: they are
     then all zeros, never a dangling pointer.
+
+    Raises:
+        LoadError: the system refuses to map so many bytes.
     """
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = page_ceil(max(nbytes, 1))
-        # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise LoadError(
+                f"The system has no memory for a buffer of {self.nbytes} bytes ({error}). Lower the memory budget, "
+                "raise the limit of the process (ulimit -v), or end other programs."
+            ) from error
         # Huge pages make the first fill several times cheaper; a forked child must not keep copies. Where there is no
         # such advice, nothing is lost.
         for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
@@ -64,6 +81,34 @@ class Buffer:
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a shard's weights in memory.
+
+    Attributes:
+        begin: first byte, counted from the beginning of the shard's range; where a tensor begins.
+        end: the byte after the last one; where a tensor ends.
+        buffer: memory that begins with the page in which `begin` lies.
+    """
+
+    begin: int
+    end: int
+    buffer: Buffer
+
+
+def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+    """The tensor as an array over the part that holds it, without a copy; bfloat16 appears as uint16.
+
+    Args:
+        parts: all parts of a shard's weights.
+        spec: the tensor, with its offset in the file.
+        range_offset: where in the file the shard's range begins.
+    """
+    place = spec.offset - range_offset
+    part = next(part for part in parts if part.begin <= place < max(part.end, part.begin + 1))
+    return part.buffer.tensor(spec, range_offset + page_floor(part.begin))
+
+
 class BufferPool:
     """Equal buffers that are used again and again, so that their pages are made only once.
 
@@ -81,6 +126,18 @@ class BufferPool:
         self._lock = threading.Lock()
         self._idle: list[Buffer] = []
         self._count = 0
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory of the buffers that nobody uses now."""
+        with self._lock:
+            return len(self._idle) * self._buffer_bytes
+
+    @property
+    def used(self) -> int:
+        """How many buffers somebody uses now."""
+        with self._lock:
+            return self._count - len(self._idle)
 
     def take(self) -> Buffer:
         """An idle buffer, or a new one. Its content is undefined."""

@@ -12,6 +12,8 @@ PipeloadError
  '- ClosedError     the model was closed before or during the call
 ```
 
+Beside it there is one warning, `TruncationWarning`: texts were cut to what the model takes.
+
 A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
 """
 
@@ -30,6 +32,7 @@ __all__ = [
     "PipeloadError",
     "RunError",
     "ShardError",
+    "TruncationWarning",
 ]
 
 
@@ -82,3 +85,7 @@ class ExportError(PipeloadError):
 
 class ClosedError(PipeloadError):
     """The model was closed before or during the call."""
+
+
+class TruncationWarning(UserWarning):
+    """Texts were cut to the tokens that the model takes. No error: `warnings.filterwarnings` silences it."""

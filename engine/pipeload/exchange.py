@@ -5,7 +5,7 @@
                                                       |  take (waits for `ready`)
  Loading Agents <--next_task-- [schedule]             v
         |                                          run shard
-        '----deliver: Loaded | Failed ("ready")-->    |  retire ("free")
+        '----deliver: Loaded | Failed ("ready")-->    |  give_back ("free")
                                                       v
  Loading Agents <--"stop" / "resume"-- Daemon Agent <-'
 ```
@@ -13,13 +13,16 @@
 Shards are drawn in plan order, round and round: after the last shard of a pass comes the first of the next. A shard
 that is planned to be resident is drawn once and then left out. Every draw has a ticket; inference consumes tickets in
 order. `reset` starts a new *epoch*: whatever was drawn or loaded before it is thrown away.
+
+Resident shards live here. They may be packed while passes run: one at a time, a Loading Agent makes the packed copy and
+swaps it in while the shard does not run.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +43,16 @@ class Task:
         index: the shard's position in the model.
         resident: it stays in memory after it ran.
         epoch: the epoch in which it was drawn.
+        pass_number: the pass that it is for, counted from 1 in each epoch.
+        packing: not to load it, but to pack what is loaded; it has no place in the order of tickets.
     """
 
     ticket: int
     index: int
     resident: bool
     epoch: int
+    pass_number: int = 1
+    packing: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,6 +101,7 @@ class Exchange:
         self._requests: deque[Request] = deque()
         self._current: Request | None = None
         self._resident: tuple[bool, ...] = ()
+        self._loaders = 0
         self._held: set[int] = set()
         self._place = 0
         self._next_ticket = 0
@@ -105,6 +113,12 @@ class Exchange:
         self._outstanding = 0
         self._ready: dict[int, Loaded | Failed] = {}
         self._retired: deque[LoadedShard] = deque()
+        self._pass_number = 1
+        self._residents: dict[int, LoadedShard] = {}
+        self._running: int | None = None
+        self._to_pack: deque[int] = deque()
+        self._packing = False
+        self._packing_error: BaseException | None = None
 
     # Callers
 
@@ -129,18 +143,27 @@ class Exchange:
     def next_task(self) -> Task | None:
         """The next shard to load, waiting while stopped or while nothing is to load; None when closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._may_draw())
+            self._changed.wait_for(lambda: self._closed or self._may_pack() or self._may_draw())
             if self._closed:
                 return None
-            while self._place in self._held:
-                self._place = (self._place + 1) % len(self._resident)
-            index = self._place
-            task = Task(ticket=self._next_ticket, index=index, resident=self._resident[index], epoch=self._epoch)
-            if task.resident:
-                self._held.add(index)
-            self._place = (index + 1) % len(self._resident)
-            self._next_ticket += 1
             self._outstanding += 1
+            if self._may_pack():
+                self._packing = True
+                index = self._to_pack.popleft()
+                return Task(ticket=-1, index=index, resident=True, epoch=self._epoch, packing=True)
+            while self._place in self._held:
+                self._advance()
+            task = Task(
+                ticket=self._next_ticket,
+                index=self._place,
+                resident=self._resident[self._place],
+                epoch=self._epoch,
+                pass_number=self._pass_number,
+            )
+            if task.resident:
+                self._held.add(task.index)
+            self._advance()
+            self._next_ticket += 1
             return task
 
     def is_stale(self, task: Task) -> bool:
@@ -151,11 +174,36 @@ class Exchange:
         """Signal `ready` for a task (None: it was cancelled). A shard of an old epoch goes to the Daemon at once."""
         with self._changed:
             self._outstanding -= 1
-            if message is not None and not self.is_stale(message.task):
+            if isinstance(message, Failed) and message.task.packing:
+                self._packing_error = message.error
+            elif message is not None and not self.is_stale(message.task):
                 self._ready[message.task.ticket] = message
                 self._failed = self._failed or isinstance(message, Failed)
             elif isinstance(message, Loaded):
                 self._retired.append(message.shard)
+            self._changed.notify_all()
+
+    def resident(self, index: int) -> LoadedShard:
+        """A resident shard, to be packed."""
+        with self._changed:
+            return self._residents[index]
+
+    def swap(self, task: Task, packed: LoadedShard) -> None:
+        """Put the packed shard in the place of the loaded one, while that does not run, and retire the other one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.is_stale(task) or self._running != task.index)
+            old = packed
+            if not self.is_stale(task):
+                old = self._residents[task.index]
+                packed.reserved_bytes, old.reserved_bytes = old.reserved_bytes, 0
+                self._residents[task.index] = packed
+            self._retired.append(old)
+            self._changed.notify_all()
+
+    def packed(self) -> None:
+        """The task of packing is over, however it ended: another one may begin."""
+        with self._changed:
+            self._packing = False
             self._changed.notify_all()
 
     # Inference Agent
@@ -192,18 +240,36 @@ class Exchange:
             self._expected_ticket += 1
             return message.task, message.shard
 
-    def retire(self, shard: LoadedShard) -> None:
-        """Signal `free`: the shard ran, the Daemon may destroy it."""
+    def borrow_resident(self, index: int) -> LoadedShard | None:
+        """The resident shard, which must be given back; None when it is not in memory.
+
+        Raises:
+            BaseException: what made packing a resident shard fail.
+        """
         with self._changed:
-            self._retired.append(shard)
+            if self._packing_error is not None:
+                error, self._packing_error = self._packing_error, None
+                raise error
+            shard = self._residents.get(index)
+            self._running = index if shard else None
+            return shard
+
+    def give_back(self, index: int, shard: LoadedShard, *, resident: bool) -> None:
+        """The shard ran: it stays where it is, becomes resident, or is retired (signal `free`)."""
+        with self._changed:
+            self._running = None
+            if resident:
+                self._residents.setdefault(index, shard)
+            else:
+                self._retired.append(shard)
             self._changed.notify_all()
 
     # Daemon Agent
 
-    def next_retired(self) -> LoadedShard | None:
-        """The next shard to destroy; None when closed and nothing is left."""
+    def next_retired(self, patience_s: float | None = None) -> LoadedShard | None:
+        """The next shard to destroy; None when closed and nothing is left, or when nothing came for so long."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._retired)
+            self._changed.wait_for(lambda: self._closed or self._retired, patience_s)
             return self._retired.popleft() if self._retired else None
 
     def signal_memory(self, *, short: bool) -> None:
@@ -229,18 +295,50 @@ class Exchange:
         """Whether the Loading Agents wait for a `start`."""
         return self._stopped
 
-    def start(self, resident: Sequence[bool], held: Sequence[int] = ()) -> None:
+    @property
+    def residents(self) -> dict[int, LoadedShard]:
+        """The resident shards that are in memory now."""
+        with self._changed:
+            return dict(self._residents)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call runs or waits."""
+        with self._changed:
+            return self._current is None and not self._requests
+
+    def drop(self, index: int) -> None:
+        """Retire a resident shard; only between `reset` and `start`."""
+        with self._changed:
+            self._retired.append(self._residents.pop(index))
+            self._changed.notify_all()
+
+    @property
+    def packing(self) -> bool:
+        """Whether resident shards are being packed or wait for it."""
+        with self._changed:
+            return self._packing or bool(self._to_pack)
+
+    def pack(self, indices: Iterable[int]) -> None:
+        """Let the Loading Agents pack these resident shards, one after another."""
+        with self._changed:
+            self._to_pack = deque(indices)
+            self._changed.notify_all()
+
+    def start(self, resident: Sequence[bool], loaders: int) -> None:
         """Let the Loading Agents begin at the first shard of a pass.
 
         Args:
             resident: for each shard, whether it stays in memory after it ran.
-            held: shards that are in memory already.
+            loaders: how many of them may load at the same time; one more may pack.
         """
         with self._changed:
             assert not self._outstanding, "reset before start"
             self._resident = tuple(resident)
-            self._held = set(held)
+            self._loaders = loaders
+            self._held = set(self._residents)
             self._place = 0
+            self._pass_number = 1
             self._stopped = False
             self._changed.notify_all()
 
@@ -253,6 +351,8 @@ class Exchange:
         with self._changed:
             self._stopped = True
             self._epoch += 1
+            self._to_pack.clear()
+            self._changed.notify_all()
         wake()
         with self._changed:
             self._changed.wait_for(lambda: self._closed or not self._outstanding)
@@ -286,9 +386,17 @@ class Exchange:
             error.__cause__ = cause
             request.result.set_exception(error)
 
+    def _advance(self) -> None:
+        self._place = (self._place + 1) % len(self._resident)
+        self._pass_number += self._place == 0
+
+    def _may_pack(self) -> bool:
+        return bool(self._to_pack) and not self._packing and not self._stopped
+
     def _may_draw(self) -> bool:
         # With nothing loaded ahead inference would wait for ever, so one shard may come even when memory is short.
         ahead = self._outstanding or self._ready
         # After a failure inference starts anew: until then the agents would only fail again and again.
         held_back = self._stopped or self._failed or (self._short and ahead)
-        return not held_back and len(self._held) < len(self._resident)
+        busy = self._outstanding - self._packing >= self._loaders
+        return not held_back and not busy and len(self._held) < len(self._resident)

@@ -9,6 +9,7 @@ import ctypes
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -19,19 +20,30 @@ import psutil
 from pipeload.errors import ConfigError
 
 __all__ = [
+    "FreeMemory",
     "auto_budget_bytes",
     "format_bytes",
     "limit_heap",
+    "parse_budget",
     "parse_bytes",
     "peak_rss_bytes",
+    "reset_peak_rss",
     "rss_bytes",
     "trim",
 ]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_LIKELY_MEGABYTES = 10**6
+"""A text without a unit below it was meant in megabytes: no process runs in less than this number of bytes."""
 _AUTO_SHARE = 0.98
 """Part of the free memory that "auto" takes; the rest is left for what the kernel charges beside RSS."""
+_LOOK_S = 0.25
+_PRESSURE = Path("/proc/pressure/memory")
+_PRESSURE_PERCENT = 10.0
+"""Share of time in which some process waited for memory."""
+_SCARCE_SHARE = 0.1
+_PRESSED_SHARE = 0.95
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """From glibc's malloc.h."""
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -52,10 +64,19 @@ def parse_bytes(size: int | str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", size.upper())
         if not match or (match[3] and not match[2]):
             raise ConfigError(f"'{size}' is no size in bytes. Write it as 268435456, '256MB' or '256MiB'.")
+        if size.strip()[-1].isdigit() and 0 < float(match[1]) < _LIKELY_MEGABYTES:
+            raise ConfigError(f"The size in bytes '{size}' means {match[1]} bytes. Write '{match[1]}MB' for megabytes.")
         value = int(float(match[1]) * (_BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]))
     if value <= 0:
-        raise ConfigError(f"A size in bytes is positive, not {size!r}.")
+        raise ConfigError(f"A size in bytes is positive, not {size!r}. Write it as 268435456, '256MB' or '256MiB'.")
     return value
+
+
+def parse_budget(size: int | str) -> int | None:
+    """Bytes of a memory budget: as `parse_bytes`, or None for `"auto"`, in any case."""
+    if isinstance(size, str) and size.strip().lower() == "auto":
+        return None
+    return parse_bytes(size)
 
 
 def format_bytes(nbytes: float) -> str:
@@ -87,6 +108,15 @@ def peak_rss_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
+def reset_peak_rss() -> bool:
+    """Make `peak_rss_bytes` begin anew, where the system can (Linux). Returns whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def trim() -> None:
     """Give freed heap memory back to the system where the C library can (glibc's `malloc_trim`)."""
     release = _malloc_trim()
@@ -114,6 +144,37 @@ def auto_budget_bytes() -> int:
         # Pages of shared libraries may be charged to another cgroup: then RSS may exceed the limit by as much.
         free.append(limit - (used_by_all - rss))
     return int(max(min(free), 1) * _AUTO_SHARE)
+
+
+class FreeMemory:
+    """What cgroup and machine leave to this process, looked up no more often than it changes.
+
+    Where the kernel reports that processes wait for memory (PSI), while little of the machine's memory is free, it is
+    less than what the process occupies.
+    """
+
+    def __init__(self) -> None:
+        self._looked_s = float("-inf")
+        self._free_bytes = 0
+
+    def __call__(self) -> int:
+        """The bytes that the whole process may occupy."""
+        if time.monotonic() - self._looked_s > _LOOK_S:
+            self._free_bytes = auto_budget_bytes()
+            if _pressed():
+                self._free_bytes = min(self._free_bytes, int(rss_bytes() * _PRESSED_SHARE))
+            self._looked_s = time.monotonic()
+        return self._free_bytes
+
+
+def _pressed() -> bool:
+    machine = psutil.virtual_memory()
+    if machine.available > machine.total * _SCARCE_SHARE:
+        return False
+    with suppress(OSError, LookupError, ValueError):
+        some = _PRESSURE.read_text().splitlines()[0]
+        return float(some.split("avg10=")[1].split()[0]) > _PRESSURE_PERCENT
+    return False
 
 
 def _cgroup_limits(membership: Path, root: Path) -> Iterator[tuple[int, int]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -14,23 +16,30 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload import footprint, profiler
 from pipeload import manifest as manifests
-from pipeload import planner, profiler
-from pipeload.errors import ClosedError, ConfigError
-from pipeload.manifest import Manifest, TensorSpec
-from pipeload.memory import auto_budget_bytes, parse_bytes
-from pipeload.pipeline import Pipeline, Stats
+from pipeload import profile as profiles
+from pipeload.batches import batches, split_batch
+from pipeload.errors import BudgetError, ClosedError, ConfigError
+from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from pipeload.memory import FreeMemory, parse_budget
+from pipeload.pipeline import Call, Pipeline
 from pipeload.planner import Plan
+from pipeload.profile import Profile
+from pipeload.replanner import Replanner
 from pipeload.session import Value, to_array, to_value
+from pipeload.stamps import stamps_of
 from pipeload.state import DecodeState
+from pipeload.stats import Stats
 from pipeload.storage import Storage
 from pipeload.tasks.classify import classify
 from pipeload.tasks.config import ModelConfig, read_settings
 from pipeload.tasks.embed import embed
 from pipeload.tasks.generate import generate
 from pipeload.tasks.text import tokenizer_of
+from pipeload.trace import Progress, Trace
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "image_sizes", "load"]
 
 _CAPACITY_STEP = 128
 """Caches are counted in steps of so many tokens, so that the plan changes seldom while a text grows."""
@@ -44,6 +53,8 @@ def load(
     threads: int | None = None,
     sizes: Mapping[str, int] | None = None,
     verify: bool = True,
+    profile: Profile | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Model:
     """Open a sharded model directory under a memory budget for the whole process.
 
@@ -57,7 +68,11 @@ def load(
         threads: intra-op threads; None takes every core that the process may use.
         sizes: sizes of symbolic dimensions to plan for, such as `{"sequence_length": 512}`; without it batch 1 and 128.
             Larger inputs work as well, as long as they fit the budget: resident shards then make room for them.
-        verify: check the sha256 of each file the first time that it is read. Sizes and headers are always checked.
+        verify: check the sha256 of each file that was not found right before, on this machine, and has not changed
+            since. Sizes and headers are always checked.
+        profile: what the machine can do with this model, as `pipeload profile` measures it; None takes the one that
+            was kept for this machine, and learns from the first passes where there is none.
+        progress: called after each shard of each pass, in a thread of the engine.
 
     Returns:
         The model, a context manager.
@@ -82,15 +97,17 @@ def load(
     for name, number in (("loaders", loaders), ("threads", threads)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
-    budget = auto_budget_bytes() if memory_budget == "auto" else parse_bytes(memory_budget)
+    budget = parse_budget(memory_budget)
     return Model(
         directory,
         manifest,
         budget_bytes=budget,
         loaders=loaders,
         threads=threads,
-        dims=planner.planning_dims(manifest, _image_sizes(directory, manifest) | dict(sizes or {})),
+        dims=footprint.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
         verify=verify,
+        profile=profile,
+        progress=progress,
     )
 
 
@@ -107,11 +124,13 @@ class Model:
         directory: Path,
         manifest: Manifest,
         *,
-        budget_bytes: int,
+        budget_bytes: int | None,
         loaders: int | None,
         threads: int | None,
         dims: Mapping[str, int],
         verify: bool,
+        profile: Profile | None,
+        progress: Callable[[Progress], None] | None,
     ) -> None:
         self.directory = directory
         self.manifest = manifest
@@ -123,21 +142,27 @@ class Model:
         # The tokenizer takes tens of megabytes: it has to be there when the process is measured.
         with suppress(ConfigError):
             tokenizer_of(self)
-        profile = profiler.measure()
-
-        def replan(pass_bytes: int, cache_bytes: int) -> Plan:
-            return planner.make_plan(
-                manifest,
-                profile,
-                budget_bytes=budget_bytes,
-                pass_bytes=pass_bytes,
-                cache_bytes=cache_bytes,
-                loaders=loaders,
-                threads=threads,
-            )
-
-        plan = replan(planner.pass_bytes(manifest, dims, last_position=bool(manifest.caches)), 0)
-        self._pipeline = Pipeline(manifest, Storage(directory, manifest, verify=verify), plan, replan)
+        process = profiler.measure()
+        self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
+        known = profile or profiles.find(directory, self._profile_dims) or process
+        self._keeps_profile = profile is None
+        self._replanner = Replanner(
+            manifest,
+            replace(known, process_bytes=process.process_bytes, cores=process.cores),
+            budget_bytes=budget_bytes,
+            free_bytes=FreeMemory(),
+            loaders=loaders,
+            threads=threads,
+        )
+        pass_bytes = footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches))
+        try:
+            # Whoever opens a decoder will decode: room for the first caches now saves another plan, and reading, then.
+            plan = self._replanner.plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
+        except BudgetError:
+            plan = self._replanner.plan(pass_bytes, 0)
+        stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
+        storage = Storage(directory, manifest, verify=verify, stamps=stamps)
+        self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
         # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
         self._finalizer = weakref.finalize(self, _close_in, self._pid, self._pipeline)
 
@@ -156,6 +181,16 @@ class Model:
     def plan(self) -> Plan:
         """How the model runs now; larger inputs may change it."""
         return self._pipeline.plan
+
+    @property
+    def profile(self) -> Profile:
+        """What is known about the machine; passes teach more."""
+        return self._replanner.profile
+
+    @property
+    def trace(self) -> Trace:
+        """What every agent did and when, of the latest passes."""
+        return self._pipeline.trace
 
     @property
     def stats(self) -> Stats:
@@ -178,10 +213,52 @@ class Model:
             ShardError, LoadError, RunError: a shard could not be read, made or run; the next call starts afresh.
             ClosedError: the model was closed before or during the call.
         """
-        values, dims = self._convert(inputs, {})
-        pass_bytes = planner.pass_bytes(self.manifest, dims)
-        outputs = self._run(values, pass_bytes, last_position=False)
-        return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
+        return self._arrays(self._start(inputs).result())
+
+    def run_many(
+        self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """A pass for each item, or for each batch of them, with the next one queued while one runs.
+
+        One sweep over the shards serves all items of a batch, so with streamed shards larger batches take hardly more
+        time, as long as computing takes less than reading.
+
+        Args:
+            items: inputs as for `run`; taken as they are needed.
+            batch: items that are joined along the first dimension, as long as their other dimensions are equal.
+
+        Yields:
+            The outputs of each item, in order.
+
+        Raises:
+            As `run`; ConfigError also when batch is below 1.
+        """
+        if batch < 1:
+            raise ConfigError(f"batch is {batch}; it must be at least 1.")
+        queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
+        try:
+            for inputs, sizes in batches(items, batch):
+                queue.append((self._start(inputs), sizes))
+                if len(queue) > 1:
+                    yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
+            while queue:
+                yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
+        finally:
+            for call, _ in queue:
+                call.withdraw()
+
+    def set_budget(self, memory_budget: int | str) -> None:
+        """Another memory budget, from now on; memory beyond it is given back before this returns.
+
+        Args:
+            memory_budget: as for `load`.
+
+        Raises:
+            BudgetError: it cannot work; the old one stays.
+            ClosedError: the model is closed.
+        """
+        self._check_usable()
+        self._pipeline.set_budget(parse_budget(memory_budget))
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.
@@ -201,7 +278,7 @@ class Model:
             with lock:
                 states.discard(state)
 
-        state = DecodeState(capacity, forget)
+        state = DecodeState(capacity, forget, self)
         with lock:
             states.add(state)
         return state
@@ -219,16 +296,16 @@ class Model:
         Raises:
             As `run`.
         """
-        state.check_open()
+        state.check_usable_by(self)
         values, dims = self._convert(inputs, state.caches)
         length = manifests.evaluate_dim(self._grown_dim(), dims)
         before = state.capacity, state.batch
         if length > state.capacity:
             state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
         state.batch = max(state.batch, self._batch(dims))
-        pass_bytes = planner.pass_bytes(self.manifest, dims, last_position=True)
+        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=True)
         try:
-            outputs = self._run(values, pass_bytes, last_position=True)
+            outputs = self._submit(values, pass_bytes, last_position=True).result()
         except BaseException:
             state.capacity, state.batch = before
             raise
@@ -243,7 +320,13 @@ class Model:
     generate = generate
 
     def close(self) -> None:
-        """End running calls with ClosedError, join every thread, give all memory back. May be called again."""
+        """End running calls with ClosedError, join every thread, give all memory back. May be called again.
+
+        What passes have taught about the machine is kept for the next time.
+        """
+        learned = self._replanner.learned
+        if self._finalizer.alive and self._keeps_profile and learned and os.getpid() == self._pid:
+            profiles.keep(self.directory, replace(learned, dims=self._profile_dims))
         self._finalizer()
         # Somebody else may be closing it at this moment: then this waits until it is closed.
         _close_in(self._pid, self._pipeline)
@@ -262,10 +345,17 @@ class Model:
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
 
-    def _run(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> dict[str, Value]:
+    def _start(self, inputs: Mapping[str, NDArray[Any]]) -> Call[dict[str, Value]]:
+        values, dims = self._convert(inputs, {})
+        return self._submit(values, footprint.pass_bytes(self.manifest, dims), last_position=False)
+
+    def _submit(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> Call[dict[str, Value]]:
         with self._lock:
-            cached = sum(self._state_bytes(state) for state in self._states)
-        return self._pipeline.run(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
+            cached = sum(self._cache_bytes(state.batch, state.capacity) for state in self._states)
+        return self._pipeline.submit(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
+
+    def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
+        return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
 
     def _convert(
         self, inputs: Mapping[str, NDArray[Any]], caches: Mapping[str, Value]
@@ -306,15 +396,15 @@ class Model:
     def _batch(self, dims: Mapping[str, int]) -> int:
         return manifests.evaluate_dim(self._specs[next(iter(self._caches))].shape[0], dims)
 
-    def _state_bytes(self, state: DecodeState) -> int:
-        """What a state takes when its caches are full."""
-        batch, grown = self._specs[next(iter(self._caches))].shape[0], self._grown_dim()
+    def _cache_bytes(self, batch: int, capacity: int) -> int:
+        """What full caches of so many sequences and tokens take."""
+        rows, grown = self._specs[next(iter(self._caches))].shape[0], self._grown_dim()
         dims = dict.fromkeys(self.manifest.dims, 0)
-        if isinstance(batch, str):
-            dims[batch] = max(state.batch, 1)
+        if isinstance(rows, str):
+            dims[rows] = max(batch, 1)
         # "past + new": one of the symbols stands for all tokens, the others are 0.
-        dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = state.capacity
-        return planner.cache_bytes(self.manifest, dims)
+        dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = capacity
+        return footprint.cache_bytes(self.manifest, dims)
 
     def _grown_dim(self) -> int | str:
         """The dimension of a cache output that differs from the cache input's: tokens after a pass."""
@@ -335,7 +425,7 @@ class Model:
             raise ClosedError("The model is closed. Load it again.")
 
 
-def _image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
+def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
     """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
     if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
         return {}

@@ -15,46 +15,56 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import Generic, TypeVar
 
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
-from pipeload.buffers import Buffer, BufferPool, page_ceil
+from pipeload.buffers import Buffer, BufferPool, Part, page_ceil
 from pipeload.errors import BudgetError, ClosedError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
 from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim
 from pipeload.planner import SESSION_BYTES, Plan
+from pipeload.replanner import Replanner
 from pipeload.session import ShardSession, Value
+from pipeload.stats import PassStats, Stats, pass_stats
 from pipeload.storage import Storage
+from pipeload.trace import Kind, Progress, Trace
 
-__all__ = ["Pipeline", "Stats"]
+__all__ = ["Call", "Pipeline", "together"]
+
+Result = TypeVar("Result")
 
 _HEAP_SLACK_BYTES = 256_000_000
 """More than a heap was ever seen to keep beside the tensors in it."""
-_TRIM_SHARE = 0.95
-"""Above this part of the budget the Daemon gives freed heap memory back after each shard."""
+_WATCH_S = 1.0
+"""How often an idle model looks whether memory has become short."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """What the pipeline did so far.
+class Call(Generic[Result]):
+    """One call that is queued or runs."""
 
-    Attributes:
-        passes: finished passes.
-        read_bytes: weights that were read, in all.
-        first_pass_s, last_pass_s: seconds that the first and the latest pass took; None before.
-        peak_bytes: the most memory that the process has occupied since it began.
-    """
+    def __init__(self, exchange: Exchange, work: Callable[[Request], Result]) -> None:
+        self._exchange = exchange
+        self._request = Request(work=work)
+        exchange.submit(self._request)
 
-    passes: int = 0
-    read_bytes: int = 0
-    first_pass_s: float | None = None
-    last_pass_s: float | None = None
-    peak_bytes: int = 0
+    def result(self) -> Result:
+        """Wait for the end of the call; whoever is interrupted while waiting has withdrawn it."""
+        try:
+            result: Result = self._request.result.result()
+        except BaseException:
+            self.withdraw()
+            raise
+        return result
+
+    def withdraw(self) -> None:
+        """Nobody waits any more: forget the call, or end it if it runs."""
+        self._exchange.withdraw(self._request)
 
 
 class Pipeline:
@@ -64,54 +74,44 @@ class Pipeline:
         manifest: the model.
         storage: its files.
         plan: how to begin.
-        replan: (pass_bytes, cache_bytes) -> Plan, when a call needs more memory beside weights, or less.
+        replanner: plans anew between passes.
+        progress: called after each shard of each pass, by the Inference Agent.
     """
 
-    def __init__(self, manifest: Manifest, storage: Storage, plan: Plan, replan: Callable[[int, int], Plan]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        storage: Storage,
+        plan: Plan,
+        replanner: Replanner,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
         self._manifest = manifest
         self._storage = storage
         self._forward = Forward(manifest, storage)
-        self._replan = replan
+        self._replanner = replanner
+        self._progress = progress
         self._plan = plan
-        self._budget = Budget(_weights_limit(manifest, plan))
+        self._needs = plan.pass_bytes, plan.cache_bytes
+        self._budget = Budget(plan.weights_bytes)
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._exchange = Exchange()
-        self._residents: dict[int, LoadedShard] = {}
+        self._kept: dict[int, Buffer] = {}
+        self.trace = Trace()
         self._passes = 0
         self._read_bytes = 0
         self._first_pass_s: float | None = None
-        self._last_pass_s: float | None = None
+        self._last_pass: PassStats | None = None
         self._counter = threading.Lock()
         self._closing = threading.Lock()
+        self._threads: list[threading.Thread] = []
         _bound_heap(plan)
-        self._exchange.start(self._resident_flags())
-        self._threads = [
-            threading.Thread(
-                target=loading_agent,
-                args=(self._exchange, self._load),
-                name=f"pipeload-loader-{i}",
-                daemon=True,
-            )
-            for i in range(plan.loaders)
-        ]
-        self._threads += [
-            threading.Thread(
-                target=inference_agent,
-                args=(self._exchange, self._recover),
-                name="pipeload-inference",
-                daemon=True,
-            ),
-            threading.Thread(
-                target=daemon_agent, args=(self._exchange, self._free), name="pipeload-daemon", daemon=True
-            ),
-        ]
-        started: list[threading.Thread] = []
+        self._exchange.start(self._resident_flags(), plan.loaders)
         try:
-            for thread in self._threads:
-                thread.start()
-                started.append(thread)
+            self._spawn("inference", inference_agent, self._exchange, self._recover, self._settle)
+            self._spawn("daemon", daemon_agent, self._exchange, self._free, self._watch, _WATCH_S)
+            self._spawn_loaders()
         except BaseException:
-            self._threads = started
             self.close()
             raise
 
@@ -123,18 +123,22 @@ class Pipeline:
     @property
     def stats(self) -> Stats:
         """What happened so far."""
+        bandwidths = self._replanner.profile.read_bytes_per_s.values()
         return Stats(
             passes=self._passes,
             read_bytes=self._read_bytes,
             first_pass_s=self._first_pass_s,
-            last_pass_s=self._last_pass_s,
+            last_pass_s=self._last_pass.seconds if self._last_pass else None,
             peak_bytes=peak_rss_bytes(),
+            budget_bytes=self._plan.budget_bytes,
+            peak_read_bytes_per_s=max(bandwidths, default=None),
+            last=self._last_pass,
         )
 
-    def run(
+    def submit(
         self, inputs: Mapping[str, Value], *, pass_bytes: int, cache_bytes: int, last_position: bool
-    ) -> dict[str, Value]:
-        """One pass; calls from several threads queue up.
+    ) -> Call[dict[str, Value]]:
+        """Queue one pass; passes run in the order in which they were queued.
 
         Args:
             inputs: every graph input.
@@ -142,35 +146,44 @@ class Pipeline:
             cache_bytes: memory of all caches that are open while it runs.
             last_position: see `Forward.run`.
 
+        Returns:
+            The outputs by name, when the pass is over. Waiting for them raises BudgetError when it does not fit the
+            budget (nothing was read for it); ClosedError when the pipeline was closed before or during the pass; and
+            whatever made a shard fail: the next call starts afresh.
+
         Raises:
-            BudgetError: it does not fit the budget; nothing was read for it.
-            ClosedError: the pipeline was closed before or during the pass.
-            PipeloadError: whatever made a shard fail; the next call starts afresh.
+            ClosedError: the pipeline is closed.
         """
 
         def work(request: Request) -> dict[str, Value]:
-            self._prepare(pass_bytes, cache_bytes)
-            begin = time.perf_counter()
+            self._needs = pass_bytes, cache_bytes
+            self._prepare()
+            begin_s = time.perf_counter()
             outputs = self._forward.run(
                 inputs,
-                lambda index: self._borrow(index, request),
+                lambda index: self._borrow(index, request, begin_s),
                 request.stopper,
                 last_position=last_position,
                 keep_rows_cached=not self._plan.streamed_bytes,
             )
-            self._last_pass_s = time.perf_counter() - begin
-            self._first_pass_s = self._first_pass_s or self._last_pass_s
-            self._passes += 1
+            self._account(begin_s, time.perf_counter())
             return outputs
 
-        request = Request(work=work)
-        try:
-            self._exchange.submit(request)
-            outputs: dict[str, Value] = request.result.result()
-        except BaseException:
-            self._exchange.withdraw(request)
-            raise
-        return outputs
+        return Call(self._exchange, work)
+
+    def set_budget(self, budget_bytes: int | None) -> None:
+        """Another budget, or None for what is free, from now on; memory beyond it is given back before this returns.
+
+        Raises:
+            BudgetError: it cannot work; the old one stays.
+            ClosedError: the pipeline was closed.
+        """
+
+        def work(_: Request) -> None:
+            self._replanner.set_budget(budget_bytes, *self._needs)
+            self._prepare()
+
+        Call(self._exchange, work).result()
 
     def close(self) -> None:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
@@ -184,101 +197,198 @@ class Pipeline:
             for thread in self._threads:
                 thread.join()
             self._threads = []
-            while self._residents:
-                self._free(self._residents.popitem()[1])
+            for index in self._exchange.residents:
+                self._exchange.drop(index)
             self._exchange.reset(self._budget.wake)
             while (retired := self._exchange.next_retired()) is not None:
                 self._free(retired)
+            for index in list(self._kept):
+                self._forget(index)
             self._pool.close()
             trim()
+
+    def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _spawn_loaders(self) -> None:
+        """As many Loading Agents as the plan has, and one more to pack while these wait for their turn to load.
+
+        Those of an earlier plan that are too many find nothing to do.
+        """
+        running = sum(thread.name.startswith("pipeload-loader") for thread in self._threads)
+        for number in range(running, self._plan.loaders + self._plan.packed):
+            self._spawn(f"loader-{number}", loading_agent, self._exchange, self._load)
 
     # Loading Agents
 
     def _load(self, task: Task) -> LoadedShard | None:
+        if task.packing:
+            try:
+                self._pack(task)
+            finally:
+                self._exchange.packed()
+            return None
         shard = self._manifest.shards[task.index]
-        plan = self._plan
-        packed = task.resident and plan.packed
-        kept_bytes = SESSION_BYTES + (page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes)
-        # While a packed session is made, its weights are in memory twice: the mapped file and the packed copy.
-        extra_bytes = page_ceil(shard.nbytes) if packed else 0
+        plan, agent = self._plan, _agent()
+        packed = plan.packed_streamed and not task.resident
+        keep_bytes = 0 if task.resident or task.index in self._kept else plan.kept.get(shard.name, 0)
+        reserved = SESSION_BYTES + (page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed))
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
 
-        if not self._budget.reserve(kept_bytes + extra_bytes, task.ticket, stale):
-            return None
+        with self.trace.span(agent, "reserve", shard.name, pass_number=task.pass_number):
+            if not self._budget.reserve(reserved + page_ceil(keep_bytes), task.ticket, stale):
+                return None
         loaded = LoadedShard(
-            index=task.index,
-            session=None,
-            buffer=None,
-            reserved_bytes=kept_bytes + extra_bytes,
-            pooled=not task.resident,
+            index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
         )
+        kept = self._kept.get(task.index)
+        begun: list[Buffer] = []
         try:
             graph = self._storage.graph(shard)
-            if packed:
-                self._storage.verify_mapped(shard)
-                loaded.session = ShardSession(shard, graph, None, plan.threads)
-                self._storage.forget_cached(shard)
-                self._budget.release(extra_bytes)
-                loaded.reserved_bytes -= extra_bytes
-            else:
-                loaded.buffer = self._pool.take() if loaded.pooled else Buffer(shard.nbytes)
-                if not self._storage.read_weights(shard, loaded.buffer, stale):
-                    self._free(loaded)
-                    return None
-                loaded.session = ShardSession(shard, graph, loaded.buffer, plan.threads)
+            loaded.buffer = self._pool.take() if loaded.pooled else Buffer(shard.nbytes)
+            begin = 0 if task.resident else plan.kept.get(shard.name, 0)
+            parts = [Part(begin, shard.nbytes, loaded.buffer)]
+            missing = parts
+            if begin:
+                if kept is None:
+                    begun.append(Buffer(begin))
+                parts = [Part(0, begin, kept or begun[0]), *parts]
+                missing = parts if kept is None else parts[1:]
+            nbytes = sum(part.end - part.begin for part in missing)
+            with self.trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
+                complete = self._storage.read_weights(shard, missing, stale, direct=plan.direct)
+            if complete:
+                kind: Kind = "pack" if packed else "session"
+                with self.trace.span(agent, kind, shard.name, pass_number=task.pass_number):
+                    loaded.session = ShardSession(
+                        shard, graph, parts, plan.threads, packed=packed, lasting=task.resident
+                    )
         except BaseException:
-            self._free(loaded)
+            self._abandon(loaded, begun, page_ceil(keep_bytes))
             raise
+        if not complete:
+            self._abandon(loaded, begun, page_ceil(keep_bytes))
+            return None
+        if begun:
+            self._kept[task.index] = begun[0]
         with self._counter:
-            self._read_bytes += shard.nbytes
+            self._read_bytes += nbytes
+        self._sample()
         return loaded
+
+    def _abandon(self, loaded: LoadedShard, begun: list[Buffer], keep_bytes: int) -> None:
+        self._free(loaded)
+        for buffer in begun:
+            buffer.close()
+        self._budget.release(keep_bytes)
+
+    def _pack(self, task: Task) -> None:
+        """Make a packed copy of a resident shard, from memory, and let it take the shard's place."""
+        shard = self._manifest.shards[task.index]
+        loaded = self._exchange.resident(task.index)
+        if loaded.buffer is None or self._exchange.is_stale(task):
+            return
+        with self.trace.span(_agent(), "pack", shard.name):
+            session = ShardSession(
+                shard,
+                self._storage.graph(shard),
+                [Part(0, shard.nbytes, loaded.buffer)],
+                self._plan.threads,
+                packed=True,
+                lasting=True,
+            )
+        packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
+        del session
+        self._exchange.swap(task, packed)
+        trim()
+        self._sample()
 
     # Inference Agent
 
     @contextmanager
-    def _borrow(self, index: int, request: Request) -> Iterator[ShardSession]:
-        shard = self._residents.get(index)
+    def _borrow(self, index: int, request: Request, begin_s: float) -> Iterator[ShardSession]:
+        name = self._manifest.shards[index].name
+        number = self._passes + 1
+        shard, resident = self._exchange.borrow_resident(index), True
         if shard is None:
-            task, shard = self._exchange.take(index, request)
-            if task.resident:
-                self._residents[index] = shard
+            with self.trace.span("inference", "wait", name, pass_number=number):
+                task, shard = self._exchange.take(index, request)
+            resident = task.resident
         assert shard.session is not None
         try:
-            yield shard.session
+            with self.trace.span("inference", "run", name, pass_number=number):
+                yield shard.session
         finally:
-            if index not in self._residents:
-                self._exchange.retire(shard)
+            self._exchange.give_back(index, shard, resident=resident)
+        if self._progress is not None:
+            self._progress(self._progress_at(index, time.perf_counter() - begin_s))
 
-    def _prepare(self, pass_bytes: int, cache_bytes: int) -> None:
-        """Make room for what this pass needs, and see that the Loading Agents work."""
-        # What a pass needed once it may need again: giving it back and forth would reload resident shards.
-        most_bytes = max(pass_bytes, self._plan.pass_bytes)
-        if (most_bytes, cache_bytes) != (self._plan.pass_bytes, self._plan.cache_bytes):
-            try:
-                plan = self._replan(most_bytes, cache_bytes)
-            except BudgetError:
-                plan = self._replan(pass_bytes, cache_bytes)
-            # Shards that are being packed now were granted more than the new plan may leave.
-            packing = plan.packed and len(self._residents) < len(self._manifest.shards)
-            if packing or _layout(plan) != _layout(self._plan):
-                self._exchange.reset(self._budget.wake)
-                names = [shard.name for shard in self._manifest.shards]
-                for index in list(self._residents):
-                    if names[index] not in plan.resident or plan.packed != self._plan.packed:
-                        self._exchange.retire(self._residents.pop(index))
-                self._wait_freed()
-                if self._exchange.closed:
-                    raise ClosedError("The model was closed during the call.")
-                self._pool.close()
-                self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
-                _bound_heap(plan)
-                trim()
-            self._budget.set_limit(_weights_limit(self._manifest, plan))
-            self._plan = plan
+    def _progress_at(self, index: int, elapsed_s: float) -> Progress:
+        shards = self._manifest.shards
+        done = sum(shard.nbytes for shard in shards[: index + 1])
+        eta_s = elapsed_s * (self._manifest.weight_bytes - done) / done if done else None
+        return Progress(shard=shards[index].name, index=index + 1, count=len(shards), elapsed_s=elapsed_s, eta_s=eta_s)
+
+    def _prepare(self) -> None:
+        """Plan the next pass, make room for it, and see that the Loading Agents work."""
+        occupied = self._occupied_bytes()
+        if occupied > self._plan.process_bytes + max(self._needs[0], self._plan.pass_bytes):
+            trim()
+            occupied = self._occupied_bytes()
+        plan = self._replanner.before_pass(self._plan, *self._needs, occupied)
+        if plan.layout != self._plan.layout:
+            self._exchange.reset(self._budget.wake)
+            for index, loaded in self._exchange.residents.items():
+                name = self._manifest.shards[index].name
+                packed = loaded.buffer is None and self._manifest.shards[index].nbytes > 0
+                if name not in plan.resident or plan.threads != self._plan.threads or (packed and not plan.packed):
+                    self._exchange.drop(index)
+            self._wait_freed()
+            for index in list(self._kept):
+                name = self._manifest.shards[index].name
+                if plan.kept.get(name) != self._plan.kept.get(name):
+                    self._forget(index)
+            if self._exchange.closed:
+                raise ClosedError("The model was closed during the call.")
+            self._pool.close()
+            self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
+            _bound_heap(plan)
+            trim()
+        self._budget.set_limit(plan.weights_bytes)
+        self._plan = plan
+        self._spawn_loaders()
         if self._exchange.stopped:
-            self._exchange.start(self._resident_flags(), list(self._residents))
+            self._exchange.start(self._resident_flags(), plan.loaders)
+
+    def _account(self, begin_s: float, end_s: float) -> None:
+        self._last_pass = pass_stats(
+            self._manifest,
+            self._replanner.profile,
+            self._plan,
+            self.trace.spans_since(begin_s),
+            begin_s,
+            end_s,
+        )
+        self._first_pass_s = self._first_pass_s or self._last_pass.seconds
+        self._passes += 1
+
+    def _settle(self) -> None:
+        """After a pass, when its caller has the answer: learn from it, and improve what stays in memory."""
+        if self._last_pass is None or self._exchange.stopped:
+            return
+        self._storage.save_stamps()
+        if not self._exchange.packing:
+            last, end_s = self._last_pass, time.perf_counter()
+            spans = self.trace.spans_since(end_s - last.seconds)
+            if self._replanner.after_pass(self._plan, spans, last.seconds, self._needs[0]):
+                with suppress(BudgetError):  # the next call meets it again
+                    self._prepare()
+        if self._plan.packed and not self._exchange.packing:
+            self._exchange.pack(i for i, loaded in self._exchange.residents.items() if loaded.buffer is not None)
 
     def _recover(self) -> None:
         """After a failed pass: throw away what was loaded ahead; the next call begins with its first shard."""
@@ -286,8 +396,19 @@ class Pipeline:
         self._wait_freed()
 
     def _wait_freed(self) -> None:
-        kept = sum(shard.reserved_bytes for shard in self._residents.values())
-        self._exchange.wait_freed(lambda: self._budget.reserved_bytes == kept)
+        staying = sum(loaded.reserved_bytes for loaded in self._exchange.residents.values())
+        staying += sum(buffer.nbytes for buffer in self._kept.values())
+        self._exchange.wait_freed(lambda: self._budget.reserved_bytes == staying)
+
+    def _forget(self, index: int) -> None:
+        buffer = self._kept.pop(index)
+        self._budget.release(buffer.nbytes)
+        buffer.close()
+
+    def _occupied_bytes(self) -> int:
+        """Memory of the process without weights and caches."""
+        weights = self._budget.reserved_bytes + self._pool.idle_bytes + self._plan.packing_bytes
+        return rss_bytes() - weights - self._plan.cache_bytes
 
     def _resident_flags(self) -> list[bool]:
         return [shard.name in self._plan.resident for shard in self._manifest.shards]
@@ -295,23 +416,35 @@ class Pipeline:
     # Daemon Agent
 
     def _free(self, shard: LoadedShard) -> None:
-        shard.session = None
-        if shard.buffer is not None:
-            if shard.pooled:
-                self._pool.give(shard.buffer)
-            else:
-                shard.buffer.close()
-            shard.buffer = None
-        if rss_bytes() > self._plan.budget_bytes * _TRIM_SHARE:
-            self._exchange.signal_memory(short=True)
-            trim()
-            self._exchange.signal_memory(short=False)
-        self._budget.release(shard.reserved_bytes)
+        with self.trace.span("daemon", "free", self._manifest.shards[shard.index].name):
+            shard.session = None
+            if shard.buffer is not None:
+                if shard.pooled:
+                    self._pool.give(shard.buffer)
+                else:
+                    shard.buffer.close()
+                shard.buffer = None
+            if rss_bytes() > self._plan.peak_bytes:
+                self._exchange.signal_memory(short=True)
+                trim()
+                self._exchange.signal_memory(short=False)
+            self._budget.release(shard.reserved_bytes)
+        self._sample()
+
+    def _watch(self) -> None:
+        """While nobody calls: when memory became short outside of the process, give back what the plan must."""
+        if self._exchange.idle and self._replanner.limit_bytes(self._plan) < self._plan.budget_bytes:
+            with suppress(ClosedError):
+                self._exchange.submit(Request(work=lambda _: self._prepare()))
+
+    def _sample(self) -> None:
+        self.trace.sample("buffers", self._pool.used)
+        self.trace.sample("reserved_bytes", self._budget.reserved_bytes)
+        self.trace.sample("rss_bytes", rss_bytes())
 
 
-def _layout(plan: Plan) -> tuple[object, ...]:
-    """What cannot change while shards are loaded."""
-    return plan.resident, plan.buffers, plan.buffer_bytes, plan.packed
+def _agent() -> str:
+    return threading.current_thread().name.removeprefix("pipeload-")
 
 
 def _bound_heap(plan: Plan) -> None:
@@ -320,9 +453,46 @@ def _bound_heap(plan: Plan) -> None:
         limit_heap()
 
 
-def _weights_limit(manifest: Manifest, plan: Plan) -> int:
-    """What the plan leaves to weights: resident shards and buffers, or everything while sessions are packed."""
-    if plan.packed:
-        return plan.budget_bytes - plan.process_bytes - plan.pass_bytes - plan.cache_bytes
-    resident = [page_ceil(s.nbytes) + SESSION_BYTES for s in manifest.shards if s.name in plan.resident]
-    return sum(resident) + plan.buffers * (plan.buffer_bytes + SESSION_BYTES)
+def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Run jobs at the same time, each in a thread of its own. Returns their results, in order.
+
+    All begin when all threads are there, so jobs may wait for one another; none begins when a thread cannot be
+    started. All have ended when this returns or raises, unless it is interrupted twice.
+
+    Raises:
+        BaseException: whatever the first of the jobs that failed has raised.
+    """
+    begin = threading.Event()
+    futures: list[Future[Result]] = [Future() for _ in jobs]
+
+    def work(job: Callable[[], Result], future: Future[Result]) -> None:
+        begin.wait()
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(job())
+            except BaseException as error:  # noqa: BLE001 - the caller gets it
+                future.set_exception(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair, name=f"pipeload-loader-{i}", daemon=True)
+        for i, pair in enumerate(zip(jobs, futures, strict=True))
+    ]
+    started: list[threading.Thread] = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+    finally:
+        begin.set()
+        try:
+            for thread in started:
+                thread.join()
+        except BaseException:
+            for thread in started:
+                thread.join()
+            raise
+    return [future.result() for future in futures]

@@ -1,9 +1,9 @@
 """One shard's ONNX Runtime session over borrowed buffers. The only module that imports onnxruntime.
 
 Shards are optimised when they are exported, so sessions are made with optimisation off. A streamed shard borrows
-its weights from a buffer, without a copy and without prepacking, and is made in a millisecond or two. A packed
-shard reads its weights through its own file and lays them out for the CPU, which costs far more and makes each run
-a little faster: only for shards that stay.
+its weights from buffers, without a copy and without prepacking, and is made in a millisecond or two. A packed session
+copies the weights and lays them out for the CPU, which costs far more and makes each run faster: it no longer needs
+the buffers.
 
 Nothing here touches onnxruntime's process-wide state: every session has its own threads.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeload.buffers import Buffer
+from pipeload.buffers import Part, tensor_in
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.manifest import Shard
 
@@ -73,15 +73,26 @@ class ShardSession:
     Args:
         shard: what it is.
         graph: its `.onnx` file.
-        buffer: memory that holds its weights, which must stay as it is until the session is gone; None for a packed
-            session, which reads the weights file beside the graph.
+        parts: memory that holds all of its weights. It must stay as it is until the session is gone; a packed session
+            needs it only while it is made.
         threads: intra-op threads.
+        packed: lay the weights out for the CPU, in memory of the session's own.
+        lasting: the session will run many times, and not while Loading Agents need the cores.
 
     Raises:
         LoadError: onnxruntime refused the graph.
     """
 
-    def __init__(self, shard: Shard, graph: Path, buffer: Buffer | None, threads: int) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        graph: Path,
+        parts: Sequence[Part],
+        threads: int,
+        *,
+        packed: bool = False,
+        lasting: bool = False,
+    ) -> None:
         self._name = shard.name
         self._outputs = list(shard.outputs)
         options = ort.SessionOptions()
@@ -92,18 +103,24 @@ class ShardSession:
         # An arena per session would round every block of memory up and keep it.
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        self._weights: list[Value] = []
-        if buffer is None:
+        if lasting:
             # The pool stops spinning when the run ends: the next shard's pool needs the cores.
             options.add_session_config_entry("session.force_spinning_stop", "1")
         else:
-            # Spinning threads would take the Loading Agents' cores while the shard runs.
+            # The threads of a new pool would spin until its first run, while another shard needs the cores.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        weights: list[Value] = []
+        if shard.weights is not None:
+            offset = shard.weights.offset
+            weights = [to_value(tensor_in(parts, spec, offset), spec.dtype) for spec in shard.tensors]
+        self._borrowed: list[Value] = []
+        if packed:
+            # onnxruntime copies these values: nothing of the buffers is needed once the session is made.
+            options.add_external_initializers([spec.name for spec in shard.tensors], weights)
+        else:
             options.add_session_config_entry("session.disable_prepacking", "1")
-            for spec in shard.tensors:
-                assert shard.weights is not None
-                value = to_value(buffer.tensor(spec, shard.weights.offset), spec.dtype)
-                self._weights.append(value)
+            self._borrowed = weights
+            for spec, value in zip(shard.tensors, weights, strict=True):
                 options.add_initializer(spec.name, value)
         try:
             self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

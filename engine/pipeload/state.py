@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 
-from pipeload.errors import ClosedError
+from pipeload.errors import ClosedError, ConfigError
 from pipeload.session import Value
 
 __all__ = ["DecodeState"]
@@ -21,18 +22,25 @@ class DecodeState:
         caches: graph input -> value, as the latest step made it.
     """
 
-    def __init__(self, capacity: int, on_close: Callable[[DecodeState], None]) -> None:
+    def __init__(self, capacity: int, on_close: Callable[[DecodeState], None], maker: object) -> None:
         self.length = 0
         self.capacity = capacity
         self.batch = 0
         self.caches: dict[str, Value] = {}
         self._on_close = on_close
+        # Weak: a state that is kept must not keep a model that nobody else has.
+        self._maker = weakref.ref(maker)
         self.closed = False
 
-    def check_open(self) -> None:
-        """Raise ClosedError when the state was closed."""
+    def check_usable_by(self, model: object) -> None:
+        """Raise ClosedError when the state was closed, ConfigError when another model than this one made it."""
         if self.closed:
             raise ClosedError("This decode state is closed. Make a new one with model.new_state().")
+        if self._maker() is not model:
+            raise ConfigError(
+                "This decode state holds the caches of another model. Make one with new_state() of the model that "
+                "takes the step."
+            )
 
     def close(self) -> None:
         """Give the caches' memory back. May be called again."""

@@ -13,7 +13,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.buffers import Buffer, page_ceil
+from pipeload.buffers import Buffer, Part, page_ceil, page_floor
 from pipeload.errors import LoadError, ShardError
 from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec, dtype_bytes
+from pipeload.stamps import Stamp, Stamps, stamp
 
 __all__ = ["Storage"]
 
@@ -45,14 +46,18 @@ class Storage:
     Args:
         directory: the sharded model directory.
         manifest: its validated manifest.
-        verify: check sha256 the first time that a file or range is read.
+        verify: check the sha256 of a file or range when it is read, unless it has a stamp.
+        stamps: what was checked before; None remembers only what this storage checked.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, *, verify: bool = True) -> None:
+    def __init__(
+        self, directory: Path, manifest: Manifest, *, verify: bool = True, stamps: Stamps | None = None
+    ) -> None:
         self._directory = directory.resolve()
         self._records = {record.path: record for record in manifest.files}
         self._verify = verify
-        self._verified: set[str] = set()
+        self._stamps = stamps if stamps is not None else Stamps(None)
+        self._implied: set[str] = set()
         self._headers: dict[str, bytes] = {}
         self._tensors: dict[str, list[WeightSpec]] = {}
         self._slices: dict[str, list[WeightSpec]] = {}
@@ -68,7 +73,7 @@ class Storage:
         for path, sizes in tables.items():
             # Slices of a tied head that are all of the file are checked before the pass has an answer.
             if sum(spec.nbytes for spec in self._slices.get(path, [])) >= sum(sizes.values()):
-                self._verified.add(path)
+                self._implied.add(path)
 
     def graph(self, shard: Shard) -> Path:
         """The shard's graph file, checked.
@@ -80,16 +85,27 @@ class Storage:
         try:
             if path.stat().st_size != record.nbytes:
                 raise ShardError(_wrong_size(record, path.stat().st_size))
-            if self._verify and record.path not in self._verified:
+            if self._must_verify(record.path, path):
+                before = stamp(path)
                 if hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
                     raise ShardError(_damaged(record.path))
-                self._verified.add(record.path)
+                self._stamps.add(record.path, path, before)
         except OSError as error:
             raise _unreadable(record.path, error) from error
         return path
 
-    def read_weights(self, shard: Shard, buffer: Buffer, cancelled: Callable[[], bool]) -> bool:
-        """Fill the buffer with the shard's weights. Returns False when `cancelled` became true on the way.
+    def read_weights(
+        self, shard: Shard, parts: Sequence[Part], cancelled: Callable[[], bool], *, direct: bool = True
+    ) -> bool:
+        """Fill the parts with their bytes of the shard's weights. Returns False when `cancelled` became true meanwhile.
+
+        The sha256 is checked when the parts are all of the shard.
+
+        Args:
+            shard: what to read.
+            parts: where to; in the order of the file.
+            cancelled: looked at between pieces.
+            direct: read past the page cache where the file system can.
 
         Raises:
             ShardError: the file is missing, truncated, damaged or foreign.
@@ -101,33 +117,32 @@ class Storage:
         path = self._resolve(span.path)
         self._check_header(path, self._records[span.path])
         key = f"{span.path}@{span.offset}"
-        digest = hashlib.sha256() if self._verify and key not in self._verified else None
-        if cancelled():
-            return False
-        for piece in self._read_directly(span.path, path, span.offset, span.nbytes, buffer.piece, _PIECE_BYTES):
+        whole = sum(part.end - part.begin for part in parts) == span.nbytes
+        before = _stamp(path, span.path)
+        digest = hashlib.sha256() if whole and self._must_verify(key, path) else None
+        for part in parts:
+            begin = page_floor(part.begin)
+            skip = part.begin - begin
+            pieces = self._read_pieces(
+                span.path, path, span.offset + begin, part.end - begin, part.buffer.piece, _PIECE_BYTES, direct=direct
+            )
             if cancelled():
                 return False
-            if digest:
-                digest.update(piece)
+            for piece in pieces:
+                if cancelled():
+                    return False
+                if digest:
+                    digest.update(piece[skip:])
+                skip = 0
         if digest:
             if digest.hexdigest() != span.sha256:
                 raise ShardError(_damaged(span.path))
-            self._verified.add(key)
+            self._stamps.add(key, path, before)
         return True
 
-    def verify_mapped(self, shard: Shard) -> Path | None:
-        """Check the shard's weights file for a session that maps it itself. Returns its path, None without weights.
-
-        The first time, all of the range is read through the page cache, where the session will find it again.
-        """
-        if shard.weights is None:
-            return None
-        span = shard.weights
-        path = self._resolve(span.path)
-        self._check_header(path, self._records[span.path])
-        key = f"{span.path}@{span.offset}"
-        self._verify_once(key, path, span.offset, span.nbytes, span.sha256, keep_cached=True)
-        return path
+    def save_stamps(self) -> None:
+        """Remember for later processes what was checked."""
+        self._stamps.save()
 
     def forget_cached(self, shard: Shard) -> None:
         """Drop the shard's weights from the page cache, where they are no longer of use."""
@@ -139,6 +154,31 @@ class Storage:
                 os.posix_fadvise(descriptor, shard.weights.offset, shard.weights.nbytes, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(descriptor)
+
+    def stream_weights(self, shard: Shard, scratch: Buffer, *, direct: bool = True) -> Iterator[int]:
+        """Read the shard's weights without keeping them: each read fills `scratch` and replaces the one before.
+
+        Args:
+            shard: what to read.
+            scratch: where to.
+            direct: past the page cache, where the file system can; else through it.
+
+        Yields:
+            Bytes of each read.
+
+        Raises:
+            ShardError: the file is missing, truncated or foreign. Its sha256 is not checked.
+            LoadError: the system could not read it.
+        """
+        if shard.weights is None:
+            return
+        span = shard.weights
+        path = self._resolve(span.path)
+        self._check_header(path, self._records[span.path])
+        place = lambda begin, end: scratch.piece(0, end - begin)  # noqa: E731
+        for piece in self._read_pieces(span.path, path, span.offset, span.nbytes, place, scratch.nbytes, direct=direct):
+            yield len(piece)
+            piece.release()
 
     def read_rows(self, lookup: Lookup, indices: NDArray[Any], *, keep_cached: bool) -> NDArray[Any]:
         """Rows of a table: the same as `table[indices]`, with only those rows read.
@@ -160,7 +200,7 @@ class Storage:
         table = lookup.table
         path, record = self._resolve(lookup.path), self._records[lookup.path]
         self._check_header(path, record)
-        self._verify_once(lookup.path, path, 0, record.nbytes, record.sha256, keep_cached=False)
+        self._verify_once(lookup.path, path, record.nbytes, record.sha256)
         rows, inverse = np.unique(indices, return_inverse=True)
         if rows.size and not (-table.shape[0] <= rows[0] and rows[-1] < table.shape[0]):
             worst = int(rows[0] if rows[0] < -table.shape[0] else rows[-1])
@@ -187,7 +227,7 @@ class Storage:
         result: NDArray[Any] = unique[inverse.reshape(indices.shape)]
         return result
 
-    def _read_directly(
+    def _read_pieces(
         self,
         name: str,
         path: Path,
@@ -195,8 +235,10 @@ class Storage:
         nbytes: int,
         place: Callable[[int, int], memoryview],
         piece_bytes: int,
+        *,
+        direct: bool = True,
     ) -> Iterator[memoryview]:
-        """Read a range past the page cache, piece by piece.
+        """Read a range, piece by piece, and leave nothing of it in the page cache.
 
         Args:
             name: the file, as the manifest names it.
@@ -205,11 +247,12 @@ class Storage:
             nbytes: its length.
             place: (begin, end) within the range -> page-aligned memory for these bytes.
             piece_bytes: most bytes of one read.
+            direct: past the page cache where the file system can.
 
         Yields:
             What each read brought, without what lies behind the range.
         """
-        descriptor, direct = _open_direct(path, name)
+        descriptor, direct = _open(path, name, direct=direct)
         try:
             position = 0
             while position < nbytes:
@@ -237,30 +280,23 @@ class Storage:
         finally:
             os.close(descriptor)
 
-    def _verify_once(self, key: str, path: Path, offset: int, nbytes: int, sha256: str, *, keep_cached: bool) -> None:
-        """Compare a range of a file with its sha256, unless that was done before or is not wanted."""
-        if not self._verify or key in self._verified:
+    def _verify_once(self, key: str, path: Path, nbytes: int, sha256: str) -> None:
+        """Compare the first bytes of a file with their sha256, unless that was done before or is not wanted."""
+        if not self._must_verify(key, path):
             return
-        name, digest = path.relative_to(self._directory).as_posix(), hashlib.sha256()
-        if keep_cached:
-            try:
-                with path.open("rb", buffering=0) as file:
-                    file.seek(offset)
-                    while nbytes and (data := file.read(min(nbytes, _PIECE_BYTES))):
-                        digest.update(data)
-                        nbytes -= len(data)
-            except OSError as error:
-                raise _unreadable(name, error) from error
-        else:
-            scratch = Buffer(_CHECK_BYTES)
-            place = lambda begin, end: scratch.piece(0, end - begin)  # noqa: E731
-            for piece in self._read_directly(name, path, offset, nbytes, place, _CHECK_BYTES):
-                digest.update(piece)
-                piece.release()
-            scratch.close()
+        name, digest, before = path.relative_to(self._directory).as_posix(), hashlib.sha256(), _stamp(path, key)
+        scratch = Buffer(_CHECK_BYTES)
+        place = lambda begin, end: scratch.piece(0, end - begin)  # noqa: E731
+        for piece in self._read_pieces(name, path, 0, nbytes, place, _CHECK_BYTES):
+            digest.update(piece)
+            piece.release()
+        scratch.close()
         if digest.hexdigest() != sha256:
             raise ShardError(_damaged(name))
-        self._verified.add(key)
+        self._stamps.add(key, path, before)
+
+    def _must_verify(self, key: str, path: Path) -> bool:
+        return self._verify and key not in self._implied and not self._stamps.has(key, path)
 
     def _resolve(self, relative: str) -> Path:
         """The file's path, which must not leave the model directory, not even through a symbolic link."""
@@ -326,14 +362,13 @@ class Storage:
                 )
 
 
-def _open_direct(path: Path, name: str) -> tuple[int, bool]:
+def _open(path: Path, name: str, *, direct: bool) -> tuple[int, bool]:
     """(descriptor, whether it is for direct I/O)."""
     flags = os.O_RDONLY | os.O_CLOEXEC
-    direct = getattr(os, "O_DIRECT", 0)
     try:
-        if direct:
+        if direct and hasattr(os, "O_DIRECT"):
             with suppress(OSError):
-                return os.open(path, flags | direct), True
+                return os.open(path, flags | os.O_DIRECT), True
         return os.open(path, flags), False
     except OSError as error:
         raise _unreadable(name, error) from error
@@ -347,6 +382,13 @@ def _reopen(descriptor: int, path: Path, name: str) -> int:
         raise _unreadable(name, error) from error
     os.close(descriptor)
     return ordinary
+
+
+def _stamp(path: Path, name: str) -> Stamp:
+    try:
+        return stamp(path)
+    except OSError as error:
+        raise _unreadable(name, error) from error
 
 
 def _wrong_size(record: FileRecord, size: int) -> str:

@@ -6,7 +6,7 @@ is larger than memory can be verified, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,39 @@ def open_session(path: Path, what: str) -> ort.InferenceSession:
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ExportError(f"onnxruntime does not open {what} ({path}): {error}") from error
+        raise ExportError(
+            f"onnxruntime does not open {what} ({path}): {str(error).rstrip('.')}. Fetch or export it again."
+        ) from error
 
 
-def run_unsplit(path: Path, cases: Sequence[Case], progress: Progress) -> list[Arrays]:
-    """The outputs of the unsplit graph for each case. Raises ExportError if it does not run."""
+def run_unsplit(path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Progress) -> list[Arrays]:
+    """The outputs `wanted` of the unsplit graph for each case.
+
+    Raises:
+        ExportError: it does not open or run, or takes or makes something else than the cases have.
+    """
     session = open_session(path, "the unsplit graph")
     names = [output.name for output in session.get_outputs()]
+    given = {name for case in cases for name in case.inputs}
+    _check_names(path, "takes", {value.name for value in session.get_inputs()} ^ given, given)
+    _check_names(path, "makes", set(wanted) - set(names), set(wanted))
     results = []
     for number, case in enumerate(cases):
         progress("run the unsplit model", number, len(cases))
         results.append(_run(session, names, case.inputs, f"The unsplit graph ({case.name})"))
     progress("run the unsplit model", len(cases), len(cases))
     return results
+
+
+def _check_names(path: Path, does: str, different: set[str], expected: set[str]) -> None:
+    if different:
+        name = min(different)
+        which = f"it {does} no '{name}'" if name in expected else f"it {does} '{name}', and the shards do not"
+        more = f" ({len(different)} such differences)" if len(different) > 1 else ""
+        raise ExportError(
+            f"{path} is the graph of another model than the shards: {which}{more}. "
+            "Pass the .onnx file that the shards were made from."
+        )
 
 
 def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> list[Arrays]:

@@ -33,7 +33,7 @@ def compare(
             with the output that continues another one.
     """
     # Sessions are made one after another, and the first is gone before the second comes.
-    wanted = run_unsplit(against, cases, progress)
+    wanted = run_unsplit(against, [spec.name for spec in manifest.outputs], cases, progress)
     found = run_shards(directory, manifest, cases, progress)
     _check_caches(manifest, cases, found)
     # A cache also holds the sample that went in; its range is that of what the model itself puts there.
@@ -53,7 +53,7 @@ def compare(
             raise ExportError(
                 f"Output '{result.output}' of the shards differs from the unsplit model by {result.max_abs_error:.3g}, "
                 f"which is {result.max_rel_error:.3g} of its range; the limit is {result.limit:.3g}. "
-                "Please report the model."
+                "If the shards were made from that very graph, please report the model."
             )
     return worst
 

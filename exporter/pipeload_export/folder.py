@@ -61,7 +61,10 @@ def choose_weights(names: Iterable[str], where: str) -> list[str]:
             f"{where} holds its weights only as {', '.join(pickles)}. Such files can run code when they are opened, so "
             "pipeload refuses them. Convert them to safetensors (model.save_pretrained(FOLDER) of transformers)."
         )
-    raise ConfigError(f"{where} holds no weights: neither {_SINGLE}, nor {_INDEX}, nor a .gguf file.")
+    raise ConfigError(
+        f"{where} holds no weights: neither {_SINGLE}, nor {_INDEX}, nor a .gguf file. "
+        "Pass a checkpoint folder, a .gguf or .onnx file, catalog:NAME or a hub id."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

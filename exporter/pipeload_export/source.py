@@ -30,6 +30,8 @@ __all__ = ["Checkpoint", "Unsplit", "find_source"]
 Progress = Callable[[str, int, int], None]
 
 _CATALOG = "catalog:"
+_OPSETS = range(7, 21)
+"""What torch can trace a model into. Checked here, because torch says it only when the weights have been read."""
 _LIBRARIES = ("onnx", "optimum.exporters.onnx", "safetensors", "torch", "transformers")
 
 
@@ -111,6 +113,11 @@ def find_source(
     """
     if task is not None:
         task = check_task(task)
+    if opset is not None and opset not in _OPSETS:
+        raise ConfigError(
+            f"A model cannot be exported with opset {opset}, only with one from {_OPSETS[0]} to {_OPSETS[-1]}. "
+            "Leave --opset out to let the library choose."
+        )
     path = Path(source).expanduser()
     is_hub = not source.startswith(_CATALOG) and not path.exists()
     if revision is not None and not is_hub:
@@ -205,9 +212,11 @@ def _from_onnx(path: Path, source: str, task: str | None, opset: int | None, fil
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except (DecodeError, ValueError) as error:
-        raise ExportError(f"'{source}' is no ONNX file, or a damaged one: {error}.") from error
+        raise ExportError(
+            f"'{source}' is no ONNX file, or a damaged one: {error}. Fetch or export it again."
+        ) from error
     if not graph.output:
-        raise ExportError(f"'{source}' is no ONNX file: it holds no graph.")
+        raise ExportError(f"'{source}' is no ONNX file: it holds no graph. Fetch or export it again.")
     ends: dict[str, int] = {}
     for tensor in graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

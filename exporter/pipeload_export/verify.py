@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeload.buffers import Buffer, Part
 from pipeload.errors import ConfigError, ExportError, PipeloadError, ShardError
 from pipeload.manifest import Manifest, Shard, Verification, read
 from pipeload.storage import Storage
@@ -60,7 +61,8 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
     Raises:
         ManifestError: there is no valid manifest.
         ShardError: files are missing, truncated, damaged or foreign; all of them are named.
-        ExportError: a graph is not valid, does not run, or an output differs by more than its limit.
+        ExportError: graphs are not valid or do not open, all of them named; one does not run, or an output differs by
+            more than its limit.
         ConfigError: `against` is no model to compare with.
     """
     directory, notify = Path(directory), progress or _silent
@@ -68,7 +70,10 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
     if against is not None:
         require_modules("onnx")
         if not Path(against).is_file():
-            raise ConfigError(f"There is no unsplit model at {against}. Pass the path of its .onnx file.")
+            raise ConfigError(
+                f"There is no unsplit model at {against}. Pass the .onnx file that the shards were made from, which "
+                "`pipeload export --keep-onnx DIR` keeps."
+            )
     _raise_all(_file_faults(directory, manifest, notify))
     _raise_all(_weight_faults(directory, manifest))
     checks = ["sizes and sha256 of all files", "safetensors headers and weights of every shard"]
@@ -76,17 +81,11 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
     if has_module("onnx"):
         from pipeload_export.graphcheck import check_graph  # needs onnx
 
-        for number, shard in enumerate(manifest.shards):
-            notify("check the graphs", number, len(manifest.shards))
-            check_graph(directory, shard)
-        notify("check the graphs", len(manifest.shards), len(manifest.shards))
+        _check_shards("check the graphs", check_graph, directory, manifest, notify)
         checks.append("every graph passes onnx.checker and points to the weights that the manifest lists")
     else:
         skipped.append("onnx.checker: the extra is not installed (pip install 'pipeload[export]')")
-    for number, shard in enumerate(manifest.shards):
-        notify("open the shards", number, len(manifest.shards))
-        _check_session(directory, shard)
-    notify("open the shards", len(manifest.shards), len(manifest.shards))
+    _check_shards("open the shards", _check_session, directory, manifest, notify)
     checks.append("every shard opens in plain onnxruntime")
     cases: list[Case] = []
     differences: tuple[Verification, ...] = ()
@@ -138,14 +137,31 @@ def _weight_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
     for shard in manifest.shards:
         try:
             storage.graph(shard)
-            storage.verify_mapped(shard)
+            storage.read_weights(shard, [Part(0, shard.nbytes, Buffer(shard.nbytes))], lambda: False)
         except PipeloadError as error:
             yield str(error)
 
 
 def _raise_all(faults: Iterator[str]) -> None:
     if found := list(faults):
-        raise ShardError(f"{'; '.join(found)}. Copy or export the model again.")
+        count = f"{len(found)} faults: " if len(found) > 1 else ""
+        raise ShardError(f"{count}{'; '.join(found)}. Copy or export the model again.")
+
+
+def _check_shards(
+    what: str, check: Callable[[Path, Shard], None], directory: Path, manifest: Manifest, progress: Progress
+) -> None:
+    """Check every shard, and only then raise one ExportError with the faults of all."""
+    faults = []
+    for number, shard in enumerate(manifest.shards):
+        progress(what, number, len(manifest.shards))
+        try:
+            check(directory, shard)
+        except ExportError as error:
+            faults.append(str(error))
+    progress(what, len(manifest.shards), len(manifest.shards))
+    if faults:
+        raise ExportError(" ".join(faults))
 
 
 def _check_session(directory: Path, shard: Shard) -> None:

@@ -74,7 +74,7 @@ exec "$here/../../../qemu-aarch64" -L "$here/../.." -0 "$0" "$here/python3.11" "
 """
 
 EXTRAS = ("text", "vision")
-TEST_REQUIREMENTS = ("onnx>=1.18", "pytest>=8.3", "pytest-timeout>=2.3", "safetensors>=0.5")
+TEST_REQUIREMENTS = ("hypothesis>=6.120", "onnx>=1.18", "pytest>=8.3", "pytest-timeout>=2.3", "safetensors>=0.5")
 ONNXRUNTIME_WITHOUT_CONSTRAINTS = "onnxruntime==1.31.1"
 
 

@@ -142,7 +142,7 @@ def test_rates_have_a_unit_per_second(text: str, rate: int | None) -> None:
         (("--budgets", "0%"), "must be positive"),
         (("--budgets", ","), "--budgets is empty"),
         (("--size", "sequence_length"), "--size as NAME=N"),
-        (("--size", "colour=3"), "has no dimension colour"),
+        (("--size", "colour=3"), "has no dimension ['colour']"),
         (("--onnx", "missing.onnx"), "There is no file missing.onnx"),
         (("--passes", "0"), "--passes"),
         (("-o", "missing/out.json"), "cannot be written"),

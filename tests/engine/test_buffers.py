@@ -11,6 +11,7 @@ import pytest
 
 from pipeload import buffers
 from pipeload.buffers import Buffer, BufferPool, page_ceil
+from pipeload.errors import LoadError
 from pipeload.manifest import PAGE_BYTES, WeightSpec
 
 
@@ -22,6 +23,12 @@ def _out_of_memory(*_: Any) -> None:
 def test_sizes_are_rounded_to_pages(nbytes: int, pages: int) -> None:
     assert page_ceil(nbytes) == pages * PAGE_BYTES
     assert Buffer(nbytes).nbytes == max(1, pages) * PAGE_BYTES
+
+
+@pytest.mark.parametrize("nbytes", [1 << 62, 1 << 80])
+def test_memory_that_the_system_does_not_have_is_named(nbytes: int) -> None:
+    with pytest.raises(LoadError, match=rf"no memory for a buffer of {nbytes} bytes .*Lower the memory budget"):
+        Buffer(nbytes)
 
 
 def test_buffers_begin_at_a_page() -> None:

@@ -22,6 +22,7 @@ def test_the_tree_is_pinned() -> None:
         "PipeloadError": (Exception,),
         "RunError": (errors.PipeloadError,),
         "ShardError": (errors.PipeloadError,),
+        "TruncationWarning": (UserWarning,),
     }
 
 

@@ -41,6 +41,20 @@ def test_what_is_no_size_is_refused(text: Any) -> None:
         memory.parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["256", " 1 ", "1.5", "999999"])
+def test_a_number_that_was_meant_in_megabytes_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{text}' means {text.strip()} bytes\. Write '{text.strip()}MB'"):
+        memory.parse_bytes(text)
+    assert memory.parse_bytes("1000000") == memory.parse_bytes("1MB")
+
+
+@pytest.mark.parametrize("text", ["auto", "AUTO", " Auto "])
+def test_an_automatic_budget_may_be_written_in_any_case(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "auto_budget_bytes", lambda: 77)
+    assert memory.parse_budget(text) == 77
+    assert memory.parse_budget("2MB") == 2_000_000
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (268_435_456, "268.4 MB"), (1_340_000_000, "1.34 GB")],
@@ -124,3 +138,20 @@ def test_trimming_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.Mon
     memory.trim()
     monkeypatch.setattr(memory, "_malloc_trim", lambda: None)
     memory.trim()
+
+
+@pytest.mark.skipif(not memory.reset_peak_rss(), reason="the system does not let a process forget its peak")
+def test_a_peak_that_was_reset_begins_with_what_is_occupied_now() -> None:
+    held = np.ones(50_000_000, np.uint8)
+    with_array = memory.peak_rss_bytes()
+    del held
+    assert memory.reset_peak_rss()
+    assert memory.peak_rss_bytes() < with_array - 25_000_000
+
+
+def test_a_peak_that_cannot_be_reset_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert memory.reset_peak_rss() is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import os
 import pickle
@@ -36,9 +37,9 @@ from tests.engine.tasks.fakes import write_bert_tokenizer
 from tests.models import REFERENCE_NAME
 
 import pipeload
+from pipeload import buffers, planner
 from pipeload import manifest as manifests
 from pipeload import model as models
-from pipeload import planner
 from pipeload.memory import rss_bytes
 from pipeload.profile import Profile
 from pipeload.storage import Storage
@@ -273,6 +274,14 @@ def test_a_closed_state_is_refused(toy_decoder: Path) -> None:
         state.close()
         with pytest.raises(pipeload.ClosedError, match="decode state is closed"):
             model.step(_decoder_inputs(model, np.zeros((1, 2), np.int64), 0), state)
+
+
+def test_a_state_of_another_model_is_refused(toy_decoder: Path) -> None:
+    with _load(toy_decoder) as model, _load(toy_decoder) as other, model.new_state() as state:
+        with pytest.raises(pipeload.ConfigError, match="the caches of another model"):
+            other.step(_decoder_inputs(other, np.zeros((1, 2), np.int64), 0), state)
+        assert state.length == 0
+        model.step(_decoder_inputs(model, np.zeros((1, 2), np.int64), 0), state)
 
 
 def test_open_states_are_counted_until_they_are_closed_or_forgotten(toy_decoder: Path) -> None:
@@ -555,20 +564,48 @@ def test_an_interrupted_caller_is_free_at_once_and_the_next_call_works(
     gate = _gated_reads(monkeypatch, "prologue")
     with _load(toy, smallest_budget(toy)) as model:
         gate.wait_reached()
-        waits = threading.Event()
+        waits, heard = threading.Event(), threading.Event()
         submit = model._pipeline._exchange.submit
         monkeypatch.setattr(model._pipeline._exchange, "submit", lambda request: (submit(request), waits.set()))
 
+        def hear(number: int, frame: Any) -> None:
+            if not heard.is_set():
+                heard.set()
+                signal.default_int_handler(number, frame)
+
         def interrupt() -> None:
             assert waits.wait(PATIENCE_S)
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            # Again and again: CPython does not wake a wait by a signal that comes just before it.
+            while not heard.is_set():
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                heard.wait(0.1)
 
+        before = signal.signal(signal.SIGINT, hear)
         interrupting = Background(interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            model.run(toys.inputs())
-        interrupting.end()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                model.run(toys.inputs())
+            interrupting.end()
+        finally:
+            heard.set()
+            signal.signal(signal.SIGINT, before)
         gate.open()
         assert_same(model.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
+
+
+def test_memory_that_the_system_refuses_is_named_and_the_next_call_works(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers.mmap, "mmap", refuse)
+        with _load(toy, smallest_budget(toy)) as model:
+            with pytest.raises(pipeload.LoadError, match=r"no memory for a buffer of \d+ bytes"):
+                model.run(toys.inputs())
+            patch.undo()
+            assert_same(model.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
 
 
 # The end

@@ -118,6 +118,17 @@ def encoder(layers: int = 3, *, seed: int = 0, opset: int = 17) -> Builder:
     return builder
 
 
+def with_hidden_states(layers: int) -> Builder:
+    """Layers whose hidden states are outputs too, and a last norm."""
+    builder = Builder()
+    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
+    for number in range(layers):
+        x = builder.layer(x)
+        builder.output(x, f"hidden.{number}", ["batch", "length", WIDTH])
+    builder.output(builder.norm(x), "last", ["batch", "length", WIDTH])
+    return builder
+
+
 def grouped_decoder(layers: int = 3) -> Builder:
     """A decoder as onnxruntime-genai writes them: fused norms and attention, one symbol for cache and text together."""
     builder = Builder()

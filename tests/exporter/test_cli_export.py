@@ -76,7 +76,8 @@ def test_version(run: Run) -> None:
 def test_wrong_usage(run: Run, arguments: Sequence[str]) -> None:
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
-    assert "Usage" in err
+    assert err.startswith("error: ")
+    assert err.splitlines()[1:] == ["Try 'pipeload export --help'."]
 
 
 def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
@@ -155,9 +156,13 @@ def test_verify(run: Run, exported: Path, source: Path) -> None:
 
 def test_verify_names_the_damage(run: Run, exported: Path) -> None:
     (exported / "shards" / "block.000.safetensors").unlink()
+    (exported / "shards" / "block.002.onnx").write_bytes(b"")
     code, _, err = run("verify", exported)
     assert code == 1
+    assert err.startswith("error: 2 faults: ")
+    assert err.count("\n") == 1
     assert "'shards/block.000.safetensors' cannot be read" in err
+    assert "'shards/block.002.onnx' has 0 bytes" in err
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -9,7 +9,16 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto
 from tests.exporter.conftest import ARCHITECTURES
-from tests.exporter.graphs import WIDTH, Builder, backwards, encoder, grouped_decoder, renamed, reordered
+from tests.exporter.graphs import (
+    WIDTH,
+    Builder,
+    backwards,
+    encoder,
+    grouped_decoder,
+    renamed,
+    reordered,
+    with_hidden_states,
+)
 
 from pipeload.errors import ExportError
 from pipeload_export.cuts import Cuts, find_cuts
@@ -78,13 +87,7 @@ def test_layers_that_share_their_weights_are_blocks(cuts_of: Callable[..., Cuts]
 
 
 def test_hidden_states_as_outputs_do_not_end_the_search(cuts_of: Callable[..., Cuts]) -> None:
-    builder = Builder()
-    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
-    for number in range(4):
-        x = builder.layer(x)
-        builder.output(x, f"hidden.{number}", ["batch", "length", WIDTH])
-    builder.output(builder.norm(x), "last", ["batch", "length", WIDTH])
-    cuts = cuts_of(builder.model())
+    cuts = cuts_of(with_hidden_states(4).model())
     assert (cuts.count, cuts.output) == (4, "last")
 
 

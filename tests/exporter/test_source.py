@@ -79,9 +79,16 @@ class TestOnnxFile:
         with pytest.raises(ExportError, match="no ONNX file"):
             find(path)
 
+    @pytest.mark.parametrize("opset", [0, 6, 21, 999])
+    def test_opsets_that_no_graph_can_have_are_refused_at_once(self, tmp_path: Path, opset: int) -> None:
+        constants = pytest.importorskip("torch.onnx._constants")
+        lowest, highest = constants.ONNX_MIN_OPSET, constants.ONNX_TORCHSCRIPT_EXPORTER_MAX_OPSET
+        with pytest.raises(ConfigError, match=f"opset {opset}, only with one from {lowest} to {highest}.*--opset out"):
+            find(tmp_path, opset=opset)
+
     def test_has_an_opset_and_a_revision_of_its_own(self, tmp_path: Path) -> None:
         path = write_onnx(tmp_path / "m.onnx")
-        with pytest.raises(ConfigError, match="opset"):
+        with pytest.raises(ConfigError, match="opset of its own"):
             find(path, opset=17)
         with pytest.raises(ConfigError, match="--revision"):
             find(path, revision="main")

@@ -12,7 +12,18 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from tests.exporter.conftest import ARCHITECTURES, Sharded, assert_same_answers
-from tests.exporter.graphs import ROWS, WIDTH, Builder, backwards, encoder, grouped_decoder, renamed, reordered, run
+from tests.exporter.graphs import (
+    ROWS,
+    WIDTH,
+    Builder,
+    backwards,
+    encoder,
+    grouped_decoder,
+    renamed,
+    reordered,
+    run,
+    with_hidden_states,
+)
 
 from pipeload.errors import ExportError
 from pipeload.manifest import PAGE_BYTES, evaluate_dim
@@ -202,13 +213,7 @@ def test_a_heavy_stem_and_tail_are_cut_as_well(shard: Callable[..., Sharded]) ->
 
 
 def test_hidden_states_leave_from_the_blocks_that_make_them(shard: Callable[..., Sharded]) -> None:
-    builder = Builder()
-    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
-    for number in range(4):
-        x = builder.layer(x)
-        builder.output(x, f"hidden.{number}", ["batch", "length", WIDTH])
-    builder.output(builder.norm(x), "last", ["batch", "length", WIDTH])
-    sharded = shard(builder.model())
+    sharded = shard(with_hidden_states(4).model())
     for number in range(4):
         block = next(item for item in sharded.model.shards if item.name == f"block.{number:03d}")
         assert f"hidden.{number}" in block.outputs

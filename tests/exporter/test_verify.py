@@ -39,6 +39,10 @@ def exported(unsplit: Path, tmp_path: Path) -> Path:
     return tmp_path / "exported"
 
 
+def spoil(model: onnx.ModelProto) -> None:
+    model.graph.node[0].op_type = "NoSuchOperator"
+
+
 def rehash(directory: Path) -> None:
     """Make the manifest agree with the files, as an attacker or a broken tool would."""
     manifest = read(directory)
@@ -163,9 +167,6 @@ class TestDamage:
             verify(exported)
 
     def test_graph_that_is_not_valid(self, exported: Path) -> None:
-        def spoil(model: onnx.ModelProto) -> None:
-            model.graph.node[0].op_type = "NoSuchOperator"
-
         change_graph(exported / GRAPH, spoil)
         rehash(exported)
         with pytest.raises(ExportError, match=r"onnx.checker refuses shard 'block\.001'.*NoSuchOperator"):
@@ -180,6 +181,13 @@ class TestDamage:
         change_graph(exported / GRAPH, rename)
         rehash(exported)
         with pytest.raises(ExportError, match=r"'block\.001' has the outputs \['other'\], the manifest says"):
+            verify(exported)
+
+    def test_graphs_of_several_shards_are_named_together(self, exported: Path) -> None:
+        for name in ("block.000", "block.002"):
+            change_graph(exported / GRAPH.replace("block.001", name), spoil)
+        rehash(exported)
+        with pytest.raises(ExportError, match=r"'block\.000'(?s:.*)'block\.002'"):
             verify(exported)
 
     def test_no_manifest(self, tmp_path: Path) -> None:
@@ -204,11 +212,24 @@ class TestAnswers:
 
         other = write_onnx(tmp_path / "other.onnx")
         change_graph(other, rename)
-        with pytest.raises(ExportError, match=r"unsplit graph .* does not run"):
+        with pytest.raises(ExportError, match=r"graph of another model than the shards: it takes 'ids', .* \(2 such"):
             verify(exported, other)
         (tmp_path / "text.onnx").write_text("no graph")
-        with pytest.raises(ExportError, match="does not open the unsplit graph"):
+        with pytest.raises(ExportError, match=r"does not open the unsplit graph .*Fetch or export it again"):
             verify(exported, tmp_path / "text.onnx")
+        with pytest.raises(ConfigError, match=r"no unsplit model at .*--keep-onnx"):
+            verify(exported, tmp_path / "missing.onnx")
+
+    def test_graph_without_an_output_of_the_shards(self, exported: Path, tmp_path: Path) -> None:
+        def rename(model: onnx.ModelProto) -> None:
+            for node in model.graph.node:
+                node.output[:] = ["other" if o == "last_hidden_state" else o for o in node.output]
+            model.graph.output[0].name = "other"
+
+        other = write_onnx(tmp_path / "other.onnx")
+        change_graph(other, rename)
+        with pytest.raises(ExportError, match=r"another model than the shards: it makes no 'last_hidden_state'\. Pass"):
+            verify(exported, other)
 
     def test_limits(self) -> None:
         assert limit_of("float32") == 1e-4

@@ -13,11 +13,13 @@ import numpy as np
 
 import pipeload
 from pipeload import manifest as manifests
+from pipeload import profile as profiles
 from pipeload.bench.cgroup import evict
 from pipeload.bench.engines import ShardChain, SingleSession, one_after_the_other, one_ahead
 from pipeload.bench.spec import PlanFacts, Result, Spec, from_json, to_json
 from pipeload.bench.workload import Measured, Work, input_dims
 from pipeload.errors import ConfigError, PipeloadError
+from pipeload.machine import cores
 from pipeload.memory import peak_rss_bytes, rss_bytes
 from pipeload.model import Model
 from pipeload.tasks.runner import Decoder
@@ -44,6 +46,7 @@ def run(spec: Spec) -> Result:
         manifest=manifest,
         directory=spec.directory,
         sizes=spec.sizes,
+        settling=spec.settling,
         passes=spec.passes,
         before_pass=(lambda: evict(weights)) if spec.cold else lambda: None,
     )
@@ -84,22 +87,27 @@ def _opened(spec: Spec, manifest: manifests.Manifest) -> Iterator[Decoder[Any]]:
     if spec.contender == "pipeload":
         with _load(spec, manifest) as model:
             yield model
-    elif spec.contender in ("single", "mmap"):
+        return
+    threads = spec.threads or cores()
+    if spec.contender in ("single", "mmap"):
         if spec.unsplit is None:
             raise ConfigError(f"The contender {spec.contender} needs the unsplit model.")
-        yield SingleSession(spec.directory, spec.unsplit, mapped=spec.contender == "mmap", threads=spec.threads)
+        yield SingleSession(spec.directory, spec.unsplit, mapped=spec.contender == "mmap", threads=threads)
     elif spec.contender == "layerwise":
-        yield ShardChain(spec.directory, one_after_the_other, threads=spec.threads)
+        yield ShardChain(spec.directory, one_after_the_other, threads=threads)
     else:
         keep = spec.contender == "pipeswitch"
-        yield ShardChain(spec.directory, one_ahead(keep=keep), threads=spec.threads)
+        yield ShardChain(spec.directory, one_ahead(keep=keep), threads=threads)
 
 
 def _load(spec: Spec, manifest: manifests.Manifest) -> Model:
     sizes = spec.sizes
     if spec.task in ("pass", "decode"):
         sizes = input_dims(manifest, spec.directory, spec.sizes)
-    return pipeload.load(spec.directory, spec.budget, loaders=spec.loaders, threads=spec.threads, sizes=sizes)
+    profile = profiles.read(spec.profile) if spec.profile else None
+    return pipeload.load(
+        spec.directory, spec.budget, loaders=spec.loaders, threads=spec.threads, sizes=sizes, profile=profile
+    )
 
 
 def _plan_facts(model: Model) -> PlanFacts:
@@ -107,9 +115,9 @@ def _plan_facts(model: Model) -> PlanFacts:
     return PlanFacts(
         budget_bytes=plan.budget_bytes,
         peak_bytes=plan.peak_bytes,
-        first_s=None,
-        steady_s=None,
-        resident_bytes=sum(shard.nbytes for shard in model.manifest.shards if shard.name in plan.resident),
+        first_s=plan.first_pass_s,
+        steady_s=plan.steady_pass_s,
+        resident_bytes=plan.resident_bytes,
         loaders=plan.loaders,
         buffers=plan.buffers,
         threads=plan.threads,

@@ -1,7 +1,7 @@
 """Contenders x budgets x disks x rounds: each run in a process of its own, under its limits, its answers checked.
 
 ```
-reference:   single, without limits -> outputs
+reference:   single, without limits -> outputs; pipeload once, which remembers files that it found right
 per disk:    profile under the throttle -> T*
 per round:   disk 1:  budget 1:  pipeload  single  mmap ...      interleaved, so that a slow minute of the
                       budget 2:  pipeload  single  mmap ...      machine does not meet one contender alone
@@ -33,6 +33,7 @@ from pipeload.bench.workload import input_dims
 from pipeload.errors import RunError
 from pipeload.manifest import Manifest
 from pipeload.memory import format_bytes
+from pipeload.profile import write as write_profile
 
 __all__ = ["Report", "Settings", "compare", "run_contender"]
 
@@ -49,10 +50,11 @@ class Settings:
         contenders: who.
         budgets: memory limits in bytes; None for no limit.
         disks: bytes per second to which reads are throttled; None for no throttle.
-        passes: steady passes of each run.
+        settling: passes after the first that do not count, for every contender.
+        passes: steady passes of each run after those.
         rounds: how often everything is run.
         sizes: sizes of symbolic dimensions; without it batch 1 and 128 tokens, or one image.
-        threads: intra-op threads of every contender; None takes every core.
+        threads: intra-op threads of every contender; None takes every core, or what pipeload finds best.
         loaders: numbers of Loading Agents to try pipeload with; empty lets it choose.
         cold: evict the weights from the page cache before every pass, as when other models ran in between.
         timeout_s: a run that takes longer is ended, and has no result.
@@ -63,6 +65,7 @@ class Settings:
     contenders: tuple[ContenderName, ...]
     budgets: tuple[int | None, ...]
     disks: tuple[int | None, ...] = (None,)
+    settling: int = 2
     passes: int = 5
     rounds: int = 1
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -154,6 +157,7 @@ def run_contender(
     read_bytes_per_s: int | None = None,
     grouped: bool = True,
     timeout_s: float = 3600,
+    cache: Path | None = None,
 ) -> Run:
     """One contender in a process of its own, with cold files; its outputs are not checked.
 
@@ -163,6 +167,7 @@ def run_contender(
         read_bytes_per_s: the throttle of the disk that holds the model.
         grouped: False when this process may make no cgroups.
         timeout_s: it is ended when it takes longer.
+        cache: where pipeload keeps what it finds out, instead of the user's cache.
 
     Raises:
         ConfigError: the disk cannot be throttled.
@@ -179,7 +184,7 @@ def run_contender(
                 disk_of=spec.directory,
                 grouped=grouped,
                 timeout_s=timeout_s,
-                env=_environment(),
+                env=_environment(cache),
             )
         except subprocess.TimeoutExpired:
             return Run(result=None, message=f"It took longer than {timeout_s:.0f} s.")
@@ -205,8 +210,9 @@ class _Bench:
         self._grouped = grouped
         self._dims = input_dims(manifest, settings.directory, settings.sizes)
         self._task: Task = "decode" if manifest.caches else "pass"
-        self._threads = settings.threads or len(os.sched_getaffinity(0))
         self._reference = folder / "reference.npz"
+        self._cache = folder / "cache"
+        self._profiles: dict[int | None, Path] = {}
 
     def run_reference(self) -> None:
         spec = self._spec(Job(contender="single", budget_bytes=None, disk_bytes_per_s=None), self._reference)
@@ -216,23 +222,35 @@ class _Bench:
                 f"The reference, {spec.directory.name} in one session without a limit, did not run: "
                 f"{run.message or (run.result and run.result.error)} Answers cannot be checked without it."
             )
+        if "pipeload" in self._settings.contenders:
+            # Only the first start on a machine hashes the files: the runs that count are later ones.
+            job = Job(contender="pipeload", budget_bytes=None, disk_bytes_per_s=None)
+            run_contender(
+                replace(self._spec(job, self._folder / "outputs.npz"), settling=0, passes=1),
+                grouped=self._grouped,
+                timeout_s=self._settings.timeout_s,
+                cache=self._cache,
+            )
 
     def profile(self, disk: int | None) -> Profiles:
-        order, target = self._folder / "order.json", self._folder / "profile.json"
-        order.write_bytes(
-            to_json(Order(directory=self._settings.directory, dims=self._dims, threads=self._threads, target=target))
-        )
+        path, target = self._folder / "order.json", self._folder / "profile.json"
+        settings = self._settings
+        order = Order(directory=settings.directory, dims=self._dims, threads=settings.threads, target=target)
+        path.write_bytes(to_json(order))
         outcome = cgroup.run(
-            [sys.executable, "-m", "pipeload.bench.bound", str(order)],
+            [sys.executable, "-m", "pipeload.bench.bound", str(path)],
             read_bytes_per_s=disk,
             disk_of=self._settings.directory,
             grouped=self._grouped,
             timeout_s=self._settings.timeout_s,
-            env=_environment(),
+            env=_environment(self._cache),
         )
         if outcome.returncode:
             raise RunError(f"The model could not be profiled: {(outcome.stderr.strip().splitlines() or [''])[-1]}")
-        return from_json(target.read_bytes(), Profiles)
+        measured = from_json(target.read_bytes(), Profiles)
+        self._profiles[disk] = self._folder / f"profile-{disk}.json"
+        write_profile(measured.steady, self._profiles[disk])
+        return measured
 
     def run(self, job: Job) -> Run:
         outputs = self._folder / "outputs.npz"
@@ -243,6 +261,7 @@ class _Bench:
             read_bytes_per_s=job.disk_bytes_per_s,
             grouped=self._grouped,
             timeout_s=self._settings.timeout_s,
+            cache=self._cache,
         )
         if not outputs.exists():
             return run
@@ -255,8 +274,10 @@ class _Bench:
             unsplit=self._settings.unsplit,
             task=self._task,
             budget="auto" if job.budget_bytes is None else job.budget_bytes,
+            profile=self._profiles.get(job.disk_bytes_per_s),
             loaders=job.loaders,
-            threads=self._threads,
+            threads=self._settings.threads,
+            settling=self._settings.settling,
             passes=self._settings.passes,
             cold=self._settings.cold,
             sizes=dict(self._settings.sizes),
@@ -293,11 +314,12 @@ def _bounds(manifest: Manifest, profiles: Profiles, job: Job, runs: Mapping[Job,
     return bounds(manifest, profiles, max(same, default=0))
 
 
-def _environment() -> dict[str, str]:
+def _environment(cache: Path | None) -> dict[str, str]:
     """The children import the same pipeload as this process."""
     root = str(Path(pipeload.__file__).resolve().parents[1])
     known = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join([root, known] if known else [root])}
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([root, known] if known else [root])}
+    return variables | ({"PIPELOAD_CACHE": str(cache)} if cache else {})
 
 
 def _disk_name(disk: int | None) -> str:

@@ -52,8 +52,9 @@ class Spec:
         budget: what pipeload gets as `memory_budget`; the others only feel the cgroup.
         profile: a JSON file with the profile that pipeload plans with; None lets it look for one itself.
         loaders: Loading Agents of pipeload; None lets it choose.
-        threads: intra-op threads.
-        passes: steady passes after the first.
+        threads: intra-op threads; None takes every core, or what pipeload finds best.
+        settling: passes after the first that do not count: pipeload lays resident weights out for the CPU meanwhile.
+        passes: steady passes after those.
         cold: evict the weights from the page cache before every pass.
         sizes: sizes of symbolic dimensions.
         texts: what `embed` embeds, or `generate` continues.
@@ -68,7 +69,8 @@ class Spec:
     budget: int | str = "auto"
     profile: Path | None = None
     loaders: int | None = None
-    threads: int = 1
+    threads: int | None = None
+    settling: int = 0
     passes: int = 5
     cold: bool = False
     sizes: dict[str, int] = field(default_factory=dict)

@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 
 from pipeload.bench.cgroup import read_bytes
 from pipeload.errors import ConfigError
-from pipeload.manifest import Manifest, TensorSpec, evaluate_dim, symbols
-from pipeload.planner import planning_dims
+from pipeload.examples import example_inputs, past_symbols
+from pipeload.footprint import planning_dims
+from pipeload.manifest import Manifest, symbols
+from pipeload.model import image_sizes
 from pipeload.tasks.batch import position_ids
 from pipeload.tasks.config import ModelConfig, read_settings
 from pipeload.tasks.embed import embed
 from pipeload.tasks.generate import generate
 from pipeload.tasks.runner import Decoder, free_inputs, graph_inputs
 
-__all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims", "work_inputs"]
+__all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]
 
 PROMPT_TOKENS = 16
 """Length of the prompt that a decoder starts from."""
@@ -49,13 +51,15 @@ class Work:
         manifest: the model.
         directory: where it lies.
         sizes: sizes of symbolic dimensions.
-        passes: steady passes after the first.
-        before_pass: called before each steady pass, outside its time.
+        settling: passes after the first that do not count.
+        passes: steady passes after those.
+        before_pass: called before each pass but the first, outside its time.
     """
 
     manifest: Manifest
     directory: Path
     sizes: Mapping[str, int]
+    settling: int
     passes: int
     before_pass: Callable[[], None]
 
@@ -66,7 +70,7 @@ class Work:
     def decode(self, inputs: Arrays, runner: AnyDecoder, begin_s: float) -> Measured:
         """A pass over the prompt, then greedily one token a pass with its KV caches kept."""
         tokens: list[int] = []
-        with runner.new_state(PROMPT_TOKENS + self.passes + 1) as state:
+        with runner.new_state(PROMPT_TOKENS + self.settling + self.passes + 1) as state:
             new = inputs["input_ids"]
             mask = np.ones_like(new)
 
@@ -113,12 +117,16 @@ class Work:
 
     def inputs(self) -> Arrays:
         """What the first pass takes, without caches."""
-        made = work_inputs(self.manifest, self.directory, input_dims(self.manifest, self.directory, self.sizes))
+        rows = read_settings(self.directory, "config.json", ModelConfig).vocab_size
+        made = example_inputs(self.manifest, input_dims(self.manifest, self.directory, self.sizes), rows)
         return {spec.name: made[spec.name] for spec in free_inputs(self.manifest)}
 
     def _laps(self, work: Callable[[], Arrays], begin_s: float, answer: Callable[[Arrays], Any]) -> Measured:
         outputs = work()
         first_s = time.perf_counter() - begin_s
+        for _ in range(self.settling):
+            self.before_pass()
+            work()
         before = read_bytes()
         seconds: list[float] = []
         for _ in range(self.passes):
@@ -135,23 +143,11 @@ class Work:
         )
 
 
-def work_inputs(manifest: Manifest, directory: Path, dims: Mapping[str, int]) -> Arrays:
-    """An array for every graph input, caches included: masks of ones, positions that count up, the rest seeded."""
-    rows = read_settings(directory, "config.json", ModelConfig).vocab_size or 2
-    generator = np.random.default_rng(0)
-    return {spec.name: _array(spec, dims, rows, generator) for spec in manifest.inputs}
-
-
 def input_dims(manifest: Manifest, directory: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     """Sizes of all symbolic dimensions of the first pass: given, the image's, a decoder's prompt, or the usual."""
-    known: dict[str, int] = {}
-    for spec in free_inputs(manifest):
-        if len(spec.shape) == 4:
-            config = read_settings(directory, "config.json", ModelConfig)
-            image = (config.num_channels or 3, *(config.image_height_width or (224, 224)))
-            known |= {dim: size for dim, size in zip(spec.shape[1:], image, strict=True) if isinstance(dim, str)}
-        elif manifest.caches and spec.name == "input_ids":
-            known |= dict.fromkeys(symbols(spec.shape[-1]), PROMPT_TOKENS)
+    known = image_sizes(directory, manifest)
+    if manifest.caches:
+        known |= dict.fromkeys(_new_symbols(manifest), PROMPT_TOKENS)
     return planning_dims(manifest, known | dict(sizes))
 
 
@@ -159,24 +155,12 @@ def step_dims(manifest: Manifest, dims: Mapping[str, int]) -> dict[str, int]:
     """The dimensions of a steady pass: the same, or for a decoder one new token after the prompt."""
     if not manifest.caches:
         return dict(dims)
-    prompt = next(spec for spec in manifest.inputs if spec.name == "input_ids")
-    new = set(symbols(prompt.shape[-1]))
-    cached = {cache.input for cache in manifest.caches}
-    kept = {s for spec in manifest.inputs if spec.name in cached for dim in spec.shape[1:] for s in symbols(dim)}
+    new = _new_symbols(manifest)
     length = max((dims[symbol] for symbol in new), default=1)
-    return {**dims, **dict.fromkeys(kept - new, length), **dict.fromkeys(new, 1)}
+    return {**dims, **dict.fromkeys(past_symbols(manifest), length), **dict.fromkeys(new, 1)}
 
 
-def _array(spec: TensorSpec, dims: Mapping[str, int], rows: int, generator: np.random.Generator) -> NDArray[Any]:
-    shape = tuple(evaluate_dim(dim, dims) for dim in spec.shape)
-    if "position" in spec.name:
-        array: NDArray[Any] = np.broadcast_to(np.arange(shape[-1]), shape)
-    elif "type" in spec.name:
-        array = np.zeros(shape)
-    elif "mask" in spec.name or spec.dtype == "bool":
-        array = np.ones(shape)
-    elif "int" in spec.dtype:
-        array = generator.integers(0, rows, shape)
-    else:
-        array = generator.standard_normal(shape)
-    return np.ascontiguousarray(array.astype(spec.dtype))
+def _new_symbols(manifest: Manifest) -> set[str]:
+    """Symbols of the tokens that a decoder is given."""
+    prompt = next((spec for spec in manifest.inputs if spec.name == "input_ids"), None)
+    return set(symbols(prompt.shape[-1])) if prompt else set()

@@ -9,13 +9,15 @@ from typing import Annotated, NoReturn
 import typer
 
 import pipeload
-from pipeload.cli import bench, classify, embed, export, generate, inspect, run, verify
+from pipeload.cli import bench, classify, embed, export, generate, inspect, plan, profile, run, timeline, verify
+from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.errors import PipeloadError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="pipeload",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,10 +27,13 @@ app = typer.Typer(
 app.command()(export.export)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(profile.profile)
+app.command()(plan.plan)
 app.command()(run.run)
 app.command()(embed.embed)
 app.command()(classify.classify)
 app.command()(generate.generate)
+app.command()(timeline.timeline)
 app.command()(bench.bench)
 
 
@@ -40,15 +45,18 @@ def main() -> None:
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        app(prog_name="pipeload")
     except PipeloadError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_error(error)
         sys.exit(1)
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"error: {error.filename or 'the output'} cannot be written or read: {error.strerror}.", file=sys.stderr)
+        print_error(f"{error.filename or 'the output'} cannot be written or read: {error.strerror}.")
         sys.exit(1)
+    except KeyboardInterrupt:
+        print_error("interrupted.")
+        sys.exit(INTERRUPTED)
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

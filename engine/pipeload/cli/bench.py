@@ -15,7 +15,7 @@ from pipeload.bench.harness import Settings, compare
 from pipeload.bench.pictures import draw
 from pipeload.bench.spec import CONTENDERS, ContenderName, Unsplit, to_json
 from pipeload.bench.table import table
-from pipeload.cli.options import Directory, in_folder
+from pipeload.cli.options import Directory, in_folder, read_sizes
 from pipeload.cli.progress import progress_bars
 from pipeload.errors import ConfigError
 from pipeload.manifest import Manifest, read
@@ -162,13 +162,8 @@ def _rate(text: str) -> int | None:
         raise typer.BadParameter(f"'{text}' is no rate for --disk. {error}") from error
 
 
-def _sizes(pairs: list[str], manifest: Manifest) -> dict[str, int]:
-    dims = {}
-    for pair in pairs:
-        name, _, size = pair.partition("=")
-        if not (name and size.isdecimal()):
-            raise typer.BadParameter(f"Write --size as NAME=N, not '{pair}'.")
-        if name not in manifest.dims:
-            raise typer.BadParameter(f"The model has no dimension {name}; it has {', '.join(manifest.dims)}.")
-        dims[name] = int(size)
+def _sizes(values: list[str], manifest: Manifest) -> dict[str, int]:
+    dims = read_sizes(values)
+    if unknown := set(dims) - set(manifest.dims):
+        raise typer.BadParameter(f"The model has no dimension {sorted(unknown)}; it has {sorted(manifest.dims)}.")
     return dims

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, open_model, read_lines
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
+from pipeload.cli.texts import read_lines, refuse_images
 from pipeload.tasks.entities import Entity
 from pipeload.tasks.labels import Label
 
@@ -28,6 +29,7 @@ def classify(
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
+    trace: Trace = None,
 ) -> None:
     """Label texts or images, or find the entities in texts, by what the model was made for.
 
@@ -38,8 +40,11 @@ def classify(
 
         pipeload classify models/ner - < letters.txt
     """
-    with open_model(directory, budget, stats=stats) as model:
-        wanted = _read(inputs, images=model.manifest.task == "image-classification")
+    with open_model(directory, budget, stats=stats, trace=trace) as model:
+        images = model.manifest.task == "image-classification"
+        if not images:
+            refuse_images(inputs, f"this model for {model.manifest.task}")
+        wanted = _read(inputs, images=images)
         results: list[list[Label]] = []
         for chunk in chunks(wanted, _CHUNK, "Classifying"):
             results.extend(model.classify([value for _, value in chunk], top_k=top_k))
@@ -64,6 +69,4 @@ def _read(inputs: list[str], *, images: bool) -> list[tuple[str, str | bytes]]:
             wanted.append(("-", sys.stdin.buffer.read()))
         else:
             wanted.extend((line, line) for line in read_lines())
-    if not wanted:
-        raise typer.BadParameter("stdin has no text.")
     return wanted

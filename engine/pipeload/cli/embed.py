@@ -10,7 +10,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, in_folder, open_model, read_lines
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, in_folder, open_model
+from pipeload.cli.texts import read_lines, refuse_images
 from pipeload.tasks.pooling import normalized
 
 __all__ = ["embed"]
@@ -34,6 +35,7 @@ def embed(
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
+    trace: Trace = None,
 ) -> None:
     """Turn texts into vectors.
 
@@ -48,7 +50,8 @@ def embed(
     wanted += read_lines(file) if file else []
     if not wanted:
         raise typer.BadParameter("Give at least one TEXT, - for stdin, or --file.")
-    with open_model(directory, budget, stats=stats) as model:
+    refuse_images(texts or [], "embed")
+    with open_model(directory, budget, stats=stats, trace=trace) as model:
         parts = [model.embed(list(chunk)) for chunk in chunks(wanted, _CHUNK, "Embedding")]
     vectors = np.concatenate(parts)
     if output:

@@ -26,7 +26,7 @@ def export(
         str | None, typer.Option(help="What the model is for, such as text-classification; else as its config says.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
-    opset: Annotated[int | None, typer.Option(min=1, help="Version of the ONNX operators.")] = None,
+    opset: Annotated[int | None, typer.Option(min=1, help="Version of the ONNX operators, at most 20.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
     keep_onnx: Annotated[

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from pipeload.cli.options import Budget, Directory, Json, Stats, open_model, status
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model, status
 from pipeload.cli.report import print_json
+from pipeload.cli.texts import read_text, refuse_images
 from pipeload.tasks.generate import MAX_NEW_TOKENS
 from pipeload.tasks.generate import generate as generate_text
 
@@ -23,6 +23,7 @@ def generate(
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
+    trace: Trace = None,
 ) -> None:
     """Continue a text, always with the likeliest next token.
 
@@ -33,8 +34,9 @@ def generate(
 
         pipeload generate models/exported/smollm2-135m - --json < prompt.txt
     """
-    text = sys.stdin.buffer.read().decode(errors="replace").rstrip("\n") if prompt == "-" else prompt
-    with open_model(directory, budget, stats=stats) as model:
+    refuse_images([prompt], "generate")
+    text = read_text().rstrip("\n") if prompt == "-" else prompt
+    with open_model(directory, budget, stats=stats, trace=trace, quiet=True) as model:
         if as_json:
             with status("Generating"):
                 made = generate_text(model, text, max_new_tokens=max_new_tokens)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,19 +12,30 @@ from rich.console import Console
 from rich.progress import track
 
 import pipeload
-from pipeload.memory import format_bytes
+from pipeload.cli.passes import pass_progress, stats_lines
+from pipeload.trace import write_chrome
 
 __all__ = [
     "Budget",
     "Directory",
     "Json",
     "Stats",
+    "Trace",
     "chunks",
     "in_folder",
     "open_model",
-    "read_lines",
+    "pairs",
+    "read_sizes",
     "status",
 ]
+
+
+def in_folder(path: Path | None) -> Path | None:
+    """The path of a file to write, whose folder must be there: better said before the work than after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{path} cannot be written: name a file in a folder that exists.")
+    return path
+
 
 Directory = Annotated[
     Path, typer.Argument(metavar="DIR", help="A sharded model directory, as `pipeload export` makes it.")
@@ -39,56 +48,85 @@ Budget = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Stats = Annotated[bool, typer.Option("--stats", help="Say on stderr how many passes, seconds and bytes it took.")]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        "--trace",
+        metavar="FILE",
+        callback=in_folder,
+        help="Write what every agent did and when, as JSON for Perfetto and `pipeload timeline`.",
+    ),
+]
+Stats = Annotated[
+    bool,
+    typer.Option(
+        "--stats", help="Say on stderr what the passes took, and how near that is to what the machine can do."
+    ),
+]
 
 Item = TypeVar("Item")
 
-
-def in_folder(path: Path | None) -> Path | None:
-    """The path of a file to write, whose folder must be there: better said before the work than after it."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise typer.BadParameter(f"{path} cannot be written: name a file in a folder that exists.")
-    return path
+_CONSOLE = Console(stderr=True)
+"""One for all that is drawn: displays on one console stack, those on several garble each other."""
 
 
 @contextmanager
-def open_model(directory: Path, budget: str, *, stats: bool, **options: Any) -> Iterator[pipeload.Model]:
-    """The loaded model; at the end the line of `--stats`, if it is wanted."""
-    begin = time.perf_counter()
-    with pipeload.load(directory, budget, **options) as model:
+def open_model(
+    directory: Path, budget: str, *, stats: bool, trace: Path | None, quiet: bool = False, **options: Any
+) -> Iterator[pipeload.Model]:
+    """The loaded model, with a bar for each long pass; at the end what `--stats` and `--trace` want.
+
+    Args:
+        directory: the sharded model directory.
+        budget: as `pipeload.load` takes it.
+        stats: print figures on stderr.
+        trace: where the trace goes.
+        quiet: no bar, since something else is written to the terminal.
+        **options: for `pipeload.load`.
+    """
+    with ExitStack() as stack:
+        progress = None if quiet else stack.enter_context(pass_progress(_CONSOLE))
+        model = stack.enter_context(pipeload.load(directory, budget, progress=progress, **options))
         yield model
+        done, plan = model.stats, model.plan
         if stats:
-            done = model.stats
-            typer.echo(
-                f"{done.passes} {'pass' if done.passes == 1 else 'passes'} in {time.perf_counter() - begin:.2f} s, "
-                f"peak {format_bytes(done.peak_bytes)} of {format_bytes(model.plan.budget_bytes)}",
-                err=True,
-            )
+            for line in stats_lines(done, plan):
+                typer.echo(line, err=True)
+        if trace is not None:
+            facts = {
+                "model": directory.name,
+                "budget_bytes": plan.budget_bytes,
+                "loaders": plan.loaders,
+                "buffers": plan.buffers,
+            }
+            write_chrome(model.trace, trace, facts)
 
 
 def status(text: str) -> AbstractContextManager[object]:
     """A sign of life on stderr while something runs; nothing where stderr is no terminal."""
-    return Console(stderr=True).status(text)
+    return _CONSOLE.status(text)
 
 
 def chunks(items: Sequence[Item], size: int, text: str) -> Iterator[Sequence[Item]]:
     """The items in groups of `size`, with a progress bar on stderr where that is a terminal."""
-    console = Console(stderr=True)
     begins = range(0, len(items), size)
-    for begin in track(begins, text, console=console, transient=True, disable=not console.is_terminal):
+    for begin in track(begins, text, console=_CONSOLE, transient=True, disable=not _CONSOLE.is_terminal):
         yield items[begin : begin + size]
 
 
-def read_lines(path: Path = Path("-")) -> list[str]:
-    """The lines of a file, or of stdin for `-`, without empty ones.
+def pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    """The values of an option that is written as NAME=VALUE, once for each name."""
+    split = [value.partition("=") for value in values or []]
+    for name, equals, value in split:
+        if not (name and equals and value):
+            raise typer.BadParameter(f"Write {option} as NAME=VALUE, not '{name}{equals}{value}'.")
+    return {name: value for name, _, value in split}
 
-    Raises:
-        typer.BadParameter: it cannot be read, or is no UTF-8.
-    """
-    try:
-        text = (sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()).decode()
-    except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}.") from error
-    return [line for line in text.splitlines() if line.strip()]
+
+def read_sizes(values: list[str] | None) -> dict[str, int]:
+    """The sizes of `--size NAME=N`."""
+    sizes = pairs(values, "--size")
+    for name, text in sizes.items():
+        if not text.isdecimal():
+            raise typer.BadParameter(f"The size of {name} must be a number, not '{text}'.")
+    return {name: int(text) for name, text in sizes.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +12,11 @@ import typer
 from numpy.typing import NDArray
 
 import pipeload
-from pipeload.cli.options import Budget, Directory, Json, Stats, chunks, in_folder, open_model
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, in_folder, open_model, pairs, read_sizes
 from pipeload.cli.report import print_json
-from pipeload.manifest import TensorSpec, bind_dims, evaluate_dim
-from pipeload.planner import planning_dims
-from pipeload.tasks.config import ModelConfig
+from pipeload.examples import example_inputs
+from pipeload.footprint import planning_dims
+from pipeload.manifest import bind_dims
 from pipeload.tasks.runner import config_of
 
 __all__ = ["run"]
@@ -43,6 +42,7 @@ def run(
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
+    trace: Trace = None,
 ) -> None:
     """Run a model on arrays.
 
@@ -53,9 +53,9 @@ def run(
 
         pipeload run models/exported/bert-large --random --size sequence_length=128 --passes 5 --budget 256MB
     """
-    given = {name: _read_array(name, file) for name, file in _pairs(inputs, "--input").items()}
-    dims = {name: _integer(name, value) for name, value in _pairs(sizes, "--size").items()}
-    with open_model(directory, budget, stats=stats, sizes=dims) as model:
+    given = {name: _read_array(name, file) for name, file in pairs(inputs, "--input").items()}
+    dims = read_sizes(sizes)
+    with open_model(directory, budget, stats=stats, trace=trace, sizes=dims) as model:
         if random:
             shapes = {name: array.shape for name, array in given.items()}
             given = _random_inputs(model, bind_dims(model.inputs, shapes) | dims) | given
@@ -80,25 +80,17 @@ def run(
         typer.echo(f"{name}: {fact['dtype']}{fact['shape']}{spread}")
 
 
-def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
-    pairs = [value.partition("=") for value in values or []]
-    for name, equals, value in pairs:
-        if not (name and equals and value):
-            raise typer.BadParameter(f"Write {option} as NAME=VALUE, not '{name}{equals}{value}'.")
-    return {name: value for name, _, value in pairs}
-
-
-def _integer(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise typer.BadParameter(f"The size of {name} must be a number, not '{text}'.")
-    return int(text)
-
-
 def _read_array(name: str, file: str) -> NDArray[Any]:
     try:
         array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error}.") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error.strerror or error}.") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        # NumPy takes whatever it does not know for a pickle, and then says how to load it all the same.
+        why = "" if "pickle" in str(error) else f" ({error})"
+        raise typer.BadParameter(
+            f"{file} for {name} cannot be read as .npy{why}. Save an array of numbers with numpy.save."
+        ) from error
     if not isinstance(array, np.ndarray):
         array.close()
         raise typer.BadParameter(f"{file} for {name} holds several arrays. Save each as its own .npy file.")
@@ -106,30 +98,13 @@ def _read_array(name: str, file: str) -> NDArray[Any]:
 
 
 def _random_inputs(model: pipeload.Model, sizes: dict[str, int]) -> Arrays:
-    """An array for each graph input: what it means where its name tells, seeded noise where it does not."""
+    """An array for each graph input that is no cache."""
     config = config_of(model)
     height, width = config.image_height_width or (224, 224)
     image = {"num_channels": config.num_channels or 3, "height": height, "width": width}
     dims = planning_dims(model.manifest) | image | sizes
-    generator = np.random.default_rng(0)
-    return {spec.name: _random_array(spec, dims, config, generator) for spec in model.inputs}
-
-
-def _random_array(
-    spec: TensorSpec, dims: Mapping[str, int], config: ModelConfig, generator: np.random.Generator
-) -> NDArray[Any]:
-    shape = tuple(evaluate_dim(dim, dims) for dim in spec.shape)
-    if spec.name == "position_ids":
-        array: NDArray[Any] = np.broadcast_to(np.arange(shape[-1]), shape)
-    elif spec.name == "token_type_ids":
-        array = np.zeros(shape)
-    elif spec.name.endswith("mask") or spec.dtype == "bool":
-        array = np.ones(shape)
-    elif "int" in spec.dtype:
-        array = generator.integers(0, config.vocab_size or 2, shape)
-    else:
-        array = generator.standard_normal(shape)
-    return array.astype(spec.dtype)
+    made = example_inputs(model.manifest, dims, config.vocab_size)
+    return {spec.name: made[spec.name] for spec in model.inputs}
 
 
 def _facts(array: NDArray[Any]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def classify(
 ) -> list[Label] | list[list[Label]]:
     """The labels of each text or image, best first; for one input a list, for several a list of lists.
 
-    A token classifier returns the `Entity`s of a text in their order, instead of the best labels.
+    A token classifier returns the `Entity`s of a text in their order, instead of the best labels. Texts are cut to what
+    the model takes, and a TruncationWarning says so.
 
     Args:
         runner: a model exported for text-classification, token-classification or image-classification.
@@ -86,7 +87,7 @@ def _texts(
         parts = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
         return [labels for part in parts for labels in _texts(runner, part, top_k, batch_size, by_token)]
     config, tokenizer = config_of(runner), tokenizer_of(runner)
-    rows = [tokenizer.encode(text) for text in texts]
+    rows = tokenizer.encode_all(texts)
     results: dict[int, list[Label]] = {}
 
     def run(indices: list[int]) -> None:

@@ -27,9 +27,9 @@ BATCH_SIZE = 32
 def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
     """The embedding of each text: `[len(texts), hidden]` float32, or `[hidden]` for a single string.
 
-    Texts are cut to what the model takes, pooled and normalised as the model directory's files of
-    sentence-transformers say (`modules.json`, `1_Pooling/config.json`, `sentence_bert_config.json`); without
-    them, the mean of the token vectors is returned as it is.
+    Texts are cut to what the model takes (and a TruncationWarning says so), pooled and normalised as the model
+    directory's files of sentence-transformers say (`modules.json`, `1_Pooling/config.json`,
+    `sentence_bert_config.json`); without them, the mean of the token vectors is returned as it is.
 
     Args:
         runner: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
@@ -55,7 +55,7 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
         return np.concatenate([embed(runner, texts[i : i + WINDOW], batch_size=batch_size) for i in parts])
     recipe = _recipe_of(runner)
     tokenizer = tokenizer_of(runner)
-    rows = [tokenizer.encode(recipe.prepare(text)) for text in texts]
+    rows = tokenizer.encode_all(recipe.prepare(text) for text in texts)
     vectors: dict[int, NDArray[np.float32]] = {}
 
     def run(indices: list[int]) -> None:

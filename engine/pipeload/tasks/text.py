@@ -7,6 +7,7 @@ Ids equal those of transformers' fast tokenizers. Decoded text is exactly what t
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ConfigError, ShardError
+from pipeload.errors import ConfigError, ShardError, TruncationWarning
 from pipeload.memory import trim
 from pipeload.tasks.batch import Side, padded, position_ids
 from pipeload.tasks.config import read_settings
@@ -27,19 +28,21 @@ __all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One text as tokens; the four tuples have one entry per token.
+    """One text as tokens; the tuples have one entry per token.
 
     Attributes:
         ids: indices into the vocabulary.
         type_ids: the segment that the token belongs to.
         special: whether the tokenizer added the token (`[CLS]`, `</s>` ...).
         offsets: where in the text the token comes from: first character and one past the last.
+        cut: whether the text has more tokens than these.
     """
 
     ids: tuple[int, ...]
     type_ids: tuple[int, ...]
     special: tuple[bool, ...]
     offsets: tuple[tuple[int, int], ...]
+    cut: bool = False
 
 
 class _AddedToken(msgspec.Struct, frozen=True):
@@ -125,7 +128,21 @@ class Tokenizer:
             type_ids=tuple(encoding.type_ids),
             special=tuple(bool(flag) for flag in encoding.special_tokens_mask),
             offsets=tuple(encoding.offsets),
+            cut=bool(encoding.overflowing),
         )
+
+    def encode_all(self, texts: Iterable[str]) -> list[Encoded]:
+        """The tokens of each text, as `encode` has them, with one TruncationWarning if any of them was cut."""
+        rows = [self.encode(text) for text in texts]
+        if any(row.cut for row in rows):
+            # The same words each time: then Python shows it once.
+            warnings.warn(
+                f"Texts with more than the {self.max_length} tokens that the model takes were cut there. "
+                "Split them, so that all of it counts.",
+                TruncationWarning,
+                stacklevel=3,
+            )
+        return rows
 
     def batch(self, rows: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
         """The arrays that a text model may take, `[len(rows), longest]`, filled up on the padding side.

@@ -17,7 +17,7 @@ from tests.engine.tasks.fakes import (
     write_json,
 )
 
-from pipeload.errors import ConfigError, ShardError
+from pipeload.errors import ConfigError, ShardError, TruncationWarning
 from pipeload.tasks.text import Detokenizer, Tokenizer, tokenizer_of
 
 pytest.importorskip("tokenizers")
@@ -79,6 +79,18 @@ def test_sentence_transformers_has_its_own_limit(tmp_path: Path) -> None:
     write_bert_tokenizer(tmp_path)
     write_json(tmp_path, "sentence_bert_config.json", {"max_seq_length": 6})
     assert len(_tokenizer(tmp_path).encode("the " * 40).ids) == 6
+
+
+def test_texts_that_are_cut_are_warned_about_once_and_together(tmp_path: Path) -> None:
+    write_bert_tokenizer(tmp_path)
+    tokenizer = _tokenizer(tmp_path)
+    with pytest.warns(TruncationWarning, match="more than the 16 tokens that the model takes") as caught:
+        rows = tokenizer.encode_all(["the " * 15, "the", "dog " * 99])
+    assert len(caught) == 1
+    assert [row.cut for row in rows] == [True, False, True]
+    assert [len(row.ids) for row in rows] == [16, 3, 16]
+    # A warning is an error in these tests: there is none where all of the texts fits.
+    tokenizer.encode_all(["the " * 14])
 
 
 def test_a_prompt_is_never_cut(tmp_path: Path) -> None:

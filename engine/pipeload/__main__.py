@@ -1,0 +1,32 @@
+"""Where `pipeload` and `python -m pipeload` begin: with few imports, for the others take seconds on a small board."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line; Ctrl-C during the imports ends it as it does later, with one line and exit code 130."""
+    # Not where somebody has it ignored, as a shell does for commands in the background.
+    heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if heard:
+        signal.signal(signal.SIGINT, _leave)
+    from pipeload import cli
+
+    if heard:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.main()
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    # Nothing is held yet. An exception would be taken by some library for an import that failed.
+    os.write(2, b"error: interrupted.\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

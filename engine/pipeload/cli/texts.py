@@ -1,0 +1,47 @@
+"""Texts that the commands take: from arguments, files and stdin."""
+
+from __future__ import annotations
+
+import mimetypes
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import typer
+
+__all__ = ["read_lines", "read_text", "refuse_images"]
+
+
+def read_text(path: Path = Path("-")) -> str:
+    """All of a file, or of stdin for `-`.
+
+    Raises:
+        typer.BadParameter: it cannot be read, is no UTF-8, or has nothing but white space.
+    """
+    name = "stdin" if path == Path("-") else str(path)
+    try:
+        text = (sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()).decode()
+    except OSError as error:
+        raise typer.BadParameter(f"{name} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{name} is no UTF-8 text: {error.reason} at byte {error.start}.") from error
+    if not text.strip():
+        raise typer.BadParameter(f"{name} has no text.")
+    return text
+
+
+def read_lines(path: Path = Path("-")) -> list[str]:
+    """The lines of a file, or of stdin for `-`, without empty ones. Raises as `read_text` does."""
+    return [line for line in read_text(path).splitlines() if line.strip()]
+
+
+def refuse_images(texts: Iterable[str], taker: str) -> None:
+    """Raise typer.BadParameter if one of the texts names an image file: it would be read as the text that it is."""
+    for text in texts:
+        kind = mimetypes.guess_type(text, strict=False)[0] or ""
+        # A long text is no name of a file, and asking for it would be an error.
+        if kind.startswith("image/") and len(text) < 1024 and Path(text).is_file():
+            raise typer.BadParameter(
+                f"{text} is an image file, and {taker} takes texts. "
+                "Use a model for image-classification with `pipeload classify`."
+            )

@@ -1,0 +1,241 @@
+"""Decides between passes whether to go on as planned: what a call needs, what was measured, what memory is left.
+
+- Memory is given back at once and taken slowly: a smaller budget, a smaller limit of the cgroup, less free memory or a
+  host that has grown make a new plan before the next pass; room that appears must stay for some passes and promise a
+  good deal of time. A layout that still fits is kept, since shards would have to be read again for another one.
+- The profile learns: when passes take another time than was predicted, or none was known, bandwidth and times are
+  taken from what the agents did, and the plan is made anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from pipeload import planner
+from pipeload.errors import BudgetError
+from pipeload.manifest import Manifest
+from pipeload.planner import Plan
+from pipeload.profile import Profile, ShardTimes
+from pipeload.trace import Span, busy_s
+
+__all__ = ["Replanner", "learn"]
+
+_WINDOW = 16
+"""Passes whose needs count: giving memory back and forth would reload resident shards."""
+_PATIENCE = 8
+"""Passes before room that appeared is taken."""
+_ROOM_SHARE = 0.05
+"""Part of the budget that must have become free before it is taken."""
+_GAIN = 0.95
+"""A plan that is not forced must promise this part of the time that passes take now, or less."""
+_MARGIN = 0.15
+"""Measured passes that leave the prediction by more than this make the profile learn."""
+_SWING_SHARE = 0.02
+"""Part of the budget by which free memory swings all the time."""
+_WRONG_PASSES = 2
+_LEAST_READ_BYTES = 16 << 20
+"""Less than this says nothing about the bandwidth."""
+
+
+class Replanner:
+    """Makes the plans of one model.
+
+    Args:
+        manifest: the model.
+        profile: the machine and the process.
+        budget_bytes: what was asked for; None takes what is free.
+        free_bytes: what cgroup and machine leave to this process now; looked at between passes.
+        loaders: number of Loading Agents; None chooses.
+        threads: intra-op threads; None chooses.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        profile: Profile,
+        *,
+        budget_bytes: int | None,
+        free_bytes: Callable[[], int],
+        loaders: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._manifest = manifest
+        self._profile = profile
+        self._budget_bytes = budget_bytes
+        self._free_bytes = free_bytes
+        self._loaders = loaders
+        self._threads = threads
+        self._needs: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
+        self._again = False
+        self._patience = 0
+        self._room_bytes = 0
+        self._kind: object = None
+        self._has_learned = False
+        self._wrong = 0
+
+    @property
+    def profile(self) -> Profile:
+        """What is known by now."""
+        return self._profile
+
+    @property
+    def learned(self) -> Profile | None:
+        """What is known by now, if steady passes have taught anything of it."""
+        return self._profile if self._has_learned else None
+
+    def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
+        """The best plan for passes that need so much beside weights.
+
+        Raises:
+            BudgetError: the budget cannot work.
+        """
+        return planner.make_plan(
+            self._manifest,
+            self._profile,
+            budget_bytes=limit_bytes or self._budget_bytes or self._free_bytes(),
+            pass_bytes=pass_bytes,
+            cache_bytes=cache_bytes,
+            loaders=self._loaders,
+            threads=self._threads,
+        )
+
+    def set_budget(self, budget_bytes: int | None, pass_bytes: int, cache_bytes: int) -> None:
+        """Another budget, from the next pass on; None takes what is free.
+
+        Raises:
+            BudgetError: it cannot work for passes that need so much beside weights; the old one stays.
+        """
+        self.plan(pass_bytes, cache_bytes, budget_bytes)
+        self._budget_bytes = budget_bytes
+        self._again = True
+
+    def limit_bytes(self, current: Plan) -> int:
+        """What the process may use now: the budget, or less when less memory is left."""
+        free = self._free_bytes()
+        if free < current.budget_bytes * (1 - _SWING_SHARE) or free > current.budget_bytes * (1 + _ROOM_SHARE):
+            return min(free, self._budget_bytes or free)
+        return current.budget_bytes if self._budget_bytes is None else self._budget_bytes
+
+    def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
+        """The plan for the next pass: the one in force, as long as nothing speaks against it.
+
+        Args:
+            current: the plan in force.
+            pass_bytes: memory that the pass needs beside weights and caches.
+            cache_bytes: memory of all caches that are open while it runs.
+            occupied_bytes: memory of the process now, without weights and caches.
+
+        Raises:
+            BudgetError: the pass does not fit the budget.
+        """
+        limit = self.limit_bytes(current)
+        # The host's own data may grow; what a pass leaves behind in the heap is no growth.
+        growth = occupied_bytes - planner.process_bytes(self._profile) - max(pass_bytes, current.pass_bytes)
+        if growth > limit * _SWING_SHARE:
+            self._profile = replace(self._profile, process_bytes=self._profile.process_bytes + growth)
+        self._needs.append((pass_bytes, cache_bytes))
+        most_pass, most_cache = (max(need) for need in zip(*self._needs, strict=True))
+        kept = planner.with_needs(current, self._profile, most_pass, most_cache, limit)
+        room = limit - kept.peak_bytes
+        self._patience += 1
+        enough = room > self._room_bytes + limit * _ROOM_SHARE and self._patience >= _PATIENCE
+        if room >= 0 and not self._again and not enough:
+            return kept
+        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes))
+        self._again, self._patience = False, 0
+        if room >= 0:
+            now = planner.predict(self._manifest, self._profile, kept)
+            if now is None or (best.steady_pass_s or 0.0) > now.steady_s * _GAIN:
+                self._room_bytes = room
+                return replace(kept, first_pass_s=now.first_s, steady_pass_s=now.steady_s) if now else kept
+        self._room_bytes = limit - best.peak_bytes
+        return best
+
+    def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
+        """Compare a finished pass with its prediction, and learn from it when it was wrong.
+
+        Args:
+            current: the plan in force.
+            spans: what the agents did meanwhile.
+            seconds: how long it took.
+            kind: tells passes of one kind from others; one that follows another kind has been read ahead for that.
+
+        Returns:
+            Whether the profile has changed.
+        """
+        alike, self._kind = self._kind == kind, kind
+        predicted_s = current.steady_pass_s
+        if predicted_s is not None:
+            wrong = alike and abs(seconds - predicted_s) > _MARGIN * predicted_s
+            # Once may be chance: somebody else has used the disk or a core.
+            self._wrong = self._wrong + 1 if wrong else 0
+            if self._wrong < _WRONG_PASSES:
+                return False
+        self._wrong = 0
+        self._profile = learn(self._manifest, self._profile, current, spans)
+        self._has_learned = self._has_learned or alike
+        self._again = True
+        return True
+
+    def _best(self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int]) -> Plan:
+        try:
+            return self.plan(*most, limit_bytes)
+        except BudgetError:
+            self._needs.clear()
+            self._needs.append(now)
+        try:
+            return self.plan(*now, limit_bytes)
+        except BudgetError as error:
+            if self._budget_bytes is not None and limit_bytes >= self._budget_bytes:
+                raise
+            # Memory is short outside of this process: the least that works is the best that can be done.
+            return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
+
+
+def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span]) -> Profile:
+    """The profile with what a pass has shown: bandwidth, and times of sessions and runs. Pure.
+
+    Args:
+        manifest: the model.
+        profile: what was known before.
+        plan: how the pass ran.
+        spans: what the agents did meanwhile.
+    """
+    reads = [span for span in spans if span.kind == "read"]
+    read_bytes, reading_s = sum(span.nbytes for span in reads), busy_s(reads)
+    known = profile.read_bytes_per_s if plan.direct else profile.cached_read_bytes_per_s
+    if read_bytes >= _LEAST_READ_BYTES and reading_s:
+        seen = read_bytes / reading_s
+        before = known.get(plan.loaders)
+        # What one number of Loading Agents shows about the storage holds for the others too.
+        known = {n: b * seen / before for n, b in known.items()} if before else {1: seen, 2: seen, plan.loaders: seen}
+    seconds: dict[str, dict[str, float]] = {}
+    for span in spans:
+        if span.kind in ("run", "session", "pack"):
+            seconds.setdefault(span.shard, {})[span.kind] = span.end_s - span.begin_s
+    old = planner.times_of(manifest, profile, plan.threads)
+    times = {}
+    for shard in manifest.shards:
+        found, was = seconds.get(shard.name, {}), old[shard.name]
+        session_s = found.get("session", was.session_s)
+        run_s = found.get("run")
+        if run_s is None:
+            times[shard.name] = replace(was, session_s=session_s)
+        elif plan.packed and shard.name in plan.resident:
+            ratio = run_s / was.packed_run_s if was.packed_run_s else 1.0
+            times[shard.name] = replace(was, packed_run_s=run_s, run_s=was.run_s * ratio, session_s=session_s)
+        else:
+            ratio = run_s / was.loading_run_s if was.loading_run_s else 1.0
+            times[shard.name] = ShardTimes(
+                session_s=session_s,
+                run_s=was.run_s * ratio,
+                loading_run_s=run_s,
+                pack_s=found.get("pack", was.pack_s),
+                packed_run_s=was.packed_run_s * ratio,
+            )
+    measured = {**profile.times, plan.threads: times}
+    if plan.direct:
+        return replace(profile, read_bytes_per_s=known, times=measured)
+    return replace(profile, cached_read_bytes_per_s=known, times=measured)
