@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +108,72 @@ def test_without_a_cgroup_the_process_counts_its_bytes(monkeypatch: pytest.Monke
     assert cgroup.read_bytes() >= 0
 
 
+@pytest.fixture
+def unified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a group of cgroups v2, in which every new group is."""
+    folder = tmp_path / "group"
+    folder.mkdir()
+    for name, text in (
+        ("memory.max", "max"),
+        ("memory.swap.max", "max"),
+        ("memory.peak", "4096\n"),
+        ("memory.current", "2048\n"),
+        ("memory.events", "low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\n"),
+        ("io.stat", "8:0 rbytes=77 wbytes=0\n"),
+        ("io.max", ""),
+        ("cgroup.procs", ""),
+    ):
+        (folder / name).write_text(text)
+
+    @contextmanager
+    def group(parent: Path) -> Iterator[Path]:
+        assert parent == tmp_path
+        yield folder
+
+    monkeypatch.setattr(cgroup, "_ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "_group", group)
+    monkeypatch.setattr(cgroup, "disk_number", lambda _: "8:0")
+    return folder
+
+
+def test_the_second_version_has_one_group_for_memory_and_disk(unified: Path, tmp_path: Path) -> None:
+    code = "import os; from pipeload.bench import cgroup; print(os.getpid(), cgroup.read_bytes())"
+    outcome = cgroup.run(
+        [sys.executable, "-c", code],
+        memory_bytes=5_000_000,
+        read_bytes_per_s=400,
+        disk_of=tmp_path,
+        timeout_s=60,
+        env=os.environ | {"PYTHONPATH": str(Path(cgroup.__file__).parents[2])},
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    pid, nbytes = outcome.stdout.split()
+    assert (unified / "cgroup.procs").read_text().split() == [pid], "the child itself, not a shell that waits for it"
+    assert nbytes == "77"
+    assert (unified / "memory.max").read_text() == "5000000"
+    assert (unified / "memory.swap.max").read_text() == "0"
+    assert (unified / "io.max").read_text() == "8:0 rbps=400"
+    assert (outcome.peak_bytes, outcome.oom_kills) == (4096, 1)
+    assert all(used == 2048 for _, used in outcome.samples)
+
+
+def test_the_second_version_without_controllers_says_which(unified: Path, tmp_path: Path) -> None:
+    (unified / "io.stat").unlink()
+    with pytest.raises(ConfigError, match=r"\+io into .*subtree_control"):
+        cgroup.run(["true"], read_bytes_per_s=400, disk_of=tmp_path, timeout_s=60)
+    (unified / "memory.max").unlink()
+    assert "+memory" in (cgroup.permitted() or "")
+
+
+def test_a_disk_that_is_none_cannot_be_throttled(
+    unified: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "disk_number", lambda _: None)
+    with pytest.raises(ConfigError, match="not lie on a disk"):
+        cgroup.run(["true"], read_bytes_per_s=400, disk_of=tmp_path, timeout_s=60)
+    assert cgroup.run(["true"], disk_of=tmp_path, timeout_s=60).returncode == 0
+
+
 def test_a_child_that_takes_too_long_is_ended() -> None:
     child = [sys.executable, "-c", "import signal; signal.pause()"]
     with pytest.raises(cgroup.subprocess.TimeoutExpired):
@@ -141,7 +209,7 @@ def test_rates_have_a_unit_per_second(text: str, rate: int | None) -> None:
         (("--budgets", "many"), "percents of the weights"),
         (("--budgets", "0%"), "must be positive"),
         (("--budgets", ","), "--budgets is empty"),
-        (("--size", "sequence_length"), "--size as NAME=N"),
+        (("--size", "sequence_length"), "--size as NAME=VALUE"),
         (("--size", "colour=3"), "has no dimension ['colour']"),
         (("--onnx", "missing.onnx"), "There is no file missing.onnx"),
         (("--passes", "0"), "--passes"),

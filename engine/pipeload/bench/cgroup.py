@@ -137,8 +137,10 @@ class _MemoryGroup:
     folder: Path
     unified: bool
 
-    def peak_bytes(self) -> int:
-        return int((self.folder / ("memory.peak" if self.unified else "memory.max_usage_in_bytes")).read_text())
+    def peak_bytes(self) -> int | None:
+        """None with v2 before Linux 5.19."""
+        path = self.folder / ("memory.peak" if self.unified else "memory.max_usage_in_bytes")
+        return int(path.read_text()) if path.exists() else None
 
     def used_bytes(self) -> int:
         return int((self.folder / ("memory.current" if self.unified else "memory.usage_in_bytes")).read_text())
@@ -176,11 +178,14 @@ def _watch(
         except BaseException:
             child.kill()
             raise
+    peak = None
+    if memory:
+        peak = memory.peak_bytes() or max((used for _, used in samples), default=None)
     return Outcome(
         returncode=child.returncode,
         stdout=stdout,
         stderr=stderr,
-        peak_bytes=memory.peak_bytes() if memory else None,
+        peak_bytes=peak,
         oom_kills=memory.oom_kills() if memory else None,
         samples=tuple(samples),
     )
@@ -200,7 +205,9 @@ def _memory_group(limit_bytes: int | None) -> Iterator[_MemoryGroup]:
     with _group(_ROOT if unified else v1) as folder:
         if unified:
             if not (folder / "memory.max").exists():
-                raise OSError("the memory controller is not enabled for child cgroups")
+                raise OSError(
+                    f"child cgroups have no memory controller (root can write +memory into {_ROOT}/cgroup.subtree_control)"
+                )
             (folder / "memory.max").write_text("max" if limit_bytes is None else str(limit_bytes))
             if (folder / "memory.swap.max").exists():
                 (folder / "memory.swap.max").write_text("0")
@@ -223,7 +230,10 @@ def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Pat
     elif memory.unified:
         if not (memory.folder / "io.stat").exists():
             if read_bytes_per_s is not None:
-                raise ConfigError("The io controller is not enabled for child cgroups, so no disk can be throttled.")
+                raise ConfigError(
+                    "The io controller is not enabled for child cgroups, so no disk can be throttled. As root, write "
+                    f"+io into {_ROOT}/cgroup.subtree_control, or leave out the throttle."
+                )
             yield None
             return
         if read_bytes_per_s is not None:
