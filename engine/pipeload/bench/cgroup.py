@@ -206,7 +206,7 @@ def _memory_group(limit_bytes: int | None) -> Iterator[_MemoryGroup]:
         if unified:
             if not (folder / "memory.max").exists():
                 raise OSError(
-                    f"child cgroups have no memory controller (root can write +memory into {_ROOT}/cgroup.subtree_control)"
+                    f"child cgroups have no memory controller (write +memory into {_ROOT}/cgroup.subtree_control)"
                 )
             (folder / "memory.max").write_text("max" if limit_bytes is None else str(limit_bytes))
             if (folder / "memory.swap.max").exists():

@@ -217,7 +217,7 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    columns = min(len(entries), 3 * len(axes))
+    columns = min(len(entries), 2 * len(axes))
     figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=columns, frameon=False)
 
 
