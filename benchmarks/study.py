@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.models import exported, joined
 from pipeload.bench.harness import Report, Settings, compare
-from pipeload.bench.pictures import draw
+from pipeload.bench.pictures import draw, draw_agents
 from pipeload.bench.record import Record
 from pipeload.bench.spec import ContenderName, from_json
 from pipeload.bench.table import table
@@ -138,9 +138,12 @@ def _publish(folder: Path, rows: Rows) -> None:
         return
     for report in reports:
         draw(report, folder / "results" / report.settings.directory.name)
+    records = [record for report in reports for record in report.records]
+    if any(record.loaders for record in records):
+        draw_agents(records, folder / "results" / "agents.png")
     page = folder / "README.md"
     begin = _BEGIN.format(folder.name + ".main --tables")
-    text = rows([record for report in reports for record in report.records])
+    text = rows(records)
     machine = reports[0].machine
     facts = f"{machine['cores']} cores, {machine['cpu']}, onnxruntime {machine['versions']['onnxruntime']}"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(_END)}", re.DOTALL)

@@ -5,6 +5,7 @@ matplotlib is imported when a picture is drawn: it is in the extra [plot].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,10 @@ def draw_agents(records: Sequence[Record], target: Path) -> Path:
     groups = list(dict.fromkeys((record.model, record.disk_bytes_per_s) for record in records))
     for (model, disk), (colour, marker) in zip(groups, _STYLES.values(), strict=False):
         mine = [r for r in records if (r.model, r.disk_bytes_per_s) == (model, disk)]
-        base = next((r.steady_s for r in mine if r.contender == "standard" and r.steady_s), None)
-        ours = {r.loaders: r for r in mine if r.loaders and r.steady_s}
+        # The standard pipeline without a limit, if there is one, beside pipeload at its smallest budget.
+        usual = sorted((r for r in mine if r.contender == "standard" and r.steady_s), key=_room, reverse=True)
+        base = usual[0].steady_s if usual else None
+        ours = {r.loaders: r for r in sorted(mine, key=_room, reverse=True) if r.loaders and r.steady_s}
         base = base or next((ours[number].steady_s for number in numbers if number in ours), None)
         points = [(number, base / ours[number].steady_s) for number in numbers if base and number in ours]  # type: ignore[operator]
         if points:
@@ -143,6 +146,10 @@ def draw_agents(records: Sequence[Record], target: Path) -> Path:
     axis.set_ylabel(f"speed, {'standard pipeline' if named else 'one agent'} = 1")
     axis.legend(frameon=False, loc="lower right")
     return _save(figure, target)
+
+
+def _room(record: Record) -> float:
+    return math.inf if record.budget_bytes is None else record.budget_bytes
 
 
 def _plot_bound(axis: Any, records: Sequence[Record]) -> None:
