@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 from pipeload.buffers import Buffer
 from pipeload.manifest import PAGE_BYTES, Shard
@@ -19,8 +20,12 @@ __all__ = ["REQUEST_BYTES", "Bandwidth", "filled_buffer", "measure_bandwidth"]
 REQUEST_BYTES = (8 << 20, 1 << 20)
 """Sizes of one read; the first is the one that the engine uses."""
 _AGENTS = (1, 2, 4, 8)
-_ENOUGH_S, _ENOUGH_BYTES = 0.5, 64_000_000
-_SLOW_S = 2.0
+_WARM_S = 0.2
+"""Not counted: a throttled disk gives what it has saved up while nobody read."""
+_ENOUGH_S, _ENOUGH_BYTES = 0.8, 64_000_000
+_ROUNDS = 2
+"""Each number of agents reads so often, in turns: what else the disk does changes from second to second."""
+_SLOW_S = 3.0
 """A disk on which the bytes above take longer is measured with fewer."""
 _SMALL_MODEL_S = 0.1
 """A model that is read sooner is read again and again."""
@@ -38,7 +43,7 @@ class Bandwidth:
 def measure_bandwidth(
     storage: Storage, shards: Sequence[Shard], progress: Callable[[str, int, int], None]
 ) -> Bandwidth:
-    """Read the shards' weights in many ways, for half a second each; nothing is kept.
+    """Read the shards' weights in many ways, for a second or so each; nothing is kept.
 
     Raises:
         ShardError, LoadError: a file could not be read.
@@ -46,20 +51,19 @@ def measure_bandwidth(
     shards = [shard for shard in shards if shard.nbytes]
     if not shards:
         return Bandwidth(read_bytes_per_s={}, cached_read_bytes_per_s={}, read_bytes_per_s_by_request={})
-    done, total = itertools.count(1), len(REQUEST_BYTES) + 2 * len(_AGENTS) - 1
-
-    def measured(agents: int, request_bytes: int, direct: bool) -> float:
-        bandwidth = _bandwidth(storage, shards, agents, request_bytes, direct)
-        progress("Reading", next(done), total)
-        return bandwidth
-
-    progress("Reading", 0, total)
-    by_request = {request_bytes: measured(1, request_bytes, True) for request_bytes in REQUEST_BYTES}
-    best = max(by_request, key=by_request.__getitem__)
+    engine_bytes, other_bytes = REQUEST_BYTES
+    ways = [(agents, engine_bytes, True) for _ in range(_ROUNDS) for agents in _AGENTS]
+    ways += [(agents, engine_bytes, False) for agents in _AGENTS] + [(1, other_bytes, True)]
+    seen: dict[tuple[int, int, bool], list[float]] = {}
+    for number, way in enumerate(ways):
+        progress("Reading", number, len(ways))
+        seen.setdefault(way, []).append(_bandwidth(storage, shards, *way))
+    progress("Reading", len(ways), len(ways))
+    found = {way: fmean(rounds) for way, rounds in seen.items()}
     return Bandwidth(
-        read_bytes_per_s={1: by_request[best]} | {agents: measured(agents, best, True) for agents in _AGENTS[1:]},
-        cached_read_bytes_per_s={agents: measured(agents, best, False) for agents in _AGENTS},
-        read_bytes_per_s_by_request=dict(sorted(by_request.items())),
+        read_bytes_per_s={agents: found[agents, engine_bytes, True] for agents in _AGENTS},
+        cached_read_bytes_per_s={agents: found[agents, engine_bytes, False] for agents in _AGENTS},
+        read_bytes_per_s_by_request={size: found[1, size, True] for size in sorted(REQUEST_BYTES)},
     )
 
 
@@ -76,11 +80,12 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
     for shard in shards:
         storage.forget_cached(shard)
     model_bytes = sum(shard.nbytes for shard in shards)
-    turns, counts, over = itertools.count(), [0] * agents, threading.Event()
+    turns, over = itertools.count(), threading.Event()
+    reads: list[tuple[float, int]] = []
 
     def enough(seconds: float) -> bool:
-        read_bytes = sum(counts)
-        wanted_s = _SMALL_MODEL_S if read_bytes >= model_bytes else _ENOUGH_S
+        read_bytes = sum(nbytes for _, nbytes in reads)
+        wanted_s = _SMALL_MODEL_S if read_bytes >= model_bytes else _WARM_S + _ENOUGH_S
         return seconds >= _SLOW_S or (read_bytes >= min(_ENOUGH_BYTES, model_bytes) and seconds >= wanted_s)
 
     def read(agent: int) -> None:
@@ -88,8 +93,9 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
             while not over.is_set():
                 shard = shards[next(turns) % len(shards)]
                 for nbytes in storage.stream_weights(shard, scratches[agent], direct=direct):
-                    counts[agent] += nbytes
-                    if over.is_set() or enough(time.perf_counter() - begin):
+                    seconds = time.perf_counter() - begin
+                    reads.append((seconds, nbytes))
+                    if over.is_set() or enough(seconds):
                         over.set()
                         break
         finally:
@@ -100,7 +106,9 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
     try:
         begin = time.perf_counter()
         together([partial(read, agent) for agent in range(agents)])
-        return sum(counts) / (time.perf_counter() - begin)
     finally:
         for scratch in scratches:
             scratch.close()
+    end_s = max(seconds for seconds, _ in reads)
+    from_s = _WARM_S if end_s > 2 * _WARM_S else 0.0
+    return sum(nbytes for seconds, nbytes in reads if seconds > from_s) / (end_s - from_s)

@@ -40,6 +40,7 @@ from pipeload.profile import Profile, ShardTimes
 from pipeload.schedule import Schedule, ShardWork, simulate
 
 __all__ = [
+    "LOADERS",
     "SESSION_BYTES",
     "Plan",
     "budget_for_latency",
@@ -64,8 +65,8 @@ _ROUND_BYTES = 1_000_000
 _LEAST_SPARE_BYTES = 1_000_000
 _SPARE_SHARE = 0.005
 """Not planned for: what the heap keeps is known that well."""
-_MOST_LOADERS = 4
-"""More were never faster on a disk that is read in large pieces, and each needs a buffer."""
+LOADERS = (1, 2, 4)
+"""Numbers of Loading Agents that are tried. More were never faster on a disk that is read in large pieces."""
 _BUFFER_SIZES = 12
 """Most sizes of a buffer that are tried."""
 _CLOSE = 0.005
@@ -314,7 +315,7 @@ class _Speed:
             times = {threads: times[nearest]}
         if not times:
             times = {threads or profile.cores: {shard.name: _assumed_times(shard) for shard in manifest.shards}}
-        assumed = {1: _ASSUMED_READ_BYTES_PER_S, 2: _ASSUMED_READ_BYTES_PER_S}
+        assumed = dict.fromkeys(LOADERS, _ASSUMED_READ_BYTES_PER_S)
         return cls(
             read_bytes_per_s=bandwidth or assumed,
             direct=not prefer_cached,
@@ -323,8 +324,9 @@ class _Speed:
         )
 
     def bandwidth(self, loaders: int) -> float:
-        known = [number for number in self.read_bytes_per_s if number <= loaders] or list(self.read_bytes_per_s)
-        return self.read_bytes_per_s[max(known)]
+        # More agents never read more slowly; where they seem to, the disk had something else to do meanwhile.
+        known = [number for number in self.read_bytes_per_s if number <= loaders] or [min(self.read_bytes_per_s)]
+        return max(self.read_bytes_per_s[number] for number in known)
 
     def packing_streamed_pays(self, threads: int) -> bool:
         """For weights that onnxruntime handles far better packed than not (int4 and int8 matrices)."""
@@ -367,7 +369,7 @@ def _preferred(equal: Sequence[tuple[_Layout, Schedule]]) -> tuple[_Layout, Sche
 def _layouts(shards: Sequence[Shard], free: int, speed: _Speed, loaders: int | None) -> Iterator[_Layout]:
     """Every layout that is worth a look and fits into `free` bytes."""
     order = _residence_order(shards)
-    counts = [loaders] if loaders else [n for n in speed.read_bytes_per_s if n <= _MOST_LOADERS]
+    counts = [loaders] if loaders else [n for n in speed.read_bytes_per_s if n in LOADERS]
     sizes = _buffer_sizes(shards)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]

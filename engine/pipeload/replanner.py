@@ -210,7 +210,9 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
         seen = read_bytes / reading_s
         before = known.get(plan.loaders)
         # What one number of Loading Agents shows about the storage holds for the others too.
-        known = {n: b * seen / before for n, b in known.items()} if before else {1: seen, 2: seen, plan.loaders: seen}
+        known = (
+            {n: b * seen / before for n, b in known.items()} if before else dict.fromkeys((1, 2, 4, plan.loaders), seen)
+        )
     seconds: dict[str, dict[str, float]] = {}
     for span in spans:
         if span.kind in ("run", "session", "pack"):

@@ -2,7 +2,7 @@
 
 ```
 each shard              read | first run, whose memory counts | session, run | session, run | session, run
-three of a structure    beside a reader: session, run ...     | packed session, packed session, run, run ...
+three of a structure    beside a reader: session, run ...     | packed session, run, run ...
 ```
 """
 
@@ -24,7 +24,7 @@ from pipeload.bandwidth import REQUEST_BYTES, filled_buffer
 from pipeload.buffers import Part
 from pipeload.forward import Forward
 from pipeload.manifest import Manifest, Shard
-from pipeload.memory import peak_rss_bytes, reset_peak_rss, rss_bytes, trim
+from pipeload.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes, trim
 from pipeload.pipeline import together
 from pipeload.profile import ShardTimes
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
@@ -35,6 +35,9 @@ __all__ = ["Stopwatch"]
 _RUNS = 3
 _CHOSEN_RUNS, _CHOSEN_S = 10, 0.15
 """What only a few shards are timed for goes on until it took so long, or so often, but no less than `_RUNS`."""
+
+_PACKING_FACTOR = 2.5
+"""While a packed session is made it takes up to so many times the shard's bytes, beside the buffer."""
 
 
 class Stopwatch:
@@ -91,12 +94,15 @@ class Stopwatch:
         def typical(kind: str, name: str) -> float:
             return median(self._seen[kind, threads, name])
 
+        session_s, run_s = typical("session_s", shard.name), typical("run_s", shard.name)
+        packed = ("pack_s", threads, shard.structure) in self._seen
         return ShardTimes(
-            session_s=typical("session_s", shard.name),
-            run_s=typical("run_s", shard.name),
+            session_s=session_s,
+            run_s=run_s,
             loading_run_s=typical("loading_run_s", shard.structure),
-            pack_s=typical("pack_s", shard.structure),
-            packed_run_s=typical("packed_run_s", shard.structure),
+            # Where there was no room to pack, nothing is gained by it.
+            pack_s=typical("pack_s", shard.structure) if packed else session_s,
+            packed_run_s=typical("packed_run_s", shard.structure) if packed else run_s,
         )
 
     @contextmanager
@@ -128,9 +134,10 @@ class Stopwatch:
                 beside = partial(self._stream, shard, threads, run, _CHOSEN_S)
                 for _, run_s in self._beside_reader(shard, beside):
                     self._seen["loading_run_s", threads, shard.structure].append(run_s)
-                pack_s, runs = self._pack(shard, threads, run)
-                self._seen["pack_s", threads, shard.structure].append(pack_s)
-                self._seen["packed_run_s", threads, shard.structure].extend(runs)
+                if _PACKING_FACTOR * shard.nbytes <= auto_budget_bytes() - rss_bytes():
+                    pack_s, runs = self._pack(shard, threads, run)
+                    self._seen["pack_s", threads, shard.structure].append(pack_s)
+                    self._seen["packed_run_s", threads, shard.structure].extend(runs)
         # New caches of all blocks together may be larger than a shard, and nobody wants them.
         empty = to_value(np.zeros(0, np.float32))
         return [empty if name in self._unused else value for name, value in zip(shard.outputs, results, strict=True)]
@@ -159,21 +166,17 @@ class Stopwatch:
 
     def _pack(self, shard: Shard, threads: int, run: Callable[[ShardSession], object]) -> tuple[float, list[float]]:
         """Seconds to make a packed session, and of its runs but the first: a packed shard's session stays."""
-        packs: list[float] = []
         runs: list[float] = []
-        for _ in range(2):
-            session = None  # never two of them, nor what the first has left on the heap
-            trim()
-            begin = time.perf_counter()
-            session = self._open(shard, threads, packed=True)
-            packs.append(time.perf_counter() - begin)
-        assert session is not None
+        trim()
+        begin = time.perf_counter()
+        session = self._open(shard, threads, packed=True)
+        pack_s = time.perf_counter() - begin
         run(session)
         while _go_on(runs, _CHOSEN_S):
             begin = time.perf_counter()
             run(session)
             runs.append(time.perf_counter() - begin)
-        return min(packs), runs
+        return pack_s, runs
 
     def _beside_reader(self, shard: Shard, job: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
         """Do the job while an agent reads the other shards, again and again."""

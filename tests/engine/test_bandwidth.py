@@ -35,8 +35,7 @@ def test_every_number_of_agents_and_size_of_requests_has_a_bandwidth(toy_large: 
     ):
         assert list(figures) == keys
         assert all(value > 0 for value in figures.values())
-    assert found.read_bytes_per_s[1] == max(found.read_bytes_per_s_by_request.values())
-    assert told == [("Reading", done, 9) for done in range(10)]
+    assert told == [("Reading", done, 13) for done in range(14)]
 
 
 def test_a_model_without_weights_has_no_bandwidth(toy: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from pipeload import profile as profiles
 from pipeload.errors import ConfigError
 from pipeload.memory import rss_bytes
-from pipeload.profile import Profile, ShardTimes, find, identify, keep, read, store_folder, write
+from pipeload.profile import Profile, ShardTimes, find, identify, keep, read, write
 
 DIMS = {"batch_size": 1, "sequence_length": 8}
 TIMES = ShardTimes(session_s=0.1, run_s=0.2, loading_run_s=0.3, pack_s=0.4, packed_run_s=0.15)
@@ -184,16 +184,6 @@ def test_a_store_that_cannot_be_written_harms_nobody(
 def test_a_model_that_is_not_there_has_no_profile(tmp_path: Path) -> None:
     assert keep(tmp_path / "missing", PROFILE) is None
     assert find(tmp_path / "missing", DIMS) is None
-
-
-def test_the_store_is_in_the_users_cache(tmp_path: Path, own_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert store_folder() == own_store
-    monkeypatch.setenv("PIPELOAD_CACHE", str(tmp_path / "own"))
-    assert store_folder() == tmp_path / "own" / "profiles"
-    monkeypatch.delenv("PIPELOAD_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    assert store_folder() == tmp_path / ".cache" / "pipeload" / "profiles"
 
 
 def test_writers_at_the_same_time_leave_one_whole_file(toy: Path, own_store: Path) -> None:

@@ -14,10 +14,10 @@ from pipeload import manifest as manifests
 from pipeload import stopwatch as stopwatches
 from pipeload.buffers import Buffer
 from pipeload.errors import ConfigError, ShardError
+from pipeload.footprint import cache_bytes, pass_bytes, planning_dims
 from pipeload.manifest import Shard
 from pipeload.memory import rss_bytes
 from pipeload.model import image_sizes
-from pipeload.planner import cache_bytes, pass_bytes, planning_dims
 from pipeload.profiler import measure, measure_model, profile_dims
 from pipeload.storage import Storage
 

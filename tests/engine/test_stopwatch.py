@@ -167,3 +167,10 @@ def test_packed_and_streamed_sessions_are_made_as_the_engine_makes_them(
     _run(toy)
     assert {name for name, packed in made if packed} == stopwatches._chosen(manifest.shards)
     assert {name for name, packed in made if not packed} == {shard.name for shard in manifest.shards}
+
+
+def test_without_room_to_pack_nothing_is_gained_by_packing(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatches, "auto_budget_bytes", lambda: 0)
+    monkeypatch.setattr(Stopwatch, "_pack", lambda *_: pytest.fail("it packed"))
+    for each in _run(toy)[1].values():
+        assert (each.pack_s, each.packed_run_s) == (each.session_s, each.run_s)
