@@ -239,6 +239,10 @@ def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Pat
         if read_bytes_per_s is not None:
             (memory.folder / "io.max").write_text(f"{number} rbps={read_bytes_per_s}")
         yield memory.folder
+    elif not (_ROOT / "blkio").is_dir():
+        if read_bytes_per_s is not None:
+            raise ConfigError(f"There is no blkio controller below {_ROOT}, so no disk can be throttled. Mount it.")
+        yield None
     else:
         with _group(_ROOT / "blkio") as folder:
             rule = f"{number} {read_bytes_per_s or _UNTHROTTLED_BYTES_PER_S}"

@@ -52,7 +52,10 @@ def bench(
     ] = None,
     onnx: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The unsplit model; without it the shards are joined (needs onnx)."),
+        typer.Option(
+            metavar="FILE",
+            help="The unsplit model, with its weights beside it; else the shards are joined (needs onnx).",
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Intra-op threads of every contender.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as a JSON list.")] = False,
