@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.models import exported, weight_bytes
 from pipeload.bench import cgroup
-from pipeload.bench.harness import run_contender
+from pipeload.bench.launch import run_contender
 from pipeload.bench.spec import Result, Spec, Task, Unsplit
 from pipeload.memory import format_bytes
 

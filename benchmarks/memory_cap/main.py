@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.models import exported, weight_bytes
 from pipeload.bench import cgroup
-from pipeload.bench.harness import run_contender
+from pipeload.bench.launch import run_contender
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.record import TOLERANCE, max_error
 from pipeload.bench.spec import Spec, Task, to_json

@@ -13,7 +13,8 @@ from tests.models import made_once
 from typer.testing import CliRunner, Result
 
 from pipeload.bench import cgroup, harness
-from pipeload.bench.harness import Report, Settings, compare, run_contender
+from pipeload.bench.harness import Report, Settings, compare
+from pipeload.bench.launch import run_contender
 from pipeload.bench.record import Record
 from pipeload.bench.spec import CONTENDERS, Spec, Unsplit, from_json
 from pipeload.cli import app

@@ -8,6 +8,7 @@ engines     the contenders behind one interface
 contender   the program that runs one of them
 bound       the program that profiles a model; the roofline from it
 record      runs of one contender in one setting -> one record; is the answer right?
+launch      one contender in a process of its own, under its limits
 harness     contenders x budgets x disks x rounds, each run in a process of its own
 machine     what it all ran on
 table       records as a table

@@ -11,8 +11,6 @@ per round:   disk 1:  budget 1:  pipeload  single  mmap ...      interleaved, so
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +20,20 @@ from typing import Any
 
 import msgspec
 
-import pipeload
 from pipeload import manifest as manifests
 from pipeload.bench import cgroup
 from pipeload.bench.bound import Bounds, Order, Profiles, bounds
+from pipeload.bench.launch import child_environment, run_contender
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.record import Job, Record, Run, max_error, summarise
-from pipeload.bench.spec import ContenderName, Result, Spec, Task, Unsplit, from_json, to_json
+from pipeload.bench.spec import ContenderName, Spec, Task, Unsplit, from_json, to_json
 from pipeload.bench.workload import input_dims
 from pipeload.errors import RunError
 from pipeload.manifest import Manifest
 from pipeload.memory import format_bytes
 from pipeload.profile import write as write_profile
 
-__all__ = ["Report", "Settings", "compare", "run_contender"]
+__all__ = ["Report", "Settings", "compare"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -150,57 +148,6 @@ def compare(settings: Settings, progress: Progress | None = None, warn: Callable
     )
 
 
-def run_contender(
-    spec: Spec,
-    *,
-    memory_bytes: int | None = None,
-    read_bytes_per_s: int | None = None,
-    grouped: bool = True,
-    timeout_s: float = 3600,
-    cache: Path | None = None,
-) -> Run:
-    """One contender in a process of its own, with cold files; its outputs are not checked.
-
-    Args:
-        spec: its work.
-        memory_bytes: the cgroup's limit.
-        read_bytes_per_s: the throttle of the disk that holds the model.
-        grouped: False when this process may make no cgroups.
-        timeout_s: it is ended when it takes longer.
-        cache: where pipeload keeps what it finds out, instead of the user's cache.
-
-    Raises:
-        ConfigError: the disk cannot be throttled.
-    """
-    cgroup.evict(spec.weight_files())
-    with tempfile.TemporaryDirectory(prefix="pipeload-bench-") as folder:
-        path = Path(folder) / "spec.json"
-        path.write_bytes(to_json(spec))
-        try:
-            outcome = cgroup.run(
-                [sys.executable, "-m", "pipeload.bench.contender", str(path)],
-                memory_bytes=memory_bytes,
-                read_bytes_per_s=read_bytes_per_s,
-                disk_of=spec.directory,
-                grouped=grouped,
-                timeout_s=timeout_s,
-                env=_environment(cache),
-            )
-        except subprocess.TimeoutExpired:
-            return Run(result=None, message=f"It took longer than {timeout_s:.0f} s.")
-    result = from_json(outcome.stdout, Result) if outcome.returncode == 0 else None
-    killed = bool(outcome.oom_kills)
-    message = None
-    if killed:
-        message = f"The kernel killed it: it needs more than {format_bytes(memory_bytes or 0)}."
-    elif result is None:
-        message = (outcome.stderr.strip().splitlines() or [f"It ended with exit code {outcome.returncode}."])[-1]
-    peak = outcome.peak_bytes
-    if peak is None:
-        peak = result.peak_rss_bytes if result else max((used for _, used in outcome.samples), default=None)
-    return Run(result=result, peak_bytes=peak, killed=killed, message=message, samples=outcome.samples)
-
-
 class _Bench:
     """One comparison: where its files are, and what its children are told."""
 
@@ -243,7 +190,7 @@ class _Bench:
             disk_of=self._settings.directory,
             grouped=self._grouped,
             timeout_s=self._settings.timeout_s,
-            env=_environment(self._cache),
+            env=child_environment(self._cache),
         )
         if outcome.returncode:
             raise RunError(f"The model could not be profiled: {(outcome.stderr.strip().splitlines() or [''])[-1]}")
@@ -312,14 +259,6 @@ def _bounds(manifest: Manifest, profiles: Profiles, job: Job, runs: Mapping[Job,
         if run.result is not None and run.result.plan is not None
     ]
     return bounds(manifest, profiles, max(same, default=0))
-
-
-def _environment(cache: Path | None) -> dict[str, str]:
-    """The children import the same pipeload as this process."""
-    root = str(Path(pipeload.__file__).resolve().parents[1])
-    known = os.environ.get("PYTHONPATH")
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join([root, known] if known else [root])}
-    return variables | ({"PIPELOAD_CACHE": str(cache)} if cache else {})
 
 
 def _disk_name(disk: int | None) -> str:

@@ -54,7 +54,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The unsplit model, with its weights beside it; else the shards are joined (needs onnx).",
+            help="The unsplit model; else the shards are joined (needs onnx).",
         ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Intra-op threads of every contender.")] = None,
