@@ -12,15 +12,20 @@ gets it from one that has it.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE_NAME = "reference.npz"
 _VOCABULARY = 1000
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
@@ -91,6 +96,30 @@ def make(out: Path, name: str) -> Path:
         else:
             _make_architecture(directory, name)
     return directory
+
+
+def made_once() -> Path:
+    """The models as the exporter of this tree makes them, from the cache where they are there already.
+
+    In a process of its own: torch would stay in this one, and in its memory.
+    """
+    digest = hashlib.sha256()
+    sources = [*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]
+    engine = REPOSITORY / "engine" / "pipeload"
+    for path in sorted([*sources, *engine.glob("manifest*.py"), engine / "dims.py"]):
+        digest.update(path.read_bytes())
+    cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
+    if not cache.exists():
+        with tempfile.TemporaryDirectory(dir=cache.parent, prefix="pipeload-making-") as folder:
+            made = Path(folder) / "models"
+            roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
+            command = [sys.executable, "-m", "tests.models", str(made), *ARCHITECTURES]
+            variables = os.environ | {"PYTHONPATH": roots}
+            subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
+            # Somebody else may have made them meanwhile: then those stay.
+            with suppress(OSError):
+                made.rename(cache)
+    return cache
 
 
 def _make_architecture(directory: Path, name: str) -> None:

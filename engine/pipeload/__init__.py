@@ -37,6 +37,7 @@ batches    several inputs in one pass
 state      KV caches of one batch
 model      the facade
 tasks/     embed, classify, generate
+bench/     pipeload beside other ways to run a model
 cli/       the commands
 ```
 """

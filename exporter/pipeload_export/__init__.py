@@ -22,6 +22,7 @@ fuse          a shard optimised offline by onnxruntime
 plans, trial, sampling, activations   sample runs of shards -> shapes, live bytes
 structure     the id of what shards have in common
 weights, writer   safetensors files, graph files
+merge       the shards -> one graph over the same weights, to compare with
 samples     seeded inputs that suit a model
 chain       the shards one after another, and the unsplit graph, in plain onnxruntime
 compare     the answers of the two, and by how much they differ

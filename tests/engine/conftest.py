@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from tests.engine.harness import PATIENCE_S, agents
-from tests.models import ARCHITECTURES, TOYS, make
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.models import ARCHITECTURES, TOYS, made_once, make
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,7 +91,7 @@ def exported(request: pytest.FixtureRequest) -> Path:
         return _given(given, request.param)
     if missing := [name for name in ("onnx", "torch", "transformers") if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}, or {request.param} in PIPELOAD_TEST_MODELS")
-    return _made_once() / request.param
+    return made_once() / request.param
 
 
 def _given(folder: str | None, name: str) -> Path:
@@ -106,27 +99,3 @@ def _given(folder: str | None, name: str) -> Path:
     if not directory.is_dir():
         pytest.skip(f"PIPELOAD_TEST_MODELS has no {name}")
     return directory
-
-
-def _made_once() -> Path:
-    """The models as the exporter of this tree makes them, from the cache where they are there already.
-
-    In a process of its own: torch would stay in this one, and in its memory.
-    """
-    digest = hashlib.sha256()
-    sources = [*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]
-    engine = REPOSITORY / "engine" / "pipeload"
-    for path in sorted([*sources, *engine.glob("manifest*.py"), engine / "dims.py"]):
-        digest.update(path.read_bytes())
-    cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
-    if not cache.exists():
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix="pipeload-making-") as folder:
-            made = Path(folder) / "models"
-            roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
-            command = [sys.executable, "-m", "tests.models", str(made), *ARCHITECTURES]
-            variables = os.environ | {"PYTHONPATH": roots}
-            subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
-            # Somebody else may have made them meanwhile: then those stay.
-            with suppress(OSError):
-                made.rename(cache)
-    return cache

@@ -1,0 +1,1 @@
+"""Budget sweep: latency and memory over budget and disk, with the roofline."""

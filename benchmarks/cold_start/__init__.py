@@ -1,0 +1,1 @@
+"""Cold start: seconds until the first answer, nothing in memory."""

@@ -1,0 +1,1 @@
+"""Single session: what pipeload costs when the whole model fits."""

@@ -1,0 +1,129 @@
+"""One contender in a process of its own: `python -m pipeload.bench.contender SPEC.json` prints one JSON line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pipeload
+from pipeload import manifest as manifests
+from pipeload import profile as profiles
+from pipeload.bench.cgroup import evict
+from pipeload.bench.engines import ShardChain, SingleSession, one_after_the_other, one_ahead
+from pipeload.bench.spec import PlanFacts, Result, Spec, from_json, to_json
+from pipeload.bench.workload import Measured, Work, input_dims
+from pipeload.errors import ConfigError, PipeloadError
+from pipeload.machine import cores
+from pipeload.memory import peak_rss_bytes, rss_bytes
+from pipeload.model import Model
+from pipeload.tasks.runner import Decoder
+
+__all__ = ["main", "run"]
+
+
+def main() -> int:
+    """Read the spec that the command line names, run it, print the result."""
+    spec = from_json(Path(sys.argv[1]).read_bytes(), Spec)
+    try:
+        result = run(spec)
+    except PipeloadError as error:
+        result = Result(error=str(error), peak_rss_bytes=peak_rss_bytes())
+    print(to_json(result).decode())
+    return 0
+
+
+def run(spec: Spec) -> Result:
+    """Open the model as the spec says, ask it, and check nothing: that is for whoever has the reference."""
+    manifest = manifests.read(spec.directory)
+    weights = spec.weight_files()
+    work = Work(
+        manifest=manifest,
+        directory=spec.directory,
+        sizes=spec.sizes,
+        settling=spec.settling,
+        passes=spec.passes,
+        before_pass=(lambda: evict(weights)) if spec.cold else lambda: None,
+    )
+    ask = _question(spec, work)
+    before = rss_bytes()
+    begin = time.perf_counter()
+    with _opened(spec, manifest) as runner:
+        measured = ask(runner, begin)
+        plan = _plan_facts(runner) if isinstance(runner, Model) else None
+    if spec.outputs:
+        np.savez(spec.outputs, **measured.outputs)  # type: ignore[arg-type]
+    return Result(
+        first_s=measured.first_s,
+        passes_s=measured.passes_s,
+        read_bytes=measured.read_bytes,
+        before_bytes=before,
+        peak_rss_bytes=peak_rss_bytes(),
+        answer=measured.answer,
+        plan=plan,
+    )
+
+
+def _question(spec: Spec, work: Work) -> Callable[[Decoder[Any], float], Measured]:
+    """What is asked; inputs are made now, outside the time of the first answer."""
+    if spec.task == "embed":
+        return lambda runner, begin: work.embed(list(spec.texts), runner, begin)
+    if spec.task == "generate":
+        prompt: str | list[int] = list(spec.prompt) if spec.prompt else spec.texts[0]
+        return lambda runner, begin: work.generate(prompt, runner, begin)
+    inputs = work.inputs()
+    if spec.task == "decode":
+        return lambda runner, begin: work.decode(inputs, runner, begin)
+    return lambda runner, begin: work.run(inputs, runner, begin)
+
+
+@contextmanager
+def _opened(spec: Spec, manifest: manifests.Manifest) -> Iterator[Decoder[Any]]:
+    if spec.contender == "pipeload":
+        with _load(spec, manifest) as model:
+            yield model
+        return
+    threads = spec.threads or cores()
+    if spec.contender in ("single", "mmap"):
+        if spec.unsplit is None:
+            raise ConfigError(f"The contender {spec.contender} needs the unsplit model.")
+        yield SingleSession(spec.directory, spec.unsplit, mapped=spec.contender == "mmap", threads=threads)
+    elif spec.contender == "layerwise":
+        yield ShardChain(spec.directory, one_after_the_other, threads=threads)
+    else:
+        keep = spec.contender == "pipeswitch"
+        yield ShardChain(spec.directory, one_ahead(keep=keep), threads=threads)
+
+
+def _load(spec: Spec, manifest: manifests.Manifest) -> Model:
+    sizes = spec.sizes
+    if spec.task in ("pass", "decode"):
+        sizes = input_dims(manifest, spec.directory, spec.sizes)
+    profile = profiles.read(spec.profile) if spec.profile else None
+    return pipeload.load(
+        spec.directory, spec.budget, loaders=spec.loaders, threads=spec.threads, sizes=sizes, profile=profile
+    )
+
+
+def _plan_facts(model: Model) -> PlanFacts:
+    plan = model.plan
+    return PlanFacts(
+        budget_bytes=plan.budget_bytes,
+        peak_bytes=plan.peak_bytes,
+        first_s=plan.first_pass_s,
+        steady_s=plan.steady_pass_s,
+        resident_bytes=plan.resident_bytes,
+        loaders=plan.loaders,
+        buffers=plan.buffers,
+        threads=plan.threads,
+        packed=plan.packed,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

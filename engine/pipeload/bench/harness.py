@@ -1,0 +1,265 @@
+"""Contenders x budgets x disks x rounds: each run in a process of its own, under its limits, its answers checked.
+
+```
+reference:   single, without limits -> outputs; pipeload once, which remembers files that it found right
+per disk:    profile under the throttle -> T*
+per round:   disk 1:  budget 1:  pipeload  single  mmap ...      interleaved, so that a slow minute of the
+                      budget 2:  pipeload  single  mmap ...      machine does not meet one contender alone
+             disk 2:  ...
+```
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeload import manifest as manifests
+from pipeload.bench import cgroup
+from pipeload.bench.bound import Bounds, Order, Profiles, bounds
+from pipeload.bench.launch import child_environment, run_contender
+from pipeload.bench.machine import machine_facts
+from pipeload.bench.record import Job, Record, Run, max_error, summarise
+from pipeload.bench.spec import ContenderName, Spec, Task, Unsplit, from_json, to_json
+from pipeload.bench.workload import input_dims
+from pipeload.errors import RunError
+from pipeload.manifest import Manifest
+from pipeload.memory import format_bytes
+from pipeload.profile import write as write_profile
+
+__all__ = ["Report", "Settings", "compare"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What to compare.
+
+    Attributes:
+        directory: the sharded model directory.
+        unsplit: the same model as one graph.
+        contenders: who.
+        budgets: memory limits in bytes; None for no limit.
+        disks: bytes per second to which reads are throttled; None for no throttle.
+        settling: passes after the first that do not count, for every contender.
+        passes: steady passes of each run after those.
+        rounds: how often everything is run.
+        sizes: sizes of symbolic dimensions; without it batch 1 and 128 tokens, or one image.
+        threads: intra-op threads of every contender; None takes every core, or what pipeload finds best.
+        loaders: numbers of Loading Agents to try pipeload with; empty lets it choose.
+        cold: evict the weights from the page cache before every pass, as when other models ran in between.
+        timeout_s: a run that takes longer is ended, and has no result.
+    """
+
+    directory: Path
+    unsplit: Unsplit
+    contenders: tuple[ContenderName, ...]
+    budgets: tuple[int | None, ...]
+    disks: tuple[int | None, ...] = (None,)
+    settling: int = 2
+    passes: int = 5
+    rounds: int = 1
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    threads: int | None = None
+    loaders: tuple[int, ...] = ()
+    cold: bool = False
+    timeout_s: float = 3600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was measured.
+
+    Attributes:
+        machine: what it ran on.
+        settings: as given.
+        records: one for each contender in each setting.
+        runs: each record's runs, with their memory over time.
+        refusal: why there were no cgroups; None when there were.
+    """
+
+    machine: dict[str, Any]
+    settings: Settings
+    records: tuple[Record, ...]
+    runs: tuple[tuple[Run, ...], ...]
+    refusal: str | None
+
+    def write(self, path: Path) -> None:
+        """Write all of it as JSON."""
+        path.write_bytes(msgspec.json.format(to_json(self), indent=1) + b"\n")
+
+
+def compare(settings: Settings, progress: Progress | None = None, warn: Callable[[str], None] | None = None) -> Report:
+    """Run every contender in every setting, and check every answer.
+
+    Args:
+        settings: what to compare.
+        progress: called with what is being done, the part done, and the whole.
+        warn: called with what cannot be measured here.
+
+    Raises:
+        ConfigError: the disk cannot be throttled.
+        RunError: the reference did not run.
+    """
+    notify = progress or (lambda *_: None)
+    manifest = manifests.read(settings.directory)
+    refusal = cgroup.permitted()
+    if refusal and warn:
+        warn(
+            f"No cgroups: {refusal}. Memory is not capped and the disk is not throttled; budgets are kept by pipeload "
+            "alone, and peaks are of the process (RSS), without page cache."
+        )
+    disks: tuple[int | None, ...] = settings.disks if refusal is None else (None,)
+    jobs = _jobs(settings, disks, capped=refusal is None)
+    runs: dict[Job, list[Run]] = {job: [] for job in jobs}
+    with tempfile.TemporaryDirectory(prefix="pipeload-bench-") as folder:
+        bench = _Bench(settings, manifest, Path(folder), grouped=refusal is None)
+        notify("Running the reference", 0, 0)
+        bench.run_reference()
+        profiles = {}
+        for disk in disks:
+            notify(f"Profiling, {_disk_name(disk)}", 0, 0)
+            profiles[disk] = bench.profile(disk)
+        total = settings.rounds * len(jobs)
+        for number in range(settings.rounds):
+            for index, job in enumerate(jobs):
+                notify("Comparing", number * len(jobs) + index, total)
+                # What was killed or refused once would be again.
+                if all(run.result is not None and run.result.error is None for run in runs[job]):
+                    runs[job].append(bench.run(job))
+        notify("Comparing", total, total)
+    records = []
+    for job in jobs:
+        limits = _bounds(manifest, profiles[job.disk_bytes_per_s], job, runs)
+        records.append(summarise(settings.directory.name, job, runs[job], limits))
+    return Report(
+        machine=machine_facts(),
+        settings=settings,
+        records=tuple(records),
+        runs=tuple(tuple(runs[job]) for job in jobs),
+        refusal=refusal,
+    )
+
+
+class _Bench:
+    """One comparison: where its files are, and what its children are told."""
+
+    def __init__(self, settings: Settings, manifest: Manifest, folder: Path, *, grouped: bool) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._grouped = grouped
+        self._dims = input_dims(manifest, settings.directory, settings.sizes)
+        self._task: Task = "decode" if manifest.caches else "pass"
+        self._reference = folder / "reference.npz"
+        self._cache = folder / "cache"
+        self._profiles: dict[int | None, Path] = {}
+
+    def run_reference(self) -> None:
+        spec = self._spec(Job(contender="single", budget_bytes=None, disk_bytes_per_s=None), self._reference)
+        run = run_contender(spec, grouped=self._grouped, timeout_s=self._settings.timeout_s)
+        if run.result is None or run.result.error:
+            raise RunError(
+                f"The reference, {spec.directory.name} in one session without a limit, did not run: "
+                f"{run.message or (run.result and run.result.error)} Answers cannot be checked without it."
+            )
+        if "pipeload" in self._settings.contenders:
+            # Only the first start on a machine hashes the files: the runs that count are later ones.
+            job = Job(contender="pipeload", budget_bytes=None, disk_bytes_per_s=None)
+            run_contender(
+                replace(self._spec(job, self._folder / "outputs.npz"), settling=0, passes=1),
+                grouped=self._grouped,
+                timeout_s=self._settings.timeout_s,
+                cache=self._cache,
+            )
+
+    def profile(self, disk: int | None) -> Profiles:
+        path, target = self._folder / "order.json", self._folder / "profile.json"
+        settings = self._settings
+        order = Order(directory=settings.directory, dims=self._dims, threads=settings.threads, target=target)
+        path.write_bytes(to_json(order))
+        outcome = cgroup.run(
+            [sys.executable, "-m", "pipeload.bench.bound", str(path)],
+            read_bytes_per_s=disk,
+            disk_of=self._settings.directory,
+            grouped=self._grouped,
+            timeout_s=self._settings.timeout_s,
+            env=child_environment(self._cache),
+        )
+        if outcome.returncode:
+            raise RunError(f"The model could not be profiled: {(outcome.stderr.strip().splitlines() or [''])[-1]}")
+        measured = from_json(target.read_bytes(), Profiles)
+        self._profiles[disk] = self._folder / f"profile-{disk}.json"
+        write_profile(measured.steady, self._profiles[disk])
+        return measured
+
+    def run(self, job: Job) -> Run:
+        outputs = self._folder / "outputs.npz"
+        outputs.unlink(missing_ok=True)
+        run = run_contender(
+            self._spec(job, outputs),
+            memory_bytes=job.budget_bytes,
+            read_bytes_per_s=job.disk_bytes_per_s,
+            grouped=self._grouped,
+            timeout_s=self._settings.timeout_s,
+            cache=self._cache,
+        )
+        if not outputs.exists():
+            return run
+        return replace(run, error=max_error(self._reference, outputs))
+
+    def _spec(self, job: Job, outputs: Path) -> Spec:
+        return Spec(
+            contender=job.contender,
+            directory=self._settings.directory,
+            unsplit=self._settings.unsplit,
+            task=self._task,
+            budget="auto" if job.budget_bytes is None else job.budget_bytes,
+            profile=self._profiles.get(job.disk_bytes_per_s),
+            loaders=job.loaders,
+            threads=self._settings.threads,
+            settling=self._settings.settling,
+            passes=self._settings.passes,
+            cold=self._settings.cold,
+            sizes=dict(self._settings.sizes),
+            outputs=outputs,
+        )
+
+
+def _jobs(settings: Settings, disks: Sequence[int | None], *, capped: bool) -> list[Job]:
+    """In running order. Without caps the others feel no budget, so they run once; so does `single` without a limit."""
+    jobs: dict[Job, None] = {}
+    for disk in disks:
+        if "single" in settings.contenders:
+            jobs[Job(contender="single", budget_bytes=None, disk_bytes_per_s=disk)] = None
+        for budget in settings.budgets:
+            for contender in settings.contenders:
+                for loaders in settings.loaders if contender == "pipeload" and settings.loaders else (None,):
+                    cap = budget if capped or contender == "pipeload" else None
+                    jobs[Job(contender=contender, budget_bytes=cap, disk_bytes_per_s=disk, loaders=loaders)] = None
+    return list(jobs)
+
+
+def _bounds(manifest: Manifest, profiles: Profiles, job: Job, runs: Mapping[Job, Sequence[Run]]) -> Bounds:
+    """T* with what pipeload keeps resident in this setting; without a limit everything may stay."""
+    if job.contender == "single" and job.budget_bytes is None:
+        return bounds(manifest, profiles, manifest.weight_bytes)
+    same = [
+        run.result.plan.resident_bytes
+        for other, found in runs.items()
+        if (other.budget_bytes, other.disk_bytes_per_s) == (job.budget_bytes, job.disk_bytes_per_s)
+        and job.loaders in (None, other.loaders)
+        for run in found
+        if run.result is not None and run.result.plan is not None
+    ]
+    return bounds(manifest, profiles, max(same, default=0))
+
+
+def _disk_name(disk: int | None) -> str:
+    return "disk not throttled" if disk is None else f"disk at {format_bytes(disk)}/s"

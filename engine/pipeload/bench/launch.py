@@ -1,0 +1,76 @@
+"""One contender in a process of its own, under its limits, with cold files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pipeload
+from pipeload.bench import cgroup
+from pipeload.bench.record import Run
+from pipeload.bench.spec import Result, Spec, from_json, to_json
+from pipeload.memory import format_bytes
+
+__all__ = ["child_environment", "run_contender"]
+
+
+def run_contender(
+    spec: Spec,
+    *,
+    memory_bytes: int | None = None,
+    read_bytes_per_s: int | None = None,
+    grouped: bool = True,
+    timeout_s: float = 3600,
+    cache: Path | None = None,
+) -> Run:
+    """Run one contender; its outputs are not checked.
+
+    Args:
+        spec: its work.
+        memory_bytes: the cgroup's limit.
+        read_bytes_per_s: the throttle of the disk that holds the model.
+        grouped: False when this process may make no cgroups.
+        timeout_s: it is ended when it takes longer.
+        cache: where pipeload keeps what it finds out, instead of the user's cache.
+
+    Raises:
+        ConfigError: the disk cannot be throttled.
+    """
+    cgroup.evict(spec.weight_files())
+    with tempfile.TemporaryDirectory(prefix="pipeload-bench-") as folder:
+        path = Path(folder) / "spec.json"
+        path.write_bytes(to_json(spec))
+        try:
+            outcome = cgroup.run(
+                [sys.executable, "-m", "pipeload.bench.contender", str(path)],
+                memory_bytes=memory_bytes,
+                read_bytes_per_s=read_bytes_per_s,
+                disk_of=spec.directory,
+                grouped=grouped,
+                timeout_s=timeout_s,
+                env=child_environment(cache),
+            )
+        except subprocess.TimeoutExpired:
+            return Run(result=None, message=f"It took longer than {timeout_s:.0f} s.")
+    result = from_json(outcome.stdout, Result) if outcome.returncode == 0 else None
+    killed = bool(outcome.oom_kills)
+    message = None
+    if killed:
+        message = f"The kernel killed it: it needs more than {format_bytes(memory_bytes or 0)}."
+    elif result is None:
+        message = (outcome.stderr.strip().splitlines() or [f"It ended with exit code {outcome.returncode}."])[-1]
+    peak = outcome.peak_bytes
+    if peak is None:
+        peak = result.peak_rss_bytes if result else max((used for _, used in outcome.samples), default=None)
+    return Run(result=result, peak_bytes=peak, killed=killed, message=message, samples=outcome.samples)
+
+
+def child_environment(cache: Path | None) -> dict[str, str]:
+    """Variables of a child: it imports the same pipeload as this process, and keeps what it finds out in `cache`."""
+    root = str(Path(pipeload.__file__).resolve().parents[1])
+    known = os.environ.get("PYTHONPATH")
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join([root, known] if known else [root])}
+    return variables | ({"PIPELOAD_CACHE": str(cache)} if cache else {})

@@ -1,0 +1,33 @@
+"""What it all ran on, stored beside the figures."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pipeload.machine import cores, cpu_name, memory_bytes
+
+__all__ = ["machine_facts"]
+
+_PACKAGES = ("pipeload", "onnxruntime", "numpy")
+
+
+def machine_facts() -> dict[str, Any]:
+    """Processor, cores, memory, kernel and versions."""
+    return {
+        "cpu": cpu_name(),
+        "architecture": platform.machine(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

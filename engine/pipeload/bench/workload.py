@@ -1,0 +1,166 @@
+"""What a contender is asked, the same for each: seeded inputs, and how passes over them are timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.bench.cgroup import read_bytes
+from pipeload.errors import ConfigError
+from pipeload.examples import example_inputs, past_symbols
+from pipeload.footprint import planning_dims
+from pipeload.manifest import Manifest, symbols
+from pipeload.model import image_sizes
+from pipeload.tasks.batch import position_ids
+from pipeload.tasks.config import ModelConfig, read_settings
+from pipeload.tasks.embed import embed
+from pipeload.tasks.generate import generate
+from pipeload.tasks.runner import Decoder, free_inputs, graph_inputs
+
+__all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]
+
+PROMPT_TOKENS = 16
+"""Length of the prompt that a decoder starts from."""
+
+Arrays = dict[str, NDArray[Any]]
+AnyDecoder = Decoder[Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Times and outputs of one contender; see `Result`."""
+
+    first_s: float
+    passes_s: tuple[float, ...]
+    read_bytes: int
+    outputs: Arrays
+    answer: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What to ask of a model. Each method asks an opened model, whose opening began at `begin_s` (perf_counter).
+
+    Attributes:
+        manifest: the model.
+        directory: where it lies.
+        sizes: sizes of symbolic dimensions.
+        settling: passes after the first that do not count.
+        passes: steady passes after those.
+        before_pass: called before each pass but the first, outside its time.
+    """
+
+    manifest: Manifest
+    directory: Path
+    sizes: Mapping[str, int]
+    settling: int
+    passes: int
+    before_pass: Callable[[], None]
+
+    def run(self, inputs: Arrays, runner: AnyDecoder, begin_s: float) -> Measured:
+        """The same inputs in every pass."""
+        return self._laps(lambda: runner.run(inputs), begin_s, lambda _: None)
+
+    def decode(self, inputs: Arrays, runner: AnyDecoder, begin_s: float) -> Measured:
+        """A pass over the prompt, then greedily one token a pass with its KV caches kept."""
+        tokens: list[int] = []
+        with runner.new_state(PROMPT_TOKENS + self.settling + self.passes + 1) as state:
+            new = inputs["input_ids"]
+            mask = np.ones_like(new)
+
+            def step() -> Arrays:
+                nonlocal new, mask
+                offered = {
+                    "input_ids": new,
+                    "attention_mask": mask,
+                    "position_ids": position_ids(mask)[:, -new.shape[1] :],
+                    "token_type_ids": np.zeros_like(new),
+                }
+                logits = runner.step(graph_inputs(runner, offered), state)
+                new = logits.argmax(axis=-1)[:, None]
+                mask = np.concatenate([mask, np.ones_like(new)], axis=1)
+                tokens.append(int(new[0, 0]))
+                return {"token_ids": np.array(tokens), "logits": logits}
+
+            return self._laps(step, begin_s, lambda _: list(tokens))
+
+    def embed(self, texts: list[str], runner: AnyDecoder, begin_s: float) -> Measured:
+        """Sentences; the answer is their similarity."""
+
+        def similarity(made: Arrays) -> Any:
+            return np.round(made["vectors"] @ made["vectors"].T, 4).tolist()
+
+        return self._laps(lambda: {"vectors": embed(runner, texts)}, begin_s, similarity)
+
+    def generate(self, prompt: str | list[int], runner: AnyDecoder, begin_s: float) -> Measured:
+        """One token, then as many as there are passes; the answer is the text, or the ids without a tokenizer."""
+        first = generate(runner, prompt, max_new_tokens=1)
+        first_s = time.perf_counter() - begin_s
+        before, lap = read_bytes(), time.perf_counter()
+        whole = generate(runner, prompt, max_new_tokens=self.passes)
+        each_s = (time.perf_counter() - lap) / len(whole.token_ids)
+        if whole.token_ids[0] != first.token_ids[0]:
+            raise ConfigError(f"{self.directory} answers differently each time: {first} and {whole}.")
+        return Measured(
+            first_s=first_s,
+            passes_s=(each_s,),
+            read_bytes=(read_bytes() - before) // len(whole.token_ids),
+            outputs={"token_ids": np.array(whole.token_ids)},
+            answer=whole.text if whole.text is not None else list(whole.token_ids),
+        )
+
+    def inputs(self) -> Arrays:
+        """What the first pass takes, without caches."""
+        rows = read_settings(self.directory, "config.json", ModelConfig).vocab_size
+        made = example_inputs(self.manifest, input_dims(self.manifest, self.directory, self.sizes), rows)
+        return {spec.name: made[spec.name] for spec in free_inputs(self.manifest)}
+
+    def _laps(self, work: Callable[[], Arrays], begin_s: float, answer: Callable[[Arrays], Any]) -> Measured:
+        outputs = work()
+        first_s = time.perf_counter() - begin_s
+        for _ in range(self.settling):
+            self.before_pass()
+            work()
+        before = read_bytes()
+        seconds: list[float] = []
+        for _ in range(self.passes):
+            self.before_pass()
+            lap = time.perf_counter()
+            outputs = work()
+            seconds.append(time.perf_counter() - lap)
+        return Measured(
+            first_s=first_s,
+            passes_s=tuple(seconds),
+            read_bytes=(read_bytes() - before) // self.passes,
+            outputs=outputs,
+            answer=answer(outputs),
+        )
+
+
+def input_dims(manifest: Manifest, directory: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of all symbolic dimensions of the first pass: given, the image's, a decoder's prompt, or the usual."""
+    known = image_sizes(directory, manifest)
+    if manifest.caches:
+        known |= dict.fromkeys(_new_symbols(manifest), PROMPT_TOKENS)
+    return planning_dims(manifest, known | dict(sizes))
+
+
+def step_dims(manifest: Manifest, dims: Mapping[str, int]) -> dict[str, int]:
+    """The dimensions of a steady pass: the same, or for a decoder one new token after the prompt."""
+    if not manifest.caches:
+        return dict(dims)
+    new = _new_symbols(manifest)
+    length = max((dims[symbol] for symbol in new), default=1)
+    return {**dims, **dict.fromkeys(past_symbols(manifest), length), **dict.fromkeys(new, 1)}
+
+
+def _new_symbols(manifest: Manifest) -> set[str]:
+    """Symbols of the tokens that a decoder is given."""
+    prompt = next((spec for spec in manifest.inputs if spec.name == "input_ids"), None)
+    return set(symbols(prompt.shape[-1])) if prompt else set()
