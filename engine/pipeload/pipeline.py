@@ -236,14 +236,18 @@ class Pipeline:
         shard = self._manifest.shards[task.index]
         plan, agent = self._plan, _agent()
         packed = plan.packed_streamed and not task.resident
-        keep_bytes = 0 if task.resident or task.index in self._kept else plan.kept.get(shard.name, 0)
+        begin = 0 if task.resident else plan.kept.get(shard.name, 0)
         reserved = SESSION_BYTES + (page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed))
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
 
+        def keep_bytes() -> int:
+            # Not known before its turn: an agent may wait with the same shard for the pass before.
+            return 0 if task.index in self._kept else page_ceil(begin)
+
         with self.trace.span(agent, "reserve", shard.name, pass_number=task.pass_number):
-            if not self._budget.reserve(reserved + page_ceil(keep_bytes), task.ticket, stale):
+            if not self._budget.reserve(lambda: reserved + keep_bytes(), task.ticket, stale):
                 return None
         loaded = LoadedShard(
             index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
@@ -253,7 +257,6 @@ class Pipeline:
         try:
             graph = self._storage.graph(shard)
             loaded.buffer = self._pool.take() if loaded.pooled else Buffer(shard.nbytes)
-            begin = 0 if task.resident else plan.kept.get(shard.name, 0)
             parts = [Part(begin, shard.nbytes, loaded.buffer)]
             missing = parts
             if begin:
@@ -271,10 +274,10 @@ class Pipeline:
                         shard, graph, parts, plan.threads, packed=packed, lasting=task.resident
                     )
         except BaseException:
-            self._abandon(loaded, begun, page_ceil(keep_bytes))
+            self._abandon(loaded, begun, keep_bytes())
             raise
         if not complete:
-            self._abandon(loaded, begun, page_ceil(keep_bytes))
+            self._abandon(loaded, begun, keep_bytes())
             return None
         if begun:
             self._kept[task.index] = begun[0]

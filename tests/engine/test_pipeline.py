@@ -321,6 +321,19 @@ def test_partly_resident_passes_equal_sequential_ones_and_read_what_is_kept_once
             assert read_bytes(steady) == rig.pipeline.plan.streamed_bytes
 
 
+def test_agents_that_wait_for_the_next_pass_reserve_a_kept_part_only_once(toy_uneven: Path) -> None:
+    manifest = manifests.read(toy_uneven)
+    # More agents than shards: some wait with a shard whose beginning another one is still reading.
+    loaders = 2 * len(manifest.shards)
+    with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), buffers=2, loaders=loaders) as rig:
+        for _ in range(4):
+            rig.check()
+        kept = sum(buffer.nbytes for buffer in rig.pipeline._kept.values())
+        rig.wait(
+            lambda: rig.pipeline._budget.reserved_bytes <= kept + 2 * (rig.pipeline.plan.buffer_bytes + SESSION_BYTES)
+        )
+
+
 def test_a_load_of_a_kept_part_that_fails_is_done_again_and_leaks_nothing(toy_uneven: Path) -> None:
     manifest = manifests.read(toy_uneven)
     with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), buffers=1) as rig:
