@@ -35,8 +35,10 @@ _MARGIN = 0.15
 _SWING_SHARE = 0.02
 """Part of the budget by which free memory swings all the time."""
 _WRONG_PASSES = 2
+"""So many of them in a row; one may be chance."""
 _LEAST_READ_BYTES = 16 << 20
-"""Less than this says nothing about the bandwidth."""
+_BUSY_SHARE = 0.7
+"""A pass that reads less, or for a smaller part of its time, says nothing about the bandwidth."""
 
 
 class Replanner:
@@ -212,7 +214,10 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
     reads = [span for span in spans if span.kind == "read"]
     read_bytes, reading_s = sum(span.nbytes for span in reads), busy_s(reads)
     known = profile.read_bytes_per_s if plan.direct else profile.cached_read_bytes_per_s
-    if read_bytes >= _LEAST_READ_BYTES and reading_s:
+    inference = [span for span in spans if span.agent == "inference"]
+    pass_s = max(s.end_s for s in inference) - min(s.begin_s for s in inference) if inference else 0.0
+    # A disk that may rest between reads can be faster, for a while, than it is when nobody lets it.
+    if read_bytes >= _LEAST_READ_BYTES and (not known or reading_s > pass_s * _BUSY_SHARE):
         seen = read_bytes / reading_s
         before = known.get(plan.loaders)
         # What one number of Loading Agents shows about the storage holds for the others too.
