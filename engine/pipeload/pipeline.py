@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
 from pipeload.buffers import Buffer, BufferPool, Part, page_ceil
-from pipeload.errors import BudgetError, ClosedError
+from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
 from pipeload.manifest import Manifest
@@ -172,7 +172,7 @@ class Pipeline:
             self._account(begin_s, time.perf_counter())
             return outputs
 
-        return Call(self._exchange, work)
+        return self._call(work)
 
     def set_budget(self, budget_bytes: int | None) -> None:
         """Another budget, or None for what is free, from now on; memory beyond it is given back before this returns.
@@ -186,7 +186,7 @@ class Pipeline:
             self._replanner.set_budget(budget_bytes, *self._needs)
             self._prepare()
 
-        Call(self._exchange, work).result()
+        self._call(work).result()
 
     def close(self) -> None:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
@@ -209,6 +209,11 @@ class Pipeline:
                 self._forget(index)
             self._pool.close()
             trim()
+
+    def _call(self, work: Callable[[Request], Result]) -> Call[Result]:
+        if threading.current_thread() in self._threads:
+            raise ConfigError("A progress callback runs inside a pass and cannot wait for another one. Call it later.")
+        return Call(self._exchange, work)
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)

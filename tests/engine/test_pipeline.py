@@ -27,7 +27,7 @@ from tests.engine.harness import (
 from pipeload import manifest as manifests
 from pipeload import pipeline as pipelines
 from pipeload.buffers import Buffer, Part, page_ceil, page_floor
-from pipeload.errors import BudgetError, ClosedError, LoadError, ShardError
+from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, ShardError
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import rss_bytes
 from pipeload.pipeline import Call, Pipeline
@@ -1179,6 +1179,15 @@ def test_an_error_in_the_progress_callback_reaches_the_caller(toy: Path, error: 
             rig.run()
         assert caught.value is error
         rig.check(passes=2)
+
+
+@pytest.mark.parametrize("call", ["run", "set_budget"])
+def test_the_progress_callback_cannot_wait_for_another_pass(toy: Path, call: str) -> None:
+    def again(_: Progress) -> None:
+        rig.run() if call == "run" else rig.pipeline.set_budget(10**11)
+
+    with _rig(toy, progress=again) as rig, pytest.raises(ConfigError, match="runs inside a pass"):
+        rig.run()
 
 
 def test_the_progress_callback_may_close_the_pipeline(toy: Path) -> None:
