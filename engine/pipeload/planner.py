@@ -41,6 +41,7 @@ from pipeload.profile import Profile, ShardTimes
 from pipeload.schedule import Schedule, ShardWork, simulate
 
 __all__ = [
+    "ASSUMED_READ_BYTES_PER_S",
     "LOADERS",
     "SESSION_BYTES",
     "Plan",
@@ -76,7 +77,7 @@ _FEWER_THREADS = 1.1
 """Fewer threads than there are cores must be faster by this factor: what was measured may have met other work."""
 _LATE = 0.02
 """A first pass that is longer by more than this counts, when steady passes are equal."""
-_ASSUMED_READ_BYTES_PER_S = 1e9
+ASSUMED_READ_BYTES_PER_S = 1e9
 _ASSUMED_RUN_BYTES_PER_S = 4e9
 _ASSUMED_PACK_BYTES_PER_S = 0.7e9
 _ASSUMED_PACKED_SHARE = 0.9
@@ -316,7 +317,7 @@ class _Speed:
             times = {threads: times[nearest]}
         if not times:
             times = {threads or profile.cores: {shard.name: _assumed_times(shard) for shard in manifest.shards}}
-        assumed = dict.fromkeys(LOADERS, _ASSUMED_READ_BYTES_PER_S)
+        assumed = dict.fromkeys(LOADERS, ASSUMED_READ_BYTES_PER_S)
         return cls(
             read_bytes_per_s=bandwidth or assumed,
             direct=not prefer_cached,

@@ -28,7 +28,7 @@ _PATIENCE = 8
 """Passes before room that appeared is taken."""
 _ROOM_SHARE = 0.05
 """Part of the budget that must have become free before it is taken."""
-_GAIN = 0.95
+_GAIN = 0.9
 """A plan that is not forced must promise this part of the time that passes take now, or less."""
 _MARGIN = 0.15
 """Measured passes that leave the prediction by more than this make the profile learn."""
@@ -217,8 +217,8 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
     inference = [span for span in spans if span.agent == "inference"]
     pass_s = max(s.end_s for s in inference) - min(s.begin_s for s in inference) if inference else 0.0
     # A disk that may rest between reads can be faster, for a while, than it is when nobody lets it.
-    if read_bytes >= _LEAST_READ_BYTES and (not known or reading_s > pass_s * _BUSY_SHARE):
-        seen = read_bytes / reading_s
+    if not known or (read_bytes >= _LEAST_READ_BYTES and reading_s > pass_s * _BUSY_SHARE):
+        seen = read_bytes / reading_s if reading_s else planner.ASSUMED_READ_BYTES_PER_S
         before = known.get(plan.loaders)
         # What one number of Loading Agents shows about the storage holds for the others too.
         known = (
