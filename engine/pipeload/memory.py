@@ -30,6 +30,7 @@ __all__ = [
     "reset_peak_rss",
     "rss_bytes",
     "trim",
+    "widen_heap",
 ]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -130,10 +131,23 @@ def limit_heap() -> None:
     By default glibc keeps up to 64 MB in each of several arenas once large blocks were freed. From this call on, for
     the rest of the process, blocks from 512 KiB on go back to the system when freed, and an arena keeps 1 MiB.
     """
+    _set_heap(mapped_from_bytes=512 << 10, kept_bytes=1 << 20)
+
+
+def widen_heap() -> None:
+    """Let the C library's heap keep what is freed, where it can be told to: passes are some percent faster.
+
+    By default glibc gives a few megabytes back after each operator, and the next one has to have its pages made anew.
+    From this call on, for the rest of the process, each arena may keep 256 MB.
+    """
+    _set_heap(mapped_from_bytes=32 << 20, kept_bytes=256 << 20)
+
+
+def _set_heap(*, mapped_from_bytes: int, kept_bytes: int) -> None:
     with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 512 << 10)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, mapped_from_bytes)
+        mallopt(_M_TRIM_THRESHOLD, kept_bytes)
 
 
 def auto_budget_bytes() -> int:

@@ -27,7 +27,7 @@ from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
 from pipeload.manifest import Manifest
-from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim
+from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_heap
 from pipeload.planner import SESSION_BYTES, Plan
 from pipeload.replanner import Replanner
 from pipeload.session import ShardSession, Value
@@ -43,6 +43,8 @@ _HEAP_SLACK_BYTES = 256_000_000
 """More than a heap was ever seen to keep beside the tensors in it."""
 _SPANS = 10_000
 """Kept in the trace, and as many samples: some tens of passes, in 3 MB that no plan counts."""
+_HEAP_PLENTY_BYTES = 1_000_000_000
+"""More than all arenas of a heap that may grow will keep."""
 _WATCH_S = 1.0
 """How often an idle model looks whether memory has become short."""
 
@@ -461,9 +463,12 @@ def _agent() -> str:
 
 
 def _bound_heap(plan: Plan) -> None:
-    """Keep the heap small where freed memory in it could break the budget; else leave it as fast as it is."""
-    if plan.budget_bytes - plan.peak_bytes < _HEAP_SLACK_BYTES:
+    """Keep the heap small where freed memory in it could break the budget, and fast where there is plenty."""
+    spare_bytes = plan.budget_bytes - plan.peak_bytes
+    if spare_bytes < _HEAP_SLACK_BYTES:
         limit_heap()
+    elif spare_bytes > _HEAP_PLENTY_BYTES:
+        widen_heap()
 
 
 def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -171,6 +171,9 @@ class Replanner:
         Returns:
             Whether the profile has changed.
         """
+        if _settling(current, spans):
+            self._kind = None
+            return False
         alike, self._kind = self._kind == kind, kind
         predicted_s = current.steady_pass_s
         if predicted_s is not None:
@@ -200,6 +203,15 @@ class Replanner:
                 raise
             # Memory is short outside of this process: the least that works is the best that can be done.
             return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
+
+
+def _settling(plan: Plan, spans: Sequence[Span]) -> bool:
+    """Whether shards were packed, or loaded to stay, during a pass: it took longer than later ones will."""
+    if plan.steady_pass_s is None:
+        return False
+    loaded_bytes = sum(span.nbytes for span in spans if span.kind == "read")
+    packed = any(span.kind == "pack" and span.shard in plan.resident for span in spans)
+    return packed or loaded_bytes > plan.streamed_bytes + 2 * plan.buffers * plan.buffer_bytes
 
 
 def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span]) -> Profile:
