@@ -20,6 +20,8 @@ session    one shard's onnxruntime session over a buffer
 profile    what the planner has to know about machine, process and model, and where that is kept
 footprint  what a pass needs beside weights
 schedule   how long a pass takes, and the least that it could
+speed      what a profile says, or what is assumed without one
+layouts    ways to use the memory that is left for weights
 planner    manifest + profile + budget -> Plan
 replanner  another plan when needs, memory or what is known change
 stats      what happened, in figures

@@ -26,9 +26,10 @@ from pipeload.buffers import Buffer, BufferPool, Part, page_ceil
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
+from pipeload.layouts import SESSION_BYTES
 from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_heap
-from pipeload.planner import SESSION_BYTES, Plan
+from pipeload.planner import Plan
 from pipeload.replanner import Replanner
 from pipeload.session import ShardSession, Value
 from pipeload.stats import PassStats, Stats, pass_stats

@@ -18,6 +18,7 @@ from pipeload.errors import BudgetError
 from pipeload.manifest import Manifest
 from pipeload.planner import Plan
 from pipeload.profile import Profile, ShardTimes
+from pipeload.speed import ASSUMED_READ_BYTES_PER_S, LOADERS
 from pipeload.trace import Span, busy_s
 
 __all__ = ["Replanner", "learn"]
@@ -230,12 +231,13 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
     pass_s = max(s.end_s for s in inference) - min(s.begin_s for s in inference) if inference else 0.0
     # A disk that may rest between reads can be faster, for a while, than it is when nobody lets it.
     if not known or (read_bytes >= _LEAST_READ_BYTES and reading_s > pass_s * _BUSY_SHARE):
-        seen = read_bytes / reading_s if reading_s else planner.ASSUMED_READ_BYTES_PER_S
-        before = known.get(plan.loaders)
-        # What one number of Loading Agents shows about the storage holds for the others too.
-        known = (
-            {n: b * seen / before for n, b in known.items()} if before else dict.fromkeys((1, 2, 4, plan.loaders), seen)
-        )
+        seen = read_bytes / reading_s if reading_s else ASSUMED_READ_BYTES_PER_S
+        if known:
+            # What one number of Loading Agents shows about the storage holds for the others too.
+            before = known.get(plan.loaders) or max(known.values())
+            known = {number: bandwidth * seen / before for number, bandwidth in known.items()}
+        else:
+            known = dict.fromkeys((*LOADERS, plan.loaders), seen)
     seconds: dict[str, dict[str, float]] = {}
     for span in spans:
         if span.kind in ("run", "session", "pack"):

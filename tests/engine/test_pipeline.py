@@ -28,10 +28,11 @@ from pipeload import manifest as manifests
 from pipeload import pipeline as pipelines
 from pipeload.buffers import Buffer, Part, page_ceil, page_floor
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, ShardError
+from pipeload.layouts import SESSION_BYTES
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import rss_bytes
 from pipeload.pipeline import Call, Pipeline
-from pipeload.planner import SESSION_BYTES, Plan, make_plan
+from pipeload.planner import Plan, make_plan
 from pipeload.profile import Profile, ShardTimes
 from pipeload.replanner import Replanner
 from pipeload.session import ShardSession, Value, to_array, to_value

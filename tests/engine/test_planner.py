@@ -12,8 +12,9 @@ from tests.engine.plans import manifest_of
 from pipeload import planner
 from pipeload.buffers import page_ceil, page_floor
 from pipeload.errors import BudgetError
+from pipeload.layouts import SESSION_BYTES
 from pipeload.manifest import Manifest
-from pipeload.planner import SESSION_BYTES, Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
+from pipeload.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.profile import Profile, ShardTimes
 
 hypothesis = pytest.importorskip("hypothesis")
