@@ -54,9 +54,8 @@ __all__ = [
 _RUNTIME_BYTES = 18_000_000
 """onnxruntime's code pages, thread stacks and heap, which appear with the first pass."""
 _ROUND_BYTES = 1_000_000
-_LEAST_SPARE_BYTES = 1_000_000
 _SPARE_SHARE = 0.005
-"""Not planned for: what the heap keeps is known that well."""
+"""Part of the memory for weights that is not planned for: what the heap keeps beside it is known that well."""
 _CLOSE = 0.005
 """Plans whose predicted times differ by less are equal: the one that reads less, with fewer agents, wins."""
 _FEWER_THREADS = 1.1
@@ -147,7 +146,8 @@ def make_plan(
     process = process_bytes(profile)
     fixed = process + pass_bytes + cache_bytes
     speed = Speed.of(manifest, profile, threads)
-    free = budget_bytes - fixed - _spare_bytes(budget_bytes)
+    free = budget_bytes - fixed
+    free -= max(0, int(free * _SPARE_SHARE))
     found: list[tuple[Layout, Schedule]] = []
     fastest_s = float("inf")
     most_threads = max(speed.times)
@@ -292,18 +292,13 @@ def _all_bytes(shards: Sequence[Shard]) -> int:
     return sum(page_ceil(shard.nbytes) + SESSION_BYTES for shard in shards)
 
 
-def _spare_bytes(budget_bytes: int) -> int:
-    return max(_LEAST_SPARE_BYTES, int(budget_bytes * _SPARE_SHARE))
-
-
 def _too_small(
     manifest: Manifest, budget_bytes: int, process_bytes: int, pass_bytes: int, cache_bytes: int
 ) -> BudgetError:
     fixed = process_bytes + pass_bytes + cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.nbytes)
-    needed = fixed + page_ceil(largest.nbytes) + SESSION_BYTES + 2 * _LEAST_SPARE_BYTES
-    needed = max(needed, int(needed / (1 - 2 * _SPARE_SHARE)))
-    needed = (needed // _ROUND_BYTES + 1) * _ROUND_BYTES
+    needed = fixed + int((page_ceil(largest.nbytes) + SESSION_BYTES) / (1 - _SPARE_SHARE))
+    needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
         f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + {format_bytes(pass_bytes)} "

@@ -10,7 +10,7 @@ run_j     = max(run_(j - 1), loaded_j) + compute_j    resident shards are always
 ```
 
 Passes follow each other without a pause, so reading goes on for the next pass while the last shards of this one run.
-The steady pass is the distance between the ends of two later passes.
+The steady pass is the mean distance between the ends of later ones.
 
 The roofline T* is the least that a pass can take on this machine, whatever the schedule: W bytes of weights, R of them
 resident, bandwidth B, compute time c_i of shard i and its size s_i:
@@ -33,7 +33,7 @@ from pipeload.profile import Profile
 
 __all__ = ["Roofline", "Schedule", "ShardWork", "roofline", "simulate"]
 
-_PASSES = 3
+_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +106,10 @@ def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_byte
             if shard.streamed:
                 slots.append(inference_s)
         ends.append(inference_s)
-    # What was read ahead during a long first pass may still be used up: no pass for ever takes less than its reading.
-    return Schedule(first_s=ends[0], steady_s=max(ends[-1] - ends[-2], reading_s))
+    # What was made ready during a long first pass may still be used up: no pass for ever takes less than its reading,
+    # and its sessions.
+    sessions_s = sum(shard.session_s for shard in work if shard.streamed) / loaders
+    return Schedule(first_s=ends[0], steady_s=max((ends[-1] - ends[1]) / (_PASSES - 2), reading_s, sessions_s))
 
 
 def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> Roofline:

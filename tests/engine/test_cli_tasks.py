@@ -16,6 +16,7 @@ import pipeload
 from pipeload.cli import app
 from pipeload.errors import ConfigError
 from pipeload.manifest import TensorSpec
+from pipeload.stats import Stats
 from pipeload.tasks import classify, embed
 from pipeload.tasks.runner import free_inputs
 
@@ -27,8 +28,10 @@ class ToyModel:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.plan = SimpleNamespace(budget_bytes=256_000_000)
-        self.stats = SimpleNamespace(passes=2, peak_bytes=123_000_000)
+        self.plan = SimpleNamespace(
+            budget_bytes=256_000_000, loaders=1, buffers=0, resident=frozenset(), resident_bytes=1, streamed_bytes=0
+        )
+        self.stats = Stats(passes=2, peak_bytes=123_000_000)
         self.closed = False
 
     def __getattr__(self, name: str) -> Any:
@@ -163,9 +166,8 @@ def test_the_budget_goes_to_load_and_the_statistics_to_stderr(
     tmp_path: Path, call: Call, loads: list[tuple[Any, ...]]
 ) -> None:
     result = call(_encoder(tmp_path), "embed", "cat", "--budget", "96MB", "--stats")
-    assert loads == [(tmp_path, "96MB", {})]
-    assert result.stderr.startswith("2 passes in 0.")
-    assert result.stderr.endswith("s, peak 123.0 MB of 256.0 MB\n")
+    assert loads == [(tmp_path, "96MB", {"progress": None})]
+    assert result.stderr.startswith("2 passes, 0 B read, peak 123.0 MB of 256.0 MB\nplan: 1 Loading Agent, 0 buffers")
     call(_encoder(tmp_path), "embed", "cat")
     assert loads[1][1] == "auto"
 
@@ -308,7 +310,7 @@ def test_run_makes_up_inputs_the_same_each_time(tmp_path: Path, call: Call, load
         facts = json.loads(call(runner, "run", *sizes, "--passes=2", "--json").stdout)
         assert len(facts["seconds"]) == 2
         assert facts["outputs"]["logits"]["shape"] == [2, 1]
-    assert loads[0][2] == {"sizes": {"sequence_length": 5, "batch_size": 2}}
+    assert loads[0][2] == {"progress": None, "sizes": {"sequence_length": 5, "batch_size": 2}}
     assert len(first.calls) == 2
     for name, array in first.calls[0].items():
         np.testing.assert_array_equal(array, second.calls[0][name])

@@ -217,7 +217,8 @@ def test_a_single_loader_packs_too(resident: bool) -> None:
     exchange.pack([0])
     task = _draw(exchange)
     assert (task.index, task.packing) == (0, True)
-    assert _holds_back(exchange)
+    # One more than the plan has may pack, so whatever is streamed goes on.
+    assert _holds_back(exchange) is resident
 
 
 def test_a_packed_shard_is_not_swapped_in_while_the_old_one_runs() -> None:

@@ -166,8 +166,7 @@ def test_toys_agree_while_the_engine_learns_and_plans_anew(any_toy: Path) -> Non
         with _load(any_toy, budget) as model:
             for _ in range(12):
                 _check_until_packed(model, toys.inputs(), expected)
-            # Less than a few megabytes say nothing about the storage.
-            assert model.profile.measured is (model.manifest.weight_bytes > 16 << 20)
+            assert model.profile.measured
 
 
 @pytest.mark.parametrize("packed", [False, True])

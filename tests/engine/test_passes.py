@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.text import Text
 from tests.engine.harness import Background
 
 from pipeload.cli.passes import pass_progress, stats_lines
+from pipeload.planner import Plan
+from pipeload.stats import PassStats, Stats
 from pipeload.trace import AgentTimes, Progress
 
 
@@ -146,43 +148,41 @@ def test_the_bar_stands_below_another_of_the_same_console() -> None:
             terminal.seen()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    budget_bytes: int = 512_000_000
-    loaders: int = 2
-    buffers: int = 3
-    resident: frozenset[str] = frozenset({"prologue"})
+_AGENTS = {
+    "inference": AgentTimes(kinds={"wait": 0.05, "run": 0.9}, busy_s=0.9, wait_s=0.1),
+    "loader-0": AgentTimes(kinds={"reserve": 0.2, "read": 0.7, "session": 0.05}, busy_s=0.75, wait_s=0.25),
+}
 
 
-@dataclass(frozen=True, kw_only=True)
-class LastPass:
-    seconds: float = 1.0
-    read_bytes: int = 950_000_000
-    read_bytes_per_s: float = 1.04e9
-    bound_s: float | None = 0.96
-    efficiency: float | None = 0.96
-    agents: dict[str, AgentTimes] = field(
-        default_factory=lambda: {
-            "inference": AgentTimes(kinds={"wait": 0.05, "run": 0.9}, busy_s=0.9, wait_s=0.1),
-            "loader-0": AgentTimes(kinds={"reserve": 0.2, "read": 0.7, "session": 0.05}, busy_s=0.75, wait_s=0.25),
-        }
-    )
+def _plan(**changes: Any) -> Plan:
+    fields: dict[str, Any] = {
+        "budget_bytes": 512_000_000, "loaders": 2, "buffers": 3, "buffer_bytes": 50_000_000,
+        "resident": frozenset({"prologue"}), "packed": False, "threads": 2, "process_bytes": 80_000_000,
+        "pass_bytes": 9_000_000, "cache_bytes": 0, "resident_bytes": 260_000_000, "streamed_bytes": 950_000_000,
+        "peak_bytes": 509_000_000,
+    }  # fmt: skip
+    return Plan(**{**fields, **changes})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    passes: int = 3
-    first_pass_s: float | None = 1.25
-    last_pass_s: float | None = 1.0
-    read_bytes: int = 2_900_000_000
-    peak_bytes: int = 500_000_000
-    last: LastPass | None = None
+def _last(**changes: Any) -> PassStats:
+    fields = {"seconds": 1.0, "read_bytes": 950_000_000, "read_s": 0.95 / 1.04, "bound_s": 0.96, "agents": _AGENTS}
+    return PassStats(**{**fields, **changes})
+
+
+def _stats(**changes: Any) -> Stats:
+    fields: dict[str, Any] = {
+        "passes": 3, "first_pass_s": 1.25, "last_pass_s": 1.0, "read_bytes": 2_900_000_000, "peak_bytes": 500_000_000,
+    }  # fmt: skip
+    return Stats(**{**fields, **changes})
+
+
+_STAYS = "260.0 MB stay in memory, 950.0 MB are read in each pass"
 
 
 def test_stats_tell_passes_plan_bound_bandwidth_and_agents() -> None:
-    assert stats_lines(Stats(last=LastPass()), Plan(), 1.06e9) == [
+    assert stats_lines(_stats(last=_last(), peak_read_bytes_per_s=1.06e9), _plan()) == [
         "3 passes, first 1.250 s, last 1.000 s, 2.90 GB read, peak 500.0 MB of 512.0 MB",
-        "plan: 2 Loading Agents, 3 buffers, 1 resident shard",
+        f"plan: 2 Loading Agents, 3 buffers, 1 resident shard, {_STAYS}",
         "last pass: 1.000 s, T* 0.960 s, efficiency 96.0%",
         "reading: 950.0 MB at 1.04 GB/s, 98% of the measured 1.06 GB/s",
         "  agent      busy     waiting  read     session  run",
@@ -192,22 +192,22 @@ def test_stats_tell_passes_plan_bound_bandwidth_and_agents() -> None:
 
 
 def test_stats_leave_out_what_nobody_measured() -> None:
-    last = LastPass(bound_s=None, efficiency=None, agents={})
-    assert stats_lines(Stats(passes=1, last=last), Plan(loaders=1)) == [
+    last = _last(bound_s=None, agents={})
+    assert stats_lines(_stats(passes=1, last=last), _plan(loaders=1)) == [
         "1 pass, first 1.250 s, 2.90 GB read, peak 500.0 MB of 512.0 MB",
-        "plan: 1 Loading Agent, 3 buffers, 1 resident shard",
+        f"plan: 1 Loading Agent, 3 buffers, 1 resident shard, {_STAYS}",
         "last pass: 1.000 s",
         "reading: 950.0 MB at 1.04 GB/s",
     ]
 
 
 def test_a_pass_that_read_nothing_has_no_bandwidth() -> None:
-    lines = stats_lines(Stats(last=LastPass(read_bytes=0, read_bytes_per_s=0.0, agents={})), Plan(), 1e9)
+    lines = stats_lines(_stats(last=_last(read_bytes=0, read_s=0.0, agents={}), peak_read_bytes_per_s=1e9), _plan())
     assert not [line for line in lines if line.startswith("reading")]
 
 
 def test_before_the_first_pass_there_is_little_to_tell() -> None:
-    stats = Stats(passes=0, first_pass_s=None, last_pass_s=None, read_bytes=0)
-    assert stats_lines(stats, Plan(buffers=0, resident=frozenset()))[0] == (
+    stats = _stats(passes=0, first_pass_s=None, last_pass_s=None, read_bytes=0)
+    assert stats_lines(stats, _plan(buffers=0, resident=frozenset()))[0] == (
         "0 passes, 0 B read, peak 500.0 MB of 512.0 MB"
     )

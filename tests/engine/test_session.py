@@ -260,7 +260,8 @@ def test_only_the_session_module_imports_onnxruntime() -> None:
         for path in package.rglob("*.py")
         if "import onnxruntime" in path.read_text()
     }
-    assert importers == {"session.py"}
+    # The contenders of the benchmark are other engines.
+    assert importers == {"session.py", "bench/engines.py"}
 
 
 def test_sessions_run_in_several_threads_at_once(block: Any) -> None:
