@@ -33,7 +33,7 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
         except BaseException as error:  # SystemExit in a worker must reach the caller too
             _let_go(error)
             message = Failed(task=task, error=error)
-        exchange.deliver(message)
+        exchange.deliver(task, message)
         del message
 
 

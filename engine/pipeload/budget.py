@@ -36,12 +36,11 @@ class Budget:
         """Bytes that are reserved now."""
         return self._reserved_bytes
 
-    def reserve(self, needed: int | Callable[[], int], ticket: int, cancelled: Callable[[], bool]) -> bool:
+    def reserve(self, nbytes: int, ticket: int, cancelled: Callable[[], bool]) -> bool:
         """Wait for the ticket's turn and for the bytes. Returns False, with nothing reserved, when cancelled.
 
         Args:
-            needed: bytes; a function is asked when the ticket's turn has come, since what others did until then may
-                change the answer.
+            nbytes: what is needed.
             ticket: 0, 1, 2 ...: every number is reserved exactly once.
             cancelled: looked at whenever something changed; see `wake`.
 
@@ -49,23 +48,15 @@ class Budget:
             BudgetError: it is more than the limit, so no waiting would help.
             ClosedError: the budget was closed.
         """
-        nbytes = 0
-
-        def decided() -> bool:
-            nonlocal nbytes
-            if self._closed or cancelled():
-                return True
-            if isinstance(needed, int):
-                nbytes = needed
-            elif self._turn == ticket:
-                nbytes = needed()
-            else:
-                return False
-            fits = self._turn == ticket and self._reserved_bytes + nbytes <= self._limit_bytes
-            return fits or nbytes > self._limit_bytes
-
         with self._changed:
-            self._changed.wait_for(decided)
+            self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or cancelled()
+                    or nbytes > self._limit_bytes
+                    or (self._turn == ticket and self._reserved_bytes + nbytes <= self._limit_bytes)
+                )
+            )
             self._skip(ticket)
             if self._closed:
                 raise ClosedError("The model was closed.")

@@ -43,7 +43,7 @@ class Task:
         index: the shard's position in the model.
         resident: it stays in memory after it ran.
         epoch: the epoch in which it was drawn.
-        pass_number: the pass that it is for, counted from 1 in each epoch.
+        pass_number: the pass that it is for.
         packing: not to load it, but to pack what is loaded; it has no place in the order of tickets.
     """
 
@@ -103,6 +103,7 @@ class Exchange:
         self._resident: tuple[bool, ...] = ()
         self._loaders = 0
         self._held: set[int] = set()
+        self._loading: set[int] = set()
         self._place = 0
         self._next_ticket = 0
         self._expected_ticket = 0
@@ -152,8 +153,7 @@ class Exchange:
                 self._packing = True
                 index = self._to_pack.popleft()
                 return Task(ticket=-1, index=index, resident=True, epoch=self._epoch, packing=True)
-            while self._place in self._held:
-                self._advance()
+            self._skip_held()
             task = Task(
                 ticket=self._next_ticket,
                 index=self._place,
@@ -163,6 +163,7 @@ class Exchange:
             )
             if task.resident:
                 self._held.add(task.index)
+            self._loading.add(task.index)
             self._advance()
             self._next_ticket += 1
             return task
@@ -171,10 +172,11 @@ class Exchange:
         """Nobody wants this shard any more."""
         return self._closed or task.epoch != self._epoch
 
-    def deliver(self, message: Loaded | Failed | None) -> None:
+    def deliver(self, task: Task, message: Loaded | Failed | None) -> None:
         """Signal `ready` for a task (None: it was cancelled). A shard of an old epoch goes to the Daemon at once."""
         with self._changed:
             self._outstanding -= 1
+            self._loading.discard(task.index)
             if isinstance(message, Failed) and message.task.packing:
                 self._packing_error = message.error
             elif message is not None and not self.is_stale(message.task):
@@ -189,17 +191,22 @@ class Exchange:
         with self._changed:
             return self._residents[index]
 
-    def swap(self, task: Task, packed: LoadedShard) -> None:
-        """Put the packed shard in the place of the loaded one, while that does not run, and retire the other one."""
+    def swap(self, task: Task, packed: LoadedShard) -> bool:
+        """Put the packed shard in the place of the loaded one, while that does not run, and retire the other one.
+
+        Returns:
+            False when the task had become stale: then it is the packed one that was retired.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self.is_stale(task) or self._running != task.index)
-            old = packed
-            if not self.is_stale(task):
+            old, wanted = packed, not self.is_stale(task)
+            if wanted:
                 old = self._residents[task.index]
                 packed.reserved_bytes, old.reserved_bytes = old.reserved_bytes, 0
                 self._residents[task.index] = packed
             self._retired.append(old)
             self._changed.notify_all()
+            return wanted
 
     def packed(self) -> None:
         """The task of packing is over, however it ended: another one may begin."""
@@ -326,12 +333,13 @@ class Exchange:
             self._to_pack = deque(indices)
             self._changed.notify_all()
 
-    def start(self, resident: Sequence[bool], loaders: int) -> None:
+    def start(self, resident: Sequence[bool], loaders: int, pass_number: int = 1) -> None:
         """Let the Loading Agents begin at the first shard of a pass.
 
         Args:
             resident: for each shard, whether it stays in memory after it ran.
             loaders: how many of them may load at the same time; one more may pack.
+            pass_number: of the pass that they begin with.
         """
         with self._changed:
             assert not self._outstanding, "reset before start"
@@ -339,7 +347,7 @@ class Exchange:
             self._loaders = loaders
             self._held = set(self._residents)
             self._place = 0
-            self._pass_number = 1
+            self._pass_number = pass_number
             self._stopped = False
             self._changed.notify_all()
 
@@ -387,6 +395,10 @@ class Exchange:
             error.__cause__ = cause
             request.result.set_exception(error)
 
+    def _skip_held(self) -> None:
+        while self._place in self._held:
+            self._advance()
+
     def _advance(self) -> None:
         self._place = (self._place + 1) % len(self._resident)
         self._pass_number += self._place == 0
@@ -400,4 +412,8 @@ class Exchange:
         # After a failure inference starts anew: until then the agents would only fail again and again.
         held_back = self._stopped or self._failed or (self._short and ahead)
         busy = self._outstanding - self._packing >= self._loaders
-        return not held_back and not busy and len(self._held) < len(self._resident)
+        if held_back or busy or len(self._held) >= len(self._resident):
+            return False
+        # A shard that is still being loaded for the pass before is not begun for the next one.
+        self._skip_held()
+        return self._place not in self._loading

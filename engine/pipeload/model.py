@@ -21,6 +21,7 @@ from pipeload import manifest as manifests
 from pipeload import profile as profiles
 from pipeload.batches import batches, split_batch
 from pipeload.errors import BudgetError, ClosedError, ConfigError
+from pipeload.examples import past_symbols
 from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.memory import FreeMemory, parse_budget
 from pipeload.pipeline import Call, Pipeline
@@ -157,9 +158,9 @@ class Model:
         pass_bytes = footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches))
         try:
             # Whoever opens a decoder will decode: room for the first caches now saves another plan, and reading, then.
-            plan = self._replanner.plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
+            plan = self._replanner.first_plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
         except BudgetError:
-            plan = self._replanner.plan(pass_bytes, 0)
+            plan = self._replanner.first_plan(pass_bytes, 0)
         stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
         self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
@@ -303,9 +304,8 @@ class Model:
         if length > state.capacity:
             state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
         state.batch = max(state.batch, self._batch(dims))
-        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=True)
         try:
-            outputs = self._submit(values, pass_bytes, last_position=True).result()
+            outputs = self._submit(values, dims, last_position=True).result()
         except BaseException:
             state.capacity, state.batch = before
             raise
@@ -347,12 +347,25 @@ class Model:
 
     def _start(self, inputs: Mapping[str, NDArray[Any]]) -> Call[dict[str, Value]]:
         values, dims = self._convert(inputs, {})
-        return self._submit(values, footprint.pass_bytes(self.manifest, dims), last_position=False)
+        return self._submit(values, dims, last_position=False)
 
-    def _submit(self, values: Mapping[str, Value], pass_bytes: int, *, last_position: bool) -> Call[dict[str, Value]]:
+    def _submit(
+        self, values: Mapping[str, Value], dims: Mapping[str, int], *, last_position: bool
+    ) -> Call[dict[str, Value]]:
+        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=last_position)
         with self._lock:
             cached = sum(self._cache_bytes(state.batch, state.capacity) for state in self._states)
-        return self._pipeline.submit(values, pass_bytes=pass_bytes, cache_bytes=cached, last_position=last_position)
+        # How much is in the caches makes no other kind of pass.
+        past = past_symbols(self.manifest)
+        sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
+        profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
+        return self._pipeline.submit(
+            values,
+            pass_bytes=pass_bytes,
+            cache_bytes=cached,
+            last_position=last_position,
+            kind=None if profiled else sizes,
+        )
 
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
         return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar
 
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
@@ -31,6 +31,7 @@ from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_heap
 from pipeload.planner import Plan
 from pipeload.replanner import Replanner
+from pipeload.schedule import roofline
 from pipeload.session import ShardSession, Value
 from pipeload.stats import PassStats, Stats, pass_stats
 from pipeload.storage import Storage
@@ -39,6 +40,8 @@ from pipeload.trace import Kind, Progress, Trace
 __all__ = ["Call", "Pipeline", "together"]
 
 Result = TypeVar("Result")
+Coldness: TypeAlias = Literal["cold", "filling", "steady"]
+"""A pass that reads everything, one that still loads shards that will stay, or one like all later ones."""
 
 _HEAP_SLACK_BYTES = 256_000_000
 """More than a heap was ever seen to keep beside the tensors in it."""
@@ -98,6 +101,7 @@ class Pipeline:
         self._progress = progress
         self._plan = plan
         self._needs = plan.pass_bytes, plan.cache_bytes
+        self._kind: object = None
         self._budget = Budget(plan.weights_bytes)
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._exchange = Exchange()
@@ -110,9 +114,10 @@ class Pipeline:
         self._unsettled_s: float | None = None
         self._counter = threading.Lock()
         self._closing = threading.Lock()
+        self._gave_up_packing = False
         self._threads: list[threading.Thread] = []
         _bound_heap(plan)
-        self._exchange.start(self._resident_flags(), plan.loaders)
+        self._exchange.start(self._resident_flags(), plan.loaders, 1)
         try:
             self._spawn("inference", inference_agent, self._exchange, self._recover, self._settle)
             self._spawn("daemon", daemon_agent, self._exchange, self._free, self._watch, _WATCH_S)
@@ -142,7 +147,13 @@ class Pipeline:
         )
 
     def submit(
-        self, inputs: Mapping[str, Value], *, pass_bytes: int, cache_bytes: int, last_position: bool
+        self,
+        inputs: Mapping[str, Value],
+        *,
+        pass_bytes: int,
+        cache_bytes: int,
+        last_position: bool,
+        kind: object = None,
     ) -> Call[dict[str, Value]]:
         """Queue one pass; passes run in the order in which they were queued.
 
@@ -151,6 +162,7 @@ class Pipeline:
             pass_bytes: memory that this pass needs beside weights and caches.
             cache_bytes: memory of all caches that are open while it runs.
             last_position: see `Forward.run`.
+            kind: see `Replanner.after_pass`.
 
         Returns:
             The outputs by name, when the pass is over. Waiting for them raises BudgetError when it does not fit the
@@ -162,8 +174,9 @@ class Pipeline:
         """
 
         def work(request: Request) -> dict[str, Value]:
-            self._needs = pass_bytes, cache_bytes
-            self._prepare()
+            self._prepare(pass_bytes, cache_bytes)
+            self._kind = kind
+            cold = self._coldness()
             begin_s = time.perf_counter()
             outputs = self._forward.run(
                 inputs,
@@ -172,7 +185,7 @@ class Pipeline:
                 last_position=last_position,
                 keep_rows_cached=not self._plan.streamed_bytes,
             )
-            self._account(begin_s, time.perf_counter())
+            self._account(begin_s, time.perf_counter(), cold)
             return outputs
 
         return self._call(work)
@@ -238,6 +251,11 @@ class Pipeline:
         if task.packing:
             try:
                 self._pack(task)
+            except BaseException:
+                # Whoever calls next gets the error, and from then on the shards run as they are.
+                self._gave_up_packing = True
+                self._exchange.pack(())
+                raise
             finally:
                 self._exchange.packed()
             return None
@@ -245,22 +263,20 @@ class Pipeline:
         plan, agent = self._plan, _agent()
         packed = plan.packed_streamed and not task.resident
         begin = 0 if task.resident else plan.kept.get(shard.name, 0)
+        # No other agent loads this shard now, so what it keeps is there, or is this one's to load.
+        kept = self._kept.get(task.index)
+        keep_bytes = page_ceil(begin) if kept is None else 0
         reserved = SESSION_BYTES + (page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed))
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
 
-        def keep_bytes() -> int:
-            # Not known before its turn: an agent may wait with the same shard for the pass before.
-            return 0 if task.index in self._kept else page_ceil(begin)
-
         with self.trace.span(agent, "reserve", shard.name, pass_number=task.pass_number):
-            if not self._budget.reserve(lambda: reserved + keep_bytes(), task.ticket, stale):
+            if not self._budget.reserve(reserved + keep_bytes, task.ticket, stale):
                 return None
         loaded = LoadedShard(
             index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
         )
-        kept = self._kept.get(task.index)
         begun: list[Buffer] = []
         try:
             graph = self._storage.graph(shard)
@@ -282,10 +298,10 @@ class Pipeline:
                         shard, graph, parts, plan.threads, packed=packed, lasting=task.resident
                     )
         except BaseException:
-            self._abandon(loaded, begun, keep_bytes())
+            self._abandon(loaded, begun, keep_bytes)
             raise
         if not complete:
-            self._abandon(loaded, begun, keep_bytes())
+            self._abandon(loaded, begun, keep_bytes)
             return None
         if begun:
             self._kept[task.index] = begun[0]
@@ -317,7 +333,9 @@ class Pipeline:
             )
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
-        self._exchange.swap(task, packed)
+        if self._exchange.swap(task, packed):
+            # The plan has room for one copy: the next may begin when the memory of this one's original is free.
+            self._exchange.wait_freed(lambda: loaded.buffer is None)
         trim()
         self._sample()
 
@@ -347,13 +365,19 @@ class Pipeline:
         eta_s = elapsed_s * (self._manifest.weight_bytes - done) / done if done else None
         return Progress(shard=shards[index].name, index=index + 1, count=len(shards), elapsed_s=elapsed_s, eta_s=eta_s)
 
-    def _prepare(self) -> None:
-        """Plan the next pass, make room for it, and see that the Loading Agents work."""
+    def _prepare(self, pass_bytes: int | None = None, cache_bytes: int = 0) -> None:
+        """Plan the next pass, make room for it, and see that the Loading Agents work.
+
+        Without needs it is for another pass like the latest one.
+        """
+        needs = self._needs if pass_bytes is None else (pass_bytes, cache_bytes)
         occupied = self._occupied_bytes()
-        if occupied > self._plan.process_bytes + max(self._needs[0], self._plan.pass_bytes):
+        if occupied > self._plan.process_bytes + max(needs[0], self._plan.pass_bytes):
             trim()
             occupied = self._occupied_bytes()
-        plan = self._replanner.before_pass(self._plan, *self._needs, occupied)
+        plan = self._replanner.before_pass(self._plan, *needs, occupied)
+        # What was refused is not needed again.
+        self._needs = needs
         if plan.layout != self._plan.layout:
             self._exchange.reset(self._budget.wake)
             for index, loaded in self._exchange.residents.items():
@@ -370,23 +394,25 @@ class Pipeline:
                 raise ClosedError("The model was closed during the call.")
             self._pool.close()
             self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
-            _bound_heap(plan)
             trim()
+        if plan.budget_bytes != self._plan.budget_bytes or plan.peak_bytes != self._plan.peak_bytes:
+            _bound_heap(plan)
         self._budget.set_limit(plan.weights_bytes)
         self._plan = plan
         self._spawn_loaders()
         if self._exchange.stopped:
-            self._exchange.start(self._resident_flags(), plan.loaders)
+            self._exchange.start(self._resident_flags(), plan.loaders, self._passes + 1)
 
-    def _account(self, begin_s: float, end_s: float) -> None:
-        self._last_pass = pass_stats(
-            self._manifest,
-            self._replanner.profile,
-            self._plan,
-            self.trace.spans_since(begin_s),
-            begin_s,
-            end_s,
-        )
+    def _coldness(self) -> Coldness:
+        complete = len(self._exchange.residents) == len(self._plan.resident) and len(self._kept) == len(self._plan.kept)
+        return "steady" if complete and self._passes else "filling" if self._passes else "cold"
+
+    def _account(self, begin_s: float, end_s: float, cold: Coldness) -> None:
+        bound_s = None
+        if self._replanner.knows(self._kind) and cold != "filling":
+            bound = roofline(self._manifest, self._replanner.profile, self._plan.resident_bytes)
+            bound_s = bound.first_s if cold == "cold" else bound.steady_s
+        self._last_pass = pass_stats(self.trace.spans_since(begin_s), begin_s, end_s, bound_s)
         self._unsettled_s = begin_s
         self._first_pass_s = self._first_pass_s or self._last_pass.seconds
         self._passes += 1
@@ -400,10 +426,10 @@ class Pipeline:
         begin_s, self._unsettled_s = self._unsettled_s, None
         if begin_s is not None and not self._exchange.packing:
             spans = self.trace.spans_since(begin_s)
-            if self._replanner.after_pass(self._plan, spans, self._last_pass.seconds, self._needs[0]):
+            if self._replanner.after_pass(self._plan, spans, self._last_pass.seconds, self._kind):
                 with suppress(BudgetError):  # the next call meets it again
                     self._prepare()
-        if self._plan.packed and not self._exchange.packing:
+        if self._plan.packed and not self._exchange.packing and not self._gave_up_packing:
             self._exchange.pack(i for i, loaded in self._exchange.residents.items() if loaded.buffer is not None)
 
     def _recover(self) -> None:
@@ -423,7 +449,8 @@ class Pipeline:
 
     def _occupied_bytes(self) -> int:
         """Memory of the process without weights and caches."""
-        weights = self._budget.reserved_bytes + self._pool.idle_bytes + self._plan.packing_bytes
+        weights = self._budget.reserved_bytes + self._pool.idle_bytes
+        weights += self._plan.packing_bytes if self._exchange.packing else 0
         return rss_bytes() - weights - self._plan.cache_bytes
 
     def _resident_flags(self) -> list[bool]:

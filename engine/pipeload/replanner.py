@@ -16,6 +16,7 @@ from dataclasses import replace
 from pipeload import planner
 from pipeload.errors import BudgetError
 from pipeload.manifest import Manifest
+from pipeload.memory import format_bytes
 from pipeload.planner import Plan
 from pipeload.profile import Profile, ShardTimes
 from pipeload.speed import ASSUMED_READ_BYTES_PER_S, LOADERS
@@ -40,6 +41,9 @@ _WRONG_PASSES = 2
 _LEAST_READ_BYTES = 16 << 20
 _BUSY_SHARE = 0.7
 """A pass that reads less, or for a smaller part of its time, says nothing about the bandwidth."""
+
+
+_NO_KIND = object()
 
 
 class Replanner:
@@ -72,10 +76,12 @@ class Replanner:
         self._threads = threads
         self._needs: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
         self._again = False
+        self._asked = False
         self._patience = 0
         self._room_bytes = 0
-        self._kind: object = None
-        self._has_learned = False
+        self._kind: object = _NO_KIND
+        self._known_kind: object = None
+        self._learned: Profile | None = None
         self._wrong = 0
 
     @property
@@ -85,8 +91,8 @@ class Replanner:
 
     @property
     def learned(self) -> Profile | None:
-        """What is known by now, if steady passes have taught anything of it."""
-        return self._profile if self._has_learned else None
+        """What steady passes of the profile's own sizes have taught; None when they have not."""
+        return self._learned
 
     def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
         """The best plan for passes that need so much beside weights.
@@ -104,6 +110,27 @@ class Replanner:
             threads=self._threads,
         )
 
+    def first_plan(self, pass_bytes: int, cache_bytes: int) -> Plan:
+        """The plan to begin with: loading begins at once, so it keeps to what is free even below the budget.
+
+        Raises:
+            BudgetError: the budget cannot work, or so little memory is free that nothing can.
+        """
+        free = self._free_bytes()
+        if self._budget_bytes is None or free >= self._budget_bytes * (1 - _SWING_SHARE):
+            return self.plan(pass_bytes, cache_bytes)
+        self.plan(pass_bytes, cache_bytes)
+        try:
+            return self.plan(pass_bytes, cache_bytes, free)
+        except BudgetError as error:
+            raise BudgetError(
+                f"The budget of {format_bytes(self._budget_bytes)} would do, but cgroup and machine leave only "
+                f"{format_bytes(free)} to this process, and the smallest that works is "
+                f"{format_bytes(error.needed_bytes)}. Free memory, or raise the cgroup's limit.",
+                needed_bytes=error.needed_bytes,
+                budget_bytes=free,
+            ) from error
+
     def set_budget(self, budget_bytes: int | None, pass_bytes: int, cache_bytes: int) -> None:
         """Another budget, from the next pass on; None takes what is free.
 
@@ -112,7 +139,7 @@ class Replanner:
         """
         self.plan(pass_bytes, cache_bytes, budget_bytes)
         self._budget_bytes = budget_bytes
-        self._again = True
+        self._again = self._asked = True
 
     def limit_bytes(self, current: Plan) -> int:
         """What the process may use now: the budget, or less when less memory is left."""
@@ -151,14 +178,19 @@ class Replanner:
         if room >= 0 and not self._again and not enough:
             return kept
         best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes))
-        self._again, self._patience = False, 0
+        gain = 1.0 if self._asked else _GAIN
+        self._again, self._asked, self._patience = False, False, 0
         if room >= 0:
             now = planner.predict(self._manifest, self._profile, kept)
-            if now is None or (best.steady_pass_s or 0.0) > now.steady_s * _GAIN:
+            if now is None or (best.steady_pass_s or 0.0) >= now.steady_s * gain:
                 self._room_bytes = room
                 return replace(kept, first_pass_s=now.first_s, steady_pass_s=now.steady_s) if now else kept
         self._room_bytes = limit - best.peak_bytes
         return best
+
+    def knows(self, kind: object) -> bool:
+        """Whether what is known was measured with passes of this kind; None stands for the profile's own sizes."""
+        return self._profile.measured and kind == self._known_kind
 
     def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
         """Compare a finished pass with its prediction, and learn from it when it was wrong.
@@ -168,12 +200,13 @@ class Replanner:
             spans: what the agents did meanwhile.
             seconds: how long it took.
             kind: tells passes of one kind from others; one that follows another kind has been read ahead for that.
+                None stands for the sizes that the profile is kept for.
 
         Returns:
             Whether the profile has changed.
         """
         if _settling(current, spans):
-            self._kind = None
+            self._kind = _NO_KIND
             return False
         alike, self._kind = self._kind == kind, kind
         predicted_s = current.steady_pass_s
@@ -185,7 +218,9 @@ class Replanner:
                 return False
         self._wrong = 0
         self._profile = learn(self._manifest, self._profile, current, spans)
-        self._has_learned = self._has_learned or alike
+        self._known_kind = kind
+        if kind is None and alike:
+            self._learned = self._profile
         self._again = True
         return True
 
@@ -250,7 +285,7 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
         run_s = found.get("run")
         if run_s is None:
             times[shard.name] = replace(was, session_s=session_s)
-        elif plan.packed and shard.name in plan.resident:
+        elif plan.packed and shard.name in plan.resident and plan.steady_pass_s is not None:
             ratio = run_s / was.packed_run_s if was.packed_run_s else 1.0
             times[shard.name] = replace(was, packed_run_s=run_s, run_s=was.run_s * ratio, session_s=session_s)
         else:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeload.manifest import Manifest
-from pipeload.planner import Plan
-from pipeload.profile import Profile
-from pipeload.schedule import roofline
 from pipeload.trace import AgentTimes, Span, agent_times, busy_s
 
 __all__ = ["PassStats", "Stats", "pass_stats"]
@@ -22,7 +18,8 @@ class PassStats:
         seconds: from its first shard to its last one.
         read_bytes: weights that were read meanwhile.
         read_s: seconds in which at least one Loading Agent read.
-        bound_s: T*, the least that a steady pass with these resident shards could take; None without a profile.
+        bound_s: T*, the least that such a pass could take: the first one cold, later ones with these resident shards.
+            None where no profile says so, and for passes that still load shards which will stay.
         agents: what each agent did meanwhile.
     """
 
@@ -67,20 +64,15 @@ class Stats:
     last: PassStats | None = field(default=None)
 
 
-def pass_stats(
-    manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span], begin_s: float, end_s: float
-) -> PassStats:
+def pass_stats(spans: Sequence[Span], begin_s: float, end_s: float, bound_s: float | None) -> PassStats:
     """The figures of one pass.
 
     Args:
-        manifest: the model.
-        profile: for T*.
-        plan: how it ran.
         spans: what the agents did.
         begin_s: when it began, by `time.perf_counter`.
         end_s: when it ended.
+        bound_s: T* of such a pass, if it is known.
     """
-    bound = roofline(manifest, profile, plan.resident_bytes).steady_s if profile.measured else None
     nbytes, reads = 0.0, []
     for span in spans:
         if span.kind == "read" and begin_s < span.end_s and span.begin_s < end_s:
@@ -92,6 +84,6 @@ def pass_stats(
         seconds=end_s - begin_s,
         read_bytes=round(nbytes),
         read_s=busy_s(reads),
-        bound_s=bound,
+        bound_s=bound_s,
         agents=agent_times(spans, begin_s, end_s),
     )

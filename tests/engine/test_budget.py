@@ -147,20 +147,6 @@ def test_closing_wakes_everybody_and_refuses_from_then_on() -> None:
     assert budget.reserved_bytes == 0
 
 
-def test_a_function_is_asked_when_its_turn_has_come() -> None:
-    budget, known = Budget(10), []
-
-    def needed() -> int:
-        assert known, "asked too early"
-        return known[0]
-
-    later = Background(budget.reserve, needed, 1, _never)
-    known.append(4)
-    assert budget.reserve(6, 0, _never)
-    assert later.end()
-    assert budget.reserved_bytes == 10
-
-
 def test_a_higher_limit_wakes_who_waits() -> None:
     budget = Budget(100)
     budget.reserve(100, 0, _never)

@@ -31,10 +31,14 @@ def _draw(exchange: Exchange) -> Task:
     return task
 
 
+def _tell(exchange: Exchange, message: Loaded | Failed) -> None:
+    exchange.deliver(message.task, message)
+
+
 def _load(exchange: Exchange) -> Task:
     """Draw and deliver one shard."""
     task = _draw(exchange)
-    exchange.deliver(Loaded(task=task, shard=_shard(task.index)))
+    _tell(exchange, Loaded(task=task, shard=_shard(task.index)))
     return task
 
 
@@ -103,9 +107,9 @@ def test_inference_takes_shards_in_ticket_order_however_they_come() -> None:
     tasks = [_draw(exchange) for _ in range(3)]
     first = Background(exchange.take, 0, _request())
     for task in reversed(tasks[1:]):
-        exchange.deliver(Loaded(task=task, shard=_shard(task.index)))
+        _tell(exchange, Loaded(task=task, shard=_shard(task.index)))
     assert first.is_alive()
-    exchange.deliver(Loaded(task=tasks[0], shard=_shard(0)))
+    _tell(exchange, Loaded(task=tasks[0], shard=_shard(0)))
     assert first.end()[1].index == 0
     assert [exchange.take(k, _request())[1].index for k in (1, 2)] == [1, 2]
 
@@ -131,9 +135,9 @@ def test_no_more_loaders_work_than_were_asked_for() -> None:
     first, second = _draw(exchange), _draw(exchange)
     waiting = Background(exchange.next_task)
     assert _holds_back(exchange)
-    exchange.deliver(Loaded(task=second, shard=_shard(second.index)))
+    _tell(exchange, Loaded(task=second, shard=_shard(second.index)))
     assert waiting.end().index == 2
-    exchange.deliver(Loaded(task=first, shard=_shard(first.index)))
+    _tell(exchange, Loaded(task=first, shard=_shard(first.index)))
 
 
 # Residents
@@ -198,12 +202,12 @@ def test_residents_are_packed_one_after_another() -> None:
     assert (packed.reserved_bytes, old.reserved_bytes) == (7, 0)
     assert _holds_back(exchange), "one at a time: the packed copy takes memory until the old one is gone"
     exchange.packed()
-    exchange.deliver(None)
+    exchange.deliver(task, None)
     second = waiting.end()
     assert (second.index, second.packing) == (0, True)
     exchange.swap(second, _shard(0))
     exchange.packed()
-    exchange.deliver(None)
+    exchange.deliver(second, None)
     assert not exchange.packing
     assert sorted(_retired(exchange)) == [0, 2]
 
@@ -219,6 +223,19 @@ def test_a_single_loader_packs_too(resident: bool) -> None:
     assert (task.index, task.packing) == (0, True)
     # One more than the plan has may pack, so whatever is streamed goes on.
     assert _holds_back(exchange) is resident
+
+
+def test_a_shard_is_not_begun_while_it_is_loaded_for_the_pass_before() -> None:
+    exchange = Exchange()
+    exchange.start((False, False), 4)
+    first, second = _draw(exchange), _draw(exchange)
+    waiting = Background(exchange.next_task)
+    assert _holds_back(exchange)
+    _tell(exchange, Loaded(task=second, shard=_shard(1)))
+    assert _holds_back(exchange)
+    _tell(exchange, Loaded(task=first, shard=_shard(0)))
+    third = waiting.end()
+    assert (third.index, third.pass_number) == (0, 2)
 
 
 def test_a_packed_shard_is_not_swapped_in_while_the_old_one_runs() -> None:
@@ -251,7 +268,7 @@ def test_giving_back_does_not_undo_a_swap() -> None:
 def test_a_packing_that_failed_is_raised_at_the_next_shard_once() -> None:
     exchange = _packing(1)
     exchange.packed()
-    exchange.deliver(Failed(task=_draw(exchange), error=OSError("disk")))
+    _tell(exchange, Failed(task=_draw(exchange), error=OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         exchange.borrow_resident(0)
     assert exchange.borrow_resident(0) is not None
@@ -267,7 +284,7 @@ def test_a_packed_shard_that_comes_too_late_is_retired(how: str) -> None:
     ending = Background(exchange.reset, _nothing) if how == "reset" else Background(exchange.close)
     swapping.end()
     exchange.packed()
-    exchange.deliver(None)
+    exchange.deliver(task, None)
     ending.end()
     assert exchange.residents[1] is old
     assert exchange.next_retired() is packed
@@ -291,15 +308,15 @@ def test_a_reset_forgets_what_is_to_be_packed() -> None:
 def test_a_failed_load_is_raised_where_it_was_awaited(error: BaseException) -> None:
     exchange = _started(False, False)
     waiting = Background(exchange.take, 0, _request())
-    exchange.deliver(Failed(task=_draw(exchange), error=error))
+    _tell(exchange, Failed(task=_draw(exchange), error=error))
     assert waiting.wait() is error
 
 
 def test_shards_before_a_failed_one_can_still_be_taken() -> None:
     exchange = _started(False, False)
     first, second = _draw(exchange), _draw(exchange)
-    exchange.deliver(Failed(task=second, error=OSError("disk")))
-    exchange.deliver(Loaded(task=first, shard=_shard(0)))
+    _tell(exchange, Failed(task=second, error=OSError("disk")))
+    _tell(exchange, Loaded(task=first, shard=_shard(0)))
     assert exchange.take(0, _request())[0] is first
     with pytest.raises(OSError, match="disk"):
         exchange.take(1, _request())
@@ -308,7 +325,7 @@ def test_shards_before_a_failed_one_can_still_be_taken() -> None:
 def test_after_a_failure_nothing_more_is_drawn_until_the_reset() -> None:
     # Otherwise Loading Agents would fail again and again while nobody calls.
     exchange = _started(False, False)
-    exchange.deliver(Failed(task=_draw(exchange), error=OSError("disk")))
+    _tell(exchange, Failed(task=_draw(exchange), error=OSError("disk")))
     waiting = Background(exchange.next_task)
     assert _holds_back(exchange)
     exchange.reset(_nothing)
@@ -329,7 +346,7 @@ def test_a_reset_waits_for_work_and_throws_away_what_is_ready() -> None:
         exchange.notify()
     assert woken == [True], "whoever is woken must see that the task is stale"
     assert resetting.is_alive()
-    exchange.deliver(Loaded(task=working, shard=_shard(1)))
+    _tell(exchange, Loaded(task=working, shard=_shard(1)))
     resetting.end()
     assert exchange.stopped
     assert sorted(_retired(exchange)) == [0, 1]
@@ -340,7 +357,7 @@ def test_stale_work_may_also_end_without_a_shard(message: str) -> None:
     exchange = _started(False, False)
     working = _draw(exchange)
     resetting = Background(exchange.reset, _nothing)
-    exchange.deliver(None if message == "cancelled" else Failed(task=working, error=OSError()))
+    exchange.deliver(working, None if message == "cancelled" else Failed(task=working, error=OSError()))
     resetting.end()
     exchange.start((False, False), LOADERS)
     assert _load(exchange).index == 0
@@ -493,7 +510,7 @@ def test_what_comes_after_closing_goes_to_the_daemon() -> None:
     exchange = _started(False, False)
     working = _draw(exchange)
     exchange.close()
-    exchange.deliver(Loaded(task=working, shard=_shard(0)))
+    _tell(exchange, Loaded(task=working, shard=_shard(0)))
     assert _retired(exchange) == [0]
 
 
@@ -501,5 +518,5 @@ def test_a_failure_after_closing_is_dropped() -> None:
     exchange = _started(False)
     working = _draw(exchange)
     exchange.close()
-    exchange.deliver(Failed(task=working, error=OSError()))
+    _tell(exchange, Failed(task=working, error=OSError()))
     assert _retired(exchange) == []

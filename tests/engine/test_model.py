@@ -574,7 +574,9 @@ def test_passes_teach_where_nothing_was_measured(toy_large: Path) -> None:
 
 @pytest.mark.usefixtures("unlearning")
 def test_statistics_tell_about_the_latest_pass(toy_large: Path) -> None:
-    with _load(toy_large, smallest_budget(toy_large), profile=_fast_profile(toy_large)) as model:
+    shape = toys.inputs()["input_ids"].shape
+    sizes = {"batch_size": shape[0], "sequence_length": shape[1]}
+    with _load(toy_large, smallest_budget(toy_large), profile=_fast_profile(toy_large), sizes=sizes) as model:
         assert model.stats.last is None
         for _ in range(3):
             model.run(toys.inputs())

@@ -22,6 +22,7 @@ from pipeload.errors import ConfigError, PipeloadError
 from pipeload.machine import cores
 from pipeload.memory import peak_rss_bytes, rss_bytes
 from pipeload.model import Model
+from pipeload.planner import Plan
 from pipeload.tasks.runner import Decoder
 
 __all__ = ["main", "run"]
@@ -53,9 +54,13 @@ def run(spec: Spec) -> Result:
     ask = _question(spec, work)
     before = rss_bytes()
     begin = time.perf_counter()
+    plan = None
     with _opened(spec, manifest) as runner:
+        # What was predicted, before anything could be learned from the passes that it is compared with.
+        predicted = runner.plan if isinstance(runner, Model) else None
         measured = ask(runner, begin)
-        plan = _plan_facts(runner) if isinstance(runner, Model) else None
+        if isinstance(runner, Model) and predicted is not None:
+            plan = _plan_facts(predicted, runner.plan)
     if spec.outputs:
         np.savez(spec.outputs, **measured.outputs)  # type: ignore[arg-type]
     return Result(
@@ -110,18 +115,18 @@ def _load(spec: Spec, manifest: manifests.Manifest) -> Model:
     )
 
 
-def _plan_facts(model: Model) -> PlanFacts:
-    plan = model.plan
+def _plan_facts(predicted: Plan, final: Plan) -> PlanFacts:
+    """The predictions of the first plan, and how the model runs by now."""
     return PlanFacts(
-        budget_bytes=plan.budget_bytes,
-        peak_bytes=plan.peak_bytes,
-        first_s=plan.first_pass_s,
-        steady_s=plan.steady_pass_s,
-        resident_bytes=plan.resident_bytes,
-        loaders=plan.loaders,
-        buffers=plan.buffers,
-        threads=plan.threads,
-        packed=plan.packed,
+        budget_bytes=predicted.budget_bytes,
+        peak_bytes=predicted.peak_bytes,
+        first_s=predicted.first_pass_s,
+        steady_s=predicted.steady_pass_s,
+        resident_bytes=final.resident_bytes,
+        loaders=final.loaders,
+        buffers=final.buffers,
+        threads=final.threads,
+        packed=final.packed,
     )
 
 

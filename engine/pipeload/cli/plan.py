@@ -64,9 +64,12 @@ def plan(
     given = image_sizes(directory, manifest) | read_sizes(sizes)
     dims = profile_dims(manifest, given)
     found = _profile(directory, manifest, dims, profile)
+    # A decoder's prompt needs more memory than the steps after it, whose time is predicted.
+    prompt = footprint.planning_dims(manifest, given)
+    last = bool(manifest.caches)
     needs: dict[str, Any] = {
-        "pass_bytes": footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches)),
-        "cache_bytes": footprint.cache_bytes(manifest, dims),
+        "pass_bytes": max(footprint.pass_bytes(manifest, sizes, last_position=last) for sizes in (dims, prompt)),
+        "cache_bytes": max(footprint.cache_bytes(manifest, sizes) for sizes in (dims, prompt)),
         "loaders": loaders,
         "threads": threads,
     }
