@@ -171,22 +171,23 @@ def find(directory: Path, dims: Mapping[str, int]) -> Profile | None:
 
     A file that is damaged, or that was put there from elsewhere, is as good as none.
     """
-    # Path.home() raises RuntimeError for a user without a home.
-    with suppress(OSError, RuntimeError, ConfigError):
+    with suppress(OSError, ConfigError):
         identity = identify(directory, dims)
-        profile, kept = _read(_place(identity))
-        if kept == identity:
-            return profile
+        path = _place(identity)
+        if path is not None:
+            profile, kept = _read(path)
+            return profile if kept == identity else None
     return None
 
 
 def keep(directory: Path, profile: Profile) -> Path | None:
     """Put a profile of the model in `directory` into the store. Returns its file, None where none can be written."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError):
         identity = identify(directory, profile.dims)
         path = _place(identity)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(profile, path, identity)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(profile, path, identity)
         return path
     return None
 
@@ -224,9 +225,10 @@ def _fault(profile: Profile) -> str | None:
     return None
 
 
-def _place(identity: Identity) -> Path:
+def _place(identity: Identity) -> Path | None:
     digest = hashlib.sha256(msgspec.json.encode(identity, order="sorted")).hexdigest()
-    return user_cache("profiles") / f"{digest[:16]}.json"
+    folder = user_cache("profiles")
+    return folder / f"{digest[:16]}.json" if folder else None
 
 
 def _version(package: str) -> str:

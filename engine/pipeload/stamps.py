@@ -34,7 +34,8 @@ def stamps_of(directory: Path, manifest_bytes: bytes) -> Stamps:
         manifest_bytes: its manifest, which says what each file's sha256 must be.
     """
     identity = hashlib.sha256(str(directory.resolve()).encode() + b"\0" + manifest_bytes).hexdigest()
-    return Stamps(user_cache("verified") / f"{identity[:32]}.json")
+    folder = user_cache("verified")
+    return Stamps(folder / f"{identity[:32]}.json" if folder else None)
 
 
 class Stamps:

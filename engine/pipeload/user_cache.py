@@ -10,16 +10,20 @@ from pathlib import Path
 __all__ = ["keep_file", "user_cache"]
 
 
-def user_cache(name: str) -> Path:
-    """`${PIPELOAD_CACHE}/name`, else `${XDG_CACHE_HOME:-~/.cache}/pipeload/name`; nothing is made there."""
+def user_cache(name: str) -> Path | None:
+    """`${PIPELOAD_CACHE}/name`, else `${XDG_CACHE_HOME:-~/.cache}/pipeload/name`; nothing is made there.
+
+    Returns:
+        None for a user without a home, as the one of many containers is: then nothing is kept.
+    """
     own, base = (os.environ.get(variable, "") for variable in ("PIPELOAD_CACHE", "XDG_CACHE_HOME"))
     # The XDG rules say that a relative path is to be ignored.
-    folder = (
-        Path(own)
-        if own.startswith("/")
-        else (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload"
-    )
-    return folder / name
+    if own.startswith("/"):
+        return Path(own) / name
+    try:
+        return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload" / name
+    except RuntimeError:
+        return None
 
 
 def keep_file(path: Path, data: bytes) -> None:

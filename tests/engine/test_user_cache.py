@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.engine import toy as toys
 
+import pipeload
+from pipeload import profile as profiles
 from pipeload import user_cache as caches
 from pipeload.user_cache import keep_file, user_cache
 
@@ -23,6 +26,21 @@ def test_an_own_folder_comes_first_then_the_users_then_home(monkeypatch: pytest.
     monkeypatch.setenv("XDG_CACHE_HOME", "")
     assert user_cache("verified") == tmp_path / "home" / ".cache" / "pipeload" / "verified"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_user_without_a_home_has_no_cache_and_can_still_load(monkeypatch: pytest.MonkeyPatch, toy: Path) -> None:
+    def homeless(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PIPELOAD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(homeless))
+    assert user_cache("verified") is None
+    with pipeload.load(toy, "8GB") as model:
+        for _ in range(3):
+            model.run(toys.inputs())
+        assert profiles.keep(toy, model.profile) is None
+    assert profiles.find(toy, {}) is None
 
 
 def test_tests_do_not_write_into_the_users_own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
