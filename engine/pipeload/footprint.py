@@ -11,6 +11,8 @@ __all__ = ["cache_bytes", "pass_bytes", "planning_dims", "tensor_bytes"]
 
 _HEAP_FACTOR = 1.2
 """The heap occupies more than the tensors in it: freed pieces lie between living ones."""
+_ARENA_FACTOR = 1.8
+"""The same of the arena that sessions of models without caches share (`session`): 0.7 to 1.7 were seen, over sizes."""
 _MAPPED_BYTES = 512 << 10
 """Tensors from this size on are given back to the system when they are freed (`memory.limit_heap`)."""
 _PINNED_FACTOR = 3
@@ -60,12 +62,16 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
         # The slices, and the output that they are joined to.
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
         peak += 2 * tensor_bytes(spec, head_dims)
-    # Small outputs that stay lie between the pieces that come and go, and keep these from being given back.
-    small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not last_position)]
-    peak += _PINNED_FACTOR * sum(sizes[name] for name in small)
+    if manifest.caches:
+        # Small outputs that stay lie between the pieces that come and go, and keep these from being given back.
+        small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not last_position)]
+        needed = int((peak + _PINNED_FACTOR * sum(sizes[name] for name in small)) * _HEAP_FACTOR)
+    else:
+        # What the caller gets is a copy.
+        needed = int(peak * _ARENA_FACTOR) + sum(sizes[name] for name in kept)
     # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
     passed = [spec for spec in manifest.inputs if spec.name not in cache_names or not last_position]
-    needed = int(peak * _HEAP_FACTOR) + sum(sizes[spec.name] for spec in passed)
+    needed += sum(sizes[spec.name] for spec in passed)
     # In whole steps, so that the plan changes seldom while a text grows token by token.
     return -(-needed // _ROUND_BYTES) * _ROUND_BYTES
 

@@ -31,6 +31,7 @@ class Forward:
         self._wanted = {spec.name for spec in manifest.outputs}
         self._head = manifest.head
         self._head_shards = frozenset(manifest.head.shards if manifest.head else ())
+        self._in_arena = not manifest.caches
         self._last_use: dict[str, int] = {}
         for index, shard in enumerate(manifest.shards):
             for name in (*shard.inputs, *(lookup.indices for lookup in shard.lookups)):
@@ -80,6 +81,9 @@ class Forward:
             del results
             for name in [name for name in alive if self._last_use.get(name, -1) <= index]:
                 del alive[name]
+        if self._in_arena:
+            # The caller may keep outputs for long, and the arena could not shrink.
+            outputs = {name: to_value(to_array(value).copy()) for name, value in outputs.items()}
         if self._head:
             outputs[self._head.output] = to_value(np.concatenate(slices, axis=-1))
         return outputs

@@ -32,7 +32,7 @@ from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_h
 from pipeload.planner import Plan
 from pipeload.replanner import Replanner
 from pipeload.schedule import roofline
-from pipeload.session import ShardSession, Value
+from pipeload.session import ShardSession, Value, shrink_arena
 from pipeload.stats import PassStats, Stats, pass_stats
 from pipeload.storage import Storage
 from pipeload.trace import Kind, Progress, Trace
@@ -105,6 +105,8 @@ class Pipeline:
         self._budget = Budget(plan.weights_bytes)
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._exchange = Exchange()
+        # Caches grow with every pass: no piece of an arena would fit them twice.
+        self._in_arena = not manifest.caches
         self._kept: dict[int, Buffer] = {}
         self.trace = Trace(_SPANS)
         self._passes = 0
@@ -174,8 +176,11 @@ class Pipeline:
         """
 
         def work(request: Request) -> dict[str, Value]:
-            self._prepare(pass_bytes, cache_bytes)
+            if kind != self._kind and self._in_arena:
+                # Its pieces have the sizes of the latest passes.
+                shrink_arena()
             self._kind = kind
+            self._prepare(pass_bytes, cache_bytes)
             cold = self._coldness()
             begin_s = time.perf_counter()
             outputs = self._forward.run(
@@ -224,7 +229,7 @@ class Pipeline:
             for index in list(self._kept):
                 self._forget(index)
             self._pool.close()
-            trim()
+            self._give_back()
 
     def _call(self, work: Callable[[Request], Result]) -> Call[Result]:
         if threading.current_thread() in self._threads:
@@ -295,7 +300,13 @@ class Pipeline:
                 kind: Kind = "pack" if packed else "session"
                 with self.trace.span(agent, kind, shard.name, pass_number=task.pass_number):
                     loaded.session = ShardSession(
-                        shard, graph, parts, plan.threads, packed=packed, lasting=task.resident
+                        shard,
+                        graph,
+                        parts,
+                        plan.threads,
+                        packed=packed,
+                        lasting=task.resident,
+                        arena=self._in_arena,
                     )
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)
@@ -330,6 +341,7 @@ class Pipeline:
                 self._plan.threads,
                 packed=True,
                 lasting=True,
+                arena=self._in_arena,
             )
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
@@ -373,7 +385,7 @@ class Pipeline:
         needs = self._needs if pass_bytes is None else (pass_bytes, cache_bytes)
         occupied = self._occupied_bytes()
         if occupied > self._plan.process_bytes + max(needs[0], self._plan.pass_bytes):
-            trim()
+            self._give_back()
             occupied = self._occupied_bytes()
         plan = self._replanner.before_pass(self._plan, *needs, occupied)
         # What was refused is not needed again.
@@ -394,7 +406,7 @@ class Pipeline:
                 raise ClosedError("The model was closed during the call.")
             self._pool.close()
             self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
-            trim()
+            self._give_back()
         if plan.budget_bytes != self._plan.budget_bytes or plan.peak_bytes != self._plan.peak_bytes:
             _bound_heap(plan)
         self._budget.set_limit(plan.weights_bytes)
@@ -447,6 +459,12 @@ class Pipeline:
         self._budget.release(buffer.nbytes)
         buffer.close()
 
+    def _give_back(self) -> None:
+        """Give freed memory back to the system."""
+        if self._in_arena:
+            shrink_arena()
+        trim()
+
     def _occupied_bytes(self) -> int:
         """Memory of the process without weights and caches."""
         weights = self._budget.reserved_bytes + self._pool.idle_bytes
@@ -469,7 +487,7 @@ class Pipeline:
                 shard.buffer = None
             if rss_bytes() > self._plan.peak_bytes:
                 self._exchange.signal_memory(short=True)
-                trim()
+                self._give_back()
                 self._exchange.signal_memory(short=False)
             self._budget.release(shard.reserved_bytes)
         self._sample()

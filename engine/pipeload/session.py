@@ -5,12 +5,19 @@ its weights from buffers, without a copy and without prepacking, and is made in 
 copies the weights and lays them out for the CPU, which costs far more and makes each run faster: it no longer needs
 the buffers.
 
-Nothing here touches onnxruntime's process-wide state: every session has its own threads.
+Sessions make and free activations at every operator. For models without caches they share one arena, which keeps what
+is freed for the next operator, of whatever shard: memory that goes back to the system has to be cleared again before
+its next use, which takes as long as a third of the computing. Caches grow by a token a pass, so that no piece of an
+arena would ever fit the next one: sessions of models with caches use the C library's heap.
+
+The arena is onnxruntime's process-wide one, which serves only sessions that ask for it. Nothing else here touches
+process-wide state: every session has its own threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,13 +29,20 @@ from pipeload.buffers import Part, tensor_in
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.manifest import Shard
 
-__all__ = ["ShardSession", "Stopper", "Value", "to_array", "to_value"]
+__all__ = ["ShardSession", "Stopper", "Value", "shrink_arena", "to_array", "to_value"]
 
 Value: TypeAlias = ort.OrtValue
 """A tensor in onnxruntime's memory, which travels between shards without a copy."""
 
 _BFLOAT16 = 16
 """ONNX's number for an element type that NumPy does not have."""
+_SAME_AS_REQUESTED = 1
+_SHRINK = "memory.enable_memory_arena_shrinkage"
+_CONSTANT_GRAPH = (
+    b'\x08\x08\x12\x00:5\n$\x12\x01y"\x08Constant*\x15\n\x0bvalue_float\x15\x00\x00\x00\x00\xa0\x01\x01'
+    b"\x12\x00b\x0b\n\x01y\x12\x06\n\x04\x08\x01\x12\x00B\x04\n\x00\x10\x11"
+)
+"""An ONNX model (opset 17) that makes the number 0: a session is the only thing that can tell the arena to shrink."""
 
 
 def to_value(array: NDArray[Any], dtype: str | None = None) -> Value:
@@ -67,6 +81,47 @@ class Stopper:
         self._options.terminate = True
 
 
+def shrink_arena() -> None:
+    """Give those pieces of the shared arena back to the heap in which nothing lies; see `memory.trim`."""
+    _shrinker().run(None, {}, _shrinking())
+
+
+@cache
+def _register_arena() -> None:
+    # Pieces of the sizes that are asked for: what grows by doubling would take up to twice as much.
+    config = {
+        "arena_extend_strategy": _SAME_AS_REQUESTED,
+        "max_mem": 0,
+        "initial_chunk_size_bytes": -1,
+        "max_dead_bytes_per_chunk": -1,
+    }
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg(config))
+
+
+def _use_arena(options: ort.SessionOptions) -> None:
+    _register_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # Packed weights come and go with their session, and would leave holes in the arena.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+
+
+@cache
+def _shrinker() -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    _use_arena(options)
+    return ort.InferenceSession(_CONSTANT_GRAPH, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def _shrinking() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry(_SHRINK, "cpu:0")
+    return options
+
+
 class ShardSession:
     """A shard that is ready to run.
 
@@ -78,6 +133,7 @@ class ShardSession:
         threads: intra-op threads.
         packed: lay the weights out for the CPU, in memory of the session's own.
         lasting: the session will run many times, and not while Loading Agents need the cores.
+        arena: keep activations in the arena that all such sessions share. What a run returns lies in it too.
 
     Raises:
         LoadError: onnxruntime refused the graph.
@@ -92,6 +148,7 @@ class ShardSession:
         *,
         packed: bool = False,
         lasting: bool = False,
+        arena: bool = False,
     ) -> None:
         self._name = shard.name
         self._outputs = list(shard.outputs)
@@ -100,9 +157,12 @@ class ShardSession:
         options.log_severity_level = 4  # what goes wrong is raised
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        # An arena per session would round every block of memory up and keep it.
-        options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
+        if arena:
+            _use_arena(options)
+        else:
+            # An arena per session would round every block of memory up and keep it.
+            options.enable_cpu_mem_arena = False
         if lasting:
             # The pool stops spinning when the run ends: the next shard's pool needs the cores.
             options.add_session_config_entry("session.force_spinning_stop", "1")

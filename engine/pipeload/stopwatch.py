@@ -118,14 +118,15 @@ class Stopwatch:
             return list(session.run(inputs, stopper))
 
         # What happens only the first time, such as loading code, is no part of any time.
-        results = run(self._open(shard, self._threads[0], packed=False))
+        results = run(self._open(shard, self._threads[0]))
         passed_bytes = sum(to_array(value).nbytes for value in inputs.values())
         if shard.name == self._largest:
             trim()
             made_bytes = sum(to_array(value).nbytes for value in results)
             self.settled_bytes = rss_bytes() - self._buffer.nbytes - passed_bytes - made_bytes
         if shard.name in self._chosen:
-            self._watch_memory(passed_bytes, lambda: run(self._open(shard, self._threads[0], packed=False)))
+            # What an arena keeps for the next run would not be seen.
+            self._watch_memory(passed_bytes, lambda: run(self._open(shard, self._threads[0], arena=False)))
         for threads in self._threads:
             for session_s, run_s in self._stream(shard, threads, run, 0.0):
                 self._seen["session_s", threads, shard.name].append(session_s)
@@ -157,7 +158,7 @@ class Stopwatch:
         seen: list[tuple[float, float]] = []
         while _go_on([run_s for _, run_s in seen], enough_s):
             begin = time.perf_counter()
-            session = self._open(shard, threads, packed=False)
+            session = self._open(shard, threads)
             middle = time.perf_counter()
             run(session)
             seen.append((middle - begin, time.perf_counter() - middle))
@@ -208,9 +209,10 @@ class Stopwatch:
         finally:
             scratch.close()
 
-    def _open(self, shard: Shard, threads: int, *, packed: bool) -> ShardSession:
+    def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
         parts = [Part(0, shard.nbytes, self._buffer)]
-        return ShardSession(shard, self._storage.graph(shard), parts, threads, packed=packed, lasting=packed)
+        graph, in_arena = self._storage.graph(shard), arena and not self._manifest.caches
+        return ShardSession(shard, graph, parts, threads, packed=packed, lasting=packed, arena=in_arena)
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

@@ -20,7 +20,8 @@ from pipeload import session as sessions
 from pipeload.buffers import Buffer, Part, tensor_in
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.manifest import Shard
-from pipeload.session import ShardSession, Stopper, to_array, to_value
+from pipeload.memory import limit_heap, rss_bytes, trim
+from pipeload.session import ShardSession, Stopper, shrink_arena, to_array, to_value
 from pipeload.storage import Storage
 
 
@@ -104,6 +105,67 @@ def test_a_session_that_is_gone_lets_its_buffer_go(block: Any) -> None:
     # Nothing exports the memory any more, or this would be a BufferError inside and only drop the pages.
     buffer.close()
     assert buffer._map.closed
+
+
+# The arena that sessions share
+
+
+def _regions_kept(block: Any, *, arena: bool) -> int:
+    """Bytes that stay with the process after a run that made 32 MB of activations, and go when the arena shrinks."""
+    shard, graph, parts = block
+    random = np.random.default_rng(0)
+    hidden = random.standard_normal((8, 16384, 64), dtype=np.float32)
+    values = {"hidden.0": to_value(hidden), "mask": to_value(np.ones((8, 16384, 1), np.float32))}
+    session = ShardSession(shard, graph, parts, 1, arena=arena)
+    shrink_arena()
+    trim()
+    outputs = session.run(values, Stopper())
+    del outputs
+    before = rss_bytes()
+    shrink_arena()
+    trim()
+    return before - rss_bytes()
+
+
+def test_sessions_in_the_arena_keep_what_they_freed_until_it_shrinks(block: Any) -> None:
+    limit_heap()
+    assert _regions_kept(block, arena=True) > 32 * 2**20
+    assert _regions_kept(block, arena=False) < 8 * 2**20
+
+
+def test_sessions_in_the_arena_compute_the_same(block: Any) -> None:
+    expected = _run(ShardSession(*block, 1))
+    np.testing.assert_array_equal(_run(ShardSession(*block, 1, arena=True)), expected)
+    packed = ShardSession(*block, 1, packed=True, lasting=True, arena=True)
+    np.testing.assert_allclose(_run(packed), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_value_in_the_arena_outlives_its_session_and_the_shrinking(block: Any) -> None:
+    session = ShardSession(*block, 1, arena=True)
+    array = _run(session)
+    expected = array.copy()
+    del session
+    shrink_arena()
+    np.testing.assert_array_equal(array, expected)
+
+
+def test_sessions_of_the_host_get_no_part_of_the_arena(toy: Path) -> None:
+    shrink_arena()
+    graph = toy / manifests.read(toy).shards[1].graph.path
+    # A session as anybody else in the process makes it, with an arena of its own, and one without.
+    for own_arena in (True, False):
+        options = ort.SessionOptions()
+        options.enable_cpu_mem_arena = own_arena
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        assert np.isfinite(session.run(None, _inputs())[0]).all()
+
+
+def test_the_graph_that_shrinks_the_arena_is_one_constant() -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_model_from_string(sessions._CONSTANT_GRAPH)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node] == ["Constant"]
+    assert not model.graph.input
 
 
 # Values
