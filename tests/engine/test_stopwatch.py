@@ -159,7 +159,9 @@ def test_packed_and_streamed_sessions_are_made_as_the_engine_makes_them(
     made: list[tuple[str, bool]] = []
     open_session = Stopwatch._open
 
-    def noting(self: Stopwatch, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
+    def noting(
+        self: Stopwatch, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True
+    ) -> ShardSession:
         made.append((shard.name, packed))
         return open_session(self, shard, threads, packed=packed, arena=arena)
 
