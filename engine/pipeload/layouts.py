@@ -14,10 +14,10 @@ from pipeload.buffers import page_ceil, page_floor
 from pipeload.manifest import Shard
 from pipeload.speed import LOADERS, Speed
 
-__all__ = ["SESSION_BYTES", "Layout", "layouts"]
+__all__ = ["Layout", "layouts", "session_bytes"]
 
-SESSION_BYTES = 400_000
-"""One session beside its weights: graph, kernels, thread pool."""
+_SESSION_BYTES = 300_000
+_THREAD_BYTES = 50_000
 _SMALL_SHARE = 0.1
 """A shard below this part of the largest is made resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
@@ -43,6 +43,11 @@ class Layout:
     threads: int = 1
 
 
+def session_bytes(threads: int) -> int:
+    """One session with so many intra-op threads, beside its weights: graph, kernels, thread pool."""
+    return _SESSION_BYTES + _THREAD_BYTES * threads
+
+
 def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | None) -> Iterator[Layout]:
     """Every layout that is worth a look and fits into `free` bytes."""
     order = _residence_order(shards)
@@ -51,11 +56,12 @@ def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | Non
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
     for threads in sorted(speed.times, reverse=True):
+        each = session_bytes(threads)
         # Where it pays there may yet be no memory for the packed copies.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
         for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
-                layout = _fill(shards, order, free, buffers, size, packed=packed, pack_streamed=pack_streamed)
+                layout = _fill(shards, order, free, buffers, size, each, packed=packed, pack_streamed=pack_streamed)
                 if layout is not None:
                     yield replace(layout, loaders=count, threads=threads)
 
@@ -66,14 +72,15 @@ def _fill(
     free: int,
     buffers: int,
     buffer_bytes: int,
+    session_bytes: int,
     *,
     packed: bool,
     pack_streamed: bool,
 ) -> Layout | None:
     """Fill the memory beside the buffers with what need not be read again; None when the layout does not fit."""
-    packing = max(_packing_bytes(shard) for shard in shards) if packed else 0
+    packing = max(_packing_bytes(shard) for shard in shards) + session_bytes if packed else 0
     copy_bytes = buffer_bytes if pack_streamed else 0
-    used = packing + buffers * (buffer_bytes + copy_bytes + SESSION_BYTES)
+    used = packing + buffers * (buffer_bytes + copy_bytes + session_bytes)
     # The packed copy of a streamed shard takes memory for all of it.
     places = {shard.name: [0] if pack_streamed else _places(shard) for shard in shards}
     kept: dict[str, int] = {}
@@ -85,11 +92,11 @@ def _fill(
         kept[shard.name] = least
         used += page_ceil(least)
     whole = {shard.name for shard in shards if not buffers or (kept[shard.name] == shard.nbytes and shard.nbytes)}
-    used += len(whole) * SESSION_BYTES
+    used += len(whole) * session_bytes
     if used > free:
         return None
     for shard in order:
-        extra = page_ceil(shard.nbytes) - page_ceil(kept[shard.name]) + SESSION_BYTES
+        extra = page_ceil(shard.nbytes) - page_ceil(kept[shard.name]) + session_bytes
         if shard.name not in whole and used + extra <= free:
             whole.add(shard.name)
             used += extra
@@ -146,9 +153,9 @@ def _buffer_sizes(shards: Sequence[Shard]) -> list[int]:
 
 
 def _packing_bytes(shard: Shard) -> int:
-    """What packing one shard takes beside its buffer: the packed copy, and once more the tensor in work."""
+    """What packing one shard takes beside buffer and session: the packed copy, and once more the tensor in work."""
     largest = max((spec.nbytes for spec in shard.tensors), default=shard.nbytes)
-    return page_ceil(shard.nbytes) + page_ceil(largest) + SESSION_BYTES
+    return page_ceil(shard.nbytes) + page_ceil(largest)
 
 
 def _residence_order(shards: Sequence[Shard]) -> list[Shard]:

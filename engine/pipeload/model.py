@@ -239,7 +239,8 @@ class Model:
         queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
         try:
             for inputs, sizes in batches(items, batch):
-                queue.append((self._start(inputs), sizes))
+                # The next batch waits in memory while this one runs.
+                queue.append((self._start(inputs, beside_bytes=sum(a.nbytes for a in inputs.values())), sizes))
                 if len(queue) > 1:
                     yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
             while queue:
@@ -345,14 +346,14 @@ class Model:
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
 
-    def _start(self, inputs: Mapping[str, NDArray[Any]]) -> Call[dict[str, Value]]:
+    def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
         values, dims = self._convert(inputs, {})
-        return self._submit(values, dims, last_position=False)
+        return self._submit(values, dims, last_position=False, beside_bytes=beside_bytes)
 
     def _submit(
-        self, values: Mapping[str, Value], dims: Mapping[str, int], *, last_position: bool
+        self, values: Mapping[str, Value], dims: Mapping[str, int], *, last_position: bool, beside_bytes: int = 0
     ) -> Call[dict[str, Value]]:
-        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=last_position)
+        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=last_position) + beside_bytes
         with self._lock:
             cached = sum(self._cache_bytes(state.batch, state.capacity) for state in self._states)
         # How much is in the caches makes no other kind of pass.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -26,13 +27,13 @@ from pipeload.buffers import Buffer, BufferPool, Part, page_ceil
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.forward import Forward
-from pipeload.layouts import SESSION_BYTES
+from pipeload.layouts import session_bytes
 from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_heap
 from pipeload.planner import Plan
 from pipeload.replanner import Replanner
 from pipeload.schedule import roofline
-from pipeload.session import ShardSession, Value, shrink_arena
+from pipeload.session import ShardSession, Value, shrink_arena, to_array
 from pipeload.stats import PassStats, Stats, pass_stats
 from pipeload.storage import Storage
 from pipeload.trace import Kind, Progress, Trace
@@ -105,6 +106,8 @@ class Pipeline:
         self._budget = Budget(plan.weights_bytes)
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._exchange = Exchange()
+        # Outputs of former calls, as long as their callers keep them.
+        self._lent: weakref.WeakKeyDictionary[Value, int] = weakref.WeakKeyDictionary()
         # Caches grow with every pass: no piece of an arena would fit them twice.
         self._in_arena = not manifest.caches
         self._kept: dict[int, Buffer] = {}
@@ -191,6 +194,8 @@ class Pipeline:
                 keep_rows_cached=not self._plan.streamed_bytes,
             )
             self._account(begin_s, time.perf_counter(), cold)
+            if not last_position:
+                self._lent.update((value, to_array(value).nbytes) for value in outputs.values())
             return outputs
 
         return self._call(work)
@@ -271,7 +276,8 @@ class Pipeline:
         # No other agent loads this shard now, so what it keeps is there, or is this one's to load.
         kept = self._kept.get(task.index)
         keep_bytes = page_ceil(begin) if kept is None else 0
-        reserved = SESSION_BYTES + (page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed))
+        reserved = page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
+        reserved += session_bytes(plan.threads)
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
@@ -383,11 +389,12 @@ class Pipeline:
         Without needs it is for another pass like the latest one.
         """
         needs = self._needs if pass_bytes is None else (pass_bytes, cache_bytes)
+        taken = needs[0] + sum(self._lent.values())
         occupied = self._occupied_bytes()
-        if occupied > self._plan.process_bytes + max(needs[0], self._plan.pass_bytes):
+        if self._replanner.growth_bytes(self._plan, taken, occupied) > 0:
             self._give_back()
             occupied = self._occupied_bytes()
-        plan = self._replanner.before_pass(self._plan, *needs, occupied)
+        plan = self._replanner.before_pass(self._plan, taken, needs[1], occupied)
         # What was refused is not needed again.
         self._needs = needs
         if plan.layout != self._plan.layout:

@@ -34,7 +34,7 @@ from typing import Any
 
 from pipeload.buffers import page_ceil
 from pipeload.errors import BudgetError
-from pipeload.layouts import SESSION_BYTES, Layout, layouts
+from pipeload.layouts import Layout, layouts, session_bytes
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import format_bytes
 from pipeload.profile import Profile, ShardTimes
@@ -163,7 +163,7 @@ def make_plan(
         fastest_s = min(fastest_s, schedule.steady_s)
         found.append((layout, schedule))
     if not found:
-        raise _too_small(manifest, budget_bytes, process, pass_bytes, cache_bytes)
+        raise _too_small(manifest, budget_bytes, process, pass_bytes, cache_bytes, session_bytes(min(speed.times)))
     layout, schedule = _preferred([pair for pair in found if pair[1].steady_s <= fastest_s * (1 + _CLOSE)])
     return Plan(
         budget_bytes=budget_bytes,
@@ -242,7 +242,9 @@ def budget_for_latency(
         )
 
     # Above this everything is resident and packed, and more memory is of no use.
-    most = process_bytes(profile) + pass_bytes + cache_bytes + 2 * _all_bytes(manifest.shards)
+    each = session_bytes(max(Speed.of(manifest, profile, options.get("threads")).times))
+    most = process_bytes(profile) + pass_bytes + cache_bytes
+    most += 2 * sum(page_ceil(shard.nbytes) + each for shard in manifest.shards)
     try:
         least = plan(1).budget_bytes
     except BudgetError as error:
@@ -288,16 +290,12 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
     return min(equal, key=order)
 
 
-def _all_bytes(shards: Sequence[Shard]) -> int:
-    return sum(page_ceil(shard.nbytes) + SESSION_BYTES for shard in shards)
-
-
 def _too_small(
-    manifest: Manifest, budget_bytes: int, process_bytes: int, pass_bytes: int, cache_bytes: int
+    manifest: Manifest, budget_bytes: int, process_bytes: int, pass_bytes: int, cache_bytes: int, session_bytes: int
 ) -> BudgetError:
     fixed = process_bytes + pass_bytes + cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.nbytes)
-    needed = fixed + int((page_ceil(largest.nbytes) + SESSION_BYTES) / (1 - _SPARE_SHARE))
+    needed = fixed + int((page_ceil(largest.nbytes) + session_bytes) / (1 - _SPARE_SHARE))
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from pipeload import planner
@@ -36,6 +37,8 @@ _MARGIN = 0.15
 """Measured passes that leave the prediction by more than this make the profile learn."""
 _SWING_SHARE = 0.02
 """Part of the budget by which free memory swings all the time."""
+_HEADROOM_SHARE = 0.01
+"""Part of the budget that a plan leaves which memory forces: what grows with every pass must not force one each time."""
 _WRONG_PASSES = 2
 """So many of them in a row; one may be chance."""
 _LEAST_READ_BYTES = 16 << 20
@@ -70,6 +73,7 @@ class Replanner:
     ) -> None:
         self._manifest = manifest
         self._profile = profile
+        self._least_process_bytes = profile.process_bytes
         self._budget_bytes = budget_bytes
         self._free_bytes = free_bytes
         self._loaders = loaders
@@ -165,10 +169,10 @@ class Replanner:
             BudgetError: the pass does not fit the budget.
         """
         limit = self.limit_bytes(current)
-        # The host's own data may grow; what a pass leaves behind in the heap is no growth.
-        growth = occupied_bytes - planner.process_bytes(self._profile) - max(pass_bytes, current.pass_bytes)
-        if growth > limit * _SWING_SHARE:
-            self._profile = replace(self._profile, process_bytes=self._profile.process_bytes + growth)
+        growth = self.growth_bytes(current, pass_bytes, occupied_bytes)
+        if growth:
+            process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)
+            self._profile = replace(self._profile, process_bytes=process_bytes)
         self._needs.append((pass_bytes, cache_bytes))
         most_pass, most_cache = (max(need) for need in zip(*self._needs, strict=True))
         kept = planner.with_needs(current, self._profile, most_pass, most_cache, limit)
@@ -177,7 +181,7 @@ class Replanner:
         enough = self._patience >= _PATIENCE
         if room >= 0 and not self._again and not enough:
             return kept
-        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes))
+        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0)
         gain = 1.0 if self._asked else _GAIN
         self._again, self._asked, self._patience = False, False, 0
         if room >= 0:
@@ -187,6 +191,20 @@ class Replanner:
                 return replace(kept, first_pass_s=now.first_s, steady_pass_s=now.steady_s) if now else kept
         self._room_bytes = limit - best.peak_bytes
         return best
+
+    def growth_bytes(self, current: Plan, pass_bytes: int, occupied_bytes: int) -> int:
+        """By how much the host's own data have grown, or become less; 0 for what free memory swings by all the time.
+
+        Args:
+            current: the plan in force.
+            pass_bytes: memory that the next pass needs beside weights and caches.
+            occupied_bytes: memory of the process now, without weights and caches.
+        """
+        swing = current.budget_bytes * _SWING_SHARE
+        beside = occupied_bytes - planner.process_bytes(self._profile)
+        # What passes leave behind in the heap is no growth.
+        growth = beside - max(pass_bytes, current.pass_bytes)
+        return growth if growth > swing else beside if beside < -swing else 0
 
     def knows(self, kind: object) -> bool:
         """Whether what is known was measured with passes of this kind; None stands for the profile's own sizes."""
@@ -224,7 +242,11 @@ class Replanner:
         self._again = True
         return True
 
-    def _best(self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int]) -> Plan:
+    def _best(self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool) -> Plan:
+        if forced:
+            with suppress(BudgetError):
+                roomy = self.plan(*most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
+                return planner.with_needs(roomy, self._profile, *most, limit_bytes)
         try:
             return self.plan(*most, limit_bytes)
         except BudgetError:

@@ -28,7 +28,7 @@ from pipeload import manifest as manifests
 from pipeload import pipeline as pipelines
 from pipeload.buffers import Buffer, Part, page_ceil, page_floor
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, ShardError
-from pipeload.layouts import SESSION_BYTES
+from pipeload.layouts import session_bytes
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import rss_bytes
 from pipeload.pipeline import Call, Pipeline
@@ -82,9 +82,9 @@ def _plan(
     staying = [shard for shard in manifest.shards if shard.name in resident]
     buffers = min(buffers, len(streamed))
     buffer_bytes = max((page_ceil(s.nbytes) - page_floor(kept.get(s.name, 0)) for s in streamed), default=0)
-    weights = sum(page_ceil(shard.nbytes) + SESSION_BYTES for shard in staying)
+    weights = sum(page_ceil(shard.nbytes) + session_bytes(1) for shard in staying)
     weights += sum(page_ceil(nbytes) for nbytes in kept.values())
-    weights += buffers * (buffer_bytes * (1 + packed_streamed) + SESSION_BYTES)
+    weights += buffers * (buffer_bytes * (1 + packed_streamed) + session_bytes(1))
     streamed_bytes = sum(shard.nbytes - kept.get(shard.name, 0) for shard in streamed)
     return Plan(
         budget_bytes=10**11,
@@ -105,6 +105,10 @@ def _plan(
     )
 
 
+_SCALE = 10**12
+"""Tells what a test says from the bytes of outputs that it keeps."""
+
+
 class _Scripted(Replanner):
     """Plans as the test says."""
 
@@ -113,8 +117,12 @@ class _Scripted(Replanner):
         self._replan = replan
         self.taught: list[tuple[Plan, list[Span], float]] = []
 
+    def growth_bytes(self, current: Plan, pass_bytes: int, occupied_bytes: int) -> int:
+        return 0
+
     def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
-        return self._replan(pass_bytes, cache_bytes)
+        # Outputs that the test keeps count too.
+        return self._replan(pass_bytes // _SCALE, cache_bytes)
 
     def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
         self.taught.append((current, list(spans), seconds))
@@ -145,6 +153,7 @@ class _Rig:
 
     def submit(self, *, pass_bytes: int = 0, cache_bytes: int = 0) -> Call[dict[str, Value]]:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
+        pass_bytes *= _SCALE if isinstance(self.replanner, _Scripted) else 1
         return self.pipeline.submit(values, pass_bytes=pass_bytes, cache_bytes=cache_bytes, last_position=False)
 
     def run(self, **needs: int) -> dict[str, Any]:
@@ -221,6 +230,28 @@ def test_the_next_pass_is_read_before_anybody_calls(toy: Path) -> None:
         rig.check()
         second.wait_reached()
         assert rig.storage.read[len(NAMES)] == "prologue"
+
+
+def test_outputs_are_counted_as_long_as_somebody_keeps_them(toy: Path) -> None:
+    with _rig(toy) as rig:
+        asked: list[int] = []
+        before_pass = rig.replanner.before_pass
+
+        def noting(current: Plan, pass_bytes: int, *others: int) -> Plan:
+            asked.append(pass_bytes)
+            return before_pass(current, pass_bytes, *others)
+
+        rig.replanner.before_pass = noting
+        outputs = rig.run()
+        rig.run()
+        part = next(iter(outputs.values()))[:1]
+        del outputs
+        rig.run()
+        del part
+        rig.run()
+        nbytes = sum(array.nbytes for array in rig.expected.values())
+        assert asked == [0, nbytes, asked[2], 0]
+        assert 0 < asked[2] <= nbytes
 
 
 def test_reading_begins_before_the_first_call(toy: Path) -> None:
@@ -331,7 +362,9 @@ def test_agents_that_wait_for_the_next_pass_reserve_a_kept_part_only_once(toy_un
             rig.check()
         kept = sum(buffer.nbytes for buffer in rig.pipeline._kept.values())
         rig.wait(
-            lambda: rig.pipeline._budget.reserved_bytes <= kept + 2 * (rig.pipeline.plan.buffer_bytes + SESSION_BYTES)
+            lambda: (
+                rig.pipeline._budget.reserved_bytes <= kept + 2 * (rig.pipeline.plan.buffer_bytes + session_bytes(1))
+            )
         )
 
 
@@ -789,7 +822,7 @@ def test_other_buffer_sizes_take_effect(toy: Path) -> None:
                 assert_same(rig.run(pass_bytes=pass_bytes), rig.expected)
             plan = rig.pipeline.plan
             kept = [page_ceil(s.nbytes) for s in manifest.shards if s.name in plan.resident]
-            limit = sum(kept) + plan.buffers * plan.buffer_bytes + (len(kept) + plan.buffers) * SESSION_BYTES
+            limit = sum(kept) + plan.buffers * plan.buffer_bytes + (len(kept) + plan.buffers) * session_bytes(1)
             assert plan.weights_bytes == limit
             assert rig.pipeline._budget.reserved_bytes <= limit
 

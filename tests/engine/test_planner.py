@@ -12,7 +12,7 @@ from tests.engine.plans import manifest_of
 from pipeload import planner
 from pipeload.buffers import page_ceil, page_floor
 from pipeload.errors import BudgetError
-from pipeload.layouts import SESSION_BYTES
+from pipeload.layouts import session_bytes
 from pipeload.manifest import Manifest
 from pipeload.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.profile import Profile, ShardTimes
@@ -144,8 +144,8 @@ def test_a_plan_adds_up(
     resident = [shard for shard in manifest.shards if shard.name in plan.resident]
     assert len(resident) == len(plan.resident)
     # Memory.
-    buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + SESSION_BYTES)
-    weights = buffers + sum(page_ceil(s.nbytes) + SESSION_BYTES for s in resident)
+    buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + session_bytes(plan.threads))
+    weights = buffers + sum(page_ceil(s.nbytes) + session_bytes(plan.threads) for s in resident)
     weights += sum(page_ceil(nbytes) for nbytes in plan.kept.values())
     assert plan.weights_bytes == weights
     assert plan.process_bytes == process_bytes(profile)
@@ -186,7 +186,7 @@ def test_more_budget_never_promises_a_slower_pass(
     budgets = [needed + int(share * manifest.weight_bytes) for share in sorted(shares)]
     seconds = [_plan(manifest, budget, profile, **options).steady_pass_s or 0.0 for budget in budgets]
     # A shard that becomes resident needs a session, whose memory might have kept a beginning of another shard.
-    sessions_s = len(manifest.shards) * SESSION_BYTES / profile.read_bytes_per_s[1]
+    sessions_s = len(manifest.shards) * session_bytes(4) / profile.read_bytes_per_s[1]
     for less, more in pairwise(seconds):
         # Plans that are equally fast may differ by half a percent.
         assert more <= less * 1.0051 + sessions_s
@@ -308,7 +308,7 @@ def test_the_named_budget_is_not_far_above_what_is_needed() -> None:
     manifest = manifest_of([MB], [80 * MB], [3 * MB])
     needed = _needed(manifest)
     # Two megabytes are spare, and it is a whole number of them.
-    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + SESSION_BYTES) <= 4 * MB
+    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + session_bytes(1)) <= 4 * MB
     with pytest.raises(BudgetError):
         _plan(manifest, needed - 3 * MB)
 

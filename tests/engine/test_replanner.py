@@ -224,6 +224,18 @@ def test_a_host_that_grows_gets_its_memory() -> None:
     assert case.pass_(occupied=case.quiet + NEEDS[0]).process_bytes == plan.process_bytes
 
 
+def test_what_a_host_gives_back_is_used_again_but_never_what_the_process_began_with() -> None:
+    case = _Case(budget=400 * MB)
+    before, quiet = case.plan, case.quiet
+    case.pass_(occupied=quiet + NEEDS[0] + 100 * MB)
+    for _ in range(2 * PATIENCE):
+        case.pass_(occupied=quiet + 5 * MB)
+    assert case.plan.process_bytes == before.process_bytes + 5 * MB
+    for _ in range(2 * PATIENCE):
+        case.pass_(occupied=quiet - 60 * MB)
+    assert case.plan == before
+
+
 def test_what_a_pass_left_in_the_heap_is_no_growth() -> None:
     case = _Case()
     first = case.plan
