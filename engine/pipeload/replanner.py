@@ -38,7 +38,7 @@ _MARGIN = 0.15
 _SWING_SHARE = 0.02
 """Part of the budget by which free memory swings all the time."""
 _HEADROOM_SHARE = 0.01
-"""Part of the budget that a plan leaves which memory forces: what grows with every pass must not force one each time."""
+"""Part of the budget that a forced plan leaves: what grows with every pass must not force one each time."""
 _WRONG_PASSES = 2
 """So many of them in a row; one may be chance."""
 _LEAST_READ_BYTES = 16 << 20

@@ -2,8 +2,8 @@
 
 ```
 reference:   single, without limits -> outputs; pipeload once, which remembers files that it found right
-per disk:    profile under the throttle -> T*
-per round:   disk 1:  budget 1:  pipeload  single  mmap ...      interleaved, so that a slow minute of the
+per round:   disk 1:  profile under the throttle -> T*
+                      budget 1:  pipeload  single  mmap ...      interleaved, so that a slow minute of the
                       budget 2:  pipeload  single  mmap ...      machine does not meet one contender alone
              disk 2:  ...
 ```
@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import msgspec
@@ -123,17 +124,18 @@ def compare(settings: Settings, progress: Progress | None = None, warn: Callable
         bench = _Bench(settings, manifest, Path(folder), grouped=refusal is None)
         notify("Running the reference", 0, 0)
         bench.run_reference()
-        profiles = {}
-        for disk in disks:
-            notify(f"Profiling, {_disk_name(disk)}", 0, 0)
-            profiles[disk] = bench.profile(disk)
-        total = settings.rounds * len(jobs)
-        for number in range(settings.rounds):
-            for index, job in enumerate(jobs):
-                notify("Comparing", number * len(jobs) + index, total)
+        profiles: dict[int | None, list[Profiles]] = {disk: [] for disk in disks}
+        rounds = [(disk, [job for job in jobs if job.disk_bytes_per_s == disk]) for disk in disks] * settings.rounds
+        done, total = 0, settings.rounds * len(jobs)
+        for disk, at_disk in rounds:
+            notify(f"Profiling, {_disk_name(disk)}", done, total)
+            profiles[disk].append(bench.profile(disk))
+            for job in at_disk:
+                notify("Comparing", done, total)
                 # What was killed or refused once would be again.
                 if all(run.result is not None and run.result.error is None for run in runs[job]):
                     runs[job].append(bench.run(job))
+                done += 1
         notify("Comparing", total, total)
     records = []
     for job in jobs:
@@ -220,7 +222,8 @@ class _Bench:
             directory=self._settings.directory,
             unsplit=self._settings.unsplit,
             task=self._task,
-            budget="auto" if job.budget_bytes is None else job.budget_bytes,
+            # In a cgroup there is nothing to say; and it may be charged less than RSS, which a number means.
+            budget="auto" if job.budget_bytes is None or self._grouped else job.budget_bytes,
             profile=self._profiles.get(job.disk_bytes_per_s),
             loaders=job.loaders,
             threads=self._settings.threads,
@@ -246,10 +249,15 @@ def _jobs(settings: Settings, disks: Sequence[int | None], *, capped: bool) -> l
     return list(jobs)
 
 
-def _bounds(manifest: Manifest, profiles: Profiles, job: Job, runs: Mapping[Job, Sequence[Run]]) -> Bounds:
-    """T* with what pipeload keeps resident in this setting; without a limit everything may stay."""
+def _bounds(manifest: Manifest, profiles: Sequence[Profiles], job: Job, runs: Mapping[Job, Sequence[Run]]) -> Bounds:
+    """T* with what pipeload keeps resident in this setting, without a limit everything: the median of the rounds."""
+    found = [bounds(manifest, each, _resident_bytes(manifest, job, runs)) for each in profiles]
+    return Bounds(first_s=median(each.first_s for each in found), steady_s=median(each.steady_s for each in found))
+
+
+def _resident_bytes(manifest: Manifest, job: Job, runs: Mapping[Job, Sequence[Run]]) -> int:
     if job.contender == "single" and job.budget_bytes is None:
-        return bounds(manifest, profiles, manifest.weight_bytes)
+        return manifest.weight_bytes
     same = [
         run.result.plan.resident_bytes
         for other, found in runs.items()
@@ -258,7 +266,7 @@ def _bounds(manifest: Manifest, profiles: Profiles, job: Job, runs: Mapping[Job,
         for run in found
         if run.result is not None and run.result.plan is not None
     ]
-    return bounds(manifest, profiles, max(same, default=0))
+    return max(same, default=0)
 
 
 def _disk_name(disk: int | None) -> str:
