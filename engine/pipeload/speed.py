@@ -56,6 +56,11 @@ class Speed:
             times=times,
         )
 
+    @property
+    def loaders(self) -> list[int]:
+        """Numbers of Loading Agents worth a try: those of `LOADERS` that were measured, or else all that were."""
+        return [number for number in self.read_bytes_per_s if number in LOADERS] or list(self.read_bytes_per_s)
+
     def bandwidth(self, loaders: int) -> float:
         """Bytes per second of so many Loading Agents together."""
         # More agents never read more slowly; where they seem to, the disk had something else to do meanwhile.

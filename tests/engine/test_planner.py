@@ -364,6 +364,13 @@ def test_as_many_loaders_as_the_bandwidth_needs() -> None:
         assert _plan(manifest, _needed(manifest, profile) + 40 * MB, profile).loaders == loaders
 
 
+@pytest.mark.parametrize("past", [{3: 1e9}, {8: 1e9, 3: 1e9}, {}])
+def test_numbers_of_agents_that_nobody_else_measures_will_do(past: dict[int, float]) -> None:
+    manifest = manifest_of(*BLOCKS)
+    profile = replace(_measured(manifest), read_bytes_per_s=past, cached_read_bytes_per_s={} if past else {3: 1e9})
+    assert _plan(manifest, 200 * MB, profile).loaders == 3
+
+
 def test_the_page_cache_is_used_where_it_is_faster() -> None:
     manifest = manifest_of(*BLOCKS)
     for cached, direct in (({1: 1.05e9}, True), ({1: 3e9}, False)):
