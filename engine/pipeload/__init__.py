@@ -16,6 +16,7 @@ machine    processors, memory, storage device
 trace      what every agent did, and when
 buffers    page-aligned memory
 stamps     which files were checked before
+headers    what a weights file says about itself, held against the manifest
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
 profile    what the planner has to know about machine, process and model, and where that is kept
