@@ -16,38 +16,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.models import exported, weight_bytes
+from benchmarks.capped import CappedCase
+from benchmarks.models import weight_bytes
 from pipeload.bench import cgroup
 from pipeload.bench.launch import run_contender
-from pipeload.bench.spec import Result, Spec, Task, Unsplit
+from pipeload.bench.spec import Result, Spec
 from pipeload.memory import format_bytes
 
 RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Case(CappedCase):
     """One model of the demo.
 
     Attributes:
-        name: its recipe in models/catalog.toml.
         title: what it is called in the output.
-        task: what the contenders do with it.
-        cap_bytes: the cgroup's limit.
         budget: what pipeload gets where there is no cgroup: counts shared libraries, which a cgroup may not.
-        texts: sentences to embed, or one to continue.
-        sizes: for pipeload: what to plan for.
-        passes: later passes, or tokens to generate.
     """
 
-    name: str
     title: str
-    task: Task
-    cap_bytes: int
     budget: str
-    texts: tuple[str, ...]
-    sizes: dict[str, int]
-    passes: int
 
 
 CASES = (
@@ -68,7 +57,6 @@ CASES = (
         cap_bytes=200_000_000,
         budget="240MB",
         texts=("The capital of France is",),
-        sizes={},
         passes=4,
     ),
 )
@@ -81,26 +69,16 @@ def main() -> int:
         console.print(f"No memory cgroup ({refusal}): budgets are kept by pipeload alone, peaks are those of RSS.")
     records = []
     for case in CASES:
-        directory, unsplit = exported(case.name, console)
-        records += _compare(case, directory, unsplit, capped=refusal is None, console=console)
+        records += _compare(case, capped=refusal is None, console=console)
     if "--save" in sys.argv:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "demo.json").write_text(json.dumps(records, indent=1) + "\n")
     return 0 if all(record["ok"] for record in records) else 1
 
 
-def _compare(case: Case, directory: Path, unsplit: Unsplit, *, capped: bool, console: Console) -> list[dict[str, Any]]:
-    weights = weight_bytes(directory)
-    work = Spec(
-        contender="single",
-        directory=directory,
-        unsplit=unsplit,
-        task=case.task,
-        texts=case.texts,
-        sizes=case.sizes,
-        passes=case.passes,
-        threads=2,
-    )
+def _compare(case: Case, *, capped: bool, console: Console) -> list[dict[str, Any]]:
+    work = case.work("single", console)
+    weights = weight_bytes(work.directory)
     contenders: list[tuple[str, Spec, int | None]] = [
         (
             "pipeload",

@@ -10,41 +10,30 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.models import exported, weight_bytes
+from benchmarks.capped import CappedCase
+from benchmarks.models import weight_bytes
 from pipeload.bench import cgroup
 from pipeload.bench.launch import run_contender
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.record import TOLERANCE, max_error
-from pipeload.bench.spec import Spec, Task, to_json
+from pipeload.bench.spec import to_json
 from pipeload.memory import format_bytes
 
 RESULTS = Path(__file__).with_name("results")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """A model, a cap, and what to run."""
-
-    name: str
-    cap_bytes: int
-    task: Task = "pass"
-    sizes: dict[str, int] = field(default_factory=dict)
-    prompt: tuple[int, ...] = ()
-    passes: int = 3
-
-
 CASES = (
-    Case(name="bert-large", cap_bytes=256_000_000, sizes={"sequence_length": 128}),
-    Case(name="vit-large", cap_bytes=256_000_000),
+    CappedCase(name="bert-large", cap_bytes=256_000_000, sizes={"sequence_length": 128}, passes=3),
+    CappedCase(name="vit-large", cap_bytes=256_000_000, passes=3),
     # Seeded weights have a vocabulary but no tokenizer: the prompt is "The capital of France is" in GPT-2's ids.
-    Case(name="gpt2-xl", cap_bytes=512_000_000, task="generate", prompt=(464, 3139, 286, 4881, 318), passes=4),
+    CappedCase(name="gpt2-xl", cap_bytes=512_000_000, task="generate", prompt=(464, 3139, 286, 4881, 318), passes=4),
 )
 
 
@@ -68,21 +57,10 @@ def main() -> int:
     return 0 if all(record["ok"] for record in records) else 1
 
 
-def _measure(case: Case, console: Console) -> dict[str, Any]:
-    directory, unsplit = exported(case.name, console)
+def _measure(case: CappedCase, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="pipeload-cap-") as folder:
         expected, got = Path(folder) / "expected.npz", Path(folder) / "got.npz"
-        work = Spec(
-            contender="mmap",
-            directory=directory,
-            unsplit=unsplit,
-            task=case.task,
-            prompt=case.prompt,
-            sizes=case.sizes,
-            passes=case.passes,
-            threads=2,
-            outputs=expected,
-        )
+        work = replace(case.work("mmap", console), outputs=expected)
         reference = run_contender(work, timeout_s=1800)
         run = run_contender(
             replace(work, contender="pipeload", outputs=got), memory_bytes=case.cap_bytes, timeout_s=1800
@@ -97,7 +75,7 @@ def _measure(case: Case, console: Console) -> dict[str, Any]:
     return told | {
         "model": case.name,
         "steady_s": statistics.median(run.result.passes_s),
-        "weight_bytes": weight_bytes(directory),
+        "weight_bytes": weight_bytes(work.directory),
         "cap_bytes": case.cap_bytes,
         "peak_bytes": run.peak_bytes,
         "max_error": error,

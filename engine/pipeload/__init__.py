@@ -9,12 +9,14 @@ manifest_records   what it consists of
 dims               symbolic dimensions -> sizes
 manifest_faults    what is wrong with it
 examples           made-up inputs
+files      a file that appears whole or not at all
 user_cache what is kept between processes, and where
 memory     sizes, RSS, cgroup limits
 machine    processors, memory, storage device
 trace      what every agent did, and when
 buffers    page-aligned memory
 stamps     which files were checked before
+headers    what a weights file says about itself, held against the manifest
 storage    shard files -> buffers
 session    one shard's onnxruntime session over a buffer
 profile    what the planner has to know about machine, process and model, and where that is kept

@@ -12,7 +12,7 @@ from itertools import product
 
 from pipeload.buffers import page_ceil, page_floor
 from pipeload.manifest import Shard
-from pipeload.speed import LOADERS, Speed
+from pipeload.speed import Speed
 
 __all__ = ["Layout", "layouts", "session_bytes"]
 
@@ -51,7 +51,7 @@ def session_bytes(threads: int) -> int:
 def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | None) -> Iterator[Layout]:
     """Every layout that is worth a look and fits into `free` bytes."""
     order = _residence_order(shards)
-    counts = [loaders] if loaders else [n for n in speed.read_bytes_per_s if n in LOADERS]
+    counts = [loaders] if loaders else speed.loaders
     sizes = _buffer_sizes(shards)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -66,7 +67,8 @@ def load(
         memory_budget: the most memory that the process may use, in bytes or as `"256MB"` or `"1GiB"`; `"auto"` takes
             what the cgroup (v1 or v2) and the machine leave free.
         loaders: number of Loading Agents; None chooses.
-        threads: intra-op threads; None takes every core that the process may use.
+        threads: intra-op threads; None chooses among those that the profile has, which are every core that the process
+            may use and one less where `pipeload profile` measured it. Without a profile it takes every core.
         sizes: sizes of symbolic dimensions to plan for, such as `{"sequence_length": 512}`; without it batch 1 and 128.
             Larger inputs work as well, as long as they fit the budget: resident shards then make room for them.
         verify: check the sha256 of each file that was not found right before, on this machine, and has not changed
@@ -146,7 +148,6 @@ class Model:
         process = profiler.measure()
         self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
         known = profile or profiles.find(directory, self._profile_dims) or process
-        self._keeps_profile = profile is None
         self._replanner = Replanner(
             manifest,
             replace(known, process_bytes=process.process_bytes, cores=process.cores),
@@ -164,8 +165,10 @@ class Model:
         stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
         self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
+        # Absolute, since the host may change its working directory; and nothing here may keep the model alive.
+        keep = partial(_keep_learned, directory.absolute(), self._profile_dims, self._replanner)
         # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
-        self._finalizer = weakref.finalize(self, _close_in, self._pid, self._pipeline)
+        self._finalizer = weakref.finalize(self, _end_in, self._pid, self._pipeline, keep if profile is None else None)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -323,14 +326,12 @@ class Model:
     def close(self) -> None:
         """End running calls with ClosedError, join every thread, give all memory back. May be called again.
 
-        What passes have taught about the machine is kept for the next time.
+        What passes have taught about the machine is kept for the next time, as it is when a model that nobody closed
+        is collected or the interpreter ends.
         """
-        learned = self._replanner.learned
-        if self._finalizer.alive and self._keeps_profile and learned and os.getpid() == self._pid:
-            profiles.keep(self.directory, replace(learned, dims=self._profile_dims))
         self._finalizer()
         # Somebody else may be closing it at this moment: then this waits until it is closed.
-        _close_in(self._pid, self._pipeline)
+        _end_in(self._pid, self._pipeline)
 
     def __enter__(self) -> Model:
         self._check_usable()
@@ -449,6 +450,13 @@ def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
     return {dim: size for dim, size in zip(shape, sizes, strict=True) if isinstance(dim, str)}
 
 
-def _close_in(pid: int, pipeline: Pipeline) -> None:
+def _end_in(pid: int, pipeline: Pipeline, keep: Callable[[], None] | None = None) -> None:
     if os.getpid() == pid:
         pipeline.close()
+        if keep:
+            keep()
+
+
+def _keep_learned(directory: Path, dims: dict[str, int], replanner: Replanner) -> None:
+    if learned := replanner.learned:
+        profiles.keep(directory, replace(learned, dims=dims))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 import msgspec
 
 from pipeload.errors import ConfigError
+from pipeload.files import write_whole
 from pipeload.machine import cores, cpu_name, device_of, memory_bytes, read_limits
 from pipeload.manifest import MANIFEST_NAME
 from pipeload.memory import rss_bytes
@@ -145,16 +145,7 @@ def write(profile: Profile, path: Path, identity: Identity | None = None) -> Non
     fields: dict[str, Any] = msgspec.to_builtins(profile)
     del fields["process_bytes"]
     content = _File(format=_FORMAT, identity=identity, profile=fields)
-    data = msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
 
 
 def read(path: Path) -> Profile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeload.errors import ConfigError
 from pipeload.manifest import Manifest, Shard
 from pipeload.profile import Profile, ShardTimes
 
@@ -38,7 +39,11 @@ class Speed:
 
     @classmethod
     def of(cls, manifest: Manifest, profile: Profile, threads: int | None) -> Speed:
-        """What the profile says about so many threads, or about all that were measured."""
+        """What the profile says about so many threads, or about all that were measured.
+
+        Raises:
+            ConfigError: the profile was measured with another model.
+        """
         direct, cached = profile.read_bytes_per_s, profile.cached_read_bytes_per_s
         prefer_cached = bool(cached) and max(cached.values()) * _CACHED_SHARE > max(direct.values(), default=0.0)
         bandwidth = cached if prefer_cached else direct
@@ -47,6 +52,12 @@ class Speed:
             # Nobody measured with so many threads: the nearest number tells at least what is fast and what is slow.
             nearest = min(times, key=lambda number: abs(number - threads))
             times = {threads: times[nearest]}
+        for shard in manifest.shards:
+            if any(shard.name not in measured for measured in times.values()):
+                raise ConfigError(
+                    f"The profile has no times of shard '{shard.name}', so it is another model's. "
+                    "Measure this one with `pipeload profile`."
+                )
         if not times:
             times = {threads or profile.cores: {shard.name: _assumed_times(shard) for shard in manifest.shards}}
         assumed = dict.fromkeys(LOADERS, ASSUMED_READ_BYTES_PER_S)
@@ -55,6 +66,11 @@ class Speed:
             direct=not prefer_cached,
             times=times,
         )
+
+    @property
+    def loaders(self) -> list[int]:
+        """Numbers of Loading Agents worth a try: those of `LOADERS` that were measured, or else all that were."""
+        return [number for number in self.read_bytes_per_s if number in LOADERS] or list(self.read_bytes_per_s)
 
     def bandwidth(self, loaders: int) -> float:
         """Bytes per second of so many Loading Agents together."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +23,8 @@ from numpy.typing import NDArray
 
 from pipeload.buffers import Buffer, Part, page_ceil, page_floor
 from pipeload.errors import LoadError, ShardError
-from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec, dtype_bytes
+from pipeload.headers import check_header
+from pipeload.manifest import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, WeightSpec
 from pipeload.stamps import Stamp, Stamps, stamp
 
 __all__ = ["Storage"]
@@ -34,10 +34,6 @@ _PIECE_BYTES = 8 << 20
 _CHECK_BYTES = 1 << 20
 """One read of a check: small, since the budget has no place for it."""
 _MAX_HEADER_BYTES = 100 << 20
-_SAFETENSORS_DTYPES = {
-    "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
-    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
 
 
 class Storage:
@@ -327,40 +323,9 @@ class Storage:
                 header = file.read(length)
         except OSError as error:
             raise _unreadable(record.path, error) from error
-        self._match_header(record.path, header)
+        tensors, slices = self._tensors.get(record.path, []), self._slices.get(record.path, [])
+        check_header(record.path, header, tensors, slices)
         self._headers[record.path] = length.to_bytes(8, "little") + header
-
-    def _match_header(self, name: str, header: bytes) -> None:
-        """Every tensor that the manifest expects in the file is where, and what, the file's header says.
-
-        Slices of a head have no names of their own in the header: each lies within one of its tensors.
-        """
-        try:
-            entries = json.loads(header)
-            data_begin = 8 + len(header)
-            found = {
-                key: (_SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]), data_begin + e["data_offsets"][0])
-                for key, e in entries.items()
-                if key != "__metadata__"
-            }
-            spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardError(
-                f"'{name}' has a damaged safetensors header: {error!r}. Export the model again."
-            ) from error
-        for spec in self._tensors.get(name, []):
-            if found.get(spec.name) != (spec.dtype, spec.shape, spec.offset):
-                raise ShardError(
-                    f"'{name}' is not the file that the manifest describes: tensor '{spec.name}' is "
-                    f"{found.get(spec.name)}, expected {(spec.dtype, spec.shape, spec.offset)}. Export the model again."
-                )
-        for spec in self._slices.get(name, []):
-            end = spec.offset + spec.nbytes
-            if not any(d == spec.dtype and begin <= spec.offset and end <= last for d, begin, last in spans):
-                raise ShardError(
-                    f"'{name}' is not the file that the manifest describes: it has no tensor around "
-                    f"'{spec.name}', bytes {spec.offset} to {end}. Export the model again."
-                )
 
 
 def _open(path: Path, name: str, *, direct: bool) -> tuple[int, bool]:

@@ -17,13 +17,15 @@ import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
+
+from pipeload.files import write_whole
 
 __all__ = [
     "KINDS",
@@ -228,21 +230,12 @@ def write_chrome(trace: Trace, path: str | os.PathLike[str], facts: Mapping[str,
     Raises:
         OSError: it cannot be written.
     """
-    target = Path(path)
     document = {
         "traceEvents": _events(trace.spans, trace.samples),
         "displayTimeUnit": "ms",
         "otherData": {"pipeload": {**(facts or {}), "trace_format": TRACE_FORMAT}},
     }
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(msgspec.json.encode(document))
-        part.replace(target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    write_whole(Path(path), msgspec.json.encode(document))
 
 
 def _events(spans: list[Span], samples: list[Sample]) -> list[dict[str, Any]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from pipeload.files import write_whole
 
 __all__ = ["keep_file", "user_cache"]
 
@@ -30,11 +31,4 @@ def keep_file(path: Path, data: bytes) -> None:
     """Write a file of the cache whole or not at all; a cache that cannot be written is no fault."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, staging = tempfile.mkstemp(dir=path.parent, prefix=".staging-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            Path(staging).replace(path)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
+        write_whole(path, data)

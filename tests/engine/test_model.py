@@ -42,6 +42,7 @@ import pipeload
 from pipeload import buffers, footprint, planner
 from pipeload import manifest as manifests
 from pipeload import model as models
+from pipeload import profile as profiles
 from pipeload import stamps as stamping
 from pipeload.memory import rss_bytes
 from pipeload.planner import Plan
@@ -572,6 +573,43 @@ def test_passes_teach_where_nothing_was_measured(toy_large: Path) -> None:
         assert set(model.profile.times) == {THREADS}
 
 
+def _close(model: pipeload.Model) -> None:
+    model.close()
+
+
+def _tie(model: Any) -> None:
+    model.itself = model
+
+
+@pytest.mark.parametrize("end", [_close, _tie, lambda _: None], ids=["closed", "collected in a cycle", "forgotten"])
+def test_what_passes_taught_is_kept_however_the_model_ends(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[pipeload.Model], None]
+) -> None:
+    monkeypatch.setattr(Replanner, "learned", Replanner.profile)
+    monkeypatch.chdir(toy.parent)
+    model = _load(Path(toy.name))
+    monkeypatch.chdir("/")
+    model.run(toys.inputs())
+    model.run(toys.inputs())
+    dims, learned = model._profile_dims, model.profile
+    assert profiles.find(toy, dims) is None
+    end(model)
+    del model
+    gc.collect()
+    kept = profiles.find(toy, dims)
+    assert kept is not None
+    assert kept.measured
+    assert set(kept.times) == set(learned.times)
+
+
+def test_a_given_profile_is_not_kept(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replanner, "learned", Replanner.profile)
+    with _load(toy, profile=_fast_profile(toy)) as model:
+        model.run(toys.inputs())
+        dims = model._profile_dims
+    assert profiles.find(toy, dims) is None
+
+
 @pytest.mark.usefixtures("unlearning")
 def test_statistics_tell_about_the_latest_pass(toy_large: Path) -> None:
     shape = toys.inputs()["input_ids"].shape
@@ -1037,7 +1075,9 @@ def test_the_interpreter_ends_cleanly_without_close(toy: Path, end: str) -> None
     program = f"""
 import contextlib, os, signal, sys, threading
 import pipeload
+from pipeload.replanner import Replanner
 from tests.engine import toy
+Replanner.learned = Replanner.profile
 signal.signal(signal.SIGINT, signal.default_int_handler)
 inputs = toy.inputs()
 try:
@@ -1066,6 +1106,7 @@ def go_on():
         assert done.stderr == ""
     else:
         assert done.stderr.strip().splitlines()[-1] in ("ValueError: mine", "KeyboardInterrupt")
+    assert profiles.find(toy, footprint.planning_dims(manifests.read(toy))) is not None
 
 
 # Processes

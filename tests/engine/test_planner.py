@@ -11,7 +11,7 @@ from tests.engine.plans import manifest_of
 
 from pipeload import planner
 from pipeload.buffers import page_ceil, page_floor
-from pipeload.errors import BudgetError
+from pipeload.errors import BudgetError, ConfigError
 from pipeload.layouts import session_bytes
 from pipeload.manifest import Manifest
 from pipeload.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
@@ -364,6 +364,13 @@ def test_as_many_loaders_as_the_bandwidth_needs() -> None:
         assert _plan(manifest, _needed(manifest, profile) + 40 * MB, profile).loaders == loaders
 
 
+@pytest.mark.parametrize("past", [{3: 1e9}, {8: 1e9, 3: 1e9}, {}])
+def test_numbers_of_agents_that_nobody_else_measures_will_do(past: dict[int, float]) -> None:
+    manifest = manifest_of(*BLOCKS)
+    profile = replace(_measured(manifest), read_bytes_per_s=past, cached_read_bytes_per_s={} if past else {3: 1e9})
+    assert _plan(manifest, 200 * MB, profile).loaders == 3
+
+
 def test_the_page_cache_is_used_where_it_is_faster() -> None:
     manifest = manifest_of(*BLOCKS)
     for cached, direct in (({1: 1.05e9}, True), ({1: 3e9}, False)):
@@ -381,6 +388,12 @@ def test_times_of_a_number_of_threads_that_nobody_measured_are_those_of_the_near
     profile = _measured(manifest, threads=(1, 4))
     assert planner.times_of(manifest, profile, 3) == profile.times[4]
     assert _plan(manifest, 200 * MB, profile, threads=3).threads == 3
+
+
+def test_a_profile_of_another_model_is_refused() -> None:
+    profile = _measured(manifest_of(*BLOCKS[:-1]))
+    with pytest.raises(ConfigError, match=rf"no times of shard 's{len(BLOCKS) - 1}'.*pipeload profile"):
+        _plan(manifest_of(*BLOCKS), 2000 * MB, profile)
 
 
 # The smallest budget for a latency

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -15,8 +17,8 @@ from pipeload import profile as profiles
 from pipeload.cli.options import Budget, Directory, Json, read_sizes
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import print_json, print_table, table
-from pipeload.errors import BudgetError
-from pipeload.manifest import Manifest
+from pipeload.errors import BudgetError, ConfigError
+from pipeload.manifest import Manifest, Shard
 from pipeload.memory import auto_budget_bytes, format_bytes, parse_budget
 from pipeload.model import image_sizes
 from pipeload.planner import Plan
@@ -52,7 +54,8 @@ def plan(
     """Predict how fast a model runs in a memory budget, and what stays in memory.
 
     Uses the profile that `pipeload profile` has kept for this machine, and measures one where there is none. For a
-    decoder the predictions are for one token, after its prompt.
+    decoder the predictions are for one token, after its prompt. A budget that cannot work is an error; what --latency
+    and --sweep ask is answered first.
 
     Examples:
         pipeload plan models/exported/bert-large --budget 512MB
@@ -78,10 +81,17 @@ def plan(
         return planner.make_plan(manifest, found, budget_bytes=budget_bytes, **needs)
 
     budget_bytes = parse_budget(budget) or auto_budget_bytes()
-    chosen = make(budget_bytes)
+    chosen, refusal = None, None
+    try:
+        chosen = make(budget_bytes)
+    except BudgetError as error:
+        if target_s is None and not sweep:
+            raise
+        # The answers about other budgets are what is needed now, so they come before the error.
+        refusal = error
     smallest = _smallest(make)
     facts: dict[str, Any] = {
-        "plan": _facts(manifest, found, chosen),
+        "plan": _facts(manifest, found, chosen) if chosen else None,
         "smallest_budget_bytes": smallest,
         "latency_budget_bytes": None,
         "sweep": [],
@@ -93,20 +103,23 @@ def plan(
         facts["sweep"] = [_facts(manifest, found, make(size)) for size in _sweep(manifest, make, smallest)]
     if as_json:
         print_json(facts)
-        return
-    print_table(f"{directory} in {format_bytes(budget_bytes)}", _shown(facts["plan"]))
-    typer.echo(f"smallest budget that works: {format_bytes(smallest)}")
-    if target_s is not None:
-        least = facts["latency_budget_bytes"]
-        typer.echo(
-            f"smallest budget for {latency}: {format_bytes(least)}"
-            if least
-            else f"no budget makes steady passes of {latency}: with all in memory they take {_least(manifest, found)}"
-        )
-    if facts["sweep"]:
-        typer.echo()
-        head = ("budget", "peak", "steady pass", "T*", "first pass", "read per pass", "stays in memory", "agents")
-        typer.echo(table([head, *(_row(fact) for fact in facts["sweep"])]))
+    else:
+        if chosen:
+            print_table(f"{directory} in {format_bytes(budget_bytes)}", _shown(manifest, facts["plan"]))
+        typer.echo(f"smallest budget that works: {format_bytes(smallest)}")
+        if target_s is not None:
+            least = facts["latency_budget_bytes"]
+            typer.echo(
+                f"smallest budget for {latency}: {format_bytes(least)}"
+                if least
+                else f"no budget makes steady passes of {latency}: with all in memory they take "
+                f"{_least(manifest, found)}"
+            )
+        if sweep:
+            head = ("budget", "peak", "steady pass", "T*", "first pass", "read per pass", "stays in memory", "agents")
+            typer.echo(f"\n{table([head, *(_row(fact) for fact in facts['sweep'])])}")
+    if refusal:
+        raise refusal
 
 
 def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Path | None) -> Profile:
@@ -115,6 +128,8 @@ def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Pa
         with progress_bars() as progress:
             found = measure_model(directory, manifest, dims=dims, progress=progress)
         profiles.keep(directory, found)
+    if not found.measured:
+        raise ConfigError(f"{file} has no bandwidths or no times. Measure it again with `pipeload profile -o {file}`.")
     process = measure()
     return replace(found, process_bytes=process.process_bytes, cores=process.cores)
 
@@ -130,10 +145,12 @@ def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
         "first_bound_s": bound.first_s,
         "streamed_bytes": plan.streamed_bytes,
         "resident_bytes": plan.resident_bytes,
+        "resident": [shard.name for shard in manifest.shards if shard.name in plan.resident],
         "resident_shards": len(plan.resident),
         "partly_resident_shards": len(plan.kept),
         "shards": len(manifest.shards),
         "packed": plan.packed,
+        "packed_streamed": plan.packed_streamed,
         "loaders": plan.loaders,
         "buffers": plan.buffers,
         "buffer_bytes": plan.buffer_bytes,
@@ -142,20 +159,44 @@ def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _shown(facts: dict[str, Any]) -> dict[str, str]:
-    packed = ", packed" if facts["packed"] else ""
+def _shown(manifest: Manifest, facts: dict[str, Any]) -> dict[str, str]:
+    count, resident = facts["shards"], facts["resident"]
+    names = f": {_names(manifest, resident)}" if resident else ""
     buffers = f"{facts['buffers']} of {format_bytes(facts['buffer_bytes'])}" if facts["buffers"] else "none"
     return {
         "steady pass": f"{_time(facts['steady_pass_s'])}, T* {_time(facts['steady_bound_s'])}",
         "cold first pass": f"{_time(facts['first_pass_s'])}, T* {_time(facts['first_bound_s'])}",
         "peak": format_bytes(facts["peak_bytes"]),
-        "read in each pass": format_bytes(facts["streamed_bytes"]),
-        "stays in memory": f"{format_bytes(facts['resident_bytes'])}: {facts['resident_shards']} of {facts['shards']} "
-        f"shards{packed}, a part of {facts['partly_resident_shards']}",
+        "read in each pass": _weights(facts, "streamed"),
+        "stays in memory": _weights(facts, "resident"),
+        "resident": f"{len(resident)} of {count} shards{names}",
+        "partly resident": f"{facts['partly_resident_shards']} of {count}",
         "Loading Agents": f"{facts['loaders']}, {'past' if facts['direct'] else 'through'} the page cache",
         "buffers": buffers,
         "threads": str(facts["threads"]),
     }
+
+
+def _names(manifest: Manifest, chosen: Collection[str]) -> str:
+    """Shards in their order, neighbours as a range: `prologue, block.000-003 007, epilogue`."""
+    places: dict[str, list[str]] = {}
+    for (stem, own), run in groupby(manifest.shards, lambda shard: (_split(shard)[0], shard.name in chosen)):
+        if own:
+            numbers = [_split(shard)[1] for shard in run]
+            places.setdefault(stem, []).append("-".join(dict.fromkeys((numbers[0], numbers[-1]))))
+    return ", ".join(f"{stem}.{' '.join(numbers)}".rstrip(".") for stem, numbers in places.items())
+
+
+def _split(shard: Shard) -> tuple[str, str]:
+    """("block", "003") of "block.003"; the number is empty where there is none."""
+    stem, _, number = shard.name.partition(".")
+    return stem, number
+
+
+def _weights(facts: dict[str, Any], kind: Literal["resident", "streamed"]) -> str:
+    """How many bytes of weights, and whether they are laid out for the CPU once they are in memory."""
+    packed = {"resident": ", packed" * facts["packed"], "streamed": ", then packed" * facts["packed_streamed"]}
+    return f"{format_bytes(facts[f'{kind}_bytes'])}{packed[kind]}"
 
 
 def _row(facts: dict[str, Any]) -> tuple[str, ...]:
@@ -165,8 +206,8 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
         _time(facts["steady_pass_s"]),
         _time(facts["steady_bound_s"]),
         _time(facts["first_pass_s"]),
-        format_bytes(facts["streamed_bytes"]),
-        f"{format_bytes(facts['resident_bytes'])}{', packed' if facts['packed'] else ''}",
+        _weights(facts, "streamed"),
+        _weights(facts, "resident"),
         f"{facts['loaders']} + {facts['buffers']} x {format_bytes(facts['buffer_bytes'])}",
     )
 
