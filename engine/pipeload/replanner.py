@@ -300,26 +300,31 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
         if span.kind in ("run", "session", "pack"):
             seconds.setdefault(span.shard, {})[span.kind] = span.end_s - span.begin_s
     old = planner.times_of(manifest, profile, plan.threads)
-    times = {}
+    measured = {threads: dict(times) for threads, times in profile.times.items()}
+    measured[plan.threads] = dict(old)
     for shard in manifest.shards:
         found, was = seconds.get(shard.name, {}), old[shard.name]
-        session_s = found.get("session", was.session_s)
-        run_s = found.get("run")
-        if run_s is None:
-            times[shard.name] = replace(was, session_s=session_s)
-        elif plan.packed and shard.name in plan.resident and plan.steady_pass_s is not None:
-            ratio = run_s / was.packed_run_s if was.packed_run_s else 1.0
-            times[shard.name] = replace(was, packed_run_s=run_s, run_s=was.run_s * ratio, session_s=session_s)
-        else:
-            ratio = run_s / was.loading_run_s if was.loading_run_s else 1.0
-            times[shard.name] = ShardTimes(
-                session_s=session_s,
-                run_s=was.run_s * ratio,
-                loading_run_s=run_s,
-                pack_s=found.get("pack", was.pack_s),
-                packed_run_s=was.packed_run_s * ratio,
-            )
-    measured = {**profile.times, plan.threads: times}
+        packed = plan.packed and shard.name in plan.resident and plan.steady_pass_s is not None
+        ran_s = was.packed_run_s if packed else was.loading_run_s
+        ratio = found["run"] / ran_s if "run" in found and ran_s else 1.0
+        # A machine that computes more slowly than it did does so with any number of threads.
+        for times in measured.values():
+            times[shard.name] = _slower(times[shard.name], ratio)
+        measured[plan.threads][shard.name] = replace(
+            measured[plan.threads][shard.name],
+            session_s=found.get("session", was.session_s),
+            pack_s=was.pack_s if packed else found.get("pack", was.pack_s),
+        )
     if plan.direct:
         return replace(profile, read_bytes_per_s=known, times=measured)
     return replace(profile, cached_read_bytes_per_s=known, times=measured)
+
+
+def _slower(times: ShardTimes, ratio: float) -> ShardTimes:
+    """Times of a shard when every run takes so many times as long."""
+    return replace(
+        times,
+        run_s=times.run_s * ratio,
+        loading_run_s=times.loading_run_s * ratio,
+        packed_run_s=times.packed_run_s * ratio,
+    )

@@ -404,6 +404,16 @@ def test_passes_of_another_kind_do_not_teach_at_once() -> None:
     assert case.replanner.after_pass(case.plan, spans, 99.0, 2)
 
 
+def test_a_slower_machine_is_slower_with_any_number_of_threads() -> None:
+    case = _Case()
+    known = _profile()
+    profile = replace(known, times={1: known.times[1], 2: {name: _times(6e-4) for name in known.times[1]}})
+    after = learn(MANIFEST, profile, case.plan, _pass_spans(case.plan, run_s=3e-3, bandwidth=1e9))
+    assert case.plan.threads == 1
+    for times in after.times[2].values():
+        assert times.run_s == times.loading_run_s == times.packed_run_s == pytest.approx(18e-4)
+
+
 def test_learning_from_a_pass_that_ran_a_part_leaves_the_rest() -> None:
     case = _Case()
     spans = _pass_spans(case.plan, run_s=7e-3, bandwidth=1e9, names=["s1", "s2"])
