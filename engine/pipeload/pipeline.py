@@ -311,7 +311,6 @@ class Pipeline:
                         parts,
                         plan.threads,
                         packed=packed,
-                        lasting=task.resident,
                         arena=self._in_arena,
                     )
         except BaseException:
@@ -346,7 +345,6 @@ class Pipeline:
                 [Part(0, shard.nbytes, loaded.buffer)],
                 self._plan.threads,
                 packed=True,
-                lasting=True,
                 arena=self._in_arena,
             )
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)

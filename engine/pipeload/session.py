@@ -36,6 +36,7 @@ Value: TypeAlias = ort.OrtValue
 
 _BFLOAT16 = 16
 """ONNX's number for an element type that NumPy does not have."""
+_SPIN_US = 50
 _SAME_AS_REQUESTED = 1
 _SHRINK = "memory.enable_memory_arena_shrinkage"
 _CONSTANT_GRAPH = (
@@ -132,7 +133,6 @@ class ShardSession:
             needs it only while it is made.
         threads: intra-op threads.
         packed: lay the weights out for the CPU, in memory of the session's own.
-        lasting: the session will run many times, and not while Loading Agents need the cores.
         arena: keep activations in the arena that all such sessions share. What a run returns lies in it too.
 
     Raises:
@@ -147,7 +147,6 @@ class ShardSession:
         threads: int,
         *,
         packed: bool = False,
-        lasting: bool = False,
         arena: bool = False,
     ) -> None:
         self._name = shard.name
@@ -163,12 +162,9 @@ class ShardSession:
         else:
             # An arena per session would round every block of memory up and keep it.
             options.enable_cpu_mem_arena = False
-        if lasting:
-            # The pool stops spinning when the run ends: the next shard's pool needs the cores.
-            options.add_session_config_entry("session.force_spinning_stop", "1")
-        else:
-            # The threads of a new pool would spin until its first run, while another shard needs the cores.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads that wait for the next operator do so awake, but not for long: other shards and the Loading Agents
+        # need the cores, and by default the threads of a new pool would keep one busy until its first run.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
         weights: list[Value] = []
         if shard.weights is not None:
             offset = shard.weights.offset

@@ -212,7 +212,7 @@ class Stopwatch:
     def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
         parts = [Part(0, shard.nbytes, self._buffer)]
         graph, in_arena = self._storage.graph(shard), arena and not self._manifest.caches
-        return ShardSession(shard, graph, parts, threads, packed=packed, lasting=packed, arena=in_arena)
+        return ShardSession(shard, graph, parts, threads, packed=packed, arena=in_arena)
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

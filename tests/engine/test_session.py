@@ -56,7 +56,7 @@ def test_a_shard_computes_what_its_graph_says(block: Any) -> None:
 def test_a_packed_session_computes_the_same_and_no_longer_needs_its_memory(block: Any) -> None:
     shard, graph, parts = block
     expected = _run(ShardSession(shard, graph, parts, 1))
-    packed = ShardSession(shard, graph, parts, 1, packed=True, lasting=True)
+    packed = ShardSession(shard, graph, parts, 1, packed=True)
     buffer = parts[0].buffer
     buffer.piece(0, buffer.nbytes)[:] = bytes(buffer.nbytes)
     parts.clear()
@@ -66,11 +66,10 @@ def test_a_packed_session_computes_the_same_and_no_longer_needs_its_memory(block
     np.testing.assert_allclose(_run(packed), expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("lasting", [False, True])
-def test_a_session_that_lasts_computes_the_same(block: Any, lasting: bool) -> None:
+def test_a_session_computes_the_same_every_time(block: Any) -> None:
     shard, graph, parts = block
     expected = _run(ShardSession(shard, graph, parts, 2))
-    session = ShardSession(shard, graph, parts, 2, lasting=lasting)
+    session = ShardSession(shard, graph, parts, 2)
     for _ in range(3):
         np.testing.assert_array_equal(_run(session), expected)
 
@@ -136,7 +135,7 @@ def test_sessions_in_the_arena_keep_what_they_freed_until_it_shrinks(block: Any)
 def test_sessions_in_the_arena_compute_the_same(block: Any) -> None:
     expected = _run(ShardSession(*block, 1))
     np.testing.assert_array_equal(_run(ShardSession(*block, 1, arena=True)), expected)
-    packed = ShardSession(*block, 1, packed=True, lasting=True, arena=True)
+    packed = ShardSession(*block, 1, packed=True, arena=True)
     np.testing.assert_allclose(_run(packed), expected, atol=1e-5 * np.abs(expected).max())
 
 
