@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,7 @@ from pipeload.bench.record import Run
 from pipeload.bench.spec import Result, Spec, from_json, to_json
 from pipeload.memory import format_bytes
 
-__all__ = ["back_memory", "child_environment", "run_contender"]
-
-_MOST_COPIES = 3
+__all__ = ["child_environment", "run_contender"]
 
 
 def run_contender(
@@ -46,8 +44,10 @@ def run_contender(
     Raises:
         ConfigError: the disk cannot be throttled.
     """
-    back_memory(spec.weight_files())
-    cgroup.evict(spec.weight_files())
+    files = spec.weight_files()
+    # A default session holds the weights three times for a while: as file, loaded, and packed.
+    _back_memory(min(3 * sum(file.stat().st_size for file in files), memory_bytes or sys.maxsize))
+    cgroup.evict(files)
     with tempfile.TemporaryDirectory(prefix="pipeload-bench-") as folder:
         path = Path(folder) / "spec.json"
         path.write_bytes(to_json(spec))
@@ -76,18 +76,17 @@ def run_contender(
     return Run(result=result, peak_bytes=peak, killed=killed, message=message, samples=outcome.samples)
 
 
-def back_memory(files: Sequence[Path]) -> None:
-    """Use once what any contender will use, so that it comes from this machine and not from its hypervisor.
+def _back_memory(nbytes: int) -> None:
+    """Use so much memory once, as far as half of what is free allows, so that it comes from this machine alone.
 
-    A page that a virtual machine uses for the first time has to be found by its host: 2 s/GB were seen, fifteen times
-    as long as for a page that it has used before, and whoever runs first would pay for all.
-
-    Args:
-        files: the model's weights, which a default session holds three times for a while: as file, loaded, and packed.
+    A page that a virtual machine uses for the first time, or that it has given back, has to be found by its host: 2 s/GB
+    were seen, fifteen times as long as for any other page, and who pays for it would be chance.
     """
-    wanted = _MOST_COPIES * sum(file.stat().st_size for file in files)
-    nbytes = min(wanted, psutil.virtual_memory().available // 2)
+    nbytes = min(nbytes, psutil.virtual_memory().available // 2)
     with mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        # Large pieces are what others are given first when they are free again.
+        with suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
 
 
