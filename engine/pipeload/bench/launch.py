@@ -79,8 +79,8 @@ def run_contender(
 def _back_memory(nbytes: int) -> None:
     """Use so much memory once, as far as half of what is free allows, so that it comes from this machine alone.
 
-    A page that a virtual machine uses for the first time, or that it has given back, has to be found by its host: 2 s/GB
-    were seen, fifteen times as long as for any other page, and who pays for it would be chance.
+    A page that a virtual machine uses for the first time, or that it has given back, has to be found by its host:
+    2 s/GB were seen, fifteen times as long as for any other page, and who pays for it would be chance.
     """
     nbytes = min(nbytes, psutil.virtual_memory().available // 2)
     with mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
