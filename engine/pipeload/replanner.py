@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Literal
 
 from pipeload import planner
 from pipeload.errors import BudgetError
@@ -79,8 +80,7 @@ class Replanner:
         self._loaders = loaders
         self._threads = threads
         self._needs: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
-        self._again = False
-        self._asked = False
+        self._reason: Literal["learned", "asked"] | None = None
         self._patience = 0
         self._room_bytes = 0
         self._kind: object = _NO_KIND
@@ -143,7 +143,7 @@ class Replanner:
         """
         self.plan(pass_bytes, cache_bytes, budget_bytes)
         self._budget_bytes = budget_bytes
-        self._again = self._asked = True
+        self._reason = "asked"
 
     def limit_bytes(self, current: Plan) -> int:
         """What the process may use now: the budget, or less when less memory is left."""
@@ -179,11 +179,11 @@ class Replanner:
         room = limit - kept.peak_bytes
         self._patience = self._patience + 1 if room > self._room_bytes + limit * _ROOM_SHARE else 0
         enough = self._patience >= _PATIENCE
-        if room >= 0 and not self._again and not enough:
+        if room >= 0 and self._reason is None and not enough:
             return kept
         best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0)
-        gain = 1.0 if self._asked else _GAIN
-        self._again, self._asked, self._patience = False, False, 0
+        gain = 1.0 if self._reason == "asked" else _GAIN
+        self._reason, self._patience = None, 0
         if room >= 0:
             now = planner.predict(self._manifest, self._profile, kept)
             if now is None or (best.steady_pass_s or 0.0) >= now.steady_s * gain:
@@ -239,7 +239,7 @@ class Replanner:
         self._known_kind = kind
         if kind is None and alike:
             self._learned = self._profile
-        self._again = True
+        self._reason = self._reason or "learned"
         return True
 
     def _best(self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool) -> Plan:

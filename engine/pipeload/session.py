@@ -16,6 +16,7 @@ process-wide state: every session has its own threads.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ Value: TypeAlias = ort.OrtValue
 _BFLOAT16 = 16
 """ONNX's number for an element type that NumPy does not have."""
 _SPIN_US = 50
+_ARENA_LOCK = threading.Lock()
 _SAME_AS_REQUESTED = 1
 _SHRINK = "memory.enable_memory_arena_shrinkage"
 _CONSTANT_GRAPH = (
@@ -101,7 +103,8 @@ def _register_arena() -> None:
 
 
 def _use_arena(options: ort.SessionOptions) -> None:
-    _register_arena()
+    with _ARENA_LOCK:  # a second one would take the place of the first
+        _register_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
     # Packed weights come and go with their session, and would leave holes in the arena.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
