@@ -52,7 +52,7 @@ class Case:
     contenders: tuple[ContenderName, ...]
     percents: tuple[float | None, ...]
     disks: tuple[int | None, ...] = (None,)
-    settling: int = 2
+    settling: int = 5
     passes: int = 5
     rounds: int = 3
     sizes: dict[str, int] = field(default_factory=dict)

@@ -19,7 +19,7 @@ CASES = tuple(
         # At 200 MB/s a pass of the memory-mapped GPT-2 XL takes half a minute.
         disks=(400, None) if name == "gpt2-xl" else (200, 400, None),
         sizes=sizes,
-        settling=1 if name == "gpt2-xl" else 2,
+        settling=1 if name == "gpt2-xl" else 6,
         passes=3 if name == "gpt2-xl" else 5,
         rounds=2 if name == "gpt2-xl" else 3,
     )

@@ -17,7 +17,7 @@ CASES = tuple(
         contenders=("pipeload", "standard", "pipeswitch", "layerwise"),
         percents=(12 if name == "gpt2-xl" else 30, None),
         sizes=sizes,
-        settling=1 if name == "gpt2-xl" else 2,
+        settling=1 if name == "gpt2-xl" else 6,
         passes=3 if name == "gpt2-xl" else 5,
         loaders=(1, 2, 4, 8),
         cold=True,

@@ -110,5 +110,6 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
         for scratch in scratches:
             scratch.close()
     end_s = max(seconds for seconds, _ in reads)
-    from_s = _WARM_S if end_s > 2 * _WARM_S else 0.0
+    # From the end of a read: of one that was under way a part was read before.
+    from_s = max((seconds for seconds, _ in reads if seconds <= _WARM_S), default=0.0) if end_s > 2 * _WARM_S else 0.0
     return sum(nbytes for seconds, nbytes in reads if seconds > from_s) / (end_s - from_s)

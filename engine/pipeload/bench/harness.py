@@ -49,7 +49,8 @@ class Settings:
         contenders: who.
         budgets: memory limits in bytes; None for no limit.
         disks: bytes per second to which reads are throttled; None for no throttle.
-        settling: passes after the first that do not count, for every contender.
+        settling: passes of pipeload after the first that do not count, while it packs and learns. Other contenders
+            settle in one, but decode as many tokens.
         passes: steady passes of each run after those.
         rounds: how often everything is run.
         sizes: sizes of symbolic dimensions; without it batch 1 and 128 tokens, or one image.
@@ -64,7 +65,7 @@ class Settings:
     contenders: tuple[ContenderName, ...]
     budgets: tuple[int | None, ...]
     disks: tuple[int | None, ...] = (None,)
-    settling: int = 2
+    settling: int = 5
     passes: int = 5
     rounds: int = 1
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -217,6 +218,7 @@ class _Bench:
         return replace(run, error=max_error(self._reference, outputs))
 
     def _spec(self, job: Job, outputs: Path) -> Spec:
+        learns = job.contender == "pipeload" or self._task == "decode"
         return Spec(
             contender=job.contender,
             directory=self._settings.directory,
@@ -227,7 +229,7 @@ class _Bench:
             profile=self._profiles.get(job.disk_bytes_per_s),
             loaders=job.loaders,
             threads=self._settings.threads,
-            settling=self._settings.settling,
+            settling=self._settings.settling if learns else min(1, self._settings.settling),
             passes=self._settings.passes,
             cold=self._settings.cold,
             sizes=dict(self._settings.sizes),
