@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
+import numpy as np
+
 from pipeload.buffers import Buffer
 from pipeload.manifest import PAGE_BYTES, Shard
 from pipeload.pipeline import together
@@ -18,11 +20,13 @@ from pipeload.storage import Storage
 __all__ = ["REQUEST_BYTES", "Bandwidth", "filled_buffer", "measure_bandwidth"]
 
 REQUEST_BYTES = (8 << 20, 1 << 20)
-"""Sizes of one read; the first is the one that the engine uses."""
+"""Sizes of one read; the first is the one that the engine begins with."""
 _AGENTS = (1, 2, 4, 8)
 _WARM_S = 0.2
 """Not counted: a throttled disk gives what it has saved up while nobody read."""
 _ENOUGH_S, _ENOUGH_BYTES = 0.8, 64_000_000
+_FEW_READS = 4
+"""Fewer say too little about the time between them."""
 _ROUNDS = 2
 """Each number of agents reads so often, in turns: what else the disk does changes from second to second."""
 _SLOW_S = 3.0
@@ -109,7 +113,16 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
     finally:
         for scratch in scratches:
             scratch.close()
-    end_s = max(seconds for seconds, _ in reads)
-    # From the end of a read: of one that was under way a part was read before.
-    from_s = max((seconds for seconds, _ in reads if seconds <= _WARM_S), default=0.0) if end_s > 2 * _WARM_S else 0.0
-    return sum(nbytes for seconds, nbytes in reads if seconds > from_s) / (end_s - from_s)
+    return _slope(reads)
+
+
+def _slope(reads: Sequence[tuple[float, int]]) -> float:
+    """Bytes per second of reads that ended at (seconds, bytes): of the line that fits their sum best.
+
+    The first or last of several reads at a time would make as much as a tenth of a second's bytes of difference.
+    """
+    ends, sizes = np.array(sorted(reads)).T
+    counted = ends > (_WARM_S if ends[-1] > 2 * _WARM_S else 0.0)
+    if np.unique(ends[counted]).size < _FEW_READS:
+        return float(sizes.sum() / ends[-1])
+    return float(np.polyfit(ends[counted], sizes.cumsum()[counted], 1)[0])

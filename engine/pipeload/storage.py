@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from math import prod
@@ -29,8 +30,10 @@ from pipeload.stamps import Stamp, Stamps, stamp
 
 __all__ = ["Storage"]
 
-_PIECE_BYTES = 8 << 20
-"""One read: large enough for full bandwidth, small enough that a cancelled load ends soon."""
+_PIECE_BYTES, _MOST_PIECE_BYTES = 8 << 20, 64 << 20
+"""The first read of a load, and the largest: between two reads the disk waits for a processor."""
+_PIECE_S = 0.1
+"""A read is so large that it takes about so long: a cancelled load ends soon."""
 _CHECK_BYTES = 1 << 20
 """One read of a check: small, since the budget has no place for it."""
 _MAX_HEADER_BYTES = 100 << 20
@@ -120,7 +123,14 @@ class Storage:
             begin = page_floor(part.begin)
             skip = part.begin - begin
             pieces = self._read_pieces(
-                span.path, path, span.offset + begin, part.end - begin, part.buffer.piece, _PIECE_BYTES, direct=direct
+                span.path,
+                path,
+                span.offset + begin,
+                part.end - begin,
+                part.buffer.piece,
+                _PIECE_BYTES,
+                most_bytes=_MOST_PIECE_BYTES,
+                direct=direct,
             )
             if cancelled():
                 return False
@@ -233,6 +243,7 @@ class Storage:
         place: Callable[[int, int], memoryview],
         piece_bytes: int,
         *,
+        most_bytes: int = 0,
         direct: bool = True,
     ) -> Iterator[memoryview]:
         """Read a range, piece by piece, and leave nothing of it in the page cache.
@@ -243,7 +254,8 @@ class Storage:
             offset: where the range begins, a multiple of the page size.
             nbytes: its length.
             place: (begin, end) within the range -> page-aligned memory for these bytes.
-            piece_bytes: most bytes of one read.
+            piece_bytes: bytes of one read.
+            most_bytes: reads may become so large where they are fast.
             direct: past the page cache where the file system can.
 
         Yields:
@@ -255,6 +267,7 @@ class Storage:
             while position < nbytes:
                 end = min(position + piece_bytes, page_ceil(nbytes))
                 target = place(position, end)
+                begin_s = time.perf_counter()
                 try:
                     count = os.preadv(descriptor, [target], offset + position)
                 except OSError as error:
@@ -269,6 +282,8 @@ class Storage:
                     raise ShardError(_wrong_size(self._records[name], offset + position))
                 if not direct and hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(descriptor, offset + position, count, os.POSIX_FADV_DONTNEED)
+                in_time = int(count * _PIECE_S / max(time.perf_counter() - begin_s, 1e-9))
+                piece_bytes = max(piece_bytes, page_floor(min(in_time, most_bytes)))
                 yield target[: min(count, nbytes - position)]
                 position += count
                 if direct and position < nbytes and position % PAGE_BYTES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -139,6 +140,7 @@ def test_every_way_to_read_gives_the_same_bytes(
 ) -> None:
     way(monkeypatch)
     monkeypatch.setattr(storages, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(storages, "_MOST_PIECE_BYTES", piece_bytes)
     manifest = manifests.read(toy_decoder)
     storage = Storage(toy_decoder, manifest)
     for direct in (True, False):
@@ -158,6 +160,7 @@ def test_parts_hold_the_same_bytes_and_are_checked_together(
 ) -> None:
     way(monkeypatch)
     monkeypatch.setattr(storages, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(storages, "_MOST_PIECE_BYTES", piece_bytes)
     storage, shard, path = _open(toy_copy)
     assert _read(storage, shard, *cuts) == _expected(toy_copy, shard)
     _flip(path, -shard.nbytes + cuts[0])
@@ -258,8 +261,33 @@ def test_reading_leaves_no_descriptor_open(toy: Path, descriptors: Callable[[], 
 # Cancelling
 
 
+def test_reads_grow_where_they_are_fast_and_not_where_they_are_slow(
+    toy_large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storages, "_PIECE_BYTES", PAGE_BYTES)
+    manifest = manifests.read(toy_large)
+    shard = max(manifest.shards, key=lambda shard: shard.nbytes)
+    sizes: dict[float, list[int]] = {}
+    preadv = os.preadv
+    for seconds in (1e-6, 1.0):
+        clock = itertools.count(step=seconds)
+        monkeypatch.setattr(storages.time, "perf_counter", lambda clock=clock: next(clock))
+        seen = sizes.setdefault(seconds, [])
+
+        def noting(descriptor: int, buffers: list[memoryview], offset: int, seen: list[int] = seen) -> int:
+            seen.append(buffers[0].nbytes)
+            return preadv(descriptor, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", noting)
+        buffer = Buffer(shard.nbytes)
+        assert Storage(toy_large, manifest).read_weights(shard, [Part(0, shard.nbytes, buffer)], lambda: False)
+    assert set(sizes[1.0]) == {PAGE_BYTES}
+    assert sizes[1e-6][:2] == [PAGE_BYTES, page_ceil(shard.nbytes) - PAGE_BYTES]
+
+
 def test_a_cancelled_read_stops_at_the_next_piece(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storages, "_PIECE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(storages, "_MOST_PIECE_BYTES", PAGE_BYTES)
     storage, shard, _ = _open(toy)
     for cuts in ((), (11_000,)):
         answers = iter([False, False, True])
@@ -274,6 +302,7 @@ def test_a_cancelled_read_stops_at_the_next_piece(toy: Path, monkeypatch: pytest
 
 def test_a_cancelled_read_does_not_count_as_verified(toy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storages, "_PIECE_BYTES", PAGE_BYTES)
+    monkeypatch.setattr(storages, "_MOST_PIECE_BYTES", PAGE_BYTES)
     storage, shard, path = _open(toy_copy)
     answers = iter([False, True])
     assert not storage.read_weights(shard, _parts(shard), lambda: next(answers))
