@@ -37,8 +37,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LIKELY_MEGABYTES = 10**6
 """A text without a unit below it was meant in megabytes: no process runs in less than this number of bytes."""
-_AUTO_SHARE = 0.98
-"""Part of the free memory that "auto" takes; the rest is left for what the kernel charges beside RSS."""
+_AUTO_SHARE, _AUTO_SPARE_BYTES = 0.995, 2_000_000
+"""What "auto" takes is this part of the free memory less the spare bytes: the kernel charges some beside RSS."""
 _LOOK_S = 0.25
 _PRESSURE = Path("/proc/pressure/memory")
 _PRESSURE_PERCENT = 10.0
@@ -157,7 +157,7 @@ def auto_budget_bytes() -> int:
     for limit, used_by_all in _cgroup_limits(Path("/proc/self/cgroup"), _CGROUP_ROOT):
         # Pages of shared libraries may be charged to another cgroup: then RSS may exceed the limit by as much.
         free.append(limit - (used_by_all - rss))
-    return int(max(min(free), 1) * _AUTO_SHARE)
+    return int(max(min(free) - _AUTO_SPARE_BYTES, 1) * _AUTO_SHARE)
 
 
 class FreeMemory:
