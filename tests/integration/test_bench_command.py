@@ -71,7 +71,7 @@ def test_every_contender_answers_right_under_a_limit(models: Path, tmp_path: Pat
 @pytest.mark.cgroup
 @needs_cgroups
 def test_who_is_killed_and_who_refuses_have_records(models: Path) -> None:
-    result = _bench(models / "bert", "--budgets", "16MB,64MB", "--contenders", "pipeload,mmap", "--json")
+    result = _bench(models / "bert", "--budgets", "16MB,40MB", "--contenders", "pipeload,mmap", "--json")
     assert result.exit_code == 0, result.output
     killed, _, refused, _ = json.loads(result.stdout)
     assert not killed["ok"]
