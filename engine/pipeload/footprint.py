@@ -7,7 +7,7 @@ from math import prod
 
 from pipeload.manifest import Manifest, TensorSpec, dtype_bytes, evaluate_dim, symbols
 
-__all__ = ["cache_bytes", "pass_bytes", "planning_dims", "tensor_bytes"]
+__all__ = ["cache_bytes", "in_arena", "pass_bytes", "planning_dims", "tensor_bytes"]
 
 _HEAP_FACTOR = 1.2
 """The heap occupies more than the tensors in it: freed pieces lie between living ones."""
@@ -30,6 +30,14 @@ def planning_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) ->
     cached = {cache.input for cache in manifest.caches}
     fed = {p for spec in manifest.inputs if spec.name not in cached for d in spec.shape for p in symbols(d) if p == d}
     return dims | {symbol: 0 for symbol in dims if cached and symbol not in fed} | dict(sizes or {})
+
+
+def in_arena(manifest: Manifest) -> bool:
+    """Whether activations lie in the arena that sessions share, and not on the heap.
+
+    Caches grow with every pass: no piece of an arena would fit them twice.
+    """
+    return not manifest.caches
 
 
 def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool = False) -> int:
@@ -62,13 +70,13 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
         # The slices, and the output that they are joined to.
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
         peak += 2 * tensor_bytes(spec, head_dims)
-    if manifest.caches:
+    if in_arena(manifest):
+        # What the caller gets is a copy.
+        needed = int(peak * _ARENA_FACTOR) + sum(sizes[name] for name in kept)
+    else:
         # Small outputs that stay lie between the pieces that come and go, and keep these from being given back.
         small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not last_position)]
         needed = int((peak + _PINNED_FACTOR * sum(sizes[name] for name in small)) * _HEAP_FACTOR)
-    else:
-        # What the caller gets is a copy.
-        needed = int(peak * _ARENA_FACTOR) + sum(sizes[name] for name in kept)
     # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
     passed = [spec for spec in manifest.inputs if spec.name not in cache_names or not last_position]
     needed += sum(sizes[spec.name] for spec in passed)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ClosedError, ConfigError
+from pipeload.footprint import in_arena
 from pipeload.manifest import Lookup, Manifest, Shard
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.storage import Storage
@@ -31,7 +32,7 @@ class Forward:
         self._wanted = {spec.name for spec in manifest.outputs}
         self._head = manifest.head
         self._head_shards = frozenset(manifest.head.shards if manifest.head else ())
-        self._in_arena = not manifest.caches
+        self._in_arena = in_arena(manifest)
         self._last_use: dict[str, int] = {}
         for index, shard in enumerate(manifest.shards):
             for name in (*shard.inputs, *(lookup.indices for lookup in shard.lookups)):

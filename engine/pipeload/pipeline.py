@@ -26,6 +26,7 @@ from pipeload.budget import Budget
 from pipeload.buffers import Buffer, BufferPool, Part, page_ceil
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
+from pipeload.footprint import in_arena
 from pipeload.forward import Forward
 from pipeload.layouts import session_bytes
 from pipeload.manifest import Manifest
@@ -108,8 +109,7 @@ class Pipeline:
         self._exchange = Exchange()
         # Outputs of former calls, as long as their callers keep them.
         self._lent: weakref.WeakKeyDictionary[Value, int] = weakref.WeakKeyDictionary()
-        # Caches grow with every pass: no piece of an arena would fit them twice.
-        self._in_arena = not manifest.caches
+        self._in_arena = in_arena(manifest)
         self._kept: dict[int, Buffer] = {}
         self.trace = Trace(_SPANS)
         self._passes = 0
@@ -306,12 +306,7 @@ class Pipeline:
                 kind: Kind = "pack" if packed else "session"
                 with self.trace.span(agent, kind, shard.name, pass_number=task.pass_number):
                     loaded.session = ShardSession(
-                        shard,
-                        graph,
-                        parts,
-                        plan.threads,
-                        packed=packed,
-                        arena=self._in_arena,
+                        shard, graph, parts, plan.threads, packed=packed, arena=self._in_arena
                     )
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)

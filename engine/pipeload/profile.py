@@ -61,7 +61,7 @@ class Profile:
         read_bytes_per_s: number of Loading Agents -> bandwidth past the page cache.
         cached_read_bytes_per_s: number of Loading Agents -> bandwidth through a cold page cache.
         read_bytes_per_s_by_request: bytes of one read -> bandwidth of one Loading Agent past the page cache. The other
-            two were measured with 8 MiB, which the engine uses.
+            two were measured with 8 MiB, with which the engine begins.
         dims: sizes of the symbolic dimensions that `times` are for.
         times: intra-op threads -> shard name -> seconds.
         runtime_bytes: what onnxruntime was seen to occupy beside weights and activations.

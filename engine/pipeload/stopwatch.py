@@ -22,6 +22,7 @@ import numpy as np
 
 from pipeload.bandwidth import REQUEST_BYTES, filled_buffer
 from pipeload.buffers import Part
+from pipeload.footprint import in_arena
 from pipeload.forward import Forward
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes, trim
@@ -211,8 +212,8 @@ class Stopwatch:
 
     def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
         parts = [Part(0, shard.nbytes, self._buffer)]
-        graph, in_arena = self._storage.graph(shard), arena and not self._manifest.caches
-        return ShardSession(shard, graph, parts, threads, packed=packed, arena=in_arena)
+        arena = arena and in_arena(self._manifest)
+        return ShardSession(shard, self._storage.graph(shard), parts, threads, packed=packed, arena=arena)
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

@@ -253,7 +253,8 @@ def _jobs(settings: Settings, disks: Sequence[int | None], *, capped: bool) -> l
 
 def _bounds(manifest: Manifest, profiles: Sequence[Profiles], job: Job, runs: Mapping[Job, Sequence[Run]]) -> Bounds:
     """T* with what pipeload keeps resident in this setting, without a limit everything: the median of the rounds."""
-    found = [bounds(manifest, each, _resident_bytes(manifest, job, runs)) for each in profiles]
+    resident_bytes = _resident_bytes(manifest, job, runs)
+    found = [bounds(manifest, each, resident_bytes) for each in profiles]
     return Bounds(first_s=median(each.first_s for each in found), steady_s=median(each.steady_s for each in found))
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import psutil
 
 import pipeload
+from pipeload.bandwidth import filled_buffer
 from pipeload.bench import cgroup
 from pipeload.bench.record import Run
 from pipeload.bench.spec import Result, Spec, from_json, to_json
@@ -82,12 +80,8 @@ def _back_memory(nbytes: int) -> None:
     A page that a virtual machine uses for the first time, or that it has given back, has to be found by its host:
     2 s/GB were seen, fifteen times as long as for any other page, and who pays for it would be chance.
     """
-    nbytes = min(nbytes, psutil.virtual_memory().available // 2)
-    with mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        # Large pieces are what others are given first when they are free again.
-        with suppress(OSError, AttributeError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+    # In large pages, as buffers are: these are what others are given first when they are free again.
+    filled_buffer(min(nbytes, psutil.virtual_memory().available // 2)).close()
 
 
 def child_environment(cache: Path | None) -> dict[str, str]:

@@ -25,7 +25,7 @@ class Job:
 
     Attributes:
         contender: who.
-        budget_bytes: the cgroup's limit and pipeload's memory budget; None for no limit.
+        budget_bytes: the cgroup's limit, or pipeload's memory budget where there are no cgroups; None for no limit.
         disk_bytes_per_s: to what reads are throttled; None when they are not.
         loaders: Loading Agents that pipeload is told to use; None when it chooses.
     """
