@@ -76,7 +76,7 @@ ARCHITECTURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
 }
 TOYS: Mapping[str, Mapping[str, Any]] = {
     "toy": {"blocks": 6, "width": 64},
-    "toy-uneven": {"blocks": 6, "width": 72},
+    "toy-uneven": {"blocks": 6, "width": 72, "gain": True},
     "toy-other": {"blocks": 6, "width": 64, "seed": 1},
     "toy-decoder": {"blocks": 4, "width": 64, "decoder": True},
     "toy-large": {"blocks": 8, "width": 1024},

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeload.errors import LoadError
 from pipeload.manifest import PAGE_BYTES, WeightSpec
 
-__all__ = ["Buffer", "BufferPool", "Part", "page_ceil", "page_floor", "tensor_in"]
+__all__ = ["Buffer", "BufferPool", "Part", "page_ceil", "page_floor", "room_bytes", "tensor_in"]
 
 
 def page_ceil(nbytes: int) -> int:
@@ -27,6 +27,11 @@ def page_ceil(nbytes: int) -> int:
 def page_floor(nbytes: int) -> int:
     """The last multiple of the page size that is not above."""
     return nbytes // PAGE_BYTES * PAGE_BYTES
+
+
+def room_bytes(begin: int, end: int) -> int:
+    """Memory that the bytes `begin` to `end` of a shard are read into: all pages in which they lie."""
+    return page_ceil(end) - page_floor(begin)
 
 
 class Buffer:

@@ -1,29 +1,47 @@
 """Ways to use the memory that is left for weights: what stays, what is streamed, through how many buffers. Pure.
 
 Resident shards are spread evenly among the streamed ones, so that reading never pauses: in the order of van der
-Corput's sequence, small ones first. Of the others the first tensors stay, as far as memory goes.
+Corput's sequence, small ones first. Of the others some tensors stay, as far as memory goes: those before and behind the
+range that is streamed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
+from typing import TypeAlias
 
-from pipeload.buffers import page_ceil, page_floor
+from pipeload.buffers import page_ceil, room_bytes
 from pipeload.manifest import Shard
 from pipeload.speed import Speed
 
-__all__ = ["Layout", "layouts", "session_bytes"]
+__all__ = ["Layout", "Range", "layouts", "session_bytes", "staying"]
+
+Range: TypeAlias = tuple[int, int]
+"""First byte of a part of a shard's weights, and the byte after its last one."""
 
 _SESSION_BYTES = 300_000
 _THREAD_BYTES = 50_000
 _SMALL_SHARE = 0.1
 """A shard below this part of the largest is made resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
-"""The beginning of a shard that is kept, and the rest, are at least this part of it."""
+"""What is streamed of a shard, and what is kept before or behind it, are at least this part of it."""
 _BUFFER_SIZES = 12
 """Most sizes of a buffer that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What may be streamed of a shard: bytes of a buffer that it needs, and of memory for what stays."""
+
+    streamed: Range
+    buffer_bytes: int
+    staying_bytes: int
+
+    @classmethod
+    def of(cls, shard: Shard, streamed: Range) -> _Choice:
+        return cls(streamed, room_bytes(*streamed), sum(room_bytes(*part) for part in staying(shard, streamed)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +52,7 @@ class Layout:
     buffers: int
     buffer_bytes: int
     resident: frozenset[str]
-    kept: dict[str, int]
+    partly_resident: dict[str, Range]
     packed: bool
     packed_streamed: bool
     packing_bytes: int
@@ -48,11 +66,18 @@ def session_bytes(threads: int) -> int:
     return _SESSION_BYTES + _THREAD_BYTES * threads
 
 
+def staying(shard: Shard, streamed: Range) -> list[Range]:
+    """What of a shard's weights stays in memory while a range of them is streamed."""
+    begin, end = streamed
+    return [part for part in ((0, begin), (end, shard.nbytes)) if part[0] < part[1]]
+
+
 def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | None) -> Iterator[Layout]:
     """Every layout that is worth a look and fits into `free` bytes."""
     order = _residence_order(shards)
     counts = [loaders] if loaders else speed.loaders
-    sizes = _buffer_sizes(shards)
+    choices = {shard.name: _choices(shard) for shard in shards}
+    sizes = _buffer_sizes(shards, choices)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
     for threads in sorted(speed.times, reverse=True):
@@ -61,7 +86,9 @@ def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | Non
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
         for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
-                layout = _fill(shards, order, free, buffers, size, each, packed=packed, pack_streamed=pack_streamed)
+                layout = _fill(
+                    shards, order, choices, free, buffers, size, each, packed=packed, pack_streamed=pack_streamed
+                )
                 if layout is not None:
                     yield replace(layout, loaders=count, threads=threads)
 
@@ -69,6 +96,7 @@ def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | Non
 def _fill(
     shards: Sequence[Shard],
     order: Sequence[Shard],
+    choices: Mapping[str, Sequence[_Choice]],
     free: int,
     buffers: int,
     buffer_bytes: int,
@@ -81,72 +109,72 @@ def _fill(
     packing = max(_packing_bytes(shard) for shard in shards) + session_bytes if packed else 0
     copy_bytes = buffer_bytes if pack_streamed else 0
     used = packing + buffers * (buffer_bytes + copy_bytes + session_bytes)
-    # The packed copy of a streamed shard takes memory for all of it.
-    places = {shard.name: [0] if pack_streamed else _places(shard) for shard in shards}
-    kept: dict[str, int] = {}
-    for shard in shards:
-        # No more may be streamed of a shard than a buffer holds.
-        least = next((p for p in places[shard.name] if _streamed_bytes(shard, p) <= buffer_bytes), shard.nbytes)
-        if shard.nbytes == 0 and not buffers:
-            least = 0
-        kept[shard.name] = least
-        used += page_ceil(least)
-    whole = {shard.name for shard in shards if not buffers or (kept[shard.name] == shard.nbytes and shard.nbytes)}
-    used += len(whole) * session_bytes
+    # No more may be streamed of a shard than a buffer holds. The packed copy of one takes memory for all of it.
+    count = 1 if pack_streamed else None
+    fitting = {
+        name: [choice for choice in found[:count] if buffers and choice.buffer_bytes <= buffer_bytes]
+        for name, found in choices.items()
+    }
+    chosen = {name: found[0] for name, found in fitting.items() if found}
+    whole = fitting.keys() - chosen.keys()
+    used += sum(choice.staying_bytes for choice in chosen.values())
+    used += sum(page_ceil(shard.nbytes) + session_bytes for shard in shards if shard.name in whole)
     if used > free:
         return None
     for shard in order:
-        extra = page_ceil(shard.nbytes) - page_ceil(kept[shard.name]) + session_bytes
-        if shard.name not in whole and used + extra <= free:
-            whole.add(shard.name)
-            used += extra
+        if shard.name in chosen:
+            more = page_ceil(shard.nbytes) + session_bytes - chosen[shard.name].staying_bytes
+            if used + more <= free:
+                whole.add(shard.name)
+                del chosen[shard.name]
+                used += more
     for shard in order:
-        if shard.name in whole:
-            continue
-        more = [p for p in places[shard.name] if used + page_ceil(p) - page_ceil(kept[shard.name]) <= free]
-        if more and more[-1] > kept[shard.name]:
-            used += page_ceil(more[-1]) - page_ceil(kept[shard.name])
-            kept[shard.name] = more[-1]
-    streamed = [shard for shard in shards if shard.name not in whole]
-    if bool(buffers) != bool(streamed) or buffers > len(streamed):
+        if shard.name in chosen:
+            used -= chosen[shard.name].staying_bytes
+            *_, least = (choice for choice in fitting[shard.name] if used + choice.staying_bytes <= free)
+            chosen[shard.name] = least
+            used += least.staying_bytes
+    if bool(buffers) != bool(chosen) or buffers > len(chosen):
         return None
-    parts = {shard.name: kept[shard.name] for shard in streamed if kept[shard.name]}
+    ranges = {name: choice.streamed for name, choice in chosen.items()}
     return Layout(
         buffers=buffers,
         buffer_bytes=buffer_bytes,
         resident=frozenset(whole),
-        kept=parts,
+        partly_resident={name: streamed for name, streamed in ranges.items() if chosen[name].staying_bytes},
         packed=packed,
-        packed_streamed=pack_streamed and bool(streamed),
+        packed_streamed=pack_streamed and bool(ranges),
         packing_bytes=packing,
         used_bytes=used,
-        streamed_bytes=sum(shard.nbytes - parts.get(shard.name, 0) for shard in streamed),
+        streamed_bytes=sum(end - begin for begin, end in ranges.values()),
     )
 
 
-def _places(shard: Shard) -> list[int]:
-    """Bytes of a shard that may be kept while the rest is streamed: whole tensors, in the order of the file."""
+def _choices(shard: Shard) -> list[_Choice]:
+    """What may be streamed of a shard while the rest stays: tensors that lie side by side; the largest range first."""
     if shard.weights is None:
-        return [0]
-    # Tiny tensors at the end of a shard are not worth a place of their own.
+        return [_Choice.of(shard, (0, 0))]
+    # Tiny tensors are not worth a place of their own.
     step = shard.nbytes * _TINY_SHARE
     places = [0]
     for spec in shard.tensors:
         place = spec.offset - shard.weights.offset
         if place - places[-1] >= step and shard.nbytes - place >= step:
             places.append(place)
-    return places
+    places.append(shard.nbytes)
+    # Of two that are about as large, the one that leaves fewer parts around it.
+    ranges = sorted(combinations(places, 2), key=lambda r: (r[0] - r[1], len(staying(shard, r))))
+    found: list[Range] = []
+    for begin, end in ranges:
+        if not found or found[-1][1] - found[-1][0] - (end - begin) >= step:
+            found.append((begin, end))
+    return [_Choice.of(shard, streamed) for streamed in found]
 
 
-def _streamed_bytes(shard: Shard, kept: int) -> int:
-    """What a buffer must hold of a shard."""
-    return page_ceil(shard.nbytes) - page_floor(kept)
-
-
-def _buffer_sizes(shards: Sequence[Shard]) -> list[int]:
-    """Sizes of a buffer worth a try: what can be left of the largest shards."""
+def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choice]]) -> list[int]:
+    """Sizes of a buffer worth a try: what can be streamed of the largest shards."""
     largest = max(shard.nbytes for shard in shards)
-    sizes = {_streamed_bytes(s, p) for s in shards for p in _places(s) if s.nbytes > largest * _SMALL_SHARE}
+    sizes = {c.buffer_bytes for s in shards for c in choices[s.name] if s.nbytes > largest * _SMALL_SHARE}
     ordered = sorted(sizes or {page_ceil(largest)}, reverse=True)
     step = -(-len(ordered) // _BUFFER_SIZES)
     return ordered[::step]

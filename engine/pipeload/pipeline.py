@@ -23,12 +23,12 @@ from typing import Generic, Literal, TypeAlias, TypeVar
 
 from pipeload.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
-from pipeload.buffers import Buffer, BufferPool, Part, page_ceil
+from pipeload.buffers import Buffer, BufferPool, Part, page_ceil, room_bytes
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.footprint import in_arena
 from pipeload.forward import Forward
-from pipeload.layouts import session_bytes
+from pipeload.layouts import session_bytes, staying
 from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_heap
 from pipeload.planner import Plan
@@ -110,7 +110,7 @@ class Pipeline:
         # Outputs of former calls, as long as their callers keep them.
         self._lent: weakref.WeakKeyDictionary[Value, int] = weakref.WeakKeyDictionary()
         self._in_arena = in_arena(manifest)
-        self._kept: dict[int, Buffer] = {}
+        self._kept: dict[int, Sequence[Part]] = {}
         self.trace = Trace(_SPANS)
         self._passes = 0
         self._read_bytes = 0
@@ -272,10 +272,12 @@ class Pipeline:
         shard = self._manifest.shards[task.index]
         plan, agent = self._plan, _agent()
         packed = plan.packed_streamed and not task.resident
-        begin = 0 if task.resident else plan.kept.get(shard.name, 0)
+        whole = 0, shard.nbytes
+        begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
         # No other agent loads this shard now, so what it keeps is there, or is this one's to load.
-        kept = self._kept.get(task.index)
-        keep_bytes = page_ceil(begin) if kept is None else 0
+        kept = self._kept.get(task.index, ())
+        ranges = [] if kept else staying(shard, (begin, end))
+        keep_bytes = sum(room_bytes(*part) for part in ranges)
         reserved = page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
         reserved += session_bytes(plan.threads)
 
@@ -288,17 +290,13 @@ class Pipeline:
         loaded = LoadedShard(
             index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
         )
-        begun: list[Buffer] = []
+        begun: list[Part] = []
         try:
             graph = self._storage.graph(shard)
             loaded.buffer = self._pool.take() if loaded.pooled else Buffer(shard.nbytes)
-            parts = [Part(begin, shard.nbytes, loaded.buffer)]
-            missing = parts
-            if begin:
-                if kept is None:
-                    begun.append(Buffer(begin))
-                parts = [Part(0, begin, kept or begun[0]), *parts]
-                missing = parts if kept is None else parts[1:]
+            begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
+            missing = sorted([Part(begin, end, loaded.buffer), *begun], key=lambda part: part.begin)
+            parts = [*missing, *kept]
             nbytes = sum(part.end - part.begin for part in missing)
             with self.trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
                 complete = self._storage.read_weights(shard, missing, stale, direct=plan.direct)
@@ -315,16 +313,16 @@ class Pipeline:
             self._abandon(loaded, begun, keep_bytes)
             return None
         if begun:
-            self._kept[task.index] = begun[0]
+            self._kept[task.index] = begun
         with self._counter:
             self._read_bytes += nbytes
         self._sample()
         return loaded
 
-    def _abandon(self, loaded: LoadedShard, begun: list[Buffer], keep_bytes: int) -> None:
+    def _abandon(self, loaded: LoadedShard, begun: Sequence[Part], keep_bytes: int) -> None:
         self._free(loaded)
-        for buffer in begun:
-            buffer.close()
+        for part in begun:
+            part.buffer.close()
         self._budget.release(keep_bytes)
 
     def _pack(self, task: Task) -> None:
@@ -400,7 +398,7 @@ class Pipeline:
             self._wait_freed()
             for index in list(self._kept):
                 name = self._manifest.shards[index].name
-                if plan.kept.get(name) != self._plan.kept.get(name):
+                if plan.partly_resident.get(name) != self._plan.partly_resident.get(name):
                     self._forget(index)
             if self._exchange.closed:
                 raise ClosedError("The model was closed during the call.")
@@ -416,7 +414,8 @@ class Pipeline:
             self._exchange.start(self._resident_flags(), plan.loaders, self._passes + 1)
 
     def _coldness(self) -> Coldness:
-        complete = len(self._exchange.residents) == len(self._plan.resident) and len(self._kept) == len(self._plan.kept)
+        wanted = len(self._plan.resident), len(self._plan.partly_resident)
+        complete = (len(self._exchange.residents), len(self._kept)) == wanted
         return "steady" if complete and self._passes else "filling" if self._passes else "cold"
 
     def _account(self, begin_s: float, end_s: float, cold: Coldness) -> None:
@@ -450,14 +449,14 @@ class Pipeline:
         self._wait_freed()
 
     def _wait_freed(self) -> None:
-        staying = sum(loaded.reserved_bytes for loaded in self._exchange.residents.values())
-        staying += sum(buffer.nbytes for buffer in self._kept.values())
-        self._exchange.wait_freed(lambda: self._budget.reserved_bytes == staying)
+        expected = sum(loaded.reserved_bytes for loaded in self._exchange.residents.values())
+        expected += sum(part.buffer.nbytes for parts in self._kept.values() for part in parts)
+        self._exchange.wait_freed(lambda: self._budget.reserved_bytes == expected)
 
     def _forget(self, index: int) -> None:
-        buffer = self._kept.pop(index)
-        self._budget.release(buffer.nbytes)
-        buffer.close()
+        for part in self._kept.pop(index):
+            self._budget.release(part.buffer.nbytes)
+            part.buffer.close()
 
     def _give_back(self) -> None:
         """Give freed memory back to the system."""

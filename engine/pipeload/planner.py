@@ -7,7 +7,7 @@ budget  ------------------------------------------------------------
         | packing        a copy of one shard while it is packed     |
         | buffers        what is streamed of a shard, in each       |
         | resident       shards that stay between passes            |
-        | kept           beginnings of shards that stay             |
+        | kept           parts of other shards that stay            |
         | caches         KV caches of open decode states            |
         | pass           activations, edges, outputs of one pass    |
         | runtime        onnxruntime's code and heap, once it runs  |
@@ -15,11 +15,11 @@ budget  ------------------------------------------------------------
 0       ------------------------------------------------------------
 ```
 
-A shard is resident (stays in memory, with its session), streamed (read for every pass), or partly resident: the first
-tensors of its file are kept and the others are streamed. When a part of every shard is kept, the buffers need to hold
-only the rest, so memory that they do not need becomes memory that need not be read again. That is why there is no
-cliff between a model that fits and one that does not. Resident shards are spread evenly among the streamed ones, so
-that reading never pauses. There is no LRU: a cyclic scan that is larger than a cache hits nothing in it.
+A shard is resident (stays in memory, with its session), streamed (read for every pass), or partly resident: a range of
+its file is streamed, and the tensors before and behind it are kept. When a part of every shard is kept, the buffers
+need to hold only the rest, so memory that they do not need becomes memory that need not be read again. That is why
+there is no cliff between a model that fits and one that does not. Resident shards are spread evenly among the streamed
+ones, so that reading never pauses. There is no LRU: a cyclic scan that is larger than a cache hits nothing in it.
 
 The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
 CPU); fills what memory is left with shards in their order of residence; simulates the schedule of each
@@ -34,7 +34,7 @@ from typing import Any
 
 from pipeload.buffers import page_ceil
 from pipeload.errors import BudgetError
-from pipeload.layouts import Layout, layouts, session_bytes
+from pipeload.layouts import Layout, Range, layouts, session_bytes
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import format_bytes
 from pipeload.profile import Profile, ShardTimes
@@ -74,14 +74,14 @@ class Plan:
         buffers: streamed shards that are in memory together: one runs, the others are being read or wait.
         buffer_bytes: size of each buffer; 0 when nothing is streamed.
         resident: names of the shards that stay in memory between passes.
-        kept: name of a partly resident shard -> bytes at its beginning that stay in memory.
+        partly_resident: name of a partly resident shard -> the range of its weights that is streamed.
         packed: resident shards are laid out for the CPU (prepacked), one after another once the first pass is over.
         packed_streamed: streamed shards are prepacked by the Loading Agents.
         direct: read past the page cache.
         threads: intra-op threads of a session.
         process_bytes, pass_bytes, cache_bytes, packing_bytes: see the picture above; process_bytes includes the
             runtime.
-        resident_bytes: weights that stay in memory between passes, kept beginnings included.
+        resident_bytes: weights that stay in memory between passes, those of partly resident shards included.
         streamed_bytes: weights that are read in every steady pass.
         peak_bytes: predicted peak of the process.
         first_pass_s, steady_pass_s: predicted seconds; None when the profile was not measured.
@@ -92,7 +92,7 @@ class Plan:
     buffers: int
     buffer_bytes: int
     resident: frozenset[str]
-    kept: dict[str, int] = field(default_factory=dict)
+    partly_resident: dict[str, Range] = field(default_factory=dict)
     packed: bool
     packed_streamed: bool = False
     direct: bool = True
@@ -109,14 +109,14 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """What all weights may occupy together: resident shards, kept beginnings and buffers."""
+        """What all weights may occupy together: resident shards, kept parts of others, and buffers."""
         return self.peak_bytes - self.process_bytes - self.pass_bytes - self.cache_bytes - self.packing_bytes
 
     @property
     def layout(self) -> tuple[object, ...]:
         """What cannot change while shards are loaded."""
         streaming = self.loaders, self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
-        return self.resident, self.kept, self.packed, self.threads, streaming
+        return self.resident, self.partly_resident, self.packed, self.threads, streaming
 
 
 def make_plan(
@@ -171,7 +171,7 @@ def make_plan(
         buffers=layout.buffers,
         buffer_bytes=layout.buffer_bytes,
         resident=layout.resident,
-        kept=layout.kept,
+        partly_resident=layout.partly_resident,
         packed=layout.packed,
         packed_streamed=layout.packed_streamed,
         direct=speed.direct,
@@ -263,13 +263,14 @@ def budget_for_latency(
 
 def _work(shard: Shard, layout: Layout | Plan, times: ShardTimes) -> ShardWork:
     resident = shard.name in layout.resident
+    begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
     packed = layout.packed if resident else layout.packed_streamed
     # A resident shard has a computer to itself while nothing is streamed; what slows computing down is the reading.
     slowdown = times.loading_run_s / times.run_s if times.run_s else 1.0
     run_s = times.packed_run_s if packed else times.run_s
     return ShardWork(
         cold_bytes=shard.nbytes,
-        steady_bytes=0 if resident else shard.nbytes - layout.kept.get(shard.name, 0),
+        steady_bytes=0 if resident else end - begin,
         streamed=not resident,
         session_s=times.pack_s if packed and not resident else times.session_s,
         run_s=run_s,

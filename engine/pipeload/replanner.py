@@ -32,8 +32,8 @@ _PATIENCE = 8
 """Passes before room that appeared is taken."""
 _ROOM_SHARE = 0.05
 """Part of the budget that must have become free before it is taken."""
-_GAIN = 0.9
-"""A plan that is not forced must promise this part of the time that passes take now, or less."""
+_GAIN = {"first": 0.98, "learned": 0.9, "asked": 1.0}
+"""A plan that is not forced must promise this part of the time that passes take now, or less: why it is made."""
 _MARGIN = 0.15
 """Measured passes that leave the prediction by more than this make the profile learn."""
 _SWING_SHARE = 0.02
@@ -80,7 +80,8 @@ class Replanner:
         self._loaders = loaders
         self._threads = threads
         self._needs: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
-        self._reason: Literal["learned", "asked"] | None = None
+        self._reason: Literal["first", "learned", "asked"] | None = None
+        self._ran = False
         self._patience = 0
         self._room_bytes = 0
         self._kind: object = _NO_KIND
@@ -169,6 +170,9 @@ class Replanner:
             BudgetError: the pass does not fit the budget.
         """
         limit = self.limit_bytes(current)
+        if self._reason is not None and self._budget_bytes is None:
+            # A plan is made in any case: it may use all that is free.
+            limit = max(limit, self._free_bytes())
         growth = self.growth_bytes(current, pass_bytes, occupied_bytes)
         if growth:
             process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)
@@ -182,7 +186,7 @@ class Replanner:
         if room >= 0 and self._reason is None and not enough:
             return kept
         best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0)
-        gain = 1.0 if self._reason == "asked" else _GAIN
+        gain = _GAIN[self._reason or "learned"]
         self._reason, self._patience = None, 0
         if room >= 0:
             now = planner.predict(self._manifest, self._profile, kept)
@@ -221,11 +225,15 @@ class Replanner:
                 None stands for the sizes that the profile is kept for.
 
         Returns:
-            Whether the profile has changed.
+            Whether there is a reason to plan anew.
         """
+        first, self._ran = not self._ran, True
+        if first and self._budget_bytes is None:
+            # Pages of libraries that the first pass has touched may be charged to nobody: they have left memory free.
+            self._reason = self._reason or "first"
         if _settling(current, spans):
             self._kind = _NO_KIND
-            return False
+            return self._reason is not None
         alike, self._kind = self._kind == kind, kind
         predicted_s = current.steady_pass_s
         if predicted_s is not None:
@@ -233,13 +241,13 @@ class Replanner:
             # Once may be chance: somebody else has used the disk or a core.
             self._wrong = self._wrong + 1 if wrong else 0
             if self._wrong < _WRONG_PASSES:
-                return False
+                return self._reason is not None
         self._wrong = 0
         self._profile = learn(self._manifest, self._profile, current, spans)
         self._known_kind = kind
         if kind is None and alike:
             self._learned = self._profile
-        self._reason = self._reason or "learned"
+        self._reason = self._reason or ("first" if first else "learned")
         return True
 
     def _best(self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool) -> Plan:

@@ -56,7 +56,7 @@ def toy(made_toys: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_uneven(made_toys: Callable[[str], Path]) -> Path:
-    """Six blocks whose second tensor begins within a page."""
+    """Six blocks of three tensors, of which only the first begins with a page."""
     return made_toys("toy-uneven")
 
 

@@ -78,9 +78,8 @@ def _budgets(directory: Path, profile: Profile) -> dict[str, int]:
             made = plan(budget)
         except pipeload.BudgetError:
             continue
-        kind = (
-            f"{made.buffers} buffers, {'some' if made.resident else 'none'} resident{', some kept' * bool(made.kept)}"
-        )
+        kind = f"{made.buffers} buffers, {'some' if made.resident else 'none'} resident"
+        kind += ", some in part" * bool(made.partly_resident)
         if not made.streamed_bytes:
             kind = "packed" if made.packed else "all resident"
         found.setdefault(kind, budget)

@@ -26,9 +26,9 @@ from tests.engine.harness import (
 
 from pipeload import manifest as manifests
 from pipeload import pipeline as pipelines
-from pipeload.buffers import Buffer, Part, page_ceil, page_floor
+from pipeload.buffers import Buffer, Part, page_ceil, room_bytes
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, ShardError
-from pipeload.layouts import session_bytes
+from pipeload.layouts import Range, session_bytes, staying
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import rss_bytes
 from pipeload.pipeline import Call, Pipeline
@@ -69,7 +69,7 @@ def _plan(
     manifest: Manifest,
     *,
     resident: Sequence[str] = (),
-    kept: Mapping[str, int] | None = None,
+    partly: Mapping[str, Range] | None = None,
     buffers: int = 2,
     loaders: int = 2,
     pass_bytes: int = 0,
@@ -77,22 +77,23 @@ def _plan(
     packed_streamed: bool = False,
 ) -> Plan:
     """A plan by hand, which adds up."""
-    kept = dict(kept or {})
+    partly = dict(partly or {})
     streamed = [shard for shard in manifest.shards if shard.name not in resident]
-    staying = [shard for shard in manifest.shards if shard.name in resident]
+    whole = [shard for shard in manifest.shards if shard.name in resident]
     buffers = min(buffers, len(streamed))
-    buffer_bytes = max((page_ceil(s.nbytes) - page_floor(kept.get(s.name, 0)) for s in streamed), default=0)
-    weights = sum(page_ceil(shard.nbytes) + session_bytes(1) for shard in staying)
-    weights += sum(page_ceil(nbytes) for nbytes in kept.values())
+    ranges = {shard.name: partly.get(shard.name, (0, shard.nbytes)) for shard in streamed}
+    buffer_bytes = max((room_bytes(*part) for part in ranges.values()), default=0)
+    weights = sum(page_ceil(shard.nbytes) + session_bytes(1) for shard in whole)
+    weights += sum(_staying_bytes(shard, ranges[shard.name]) for shard in streamed)
     weights += buffers * (buffer_bytes * (1 + packed_streamed) + session_bytes(1))
-    streamed_bytes = sum(shard.nbytes - kept.get(shard.name, 0) for shard in streamed)
+    streamed_bytes = sum(end - begin for begin, end in ranges.values())
     return Plan(
         budget_bytes=10**11,
         loaders=loaders,
         buffers=buffers,
         buffer_bytes=buffer_bytes,
         resident=frozenset(resident),
-        kept=kept,
+        partly_resident=partly,
         packed=packed,
         packed_streamed=packed_streamed,
         threads=1,
@@ -103,6 +104,10 @@ def _plan(
         streamed_bytes=streamed_bytes,
         peak_bytes=10**10 + pass_bytes + weights,
     )
+
+
+def _staying_bytes(shard: Shard, streamed: Range) -> int:
+    return sum(room_bytes(*part) for part in staying(shard, streamed))
 
 
 _SCALE = 10**12
@@ -306,11 +311,21 @@ def test_threads_have_names(toy: Path) -> None:
 
 # Partly resident shards
 
+LAST, FIRST, MIDDLE = slice(-1, None), slice(None, -1), slice(1, -1)
+"""Tensors of a shard that are streamed."""
 
-def _halves(manifest: Manifest, *names: str) -> dict[str, int]:
-    """Each shard's last tensor is streamed, and what lies before it is kept."""
-    shards = [shard for shard in manifest.shards if shard.name in names and shard.weights and len(shard.tensors) > 1]
-    return {shard.name: shard.tensors[-1].offset - shard.weights.offset for shard in shards if shard.weights}
+
+def _halves(manifest: Manifest, *names: str, streamed: slice = LAST) -> dict[str, Range]:
+    """Some tensors of each shard are streamed, and what lies before and behind them is kept."""
+    shards = [shard for shard in manifest.shards if shard.name in names and len(shard.tensors) > 1]
+    return {shard.name: _range_of(shard, streamed) for shard in shards}
+
+
+def _range_of(shard: Shard, streamed: slice) -> Range:
+    assert shard.weights is not None
+    places = [spec.offset - shard.weights.offset for spec in shard.tensors]
+    begin, end, _ = streamed.indices(len(places))
+    return places[begin], [*places, shard.nbytes][end]
 
 
 BLOCKS = tuple(NAMES[1:-1])
@@ -318,9 +333,13 @@ BLOCKS = tuple(NAMES[1:-1])
 
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 @pytest.mark.parametrize("loaders", [1, 2, 4])
-@pytest.mark.parametrize("name", ["toy", "toy-uneven"])
 @pytest.mark.parametrize(
-    ("resident", "kept"),
+    ("name", "streamed"),
+    [("toy", LAST), ("toy-uneven", LAST), ("toy-uneven", FIRST), ("toy-uneven", MIDDLE)],
+    ids=["even", "last", "first", "middle"],
+)
+@pytest.mark.parametrize(
+    ("resident", "partly"),
     [((), BLOCKS), (("prologue", "epilogue"), BLOCKS), (("block.001", "block.004"), ("block.000", "block.005"))],
     ids=["every block", "all but the ends", "some"],
 )
@@ -328,14 +347,15 @@ def test_partly_resident_passes_equal_sequential_ones_and_read_what_is_kept_once
     made_toys: Callable[[str], Path],
     name: str,
     resident: tuple[str, ...],
-    kept: tuple[str, ...],
+    partly: tuple[str, ...],
+    streamed: slice,
     loaders: int,
     buffers: int,
 ) -> None:
     manifest = manifests.read(made_toys(name))
-    halves = _halves(manifest, *kept)
-    assert set(halves) == set(kept)
-    with _rig(made_toys(name), resident=resident, kept=halves, buffers=buffers, loaders=loaders) as rig:
+    halves = _halves(manifest, *partly, streamed=streamed)
+    assert set(halves) == set(partly)
+    with _rig(made_toys(name), resident=resident, partly=halves, buffers=buffers, loaders=loaders) as rig:
         rig.check(passes=4)
         assert rig.pipeline.plan.streamed_bytes < manifest.weight_bytes
         seen: dict[str, list[int]] = {}
@@ -344,7 +364,8 @@ def test_partly_resident_passes_equal_sequential_ones_and_read_what_is_kept_once
         for shard in manifest.shards:
             first, *later = seen[shard.name]
             assert first == shard.nbytes
-            assert set(later) <= {shard.nbytes - halves.get(shard.name, 0)}
+            begin, end = halves.get(shard.name, (0, shard.nbytes))
+            assert set(later) <= {end - begin}
             assert len(later) in ([0] if shard.name in resident else [3, 4])
         reads = [span for span in rig.pipeline.trace.spans if span.kind == "read"]
         assert read_bytes(span for span in reads if span.pass_number == 1) == manifest.weight_bytes
@@ -357,10 +378,11 @@ def test_agents_that_wait_for_the_next_pass_reserve_a_kept_part_only_once(toy_un
     manifest = manifests.read(toy_uneven)
     # More agents than shards: some wait with a shard whose beginning another one is still reading.
     loaders = 2 * len(manifest.shards)
-    with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), buffers=2, loaders=loaders) as rig:
+    halves = _halves(manifest, *BLOCKS, streamed=MIDDLE)
+    with _rig(toy_uneven, partly=halves, buffers=2, loaders=loaders) as rig:
         for _ in range(4):
             rig.check()
-        kept = sum(buffer.nbytes for buffer in rig.pipeline._kept.values())
+        kept = sum(part.buffer.nbytes for parts in rig.pipeline._kept.values() for part in parts)
         rig.wait(
             lambda: (
                 rig.pipeline._budget.reserved_bytes <= kept + 2 * (rig.pipeline.plan.buffer_bytes + session_bytes(1))
@@ -370,7 +392,7 @@ def test_agents_that_wait_for_the_next_pass_reserve_a_kept_part_only_once(toy_un
 
 def test_a_load_of_a_kept_part_that_fails_is_done_again_and_leaks_nothing(toy_uneven: Path) -> None:
     manifest = manifests.read(toy_uneven)
-    with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), buffers=1) as rig:
+    with _rig(toy_uneven, partly=_halves(manifest, *BLOCKS, streamed=MIDDLE), buffers=1) as rig:
         rig.storage.before_read = _once(OSError("disk"), "block.002")
         with pytest.raises(OSError, match="disk"):
             rig.check()
@@ -384,7 +406,7 @@ def test_a_damaged_part_is_found_when_it_is_read_the_first_time(toy_copy: Path, 
     content = bytearray(path.read_bytes())
     content[at] ^= 1
     path.write_bytes(content)
-    plan = _plan(manifest, kept=_halves(manifest, *BLOCKS))
+    plan = _plan(manifest, partly=_halves(manifest, *BLOCKS))
     pipeline = Pipeline(manifest, _Storage(toy_copy, manifest), plan, _Scripted(manifest, lambda *_: plan))
     try:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
@@ -398,17 +420,17 @@ def test_a_damaged_part_is_found_when_it_is_read_the_first_time(toy_copy: Path, 
 def test_kept_parts_that_another_plan_does_not_want_leave(toy_uneven: Path) -> None:
     manifest = manifests.read(toy_uneven)
     plans = [
-        _plan(manifest, kept=_halves(manifest, *BLOCKS)),
-        _plan(manifest, kept=_halves(manifest, "block.001", "block.002"), resident=("block.003",), pass_bytes=1),
+        _plan(manifest, partly=_halves(manifest, *BLOCKS)),
+        _plan(manifest, partly=_halves(manifest, "block.001", "block.002"), resident=("block.003",), pass_bytes=1),
         _plan(manifest, resident=BLOCKS[:4], pass_bytes=2),
         _plan(manifest, pass_bytes=3),
     ]
-    with _rig(toy_uneven, kept=_halves(manifest, *BLOCKS), replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
+    with _rig(toy_uneven, partly=_halves(manifest, *BLOCKS), replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
         for number in (0, 1, 0, 2, 1, 3, 0, 0):
             for _ in range(2):
                 assert_same(rig.run(pass_bytes=number), rig.expected)
             kept = {manifest.shards[index].name for index in rig.pipeline._kept}
-            assert kept == set(plans[number].kept)
+            assert kept == set(plans[number].partly_resident)
             staying = {manifest.shards[index].name for index in rig.exchange.residents}
             assert staying == plans[number].resident
             assert rig.pipeline._budget.reserved_bytes <= plans[number].weights_bytes

@@ -10,9 +10,9 @@ import pytest
 from tests.engine.plans import manifest_of
 
 from pipeload import planner
-from pipeload.buffers import page_ceil, page_floor
+from pipeload.buffers import page_ceil, room_bytes
 from pipeload.errors import BudgetError, ConfigError
-from pipeload.layouts import session_bytes
+from pipeload.layouts import session_bytes, staying
 from pipeload.manifest import Manifest
 from pipeload.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.profile import Profile, ShardTimes
@@ -146,28 +146,31 @@ def test_a_plan_adds_up(
     # Memory.
     buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + session_bytes(plan.threads))
     weights = buffers + sum(page_ceil(s.nbytes) + session_bytes(plan.threads) for s in resident)
-    weights += sum(page_ceil(nbytes) for nbytes in plan.kept.values())
+    ranges = {shard.name: plan.partly_resident.get(shard.name, (0, shard.nbytes)) for shard in streamed}
+    weights += sum(room_bytes(*part) for shard in streamed for part in staying(shard, ranges[shard.name]))
     assert plan.weights_bytes == weights
     assert plan.process_bytes == process_bytes(profile)
     needs = options["pass_bytes"] + options["cache_bytes"]
     assert plan.peak_bytes == plan.process_bytes + needs + plan.packing_bytes + weights
     assert (plan.packing_bytes > 0) == plan.packed
     # Weights.
-    assert plan.streamed_bytes == sum(shard.nbytes - plan.kept.get(shard.name, 0) for shard in streamed)
+    assert plan.streamed_bytes == sum(end - begin for begin, end in ranges.values())
     assert plan.resident_bytes + plan.streamed_bytes == manifest.weight_bytes
     # Buffers.
     assert plan.buffer_bytes % 4096 == 0
-    for shard in streamed:
-        assert page_ceil(shard.nbytes) - page_floor(plan.kept.get(shard.name, 0)) <= plan.buffer_bytes
+    for part in ranges.values():
+        assert room_bytes(*part) <= plan.buffer_bytes
     assert (plan.buffers == 0) == (not streamed)
     assert plan.buffers <= min(len(streamed), plan.loaders + 1)
-    # What is kept of a shard ends where a tensor begins, and something is left.
-    assert set(plan.kept) <= {shard.name for shard in streamed}
+    # What is streamed of a shard begins and ends where a tensor does, and something is left and something is kept.
+    assert set(plan.partly_resident) <= {shard.name for shard in streamed}
     for shard in streamed:
-        assert shard.weights is not None or not plan.kept.get(shard.name)
-        if shard.name in plan.kept:
+        if shard.name in plan.partly_resident:
+            begin, end = plan.partly_resident[shard.name]
             assert shard.weights is not None
-            assert plan.kept[shard.name] in {spec.offset - shard.weights.offset for spec in shard.tensors[1:]}
+            places = {spec.offset - shard.weights.offset for spec in shard.tensors} | {shard.nbytes}
+            assert {begin, end} <= places
+            assert 0 < end - begin < shard.nbytes
             assert not plan.packed_streamed, "a packed copy takes memory for all of the shard"
     # Numbers.
     assert plan.loaders == (options["loaders"] or plan.loaders)
@@ -260,7 +263,7 @@ def test_every_byte_of_budget_saves_reading_until_nothing_is_read() -> None:
     for less, more in pairwise(seconds):
         assert more <= less * 1.0051
     assert {plan.buffers for plan in plans} >= {0, 1, 2}
-    assert any(plan.kept for plan in plans)
+    assert any(plan.partly_resident for plan in plans)
     assert not plans[-1].streamed_bytes
     # No cliff: between two budgets a pass never gets faster by more than twice what the bytes between them take.
     reading = [seconds[k] - seconds[k + 1] for k in range(len(seconds) - 1) if plans[k + 1].streamed_bytes]
@@ -272,7 +275,7 @@ def test_when_everything_fits_nothing_is_streamed() -> None:
         plan = _plan(manifest_of(*BLOCKS), 3000 * MB, profile)
         assert plan.packed
         assert plan.resident == {f"s{k}" for k in range(12)}
-        assert (plan.streamed_bytes, plan.buffers, plan.buffer_bytes, plan.kept) == (0, 0, 0, {})
+        assert (plan.streamed_bytes, plan.buffers, plan.buffer_bytes, plan.partly_resident) == (0, 0, 0, {})
 
 
 def test_packing_that_gains_nothing_is_left_alone() -> None:
@@ -340,7 +343,7 @@ def test_weights_that_are_far_better_packed_are_packed_by_the_loaders_where_memo
     profile = _measured(manifest, run_bytes_per_s=5e7, pack_bytes_per_s=1e9, packed_share=0.05)
     plan = _plan(manifest, 400 * MB, profile)
     assert plan.packed_streamed
-    assert plan.kept == {}
+    assert plan.partly_resident == {}
     # Where there is room for one buffer and no copy, it still works.
     tight = _plan(manifest, _needed(manifest, profile), profile)
     assert not tight.packed_streamed

@@ -2,6 +2,7 @@
 
     prologue          embedded = table[input_ids]; hidden.0 = embedded @ w; mask from attention_mask
     block.000 ...     hidden.k+1 = hidden.k + tanh(hidden.k @ w + b) * mask        (a decoder adds a cached running sum)
+                      with `gain`, tanh(...) * g
     epilogue          an encoder's last_hidden_state; a decoder's input for its head
     head.000, .001    a decoder's head, cut along the vocabulary, tied to the table
 
@@ -50,14 +51,17 @@ def inputs(batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, NDArray[
     return {"input_ids": random.integers(0, VOCABULARY, (batch, length)), "attention_mask": mask}
 
 
-def make_toy(directory: Path, *, blocks: int = 6, width: int = 64, decoder: bool = False, seed: int = 0) -> Path:
+def make_toy(
+    directory: Path, *, blocks: int = 6, width: int = 64, decoder: bool = False, gain: bool = False, seed: int = 0
+) -> Path:
     """Write a toy into a new directory. A block has about `4 * width * width` bytes of weights."""
-    return _Toy(directory, blocks, width, decoder, seed).write()
+    return _Toy(directory, blocks, width, decoder, gain, seed).write()
 
 
 class _Toy:
-    def __init__(self, directory: Path, blocks: int, width: int, decoder: bool, seed: int) -> None:
-        self._directory, self._blocks, self._width, self._decoder = directory, blocks, width, decoder
+    def __init__(self, directory: Path, blocks: int, width: int, decoder: bool, gain: bool, seed: int) -> None:
+        self._directory, self._blocks, self._width = directory, blocks, width
+        self._decoder, self._gain = decoder, gain
         self._random = np.random.default_rng(seed)
         self._files: list[FileRecord] = []
         self._shards: list[Shard] = []
@@ -95,10 +99,10 @@ class _Toy:
         for k in range(self._blocks):
             edges.append(TensorSpec(name=f"hidden.{k}", dtype="float32", shape=hidden))
             nodes, takes, makes = self._block(k)
-            self._shard(
-                f"block.{k:03d}", nodes, takes, makes,
-                {f"block.{k}.w": self._normal(width, width), f"block.{k}.b": self._normal(width)},
-            )  # fmt: skip
+            weights = {f"block.{k}.w": self._normal(width, width), f"block.{k}.b": self._normal(width)}
+            if self._gain:
+                weights[f"block.{k}.g"] = self._normal(width)
+            self._shard(f"block.{k:03d}", nodes, takes, makes, weights)
         last, made = f"hidden.{self._blocks}", "normed" if decoder else "last_hidden_state"
         edges.append(TensorSpec(name=last, dtype="float32", shape=hidden))
         self._shard("epilogue", [("Mul", [last, "epilogue.scale"], [made], {})], {last: hidden}, {made: hidden},
@@ -127,8 +131,10 @@ class _Toy:
         nodes = [
             ("MatMul", [f"hidden.{k}", f"block.{k}.w"], ["product"], {}),
             ("Add", ["product", f"block.{k}.b"], ["biased"], {}),
-            ("Tanh", ["biased"], ["active"], {}),
+            ("Tanh", ["biased"], ["squashed" if self._gain else "active"], {}),
         ]
+        if self._gain:
+            nodes.append(("Mul", ["squashed", f"block.{k}.g"], ["active"], {}))
         if not self._decoder:
             nodes.append(("Mul", ["active", "mask"], ["change"], {}))
         else:

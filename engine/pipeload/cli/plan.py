@@ -147,7 +147,7 @@ def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
         "resident_bytes": plan.resident_bytes,
         "resident": [shard.name for shard in manifest.shards if shard.name in plan.resident],
         "resident_shards": len(plan.resident),
-        "partly_resident_shards": len(plan.kept),
+        "partly_resident_shards": len(plan.partly_resident),
         "shards": len(manifest.shards),
         "packed": plan.packed,
         "packed_streamed": plan.packed_streamed,
