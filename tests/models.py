@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tests.greedy import GREEDY_NAME, write_continuations
 
 REPOSITORY = Path(__file__).resolve().parents[1]
