@@ -49,10 +49,16 @@ def write_continuations(model: Any, path: Path) -> None:
 
 def main() -> int:
     """Write the reference of a GGUF file."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, name, out = sys.argv[1:]
-    write_continuations(AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).eval(), Path(out))
+    # What from_pretrained does, which wants the package accelerate.
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name)).eval()
+    tensors = load_gguf_checkpoint(str(Path(folder, name)), return_tensors=True, model_to_load=model)["tensors"]
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    write_continuations(model, Path(out))
     return 0
 
 
