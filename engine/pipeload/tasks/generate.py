@@ -117,9 +117,10 @@ def generate(
     Examples:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model:
         ...     model.generate("The capital of France is", max_new_tokens=2).text
-        ...     model.generate("My name is", do_sample=True, seed=7, max_new_tokens=4, logprobs=True).text
+        ...     story = model.generate("Once upon a time", do_sample=True, temperature=0.7, seed=1, stop_strings=".")
+        ...     story.text[:33], story.finish_reason
         ' Paris.'
-        ' TODO'
+        (', there was a magnificent ship in', 'stop')
     """
     with streamer.generation() if isinstance(streamer, TextStream) else nullcontext():
         _check_model(runner)

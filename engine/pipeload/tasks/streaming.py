@@ -26,12 +26,12 @@ class TextStream:
 
     Example:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, pipeload.TextStream() as stream:
-        ...     options = {"max_new_tokens": 3, "streamer": stream}
+        ...     options = {"max_new_tokens": 2, "streamer": stream}
         ...     thread = threading.Thread(target=model.generate, args=("The capital of France is",), kwargs=options)
         ...     thread.start()
         ...     print(list(stream))
         ...     thread.join()
-        [' Paris', '.', ' The']
+        [' Paris', '.']
     """
 
     def __init__(self) -> None:
