@@ -4,7 +4,8 @@
     python -m tests.models OUT bert gpt2      some of them
 
 Each directory of an architecture also holds `reference.npz`: inputs, and what the unsplit model answers to them, as
-`input.0.input_ids`, `output.0.last_hidden_state`, `input.1.input_ids` ... Directories named `toy...` are those of
+`input.0.input_ids`, `output.0.last_hidden_state`, `input.1.input_ids` ... Those of models for text generation also hold
+`greedy.npz`: what transformers itself generates, as `tests/greedy.py` has it. Directories named `toy...` are those of
 `tests/engine/toy.py`. Tests find the folder in the environment variable PIPELOAD_TEST_MODELS; a machine without torch
 gets it from one that has it.
 """
@@ -24,13 +25,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.greedy import GREEDY_NAME, write_continuations
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE_NAME = "reference.npz"
 _VOCABULARY = 1000
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 _IMAGE = {"image_size": 32, "patch_size": 8}
-_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": _VOCABULARY, "n_positions": 64}
+_GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": _VOCABULARY, "n_positions": 128}
 
 # name -> (task, class of transformers, class of its config, the config's arguments)
 ARCHITECTURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
@@ -62,7 +64,7 @@ ARCHITECTURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
             "attention_types": [[["global", "local"], 2]],
             "window_size": 16,
             "vocab_size": _VOCABULARY,
-            "max_position_embeddings": 64,
+            "max_position_embeddings": 128,
         },
     ),
     "gpt-j": ("text-generation", "GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 8}),
@@ -104,7 +106,8 @@ def made_once() -> Path:
     In a process of its own: torch would stay in this one, and in its memory.
     """
     digest = hashlib.sha256()
-    sources = [*REPOSITORY.glob("exporter/**/*.py"), REPOSITORY / "tests" / "models.py"]
+    tests = REPOSITORY / "tests"
+    sources = [*REPOSITORY.glob("exporter/**/*.py"), tests / "models.py", tests / "greedy.py"]
     engine = REPOSITORY / "engine" / "pipeload"
     for path in sorted([*sources, *engine.glob("manifest*.py"), engine / "dims.py"]):
         digest.update(path.read_bytes())
@@ -137,6 +140,8 @@ def _make_architecture(directory: Path, name: str) -> None:
         model.save_pretrained(checkpoint)
         export(checkpoint, directory, task=task, keep_onnx=unsplit)
         np.savez(directory / REFERENCE_NAME, **_reference(unsplit / "model.onnx", task))
+    if task == "text-generation":
+        write_continuations(model, directory / GREEDY_NAME)
 
 
 def _reference(path: Path, task: str) -> dict[str, NDArray[Any]]:

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from pipeload.planner import Plan
     from pipeload.profile import Profile
     from pipeload.state import DecodeState
+    from pipeload.tasks.streaming import TextStream
 
 __version__ = "0.1.0"
 
@@ -86,11 +87,19 @@ __all__ = [
     "Profile",
     "RunError",
     "ShardError",
+    "TextStream",
     "TruncationWarning",
     "load",
 ]
 
-_HOMES = {"DecodeState": "state", "Model": "model", "Plan": "planner", "Profile": "profile", "load": "model"}
+_HOMES = {
+    "DecodeState": "state",
+    "Model": "model",
+    "Plan": "planner",
+    "Profile": "profile",
+    "TextStream": "tasks.streaming",
+    "load": "model",
+}
 """Modules of what is imported when it is first used: with onnxruntime and NumPy that takes up to seconds, in which
 `__main__` already has to answer Ctrl-C."""
 

@@ -86,12 +86,24 @@ def any_toy(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) ->
 @pytest.fixture(scope="session", params=ARCHITECTURES)
 def exported(request: pytest.FixtureRequest) -> Path:
     """An architecture's directory, with `reference.npz`."""
+    return _architecture(request.param)
+
+
+@pytest.fixture(
+    scope="session", params=[name for name, (task, *_) in ARCHITECTURES.items() if task == "text-generation"]
+)
+def exported_generator(request: pytest.FixtureRequest) -> Path:
+    """The directory of an architecture that generates text, with `greedy.npz`."""
+    return _architecture(request.param)
+
+
+def _architecture(name: str) -> Path:
     given = os.environ.get("PIPELOAD_TEST_MODELS")
     if given:
-        return _given(given, request.param)
+        return _given(given, name)
     if missing := [name for name in ("onnx", "torch", "transformers") if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"needs {', '.join(missing)}, or {request.param} in PIPELOAD_TEST_MODELS")
-    return made_once() / request.param
+        pytest.skip(f"needs {', '.join(missing)}, or {name} in PIPELOAD_TEST_MODELS")
+    return made_once() / name
 
 
 def _given(folder: str | None, name: str) -> Path:

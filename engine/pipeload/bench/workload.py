@@ -100,10 +100,10 @@ class Work:
 
     def generate(self, prompt: str | list[int], runner: AnyDecoder, begin_s: float) -> Measured:
         """One token, then as many as there are passes; the answer is the text, or the ids without a tokenizer."""
-        first = generate(runner, prompt, max_new_tokens=1)
+        first = generate(runner, prompt, max_new_tokens=1, do_sample=False)
         first_s = time.perf_counter() - begin_s
         before, lap = read_bytes(), time.perf_counter()
-        whole = generate(runner, prompt, max_new_tokens=self.passes)
+        whole = generate(runner, prompt, max_new_tokens=self.passes, do_sample=False)
         each_s = (time.perf_counter() - lap) / len(whole.token_ids)
         if whole.token_ids[0] != first.token_ids[0]:
             raise ConfigError(f"{self.directory} answers differently each time: {first} and {whole}.")

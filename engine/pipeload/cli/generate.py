@@ -10,8 +10,9 @@ import typer
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model, status
 from pipeload.cli.report import print_json
 from pipeload.cli.texts import read_text, refuse_images
-from pipeload.tasks.generate import MAX_NEW_TOKENS
+from pipeload.tasks.config import MAX_NEW_TOKENS
 from pipeload.tasks.generate import generate as generate_text
+from pipeload.tasks.options import GenerationOptions
 
 __all__ = ["generate"]
 
@@ -19,27 +20,94 @@ __all__ = ["generate"]
 def generate(
     directory: Directory,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = MAX_NEW_TOKENS,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Most tokens to add; {MAX_NEW_TOKENS} if the model says nothing.")
+    ] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(min=0, help="No end of the text before so many tokens.")] = None,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option("--sample/--greedy", help="Draw each token by its probability, or take the likeliest."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="With --sample: below 1 likely tokens become likelier, above 1 less so.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="With --sample: draw from so many of the likeliest tokens; 0 from all.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="With --sample: draw from the likeliest tokens that add up to this probability."
+        ),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="With --sample: draw from tokens this many times as likely as the likeliest."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 tokens that were there already become less likely.")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row come twice; 0 allows it.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End after this text; may be given several times.")
+    ] = None,
+    num_return_sequences: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --sample: N texts instead of one.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="With --sample: the same texts each time.")] = None,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")
+    ] = False,
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,
     trace: Trace = None,
 ) -> None:
-    """Continue a text, always with the likeliest next token.
+    """Continue a text.
 
-    Prints the text and its continuation as it comes. It ends where the model ends it, or after the tokens asked for.
+    Prints the text and its continuation as it comes. It ends where the model ends it, after a --stop, or after the
+    tokens asked for. What is not given is as the model's generation_config.json has it, or else the likeliest token is
+    taken each time.
 
     Examples:
         pipeload generate models/exported/smollm2-135m "The capital of France is" --max-new-tokens 8 --budget 256MB
 
-        pipeload generate models/exported/smollm2-135m - --json < prompt.txt
+        pipeload generate models/exported/smollm2-135m "Once upon a time" --sample --temperature 0.7 --seed 1 --stop .
+
+        pipeload generate models/exported/smollm2-135m - --json --logprobs < prompt.txt
     """
     refuse_images([prompt], "generate")
+    if logprobs and not as_json:
+        raise typer.BadParameter("--logprobs needs --json.")
     text = read_text().rstrip("\n") if prompt == "-" else prompt
+    options: GenerationOptions = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "stop_strings": stop,
+        "seed": seed,
+        "logprobs": logprobs,
+    }
     with open_model(directory, budget, stats=stats, trace=trace, quiet=True) as model:
+        if num_return_sequences is not None:
+            with status("Generating"):
+                several = generate_text(model, text, num_return_sequences=num_return_sequences, **options)
+            if as_json:
+                print_json([{"prompt": text, **asdict(made)} for made in several])
+            else:
+                typer.echo("\n\n".join(f"{text}{made.text}" for made in several))
+            return
         if as_json:
             with status("Generating"):
-                made = generate_text(model, text, max_new_tokens=max_new_tokens)
+                made = generate_text(model, text, **options)
             print_json({"prompt": text, **asdict(made)})
             return
         started = False
@@ -50,5 +118,6 @@ def generate(
             typer.echo(piece if started else text + piece, nl=False)
             started = True
 
-        generate_text(model, text, max_new_tokens=max_new_tokens, stream=show)
+        options["streamer"] = show
+        generate_text(model, text, **options)
         typer.echo("" if started else text)

@@ -13,7 +13,10 @@ import msgspec
 
 from pipeload.errors import ShardError
 
-__all__ = ["GenerationConfig", "ModelConfig", "read_settings"]
+__all__ = ["MAX_NEW_TOKENS", "GenerationConfig", "ModelConfig", "read_settings"]
+
+MAX_NEW_TOKENS = 64
+"""Tokens to generate, unless the caller or the model says otherwise."""
 
 _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text esm ibert longformer luke mpnet roberta xlm-roberta xlm-roberta-xl xmod".split()  # noqa: SIM905
@@ -60,9 +63,27 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What greedy generation needs from `generation_config.json`."""
+    """What generation takes from `generation_config.json`. Names, meanings and defaults are those of transformers.
 
+    A null in the file switches a setting off, as there.
+    """
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    do_sample: bool | None = False
+    temperature: float | None = 1.0
+    top_k: int | None = 50
+    top_p: float | None = 1.0
+    min_p: float | None = None
+    repetition_penalty: float | None = 1.0
+    no_repeat_ngram_size: int | None = 0
+    stop_strings: str | list[str] | None = None
     eos_token_id: int | list[int] | None = None
+
+    @property
+    def token_limit(self) -> int:
+        """Most new tokens of a text."""
+        return self.max_new_tokens or MAX_NEW_TOKENS
 
 
 def read_settings(directory: Path, name: str, kind: type[Settings]) -> Settings:

@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,9 @@ class Tokenizer:
             "position_ids": position_ids(mask),
         }
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text that the tokens spell, without special tokens."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text that the tokens spell; with or without special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def token(self, id_: int) -> str:
@@ -186,6 +187,9 @@ class Tokenizer:
 _CONTEXT = 8
 """Tokens before a text that say whether it begins with a space."""
 
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What bytes decode to that are no character yet."""
+
 
 class Detokenizer:
     """The text of a growing sequence, in pieces that can be shown at once.
@@ -196,10 +200,11 @@ class Detokenizer:
     Args:
         tokenizer: decodes.
         before: the tokens that the sequence continues; the first piece then begins with a space if the text does.
+        special: whether special tokens are part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, special: bool = False) -> None:
+        self._decode = partial(tokenizer.decode, special=special)
         self._ids: list[int] = []
         self._shown: list[int] = list(before)[-_CONTEXT:]
 
@@ -207,9 +212,14 @@ class Detokenizer:
         """The text that this token completes; empty if it completes none."""
         self._ids.append(id_)
         piece = self._rest()
-        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not piece or piece.endswith(_UNFINISHED):
             return ""
         return self._show(piece)
+
+    @property
+    def held(self) -> str:
+        """What is held back, but for the character that is not complete."""
+        return self._rest().rstrip(_UNFINISHED)
 
     def flush(self) -> str:
         """What is still held back, at the end of the sequence."""
@@ -218,7 +228,7 @@ class Detokenizer:
     def _rest(self) -> str:
         # Decoded together with the tokens of the last piece, because some decoders treat the first token of a
         # text in a special way (they drop its leading space).
-        return self._tokenizer.decode(self._shown + self._ids)[len(self._tokenizer.decode(self._shown)) :]
+        return self._decode(self._shown + self._ids)[len(self._decode(self._shown)) :]
 
     def _show(self, piece: str) -> str:
         self._shown, self._ids = self._ids or self._shown, []

@@ -138,7 +138,7 @@ def test_pieces_are_streamed_as_they_come(tmp_path: Path) -> None:
     write_bert_tokenizer(tmp_path)
     model = ToyDecoder(tmp_path, script=[7, 11, 2, 8])
     seen: list[tuple[int, str]] = []
-    result = generate(model, "the", max_new_tokens=4, stream=lambda piece: seen.append((len(model.steps), piece)))
+    result = generate(model, "the", max_new_tokens=4, streamer=lambda piece: seen.append((len(model.steps), piece)))
     assert seen == [(1, " dog"), (2, "s"), (4, " sat")]
     assert result.text == " dogs sat"
 
@@ -150,13 +150,13 @@ def test_a_character_in_several_tokens_is_streamed_whole(tmp_path: Path) -> None
     model = ToyDecoder(tmp_path, script=ids)
     model.vocabulary = 300
     pieces: list[str] = []
-    result = generate(model, "a", max_new_tokens=len(ids), stream=pieces.append)
+    result = generate(model, "a", max_new_tokens=len(ids), streamer=pieces.append)
     assert pieces == ["é", "🦜"]
     assert result.text == "é🦜"
     cut: list[str] = []
     model = ToyDecoder(tmp_path, script=ids)
     model.vocabulary = 300
-    result = generate(model, "a", max_new_tokens=len(ids) - 1, stream=cut.append)
+    result = generate(model, "a", max_new_tokens=len(ids) - 1, streamer=cut.append)
     assert "".join(cut) == result.text
 
 
@@ -165,11 +165,11 @@ def test_a_stream_that_fails_ends_the_generation(tmp_path: Path) -> None:
     write_bert_tokenizer(tmp_path)
     model = ToyDecoder(tmp_path, script=[7, 8, 9])
 
-    def stream(piece: str) -> None:
+    def streamer(piece: str) -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
-        generate(model, "the", max_new_tokens=3, stream=stream)
+        generate(model, "the", max_new_tokens=3, streamer=streamer)
     assert len(model.steps) == 1
     assert model.states[0].closed
 
@@ -230,12 +230,12 @@ def test_a_text_needs_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json.*Pass token ids"):
         generate(ToyDecoder(tmp_path), "the cat")
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
-        generate(ToyDecoder(tmp_path), PROMPT, stream=print)
+        generate(ToyDecoder(tmp_path), PROMPT, streamer=print)
 
 
 def test_a_stream_is_for_one_prompt(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="stream takes a single prompt"):
-        generate(ToyDecoder(tmp_path), [PROMPT, PROMPT], stream=print)
+    with pytest.raises(ConfigError, match="streamer takes a single sequence"):
+        generate(ToyDecoder(tmp_path), [PROMPT, PROMPT], streamer=print)
 
 
 def test_no_new_tokens_are_refused(tmp_path: Path) -> None:
@@ -255,3 +255,112 @@ def test_an_input_that_generation_cannot_make_is_named(tmp_path: Path) -> None:
     model.manifest = manifest("text-generation", ("input_ids", "use_cache_branch"), cached=True)
     with pytest.raises(ConfigError, match="use_cache_branch"):
         generate(model, PROMPT)
+
+
+def _sampled(directory: Path, prompt: Any, **options: Any) -> Any:
+    return generate(ToyDecoder(directory), prompt, **({"do_sample": True, "seed": 3, "max_new_tokens": 9} | options))
+
+
+def test_the_same_seed_gives_the_same_tokens(tmp_path: Path) -> None:
+    one = _sampled(tmp_path, PROMPT)
+    assert _sampled(tmp_path, PROMPT) == one
+    assert _sampled(tmp_path, PROMPT, seed=4) != one
+    assert _sampled(tmp_path, PROMPT, seed=None) != _sampled(tmp_path, PROMPT, seed=None)
+    assert one != generate(ToyDecoder(tmp_path), PROMPT, max_new_tokens=9)
+
+
+def test_draws_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path) -> None:
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    options = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "top_p": 0.9, "temperature": 0.8, "logprobs": True}
+    together = _sampled(tmp_path, prompts, **options)
+    assert _sampled(tmp_path, prompts[0], **options) == together[0]
+    for others in ([7, 7, 7, 7, 7, 7, 7], [1]):
+        assert _sampled(tmp_path, [others, prompts[1], others], **options)[1] == together[1]
+        assert _sampled(tmp_path, [others, others, prompts[2]], **options)[2] == together[2]
+    assert _sampled(tmp_path, [PROMPT] * 2)[0] != _sampled(tmp_path, [PROMPT] * 2)[1]
+
+
+def test_a_row_that_ends_early_leaves_the_draws_of_the_others_alone(tmp_path: Path) -> None:
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    whole = _sampled(tmp_path, prompts)
+    end = next(token for token in whole[1].token_ids[:4] if token not in whole[0].token_ids + whole[2].token_ids)
+    ended = _sampled(tmp_path, prompts, eos_token_id=end)
+    assert (ended[0], ended[2]) == (whole[0], whole[2])
+    assert ended[1].token_ids == whole[1].token_ids[: whole[1].token_ids.index(end) + 1]
+
+
+def test_several_sequences_of_a_prompt(tmp_path: Path) -> None:
+    model = ToyDecoder(tmp_path)
+    prompts = [PROMPT, [9]]
+    four: Any = generate(model, prompts, num_return_sequences=2, do_sample=True, seed=1, max_new_tokens=6)
+    assert [one.prompt_tokens for one in four] == [3, 3, 1, 1]
+    assert len({one.token_ids for one in four}) == 4
+    assert len(model.steps) == 6
+    single = generate(ToyDecoder(tmp_path), PROMPT, num_return_sequences=2, do_sample=True, seed=1, max_new_tokens=6)
+    assert single == four[:2]
+    assert generate(ToyDecoder(tmp_path), PROMPT, num_return_sequences=1, max_new_tokens=2) == [
+        generate(ToyDecoder(tmp_path), PROMPT, max_new_tokens=2)
+    ]
+    with pytest.raises(ConfigError, match="streamer takes a single sequence"):
+        generate(ToyDecoder(tmp_path), PROMPT, num_return_sequences=2, do_sample=True, streamer=print)
+
+
+def test_the_model_says_how_it_wants_to_be_sampled(tmp_path: Path) -> None:
+    explicit = _sampled(tmp_path, PROMPT, top_k=0, temperature=3.0)
+    write_json(tmp_path, "generation_config.json", {"do_sample": True, "temperature": 3.0, "max_new_tokens": 9})
+    assert generate(ToyDecoder(tmp_path), PROMPT, seed=3, top_k=0) == explicit
+    assert list(generate(ToyDecoder(tmp_path), PROMPT, do_sample=False).token_ids) == toy_continuation(PROMPT, 9)
+
+
+def test_a_text_does_not_end_before_min_new_tokens(tmp_path: Path) -> None:
+    write_json(tmp_path, "config.json", {"eos_token_id": [7, 9000]})
+    result = generate(ToyDecoder(tmp_path, script=[4, 7, 7, 7, 7]), PROMPT, min_new_tokens=3)
+    assert (result.token_ids, result.finish_reason) == ((4, 0, 0, 7), "eos")
+
+
+def test_other_ends_of_text(tmp_path: Path) -> None:
+    write_json(tmp_path, "config.json", {"eos_token_id": 7})
+    script = [4, 7, 5, 6]
+    assert generate(ToyDecoder(tmp_path, script=script), PROMPT, eos_token_id=5).token_ids == (4, 7, 5)
+    assert generate(ToyDecoder(tmp_path, script=script), PROMPT, eos_token_id=(6, 5)).token_ids == (4, 7, 5)
+    endless = generate(ToyDecoder(tmp_path, script=script), PROMPT, eos_token_id=[], max_new_tokens=4)
+    assert (endless.token_ids, endless.finish_reason) == ((4, 7, 5, 6), "length")
+
+
+def test_ngrams_of_the_prompt_are_not_repeated(tmp_path: Path) -> None:
+    result = generate(ToyDecoder(tmp_path, script=[4, 1, 4]), [4, 1], no_repeat_ngram_size=2, max_new_tokens=3)
+    assert result.token_ids == (4, 0, 4)
+
+
+def test_when_nothing_is_left_that_is_said(tmp_path: Path) -> None:
+    model = ToyDecoder(tmp_path)
+    model.vocabulary = 2
+    with pytest.raises(ConfigError, match="No token can be chosen: the largest logit is -inf"):
+        generate(model, [0], no_repeat_ngram_size=1, max_new_tokens=3)
+    assert model.states[0].closed
+
+
+def test_processors_see_each_sequence_without_padding(tmp_path: Path) -> None:
+    seen: list[tuple[list[list[int]], tuple[int, ...], Any]] = []
+
+    def only_five(token_ids: Any, logits: Any) -> Any:
+        seen.append((token_ids.tolist(), logits.shape, (token_ids.dtype, logits.dtype)))
+        logits[:, np.arange(20) != 5] = -np.inf
+        return logits
+
+    results = generate(
+        ToyDecoder(tmp_path), [PROMPT, [9]], max_new_tokens=2, logits_processor=[only_five], logprobs=True
+    )
+    assert [ids for ids, _, _ in seen] == [[PROMPT], [[9]], [[*PROMPT, 5]], [[9, 5]]]
+    assert {shape for _, shape, _ in seen} == {(1, 20)}
+    assert seen[0][2] == (np.int64, np.float32)
+    assert [one.token_ids for one in results] == [(5, 5), (5, 5)]
+    # Of the model's own logits: five was not what it said.
+    assert results[0].logprobs == pytest.approx([-np.log(19 + np.e)] * 2)
+
+
+def test_log_probabilities_on_request(tmp_path: Path) -> None:
+    options: Any = {"max_new_tokens": 3, "temperature": 0.1, "repetition_penalty": 3.0}
+    result = generate(ToyDecoder(tmp_path), PROMPT, logprobs=True, **options)
+    assert result.logprobs == pytest.approx([1 - np.log(19 + np.e)] * 3, abs=1e-12)
+    assert generate(ToyDecoder(tmp_path), PROMPT, **options).logprobs is None

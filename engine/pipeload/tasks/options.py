@@ -1,0 +1,146 @@
+"""What a call of `generate` may ask for: its arguments, then `generation_config.json`, then what transformers does.
+
+Values that cannot work are refused here, each with an error of its own, before anything is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import msgspec
+import numpy as np
+
+from pipeload.errors import ConfigError
+from pipeload.tasks.config import GenerationConfig, read_settings
+from pipeload.tasks.sampling import LogitsProcessor
+from pipeload.tasks.streaming import Streamer
+
+__all__ = ["GenerationOptions", "check_call", "generation_settings"]
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The keywords of `generate`, for its overloads; `generate` says what they mean."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    stop_strings: str | Sequence[str] | None
+    eos_token_id: int | Sequence[int] | None
+    seed: int | None
+    logits_processor: Sequence[LogitsProcessor]
+    logprobs: bool
+    streamer: Streamer | None
+
+
+def generation_settings(directory: Path, arguments: Mapping[str, Any]) -> GenerationConfig:
+    """The settings of a model directory, with the arguments that are not None in their place; checked.
+
+    Args:
+        directory: a sharded model directory.
+        arguments: fields of GenerationConfig, as the caller gave them.
+
+    Raises:
+        ConfigError: a value cannot work.
+        ShardError: `generation_config.json` is damaged.
+    """
+    values = msgspec.structs.asdict(read_settings(directory, "generation_config.json", GenerationConfig))
+    for name, value in arguments.items():
+        if value is not None:
+            values[name] = value.item() if isinstance(value, np.generic) else value
+    for name in ("stop_strings", "eos_token_id"):
+        if isinstance(values[name], str | int):
+            values[name] = [values[name]]
+    for name, (works, wanted) in (_RULES | (_SAMPLING_RULES if values["do_sample"] else {})).items():
+        if values[name] is not None and not works(values[name]):
+            raise ConfigError(f"{name} must be {wanted}, not {values[name]!r:.80}.")
+    settings = GenerationConfig(**values)
+    if settings.min_new_tokens is not None and settings.min_new_tokens > settings.token_limit:
+        raise ConfigError(
+            f"min_new_tokens is {settings.min_new_tokens}, more than the {settings.token_limit} of max_new_tokens. "
+            "Lower it, or raise max_new_tokens."
+        )
+    return settings
+
+
+def check_call(
+    settings: GenerationConfig,
+    *,
+    num_return_sequences: object,
+    seed: object,
+    logits_processor: object,
+    streamer: object,
+) -> None:
+    """Check the arguments that no file has.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    if num_return_sequences is not None:
+        if not _is_whole(num_return_sequences, 1):
+            raise ConfigError(f"num_return_sequences must be a whole number from 1 on, not {num_return_sequences!r}.")
+        if num_return_sequences != 1 and not settings.do_sample:
+            raise ConfigError(
+                f"num_return_sequences is {num_return_sequences}, but without sampling all of them would be equal. "
+                "Pass do_sample=True, or leave it out."
+            )
+    if seed is not None and not _is_whole(seed, 0):
+        raise ConfigError(f"seed must be a whole number from 0 on, not {seed!r}.")
+    if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
+        raise ConfigError(f"logits_processor must be a sequence of callables, not {logits_processor!r:.80}.")
+    if streamer is not None and not callable(streamer):
+        raise ConfigError(f"streamer must be a callable that takes a text, or a TextStream, not {streamer!r:.80}.")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(text, str) and text for text in value)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, Sequence) and all(_is_whole(id_, 0) for id_ in value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "min_new_tokens": (lambda value: _is_whole(value, 0), "a whole number from 0 on"),
+    "do_sample": (lambda value: isinstance(value, bool), "True or False"),
+    "repetition_penalty": (
+        lambda value: _is_number(value) and value > 0,
+        "a number above 0 (1 changes nothing, more repeats less)",
+    ),
+    "no_repeat_ngram_size": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 allows all)"),
+    "stop_strings": (_are_texts, "a text or a sequence of texts, none of them empty"),
+    "eos_token_id": (_are_ids, "a token id or a sequence of token ids, none below 0"),
+}
+"""Field -> whether a value works, and what would."""
+
+_SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (
+        lambda value: _is_number(value) and value > 0,
+        "a number above 0 (for the likeliest token each time, pass do_sample=False)",
+    ),
+    "top_k": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 keeps all tokens)"),
+    "top_p": (_is_share, "a number from 0 to 1 (1 keeps all tokens)"),
+    "min_p": (_is_share, "a number from 0 to 1 (0 keeps all tokens)"),
+}
+"""The same for fields that only sampling looks at, as in transformers."""

@@ -1,0 +1,101 @@
+"""Pieces of text, from the thread that generates them to the one that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TypeAlias
+
+from pipeload.errors import ConfigError
+
+__all__ = ["Streamer", "TextStream"]
+
+Streamer: TypeAlias = Callable[[str], None]
+"""Takes pieces of text as they come. `TextStream` is one."""
+
+
+class TextStream:
+    """New text as an iterator, for another thread than the one that generates it.
+
+    Pass it to one call of `generate` as `streamer`, in a thread of your own, and iterate. The pieces together are the
+    text. The iteration ends with the generation, and an error there is raised here as well. Who stops iterating before
+    the end, or closes the stream, ends the generation: its result has what was made until then, with the
+    `finish_reason` `abort`.
+
+    Example:
+        >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, pipeload.TextStream() as stream:
+        ...     options = {"max_new_tokens": 2, "streamer": stream}
+        ...     thread = threading.Thread(target=model.generate, args=("The capital of France is",), kwargs=options)
+        ...     thread.start()
+        ...     print(list(stream))
+        ...     thread.join()
+        [' Paris', '.']
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._taken = False
+        self._pieces: SimpleQueue[str | _End] = SimpleQueue()
+
+    def __call__(self, piece: str) -> None:
+        """Hand a piece over. Never waits."""
+        self._pieces.put(piece)
+
+    def __iter__(self) -> Iterator[str]:
+        """The pieces as they come, once: a second iteration finds nothing.
+
+        Raises:
+            PipeloadError: what the generation raised.
+        """
+        # Also runs when the loop over this generator is left early.
+        try:
+            while not self.closed:
+                item = self._pieces.get()
+                if isinstance(item, str):
+                    yield item
+                elif item.error is not None:
+                    raise item.error
+                else:
+                    return
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the generation before its next token, and the iteration. May be called again, from any thread."""
+        self.closed = True
+        # Somebody may be waiting for a piece.
+        self._pieces.put(_End())
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """For `generate`: the iteration ends with this context, and raises what it raised.
+
+        Raises:
+            ConfigError: another generation has had this stream.
+        """
+        if self._taken:
+            raise ConfigError("This TextStream has been given to a generation already. Make a new one for each.")
+        self._taken = True
+        try:
+            yield
+        except BaseException as error:
+            self._pieces.put(_End(error))
+            raise
+        self._pieces.put(_End())
+
+
+class _End:
+    """What comes after the last piece, and the error that made it the last."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error = error
