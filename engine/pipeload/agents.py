@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pipeload.errors import ClosedError
 from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Task
 
-__all__ = ["daemon_agent", "inference_agent", "loading_agent"]
+__all__ = ["daemon_agent", "inference_agent", "let_go", "loading_agent"]
 
 
 def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]) -> None:
@@ -31,7 +31,7 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
                 message = Loaded(task=task, shard=shard)
             del shard
         except BaseException as error:  # SystemExit in a worker must reach the caller too
-            _let_go(error)
+            let_go(error)
             message = Failed(task=task, error=error)
         exchange.deliver(task, message)
         del message
@@ -56,7 +56,7 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
             finally:
                 if isinstance(error, ClosedError) and exchange.cause is not None:
                     error.__cause__ = exchange.cause
-                _let_go(error)
+                let_go(error)
                 request.result.set_exception(error)
                 del error
         else:
@@ -66,7 +66,7 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
             try:
                 settle()
             except BaseException as failure:
-                _let_go(failure)
+                let_go(failure)
                 exchange.close(failure)
         del request
 
@@ -94,7 +94,7 @@ def daemon_agent(
         exchange.close(error)
 
 
-def _let_go(error: BaseException | None) -> None:
+def let_go(error: BaseException | None) -> None:
     """An error that somebody keeps must not keep sessions and activations alive through its frames."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

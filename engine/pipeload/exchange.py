@@ -84,9 +84,17 @@ class Failed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One call that waits for its pass."""
+    """One call that waits for its pass.
+
+    Attributes:
+        work: serves it, and those that join it.
+        served: what it passes through the shards; None for a call that runs no pass, which nobody joins.
+        result: what its caller waits for.
+        stopper: ends it.
+    """
 
     work: Callable[[Request], Any]
+    served: Any = None
     result: Future[Any] = field(default_factory=Future)
     stopper: Stopper = field(default_factory=Stopper)
 
@@ -99,7 +107,8 @@ class Exchange:
         self._closed = False
         self._cause: BaseException | None = None
         self._requests: deque[Request] = deque()
-        self._current: Request | None = None
+        self._current: list[Request] = []
+        self._expected, self._patience_s = 1, 0.0
         self._resident: tuple[bool, ...] = ()
         self._loaders = 0
         self._held: set[int] = set()
@@ -219,26 +228,55 @@ class Exchange:
     def next_request(self) -> Request | None:
         """The next call to serve; None when closed."""
         with self._changed:
-            self._current = None
-            self._changed.wait_for(lambda: self._closed or self._requests)
-            if self._closed:
-                return None
-            self._current = self._requests.popleft()
-            return self._current
+            self._current = []
+            while not self._closed:
+                self._changed.wait_for(lambda: self._closed or self._requests)
+                # Those who were served together come back one by one.
+                self._changed.wait_for(lambda: self._closed or len(self._requests) >= self._expected, self._patience_s)
+                self._expected, self._patience_s = 1, 0.0
+                # Meanwhile all may have been withdrawn.
+                if self._requests and not self._closed:
+                    self._current = [self._requests.popleft()]
+                    return self._current[0]
+            return None
 
-    def take(self, index: int, request: Request) -> tuple[Task, LoadedShard]:
+    def join(self) -> list[Request]:
+        """The calls behind the one that is being served that run a pass too: they are then served with it."""
+        with self._changed:
+            joined = []
+            while self._requests and self._requests[0].served is not None:
+                joined.append(self._requests.popleft())
+            self._current += joined
+            return joined
+
+    def part(self, joined: Sequence[Request]) -> None:
+        """Put calls that were to join back to the front of the queue."""
+        with self._changed:
+            self._current = [request for request in self._current if request not in joined]
+            self._requests.extendleft(reversed(joined))
+
+    def expect(self, count: int, patience_s: float) -> None:
+        """Before the next call is served, wait so long for as many calls to come."""
+        with self._changed:
+            self._expected, self._patience_s = count, patience_s
+
+    def take(self, index: int, *requests: Request) -> tuple[Task, LoadedShard]:
         """Wait until the shard is ready, which must be the next one in ticket order.
 
         Raises:
-            ClosedError: the exchange was closed, or the request was withdrawn.
+            ClosedError: the exchange was closed, or all of the requests were withdrawn.
             BaseException: whatever made the load fail.
         """
+
+        def stopped() -> bool:
+            return all(request.stopper.stopped for request in requests)
+
         with self._changed:
             ticket = self._expected_ticket
-            self._changed.wait_for(lambda: self._closed or request.stopper.stopped or ticket in self._ready)
+            self._changed.wait_for(lambda: self._closed or stopped() or ticket in self._ready)
             if self._closed:
                 raise ClosedError("The model was closed during the call.") from self._cause
-            if request.stopper.stopped:
+            if stopped():
                 raise ClosedError("The call was ended.")
             message = self._ready[ticket]
             if isinstance(message, Failed):
@@ -313,7 +351,7 @@ class Exchange:
     def idle(self) -> bool:
         """Whether no call runs or waits."""
         with self._changed:
-            return self._current is None and not self._requests
+            return not self._current and not self._requests
 
     def drop(self, index: int) -> None:
         """Retire a resident shard; only between `reset` and `start`."""
@@ -387,8 +425,8 @@ class Exchange:
             self._closed = True
             self._cause = self._cause or cause
             waiting, self._requests = list(self._requests), deque()
-            if self._current is not None:
-                self._current.stopper.stop()
+            for request in self._current:
+                request.stopper.stop()
             self._changed.notify_all()
         for request in waiting:
             error = ClosedError("The model was closed before the call began.")

@@ -22,6 +22,7 @@ from pipeload.errors import ManifestError
 from pipeload.manifest_faults import faults
 from pipeload.manifest_records import (
     FORMAT_VERSION,
+    LENGTH_AXIS,
     PAGE_BYTES,
     ByteTerm,
     Cache,
@@ -41,6 +42,7 @@ from pipeload.manifest_records import (
 
 __all__ = [
     "FORMAT_VERSION",
+    "LENGTH_AXIS",
     "MANIFEST_NAME",
     "PAGE_BYTES",
     "ByteTerm",

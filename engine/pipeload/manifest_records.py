@@ -16,6 +16,9 @@ FORMAT_VERSION = 1
 PAGE_BYTES = 4096
 """Alignment of the data part of a weights file, and of every range that is read to load a shard."""
 
+LENGTH_AXIS = 2
+"""Of a cache that is written in place: `[batch, heads, tokens, size]`."""
+
 ITEM_BYTES = {"bfloat16": 2} | {
     name: np.dtype(name).itemsize
     for name in "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()  # noqa: SIM905
@@ -163,10 +166,19 @@ class Structure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache:
-    """A pair of a graph input and the graph output that takes its place at the next step (KV cache)."""
+    """A pair of a graph input and the graph output that takes its place at the next step (KV cache).
+
+    Attributes:
+        input: its name in the graph.
+        output: its name in the graph.
+        in_place: the shard writes the new tokens into the cache that it gets. `[batch, heads, tokens, size]`; what the
+            shard takes must have room for the new tokens, and may have more; what it makes is as large. Otherwise the
+            shard makes a longer copy.
+    """
 
     input: str
     output: str
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

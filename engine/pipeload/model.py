@@ -23,9 +23,10 @@ from pipeload import profile as profiles
 from pipeload.batches import batches, split_batch
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.examples import past_symbols
+from pipeload.forward import Feed
 from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.memory import FreeMemory, parse_budget
-from pipeload.pipeline import Call, Pipeline
+from pipeload.pipeline import Call, Pipeline, Served
 from pipeload.planner import Plan
 from pipeload.profile import Profile
 from pipeload.replanner import Replanner
@@ -44,7 +45,9 @@ from pipeload.trace import Progress, Trace
 __all__ = ["Model", "image_sizes", "load"]
 
 _CAPACITY_STEP = 128
-"""Caches are counted in steps of so many tokens, so that the plan changes seldom while a text grows."""
+"""Caches grow in steps of so many tokens, so that they are seldom copied and the plan changes seldom."""
+_PIECE_TOKENS = 256
+"""A longer text passes through each shard in pieces of so many tokens, those of all sequences together."""
 
 
 def load(
@@ -138,6 +141,7 @@ class Model:
         self.directory = directory
         self.manifest = manifest
         self._caches = {cache.input: cache.output for cache in manifest.caches}
+        self._in_place = any(cache.in_place for cache in manifest.caches)
         self._specs = {spec.name: spec for spec in manifest.inputs}
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -302,18 +306,23 @@ class Model:
             As `run`.
         """
         state.check_usable_by(self)
-        values, dims = self._convert(inputs, state.caches)
+        arrays, dims = self._convert(inputs, state)
         length = manifests.evaluate_dim(self._grown_dim(), dims)
         before = state.capacity, state.batch
         if length > state.capacity:
             state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
         state.batch = max(state.batch, self._batch(dims))
         try:
-            outputs = self._submit(values, dims, last_position=True).result()
+            outputs = self._submit(arrays, dims, state=state).result()
         except BaseException:
-            state.capacity, state.batch = before
+            if not state.length:
+                state.caches.clear()
+            # Some may have grown before the pass failed.
+            rooms = [value.shape()[manifests.LENGTH_AXIS] for value in state.caches.values() if self._in_place]
+            state.capacity, state.batch = max([before[0], *rooms]), before[1]
             raise
-        state.caches = {name: outputs[made] for name, made in self._caches.items()}
+        if not self._in_place:
+            state.caches = {name: outputs[made] for name, made in self._caches.items()}
         state.length = length
         logits = to_array(outputs[self.outputs[0].name])
         return logits[:, -1, :]
@@ -348,13 +357,27 @@ class Model:
         )
 
     def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
-        values, dims = self._convert(inputs, {})
-        return self._submit(values, dims, last_position=False, beside_bytes=beside_bytes)
+        arrays, dims = self._convert(inputs)
+        return self._submit(arrays, dims, beside_bytes=beside_bytes)
 
     def _submit(
-        self, values: Mapping[str, Value], dims: Mapping[str, int], *, last_position: bool, beside_bytes: int = 0
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        dims: Mapping[str, int],
+        *,
+        beside_bytes: int = 0,
+        state: DecodeState | None = None,
     ) -> Call[dict[str, Value]]:
-        pass_bytes = footprint.pass_bytes(self.manifest, dims, last_position=last_position) + beside_bytes
+        pieces, piece_dims = [arrays], dims
+        if state and self._in_place:
+            pieces, piece_dims = self._pieces(arrays, dims)
+        values = [{n: to_value(array, self._specs[n].dtype) for n, array in piece.items()} for piece in pieces]
+        if state and not self._in_place:
+            values[0] |= state.caches
+        decodes = state is not None
+        held_bytes = footprint.held_bytes(self.manifest, piece_dims, last_position=decodes)
+        # Pieces that wait for their turn in a shard are in memory too.
+        beside_bytes += (len(pieces) - 1) * held_bytes
         with self._lock:
             cached = sum(self._cache_bytes(state.batch, state.capacity) for state in self._states)
         # How much is in the caches makes no other kind of pass.
@@ -362,20 +385,47 @@ class Model:
         sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
         profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
         return self._pipeline.submit(
-            values,
-            pass_bytes=pass_bytes,
-            cache_bytes=cached,
-            last_position=last_position,
-            kind=None if profiled else sizes,
+            Served(
+                feed=Feed(
+                    pieces=values,
+                    caches=state.caches if state and self._in_place else {},
+                    room=state.capacity if state else 0,
+                    last_position=decodes,
+                ),
+                pass_bytes=footprint.pass_bytes(self.manifest, piece_dims, last_position=decodes) + beside_bytes,
+                held_bytes=held_bytes + beside_bytes,
+                cache_bytes=cached,
+                kind=None if profiled else sizes,
+            )
         )
+
+    def _pieces(
+        self, arrays: Mapping[str, NDArray[Any]], dims: Mapping[str, int]
+    ) -> tuple[list[Mapping[str, NDArray[Any]]], Mapping[str, int]]:
+        """A long text in pieces, and the sizes of the last one: its activations are those of a piece."""
+        (past,) = past_symbols(self.manifest)
+        (text,) = (symbol for symbol in manifests.symbols(self._grown_dim()) if symbol != past)
+        before, length = dims[past], dims[text]
+        size = min(length, max(1, _PIECE_TOKENS // max(1, self._batch(dims))))
+        pieces: list[Mapping[str, NDArray[Any]]] = []
+        for begin in range(0, length, size):
+            end = min(begin + size, length)
+            cuts = {(text,): slice(begin, end), tuple(sorted((past, text))): slice(0, before + end)}
+            piece = {
+                name: array[tuple(cuts.get(_symbols(dim), slice(None)) for dim in self._specs[name].shape)]
+                for name, array in arrays.items()
+            }
+            pieces.append(piece)
+        return pieces, {**dims, text: size, past: before + length - size}
 
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
         return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
 
     def _convert(
-        self, inputs: Mapping[str, NDArray[Any]], caches: Mapping[str, Value]
-    ) -> tuple[dict[str, Value], dict[str, int]]:
-        """Checked values for every graph input, and the sizes of all symbolic dimensions."""
+        self, inputs: Mapping[str, NDArray[Any]], state: DecodeState | None = None
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
+        """Checked arrays for every graph input that is not in the state, and the sizes of all symbolic dimensions."""
+        caches = state.caches if state else {}
         self._check_usable()
         faults = [f"'{name}' is no input of the model" for name in inputs if name not in self._specs]
         faults += [f"'{spec.name}' is missing" for spec in self.inputs if spec.name not in inputs]
@@ -391,7 +441,11 @@ class Model:
         if given:
             faults += [f"cache '{spec.name}' is missing: pass all caches, or none" for spec in left_out]
         shapes = {name: array.shape for name, array in inputs.items() if isinstance(array, np.ndarray)}
-        shapes |= {name: tuple(value.shape()) for name, value in caches.items()}
+        for name, value in caches.items():
+            sizes = list(value.shape())
+            if state and self._in_place:
+                sizes[manifests.LENGTH_AXIS] = state.length
+            shapes[name] = tuple(sizes)
         # Caches that were left out are empty: their length, which only they and sums have, is 0.
         bound = {dim for spec in self.inputs for dim in spec.shape}
         lengths = {symbol for spec in left_out for dim in spec.shape for symbol in manifests.symbols(dim)} - bound
@@ -400,13 +454,11 @@ class Model:
             takes = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
             raise ConfigError(f"The inputs do not fit the model: {'; '.join(faults + misfits)}. It takes {takes}.")
         dims = {symbol: dims.get(symbol, 0) for symbol in self.manifest.dims}
-        values = {name: to_value(array, self._specs[name].dtype) for name, array in inputs.items()}
-        values |= caches
+        arrays = dict(inputs)
         for spec in left_out:
             shape = tuple(manifests.evaluate_dim(dim, dims) for dim in spec.shape)
-            empty = np.zeros(shape, np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
-            values[spec.name] = to_value(empty, spec.dtype)
-        return values, dims
+            arrays[spec.name] = np.zeros(shape, np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
+        return arrays, dims
 
     def _batch(self, dims: Mapping[str, int]) -> int:
         return manifests.evaluate_dim(self._specs[next(iter(self._caches))].shape[0], dims)
@@ -438,6 +490,10 @@ class Model:
             )
         if not self._finalizer.alive:
             raise ClosedError("The model is closed. Load it again.")
+
+
+def _symbols(dim: int | str) -> tuple[str, ...]:
+    return tuple(sorted(manifests.symbols(dim)))
 
 
 def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:

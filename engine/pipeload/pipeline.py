@@ -16,18 +16,19 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Generic, Literal, TypeAlias, TypeVar
 
-from pipeload.agents import daemon_agent, inference_agent, loading_agent
+from pipeload.agents import daemon_agent, inference_agent, let_go, loading_agent
 from pipeload.budget import Budget
 from pipeload.buffers import Buffer, BufferPool, Part, page_ceil, room_bytes
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.exchange import Exchange, LoadedShard, Request, Task
 from pipeload.footprint import in_arena
-from pipeload.forward import Forward
+from pipeload.forward import Feed, Forward
 from pipeload.layouts import session_bytes, staying
 from pipeload.manifest import Manifest
 from pipeload.memory import limit_heap, peak_rss_bytes, rss_bytes, trim, widen_heap
@@ -39,7 +40,7 @@ from pipeload.stats import PassStats, Stats, pass_stats
 from pipeload.storage import Storage
 from pipeload.trace import Kind, Progress, Trace
 
-__all__ = ["Call", "Pipeline", "together"]
+__all__ = ["Call", "Pipeline", "Served", "together"]
 
 Result = TypeVar("Result")
 Coldness: TypeAlias = Literal["cold", "filling", "steady"]
@@ -51,16 +52,39 @@ _SPANS = 10_000
 """Kept in the trace, and as many samples: some tens of passes, in 3 MB that no plan counts."""
 _HEAP_PLENTY_BYTES = 1_000_000_000
 """More than all arenas of a heap that may grow will keep."""
+_GATHER_SHARE = 0.02
+"""For this part of a sweep's time the next one waits for those whom it served together."""
 _WATCH_S = 1.0
 """How often an idle model looks whether memory has become short."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Served:
+    """A feed, and what its pass takes.
+
+    Attributes:
+        feed: what passes through the shards.
+        pass_bytes: memory that the pass needs beside weights and caches.
+        held_bytes: the part of it that is in use all the time, also while other feeds run.
+        cache_bytes: memory of all caches that are open while it runs.
+        kind: see `Replanner.after_pass`.
+    """
+
+    feed: Feed
+    pass_bytes: int
+    held_bytes: int
+    cache_bytes: int
+    kind: object = None
 
 
 class Call(Generic[Result]):
     """One call that is queued or runs."""
 
-    def __init__(self, exchange: Exchange, work: Callable[[Request], Result]) -> None:
+    def __init__(self, exchange: Exchange, work: Callable[[Request], Result], served: Served | None = None) -> None:
         self._exchange = exchange
-        self._request = Request(work=work)
+        self._request = Request(work=work, served=served)
+        if served:
+            served.feed.stopper = self._request.stopper
         exchange.submit(self._request)
 
     def result(self) -> Result:
@@ -151,23 +175,10 @@ class Pipeline:
             last=self._last_pass,
         )
 
-    def submit(
-        self,
-        inputs: Mapping[str, Value],
-        *,
-        pass_bytes: int,
-        cache_bytes: int,
-        last_position: bool,
-        kind: object = None,
-    ) -> Call[dict[str, Value]]:
+    def submit(self, served: Served) -> Call[dict[str, Value]]:
         """Queue one pass; passes run in the order in which they were queued.
 
-        Args:
-            inputs: every graph input.
-            pass_bytes: memory that this pass needs beside weights and caches.
-            cache_bytes: memory of all caches that are open while it runs.
-            last_position: see `Forward.run`.
-            kind: see `Replanner.after_pass`.
+        While shards are streamed, one sweep serves all passes that wait when it begins.
 
         Returns:
             The outputs by name, when the pass is over. Waiting for them raises BudgetError when it does not fit the
@@ -177,28 +188,7 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
         """
-
-        def work(request: Request) -> dict[str, Value]:
-            if kind != self._kind and self._in_arena:
-                # Its pieces have the sizes of the latest passes.
-                shrink_arena()
-            self._kind = kind
-            self._prepare(pass_bytes, cache_bytes)
-            cold = self._coldness()
-            begin_s = time.perf_counter()
-            outputs = self._forward.run(
-                inputs,
-                lambda index: self._borrow(index, request, begin_s),
-                request.stopper,
-                last_position=last_position,
-                keep_rows_cached=not self._plan.streamed_bytes,
-            )
-            self._account(begin_s, time.perf_counter(), cold)
-            if not last_position:
-                self._lent.update((value, to_array(value).nbytes) for value in outputs.values())
-            return outputs
-
-        return self._call(work)
+        return self._call(self._sweep, served)
 
     def set_budget(self, budget_bytes: int | None) -> None:
         """Another budget, or None for what is free, from now on; memory beyond it is given back before this returns.
@@ -236,10 +226,10 @@ class Pipeline:
             self._pool.close()
             self._give_back()
 
-    def _call(self, work: Callable[[Request], Result]) -> Call[Result]:
+    def _call(self, work: Callable[[Request], Result], served: Served | None = None) -> Call[Result]:
         if threading.current_thread() in self._threads:
             raise ConfigError("A progress callback runs inside a pass and cannot wait for another one. Call it later.")
-        return Call(self._exchange, work)
+        return Call(self._exchange, work, served)
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
@@ -350,14 +340,75 @@ class Pipeline:
 
     # Inference Agent
 
+    def _sweep(self, request: Request) -> dict[str, Value]:
+        """Serve a request, and those that wait behind it. Returns its outputs."""
+        requests = [request]
+        if self._plan.streamed_bytes:
+            requests += self._exchange.join()
+        try:
+            self._admit(requests)
+            feeds = [one.served.feed for one in requests]
+            cold = self._coldness()
+            begin_s = time.perf_counter()
+            self._forward.run(
+                feeds,
+                lambda index: self._borrow(index, requests, begin_s),
+                keep_rows_cached=not self._plan.streamed_bytes,
+            )
+            end_s = time.perf_counter()
+            self._account(begin_s, end_s, cold)
+            self._exchange.expect(len(requests), _GATHER_SHARE * (end_s - begin_s))
+        except BaseException as error:
+            for other in requests[1:]:
+                self._resolve(other, other.served.feed.error or error)
+            raise
+        for feed in feeds:
+            if not feed.last_position:
+                self._lent.update((value, to_array(value).nbytes) for value in feed.outputs.values())
+        for other in requests[1:]:
+            self._resolve(other, other.served.feed.error or other.served.feed.outputs)
+        if request.served.feed.error is not None:
+            raise request.served.feed.error
+        outputs: dict[str, Value] = request.served.feed.outputs
+        return outputs
+
+    def _admit(self, requests: list[Request]) -> None:
+        """Make room for a sweep. Requests that do not fit into it together are taken out of the list, and wait."""
+        while True:
+            served = [one.served for one in requests]
+            kinds = tuple(one.kind for one in served)
+            kind = kinds[0] if len(kinds) == 1 else kinds
+            if kind != self._kind and self._in_arena:
+                # Its pieces have the sizes of the latest passes.
+                shrink_arena()
+            self._kind = kind
+            largest = max(served, key=lambda one: one.pass_bytes - one.held_bytes)
+            pass_bytes = largest.pass_bytes + sum(one.held_bytes for one in served if one is not largest)
+            try:
+                self._prepare(pass_bytes, max(one.cache_bytes for one in served), strict=len(served) > 1)
+                return
+            except BudgetError:
+                if len(requests) == 1:
+                    raise
+                self._exchange.part(requests[1:])
+                del requests[1:]
+
+    @staticmethod
+    def _resolve(request: Request, outcome: BaseException | dict[str, Value]) -> None:
+        if isinstance(outcome, BaseException):
+            let_go(outcome)
+            request.result.set_exception(outcome)
+        else:
+            request.result.set_result(outcome)
+
     @contextmanager
-    def _borrow(self, index: int, request: Request, begin_s: float) -> Iterator[ShardSession]:
+    def _borrow(self, index: int, requests: Sequence[Request], begin_s: float) -> Iterator[ShardSession]:
         name = self._manifest.shards[index].name
         number = self._passes + 1
         shard, resident = self._exchange.borrow_resident(index), True
         if shard is None:
             with self.trace.span("inference", "wait", name, pass_number=number):
-                task, shard = self._exchange.take(index, request)
+                task, shard = self._exchange.take(index, *requests)
             resident = task.resident
         assert shard.session is not None
         try:
@@ -374,10 +425,10 @@ class Pipeline:
         eta_s = elapsed_s * (self._manifest.weight_bytes - done) / done if done else None
         return Progress(shard=shards[index].name, index=index + 1, count=len(shards), elapsed_s=elapsed_s, eta_s=eta_s)
 
-    def _prepare(self, pass_bytes: int | None = None, cache_bytes: int = 0) -> None:
+    def _prepare(self, pass_bytes: int | None = None, cache_bytes: int = 0, *, strict: bool = False) -> None:
         """Plan the next pass, make room for it, and see that the Loading Agents work.
 
-        Without needs it is for another pass like the latest one.
+        Without needs it is for another pass like the latest one. For `strict` see `Replanner.before_pass`.
         """
         needs = self._needs if pass_bytes is None else (pass_bytes, cache_bytes)
         taken = needs[0] + sum(self._lent.values())
@@ -385,7 +436,7 @@ class Pipeline:
         if self._replanner.growth_bytes(self._plan, taken, occupied) > 0:
             self._give_back()
             occupied = self._occupied_bytes()
-        plan = self._replanner.before_pass(self._plan, taken, needs[1], occupied)
+        plan = self._replanner.before_pass(self._plan, taken, needs[1], occupied, strict=strict)
         # What was refused is not needed again.
         self._needs = needs
         if plan.layout != self._plan.layout:

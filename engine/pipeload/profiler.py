@@ -105,4 +105,5 @@ def _cache_bytes_per_token(manifest: Manifest, dims: Mapping[str, int]) -> int:
     # The first dimension is the batch.
     one = {**dims, **dict.fromkeys(symbols(spec.shape[0]), 1)}
     more = one | {past: one[past] + 1}
-    return (footprint.cache_bytes(manifest, more) - footprint.cache_bytes(manifest, one)) // 2
+    outputs = [spec for spec in manifest.outputs if spec.name in {cache.output for cache in manifest.caches}]
+    return sum(footprint.tensor_bytes(spec, more) - footprint.tensor_bytes(spec, one) for spec in outputs)

@@ -157,7 +157,9 @@ class Replanner:
         held = min(current.budget_bytes, self._budget_bytes)
         return held if held * (1 - _SWING_SHARE) <= limit < held else limit
 
-    def before_pass(self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int) -> Plan:
+    def before_pass(
+        self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int, *, strict: bool = False
+    ) -> Plan:
         """The plan for the next pass: the one in force, as long as nothing speaks against it.
 
         Args:
@@ -165,6 +167,7 @@ class Replanner:
             pass_bytes: memory that the pass needs beside weights and caches.
             cache_bytes: memory of all caches that are open while it runs.
             occupied_bytes: memory of the process now, without weights and caches.
+            strict: refuse a pass that does not fit what is free now, even where no other one could do better.
 
         Raises:
             BudgetError: the pass does not fit the budget.
@@ -185,7 +188,7 @@ class Replanner:
         enough = self._patience >= _PATIENCE
         if room >= 0 and self._reason is None and not enough:
             return kept
-        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0)
+        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0, strict=strict)
         gain = _GAIN[self._reason or "learned"]
         self._reason, self._patience = None, 0
         if room >= 0:
@@ -250,7 +253,9 @@ class Replanner:
         self._reason = self._reason or ("first" if first else "learned")
         return True
 
-    def _best(self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool) -> Plan:
+    def _best(
+        self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool, strict: bool
+    ) -> Plan:
         if forced:
             with suppress(BudgetError):
                 roomy = self.plan(*most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
@@ -263,7 +268,7 @@ class Replanner:
         try:
             return self.plan(*now, limit_bytes)
         except BudgetError as error:
-            if self._budget_bytes is not None and limit_bytes >= self._budget_bytes:
+            if strict or (self._budget_bytes is not None and limit_bytes >= self._budget_bytes):
                 # It was refused, so nothing needs to be kept free for it.
                 self._needs.clear()
                 raise

@@ -186,20 +186,44 @@ class ShardSession:
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
             raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {_first_line(error)}") from error
 
-    def run(self, inputs: Mapping[str, Value], stopper: Stopper) -> Sequence[Value]:
+    def run(
+        self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None
+    ) -> Sequence[Value]:
         """Run the shard. Returns its outputs, in the order of `Shard.outputs`.
+
+        Args:
+            inputs: by name.
+            stopper: ends the run when it is used.
+            in_place: outputs that are written over an input, by name; they are then that input's value.
 
         Raises:
             RunError: onnxruntime failed.
             ClosedError: the stopper was used.
         """
         try:
+            if in_place:
+                return self._run_in_place(inputs, stopper, in_place)
             result: Sequence[Value] = self._session.run_with_ort_values(self._outputs, dict(inputs), stopper._options)
         except Exception as error:
             if stopper.stopped:
                 raise ClosedError(f"The call was ended while shard '{self._name}' ran.") from error
             raise RunError(f"Shard '{self._name}' failed: {_first_line(error)}") from error
         return result
+
+    def _run_in_place(
+        self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value]
+    ) -> Sequence[Value]:
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            if name in in_place:
+                binding.bind_ortvalue_output(name, in_place[name])
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding, stopper._options)
+        made = zip(self._outputs, binding.get_outputs(), strict=True)
+        return [in_place.get(name, value) for name, value in made]
 
 
 def _first_line(error: Exception) -> str:

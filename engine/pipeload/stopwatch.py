@@ -23,7 +23,7 @@ import numpy as np
 from pipeload.bandwidth import REQUEST_BYTES, filled_buffer
 from pipeload.buffers import Part
 from pipeload.footprint import in_arena
-from pipeload.forward import Forward
+from pipeload.forward import Feed, Forward
 from pipeload.manifest import Manifest, Shard
 from pipeload.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes, trim
 from pipeload.pipeline import together
@@ -83,7 +83,7 @@ class Stopwatch:
         forward = Forward(self._manifest, self._storage)
         try:
             self._progress("Running", 0, len(self._manifest.shards))
-            forward.run(inputs, self._borrow, Stopper(), last_position=bool(self._manifest.caches))
+            forward.run([Feed(pieces=[inputs], last_position=bool(self._manifest.caches))], self._borrow)
         finally:
             self._buffer.close()
         return {
@@ -114,9 +114,11 @@ class Stopwatch:
         yield cast(ShardSession, SimpleNamespace(run=partial(self._measure, shard)))
         self._progress("Running", index + 1, len(self._manifest.shards))
 
-    def _measure(self, shard: Shard, inputs: Mapping[str, Value], stopper: Stopper) -> list[Value]:
+    def _measure(
+        self, shard: Shard, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None
+    ) -> list[Value]:
         def run(session: ShardSession) -> list[Value]:
-            return list(session.run(inputs, stopper))
+            return list(session.run(inputs, stopper, in_place))
 
         # What happens only the first time, such as loading code, is no part of any time.
         results = run(self._open(shard, self._threads[0]))

@@ -15,6 +15,7 @@ split       graph -> shards; its parts, in order:
 loading       the file as a sorted graph whose weights stay in it
 graph         that graph
 fold          constants folded, names resolved
+attention     caches written in place
 flow, cuts    where one activation flows, where the blocks begin and end
 tables, head  embedding tables taken out, the vocabulary head cut
 placement     each node to its shard; edges, caches

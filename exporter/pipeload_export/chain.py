@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from pipeload.caches import length_input, with_room
 from pipeload.errors import ExportError
 from pipeload.manifest import Manifest
 from pipeload.storage import Storage
@@ -81,7 +82,7 @@ def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progr
         ExportError: a shard does not run.
     """
     storage = Storage(directory, manifest, verify=False)
-    states: list[Arrays] = [dict(case.inputs) for case in cases]
+    states: list[Arrays] = [_with_room(manifest, case.inputs) for case in cases]
     outputs = {spec.name for spec in manifest.outputs}
     slices = {} if manifest.head is None else {name: number for number, name in enumerate(manifest.head.shards)}
     heads: list[list[NDArray[Any]]] = [[] for _ in cases]
@@ -109,6 +110,16 @@ def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progr
         for state, head in zip(states, heads, strict=True):
             state[manifest.head.output] = np.concatenate(head, axis=-1)
     return [{name: state[name] for name in outputs} for state in states]
+
+
+def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The inputs, with caches that are written in place as long as they will be."""
+    arrays = dict(inputs)
+    for cache in manifest.caches:
+        if cache.in_place:
+            name, axis = length_input(manifest)
+            arrays[cache.input] = with_room(inputs[cache.input], inputs[name].shape[axis])
+    return arrays
 
 
 def _needs(shard: Any) -> list[str]:

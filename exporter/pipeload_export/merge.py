@@ -2,7 +2,7 @@
 
 For comparisons with engines that take an unsplit model. The graph's external data are the shards' own weights files,
 so it is a few hundred kB whatever the size of the model. Lookups become `Gather`s over their tables, and the slices
-of a head are joined by a `Concat`.
+of a head are joined by a `Concat`. Caches that shards write in place get their room in front of the first shard.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
+from pipeload.caches import length_input
 from pipeload.errors import ExportError
-from pipeload.manifest import Lookup, Manifest, Shard, TensorSpec, read
+from pipeload.manifest import LENGTH_AXIS, Lookup, Manifest, Shard, TensorSpec, read
 from pipeload_export.fuse import set_place
 from pipeload_export.graph import DTYPES
 
@@ -46,6 +47,10 @@ def merge(directory: Path, target: Path) -> Path:
     initializers: list[TensorProto] = []
     opsets: dict[str, int] = {}
     ir_version = 0
+    rooms = {cache.input: f"{cache.input}.room" for cache in manifest.caches if cache.in_place}
+    initializers += _room_constants() if rooms else []
+    for name, room in rooms.items():
+        nodes += _make_room(*length_input(manifest), name, room)
     for shard in manifest.shards:
         model = onnx.load(directory / shard.graph.path, load_external_data=False)
         if model.functions:
@@ -56,7 +61,7 @@ def merge(directory: Path, target: Path) -> Path:
             nodes.append(_gather(lookup))
             if all(lookup.table.name != tensor.name for tensor in initializers):
                 initializers.append(_table(lookup))
-        _rename_inner(model.graph, shard)
+        _rename_inner(model.graph, shard, rooms)
         _move_weights(model.graph, shard)
         nodes.extend(model.graph.node)
         initializers.extend(model.graph.initializer)
@@ -84,12 +89,18 @@ def _add_opsets(opsets: dict[str, int], model: ModelProto, shard: Shard) -> None
             )
 
 
-def _rename_inner(graph: GraphProto, shard: Shard) -> None:
-    """Names that only the shard knows get its name in front: optimisers give the same ones in every shard."""
+def _rename_inner(graph: GraphProto, shard: Shard, others: dict[str, str]) -> None:
+    """Names that only the shard knows get its name in front: optimisers give the same ones in every shard.
+
+    Args:
+        graph: of the shard.
+        shard: what it is.
+        others: new names of tensors that several shards know.
+    """
     outer = {*shard.inputs, *shard.outputs, ""}
     inner = {name for node in graph.node for name in node.output} - outer
     inner |= {tensor.name for tensor in graph.initializer}
-    _rename(graph, {name: f"{shard.name}/{name}" for name in inner}, shard.name)
+    _rename(graph, {name: f"{shard.name}/{name}" for name in inner} | others, shard.name)
 
 
 def _rename(graph: GraphProto, names: dict[str, str], prefix: str) -> None:
@@ -124,6 +135,20 @@ def _table(lookup: Lookup) -> TensorProto:
     tensor = TensorProto(name=table.name, data_type=_NUMBERS[table.dtype], dims=table.shape)
     set_place(tensor, lookup.path, table.offset, table.nbytes)
     return tensor
+
+
+def _room_constants() -> list[TensorProto]:
+    return [helper.make_tensor(f"room.zeros.{count}", TensorProto.INT64, [count], [0] * count) for count in (6, 1)]
+
+
+def _make_room(length: str, axis: int, cache: str, room: str) -> Iterator[NodeProto]:
+    """A cache with room for the new tokens, from one without."""
+    yield helper.make_node("Shape", [length], [f"{room}.length"], start=axis, end=axis + 1)
+    yield helper.make_node("Shape", [cache], [f"{room}.held"], start=LENGTH_AXIS, end=LENGTH_AXIS + 1)
+    yield helper.make_node("Sub", [f"{room}.length", f"{room}.held"], [f"{room}.more"])
+    pads = ["room.zeros.6", f"{room}.more", "room.zeros.1"]
+    yield helper.make_node("Concat", pads, [f"{room}.pads"], axis=0)
+    yield helper.make_node("Pad", [cache, f"{room}.pads"], [room])
 
 
 def _head(manifest: Manifest) -> Iterator[NodeProto]:

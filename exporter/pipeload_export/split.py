@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx import ValueInfoProto
 
 from pipeload.errors import ExportError
 from pipeload.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
+from pipeload_export.attention import write_in_place
 from pipeload_export.cuts import find_cuts
 from pipeload_export.fold import drop_dead, normalise
 from pipeload_export.graph import Graph, dtype_name
@@ -65,6 +66,8 @@ def split(
         ['prologue', 'block.000', 'block.001', 'epilogue']
     """
     graph = normalise(load(model_path))
+    inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
+    in_place = write_in_place(graph)
     cuts = find_cuts(graph, whole=whole)
     activation = {name for segment in cuts.segments for name in segment}
     lifts = lift_tables(graph, block_bytes=cuts.block_bytes, activation=activation)
@@ -72,11 +75,13 @@ def split(
     lifted = {name: graph.constants[name] for name in (*(lift.table for lift in lifts), *_constants_of(head))}
     drop_dead(graph, [*([head.input] if head else []), *(lift.indices for lift in lifts)])
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
-    caches = find_caches(graph, pieces)
+    caches = tuple(
+        replace(cache, in_place=in_place.get(cache.input) == cache.output) for cache in find_caches(graph, pieces)
+    )
     graph.constants.update(lifted)
 
-    inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
-    sampler = Sampler(graph, inputs, _last_uses(pieces, lifts, head))
+    taken = tuple(_input_spec(value, graph) for value in graph.inputs)
+    sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head))
     writer = ShardWriter(graph, shards_dir, sampler, progress or _silent)
     tables = {lift.table: lifted[lift.table] for lift in lifts}
     writer.write_tables(tables, first=head.table if head and head.tied else None)

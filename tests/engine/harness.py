@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 import pipeload
 from pipeload import manifest as manifests
 from pipeload.buffers import Buffer, Part
-from pipeload.forward import Forward
-from pipeload.session import ShardSession, Stopper, to_array, to_value
+from pipeload.forward import Feed, Forward
+from pipeload.session import ShardSession, to_array, to_value
 from pipeload.storage import Storage
 
 EMULATED = os.environ.get("PIPELOAD_EMULATED") == "1"
@@ -112,8 +112,9 @@ def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[s
             shape = [manifests.evaluate_dim(dim, dims) for dim in spec.shape]
             arrays[spec.name] = np.zeros(shape, spec.dtype)
     values = {spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs}
-    outputs = Forward(manifest, storage).run(values, borrow, Stopper())
-    return {name: to_array(value).copy() for name, value in outputs.items()}
+    one = Feed(pieces=[values])
+    Forward(manifest, storage).run([one], borrow)
+    return {name: to_array(value).copy() for name, value in one.outputs.items()}
 
 
 def assert_same(actual: Arrays, expected: Arrays) -> None:

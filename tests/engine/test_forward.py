@@ -16,7 +16,7 @@ from tests.engine.harness import assert_same, run_sequentially
 from pipeload import manifest as manifests
 from pipeload.buffers import Buffer, Part
 from pipeload.errors import ClosedError, ConfigError
-from pipeload.forward import Forward
+from pipeload.forward import Feed, Forward
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.storage import Storage
 
@@ -37,8 +37,9 @@ class _Pass:
 
     def run(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         values = {name: to_value(array) for name, array in inputs.items()}
-        outputs = Forward(self.manifest, self.storage).run(values, self._borrow, self.stopper, **options)
-        return {name: to_array(value) for name, value in outputs.items()}
+        one = Feed(pieces=[values], stopper=self.stopper, **options)
+        Forward(self.manifest, self.storage).run([one], self._borrow)
+        return {name: to_array(value) for name, value in one.outputs.items()}
 
     @contextmanager
     def _borrow(self, index: int) -> Iterator[Any]:
@@ -49,10 +50,10 @@ class _Pass:
         outer, session = self, ShardSession(shard, self.storage.graph(shard), parts, 1)
 
         class Noting:
-            def run(self, inputs: Mapping[str, Value], stopper: Stopper) -> Any:
+            def run(self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value]) -> Any:
                 outer.given[index] = {name: tuple(value.shape()) for name, value in inputs.items()}
                 outer.seen[index] = {name for name, alive in outer.alive.items() if alive() is not None}
-                results = session.run(inputs, stopper)
+                results = session.run(inputs, stopper, in_place)
                 outer.alive |= {n: weakref.ref(v) for n, v in zip(shard.outputs, results, strict=True)}
                 return results
 

@@ -48,6 +48,7 @@ from pipeload.memory import rss_bytes
 from pipeload.planner import Plan
 from pipeload.profile import Profile, ShardTimes
 from pipeload.replanner import Replanner
+from pipeload.session import ShardSession, to_array
 from pipeload.storage import Storage
 from pipeload.tasks.text import tokenizer_of
 from pipeload.trace import Progress
@@ -273,6 +274,73 @@ def test_exported_decoders_step_as_they_run(exported: Path) -> None:
                 model.new_state()
             return
         _check_steps(model)
+
+
+@pytest.fixture
+def in_place(exported: Path) -> Path:
+    """An architecture whose caches are written in place."""
+    caches = manifests.read(exported).caches
+    if not caches:
+        pytest.skip("has no caches")
+    assert all(cache.in_place for cache in caches)
+    return exported
+
+
+def test_caches_stay_where_they_are_until_they_are_full(in_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_CAPACITY_STEP", 8)
+    ids = np.random.default_rng(1).integers(0, 90, (2, 18))
+    with _load(in_place) as model, model.new_state() as state:
+        places: list[list[int]] = []
+        for begin, end in [(0, 5), (5, 6), (6, 8), (8, 9), (9, 16), (16, 18)]:
+            logits = model.step(_decoder_inputs(model, ids[:, begin:end], begin), state)
+            assert (state.length, state.capacity) == (end, -(-end // 8) * 8)
+            held = {name: to_array(value) for name, value in state.caches.items()}
+            assert {array.shape[2] for array in held.values()} == {state.capacity}
+            assert not any(array[:, :, end:].any() for array in held.values())
+            places.append([array.ctypes.data for array in held.values()])
+            whole = model.run(_decoder_inputs(model, ids[:, :end], 0))
+            assert_close({"logits": logits}, {"logits": whole["logits"][:, -1, :]}, 1e-4)
+            for cache in model.manifest.caches:
+                assert_close({"x": held[cache.input][:, :, :end]}, {"x": whole[cache.output]}, 1e-4)
+        assert places[0] == places[1] == places[2]
+        assert places[3] == places[4]
+
+
+def test_a_step_that_fails_while_caches_grow_leaves_what_they_hold(
+    in_place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "_CAPACITY_STEP", 4)
+    ids = np.random.default_rng(1).integers(0, 90, (1, 6))
+    with _load(in_place) as model:
+        whole = model.run(_decoder_inputs(model, ids, 0))["logits"]
+        run, block = ShardSession.run, sum(shard.role == "block" for shard in model.manifest.shards) - 1
+        for held in (0, 4):
+            with model.new_state() as state:
+                if held:
+                    model.step(_decoder_inputs(model, ids[:, :held], 0), state)
+
+                def fail(session: ShardSession, *given: Any) -> Any:
+                    if session._name == f"block.{block:03d}":
+                        raise pipeload.RunError("Shard 'block' failed: test")
+                    return run(session, *given)
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(ShardSession, "run", fail)
+                    with pytest.raises(pipeload.RunError):
+                        model.step(_decoder_inputs(model, ids[:, held:], held), state)
+                # The caches of the blocks before have grown.
+                assert (state.length, state.capacity) == (held, 2 * held)
+                logits = model.step(_decoder_inputs(model, ids[:, held:], held), state)
+                assert_close({"logits": logits}, {"logits": whole[:, -1, :]}, 1e-4)
+
+
+def test_a_cache_in_place_counts_once(in_place: Path) -> None:
+    with _load(in_place) as model:
+        ids = np.random.default_rng(1).integers(0, 90, (2, 7))
+        outputs = model.run(_decoder_inputs(model, ids, 0))
+        held = sum(outputs[cache.output].nbytes for cache in model.manifest.caches)
+        dims = {"batch_size": 2, "sequence_length": 7, "past_sequence_length": 0}
+        assert footprint.cache_bytes(model.manifest, dims) == held
 
 
 def test_several_states_do_not_disturb_each_other(toy_decoder: Path) -> None:

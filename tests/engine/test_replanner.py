@@ -236,6 +236,14 @@ def test_less_than_the_least_that_works_is_answered_with_the_least_that_works() 
 # The host
 
 
+def test_a_strict_pass_is_refused_where_another_one_would_be_answered_with_the_least_that_works() -> None:
+    case = _Case(budget=None, free=300 * MB)
+    case.free = 60 * MB
+    with pytest.raises(BudgetError):
+        case.replanner.before_pass(case.plan, *NEEDS, case.quiet, strict=True)
+    assert case.pass_().budget_bytes > case.free
+
+
 def test_a_host_that_grows_gets_its_memory() -> None:
     case = _Case(budget=400 * MB)
     before = case.plan

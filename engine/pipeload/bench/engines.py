@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeload import manifest as manifests
 from pipeload.bench.spec import Unsplit
-from pipeload.forward import Forward
+from pipeload.forward import Feed, Forward
 from pipeload.manifest import Manifest, Shard
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.storage import Storage
@@ -144,9 +144,10 @@ class ShardChain(Engine):
     def _pass(self, feed: Arrays, *, last_position: bool) -> Arrays:
         specs = {spec.name: spec.dtype for spec in self.manifest.inputs}
         values: dict[str, Value] = {name: to_value(array, specs[name]) for name, array in feed.items()}
+        one = Feed(pieces=[values], last_position=last_position)
         with self._sessions(self._makers) as borrow:
-            outputs = self._forward.run(values, borrow, Stopper(), last_position=last_position)
-        return {name: to_array(value) for name, value in outputs.items()}
+            self._forward.run([one], borrow)
+        return {name: to_array(value) for name, value in one.outputs.items()}
 
 
 @contextmanager
@@ -218,8 +219,10 @@ class _Session:
         self._outputs = list(shard.outputs)
         self._session = ort.InferenceSession(str(graph), _options(threads), providers=_PROVIDERS)
 
-    def run(self, inputs: Mapping[str, Value], stopper: Stopper) -> Sequence[Value]:
-        del stopper
+    def run(
+        self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None
+    ) -> Sequence[Value]:
+        del stopper, in_place
         made: Sequence[Value] = self._session.run_with_ort_values(self._outputs, dict(inputs))
         return made
 

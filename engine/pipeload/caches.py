@@ -1,0 +1,35 @@
+"""KV caches that shards write in place: `[batch, heads, tokens, size]`, with room behind the tokens that are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.manifest import LENGTH_AXIS, Manifest, symbols
+
+__all__ = ["length_input", "with_room"]
+
+
+def length_input(manifest: Manifest) -> tuple[str, int]:
+    """A graph input, and its axis, that is as long as the cached tokens and the new ones together."""
+    cached = {cache.input for cache in manifest.caches}
+    grown = next(spec for spec in manifest.outputs if spec.name == manifest.caches[0].output).shape[LENGTH_AXIS]
+    return next(
+        (spec.name, axis)
+        for spec in manifest.inputs
+        for axis, dim in enumerate(spec.shape)
+        if spec.name not in cached and sorted(symbols(dim)) == sorted(symbols(grown))
+    )
+
+
+def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:
+    """The cache, or a copy of it with room for so many tokens."""
+    held = cache.shape[LENGTH_AXIS]
+    if held >= tokens:
+        return cache
+    # Zeros: whatever a mask of minus infinity hides must at least be a number.
+    larger = np.zeros((*cache.shape[:LENGTH_AXIS], tokens, *cache.shape[LENGTH_AXIS + 1 :]), cache.dtype)
+    larger[:, :, :held] = cache
+    return larger
