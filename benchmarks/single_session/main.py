@@ -17,7 +17,8 @@ CASES = tuple(
         contenders=("pipeload", "single", "mmap"),
         percents=(None,),
         sizes=sizes,
-        settling=10,
+        # Until all shards are packed.
+        settling=40 if name == "gpt2-xl" else 10,
         passes=5 if name == "gpt2-xl" else 20,
     )
     for name, sizes in LARGE.items()

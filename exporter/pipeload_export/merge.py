@@ -143,12 +143,13 @@ def _room_constants() -> list[TensorProto]:
 
 def _make_room(length: str, axis: int, cache: str, room: str) -> Iterator[NodeProto]:
     """A cache with room for the new tokens, from one without."""
-    yield helper.make_node("Shape", [length], [f"{room}.length"], start=axis, end=axis + 1)
-    yield helper.make_node("Shape", [cache], [f"{room}.held"], start=LENGTH_AXIS, end=LENGTH_AXIS + 1)
-    yield helper.make_node("Sub", [f"{room}.length", f"{room}.held"], [f"{room}.more"])
     pads = ["room.zeros.6", f"{room}.more", "room.zeros.1"]
-    yield helper.make_node("Concat", pads, [f"{room}.pads"], axis=0)
-    yield helper.make_node("Pad", [cache, f"{room}.pads"], [room])
+    ends = {"start": LENGTH_AXIS, "end": LENGTH_AXIS + 1}
+    yield helper.make_node("Shape", [length], [f"{room}.length"], f"{room}.length", start=axis, end=axis + 1)
+    yield helper.make_node("Shape", [cache], [f"{room}.held"], f"{room}.held", **ends)
+    yield helper.make_node("Sub", [f"{room}.length", f"{room}.held"], [f"{room}.more"], f"{room}.more")
+    yield helper.make_node("Concat", pads, [f"{room}.pads"], f"{room}.pads", axis=0)
+    yield helper.make_node("Pad", [cache, f"{room}.pads"], [room], room)
 
 
 def _head(manifest: Manifest) -> Iterator[NodeProto]:
