@@ -39,7 +39,7 @@ _MARGIN = 0.15
 _SWING_SHARE = 0.02
 """Part of the budget by which free memory swings all the time."""
 _HEADROOM_SHARE = 0.01
-"""Part of the budget that a forced plan leaves: what grows with every pass must not force one each time."""
+"""Part of the budget that later plans leave: what grows with every pass must not force one each time."""
 _WRONG_PASSES = 2
 """So many of them in a row; one may be chance."""
 _LEAST_READ_BYTES = 16 << 20
@@ -174,8 +174,8 @@ class Replanner:
         """
         limit = self.limit_bytes(current)
         if self._reason is not None and self._budget_bytes is None:
-            # A plan is made in any case: it may use all that is free.
-            limit = max(limit, self._free_bytes())
+            # A plan is made in any case: it may use what is free, but for what swings.
+            limit = max(limit, int(self._free_bytes() * (1 - _HEADROOM_SHARE)))
         growth = self.growth_bytes(current, pass_bytes, occupied_bytes)
         if growth:
             process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)

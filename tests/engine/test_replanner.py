@@ -193,7 +193,7 @@ def test_memory_that_comes_back_in_part_is_taken_in_part() -> None:
 
 def test_memory_that_the_first_pass_has_left_free_is_taken_once() -> None:
     """Pages of libraries may be charged to nobody: what is free then grows when the first pass touches them."""
-    case = _Case(budget=None, free=310 * MB)
+    case = _Case(budget=None, free=316 * MB)
     before = case.plan
 
     def pass_and_look() -> bool:
@@ -204,7 +204,7 @@ def test_memory_that_the_first_pass_has_left_free_is_taken_once() -> None:
     assert pass_and_look()
     case.free += 12 * MB
     taken = case.pass_()
-    assert taken.budget_bytes == 322 * MB
+    assert taken.budget_bytes == 328 * MB * 99 // 100
     assert taken.streamed_bytes < before.streamed_bytes
     case.free += 12 * MB
     for _ in range(3 * PATIENCE):
