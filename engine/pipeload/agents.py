@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Callable
 
 from pipeload.errors import ClosedError
-from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Task
+from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Request, Task
 
-__all__ = ["daemon_agent", "inference_agent", "let_go", "loading_agent"]
+__all__ = ["answer", "daemon_agent", "inference_agent", "loading_agent"]
 
 
 def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]) -> None:
@@ -31,7 +31,7 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
                 message = Loaded(task=task, shard=shard)
             del shard
         except BaseException as error:  # SystemExit in a worker must reach the caller too
-            let_go(error)
+            _let_go(error)
             message = Failed(task=task, error=error)
         exchange.deliver(task, message)
         del message
@@ -54,19 +54,16 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
             except BaseException as failure:  # nobody can tell any more what is loaded
                 exchange.close(failure)
             finally:
-                if isinstance(error, ClosedError) and exchange.cause is not None:
-                    error.__cause__ = exchange.cause
-                let_go(error)
-                request.result.set_exception(error)
+                answer(exchange, request, error)
                 del error
         else:
-            request.result.set_result(result)
+            answer(exchange, request, result)
             # What the caller does not keep must be free while the pipeline settles.
             request, result = None, None
             try:
                 settle()
             except BaseException as failure:
-                let_go(failure)
+                _let_go(failure)
                 exchange.close(failure)
         del request
 
@@ -94,7 +91,18 @@ def daemon_agent(
         exchange.close(error)
 
 
-def let_go(error: BaseException | None) -> None:
+def answer(exchange: Exchange, request: Request, outcome: object) -> None:
+    """Give a request's caller the result, or the error that ended it."""
+    if not isinstance(outcome, BaseException):
+        request.result.set_result(outcome)
+        return
+    if isinstance(outcome, ClosedError) and exchange.cause is not None:
+        outcome.__cause__ = exchange.cause
+    _let_go(outcome)
+    request.result.set_exception(outcome)
+
+
+def _let_go(error: BaseException | None) -> None:
     """An error that somebody keeps must not keep sessions and activations alive through its frames."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

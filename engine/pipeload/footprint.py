@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
 
 from pipeload.manifest import Manifest, TensorSpec, dtype_bytes, evaluate_dim, symbols
 
-__all__ = ["cache_bytes", "held_bytes", "in_arena", "pass_bytes", "planning_dims", "tensor_bytes"]
+__all__ = ["cache_bytes", "in_arena", "pass_bytes", "pass_needs", "planning_dims", "tensor_bytes"]
 
 _HEAP_FACTOR = 1.2
 """The heap occupies more than the tensors in it: freed pieces lie between living ones."""
@@ -48,11 +48,30 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
         dims: sizes of the symbolic dimensions.
         last_position: the head runs for one position only.
     """
-    sizes = _sizes(manifest, dims)
+    return pass_needs(manifest, dims, last_position=last_position)[0]
+
+
+def pass_needs(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool = False) -> tuple[int, int]:
+    """`pass_bytes`, and the part of it that is in use all through a pass: inputs and outputs, and what travels."""
+    sizes = {spec.name: tensor_bytes(spec, dims) for spec in (*manifest.edges, *manifest.inputs, *manifest.outputs)}
     kept = {spec.name for spec in manifest.outputs}
     cache_names = {name for cache in manifest.caches for name in (cache.input, cache.output)}
+    last_use = {name: i for i, shard in enumerate(manifest.shards) for name in shard.inputs}
+    alive: dict[str, int] = {}
+    peak = held = 0
+    head = set(manifest.head.shards) if manifest.head else set()
     head_dims = {**dims, **dict.fromkeys(_position_symbols(manifest), 1)} if last_position else dims
-    peak = max(while_running for while_running, _ in _alive(manifest, dims, last_position=last_position))
+    for i, shard in enumerate(manifest.shards):
+        for lookup in shard.lookups:
+            alive[lookup.output] = sizes.get(lookup.output, 0)
+        shard_dims = head_dims if shard.name in head else dims
+        peak = max(peak, sum(alive.values()) + manifest.structures[shard.structure].activation_bytes(shard_dims))
+        for name in shard.outputs:
+            if name not in cache_names or not last_position:
+                alive[name] = 0 if shard.name in head else sizes.get(name, 0)
+        for name in [name for name in alive if name not in kept and last_use.get(name, -1) <= i]:
+            del alive[name]
+        held = max(held, sum(alive.values()))
     if manifest.head:
         # The slices, and the output that they are joined to.
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
@@ -65,50 +84,9 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
         small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not last_position)]
         needed = int((peak + _PINNED_FACTOR * sum(sizes[name] for name in small)) * _HEAP_FACTOR)
     # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
-    passed = [spec for spec in manifest.inputs if spec.name not in cache_names or not last_position]
-    needed += sum(sizes[spec.name] for spec in passed)
+    passed = sum(sizes[spec.name] for spec in manifest.inputs if spec.name not in cache_names or not last_position)
     # In whole steps, so that the plan changes seldom while a text grows token by token.
-    return -(-needed // _ROUND_BYTES) * _ROUND_BYTES
-
-
-def held_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool = False) -> int:
-    """The part of `pass_bytes` that is in use all through a pass: its inputs and outputs, and what travels.
-
-    Args:
-        manifest: the model.
-        dims: sizes of the symbolic dimensions.
-        last_position: the head runs for one position only.
-    """
-    cache_names = {name for cache in manifest.caches for name in (cache.input, cache.output)}
-    held = max(between for _, between in _alive(manifest, dims, last_position=last_position))
-    passed = [spec for spec in manifest.inputs if spec.name not in cache_names or not last_position]
-    return int(held * _HEAP_FACTOR) + sum(tensor_bytes(spec, dims) for spec in passed)
-
-
-def _sizes(manifest: Manifest, dims: Mapping[str, int]) -> dict[str, int]:
-    return {spec.name: tensor_bytes(spec, dims) for spec in (*manifest.edges, *manifest.inputs, *manifest.outputs)}
-
-
-def _alive(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool) -> Iterator[tuple[int, int]]:
-    """Bytes that are alive while each shard runs, and bytes that are when it has run."""
-    sizes = _sizes(manifest, dims)
-    kept = {spec.name for spec in manifest.outputs}
-    cache_names = {name for cache in manifest.caches for name in (cache.input, cache.output)}
-    last_use = {name: i for i, shard in enumerate(manifest.shards) for name in shard.inputs}
-    alive: dict[str, int] = {}
-    head = set(manifest.head.shards) if manifest.head else set()
-    head_dims = {**dims, **dict.fromkeys(_position_symbols(manifest), 1)} if last_position else dims
-    for i, shard in enumerate(manifest.shards):
-        for lookup in shard.lookups:
-            alive[lookup.output] = sizes.get(lookup.output, 0)
-        shard_dims = head_dims if shard.name in head else dims
-        running = sum(alive.values()) + manifest.structures[shard.structure].activation_bytes(shard_dims)
-        for name in shard.outputs:
-            if name not in cache_names or not last_position:
-                alive[name] = 0 if shard.name in head else sizes.get(name, 0)
-        for name in [name for name in alive if name not in kept and last_use.get(name, -1) <= i]:
-            del alive[name]
-        yield running, sum(alive.values())
+    return -(-(needed + passed) // _ROUND_BYTES) * _ROUND_BYTES, int(held * _HEAP_FACTOR) + passed
 
 
 def cache_bytes(manifest: Manifest, dims: Mapping[str, int]) -> int:

@@ -375,7 +375,7 @@ class Model:
         if state and not self._in_place:
             values[0] |= state.caches
         decodes = state is not None
-        held_bytes = footprint.held_bytes(self.manifest, piece_dims, last_position=decodes)
+        pass_bytes, held_bytes = footprint.pass_needs(self.manifest, piece_dims, last_position=decodes)
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         with self._lock:
@@ -392,7 +392,7 @@ class Model:
                     room=state.capacity if state else 0,
                     last_position=decodes,
                 ),
-                pass_bytes=footprint.pass_bytes(self.manifest, piece_dims, last_position=decodes) + beside_bytes,
+                pass_bytes=pass_bytes + beside_bytes,
                 held_bytes=held_bytes + beside_bytes,
                 cache_bytes=cached,
                 kind=None if profiled else sizes,

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeAlias, TypeVar
 
-from pipeload.agents import daemon_agent, inference_agent, let_go, loading_agent
+from pipeload.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.budget import Budget
 from pipeload.buffers import Buffer, BufferPool, Part, page_ceil, room_bytes
 from pipeload.errors import BudgetError, ClosedError, ConfigError
@@ -360,13 +360,13 @@ class Pipeline:
             self._exchange.expect(len(requests), _GATHER_SHARE * (end_s - begin_s))
         except BaseException as error:
             for other in requests[1:]:
-                self._resolve(other, other.served.feed.error or error)
+                answer(self._exchange, other, other.served.feed.error or error)
             raise
         for feed in feeds:
             if not feed.last_position:
                 self._lent.update((value, to_array(value).nbytes) for value in feed.outputs.values())
         for other in requests[1:]:
-            self._resolve(other, other.served.feed.error or other.served.feed.outputs)
+            answer(self._exchange, other, other.served.feed.error or other.served.feed.outputs)
         if request.served.feed.error is not None:
             raise request.served.feed.error
         outputs: dict[str, Value] = request.served.feed.outputs
@@ -392,14 +392,6 @@ class Pipeline:
                     raise
                 self._exchange.part(requests[1:])
                 del requests[1:]
-
-    @staticmethod
-    def _resolve(request: Request, outcome: BaseException | dict[str, Value]) -> None:
-        if isinstance(outcome, BaseException):
-            let_go(outcome)
-            request.result.set_exception(outcome)
-        else:
-            request.result.set_result(outcome)
 
     @contextmanager
     def _borrow(self, index: int, requests: Sequence[Request], begin_s: float) -> Iterator[ShardSession]:

@@ -114,12 +114,11 @@ def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progr
 
 def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """The inputs, with caches that are written in place as long as they will be."""
-    arrays = dict(inputs)
-    for cache in manifest.caches:
-        if cache.in_place:
-            name, axis = length_input(manifest)
-            arrays[cache.input] = with_room(inputs[cache.input], inputs[name].shape[axis])
-    return arrays
+    caches = [cache.input for cache in manifest.caches if cache.in_place]
+    if not caches:
+        return dict(inputs)
+    length, axis = length_input(manifest)
+    return {**inputs, **{name: with_room(inputs[name], inputs[length].shape[axis]) for name in caches}}
 
 
 def _needs(shard: Any) -> list[str]:
