@@ -40,19 +40,26 @@ def in_arena(manifest: Manifest) -> bool:
     return not manifest.caches
 
 
-def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool = False) -> int:
+def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, positions: int | None = None) -> int:
     """What one pass needs beside weights and caches: its inputs, and the most that everything made takes together.
 
     Args:
         manifest: the model.
         dims: sizes of the symbolic dimensions.
-        last_position: the head runs for one position only.
+        positions: of a step that decodes: the head runs for so many of the last ones. None for a whole pass, whose
+            caches are inputs and outputs as all others are.
     """
-    return pass_needs(manifest, dims, last_position=last_position)[0]
+    return pass_needs(manifest, dims, positions=positions)[0]
 
 
-def pass_needs(manifest: Manifest, dims: Mapping[str, int], *, last_position: bool = False) -> tuple[int, int]:
-    """`pass_bytes`, and the part of it that is in use all through a pass: inputs and outputs, and what travels."""
+def pass_needs(
+    manifest: Manifest, dims: Mapping[str, int], *, positions: int | None = None, top: bool = False
+) -> tuple[int, int]:
+    """`pass_bytes`, and the part of it that is in use all through a pass: inputs and outputs, and what travels.
+
+    With `top`, only the largest logits of a cut head are kept.
+    """
+    decodes = positions is not None
     sizes = {spec.name: tensor_bytes(spec, dims) for spec in (*manifest.edges, *manifest.inputs, *manifest.outputs)}
     kept = {spec.name for spec in manifest.outputs}
     cache_names = {name for cache in manifest.caches for name in (cache.input, cache.output)}
@@ -60,19 +67,19 @@ def pass_needs(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
     alive: dict[str, int] = {}
     peak = held = 0
     head = set(manifest.head.shards) if manifest.head else set()
-    head_dims = {**dims, **dict.fromkeys(_position_symbols(manifest), 1)} if last_position else dims
+    head_dims = {**dims, **dict.fromkeys(_position_symbols(manifest), positions)} if positions is not None else dims
     for i, shard in enumerate(manifest.shards):
         for lookup in shard.lookups:
             alive[lookup.output] = sizes.get(lookup.output, 0)
         shard_dims = head_dims if shard.name in head else dims
         peak = max(peak, sum(alive.values()) + manifest.structures[shard.structure].activation_bytes(shard_dims))
         for name in shard.outputs:
-            if name not in cache_names or not last_position:
+            if name not in cache_names or not decodes:
                 alive[name] = 0 if shard.name in head else sizes.get(name, 0)
         for name in [name for name in alive if name not in kept and last_use.get(name, -1) <= i]:
             del alive[name]
         held = max(held, sum(alive.values()))
-    if manifest.head:
+    if manifest.head and not top:
         # The slices, and the output that they are joined to.
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
         peak += 2 * tensor_bytes(spec, head_dims)
@@ -81,10 +88,10 @@ def pass_needs(manifest: Manifest, dims: Mapping[str, int], *, last_position: bo
         needed = int(peak * _ARENA_FACTOR) + sum(sizes[name] for name in kept)
     else:
         # Small outputs that stay lie between the pieces that come and go, and keep these from being given back.
-        small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not last_position)]
+        small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not decodes)]
         needed = int((peak + _PINNED_FACTOR * sum(sizes[name] for name in small)) * _HEAP_FACTOR)
     # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
-    passed = sum(sizes[spec.name] for spec in manifest.inputs if spec.name not in cache_names or not last_position)
+    passed = sum(sizes[spec.name] for spec in manifest.inputs if spec.name not in cache_names or not decodes)
     # In whole steps, so that the plan changes seldom while a text grows token by token.
     return -(-(needed + passed) // _ROUND_BYTES) * _ROUND_BYTES, int(held * _HEAP_FACTOR) + passed
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pipeload.caches import length_input, with_room
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.footprint import in_arena
+from pipeload.head import RunningTop, TopLogits
 from pipeload.manifest import LENGTH_AXIS, Lookup, Manifest, Shard
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.storage import Storage
@@ -30,18 +31,23 @@ class Feed:
         caches: those that are written in place, by graph input. One without room for the new tokens is replaced by a
             larger copy. When a sweep fails, they still hold what they held.
         room: tokens that such a copy has room for; no less than it must have.
-        last_position: run a cut head for the last position only; its output then has one position.
+        positions: run a cut head for so many of the last positions, which its output then has; None for all.
+        top: of a cut head's output only so many of the largest logits of each position are made, in `top_logits`; 0
+            makes the output.
         stopper: ends it when it is used.
         outputs: all graph outputs, at the end.
+        top_logits: see `top`.
         error: what ended it before.
     """
 
-    pieces: Sequence[Mapping[str, Value]]
+    pieces: Sequence[Mapping[str, Value]] = ()
     caches: dict[str, Value] = field(default_factory=dict)
     room: int = 0
-    last_position: bool = False
+    positions: int | None = None
+    top: int = 0
     stopper: Stopper = field(default_factory=Stopper)
     outputs: dict[str, Value] = field(default_factory=dict)
+    top_logits: TopLogits | None = None
     error: Exception | None = None
 
 
@@ -113,9 +119,9 @@ class Forward:
         for alive in self._pieces(walk, index):
             for lookup in shard.lookups:
                 alive[lookup.output] = self._rows(lookup, alive[lookup.indices], keep_cached=keep_rows_cached)
-            if walk.feed.last_position and self._head and shard.name == self._head.shards[0]:
+            if walk.feed.positions and self._head and shard.name == self._head.shards[0]:
                 hidden = to_array(alive[self._head.input])
-                alive[self._head.input] = to_value(hidden[..., -1:, :])
+                alive[self._head.input] = to_value(hidden[..., -walk.feed.positions :, :])
         for name in shard.inputs:
             if name in walk.caches and walk.caches[name].shape()[LENGTH_AXIS] < walk.room:
                 walk.caches[name] = to_value(with_room(to_array(walk.caches[name]), walk.room))
@@ -132,7 +138,7 @@ class Forward:
             del results
             caches.update((cache, made[name]) for name, cache in written.items())
             if shard.name in self._head_shards:
-                walk.slices.append(to_array(made[shard.outputs[0]]))
+                walk.take_slice(to_array(made[shard.outputs[0]]))
             else:
                 alive.update(made)
                 walk.feed.outputs.update((name, value) for name, value in made.items() if name in self._wanted)
@@ -148,7 +154,9 @@ class Forward:
         if self._in_arena:
             # The caller may keep outputs for long, and the arena could not shrink.
             outputs.update((name, to_value(to_array(value).copy())) for name, value in outputs.items())
-        if self._head:
+        if walk.top is not None and self._head:
+            walk.feed.top_logits = walk.top.result
+        elif self._head:
             outputs[self._head.output] = to_value(np.concatenate(walk.slices, axis=-1))
 
     def _rows(self, lookup: Lookup, indices: Value, *, keep_cached: bool) -> Value:
@@ -168,6 +176,7 @@ class _Walk:
         caches: see `Feed`.
         room: see `Feed`.
         slices: what the slices of a head have made.
+        top: what is left of them when only the largest logits are wanted.
     """
 
     def __init__(self, feed: Feed, in_place: Iterable[str], length: tuple[str, int]) -> None:
@@ -176,6 +185,7 @@ class _Walk:
         self.caches = feed.caches
         self.room = feed.room
         self.slices: list[NDArray[Any]] = []
+        self.top = RunningTop(feed.top) if feed.top else None
         for name in in_place:
             given = [alive.pop(name) for alive in self.alive if name in alive]
             if given:
@@ -183,6 +193,13 @@ class _Walk:
         if self.caches:
             name, axis = length
             self.room = max(feed.room, *(piece[name].shape()[axis] for piece in feed.pieces))
+
+    def take_slice(self, logits: NDArray[Any]) -> None:
+        """Keep what is wanted of a slice of the head's output."""
+        if self.top is not None:
+            self.top.push(logits)
+        else:
+            self.slices.append(logits)
 
     @contextmanager
     def noting_errors(self) -> Iterator[None]:

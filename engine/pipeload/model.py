@@ -24,6 +24,7 @@ from pipeload.batches import batches, split_batch
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.examples import past_symbols
 from pipeload.forward import Feed
+from pipeload.head import RunningTop, TopLogits
 from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.memory import FreeMemory, parse_budget
 from pipeload.pipeline import Call, Pipeline, Served
@@ -38,7 +39,7 @@ from pipeload.storage import Storage
 from pipeload.tasks.classify import classify
 from pipeload.tasks.config import ModelConfig, read_settings
 from pipeload.tasks.embed import embed
-from pipeload.tasks.generate import generate
+from pipeload.tasks.generate import Session, generate
 from pipeload.tasks.text import tokenizer_of
 from pipeload.trace import Progress, Trace
 
@@ -160,7 +161,7 @@ class Model:
             loaders=loaders,
             threads=threads,
         )
-        pass_bytes = footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches))
+        pass_bytes = footprint.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
         try:
             # Whoever opens a decoder will decode: room for the first caches now saves another plan, and reading, then.
             plan = self._replanner.first_plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
@@ -287,45 +288,61 @@ class Model:
             with lock:
                 states.discard(state)
 
-        state = DecodeState(capacity, forget, self)
+        state = DecodeState(capacity, forget, self, in_place=self._in_place)
         with lock:
             states.add(state)
         return state
 
-    def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> NDArray[Any]:
+    def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, *, positions: int = 1) -> NDArray[Any]:
         """One pass over new tokens of a decoder, after those that the state holds.
 
         Args:
             inputs: as for `run`, without caches; an attention mask covers the cached tokens too.
             state: caches; updated when the pass succeeded.
+            positions: for how many of the last new tokens logits are wanted.
 
         Returns:
-            Logits of the last position, `[batch, vocabulary]`.
+            Logits of these positions, `[batch, positions, vocabulary]`.
 
         Raises:
             As `run`.
         """
-        state.check_usable_by(self)
-        arrays, dims = self._convert(inputs, state)
-        length = manifests.evaluate_dim(self._grown_dim(), dims)
-        before = state.capacity, state.batch
-        if length > state.capacity:
-            state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
-        state.batch = max(state.batch, self._batch(dims))
-        try:
-            outputs = self._submit(arrays, dims, state=state).result()
-        except BaseException:
-            if not state.length:
-                state.caches.clear()
-            # Some may have grown before the pass failed.
-            rooms = [value.shape()[manifests.LENGTH_AXIS] for value in state.caches.values() if self._in_place]
-            state.capacity, state.batch = max([before[0], *rooms]), before[1]
-            raise
-        if not self._in_place:
-            state.caches = {name: outputs[made] for name, made in self._caches.items()}
-        state.length = length
-        logits = to_array(outputs[self.outputs[0].name])
-        return logits[:, -1, :]
+        return self._step(Feed(positions=positions), inputs, state)
+
+    def step_top(
+        self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, top: int, *, positions: int = 1
+    ) -> TopLogits:
+        """`step` that keeps only the largest logits of each position: the slices of a head are never put together.
+
+        Args:
+            inputs: as for `step`.
+            state: likewise.
+            top: how many logits to keep for each position, 1 at least.
+            positions: as for `step`.
+
+        Raises:
+            As `run`.
+        """
+        if top < 1:
+            raise ConfigError(f"top is {top}; it must be at least 1.")
+        feed = Feed(positions=positions, top=top)
+        logits = self._step(feed, inputs, state)
+        if feed.top_logits is not None:
+            return feed.top_logits
+        running = RunningTop(top)
+        running.push(logits)
+        return running.result
+
+    def session(self, capacity: int = 0) -> Session[DecodeState]:
+        """A text that goes on: calls of its `generate` do not compute again what the text begins with.
+
+        Args:
+            capacity: tokens to plan for; more fit as long as the budget allows.
+
+        Raises:
+            ConfigError: the model generates no text.
+        """
+        return Session(self, capacity)
 
     # Each is the task's own function, whose first argument is the model.
     embed = embed
@@ -356,12 +373,44 @@ class Model:
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
 
+    def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> NDArray[Any]:
+        """A pass of a decoder. Returns its logits, which are empty when the feed wants only the largest."""
+        state.check_usable_by(self)
+        arrays, dims = self._convert(inputs, state)
+        length = manifests.evaluate_dim(self._grown_dim(), dims)
+        positions = feed.positions or 0
+        if not 1 <= positions <= length - state.length:
+            raise ConfigError(
+                f"positions is {positions}; it must be from 1 to {length - state.length}, the new tokens of this step."
+            )
+        before = state.capacity, state.batch
+        if length > state.capacity:
+            state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        state.batch = max(state.batch, self._batch(dims))
+        try:
+            outputs = self._submit(feed, arrays, dims, state=state).result()
+        except BaseException:
+            if not state.length:
+                # A pass that was withdrawn may still write into the old ones.
+                state.caches = {}
+            # Some may have grown before the pass failed.
+            rooms = [value.shape()[manifests.LENGTH_AXIS] for value in [*state.caches.values()] if self._in_place]
+            state.capacity, state.batch = max([before[0], *rooms]), before[1]
+            raise
+        if not self._in_place:
+            state.caches = {name: outputs[made] for name, made in self._caches.items()}
+        state.length = length
+        if feed.top_logits is not None:
+            return np.empty(0, np.float32)
+        return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
+
     def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
         arrays, dims = self._convert(inputs)
-        return self._submit(arrays, dims, beside_bytes=beside_bytes)
+        return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes)
 
     def _submit(
         self,
+        feed: Feed,
         arrays: Mapping[str, NDArray[Any]],
         dims: Mapping[str, int],
         *,
@@ -370,12 +419,16 @@ class Model:
     ) -> Call[dict[str, Value]]:
         pieces, piece_dims = [arrays], dims
         if state and self._in_place:
-            pieces, piece_dims = self._pieces(arrays, dims)
+            pieces, piece_dims = self._pieces(arrays, dims, feed.positions or 1)
         values = [{n: to_value(array, self._specs[n].dtype) for n, array in piece.items()} for piece in pieces]
         if state and not self._in_place:
             values[0] |= state.caches
-        decodes = state is not None
-        pass_bytes, held_bytes = footprint.pass_needs(self.manifest, piece_dims, last_position=decodes)
+        elif state:
+            feed.caches, feed.room = state.caches, state.capacity
+        feed.pieces = values
+        pass_bytes, held_bytes = footprint.pass_needs(
+            self.manifest, piece_dims, positions=feed.positions, top=feed.top > 0
+        )
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         with self._lock:
@@ -386,12 +439,7 @@ class Model:
         profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
         return self._pipeline.submit(
             Served(
-                feed=Feed(
-                    pieces=values,
-                    caches=state.caches if state and self._in_place else {},
-                    room=state.capacity if state else 0,
-                    last_position=decodes,
-                ),
+                feed=feed,
                 pass_bytes=pass_bytes + beside_bytes,
                 held_bytes=held_bytes + beside_bytes,
                 cache_bytes=cached,
@@ -400,16 +448,20 @@ class Model:
         )
 
     def _pieces(
-        self, arrays: Mapping[str, NDArray[Any]], dims: Mapping[str, int]
+        self, arrays: Mapping[str, NDArray[Any]], dims: Mapping[str, int], positions: int
     ) -> tuple[list[Mapping[str, NDArray[Any]]], Mapping[str, int]]:
-        """A long text in pieces, and the sizes of the last one: its activations are those of a piece."""
+        """A long text in pieces, and the sizes of the last one: its activations are those of a piece.
+
+        The last one has all positions whose logits are wanted.
+        """
         (past,) = past_symbols(self.manifest)
         (text,) = (symbol for symbol in manifests.symbols(self._grown_dim()) if symbol != past)
         before, length = dims[past], dims[text]
-        size = min(length, max(1, _PIECE_TOKENS // max(1, self._batch(dims))))
+        size = min(length, max(positions, _PIECE_TOKENS // max(1, self._batch(dims))))
         pieces: list[Mapping[str, NDArray[Any]]] = []
-        for begin in range(0, length, size):
-            end = min(begin + size, length)
+        # The first one is what is left, and the last one whole.
+        for end in range((length - 1) % size + 1, length + 1, size):
+            begin = max(end - size, 0)
             cuts = {(text,): slice(begin, end), tuple(sorted((past, text))): slice(0, before + end)}
             piece = {
                 name: array[tuple(cuts.get(_symbols(dim), slice(None)) for dim in self._specs[name].shape)]

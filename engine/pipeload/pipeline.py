@@ -363,7 +363,7 @@ class Pipeline:
                 answer(self._exchange, other, other.served.feed.error or error)
             raise
         for feed in feeds:
-            if not feed.last_position:
+            if feed.positions is None:
                 self._lent.update((value, to_array(value).nbytes) for value in feed.outputs.values())
         for other in requests[1:]:
             answer(self._exchange, other, other.served.feed.error or other.served.feed.outputs)

@@ -82,7 +82,7 @@ def measure_model(
     times = stopwatch.run({spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs})
     activation_bytes = stopwatch.activation_bytes
     if activation_bytes is None:
-        activation_bytes = footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches))
+        activation_bytes = footprint.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
     return Profile(
         process_bytes=before.process_bytes,
         cores=before.cores,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from pipeload.errors import ClosedError, ConfigError
-from pipeload.session import Value
+from pipeload.session import Value, to_array, to_value
 
 __all__ = ["DecodeState"]
 
@@ -22,12 +22,15 @@ class DecodeState:
         caches: graph input -> value, as the latest step made it.
     """
 
-    def __init__(self, capacity: int, on_close: Callable[[DecodeState], None], maker: object) -> None:
+    def __init__(
+        self, capacity: int, on_close: Callable[[DecodeState], None], maker: object, *, in_place: bool
+    ) -> None:
         self.length = 0
         self.capacity = capacity
         self.batch = 0
         self.caches: dict[str, Value] = {}
         self._on_close = on_close
+        self._in_place = in_place
         # Weak: a state that is kept must not keep a model that nobody else has.
         self._maker = weakref.ref(maker)
         self.closed = False
@@ -42,11 +45,27 @@ class DecodeState:
                 "takes the step."
             )
 
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`, as if their steps had not been taken.
+
+        Raises:
+            ConfigError: the state has fewer tokens.
+        """
+        if not 0 <= length <= self.length:
+            raise ConfigError(f"length is {length}; this decode state can be cut to 0 to {self.length} tokens.")
+        if length == self.length:
+            return
+        if not length:
+            self.caches = {}
+        elif not self._in_place:
+            self.caches = {name: _cut(value, length) for name, value in self.caches.items()}
+        self.length = length
+
     def close(self) -> None:
         """Give the caches' memory back. May be called again."""
         if not self.closed:
             self.closed = True
-            self.caches.clear()
+            self.caches = {}
             self._on_close(self)
 
     def __enter__(self) -> DecodeState:
@@ -56,3 +75,7 @@ class DecodeState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _cut(cache: Value, length: int) -> Value:
+    return to_value(to_array(cache)[:, :, :length].copy())

@@ -83,7 +83,7 @@ class Stopwatch:
         forward = Forward(self._manifest, self._storage)
         try:
             self._progress("Running", 0, len(self._manifest.shards))
-            forward.run([Feed(pieces=[inputs], last_position=bool(self._manifest.caches))], self._borrow)
+            forward.run([Feed(pieces=[inputs], positions=1 if self._manifest.caches else None)], self._borrow)
         finally:
             self._buffer.close()
         return {

@@ -87,7 +87,7 @@ def test_caches_are_counted_by_their_length_after_the_pass() -> None:
 
 def test_a_head_for_the_last_position_needs_less_than_one_for_all() -> None:
     dims = {"batch": 1, "length": 1000, "past_length": 0}
-    every, last = pass_bytes(_decoder(), dims), pass_bytes(_decoder(), dims, last_position=True)
+    every, last = pass_bytes(_decoder(), dims), pass_bytes(_decoder(), dims, positions=1)
     assert every - last >= 190 * MB
 
 

@@ -84,7 +84,7 @@ def test_the_slices_of_a_head_are_put_together(toy_decoder: Path) -> None:
     whole, last = _Pass(toy_decoder), _Pass(toy_decoder)
     every = whole.run(inputs)["logits"]
     assert every.shape == (2, 5, 96)
-    only = last.run(inputs, last_position=True)["logits"]
+    only = last.run(inputs, positions=1)["logits"]
     assert only.shape == (2, 1, 96)
     np.testing.assert_allclose(only[:, 0], every[:, -1], atol=1e-5)
     # Only the head runs for one position: its work and memory are what is saved.

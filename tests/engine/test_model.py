@@ -66,7 +66,7 @@ def _budgets(directory: Path, profile: Profile) -> dict[str, int]:
     """A budget for each kind of plan, from the smallest that works to one in which everything fits."""
     manifest = manifests.read(directory)
     dims = footprint.planning_dims(manifest) | {d: 32 for d in ("height", "width") if d in manifest.dims}
-    need = footprint.pass_bytes(manifest, dims, last_position=bool(manifest.caches))
+    need = footprint.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
 
     def plan(budget: int) -> Plan:
         return planner.make_plan(manifest, profile, budget_bytes=budget, pass_bytes=need, threads=THREADS)
@@ -255,7 +255,7 @@ def _check_steps(model: pipeload.Model) -> None:
     ids = np.random.default_rng(1).integers(0, 90, (2, 12))
     with model.new_state(12) as state:
         for begin, end in [(0, 5), (5, 6), (6, 7), (7, 11), (11, 12)]:
-            logits = model.step(_decoder_inputs(model, ids[:, begin:end], begin), state)
+            logits = model.step(_decoder_inputs(model, ids[:, begin:end], begin), state)[:, -1]
             assert state.length == end
             whole = model.run(_decoder_inputs(model, ids[:, :end], 0))["logits"]
             assert_close({"logits": logits}, {"logits": whole[:, -1, :]}, 1e-4)
@@ -292,7 +292,7 @@ def test_caches_stay_where_they_are_until_they_are_full(in_place: Path, monkeypa
     with _load(in_place) as model, model.new_state() as state:
         places: list[list[int]] = []
         for begin, end in [(0, 5), (5, 6), (6, 8), (8, 9), (9, 16), (16, 18)]:
-            logits = model.step(_decoder_inputs(model, ids[:, begin:end], begin), state)
+            logits = model.step(_decoder_inputs(model, ids[:, begin:end], begin), state)[:, -1]
             assert (state.length, state.capacity) == (end, -(-end // 8) * 8)
             held = {name: to_array(value) for name, value in state.caches.items()}
             assert {array.shape[2] for array in held.values()} == {state.capacity}
@@ -330,7 +330,7 @@ def test_a_step_that_fails_while_caches_grow_leaves_what_they_hold(
                         model.step(_decoder_inputs(model, ids[:, held:], held), state)
                 # The caches of the blocks before have grown.
                 assert (state.length, state.capacity) == (held, 2 * held)
-                logits = model.step(_decoder_inputs(model, ids[:, held:], held), state)
+                logits = model.step(_decoder_inputs(model, ids[:, held:], held), state)[:, -1]
                 assert_close({"logits": logits}, {"logits": whole[:, -1, :]}, 1e-4)
 
 
@@ -350,7 +350,7 @@ def test_several_states_do_not_disturb_each_other(toy_decoder: Path) -> None:
             model.step(_decoder_inputs(model, ids[:, k : k + 1], k), one)
             model.step(_decoder_inputs(model, ids[:, 9 - k : 10 - k], k), two)
         expected = model.run(_decoder_inputs(model, ids[:, :6], 0))["logits"][:, -1]
-        assert_close({"x": model.step(_decoder_inputs(model, ids[:, 5:6], 5), one)}, {"x": expected}, 1e-5)
+        assert_close({"x": model.step(_decoder_inputs(model, ids[:, 5:6], 5), one)[:, -1]}, {"x": expected}, 1e-5)
 
 
 def test_a_failed_step_leaves_the_state_as_it_was(toy_decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +361,7 @@ def test_a_failed_step_leaves_the_state_as_it_was(toy_decoder: Path, monkeypatch
         with pytest.raises(pipeload.ConfigError):
             model.step(_decoder_inputs(model, ids[:, 5:] + 10**6, 5), state)
         assert (state.length, state.caches) == (5, before)
-        logits = model.step(_decoder_inputs(model, ids[:, 5:], 5), state)
+        logits = model.step(_decoder_inputs(model, ids[:, 5:], 5), state)[:, -1]
         assert_close({"x": logits}, {"x": model.run(_decoder_inputs(model, ids, 0))["logits"][:, -1]}, 1e-5)
 
 

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 from pipeload import manifest as manifests
 from pipeload.bench.spec import Unsplit
 from pipeload.forward import Feed, Forward
+from pipeload.head import RunningTop, TopLogits
 from pipeload.manifest import Manifest, Shard
 from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
+from pipeload.stats import Stats
 from pipeload.storage import Storage
 
 __all__ = ["Engine", "ShardChain", "SingleSession", "one_after_the_other", "one_ahead"]
@@ -38,6 +40,11 @@ class ArrayState:
     def __init__(self) -> None:
         self.length = 0
         self.caches: Arrays = {}
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        self.caches = {name: array[:, :, :length] for name, array in self.caches.items()}
+        self.length = length
 
     def close(self) -> None:
         """Drop them."""
@@ -64,27 +71,40 @@ class Engine(ABC):
         self.manifest: Manifest = manifests.read(directory)
 
     @abstractmethod
-    def _pass(self, feed: Arrays, *, last_position: bool) -> Arrays:
+    def _pass(self, feed: Arrays, *, positions: int | None) -> Arrays:
         """All graph outputs for all graph inputs."""
+
+    @property
+    def stats(self) -> Stats:
+        """Nothing is counted here: the harness measures all contenders alike."""
+        return Stats()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """All graph outputs; caches that are left out are empty."""
-        return self._pass(self._with_caches(inputs), last_position=False)
+        return self._pass(self._with_caches(inputs), positions=None)
 
     def new_state(self, capacity: int = 0) -> ArrayState:
         """An empty cache; the capacity is not needed."""
         del capacity
         return ArrayState()
 
-    def step(self, inputs: Mapping[str, NDArray[Any]], state: ArrayState) -> NDArray[np.float32]:
-        """One pass over new tokens; logits of the last position."""
-        outputs = self._pass(self._with_caches({**inputs, **state.caches}), last_position=True)
+    def step(self, inputs: Mapping[str, NDArray[Any]], state: ArrayState, *, positions: int = 1) -> NDArray[np.float32]:
+        """One pass over new tokens; logits of the last positions."""
+        outputs = self._pass(self._with_caches({**inputs, **state.caches}), positions=positions)
         state.caches = {cache.input: outputs[cache.output] for cache in self.manifest.caches}
         state.length += next(iter(inputs.values())).shape[1]
         made = {cache.output for cache in self.manifest.caches}
         name = next(spec.name for spec in self.manifest.outputs if spec.name not in made)
-        logits: NDArray[np.float32] = outputs[name][:, -1, :]
+        logits: NDArray[np.float32] = outputs[name][:, -positions:, :]
         return logits
+
+    def step_top(
+        self, inputs: Mapping[str, NDArray[Any]], state: ArrayState, top: int, *, positions: int = 1
+    ) -> TopLogits:
+        """`step`, of whose logits only the largest are kept."""
+        running = RunningTop(top)
+        running.push(self.step(inputs, state, positions=positions))
+        return running.result
 
     def _with_caches(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         bound = manifests.bind_dims(self.manifest.inputs, {name: array.shape for name, array in inputs.items()})
@@ -114,8 +134,8 @@ class SingleSession(Engine):
             options.add_session_config_entry("session.disable_prepacking", "1")
         self._session = ort.InferenceSession(str(unsplit.graph), options, providers=_PROVIDERS)
 
-    def _pass(self, feed: Arrays, *, last_position: bool) -> Arrays:
-        del last_position  # an unsplit graph computes all positions
+    def _pass(self, feed: Arrays, *, positions: int | None) -> Arrays:
+        del positions  # an unsplit graph computes all positions
         names = [spec.name for spec in self.manifest.outputs]
         return dict(zip(names, self._session.run(names, feed), strict=True))
 
@@ -141,10 +161,10 @@ class ShardChain(Engine):
         self._sessions = sessions
         self._makers = [_maker(directory, shard, threads) for shard in self.manifest.shards]
 
-    def _pass(self, feed: Arrays, *, last_position: bool) -> Arrays:
+    def _pass(self, feed: Arrays, *, positions: int | None) -> Arrays:
         specs = {spec.name: spec.dtype for spec in self.manifest.inputs}
         values: dict[str, Value] = {name: to_value(array, specs[name]) for name, array in feed.items()}
-        one = Feed(pieces=[values], last_position=last_position)
+        one = Feed(pieces=[values], positions=positions)
         with self._sessions(self._makers) as borrow:
             self._forward.run([one], borrow)
         return {name: to_array(value) for name, value in one.outputs.items()}

@@ -82,7 +82,7 @@ class Work:
                     "position_ids": position_ids(mask)[:, -new.shape[1] :],
                     "token_type_ids": np.zeros_like(new),
                 }
-                logits = runner.step(graph_inputs(runner, offered), state)
+                logits = runner.step(graph_inputs(runner, offered), state)[:, -1]
                 new = logits.argmax(axis=-1)[:, None]
                 mask = np.concatenate([mask, np.ones_like(new)], axis=1)
                 tokens.append(int(new[0, 0]))

@@ -69,9 +69,9 @@ def plan(
     found = _profile(directory, manifest, dims, profile)
     # A decoder's prompt needs more memory than the steps after it, whose time is predicted.
     prompt = footprint.planning_dims(manifest, given)
-    last = bool(manifest.caches)
+    positions = 1 if manifest.caches else None
     needs: dict[str, Any] = {
-        "pass_bytes": max(footprint.pass_bytes(manifest, sizes, last_position=last) for sizes in (dims, prompt)),
+        "pass_bytes": max(footprint.pass_bytes(manifest, sizes, positions=positions) for sizes in (dims, prompt)),
         "cache_bytes": max(footprint.cache_bytes(manifest, sizes) for sizes in (dims, prompt)),
         "loaders": loaders,
         "threads": threads,

@@ -79,6 +79,9 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     no_repeat_ngram_size: int | None = 0
     stop_strings: str | list[str] | None = None
     eos_token_id: int | list[int] | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int | None = None
+    num_assistant_tokens: int | None = 20
 
     @property
     def token_limit(self) -> int:

@@ -8,27 +8,35 @@ prompts -> token ids -> left-padded batch -> step -> logits -> choose -> step ->
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import TypeAlias, TypeGuard, Unpack, cast, overload
+from contextlib import ExitStack, nullcontext
+from types import TracebackType
+from typing import Any, Generic, Self, Unpack, cast, overload
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
-from pipeload.tasks.batch import padded, position_ids
-from pipeload.tasks.config import GenerationConfig
+from pipeload.tasks.decoding import extend, extend_with_drafts
 from pipeload.tasks.options import GenerationOptions, check_call, generation_settings
-from pipeload.tasks.runner import Decoder, State, config_of, free_inputs, graph_inputs
-from pipeload.tasks.sampling import Logits, LogitsProcessor, logits_processors, sequence_generator
+from pipeload.tasks.prompts import (
+    Prompt,
+    check_assistant,
+    check_model,
+    check_rows,
+    eos_ids,
+    listed,
+    token_ids,
+    tokenizer_if_any,
+)
+from pipeload.tasks.reading import Reading
+from pipeload.tasks.runner import Decoder, State, config_of
+from pipeload.tasks.sampling import LogitsProcessor, TokenChooser, sequence_generator
 from pipeload.tasks.sequence import Generation, GrowingSequence
+from pipeload.tasks.speculation import Assistant, PromptLookup
 from pipeload.tasks.streaming import Streamer, TextStream
-from pipeload.tasks.text import Tokenizer, tokenizer_of
 
-__all__ = ["Generation", "Prompt", "generate"]
-
-Prompt: TypeAlias = str | Sequence[int] | NDArray[np.integer]
-"""A text, or its token ids."""
+__all__ = ["Generation", "Prompt", "Session", "generate"]
 
 
 @overload
@@ -67,6 +75,10 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     num_return_sequences: int | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    max_matching_ngram_size: int | None = None,
+    assistant_model: Decoder[Any] | None = None,
+    num_assistant_tokens: int | None = None,
     seed: int | None = None,
     logits_processor: Sequence[LogitsProcessor] = (),
     logprobs: bool = False,
@@ -99,6 +111,12 @@ def generate(
         eos_token_id: tokens that end the text, instead of those that the model names; an empty list for none.
         num_return_sequences: sequences for each prompt, as a list, those of the first prompt first; more than one need
             `do_sample`. None gives one, not in a list of its own.
+        prompt_lookup_num_tokens: guess up to so many tokens from what followed the same tokens before, in prompt or
+            text, and check them in one pass. This and the next three change no text, only how many passes it takes;
+            for a single sequence. How many tokens are guessed follows from what was measured.
+        max_matching_ngram_size: most tokens that are compared for that; 2 if nobody says otherwise.
+        assistant_model: another open model, with the same vocabulary, to guess the tokens.
+        num_assistant_tokens: most tokens that it guesses for a pass; 20 if nobody says otherwise.
         seed: makes draws repeatable; None draws anew each time. Each sequence has random numbers of its own, from the
             seed, the index of its prompt and its index among those of the prompt: what else is in the batch changes
             nothing.
@@ -122,169 +140,149 @@ def generate(
         ' Paris.'
         (', there was a magnificent ship in', 'stop')
     """
+    options: GenerationOptions = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "stop_strings": stop_strings,
+        "eos_token_id": eos_token_id,
+        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        "max_matching_ngram_size": max_matching_ngram_size,
+        "num_assistant_tokens": num_assistant_tokens,
+        "assistant_model": assistant_model,
+        "seed": seed,
+        "logits_processor": logits_processor,
+        "logprobs": logprobs,
+        "streamer": streamer,
+    }
     with streamer.generation() if isinstance(streamer, TextStream) else nullcontext():
-        _check_model(runner)
-        settings = generation_settings(
-            runner.directory,
-            {
-                "max_new_tokens": max_new_tokens,
-                "min_new_tokens": min_new_tokens,
-                "do_sample": do_sample,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-                "no_repeat_ngram_size": no_repeat_ngram_size,
-                "stop_strings": stop_strings,
-                "eos_token_id": eos_token_id,
-            },
-        )
-        check_call(
-            settings,
-            num_return_sequences=num_return_sequences,
-            seed=seed,
-            logits_processor=logits_processor,
-            streamer=streamer,
-        )
-        prompts, single = _listed(prompt)
-        copies = num_return_sequences or 1
-        if streamer is not None and (not single or copies > 1):
-            raise ConfigError("streamer takes a single sequence. Pass the prompts one by one, or leave streamer out.")
-        texts = any(isinstance(one, str) for one in prompts)
-        tokenizer = _tokenizer(runner, required=texts or streamer is not None or bool(settings.stop_strings))
-        rows = [_token_ids(one, tokenizer) for one in prompts]
-        _check_rows(runner, rows, settings.token_limit)
-        eos_ids = _eos_ids(runner, settings, tokenizer)
-        if seed is None:
-            seed = cast("int", np.random.SeedSequence().entropy)
-        sequences = [
-            GrowingSequence(
-                row,
-                settings,
-                eos_ids,
-                tokenizer,
-                logits_processors(settings, prompt_tokens=len(row), eos_ids=eos_ids, custom=logits_processor),
-                sequence_generator(seed, index, copy) if settings.do_sample else None,
-                logprobs=logprobs,
-            )
-            for index, row in enumerate(rows)
-            for copy in range(copies)
-        ]
-        _extend(runner, sequences, settings.token_limit, streamer)
-        results = [sequence.result() for sequence in sequences]
+        prompts, single = listed(prompt)
+        results = _generate(runner, prompts, options, num_return_sequences)
         return results[0] if single and num_return_sequences is None else results
 
 
-def _extend(
-    runner: Decoder[State], sequences: Sequence[GrowingSequence], max_new_tokens: int, streamer: Streamer | None
-) -> None:
-    """Add tokens until every sequence has ended, or the reader has closed its stream."""
-    rows = [sequence.ids for sequence in sequences]
-    tokens = padded(rows, fill=0, side="left")
-    mask = padded([[1] * len(row) for row in rows], fill=0, side="left")
-    with runner.new_state(tokens.shape[1] + max_new_tokens) as state:
-        while running := [(row, one) for row, one in enumerate(sequences) if one.finish_reason is None]:
-            if isinstance(streamer, TextStream) and streamer.closed:
-                return
-            offered = {
-                "input_ids": tokens,
-                "attention_mask": mask,
-                "position_ids": position_ids(mask)[:, -tokens.shape[1] :],
-                "token_type_ids": np.zeros_like(tokens),
-            }
-            # Not kept: what callers keep counts in the budget of the next step.
-            _push(runner.step(graph_inputs(runner, offered), state), running, streamer)
-            # Rows that have ended are carried along, because the caches are one array for the whole batch.
-            tokens = np.array([sequence.ids[-1:] for sequence in sequences], np.int64)
-            mask = np.concatenate([mask, np.ones_like(tokens)], axis=1)
+class Session(Generic[State]):
+    """A text that goes on: its KV cache stays between calls of `generate`. A context manager; made by `Model.session`.
+
+    Args:
+        runner: a model exported for text-generation with KV caches.
+        capacity: tokens to plan for; more fit as long as the budget allows.
+
+    Example:
+        >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, model.session() as session:
+        ...     first = session.generate("The capital of France is", max_new_tokens=2)
+        ...     session.generate(f"The capital of France is{first.text} The capital of Italy is", max_new_tokens=2).text
+        ' Rome.'
+    """
+
+    def __init__(self, runner: Decoder[State], capacity: int = 0) -> None:
+        check_model(runner)
+        self._runner = runner
+        self._reading = Reading(runner, runner.new_state(capacity))
+        self._lock = threading.Lock()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens whose keys and values the cache holds."""
+        return tuple(self._reading.tokens.ravel().tolist())
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Generation:
+        """Continue a text that may begin as the one before did: that beginning is not computed again.
+
+        After an error, or Ctrl-C, the cache holds what was computed by then.
+
+        Args:
+            prompt: the whole text, or its token ids. For a conversation, that is all turns so far.
+            options: as for `generate`.
+
+        Raises:
+            ConfigError: as `generate`; also when another thread uses the session.
+            ClosedError: the session is closed.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise ConfigError("Another thread generates with this session. Make a session for each thread.")
+        try:
+            streamer = options.get("streamer")
+            with streamer.generation() if isinstance(streamer, TextStream) else nullcontext():
+                prompts, single = listed(prompt)
+                if not single:
+                    raise ConfigError("A session takes one prompt, not a list. Make a session for each.")
+                (result,) = _generate(self._runner, prompts, options, None, self._reading)
+                return result
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Give the cache's memory back. May be called again."""
+        self._reading.state.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def _push(logits: Logits, running: Sequence[tuple[int, GrowingSequence]], streamer: Streamer | None) -> None:
-    """Give each sequence its row of the logits, and the text of that to the streamer."""
-    for row, sequence in running:
-        piece = sequence.push(logits[row : row + 1].astype(np.float32, copy=False))
-        if piece and streamer is not None:
-            streamer(piece)
-
-
-def _listed(prompt: Prompt | Sequence[str] | Sequence[Sequence[int]]) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether there was only one that was not in a list."""
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
-    if isinstance(prompt, str) or _are_ids(prompt):
-        return [prompt], True
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise _not_a_prompt(prompt)
-    return list(cast("Sequence[Prompt]", prompt)), False
-
-
-def _token_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
-    if isinstance(prompt, str) and tokenizer:
-        return list(tokenizer.encode(prompt).ids)
-    if not _are_ids(prompt):
-        raise _not_a_prompt(prompt)
-    return [int(token) for token in prompt]
-
-
-def _are_ids(prompt: object) -> TypeGuard[Sequence[int]]:
-    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, str | bytes):
-        return False
-    return all(isinstance(token, int | np.integer) for token in prompt)
-
-
-def _not_a_prompt(prompt: object) -> ConfigError:
-    return ConfigError(f"A prompt must be a text or a sequence of token ids, not {prompt!r:.80}.")
-
-
-def _tokenizer(runner: Decoder[State], *, required: bool) -> Tokenizer | None:
-    """The model's tokenizer. Token ids go without one, and then only the text of the answer is missing."""
-    try:
-        return tokenizer_of(runner)
-    except ConfigError:
-        if required:
-            raise
-        return None
-
-
-def _eos_ids(runner: Decoder[State], settings: GenerationConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    named = tokenizer.eos_id if tokenizer else None
-    for ids in (settings.eos_token_id, config_of(runner).eos_token_id, named):
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
-
-
-def _check_model(runner: Decoder[State]) -> None:
-    manifest = runner.manifest
-    if manifest.task != "text-generation":
-        raise ConfigError(
-            f"generate takes a model for text-generation; this one is for {manifest.task}. "
-            "Export it with --task text-generation, or use model.run."
+def _generate(
+    runner: Decoder[State],
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    num_return_sequences: int | None,
+    reading: Reading[State] | None = None,
+) -> list[Generation]:
+    check_model(runner)
+    settings = generation_settings(runner.directory, options)
+    streamer, custom = options.get("streamer"), options.get("logits_processor", ())
+    sequences_wanted = len(prompts) * (num_return_sequences or 1)
+    check_call(settings, options, num_return_sequences, sequences_wanted)
+    texts = any(isinstance(one, str) for one in prompts)
+    tokenizer = tokenizer_if_any(runner, required=texts or streamer is not None or bool(settings.stop_strings))
+    rows = [token_ids(one, tokenizer) for one in prompts]
+    check_rows(runner, rows, settings.token_limit)
+    ends = eos_ids(runner, settings, tokenizer)
+    seed = options.get("seed")
+    if seed is None:
+        seed = cast("int", np.random.SeedSequence().entropy)
+    sequences = [
+        GrowingSequence(
+            row,
+            settings,
+            ends,
+            tokenizer,
+            TokenChooser(
+                settings,
+                prompt_tokens=len(row),
+                eos_ids=ends,
+                custom=custom,
+                generator=sequence_generator(seed, index, copy) if settings.do_sample else None,
+            ),
+            logprobs=options.get("logprobs", False),
         )
-    if not manifest.caches:
-        raise ConfigError(
-            "The model was exported without KV caches, so every token would need a pass over the whole text. "
-            "Export it with --task text-generation-with-past."
-        )
-
-
-def _check_rows(runner: Decoder[State], rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    config = config_of(runner)
-    shortest, longest = min(map(len, rows)), max(map(len, rows))
-    if shortest == 0:
-        raise ConfigError("A prompt is empty: it has no tokens.")
-    if config.max_positions is not None and longest + max_new_tokens > config.max_positions:
-        raise ConfigError(
-            f"The prompt has {longest} tokens; with {max_new_tokens} new ones that is more than the "
-            f"{config.max_positions} that the model has positions for. Shorten the prompt or lower max_new_tokens."
-        )
-    limit = config.vocab_size or np.iinfo(np.int32).max
-    if outside := [token for row in rows for token in row if not 0 <= token < limit]:
-        raise ConfigError(f"Token id {outside[0]} is outside the model's vocabulary of {limit}.")
-    inputs = {spec.name for spec in free_inputs(runner.manifest)}
-    if shortest < longest and (missing := {"attention_mask", "position_ids"} - inputs):
-        raise ConfigError(
-            f"The prompts have different lengths, and the model has no input '{min(missing)}' to tell padding "
-            "from text. Pass the prompts one by one."
-        )
+        for index, row in enumerate(rows)
+        for copy in range(num_return_sequences or 1)
+    ]
+    capacity = max(map(len, rows)) + settings.token_limit
+    with ExitStack() as stack:
+        if reading is None:
+            state = runner.new_state(capacity)
+            stack.enter_context(state)
+            reading = Reading(runner, state)
+        if (assistant := options.get("assistant_model")) is not None:
+            check_assistant(runner, assistant)
+            guessing: Reading[Any] = Reading(assistant, stack.enter_context(assistant.new_state(capacity)))
+            guesser = Assistant(guessing, config_of(runner).vocab_size)
+            extend_with_drafts(reading, sequences[0], guesser, settings.num_assistant_tokens or 20, streamer)
+        elif settings.prompt_lookup_num_tokens:
+            lookup = PromptLookup(settings.max_matching_ngram_size or 2)
+            extend_with_drafts(reading, sequences[0], lookup, settings.prompt_lookup_num_tokens, streamer)
+        else:
+            extend(reading, sequences, streamer)
+    return [sequence.result() for sequence in sequences]

@@ -6,7 +6,7 @@ Values that cannot work are refused here, each with an error of its own, before 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeload.errors import ConfigError
 from pipeload.tasks.config import GenerationConfig, read_settings
+from pipeload.tasks.runner import Decoder
 from pipeload.tasks.sampling import LogitsProcessor
 from pipeload.tasks.streaming import Streamer
 
@@ -35,26 +36,30 @@ class GenerationOptions(TypedDict, total=False):
     no_repeat_ngram_size: int | None
     stop_strings: str | Sequence[str] | None
     eos_token_id: int | Sequence[int] | None
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int | None
+    assistant_model: Decoder[Any] | None
+    num_assistant_tokens: int | None
     seed: int | None
     logits_processor: Sequence[LogitsProcessor]
     logprobs: bool
     streamer: Streamer | None
 
 
-def generation_settings(directory: Path, arguments: Mapping[str, Any]) -> GenerationConfig:
-    """The settings of a model directory, with the arguments that are not None in their place; checked.
+def generation_settings(directory: Path, options: GenerationOptions) -> GenerationConfig:
+    """The settings of a model directory, with the options that are not None in their place; checked.
 
     Args:
         directory: a sharded model directory.
-        arguments: fields of GenerationConfig, as the caller gave them.
+        options: as the caller gave them.
 
     Raises:
         ConfigError: a value cannot work.
         ShardError: `generation_config.json` is damaged.
     """
     values = msgspec.structs.asdict(read_settings(directory, "generation_config.json", GenerationConfig))
-    for name, value in arguments.items():
-        if value is not None:
+    for name, value in options.items():
+        if name in values and value is not None:
             values[name] = value.item() if isinstance(value, np.generic) else value
     for name in ("stop_strings", "eos_token_id"):
         if isinstance(values[name], str | int):
@@ -72,18 +77,21 @@ def generation_settings(directory: Path, arguments: Mapping[str, Any]) -> Genera
 
 
 def check_call(
-    settings: GenerationConfig,
-    *,
-    num_return_sequences: object,
-    seed: object,
-    logits_processor: object,
-    streamer: object,
+    settings: GenerationConfig, options: GenerationOptions, num_return_sequences: object, sequences: int
 ) -> None:
     """Check the arguments that no file has.
+
+    Args:
+        settings: the ones that a file may have.
+        options: as the caller gave them.
+        num_return_sequences: likewise.
+        sequences: how many there are in all.
 
     Raises:
         ConfigError: a value cannot work.
     """
+    seed, streamer = options.get("seed"), options.get("streamer")
+    logits_processor, assistant = options.get("logits_processor", ()), options.get("assistant_model")
     if num_return_sequences is not None:
         if not _is_whole(num_return_sequences, 1):
             raise ConfigError(f"num_return_sequences must be a whole number from 1 on, not {num_return_sequences!r}.")
@@ -98,6 +106,20 @@ def check_call(
         raise ConfigError(f"logits_processor must be a sequence of callables, not {logits_processor!r:.80}.")
     if streamer is not None and not callable(streamer):
         raise ConfigError(f"streamer must be a callable that takes a text, or a TextStream, not {streamer!r:.80}.")
+    if assistant is not None and not hasattr(assistant, "new_state"):
+        raise ConfigError(f"assistant_model must be a model from pipeload.load, not {assistant!r:.80}.")
+    if assistant is not None and settings.prompt_lookup_num_tokens:
+        raise ConfigError("assistant_model and prompt_lookup_num_tokens are both given. Pass one of them.")
+    single = {
+        "streamer": streamer,
+        "assistant_model": assistant,
+        "prompt_lookup_num_tokens": settings.prompt_lookup_num_tokens,
+    }
+    if sequences > 1 and (given := [name for name, value in single.items() if value is not None]):
+        raise ConfigError(
+            f"{given[0]} takes a single sequence, and this call makes {sequences}. Leave it out, or pass the prompts "
+            "one by one: calls from several threads share their passes."
+        )
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -131,6 +153,9 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "no_repeat_ngram_size": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 allows all)"),
     "stop_strings": (_are_texts, "a text or a sequence of texts, none of them empty"),
     "eos_token_id": (_are_ids, "a token id or a sequence of token ids, none below 0"),
+    "prompt_lookup_num_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "max_matching_ngram_size": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "num_assistant_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
 }
 """Field -> whether a value works, and what would."""
 

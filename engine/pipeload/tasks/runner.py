@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.head import TopLogits
 from pipeload.manifest import Manifest, TensorSpec
+from pipeload.stats import Stats
 from pipeload.tasks.config import ModelConfig, read_settings
 
 __all__ = [
@@ -42,6 +44,9 @@ class DecodeState(Protocol):
     @property
     def length(self) -> int:
         """Tokens per sequence that the caches hold, padding included."""
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
 
     def close(self) -> None:
         """Give the memory back. May be called more than once."""
@@ -74,11 +79,18 @@ class Runner(Protocol):
 class Decoder(Runner, Protocol[State]):
     """A runner that can also extend sequences; each engine has its own kind of state."""
 
-    def step(self, inputs: Mapping[str, Array], state: State) -> NDArray[np.float32]:
+    @property
+    def stats(self) -> Stats:
+        """What passes took so far."""
+
+    def step(self, inputs: Mapping[str, Array], state: State, *, positions: int = 1) -> NDArray[np.float32]:
         """Run the model over the new tokens and put their keys and values into the state.
 
-        Returns the logits of the last position only, `[batch, vocabulary]`.
+        Returns the logits of the last positions only, `[batch, positions, vocabulary]`.
         """
+
+    def step_top(self, inputs: Mapping[str, Array], state: State, top: int, *, positions: int = 1) -> TopLogits:
+        """`step` that keeps only the largest logits."""
 
     def new_state(self, capacity: int = 0) -> State:
         """An empty state. `capacity` says how many tokens it will hold, so that the engine can plan for them."""

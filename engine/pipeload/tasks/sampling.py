@@ -5,6 +5,7 @@ logits --> penalties, bans --> the caller's own processors --> temperature, top 
            '---------------------------- or the likeliest -----------------------------------------'
 ```
 
+Where nothing looks at single tokens, the largest logits are enough: the others of a large vocabulary are not kept.
 Order and meaning are those of transformers 4.57 (`generation/logits_process.py`, `generation/utils.py`). Logits are
 float32 as there; probabilities are float64, so that sums over a large vocabulary lose nothing.
 """
@@ -12,6 +13,8 @@ float32 as there; probabilities are float64, so that sums over a large vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -23,8 +26,10 @@ from pipeload.errors import ConfigError
 from pipeload.tasks.config import GenerationConfig
 
 __all__ = [
-    "LogitsProcessor",
     "Logits",
+    "LogitsProcessor",
+    "Scores",
+    "TokenChooser",
     "TokenIds",
     "ban_ngrams",
     "ban_tokens",
@@ -34,10 +39,11 @@ __all__ = [
     "keep_top_p",
     "likeliest",
     "log_probability",
-    "logits_processors",
     "penalize_repetition",
+    "penalties",
     "scale",
     "sequence_generator",
+    "warpers",
 ]
 
 TokenIds: TypeAlias = NDArray[np.int64]
@@ -50,20 +56,92 @@ LogitsProcessor: TypeAlias = Callable[[TokenIds, Logits], Logits]
 """Takes what there is and the logits of what comes next; returns other logits of the same shape."""
 
 
-def logits_processors(
-    settings: GenerationConfig,
-    *,
-    prompt_tokens: int,
-    eos_ids: Collection[int],
-    custom: Sequence[LogitsProcessor] = (),
-) -> tuple[LogitsProcessor, ...]:
-    """What the settings ask for, in the order of transformers; those that would change nothing are left out.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scores:
+    """Logits to choose one token from.
+
+    Attributes:
+        logits: float32 `[1, tokens]`.
+        token_ids: whose they are, ascending, `[tokens]`; None stands for the whole vocabulary.
+        log_total: see `TopLogits`; None where the whole vocabulary is there.
+    """
+
+    logits: Logits
+    token_ids: NDArray[np.int64] | None = None
+    log_total: float | None = None
+
+    def token(self, place: int) -> int:
+        """The token whose logit is at a place."""
+        return place if self.token_ids is None else int(self.token_ids[place])
+
+    def log_probability(self, place: int) -> float:
+        """The natural logarithm of the probability of the token at a place, in float64."""
+        if self.log_total is None:
+            return log_probability(self.logits, place)
+        return float(self.logits[0, place].astype(np.float64) - self.log_total)
+
+
+class TokenChooser:
+    """Chooses the tokens of one sequence.
 
     Args:
         settings: checked; see `pipeload.tasks.options`.
         prompt_tokens: tokens before the new ones.
         eos_ids: tokens that end a text.
-        custom: the caller's own.
+        custom: the caller's own processors.
+        generator: random numbers, one for each token; None takes the likeliest.
+
+    Attributes:
+        top: so many of the largest logits are enough to choose from; None needs all of them.
+    """
+
+    def __init__(
+        self,
+        settings: GenerationConfig,
+        *,
+        prompt_tokens: int,
+        eos_ids: Collection[int],
+        custom: Sequence[LogitsProcessor] = (),
+        generator: np.random.Generator | None = None,
+    ) -> None:
+        self._penalties = penalties(settings, prompt_tokens=prompt_tokens, eos_ids=eos_ids)
+        self._custom: tuple[LogitsProcessor, ...] = tuple(
+            partial(_call, processor, place) for place, processor in enumerate(custom)
+        )
+        self._warpers = warpers(settings) if generator else ()
+        self._generator = generator
+        self.top: int | None = None
+        if not self._penalties and not custom:
+            self.top = (settings.top_k or None) if generator else 1
+
+    def choose(self, ids: Sequence[int], scores: Scores) -> int:
+        """The place in the scores of the token that follows the ids.
+
+        Raises:
+            ConfigError: no token can be chosen.
+        """
+        logits = scores.logits
+        for process in (*self._penalties, *self._custom, *self._warpers):
+            logits = process(np.array([ids], np.int64), logits)
+        return draw(logits, self._generator) if self._generator else likeliest(logits)
+
+    def ahead(self) -> TokenChooser:
+        """What guesses its next choices: the same rules and random numbers, without the caller's own processors."""
+        other = copy(self)
+        other._custom = ()
+        other._generator = deepcopy(self._generator)
+        return other
+
+
+def penalties(
+    settings: GenerationConfig, *, prompt_tokens: int, eos_ids: Collection[int]
+) -> tuple[LogitsProcessor, ...]:
+    """What changes the logits of certain tokens, in the order of transformers; what changes nothing is left out.
+
+    Args:
+        settings: checked; see `pipeload.tasks.options`.
+        prompt_tokens: tokens before the new ones.
+        eos_ids: tokens that end a text.
     """
     made: list[LogitsProcessor] = []
     if settings.repetition_penalty is not None and settings.repetition_penalty != 1:
@@ -72,9 +150,12 @@ def logits_processors(
         made.append(partial(ban_ngrams, size=settings.no_repeat_ngram_size))
     if settings.min_new_tokens and eos_ids:
         made.append(partial(ban_tokens, banned=tuple(eos_ids), until_length=prompt_tokens + settings.min_new_tokens))
-    made += [partial(_call, processor, place) for place, processor in enumerate(custom)]
-    if not settings.do_sample:
-        return tuple(made)
+    return tuple(made)
+
+
+def warpers(settings: GenerationConfig) -> tuple[LogitsProcessor, ...]:
+    """What shapes the probabilities that tokens are drawn by, in the order of transformers."""
+    made: list[LogitsProcessor] = []
     if settings.temperature is not None and settings.temperature != 1:
         made.append(partial(scale, temperature=settings.temperature))
     if settings.top_k:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeload.errors import RunError
 from pipeload.tasks.config import GenerationConfig
-from pipeload.tasks.sampling import Logits, LogitsProcessor, draw, likeliest, log_probability
+from pipeload.tasks.sampling import Scores, TokenChooser
 from pipeload.tasks.stopping import StopStrings
 from pipeload.tasks.text import Detokenizer, Tokenizer
 
@@ -32,6 +32,9 @@ class Generation:
             `max_new_tokens`, `abort` if the reader of a `TextStream` closed it.
         logprobs: for each new token the natural logarithm of its probability by the model's own logits, before
             anything changed them; None unless `logprobs=True`.
+        sweeps: passes over the weights that it took, the prompt's included.
+        drafted_tokens: tokens that were guessed, and checked by these passes.
+        accepted_tokens: the ones among them that were right.
     """
 
     text: str | None
@@ -39,6 +42,9 @@ class Generation:
     prompt_tokens: int
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
+    sweeps: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class GrowingSequence:
@@ -46,7 +52,9 @@ class GrowingSequence:
 
     Attributes:
         ids: prompt and text.
+        chooser: chooses its tokens.
         finish_reason: None while it goes on.
+        sweeps, drafted, accepted: see `Generation`.
     """
 
     def __init__(
@@ -55,39 +63,37 @@ class GrowingSequence:
         settings: GenerationConfig,
         eos_ids: frozenset[int],
         tokenizer: Tokenizer | None,
-        processors: Sequence[LogitsProcessor],
-        generator: np.random.Generator | None,
+        chooser: TokenChooser,
         *,
         logprobs: bool,
     ) -> None:
         self.ids = list(prompt)
         self.finish_reason: FinishReason | None = None
+        self.sweeps = self.drafted = self.accepted = 0
         self._prompt_tokens = len(prompt)
         self._length = len(prompt) + settings.token_limit
         self._eos_ids = eos_ids
         self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
         stops = settings.stop_strings
         self._stops = StopStrings(stops, tokenizer, prompt) if stops and tokenizer else None
-        self._processors = processors
-        self._generator = generator
+        self.chooser = chooser
         self._pieces: list[str] = []
         self._logprobs: list[float] | None = [] if logprobs else None
 
-    def push(self, logits: Logits) -> str:
-        """Choose the next token; returns the text that it completes.
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens may still come."""
+        return self._length - len(self.ids)
 
-        Args:
-            logits: of this sequence, `[1, vocabulary]`.
-        """
-        if not np.isfinite(logits.max()):
+    def push(self, scores: Scores) -> str:
+        """Choose the next token; returns the text that it completes."""
+        if not np.isfinite(scores.logits.max()):
             raise RunError("The model computed NaN or infinite logits. Check the model with `pipeload verify`.")
-        processed = logits
-        for process in self._processors:
-            processed = process(np.array([self.ids], np.int64), processed)
-        token = draw(processed, self._generator) if self._generator else likeliest(processed)
+        place = self.chooser.choose(self.ids, scores)
+        token = scores.token(place)
         self.ids.append(token)
         if self._logprobs is not None:
-            self._logprobs.append(log_probability(logits, token))
+            self._logprobs.append(scores.log_probability(place))
         if self._detokenizer:
             self._pieces.append(self._detokenizer.push(token))
         stopped = self._stops is not None and self._stops.push(token)
@@ -109,4 +115,7 @@ class GrowingSequence:
             prompt_tokens=self._prompt_tokens,
             finish_reason=self.finish_reason or "abort",
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            sweeps=self.sweeps,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )

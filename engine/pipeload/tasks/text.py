@@ -168,6 +168,12 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
         return text
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens and their ids."""
+        known: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return known
+
     def token(self, id_: int) -> str:
         """The vocabulary entry of an id, empty if there is none."""
         return self._backend.id_to_token(id_) or ""

@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError
+from pipeload.head import RunningTop, TopLogits
 from pipeload.manifest import Cache, Manifest, TensorSpec
+from pipeload.stats import Stats
 
 Array = NDArray[Any]
 
@@ -84,6 +86,9 @@ class ToyState:
     def length(self) -> int:
         return self.ids.shape[1]
 
+    def truncate(self, length: int) -> None:
+        self.ids, self.positions = self.ids[:, :length], self.positions[:, :length]
+
     def close(self) -> None:
         self.closed = True
 
@@ -130,20 +135,29 @@ class ToyDecoder:
         self.states.append(ToyState())
         return self.states[-1]
 
-    def step(self, inputs: Mapping[str, Array], state: ToyState) -> NDArray[np.float32]:
+    @property
+    def stats(self) -> Stats:
+        return Stats()
+
+    def step(self, inputs: Mapping[str, Array], state: ToyState, *, positions: int = 1) -> NDArray[np.float32]:
         self.steps.append(dict(inputs))
         ids = inputs["input_ids"]
-        positions = inputs.get("position_ids", np.arange(state.length, state.length + ids.shape[1])[None] + 0 * ids)
+        places = inputs.get("position_ids", np.arange(state.length, state.length + ids.shape[1])[None] + 0 * ids)
         if state.length:
             ids = np.concatenate([state.ids, ids], axis=1)
-            positions = np.concatenate([state.positions, positions], axis=1)
-        state.ids, state.positions = ids, positions
+            places = np.concatenate([state.positions, places], axis=1)
+        state.ids, state.positions = ids, places
         mask = inputs.get("attention_mask", np.ones_like(ids))
         assert mask.shape == ids.shape
-        chosen = ((ids + 1) * (positions + 2) * mask).sum(axis=1) % self.vocabulary
+        chosen = ((ids + 1) * (places + 2) * mask).cumsum(axis=1)[:, -positions:] % self.vocabulary
         if self.script is not None:
-            chosen = np.full(len(ids), self.script[len(self.steps) - 1])
+            chosen = np.full_like(chosen, self.script[len(self.steps) - 1])
         return np.eye(self.vocabulary, dtype=np.float32)[chosen]
+
+    def step_top(self, inputs: Mapping[str, Array], state: ToyState, top: int, *, positions: int = 1) -> TopLogits:
+        running = RunningTop(top)
+        running.push(self.step(inputs, state, positions=positions))
+        return running.result
 
 
 def toy_continuation(prompt: list[int], count: int, vocabulary: int = ToyDecoder.vocabulary) -> list[int]:

@@ -24,7 +24,7 @@ def test_a_prompt_of_token_ids_is_continued_token_by_token(tmp_path: Path) -> No
     model = ToyDecoder(tmp_path)
     result = generate(model, PROMPT, max_new_tokens=6)
     assert result == Generation(
-        text=None, token_ids=tuple(toy_continuation(PROMPT, 6)), prompt_tokens=3, finish_reason="length"
+        text=None, token_ids=tuple(toy_continuation(PROMPT, 6)), prompt_tokens=3, finish_reason="length", sweeps=6
     )
 
 
@@ -183,7 +183,7 @@ def test_a_step_that_fails_gives_the_state_back(tmp_path: Path) -> None:
 
 def test_nan_is_no_token(tmp_path: Path) -> None:
     model = ToyDecoder(tmp_path)
-    model.step = lambda *_: np.array([[0, np.nan, 1]], np.float32)  # type: ignore[method-assign]
+    model.step = lambda *_, **__: np.array([[[0, np.nan, 1]]], np.float32)  # type: ignore[method-assign]
     with pytest.raises(RunError, match="NaN"):
         generate(model, PROMPT)
 

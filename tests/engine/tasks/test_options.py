@@ -100,11 +100,12 @@ def test_a_file_that_cannot_work_is_refused_too(tmp_path: Path) -> None:
         ({"seed": 1.5}, "seed must be a whole number from 0 on, not 1.5"),
         ({"logits_processor": print}, "logits_processor must be a sequence of callables, not <built-in"),
         ({"logits_processor": [3]}, r"logits_processor must be a sequence of callables, not \[3\]"),
+        ({"assistant_model": "small"}, "assistant_model must be a model from pipeload.load, not 'small'"),
         ({"streamer": "file"}, "streamer must be a callable that takes a text, or a TextStream, not 'file'"),
     ],
 )
 def test_arguments_of_the_call_are_checked(arguments: dict[str, Any], message: str) -> None:
-    usual = {"num_return_sequences": None, "seed": None, "logits_processor": (), "streamer": None}
-    check_call(GenerationConfig(), **usual)
+    check_call(GenerationConfig(), {}, None, 1)
+    copies = arguments.pop("num_return_sequences", None)
     with pytest.raises(ConfigError, match=message):
-        check_call(GenerationConfig(), **(usual | arguments))
+        check_call(GenerationConfig(), arguments, copies, 1)  # type: ignore[arg-type]

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.head import RunningTop
 from pipeload.tasks.config import GenerationConfig
 from pipeload.tasks.sampling import (
+    Scores,
+    TokenChooser,
     ban_ngrams,
     ban_tokens,
     draw,
@@ -22,10 +25,11 @@ from pipeload.tasks.sampling import (
     keep_top_p,
     likeliest,
     log_probability,
-    logits_processors,
     penalize_repetition,
+    penalties,
     scale,
     sequence_generator,
+    warpers,
 )
 
 Logits = NDArray[np.float32]
@@ -142,20 +146,22 @@ def test_the_chain_equals_that_of_transformers() -> None:
         )(torch.from_numpy(tokens), torch.from_numpy(logits.copy()))
         found = logits
         ours = GenerationConfig(**chosen)  # type: ignore[arg-type]
-        for processor in logits_processors(
-            ours, prompt_tokens=1, eos_ids=[3], custom=[lambda _, scores: scores * 0.5 + 1]
+        for processor in (
+            *penalties(ours, prompt_tokens=1, eos_ids=[3]),
+            lambda _, scores: scores * 0.5 + 1,
+            *(warpers(ours) if ours.do_sample else ()),
         ):
             found = processor(tokens, found)
         np.testing.assert_allclose(np.sort(found), np.sort(expected.numpy()), rtol=1e-6, err_msg=f"seed {seed}")
 
 
 def test_what_changes_nothing_is_left_out() -> None:
-    assert logits_processors(GenerationConfig(), prompt_tokens=1, eos_ids=[3]) == ()
+    assert penalties(GenerationConfig(), prompt_tokens=1, eos_ids=[3]) == ()
     neutral = GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, min_new_tokens=0, repetition_penalty=1.0
     )
-    assert logits_processors(neutral, prompt_tokens=1, eos_ids=[3]) == ()
-    assert logits_processors(GenerationConfig(min_new_tokens=4), prompt_tokens=1, eos_ids=[]) == ()
+    assert penalties(neutral, prompt_tokens=1, eos_ids=[3]) == warpers(neutral) == ()
+    assert penalties(GenerationConfig(min_new_tokens=4), prompt_tokens=1, eos_ids=[]) == ()
 
 
 def test_the_order() -> None:
@@ -168,26 +174,59 @@ def test_the_order() -> None:
         no_repeat_ngram_size=2,
         min_new_tokens=1,
     )
-    custom = [lambda _, logits: logits]
-    made: Any = logits_processors(everything, prompt_tokens=1, eos_ids=[3], custom=custom)
+    made: Any = (*penalties(everything, prompt_tokens=1, eos_ids=[3]), *warpers(everything))
     names = [processor.func.__name__ for processor in made]
-    assert names[:4] == ["penalize_repetition", "ban_ngrams", "ban_tokens", "_call"]
-    assert names[4:] == ["scale", "keep_top_k", "keep_top_p", "keep_min_p"]
+    assert names[:3] == ["penalize_repetition", "ban_ngrams", "ban_tokens"]
+    assert names[3:] == ["scale", "keep_top_k", "keep_top_p", "keep_min_p"]
+
+
+def _chooser(settings: GenerationConfig, *custom: Any, number: float | None = None) -> TokenChooser:
+    generator = None if number is None else Fixed(number)  # type: ignore[no-untyped-call]
+    return TokenChooser(settings, prompt_tokens=1, eos_ids=[3], custom=custom, generator=generator)
+
+
+def test_a_callers_processor_comes_after_the_penalties_and_before_the_temperature() -> None:
+    seen = []
+    settings = GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=2.0, top_k=0)
+    chooser = _chooser(settings, lambda _, logits: seen.append(logits) or logits, number=0.5)
+    chooser.choose([1], Scores(logits=_row(1, 4, 3)))
+    assert [logits.tolist() for logits in seen] == [[[1, 2, 3]]]
+
+
+def test_the_largest_logits_are_enough_where_nothing_looks_at_single_tokens() -> None:
+    assert _chooser(GenerationConfig()).top == 1
+    assert _chooser(GenerationConfig(do_sample=True), number=0.5).top == 50
+    assert _chooser(GenerationConfig(do_sample=True, top_k=0), number=0.5).top is None
+    assert _chooser(GenerationConfig(), lambda _, logits: logits).top is None
+    assert _chooser(GenerationConfig(repetition_penalty=2.0)).top is None
+
+
+def test_a_token_is_chosen_from_the_largest_as_from_all() -> None:
+    logits = np.random.default_rng(2).normal(size=(1, 400)).astype(np.float32)
+    running = RunningTop(7)
+    running.push(logits[:, None])
+    top = running.result
+    few = Scores(logits=top.logits[:, 0], token_ids=top.token_ids[0, 0], log_total=float(top.log_total[0, 0]))
+    every = Scores(logits=logits)
+    settings = GenerationConfig(do_sample=True, top_k=7, top_p=0.9, temperature=0.8)
+    for number in np.linspace(0, 0.999, 40):
+        chooser = _chooser(settings, number=number)
+        one, other = chooser.choose([1], few), chooser.choose([1], every)
+        assert few.token(one) == every.token(other)
+        assert few.log_probability(one) == pytest.approx(every.log_probability(other), abs=1e-5)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_processor_that_returns_no_logits_is_named(bad: float) -> None:
     def last(returned: Any) -> Any:
-        return logits_processors(GenerationConfig(), prompt_tokens=1, eos_ids=[], custom=[_same, lambda *_: returned])[
-            -1
-        ]
+        return _chooser(GenerationConfig(), _same, lambda *_: returned).choose([1], Scores(logits=_row(1, 2, 3)))
 
     for returned in (np.zeros(3, np.float32), np.zeros((1, 4)), np.zeros((1, 3), np.int64), None):
         with pytest.raises(ConfigError, match=r"logits_processor\[1\] returned .*; it must return float32\[1, 3\]"):
-            last(returned)(NONE_YET, _row(1, 2, 3))
+            last(returned)
     with pytest.raises(ConfigError, match=rf"logits_processor\[1\] returned {bad} as a logit"):
-        last(_row(1, bad, 3))(NONE_YET, _row(1, 2, 3))
-    assert last(np.array([[1.5, -np.inf, 3]]))(NONE_YET, _row(1, 2, 3)).dtype == np.float32
+        last(_row(1, bad, 3))
+    assert last(np.array([[1.5, -np.inf, 3]])) == 2
 
 
 def _same(_token_ids: Any, logits: Logits) -> Logits:
@@ -199,9 +238,8 @@ def test_a_processor_may_change_its_array() -> None:
         logits[:] = 0
         return logits
 
-    (processor,) = logits_processors(GenerationConfig(), prompt_tokens=1, eos_ids=[], custom=[spoil])
     logits = _row(1, 2, 3)
-    assert processor(NONE_YET, logits).tolist() == [[0, 0, 0]]
+    assert _chooser(GenerationConfig(), spoil).choose([1], Scores(logits=logits)) == 0
     assert logits.tolist() == [[1, 2, 3]]
 
 

@@ -28,9 +28,9 @@ class GatedDecoder(ToyDecoder):
         super().__init__(directory, **options)
         self.gates = gates
 
-    def step(self, inputs: Mapping[str, Array], state: ToyState) -> Any:
+    def step(self, inputs: Mapping[str, Array], state: ToyState, *, positions: int = 1) -> Any:
         self.gates[len(self.steps)].stop_here()
-        return super().step(inputs, state)
+        return super().step(inputs, state, positions=positions)
 
 
 def _start(model: ToyDecoder, stream: TextStream, prompt: Any = "the cat") -> Background:
@@ -119,7 +119,7 @@ def test_a_stream_that_was_closed_before_makes_no_token(tmp_path: Path) -> None:
     model, stream = GatedDecoder(tmp_path, []), TextStream()
     stream.close()
     assert generate(model, "the cat", streamer=stream, logprobs=True) == Generation(
-        text="", token_ids=(), prompt_tokens=4, finish_reason="abort", logprobs=()
+        text="", token_ids=(), prompt_tokens=4, finish_reason="abort", logprobs=(), sweeps=0
     )
     assert model.steps == []
 
