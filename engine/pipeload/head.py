@@ -49,7 +49,8 @@ class RunningTop:
         if (before := self._made) is not None:
             largest = np.concatenate([before.logits, largest], axis=-1)
             ids = np.concatenate([before.token_ids, ids], axis=-1)
-            total = np.logaddexp(before.log_total, total)
+            with np.errstate(invalid="ignore"):
+                total = np.logaddexp(before.log_total, total)
             kept = _places_of_largest(largest, self._top)
             largest, ids = np.take_along_axis(largest, kept, axis=-1), np.take_along_axis(ids, kept, axis=-1)
         self._made = TopLogits(token_ids=ids, logits=largest, log_total=total)
@@ -69,10 +70,10 @@ def _places_of_largest(logits: NDArray[np.float32], top: int) -> NDArray[np.int6
     size = logits.shape[-1]
     if top >= size:
         return np.broadcast_to(np.arange(size), logits.shape)
+    logits = np.where(np.isnan(logits), np.float32(np.inf), logits)
     last = np.partition(logits, size - top, axis=-1)[..., size - top, None]
     # All above the last one, and as many of those that equal it as there is room for.
-    with np.errstate(invalid="ignore"):
-        above, equal = ~(logits <= last), logits == last
+    above, equal = logits > last, logits == last
     room = top - above.sum(axis=-1, keepdims=True)
     kept = above | (equal & (equal.cumsum(axis=-1) <= room))
     return np.nonzero(kept)[-1].reshape(*logits.shape[:-1], top)

@@ -69,7 +69,8 @@ def live_bytes(model: ModelProto, events: Sequence[Event], shapes: Mapping[str, 
                 last_use[source] = max(last_use.get(source, place), last_use.get(name, place))
             else:
                 owner[name] = name
-                alive[name] = nbytes
+                # A cache is written where it lies, and counted as one.
+                alive[name] = 0 if node.op_type == "TensorScatter" and name in outputs else nbytes
         result.append(sum(alive.values()) + _scratch_bytes(node, known))
         for name in [name for name in alive if name not in outputs and last_use.get(name, place) <= place]:
             del alive[name]

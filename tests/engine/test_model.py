@@ -1271,6 +1271,11 @@ def test_a_closed_model_gives_its_memory_back(toy_large: Path, packed: bool) -> 
         model.run(toys.inputs())
         plan = model.plan
         assert plan.packed is packed
+        exchange = model._pipeline._exchange
+        if not packed:
+            # What is read ahead for the next pass is there.
+            with exchange._changed:
+                assert exchange._changed.wait_for(lambda: len(exchange._ready) == plan.buffers, 30)
         held = rss_bytes()
     # The model is closed, and still referred to.
     weights = plan.buffers * plan.buffer_bytes if plan.streamed_bytes else model.manifest.weight_bytes

@@ -76,6 +76,17 @@ def test_outputs_stay_to_the_end() -> None:
     assert live_bytes(model, events, {}) == [8, 16]
 
 
+def test_a_cache_that_is_written_in_place_takes_nothing() -> None:
+    nodes = [
+        helper.make_node("TensorScatter", ["past", "new", "at"], ["present"]),
+        helper.make_node("Relu", ["x"], ["y"]),
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("present", "y")]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], outputs))
+    events = [Event(node=i, output_bytes=(8,), output_shapes=((2,),)) for i in range(2)]
+    assert live_bytes(model, events, {}) == [0, 8]
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
 def test_every_shard_may_at_least_hold_its_outputs(name: str, sharded_architecture: Callable[[str], Sharded]) -> None:
     model = sharded_architecture(name).model
