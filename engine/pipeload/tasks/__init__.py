@@ -8,9 +8,10 @@ texts, images --> text.py, vision.py --> arrays --> Runner.run or Decoder.step -
                                                      vectors, labels, entities, texts <
 ```
 
-Generation has modules of its own: `options.py` is what a call asks for, `sampling.py` chooses tokens, `stopping.py`
-finds stop strings, `sequence.py` is one text while it grows, `streaming.py` hands text to another thread. `batch.py`
-makes rectangles of sequences, `config.py` reads the model directory's own files (`config.json` ...), and `runner.py`
+Generation has modules of its own: `options.py` is what a call asks for, `prompts.py` what it is given, `reading.py` what
+the decoder has in its caches, `decoding.py` the loop of passes, `speculation.py` guesses tokens for them, `sampling.py`
+chooses tokens, `stopping.py` finds stop strings, `sequence.py` is one text while it grows, `streaming.py` hands text to
+another thread. `batch.py` makes rectangles of sequences, `config.py` reads the model directory's own files (`config.json` ...), and `runner.py`
 says what a task asks of the engine. The semantics are those of transformers and sentence-transformers; neither is
 imported. The tokenizers library and Pillow (extras `text` and `vision`) are imported at the first call that needs them.
 """
