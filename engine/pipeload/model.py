@@ -36,6 +36,7 @@ from pipeload.stamps import stamps_of
 from pipeload.state import DecodeState
 from pipeload.stats import Stats
 from pipeload.storage import Storage
+from pipeload.tasks.chat import chat_prompt
 from pipeload.tasks.classify import classify
 from pipeload.tasks.config import ModelConfig, read_settings
 from pipeload.tasks.embed import embed
@@ -348,6 +349,7 @@ class Model:
     embed = embed
     classify = classify
     generate = generate
+    chat_prompt = chat_prompt
 
     def close(self) -> None:
         """End running calls with ClosedError, join every thread, give all memory back. May be called again.

@@ -97,6 +97,12 @@ def exported_generator(request: pytest.FixtureRequest) -> Path:
     return _architecture(request.param)
 
 
+@pytest.fixture(scope="session")
+def exported_llama() -> Path:
+    """The directory of a tiny Llama."""
+    return _architecture("llama")
+
+
 def _architecture(name: str) -> Path:
     given = os.environ.get("PIPELOAD_TEST_MODELS")
     if given:

@@ -462,7 +462,7 @@ def test_run_opens_no_pickles_and_no_archives(tmp_path: Path, call: Call) -> Non
         assert "allow_pickle" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "embed", "classify", "generate"])
+@pytest.mark.parametrize("command", ["run", "embed", "classify", "generate", "chat"])
 def test_help_has_examples(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -14,7 +14,7 @@ from tests.engine.harness import EMULATED, PATIENCE_S
 
 import pipeload
 
-_FOREIGN = ("onnx", "optimum", "torch", "transformers", "tokenizers", "PIL", "matplotlib", "pipeload_export")
+_FOREIGN = ("onnx", "optimum", "torch", "transformers", "tokenizers", "jinja2", "PIL", "matplotlib", "pipeload_export")
 
 
 def test_the_public_names_are_pinned() -> None:

@@ -16,7 +16,7 @@ from tests.engine.harness import assert_same, run_sequentially
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 REPOSITORY = Path(__file__).resolve().parents[2]
-FOREIGN = {"torch", "onnx", "transformers", "optimum", "tokenizers", "PIL", "pytest"}
+FOREIGN = {"torch", "onnx", "transformers", "optimum", "tokenizers", "jinja2", "PIL", "pytest"}
 
 _PROGRAM = """
 import json, sys

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pipeload
-from pipeload.cli import bench, classify, embed, export, generate, inspect, plan, profile, run, timeline, verify
+from pipeload.cli import bench, chat, classify, embed, export, generate, inspect, plan, profile, run, timeline, verify
 from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.errors import PipeloadError
 
@@ -33,6 +33,7 @@ app.command()(run.run)
 app.command()(embed.embed)
 app.command()(classify.classify)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(timeline.timeline)
 app.command()(bench.bench)
 

@@ -7,6 +7,18 @@ from typing import Annotated
 
 import typer
 
+from pipeload.cli.generation import (
+    MinNewTokens,
+    MinP,
+    NoRepeatNgramSize,
+    RepetitionPenalty,
+    Sample,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model, status
 from pipeload.cli.report import print_json
 from pipeload.cli.texts import read_text, refuse_images
@@ -23,40 +35,19 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help=f"Most tokens to add; {MAX_NEW_TOKENS} if the model says nothing.")
     ] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(min=0, help="No end of the text before so many tokens.")] = None,
-    do_sample: Annotated[
-        bool | None,
-        typer.Option("--sample/--greedy", help="Draw each token by its probability, or take the likeliest."),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="With --sample: below 1 likely tokens become likelier, above 1 less so.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(min=0, help="With --sample: draw from so many of the likeliest tokens; 0 from all.")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="With --sample: draw from the likeliest tokens that add up to this probability."
-        ),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="With --sample: draw from tokens this many times as likely as the likeliest."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 tokens that were there already become less likely.")
-    ] = None,
-    no_repeat_ngram_size: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row come twice; 0 allows it.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End after this text; may be given several times.")
-    ] = None,
+    min_new_tokens: MinNewTokens = None,
+    do_sample: Sample = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram_size: NoRepeatNgramSize = None,
+    stop: Stop = None,
     num_return_sequences: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="With --sample: N texts instead of one.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="With --sample: the same texts each time.")] = None,
+    seed: Seed = None,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")
     ] = False,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mimetypes
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import typer
 
-__all__ = ["read_lines", "read_text", "refuse_images"]
+__all__ = ["is_typed", "read_lines", "read_text", "read_turns", "refuse_images"]
 
 
 def read_text(path: Path = Path("-")) -> str:
@@ -33,6 +34,34 @@ def read_text(path: Path = Path("-")) -> str:
 def read_lines(path: Path = Path("-")) -> list[str]:
     """The lines of a file, or of stdin for `-`, without empty ones. Raises as `read_text` does."""
     return [line for line in read_text(path).splitlines() if line.strip()]
+
+
+def is_typed() -> bool:
+    """Whether stdin is somebody at a terminal."""
+    return sys.stdin.isatty()
+
+
+def read_turns() -> Iterator[str]:
+    """What the user says, a line each, as it comes, without empty ones, until the input ends. A terminal is prompted.
+
+    Raises:
+        typer.BadParameter: a line is no UTF-8.
+    """
+    lines = _typed() if is_typed() else (line.decode() for line in sys.stdin.buffer)
+    try:
+        yield from (stripped for line in lines if (stripped := line.strip()))
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"stdin is no UTF-8 text: {error.reason} at byte {error.start} of a line.") from error
+
+
+def _typed() -> Iterator[str]:
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives input() a line to edit, and the lines before it
+    try:
+        while True:
+            yield input("> " if sys.stdout.isatty() else "")
+    except EOFError:
+        typer.echo(err=True)
 
 
 def refuse_images(texts: Iterable[str], taker: str) -> None:

@@ -13,7 +13,7 @@ import msgspec
 
 from pipeload.errors import ShardError
 
-__all__ = ["MAX_NEW_TOKENS", "GenerationConfig", "ModelConfig", "read_settings"]
+__all__ = ["MAX_NEW_TOKENS", "GenerationConfig", "ModelConfig", "read_file", "read_settings"]
 
 MAX_NEW_TOKENS = 64
 """Tokens to generate, unless the caller or the model says otherwise."""
@@ -89,6 +89,23 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.max_new_tokens or MAX_NEW_TOKENS
 
 
+def read_file(directory: Path, name: str) -> bytes | None:
+    """What the file `name` of the model directory holds, or None if there is no such file.
+
+    Raises:
+        ShardError: it cannot be read, or lies outside the directory.
+    """
+    path = directory / name
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise ShardError(f"{path} points to a place outside the model directory. Export the model again.")
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def read_settings(directory: Path, name: str, kind: type[Settings]) -> Settings:
     """The JSON file `name` of the model directory as a `kind`, or `kind()` if there is no such file.
 
@@ -96,16 +113,10 @@ def read_settings(directory: Path, name: str, kind: type[Settings]) -> Settings:
         ShardError: the file cannot be read, is no JSON, has a field of another type than it should have, or
             lies outside the directory.
     """
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise ShardError(f"{path} points to a place outside the model directory. Export the model again.")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    data = read_file(directory, name)
+    if data is None:
         return kind()
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ShardError(f"{path} is damaged: {error}. Export the model again.") from error
+        raise ShardError(f"{directory / name} is damaged: {error}. Export the model again.") from error

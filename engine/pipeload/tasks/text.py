@@ -110,8 +110,12 @@ class Tokenizer:
         ids = (self._id(settings.pad_token), config.pad_token_id, self.eos_id)
         self.pad_id = next((id_ for id_ in ids if id_ is not None and id_ >= 0), 0)
 
-    def encode(self, text: str) -> Encoded:
-        """The tokens of one text, special tokens included, cut to `max_length`.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        """The tokens of one text, cut to `max_length`.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: put those around it that the tokenizer has for a text of its own.
 
         Raises:
             ConfigError: the text is no string, or no valid Unicode.
@@ -123,7 +127,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ConfigError(f"The text is no valid Unicode: {error.reason} at {error.start}.") from error
         # One text at a time: encode_batch starts threads that stay for as long as the process.
-        encoding = self._backend.encode(text)
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         return Encoded(
             ids=tuple(encoding.ids),
             type_ids=tuple(encoding.type_ids),

@@ -1,0 +1,59 @@
+"""The options of the commands that generate text. What is None is as the model has it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Lookup",
+    "MinNewTokens",
+    "MinP",
+    "NoRepeatNgramSize",
+    "RepetitionPenalty",
+    "Sample",
+    "Seed",
+    "Stop",
+    "Temperature",
+    "TopK",
+    "TopP",
+]
+
+MinNewTokens = Annotated[int | None, typer.Option(min=0, help="No end of the text before so many tokens.")]
+Sample = Annotated[
+    bool | None, typer.Option("--sample/--greedy", help="Draw each token by its probability, or take the likeliest.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="With --sample: below 1 likely tokens become likelier, above 1 less so.")
+]
+TopK = Annotated[
+    int | None, typer.Option(min=0, help="With --sample: draw from so many of the likeliest tokens; 0 from all.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="With --sample: draw from the likeliest tokens that add up to this probability."),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="With --sample: draw from tokens this many times as likely as the likeliest."),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 tokens that were there already become less likely.")
+]
+NoRepeatNgramSize = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row come twice; 0 allows it.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End after this text; may be given several times.")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="With --sample: the same texts each time.")]
+Lookup = Annotated[
+    int | None,
+    typer.Option(
+        "--lookup",
+        metavar="N",
+        min=1,
+        help="Guess up to N tokens from what followed the same ones before, and check them in one pass.",
+    ),
+]

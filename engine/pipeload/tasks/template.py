@@ -1,0 +1,115 @@
+"""Chat templates: Jinja programs that a model brings along, which turn messages into one text.
+
+They run in Jinja's sandbox, with what `apply_chat_template` of transformers gives them, and the texts equal its. Jinja
+(extra `chat`) is imported with this module, so whoever needs it imports it late.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pipeload.errors import ConfigError, ShardError
+
+__all__ = ["ChatTemplate"]
+
+
+class ChatTemplate:
+    """A chat template, compiled. Safe to use from several threads.
+
+    The sandbox keeps it from Python's internals, from files and from changing what it is given. It does not bound time
+    and memory: a hostile template can still loop for hours.
+
+    Args:
+        source: the Jinja program.
+        where: what messages call its file.
+        tokens: special tokens by the names that templates have for them, such as `bos_token`.
+
+    Raises:
+        ShardError: it is no Jinja program.
+    """
+
+    def __init__(self, source: str, where: str, tokens: Mapping[str, Any]) -> None:
+        self._where = where
+        self._tokens = dict(tokens)
+        try:
+            self._template = _compiled(source)
+        except (TemplateSyntaxError, RecursionError) as error:
+            line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+            raise ShardError(
+                f"The chat template in {where} is damaged{line}: {error}. Export the model again."
+            ) from error
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+            messages: dicts with `role` and `content`, and what else the template knows.
+            add_generation_prompt: end with what comes before an answer.
+            **variables: for the template.
+
+        Raises:
+            ConfigError: the template refuses the messages, or cannot work with them.
+            ShardError: the template asks for what the sandbox does not give.
+        """
+        given = {"tools": None, "documents": None, **self._tokens, **variables}
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
+        except SecurityError as error:
+            raise ShardError(
+                f"The chat template in {self._where} was stopped: {error}. A template of a model needs nothing of "
+                "that kind: do not trust this one."
+            ) from error
+        except Exception as error:
+            raise ConfigError(
+                f"The chat template in {self._where} cannot take these messages: {str(error) or type(error).__name__}. "
+                "Pass messages with the roles, and in the order, that the model was trained with."
+            ) from error
+
+
+class _Generation(Extension):
+    """The block `{% generation %}`, with which training marks answers: what is in it, and nothing else."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the class above has it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _compiled(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=_now)
+    return environment.from_string(source)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes what is special in HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
