@@ -258,6 +258,9 @@ def test_generate_prints_json(tmp_path: Path, call: Call) -> None:
         "prompt_tokens": 4,
         "finish_reason": "eos",
         "logprobs": None,
+        "sweeps": 2,
+        "drafted_tokens": 0,
+        "accepted_tokens": 0,
     }
 
 
@@ -266,12 +269,14 @@ def test_generate_takes_every_option(tmp_path: Path, call: Call, monkeypatch: py
 
     def keep(model: Any, prompt: str, **options: Any) -> Generation:
         seen.update(options)
-        return Generation(text=" sat", token_ids=(8,), prompt_tokens=4, finish_reason="stop", logprobs=(-0.5,))
+        return Generation(
+            text=" sat", token_ids=(8,), prompt_tokens=4, finish_reason="stop", logprobs=(-0.5,), sweeps=1
+        )
 
     monkeypatch.setattr("pipeload.cli.generate.generate_text", keep)
     numbers = ["--max-new-tokens=9", "--min-new-tokens=2", "--top-k=3", "--no-repeat-ngram-size=4", "--seed=5"]
     shares = ["--temperature=0.5", "--top-p=0.9", "--min-p=0.1", "--repetition-penalty=1.2"]
-    rest = ["--sample", "--stop=.", "--stop", "the end", "--logprobs", "--json"]
+    rest = ["--sample", "--stop=.", "--stop", "the end", "--lookup=6", "--logprobs", "--json"]
     result = call(ToyDecoder(tmp_path), "generate", "the cat", *numbers, *shares, *rest)
     assert json.loads(result.stdout)["logprobs"] == [-0.5]
     assert seen == {
@@ -286,12 +291,22 @@ def test_generate_takes_every_option(tmp_path: Path, call: Call, monkeypatch: py
         "no_repeat_ngram_size": 4,
         "stop_strings": [".", "the end"],
         "seed": 5,
+        "prompt_lookup_num_tokens": 6,
         "logprobs": True,
     }
     call(ToyDecoder(tmp_path), "generate", "the cat", "--json", "--greedy")
     assert seen.pop("do_sample") is False
     assert seen.pop("logprobs") is False
     assert set(seen.values()) == {None}
+
+
+def test_generate_takes_a_draft_model(tmp_path: Path, call: Call, loads: list[tuple[Any, ...]]) -> None:
+    write_bert_tokenizer(tmp_path)
+    arguments = ("generate", "the cat", "--max-new-tokens=5", "--budget=1GB")
+    alone = call(ToyDecoder(tmp_path), *arguments)
+    made = call(ToyDecoder(tmp_path), *arguments, "--draft", str(tmp_path))
+    assert (made.exit_code, made.stdout) == (0, alone.stdout)
+    assert [load[:2] for load in loads[1:]] == [(tmp_path, "1GB"), (tmp_path, "1GB")]
 
 
 def test_generate_samples_the_same_text_for_the_same_seed(tmp_path: Path, call: Call) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+import pipeload
 from pipeload.cli.generation import (
+    Draft,
+    Lookup,
     MinNewTokens,
     MinP,
     NoRepeatNgramSize,
@@ -48,6 +52,8 @@ def generate(
         int | None, typer.Option(metavar="N", min=1, help="With --sample: N texts instead of one.")
     ] = None,
     seed: Seed = None,
+    lookup: Lookup = None,
+    draft: Draft = None,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")
     ] = False,
@@ -67,7 +73,7 @@ def generate(
 
         pipeload generate models/exported/smollm2-135m "Once upon a time" --sample --temperature 0.7 --seed 1 --stop .
 
-        pipeload generate models/exported/smollm2-135m - --json --logprobs < prompt.txt
+        pipeload generate models/exported/smollm2-135m - --lookup 10 --json < prompt.txt
     """
     refuse_images([prompt], "generate")
     if logprobs and not as_json:
@@ -85,9 +91,14 @@ def generate(
         "no_repeat_ngram_size": no_repeat_ngram_size,
         "stop_strings": stop,
         "seed": seed,
+        "prompt_lookup_num_tokens": lookup,
         "logprobs": logprobs,
     }
-    with open_model(directory, budget, stats=stats, trace=trace, quiet=True) as model:
+    with ExitStack() as stack:
+        if draft is not None:
+            # First, so that it stays in memory: the other one counts what it occupies.
+            options["assistant_model"] = stack.enter_context(pipeload.load(draft, budget))
+        model = stack.enter_context(open_model(directory, budget, stats=stats, trace=trace, quiet=True))
         if num_return_sequences is not None:
             with status("Generating"):
                 several = generate_text(model, text, num_return_sequences=num_return_sequences, **options)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 __all__ = [
+    "Draft",
     "Lookup",
     "MinNewTokens",
     "MinP",
@@ -55,5 +57,13 @@ Lookup = Annotated[
         metavar="N",
         min=1,
         help="Guess up to N tokens from what followed the same ones before, and check them in one pass.",
+    ),
+]
+Draft = Annotated[
+    Path | None,
+    typer.Option(
+        "--draft",
+        metavar="DIR",
+        help="Let this smaller model with the same tokenizer guess tokens; the budget holds for both together.",
     ),
 ]
