@@ -129,9 +129,9 @@ def limit_heap() -> None:
     """Keep the C library's heap from piling up freed memory, where it can be told to (glibc's `mallopt`).
 
     By default glibc keeps up to 64 MB in each of several arenas once large blocks were freed. From this call on, for
-    the rest of the process, blocks from 512 KiB on go back to the system when freed, and an arena keeps 1 MiB.
+    the rest of the process, blocks from 128 KiB on go back to the system when freed, and an arena keeps 1 MiB.
     """
-    _set_heap(mapped_from_bytes=512 << 10, kept_bytes=1 << 20)
+    _set_heap(mapped_from_bytes=128 << 10, kept_bytes=1 << 20)
 
 
 def widen_heap() -> None:
