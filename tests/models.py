@@ -5,9 +5,9 @@
 
 Each directory of an architecture also holds `reference.npz`: inputs, and what the unsplit model answers to them, as
 `input.0.input_ids`, `output.0.last_hidden_state`, `input.1.input_ids` ... Those of models for text generation also hold
-`greedy.npz`: what transformers itself generates, as `tests/greedy.py` has it. Directories named `toy...` are those of
-`tests/engine/toy.py`. Tests find the folder in the environment variable PIPELOAD_TEST_MODELS; a machine without torch
-gets it from one that has it.
+`greedy.npz`: what transformers itself generates, as `tests/greedy.py` has it, and the folder `int8`: the same model
+with KV caches of int8. Directories named `toy...` are those of `tests/engine/toy.py`. Tests find the folder in the
+environment variable PIPELOAD_TEST_MODELS; a machine without torch gets it from one that has it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from tests.greedy import GREEDY_NAME, write_continuations
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE_NAME = "reference.npz"
+INT8_NAME = "int8"
 _VOCABULARY = 1000
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 _IMAGE = {"image_size": 32, "patch_size": 8}
@@ -140,8 +141,9 @@ def _make_architecture(directory: Path, name: str) -> None:
         model.save_pretrained(checkpoint)
         export(checkpoint, directory, task=task, keep_onnx=unsplit)
         np.savez(directory / REFERENCE_NAME, **_reference(unsplit / "model.onnx", task))
-    if task == "text-generation":
-        write_continuations(model, directory / GREEDY_NAME)
+        if task == "text-generation":
+            write_continuations(model, directory / GREEDY_NAME)
+            export(unsplit / "model.onnx", directory / INT8_NAME, task=task, kv_cache="int8")
 
 
 def _reference(path: Path, task: str) -> dict[str, NDArray[Any]]:

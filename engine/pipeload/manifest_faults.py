@@ -55,6 +55,7 @@ def faults(m: Manifest) -> Iterator[str]:
     for name in sorted(outputs - {name for shard in m.shards for name in shard.outputs}):
         yield f"output '{name}' is made by no shard"
     inputs, made = {spec.name: spec for spec in m.inputs}, {spec.name: spec for spec in m.outputs}
+    in_place = {cache.input for cache in m.caches if cache.in_place}
     for cache in m.caches:
         before, after = inputs.get(cache.input), made.get(cache.output)
         if before is None:
@@ -63,6 +64,8 @@ def faults(m: Manifest) -> Iterator[str]:
             yield f"cache output '{cache.output}' is no output of the model"
         if before and after and (before.dtype, len(before.shape)) != (after.dtype, len(after.shape)):
             yield f"cache input '{cache.input}' and output '{cache.output}' differ in dtype or rank"
+        if cache.scale is not None and not {cache.input, cache.scale} <= in_place:
+            yield f"cache '{cache.input}' has the scales '{cache.scale}', and not both are caches in place"
 
 
 def _shard_faults(

@@ -174,11 +174,14 @@ class Cache:
         in_place: the shard writes the new tokens into the cache that it gets. `[batch, heads, tokens, size]`; what the
             shard takes must have room for the new tokens, and may have more; what it makes is as large. Otherwise the
             shard makes a longer copy.
+        scale: of a cache of int8, the input of the cache that holds its scales, `[batch, heads, tokens, 1]`: their
+            product is what the model keeps.
     """
 
     input: str
     output: str
     in_place: bool = False
+    scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -386,8 +386,9 @@ class Model:
                 f"positions is {positions}; it must be from 1 to {length - state.length}, the new tokens of this step."
             )
         before = state.capacity, state.batch
-        if length > state.capacity:
-            state.capacity = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
+        feed.room = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        state.capacity = max(state.capacity, feed.room)
         state.batch = max(state.batch, self._batch(dims))
         try:
             outputs = self._submit(feed, arrays, dims, state=state).result()
@@ -421,12 +422,12 @@ class Model:
     ) -> Call[dict[str, Value]]:
         pieces, piece_dims = [arrays], dims
         if state and self._in_place:
-            pieces, piece_dims = self._pieces(arrays, dims, feed.positions or 1)
+            pieces, piece_dims = self._pieces(arrays, dims, feed.positions or 1, state.capacity)
         values = [{n: to_value(array, self._specs[n].dtype) for n, array in piece.items()} for piece in pieces]
         if state and not self._in_place:
             values[0] |= state.caches
         elif state:
-            feed.caches, feed.room = state.caches, state.capacity
+            feed.caches = state.caches
         feed.pieces = values
         pass_bytes, held_bytes = footprint.pass_needs(
             self.manifest, piece_dims, positions=feed.positions, top=feed.top > 0
@@ -450,9 +451,9 @@ class Model:
         )
 
     def _pieces(
-        self, arrays: Mapping[str, NDArray[Any]], dims: Mapping[str, int], positions: int
+        self, arrays: Mapping[str, NDArray[Any]], dims: Mapping[str, int], positions: int, room: int
     ) -> tuple[list[Mapping[str, NDArray[Any]]], Mapping[str, int]]:
-        """A long text in pieces, and the sizes of the last one: its activations are those of a piece.
+        """A long text in pieces, and the sizes by which their activations are counted: one piece, and full caches.
 
         The last one has all positions whose logits are wanted.
         """
@@ -470,7 +471,8 @@ class Model:
                 for name, array in arrays.items()
             }
             pieces.append(piece)
-        return pieces, {**dims, text: size, past: before + length - size}
+        # Attention goes over all the room in the caches, whatever a mask hides.
+        return pieces, {**dims, text: size, past: room - size}
 
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
         return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}

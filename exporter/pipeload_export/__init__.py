@@ -15,7 +15,9 @@ split       graph -> shards; its parts, in order:
 loading       the file as a sorted graph whose weights stay in it
 graph         that graph
 fold          constants folded, names resolved
-attention     caches written in place
+attention     how layers read their caches
+caches        caches written in place
+quantised     these caches as int8
 flow, cuts    where one activation flows, where the blocks begin and end
 tables, head  embedding tables taken out, the vocabulary head cut
 placement     each node to its shard; edges, caches
@@ -38,7 +40,7 @@ Importing this package needs only what the engine needs; torch, onnx and the oth
 
 from __future__ import annotations
 
-from pipeload_export.package import export
+from pipeload_export.package import KvCache, export
 from pipeload_export.verify import Report, verify
 
-__all__ = ["Report", "export", "verify"]
+__all__ = ["KvCache", "Report", "export", "verify"]

@@ -1,219 +1,116 @@
-"""KV caches that are copied to grow -> caches with room to grow, which are written in place.
+"""What a layer's attention over KV caches consists of, as exporters write it out in small operators.
 
 ```
-before    present = Concat(past, new)             a copy of the whole cache for every token
-          softmax(q @ repeat(present_k)' * scale + mask) @ repeat(present_v)
-after     present = TensorScatter(past, new)      the new tokens only, when past and present are the same memory
-          Attention(q * scale, present_k, present_v, mask)
+softmax(q @ repeat(present_k)' * scale + mask) @ repeat(present_v)
 ```
-
-Behind the rewriting, `past` and `present` have the same shape, with any room behind the tokens that are there. How many
-there are follows from the inputs: a mask is as long as cache and text together. Both operators are ONNX's own, since
-version 24.
-
-A layer is only rewritten when every reader of its caches is understood; otherwise the whole graph stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto
 
-from pipeload.manifest import symbols
-from pipeload_export.fold import drop_dead, infer_types
-from pipeload_export.graph import Graph, attribute, known_constant
-from pipeload_export.loading import sort_nodes
+from pipeload_export.graph import Graph, attribute
 
-__all__ = ["write_in_place"]
-
-_OPSET = 24
-"""The first version of ONNX with TensorScatter and with Attention over a cache."""
-_UNCHANGED = frozenset(
-    {
-        *("Cast", "CastLike", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "If", "Loop", "Pad"),
-        *("QuantizeLinear", "DequantizeLinear", "QLinearMatMul", "Reshape", "Scan", "Shape", "Size", "Squeeze"),
-        *("Transpose", "Unsqueeze", "IsNaN", "IsInf", "Cos", "Sin", "Elu", "HardSigmoid", "HardSwish", "Mish", "Round"),
-        *("Softplus", "Softsign"),
-    }
-)
-"""Operators that later versions of ONNX took over as they were, for more element types."""
-_LENGTH_AXIS = 2
-"""Of caches: batch, heads, length, size of a head."""
-_LOWEST = np.float32(-1e30)
-"""Hides as well as the least number does, which onnxruntime takes for minus infinity: a row of that alone is zero."""
-_TOTAL, _PAST, _WHERE = "pipeload.total_length", "pipeload.past_length", "pipeload.write_indices"
+__all__ = ["ForeignError", "Layer", "find_layers", "shapes_of"]
 
 
 @dataclass(slots=True)
-class _Keys:
-    """How a layer's scores come from its keys."""
+class Layer:
+    """One layer's attention.
 
-    present: str
-    repeated: str
-    factors: list[tuple[str, str]] = field(default_factory=list)
+    Attributes:
+        keys, values: its caches, as the graph makes them.
+        repeated: what holds the heads of these caches, repeated for those of the queries that share one.
+        queries: what the keys are multiplied with.
+        factors: (Mul or Div, a number) by which queries or scores are changed.
+        mask: (Add or Where, its other inputs) for what changes the scores after that, in order.
+        guarded: rows that see nothing get zeros.
+        product: the node that makes the result.
+    """
+
+    keys: str
+    values: str = ""
+    repeated: tuple[str, ...] = ()
     queries: str = ""
+    factors: list[tuple[str, str]] = field(default_factory=list)
     mask: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     guarded: bool = False
-    product: NodeProto | None = None
+    product: NodeProto = field(default_factory=NodeProto)
 
 
-class _ForeignError(Exception):
+class ForeignError(Exception):
     """Something that is not understood."""
 
 
-def write_in_place(graph: Graph) -> dict[str, str]:
-    """Rewrite a decoder's graph. Returns the caches that are now written in place: graph input -> graph output.
+def find_layers(graph: Graph, presents: Sequence[str]) -> list[Layer]:
+    """The layers that read the caches.
 
-    Such an input is then declared with the shape of its output: room for the new tokens.
+    Args:
+        graph: the model's.
+        presents: the caches, as the graph makes them.
+
+    Raises:
+        ForeignError: a cache is read in a way that is not understood.
     """
-    concats = dict(_concats(graph))
-    lengths = _lengths(graph, set(concats))
-    if not concats or lengths is None or not _is_newer_the_same(graph):
-        return {}
-    try:
-        layers = _Rewriter(graph, concats, *lengths)
-        nodes = layers.rewritten()
-    except _ForeignError:
-        return {}
-    graph.nodes = sort_nodes(nodes, {*graph.constants, *(value.name for value in graph.inputs)})
-    values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
-    for name, node in concats.items():
-        values[name].type.CopyFrom(values[node.output[0]].type)
-    graph.opsets[""] = max(graph.opsets[""], _OPSET)
-    drop_dead(graph)
-    graph.types = infer_types(graph)
-    return {name: node.output[0] for name, node in concats.items()}
+    reader = _Reader(graph, presents)
+    ends = {name: reader.behind_repeat(name) for name in presents}
+    values = {id(node): name for name, (repeated, node) in ends.items() if _is_values_product(repeated, node)}
+    layers = []
+    for name in [name for name in presents if name not in values.values()]:
+        layer = reader.layer(name, *ends[name])
+        if id(layer.product) not in values:
+            raise ForeignError
+        layer.values = values.pop(id(layer.product))
+        layer.repeated = (ends[name][0], ends[layer.values][0])
+        layers.append(layer)
+    if values:
+        raise ForeignError
+    return layers
 
 
-def _concats(graph: Graph) -> Iterator[tuple[str, NodeProto]]:
-    """Caches, and the nodes that append to them."""
-    inputs, outputs = {value.name for value in graph.inputs}, set(graph.output_names)
-    for node in graph.nodes:
-        axis = attribute(node, "axis", 0)
-        if node.op_type == "Concat" and len(node.input) == 2 and axis in (_LENGTH_AXIS, _LENGTH_AXIS - 4):
-            dtype, shape = graph.types.get(node.input[0], (0, None))
-            is_cache = dtype == TensorProto.FLOAT and len(shape or ()) == 4
-            if node.input[0] in inputs and node.output[0] in outputs and is_cache:
-                yield node.input[0], node
+def shapes_of(consumers: Mapping[str, Sequence[NodeProto]], name: str) -> list[NodeProto]:
+    """The nodes that ask for a tensor's shape."""
+    return [node for node in consumers.get(name, []) if node.op_type == "Shape"]
 
 
-def _lengths(graph: Graph, caches: set[str]) -> tuple[tuple[str, int], tuple[str, int]] | None:
-    """Inputs, and their axes, that are as long as cache and text together, and as the text."""
-    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.inputs}
-    pasts = {shapes[name][_LENGTH_AXIS] for name in caches}
-    others = {name: shape for name, shape in shapes.items() if name not in caches}
-    if len(pasts) != 1:
-        return None
-    (past,) = pasts
-    texts = {dim: (name, axis) for name, shape in others.items() for axis, dim in enumerate(shape)}
-    for name, shape in others.items():
-        for axis, dim in enumerate(shape):
-            parts = symbols(dim)
-            if len(parts) == 2 and past in parts:
-                text = next(part for part in parts if part != past)
-                if text in texts and texts[text][0] in others:
-                    return (name, axis), texts[text]
-    return None
+def _is_values_product(name: str, reader: NodeProto) -> bool:
+    """Whether the tensor holds values, to be multiplied with probabilities; keys are transposed before."""
+    return bool(reader.op_type == "MatMul" and reader.input[1] == name)
 
 
-def _is_newer_the_same(graph: Graph) -> bool:
-    """Whether the graph means the same under the newer version of ONNX."""
-    before = graph.opsets.get("", 0)
-    for kind in {node.op_type for node in graph.nodes if node.domain in ("", "ai.onnx")} - _UNCHANGED:
-        try:
-            old = onnx.defs.get_schema(kind, before, "").since_version
-            new = onnx.defs.get_schema(kind, max(before, _OPSET), "").since_version
-        except onnx.defs.SchemaError:
-            return False
-        if old != new:
-            return False
-    return True
-
-
-class _Rewriter:
-    def __init__(
-        self, graph: Graph, concats: Mapping[str, NodeProto], total: tuple[str, int], text: tuple[str, int]
-    ) -> None:
+class _Reader:
+    def __init__(self, graph: Graph, presents: Sequence[str]) -> None:
         self._graph = graph
-        self._concats = concats
-        self._total, self._text = total, text
+        self._presents = frozenset(presents)
         self._consumers = graph.consumers()
-        self._replaced: dict[int, list[NodeProto]] = {}
-        self._grown = {node.output[0] for node in concats.values()}
-        self._count = 0
 
-    def rewritten(self) -> list[NodeProto]:
-        """All nodes of the new graph, sorted. Raises _ForeignError."""
-        presents = [node.output[0] for node in self._concats.values()]
-        ends = {name: self._behind_repeat(name) for name in presents}
-        values = {id(reader): name for name, (_, reader) in ends.items() if self._is_values_product(*ends[name])}
-        keys = [self._keys(name, *ends[name]) for name in presents if name not in values.values()]
-        for found in keys:
-            name = values.pop(id(found.product), None)
-            if name is None or found.product is None:
-                raise _ForeignError
-            self._replaced[id(found.product)] = list(self._attention(found, name))
-            for repeated in {found.repeated, ends[name][0]} - self._grown:
-                for node in self._shapes_of(repeated):
-                    self._replaced[id(node)] = list(self._shape(node, _TOTAL, heads_of=found.queries))
-        if values:
-            raise _ForeignError
-        for past, node in self._concats.items():
-            scatter = helper.make_node(
-                "TensorScatter", [past, node.input[1], _WHERE], [node.output[0]], axis=_LENGTH_AXIS
-            )
-            self._replaced[id(node)] = [scatter]
-        for name, length in [*((past, _PAST) for past in self._concats), *((grown, _TOTAL) for grown in self._grown)]:
-            for node in self._shapes_of(name):
-                self._replaced[id(node)] = list(self._shape(node, length, heads_of=name))
-        nodes = [*self._counts()]
-        for node in self._graph.nodes:
-            nodes += self._replaced.get(id(node), [node])
-        return nodes
-
-    # Reading the graph
-
-    def _shapes_of(self, name: str) -> list[NodeProto]:
-        return [node for node in self._consumers.get(name, []) if node.op_type == "Shape"]
-
-    def _reader(self, name: str) -> NodeProto:
-        """The one node that reads a tensor's values."""
-        readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
-        if len(readers) != 1 or (name in self._graph.output_names and name not in self._grown):
-            raise _ForeignError
-        return readers[0]
-
-    def _next(self, node: NodeProto) -> tuple[str, NodeProto]:
-        """A node's result, and the one node that reads it; nobody may ask for its shape."""
-        if self._shapes_of(node.output[0]):
-            raise _ForeignError
-        return node.output[0], self._reader(node.output[0])
-
-    def _behind_repeat(self, name: str) -> tuple[str, NodeProto]:
+    def behind_repeat(self, name: str) -> tuple[str, NodeProto]:
         """The heads of a cache, each repeated for the queries' heads that share it, and who reads them."""
         reader = self._reader(name)
         if reader.op_type != "Unsqueeze":
             return name, reader
         axes = self._graph.constants.get(reader.input[1])
         if axes is None or axes.load().tolist() not in ([2], [-3]):
-            raise _ForeignError
+            raise ForeignError
         _, expand = self._next(reader)
         _, reshape = self._next(expand)
         if (expand.op_type, reshape.op_type) != ("Expand", "Reshape"):
-            raise _ForeignError
+            raise ForeignError
         return reshape.output[0], self._reader(reshape.output[0])
 
-    @staticmethod
-    def _is_values_product(name: str, reader: NodeProto) -> bool:
-        """Whether the tensor holds values, to be multiplied with probabilities; keys are transposed before."""
-        return bool(reader.op_type == "MatMul" and reader.input[1] == name)
+    def layer(self, keys: str, name: str, reader: NodeProto) -> Layer:
+        """The layer of some keys, with its values still unknown.
 
-    def _keys(self, present: str, name: str, reader: NodeProto) -> _Keys:
-        found = _Keys(present, name)
+        Args:
+            keys: the cache.
+            name: the same with its heads repeated.
+            reader: the node that reads that.
+        """
+        found = Layer(keys)
         transposed = False
         while reader.op_type != "MatMul":
             if reader.op_type == "Transpose" and attribute(reader, "perm") == [0, 1, 3, 2] and not transposed:
@@ -222,7 +119,7 @@ class _Rewriter:
                 found.factors.append(self._factor(reader, name))
             name, reader = self._next(reader)
         if reader.input[1] != name or not transposed:
-            raise _ForeignError
+            raise ForeignError
         found.queries = reader.input[0]
         name, reader = self._next(reader)
         while reader.op_type != "Softmax":
@@ -233,10 +130,10 @@ class _Rewriter:
             elif not found.mask:
                 found.factors.append(self._factor(reader, name))
             else:
-                raise _ForeignError
+                raise ForeignError
             name, reader = self._next(reader)
         if attribute(reader, "axis", -1) not in (-1, 3) or not found.mask:
-            raise _ForeignError
+            raise ForeignError
         name = reader.output[0]
         readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
         guards = [node for node in readers if node.op_type == "IsNaN"]
@@ -245,15 +142,28 @@ class _Rewriter:
             (guard,) = guards
             choice = self._reader(guard.output[0])
             if choice.op_type != "Where" or list(choice.input[::2]) != [guard.output[0], name] or len(readers) != 2:
-                raise _ForeignError
+                raise ForeignError
             zero = self._graph.constants.get(choice.input[1])
             if zero is None or np.any(zero.load()):
-                raise _ForeignError
+                raise ForeignError
             found.guarded, name = True, choice.output[0]
         found.product = self._reader(name)
         if found.product.op_type != "MatMul" or found.product.input[0] != name:
-            raise _ForeignError
+            raise ForeignError
         return found
+
+    def _reader(self, name: str) -> NodeProto:
+        """The one node that reads a tensor's values."""
+        readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
+        if len(readers) != 1 or (name in self._graph.output_names and name not in self._presents):
+            raise ForeignError
+        return readers[0]
+
+    def _next(self, node: NodeProto) -> tuple[str, NodeProto]:
+        """A node's result, and the one node that reads it; nobody may ask for its shape."""
+        if shapes_of(self._consumers, node.output[0]):
+            raise ForeignError
+        return node.output[0], self._reader(node.output[0])
 
     def _factor(self, node: NodeProto, name: str) -> tuple[str, str]:
         """(Mul or Div, a number) by which a node changes the tensor `name`."""
@@ -262,82 +172,7 @@ class _Rewriter:
         elif node.op_type == "Div" and node.input[0] == name:
             number = node.input[1]
         else:
-            raise _ForeignError
+            raise ForeignError
         if self._graph.types.get(number, (0, None))[1] not in ((), (1,)):
-            raise _ForeignError
+            raise ForeignError
         return node.op_type, number
-
-    # Writing the new one
-
-    def _name(self, what: str) -> str:
-        self._count += 1
-        return f"pipeload.{what}.{self._count}"
-
-    def _constant(self, value: np.ndarray) -> str:
-        name = self._name("constant")
-        self._graph.constants[name] = known_constant(value)
-        return name
-
-    def _counts(self) -> Iterator[NodeProto]:
-        """Lengths of cache and text together, and of the cache, and where the text goes."""
-        (total, axis), (text, text_axis) = self._total, self._text
-        yield helper.make_node("Shape", [total], [_TOTAL], start=axis, end=axis + 1)
-        yield helper.make_node("Shape", [text], ["pipeload.text_length"], start=text_axis, end=text_axis + 1)
-        yield helper.make_node("Sub", [_TOTAL, "pipeload.text_length"], [_PAST])
-        yield helper.make_node("Shape", [text], ["pipeload.batch"], start=0, end=1)
-        yield helper.make_node("Expand", [_PAST, "pipeload.batch"], [_WHERE])
-
-    def _shape(self, node: NodeProto, length: str, *, heads_of: str) -> Iterator[NodeProto]:
-        """The shape that a cache would have without room, with the batch, heads and size of another tensor."""
-        parts = [self._name("shape") for _ in range(3)]
-        yield helper.make_node("Shape", [heads_of], [parts[0]], start=0, end=_LENGTH_AXIS)
-        yield helper.make_node("Shape", [heads_of], [parts[1]], start=_LENGTH_AXIS + 1)
-        start, end = attribute(node, "start", 0), attribute(node, "end", 4)
-        whole = node.output[0] if (start, end) == (0, 4) else parts[2]
-        yield helper.make_node("Concat", [parts[0], length, parts[1]], [whole], axis=0)
-        if whole != node.output[0]:
-            bounds = [self._constant(np.array([place], np.int64)) for place in (start, end)]
-            yield helper.make_node("Slice", [whole, *bounds], [node.output[0]])
-
-    def _attention(self, keys: _Keys, values: str) -> Iterator[NodeProto]:
-        queries = keys.queries
-        for kind, number in keys.factors:
-            name = self._name("queries")
-            yield helper.make_node(kind, [queries, number], [name])
-            queries = name
-        mask = ""
-        for kind, names in keys.mask:
-            before, mask = mask, self._name("mask")
-            if kind == "Where":
-                visible = before or self._constant(np.array(0, np.float32))
-                yield helper.make_node("Where", [names[0], visible, names[1]], [mask])
-            elif before:
-                yield helper.make_node("Add", [before, names[0]], [mask])
-            else:
-                mask = names[0]
-        if not keys.guarded:
-            # The least numbers hide nothing in rows that have nothing else.
-            infinite, raised, name = self._name("infinite"), self._name("mask"), self._name("mask")
-            yield helper.make_node("IsInf", [mask], [infinite])
-            yield helper.make_node("Max", [mask, self._constant(np.array(_LOWEST))], [raised])
-            yield helper.make_node("Where", [infinite, mask, raised], [name])
-            mask = name
-        # A mask has a row for every query here, even where all rows are the same.
-        rows, every, name = self._name("rows"), self._name("shape"), self._name("mask")
-        one, two = (self._constant(np.ones(count, np.int64)) for count in (1, 2))
-        yield helper.make_node("Shape", [queries], [rows], start=_LENGTH_AXIS, end=_LENGTH_AXIS + 1)
-        yield helper.make_node("Concat", [two, rows, one], [every], axis=0)
-        yield helper.make_node("Expand", [mask, every], [name])
-        mask = name
-        # The mask is as long as cache and text; there may be more room than that.
-        room, pads, padded = self._name("room"), self._name("pads"), self._name("mask")
-        size, zeros = self._name("size"), self._constant(np.zeros(7, np.int64))
-        yield helper.make_node("Shape", [keys.present], [size], start=_LENGTH_AXIS, end=_LENGTH_AXIS + 1)
-        yield helper.make_node("Sub", [size, _TOTAL], [room])
-        yield helper.make_node("Concat", [zeros, room], [pads], axis=0)
-        nothing = self._constant(np.array(-np.inf, np.float32))
-        yield helper.make_node("Pad", [mask, pads, nothing], [padded])
-        assert keys.product is not None
-        yield helper.make_node(
-            "Attention", [queries, keys.present, values, padded], list(keys.product.output), scale=1.0
-        )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import pipeload
 from pipeload.errors import ConfigError, ExportError
@@ -20,7 +21,10 @@ from pipeload_export.source import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 from pipeload_export.verify import verify as verify_directory
 
-__all__ = ["export"]
+__all__ = ["KvCache", "export"]
+
+KvCache = Literal["model", "int8"]
+"""Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,6 +42,7 @@ def export(
     revision: str | None = None,
     opset: int | None = None,
     whole: bool = False,
+    kv_cache: KvCache = "model",
     force: bool = False,
     trust_remote_code: bool = False,
     keep_onnx: str | Path | None = None,
@@ -56,6 +61,8 @@ def export(
         revision: branch, tag or commit of a model on the hub.
         opset: version of the ONNX operators; None for the library's choice.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
+        kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
+            leaves them as they are.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the Python code that a checkpoint brings along. Read it first.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
@@ -74,6 +81,8 @@ def export(
         >>> len([shard for shard in manifest.shards if shard.role == "block"])
         6
     """
+    if kv_cache not in get_args(KvCache):
+        raise ConfigError(f"The KV caches cannot be {kv_cache!r}; take one of {', '.join(get_args(KvCache))}.")
     require_modules("onnx")
     notify = progress or _silent
     staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -96,7 +105,7 @@ def export(
         with ExitStack() as stack:
             stack.enter_context(staging)
             unsplit = found.to_onnx(staging.work, notify) if isinstance(found, Checkpoint) else found
-            manifest = _build(unsplit, staging.result, whole=whole, verify=verify, progress=notify)
+            manifest = _build(unsplit, staging.result, whole=whole, kv_cache=kv_cache, verify=verify, progress=notify)
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
@@ -111,13 +120,21 @@ def export(
     return manifest
 
 
-def _build(unsplit: Unsplit, result: Path, *, whole: bool, verify: bool, progress: Progress) -> Manifest:
+def _build(
+    unsplit: Unsplit, result: Path, *, whole: bool, kv_cache: KvCache, verify: bool, progress: Progress
+) -> Manifest:
     from pipeload_export.split import split  # needs the extra [export], which importing this module does not
 
     shards = result / "shards"
     shards.mkdir()
     # One step, not one for each of what may be a hundred shards.
-    model = split(unsplit.path, shards, whole=whole, progress=lambda _, done, total: progress(_WRITING, done, total))
+    model = split(
+        unsplit.path,
+        shards,
+        whole=whole,
+        int8_caches=kv_cache == "int8",
+        progress=lambda _, done, total: progress(_WRITING, done, total),
+    )
     written = sum(record.nbytes for record in model.files)
     progress(_WRITING, written, written)
     for name, file in unsplit.side_files.items():

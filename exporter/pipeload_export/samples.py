@@ -76,14 +76,20 @@ _DECODER = (
 
 
 def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
-    """Inputs of several lengths and batch sizes; for a decoder, first without and then with a filled cache."""
+    """Inputs of several lengths and batch sizes; for a decoder, first without and then with a filled cache.
+
+    With caches of int8 there is one more, the first, whose own caches fill those of all others (`compare`).
+    """
     limits = index_limits(manifest, directory)
     config = read_json(directory / "config.json")
     roles = _Roles(manifest, limits, config)
     positions = config.get("max_position_embeddings") or config.get("n_positions") or _MANY
     # Some model types use the first two positions for padding.
     known = _DECODER if manifest.caches else _ENCODER
-    chosen = [sizes for sizes in known if sizes.past + sizes.length <= positions - 2] or known[:1]
+    chosen = [sizes for sizes in known if sizes.past + sizes.length <= positions - 2] or [known[0]]
+    if any(cache.scale for cache in manifest.caches):
+        batch, past = (max(getattr(sizes, name) for sizes in chosen) for name in ("batch", "past"))
+        chosen = [_Sizes(batch=batch, length=max(past, 1)), *chosen]
     # A generator for each case: what one case draws does not depend on the others.
     return [
         Case(name=sizes.name, inputs=_inputs(manifest, roles, limits, sizes, np.random.default_rng([_SEED, number])))

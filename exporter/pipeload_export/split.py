@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +10,14 @@ from onnx import ValueInfoProto
 
 from pipeload.errors import ExportError
 from pipeload.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
-from pipeload_export.attention import write_in_place
+from pipeload_export.caches import write_in_place
 from pipeload_export.cuts import find_cuts
 from pipeload_export.fold import drop_dead, normalise
 from pipeload_export.graph import Graph, dtype_name
 from pipeload_export.head import HeadCut, cut_head
 from pipeload_export.loading import load
 from pipeload_export.placement import Piece, find_caches, place
+from pipeload_export.quantised import quantise_caches
 from pipeload_export.sampling import Sampler
 from pipeload_export.tables import Lift, lift_tables
 from pipeload_export.writer import Progress, ShardWriter
@@ -44,6 +45,7 @@ def split(
     shards_dir: Path,
     *,
     whole: bool = False,
+    int8_caches: bool = False,
     progress: Progress | None = None,
 ) -> SplitModel:
     """Cut a transformer's ONNX graph into shards, and write them.
@@ -55,6 +57,7 @@ def split(
         model_path: the `.onnx` file.
         shards_dir: an existing folder for the shards; paths in the result are relative to its parent.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
+        int8_caches: make the KV caches int8.
         progress: called with what is being written, and its bytes so far and in total.
 
     Raises:
@@ -68,6 +71,9 @@ def split(
     graph = normalise(load(model_path))
     inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
     in_place = write_in_place(graph)
+    scales = quantise_caches(graph, in_place) if int8_caches else {}
+    inputs = tuple(_with_scales(inputs, {name: given for name, (given, _) in scales.items()}))
+    in_place |= dict(scales.values())
     cuts = find_cuts(graph, whole=whole)
     activation = {name for segment in cuts.segments for name in segment}
     lifts = lift_tables(graph, block_bytes=cuts.block_bytes, activation=activation)
@@ -76,7 +82,12 @@ def split(
     drop_dead(graph, [*([head.input] if head else []), *(lift.indices for lift in lifts)])
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     caches = tuple(
-        replace(cache, in_place=in_place.get(cache.input) == cache.output) for cache in find_caches(graph, pieces)
+        replace(
+            cache,
+            in_place=in_place.get(cache.input) == cache.output,
+            scale=scales[cache.input][0] if cache.input in scales else None,
+        )
+        for cache in find_caches(graph, pieces)
     )
     graph.constants.update(lifted)
 
@@ -135,6 +146,16 @@ def _input_spec(value: ValueInfoProto, graph: Graph) -> TensorSpec:
         )
     dtype = dtype_name(tensor.elem_type or graph.types.get(value.name, (0, None))[0])
     return TensorSpec(name=value.name, dtype=dtype, shape=_declared(value))
+
+
+def _with_scales(specs: Sequence[TensorSpec], scales: Mapping[str, str]) -> Iterator[TensorSpec]:
+    """What a caller passes: caches as int8, and each one's scales behind it."""
+    for spec in specs:
+        if spec.name in scales:
+            yield replace(spec, dtype="int8")
+            yield TensorSpec(name=scales[spec.name], dtype=spec.dtype, shape=(*spec.shape[:-1], 1))
+        else:
+            yield spec
 
 
 def _declared(value: ValueInfoProto) -> tuple[int | str, ...]:

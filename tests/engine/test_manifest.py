@@ -207,6 +207,10 @@ _FAULTS = [
     (_set("caches", to=[{"input": "input_ids", "output": "last_hidden_state"}]), "differ in dtype or rank"),
     (_set("caches", to=[{"input": "past", "output": "present"}]), "cache output 'present' is no output"),
     (
+        _set("caches", to=[{"input": "past", "output": "present", "in_place": True, "scale": "other"}]),
+        "cache 'past' has the scales 'other', and not both are caches in place",
+    ),
+    (
         _set("head", to={"input": "hidden.6", "output": "logits", "shards": ["epilogue", "head.000"]}),
         "head slice 'head.000' is not a shard",
     ),

@@ -125,6 +125,16 @@ def test_export_replaces_with_force(run: Run, source: Path, exported: Path) -> N
     assert run("export", source, exported, "--force")[0] == 0
 
 
+def test_export_refuses_int8_caches_of_a_model_without_caches(run: Run, source: Path, tmp_path: Path) -> None:
+    code, out, err = run("export", source, tmp_path / "target", "--kv-cache", "int8")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: This model has no KV caches that could be int8")
+    assert err.count("\n") == 1
+    code, _, err = run("export", source, tmp_path / "target", "--kv-cache", "int4")
+    assert code == 2
+    assert "'model', 'int8'" in err
+
+
 def test_inspect(run: Run, exported: Path) -> None:
     code, out, _ = run("inspect", exported)
     lines = [line.split() for line in out.splitlines()]

@@ -18,7 +18,7 @@ from tests.engine.toy import make_toy
 from tests.exporter.models import ROWS, write_gpt2, write_onnx
 
 from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadError, ShardError
-from pipeload.manifest import FileRecord, Manifest, Shard, read, write
+from pipeload.manifest import Cache, FileRecord, Manifest, Shard, read, write
 from pipeload_export import export, verify
 from pipeload_export import samples as samples_module
 from pipeload_export.compare import _difference, limit_of
@@ -326,7 +326,7 @@ class TestSamples:
         past = replace(ids, name="past", dtype="float32", shape=("batch_size", 2, "past", 4))
         mask = replace(mask, shape=("batch_size", "total"))
         present = replace(past, name="present", shape=("batch_size", 2, "total", 4))
-        cache = type("Cache", (), {"input": "past", "output": "present"})()
+        cache = Cache(input="past", output="present")
         decoder = replace(manifest, inputs=(ids, mask, past), outputs=(present,), caches=(cache,))
         for case in sample_cases(decoder, exported):
             length = case.inputs["input_ids"].shape[1] + case.inputs["past"].shape[2]

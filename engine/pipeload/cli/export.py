@@ -28,6 +28,10 @@ def export(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     opset: Annotated[int | None, typer.Option(min=1, help="Version of the ONNX operators, at most 20.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
+    kv_cache: Annotated[
+        pipeload_export.KvCache,
+        typer.Option(help="KV caches as the model has them, or rounded to int8: a quarter of the memory."),
+    ] = "model",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
     keep_onnx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the unsplit ONNX model in this folder.")
@@ -49,6 +53,8 @@ def export(
 
         pipeload export ./checkpoint classifier --task text-classification
 
+        pipeload export ./gpt-checkpoint gpt --kv-cache int8
+
         pipeload export ./model.onnx model --force --json
     """
     if verbose:
@@ -62,6 +68,7 @@ def export(
             revision=revision,
             opset=opset,
             whole=whole,
+            kv_cache=kv_cache,
             force=force,
             trust_remote_code=trust_remote_code,
             keep_onnx=keep_onnx,

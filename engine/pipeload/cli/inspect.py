@@ -71,13 +71,17 @@ def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _tensors(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:
-    """A row for each tensor; the caches, of which there are many, share one."""
+    """A row for each tensor; the caches, of which there are many, share one for each type and shape."""
     caches = {name for cache in manifest.caches for name in (cache.input, cache.output)}
     for spec in specs:
         if spec.name not in caches:
             yield spec.name, f"{spec.dtype}{_shape(spec)}"
-    if held := [spec for spec in specs if spec.name in caches]:
-        yield f"{held[0].name} ... ({len(held)} caches)", f"{held[0].dtype}{_shape(held[0])}"
+    alike: dict[str, list[str]] = {}
+    for spec in specs:
+        if spec.name in caches:
+            alike.setdefault(f"{spec.dtype}{_shape(spec)}", []).append(spec.name)
+    for kind, names in alike.items():
+        yield f"{names[0]} ... ({len(names)} caches)", kind
 
 
 def _shape(spec: TensorSpec) -> str:

@@ -1,0 +1,88 @@
+"""One layer of attention over KV caches as a graph of its own, as exporters write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+from tests.exporter.graphs import Builder
+
+from pipeload_export.fold import normalise
+from pipeload_export.graph import Graph, tensor_proto
+from pipeload_export.loading import load
+
+HEADS, SIZE = 4, 8
+WIDTH = HEADS * SIZE
+_LOWEST = float(np.finfo(np.float32).min)
+
+
+def attention_layer(**odd: Any) -> Builder:
+    """One layer of attention over a cache, as exporters write it, with something odd about it."""
+    build, groups = Builder(opset=odd.get("opset", 18)), odd.get("groups", HEADS)
+    dtype = odd.get("dtype", TensorProto.FLOAT)
+    past, total = "past_sequence_length", odd.get("total", "past_sequence_length + sequence_length")
+    x = build.input("x", ["batch_size", "sequence_length", WIDTH], dtype)
+    seen = build.input("attention_mask", ["batch_size", total])
+    number = np.float16 if dtype == TensorProto.FLOAT16 else np.float32
+
+    def heads(count: int) -> str:
+        weight = build.constant(build.random.standard_normal((WIDTH, count * SIZE)) * 0.2, number)
+        product = build.op("MatMul", x, weight)
+        split = build.op("Reshape", product, build.constant([0, 0, count, SIZE], np.int64))
+        return str(build.op("Transpose", split, perm=[0, 2, 1, 3]))
+
+    def cached(name: str, new: str) -> str:
+        held = build.input(f"past.{name}", ["batch_size", groups, past, SIZE], dtype)
+        build.nodes.append(onnx.helper.make_node("Concat", [held, new], [f"present.{name}"], axis=odd.get("axis", 2)))
+        shape = ["batch_size", groups, total, SIZE]
+        build.outputs.append(onnx.helper.make_tensor_value_info(f"present.{name}", dtype, shape))
+        return f"present.{name}"
+
+    def repeated(name: str) -> str:
+        if groups == HEADS:
+            return name
+        wide = build.op("Unsqueeze", name, build.constant([2], np.int64))
+        ones = build.constant([1, 1, HEADS // groups, 1, 1], np.int64)
+        return str(build.op("Reshape", build.op("Expand", wide, ones), build.constant([0, HEADS, -1, SIZE], np.int64)))
+
+    queries = heads(HEADS)
+    keys, values = cached("key", heads(groups)), cached("value", heads(groups))
+    if odd.get("looked_at"):
+        build.output(build.op("ReduceSum", keys, keepdims=0), "sum", [], dtype)
+    turned = build.op("Transpose", repeated(keys), perm=[0, 1, 3, 2])
+    if odd.get("scaled_keys"):
+        turned = build.op("Mul", turned, build.constant(0.5, number))
+    scores = build.op("MatMul", queries, turned)
+    scores = build.op("Div", scores, build.constant(SIZE**0.5, number))
+    if odd.get("wide_factor"):
+        scores = build.op("Mul", scores, build.constant(np.ones((HEADS, 1, 1)) * 2, number))
+    hidden = build.op("Unsqueeze", build.op("Cast", seen, to=TensorProto.BOOL), build.constant([1, 2], np.int64))
+    least = build.constant(odd.get("least", _LOWEST if dtype == TensorProto.FLOAT else -6e4), number)
+    if odd.get("chosen"):
+        scores = build.op("Where", hidden, scores, least)
+    elif not odd.get("unmasked"):
+        scores = build.op("Add", scores, build.op("Where", hidden, build.constant(0, number), least))
+    weights = build.op("Softmax", scores, axis=-1)
+    if odd.get("guarded"):
+        weights = build.op("Where", build.op("IsNaN", weights), build.constant(0, number), weights)
+    mixed = build.op("MatMul", weights, repeated(values))
+    joined = build.op(
+        "Reshape", build.op("Transpose", mixed, perm=[0, 2, 1, 3]), build.constant([0, 0, WIDTH], np.int64)
+    )
+    build.output(joined, "y", ["batch_size", "sequence_length", WIDTH], dtype)
+    return build
+
+
+def graph_of(build: Builder, folder: Path) -> Graph:
+    onnx.save(build.model(), folder / "model.onnx")
+    return normalise(load(folder / "model.onnx"))
+
+
+def model_of(graph: Graph) -> onnx.ModelProto:
+    initializers = [tensor_proto(name, constant) for name, constant in graph.constants.items()]
+    proto = onnx.helper.make_graph(graph.nodes, "g", graph.inputs, graph.outputs, initializers)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()]
+    return onnx.helper.make_model(proto, opset_imports=opsets, ir_version=10)
