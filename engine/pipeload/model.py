@@ -386,9 +386,11 @@ class Model:
                 f"positions is {positions}; it must be from 1 to {length - state.length}, the new tokens of this step."
             )
         before = state.capacity, state.batch
+        room = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
+        if length > state.capacity:
+            state.capacity = room
         # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
-        feed.room = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
-        state.capacity = max(state.capacity, feed.room)
+        feed.room = min(room, state.capacity)
         state.batch = max(state.batch, self._batch(dims))
         try:
             outputs = self._submit(feed, arrays, dims, state=state).result()
