@@ -14,9 +14,10 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -29,7 +30,7 @@ from pipeload.bench.table import table
 from pipeload.cli.progress import progress_bars
 from pipeload.manifest import read
 
-__all__ = ["LARGE", "Case", "main", "markdown_table"]
+__all__ = ["LARGE", "Case", "main", "markdown_table", "publish"]
 
 _BEGIN, _END = "<!-- results: python -m benchmarks.{} -->", "<!-- end of results -->"
 
@@ -141,10 +142,12 @@ def _publish(folder: Path, rows: Rows) -> None:
     records = [record for report in reports for record in report.records]
     if any(record.loaders for record in records):
         draw_agents(records, folder / "results" / "agents.png")
-    page = folder / "README.md"
-    begin = _BEGIN.format(folder.name + ".main --tables")
-    text = rows(records)
-    machine = reports[0].machine
+    publish(folder / "README.md", f"{folder.name}.main --tables", reports[0].machine, rows(records))
+
+
+def publish(page: Path, command: str, machine: Mapping[str, Any], text: str) -> None:
+    """Put results into their place on a page, which is marked by the command that makes them."""
+    begin = _BEGIN.format(command)
     facts = f"{machine['cores']} cores, {machine['cpu']}, onnxruntime {machine['versions']['onnxruntime']}"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(_END)}", re.DOTALL)
     old = page.read_text()

@@ -17,7 +17,7 @@ import msgspec
 from pipeload_export.checkpoint import Request, Seeded
 from pipeload_export.task import TASKS
 
-__all__ = ["run_child"]
+__all__ = ["run_child", "seeded_model"]
 
 _PR_SET_PDEATHSIG = 1
 _MAX_ERROR_CHARACTERS = 600
@@ -77,14 +77,15 @@ def _check_supported(model_type: str, task: str) -> None:
 
 def _load(request: Request, folder: Path) -> Any:
     if request.seeded:
-        return _seeded_model(request.seeded)
+        return seeded_model(request.seeded)
     assert request.folder is not None
     if request.gguf:
         return _gguf_model(Path(request.folder, request.gguf), folder)
     return _checkpoint_model(request)
 
 
-def _seeded_model(seeded: Seeded) -> Any:
+def seeded_model(seeded: Seeded) -> Any:
+    """The model of transformers, its weights made from the seed."""
     import torch
     import transformers
 

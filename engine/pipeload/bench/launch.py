@@ -17,7 +17,7 @@ from pipeload.bench.record import Run
 from pipeload.bench.spec import Result, Spec, from_json, to_json
 from pipeload.memory import format_bytes
 
-__all__ = ["child_environment", "run_contender"]
+__all__ = ["back_memory", "child_environment", "last_words", "run_contender"]
 
 
 def run_contender(
@@ -44,7 +44,7 @@ def run_contender(
     """
     files = spec.weight_files()
     # A default session holds the weights three times for a while: as file, loaded, and packed.
-    _back_memory(min(3 * sum(file.stat().st_size for file in files), memory_bytes or sys.maxsize))
+    back_memory(min(3 * sum(file.stat().st_size for file in files), memory_bytes or sys.maxsize))
     cgroup.evict(files)
     with tempfile.TemporaryDirectory(prefix="pipeload-bench-") as folder:
         path = Path(folder) / "spec.json"
@@ -67,14 +67,14 @@ def run_contender(
     if killed:
         message = f"The kernel killed it: it needs more than {format_bytes(memory_bytes or 0)}."
     elif result is None:
-        message = (outcome.stderr.strip().splitlines() or [f"It ended with exit code {outcome.returncode}."])[-1]
+        message = last_words(outcome)
     peak = outcome.peak_bytes
     if peak is None:
         peak = result.peak_rss_bytes if result else max((used for _, used in outcome.samples), default=None)
     return Run(result=result, peak_bytes=peak, killed=killed, message=message, samples=outcome.samples)
 
 
-def _back_memory(nbytes: int) -> None:
+def back_memory(nbytes: int) -> None:
     """Use so much memory once, as far as half of what is free allows, so that it comes from this machine alone.
 
     A page that a virtual machine uses for the first time, or that it has given back, has to be found by its host:
@@ -82,6 +82,11 @@ def _back_memory(nbytes: int) -> None:
     """
     # In large pages, as buffers are: these are what others are given first when they are free again.
     filled_buffer(min(nbytes, psutil.virtual_memory().available // 2)).close()
+
+
+def last_words(outcome: cgroup.Outcome) -> str:
+    """What a child said before it ended."""
+    return (outcome.stderr.strip().splitlines() or [f"It ended with exit code {outcome.returncode}."])[-1]
 
 
 def child_environment(cache: Path | None) -> dict[str, str]:

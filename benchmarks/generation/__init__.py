@@ -1,0 +1,1 @@
+"""Text generation: beside other engines, with guessed tokens, for several callers, and over a long text."""

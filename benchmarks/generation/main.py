@@ -1,0 +1,152 @@
+"""`python -m benchmarks.generation.main PART`: text generation, measured in four ways; see the README.
+
+rivals     GPT-2 XL under memory caps, beside llama.cpp, accelerate and AirLLM
+lookup     answers that repeat their prompt, with and without guessed tokens
+callers    eight callers at once, beside one
+long       seconds and memory over a long text
+--tables   only write the README's tables again, from results/*.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from benchmarks.generation import callers as callers_part
+from benchmarks.generation import long as long_part
+from benchmarks.generation import lookup as lookup_part
+from benchmarks.generation import rivals as rivals_part
+from benchmarks.generation.small import small_model
+from benchmarks.models import ROOT
+from benchmarks.study import publish
+from pipeload.bench import cgroup
+from pipeload.bench.spec import from_json, to_json
+from pipeload.memory import parse_bytes
+
+FOLDER = Path(__file__).parent
+PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
+    "rivals": (rivals_part.Report, rivals_part.rows),
+    "lookup": (lookup_part.Report, lookup_part.rows),
+    "callers": (callers_part.Report, callers_part.rows),
+    "long": (long_part.Report, long_part.rows),
+}
+"""What a part's results are, and its table."""
+
+app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
+Cap = Annotated[str, typer.Option(metavar="SIZE", help="Limit of the memory cgroup.")]
+Disk = Annotated[str, typer.Option(metavar="RATE", help="Throttle of the disk, such as 400MB/s, or none.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens to generate.")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write results here, and leave the README.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def choose(
+    context: typer.Context,
+    tables: Annotated[bool, typer.Option("--tables", help="Only write the README's tables again.")] = False,
+) -> None:
+    if tables:
+        for part in PARTS:
+            _publish(part)
+    elif context.invoked_subcommand is None:
+        raise typer.BadParameter(f"name a part: {', '.join(PARTS)}")
+    elif refusal := cgroup.permitted():
+        raise typer.BadParameter(f"this benchmark needs memory cgroups: {refusal}")
+
+
+@app.command()
+def rivals(
+    caps: Annotated[str, typer.Option(metavar="SIZES", help="Memory limits, with commas.")] = "1GB,2GB,4GB,5.5GB",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that count.")] = 4,
+    settling: Annotated[int, typer.Option(min=0, help="Tokens after the first that do not count.")] = 2,
+    contenders: Annotated[
+        str, typer.Option(metavar="NAMES", help="Whom to compare with pipeload, with commas.")
+    ] = ",".join(rivals_part.CONTENDERS),
+    disk: Annotated[str, typer.Option(metavar="RATE", help="Throttle of the disk.")] = "400MB/s",
+    environments: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the virtual environments of the others are.")
+    ] = ROOT / ".venv-rivals",
+    output: Output = None,
+) -> None:
+    """GPT-2 XL under memory caps, beside other engines."""
+    rate = _rate(disk)
+    if rate is None:
+        raise typer.BadParameter("the comparison needs a throttle, such as --disk 400MB/s")
+    names = list(dict.fromkeys(["pipeload", *contenders.split(",")]))
+    if unknown := set(names) - set(rivals_part.CONTENDERS):
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(rivals_part.CONTENDERS)}")
+    report = rivals_part.compare(
+        names,
+        [parse_bytes(cap) for cap in caps.split(",")],
+        tokens=tokens,
+        settling=settling,
+        disk_bytes_per_s=rate,
+        environments=environments,
+        console=Console(),
+    )
+    _keep("rivals", report, output)
+
+
+@app.command()
+def lookup(
+    cap: Cap = "250MB",
+    disk: Disk = "400MB/s",
+    tokens: Tokens = 128,
+    guesses: Annotated[int, typer.Option(min=1, help="Most tokens that are guessed in a sweep.")] = 10,
+    output: Output = None,
+) -> None:
+    """Answers that repeat their prompt, with and without guessed tokens."""
+    with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
+        _keep("lookup", lookup_part.compare(model, tokens, guesses), output)
+
+
+@app.command()
+def callers(cap: Cap = "250MB", disk: Disk = "400MB/s", tokens: Tokens = 24, output: Output = None) -> None:
+    """Eight callers at once, beside one."""
+    with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
+        _keep("callers", callers_part.compare(model, tokens), output)
+
+
+@app.command()
+def long(cap: Cap = "300MB", disk: Disk = "none", tokens: Tokens = 2000, output: Output = None) -> None:
+    """Seconds and memory over a long text."""
+    with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
+        report = long_part.measure(model, tokens)
+    if output is None:
+        long_part.draw(report, FOLDER / "results" / "long.png")
+    _keep("long", report, output)
+
+
+def _rate(text: str) -> int | None:
+    return None if text == "none" else parse_bytes(text.removesuffix("/s"))
+
+
+def _keep(part: str, report: Any, output: Path | None) -> None:
+    """Write the results, print their table, and end with 1 if an answer is not right."""
+    path = output or FOLDER / "results" / f"{part}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(msgspec.json.format(to_json(report), indent=1) + b"\n")
+    Console().print(PARTS[part][1](report), markup=False, highlight=False, soft_wrap=True)
+    if output is None:
+        _publish(part)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _publish(part: str) -> None:
+    """The table of the kept results, if there are any."""
+    path = FOLDER / "results" / f"{part}.json"
+    if path.exists():
+        kind, rows = PARTS[part]
+        report = from_json(path.read_bytes(), kind)
+        publish(FOLDER / "README.md", f"generation.main {part}", report.machine, rows(report))
+
+
+if __name__ == "__main__":
+    app()
