@@ -9,21 +9,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.errors import ConfigError
 from pipeload.manifest import LENGTH_AXIS, Manifest, symbols
 
-__all__ = ["length_input", "with_room"]
+__all__ = ["growth", "length_input", "with_room"]
 
 
 def length_input(manifest: Manifest) -> tuple[str, int]:
     """A graph input, and its axis, that is as long as the cached tokens and the new ones together."""
     cached = {cache.input for cache in manifest.caches}
-    grown = next(spec for spec in manifest.outputs if spec.name == manifest.caches[0].output).shape[LENGTH_AXIS]
+    _, grown = growth(manifest)
     return next(
         (spec.name, axis)
         for spec in manifest.inputs
         for axis, dim in enumerate(spec.shape)
         if spec.name not in cached and sorted(symbols(dim)) == sorted(symbols(grown))
     )
+
+
+def growth(manifest: Manifest) -> tuple[int, int | str]:
+    """The axis of a cache along which its tokens lie, and the dimension that says how many those are after a pass.
+
+    Raises:
+        ConfigError: the model's caches do not grow.
+    """
+    cache = manifest.caches[0]
+    before = next(spec.shape for spec in manifest.inputs if spec.name == cache.input)
+    after = next(spec.shape for spec in manifest.outputs if spec.name == cache.output)
+    for axis, (dim, grown) in enumerate(zip(before, after, strict=True)):
+        if dim != grown:
+            return axis, grown
+    raise ConfigError(f"Cache '{cache.input}' does not grow, so the model cannot decode step by step.")
 
 
 def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:

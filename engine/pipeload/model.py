@@ -21,6 +21,7 @@ from pipeload import footprint, profiler
 from pipeload import manifest as manifests
 from pipeload import profile as profiles
 from pipeload.batches import batches, split_batch
+from pipeload.caches import growth
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.examples import past_symbols
 from pipeload.forward import Feed
@@ -144,6 +145,7 @@ class Model:
         self.manifest = manifest
         self._caches = {cache.input: cache.output for cache in manifest.caches}
         self._in_place = any(cache.in_place for cache in manifest.caches)
+        self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
         self._specs = {spec.name: spec for spec in manifest.inputs}
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -289,7 +291,7 @@ class Model:
             with lock:
                 states.discard(state)
 
-        state = DecodeState(capacity, forget, self, in_place=self._in_place)
+        state = DecodeState(capacity, forget, self, length_axis=self._length_axis, in_place=self._in_place)
         with lock:
             states.add(state)
         return state
@@ -379,12 +381,11 @@ class Model:
         """A pass of a decoder. Returns its logits, which are empty when the feed wants only the largest."""
         state.check_usable_by(self)
         arrays, dims = self._convert(inputs, state)
-        length = manifests.evaluate_dim(self._grown_dim(), dims)
+        length = manifests.evaluate_dim(self._grown, dims)
         positions = feed.positions or 0
-        if not 1 <= positions <= length - state.length:
-            raise ConfigError(
-                f"positions is {positions}; it must be from 1 to {length - state.length}, the new tokens of this step."
-            )
+        new = length - state.length
+        if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
+            raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
         before = state.capacity, state.batch
         room = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
         if length > state.capacity:
@@ -398,9 +399,8 @@ class Model:
             if not state.length:
                 # A pass that was withdrawn may still write into the old ones.
                 state.caches = {}
-            # Some may have grown before the pass failed.
-            rooms = [value.shape()[manifests.LENGTH_AXIS] for value in [*state.caches.values()] if self._in_place]
-            state.capacity, state.batch = max([before[0], *rooms]), before[1]
+            # Some caches may have grown before the pass failed.
+            state.capacity, state.batch = max(before[0], state.room), before[1]
             raise
         if not self._in_place:
             state.caches = {name: outputs[made] for name, made in self._caches.items()}
@@ -460,7 +460,7 @@ class Model:
         The last one has all positions whose logits are wanted.
         """
         (past,) = past_symbols(self.manifest)
-        (text,) = (symbol for symbol in manifests.symbols(self._grown_dim()) if symbol != past)
+        (text,) = (symbol for symbol in manifests.symbols(self._grown) if symbol != past)
         before, length = dims[past], dims[text]
         size = min(length, max(positions, _PIECE_TOKENS // max(1, self._batch(dims))))
         pieces: list[Mapping[str, NDArray[Any]]] = []
@@ -523,22 +523,13 @@ class Model:
 
     def _cache_bytes(self, batch: int, capacity: int) -> int:
         """What full caches of so many sequences and tokens take."""
-        rows, grown = self._specs[next(iter(self._caches))].shape[0], self._grown_dim()
+        rows, grown = self._specs[next(iter(self._caches))].shape[0], self._grown
         dims = dict.fromkeys(self.manifest.dims, 0)
         if isinstance(rows, str):
             dims[rows] = max(batch, 1)
         # "past + new": one of the symbols stands for all tokens, the others are 0.
         dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = capacity
         return footprint.cache_bytes(self.manifest, dims)
-
-    def _grown_dim(self) -> int | str:
-        """The dimension of a cache output that differs from the cache input's: tokens after a pass."""
-        input_name, output_name = next(iter(self._caches.items()))
-        output = next(spec for spec in self.manifest.outputs if spec.name == output_name)
-        for before, after in zip(self._specs[input_name].shape, output.shape, strict=True):
-            if before != after:
-                return after
-        raise ConfigError(f"Cache '{input_name}' does not grow, so the model cannot decode step by step.")
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:

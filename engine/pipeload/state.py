@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from types import TracebackType
 
+import numpy as np
+
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.session import Value, to_array, to_value
 
@@ -23,13 +25,14 @@ class DecodeState:
     """
 
     def __init__(
-        self, capacity: int, on_close: Callable[[DecodeState], None], maker: object, *, in_place: bool
+        self, capacity: int, on_close: Callable[[DecodeState], None], maker: object, *, length_axis: int, in_place: bool
     ) -> None:
         self.length = 0
         self.capacity = capacity
         self.batch = 0
         self.caches: dict[str, Value] = {}
         self._on_close = on_close
+        self._length_axis = length_axis
         self._in_place = in_place
         # Weak: a state that is kept must not keep a model that nobody else has.
         self._maker = weakref.ref(maker)
@@ -45,20 +48,33 @@ class DecodeState:
                 "takes the step."
             )
 
+    @property
+    def room(self) -> int:
+        """Tokens that the caches have memory for."""
+        if not self._in_place:
+            return self.length
+        # A copy: a pass that was withdrawn may still make some larger.
+        return max((value.shape()[self._length_axis] for value in [*self.caches.values()]), default=0)
+
+    def expect(self, tokens: int) -> None:
+        """Plan for so many tokens from now on, or for all that the caches have room for."""
+        self.capacity = max(tokens, self.room)
+
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length`, as if their steps had not been taken.
 
         Raises:
             ConfigError: the state has fewer tokens.
         """
-        if not 0 <= length <= self.length:
-            raise ConfigError(f"length is {length}; this decode state can be cut to 0 to {self.length} tokens.")
+        if not isinstance(length, int | np.integer) or not 0 <= length <= self.length:
+            raise ConfigError(f"length is {length!r}; this decode state can be cut to 0 to {self.length} tokens.")
         if length == self.length:
             return
         if not length:
             self.caches = {}
         elif not self._in_place:
-            self.caches = {name: _cut(value, length) for name, value in self.caches.items()}
+            kept = (slice(None),) * self._length_axis + (slice(length),)
+            self.caches = {name: to_value(to_array(value)[kept].copy()) for name, value in self.caches.items()}
         self.length = length
 
     def close(self) -> None:
@@ -75,7 +91,3 @@ class DecodeState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _cut(cache: Value, length: int) -> Value:
-    return to_value(to_array(cache)[:, :, :length].copy())

@@ -41,6 +41,9 @@ class ArrayState:
         self.length = 0
         self.caches: Arrays = {}
 
+    def expect(self, tokens: int) -> None:
+        """Nothing is planned here."""
+
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
         self.caches = {name: array[:, :, :length] for name, array in self.caches.items()}

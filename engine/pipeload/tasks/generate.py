@@ -204,7 +204,10 @@ class Session(Generic[State]):
         Raises:
             ConfigError: as `generate`; also when another thread uses the session.
             ClosedError: the session is closed.
+            TypeError: an option is none of `generate`'s.
         """
+        if unknown := options.keys() - GenerationOptions.__annotations__.keys():
+            raise TypeError(f"generate() got an unexpected keyword argument '{min(unknown)}'")
         if not self._lock.acquire(blocking=False):
             raise ConfigError("Another thread generates with this session. Make a session for each thread.")
         try:
@@ -275,6 +278,8 @@ def _generate(
             state = runner.new_state(capacity)
             stack.enter_context(state)
             reading = Reading(runner, state)
+        else:
+            reading.state.expect(capacity)
         if (assistant := options.get("assistant_model")) is not None:
             check_assistant(runner, assistant)
             guessing: Reading[Any] = Reading(assistant, stack.enter_context(assistant.new_state(capacity)))

@@ -109,7 +109,7 @@ def check_assistant(runner: Decoder[Any], assistant: Decoder[Any]) -> None:
     check_model(assistant)
     tokenizers = [tokenizer_if_any(one, required=False) for one in (runner, assistant)]
     vocabularies = [
-        tokenizer.vocabulary if tokenizer else config_of(one).vocab_size
+        tokenizer.vocabulary if tokenizer else _logits_shape(one)[-1]
         for tokenizer, one in zip(tokenizers, (runner, assistant), strict=True)
     ]
     if vocabularies[0] != vocabularies[1]:
@@ -117,6 +117,11 @@ def check_assistant(runner: Decoder[Any], assistant: Decoder[Any]) -> None:
             f"assistant_model in {assistant.directory} has another vocabulary than the model in {runner.directory}, "
             "so its guesses would mean other tokens. Take a model with the same tokenizer."
         )
+
+
+def _logits_shape(runner: Decoder[Any]) -> tuple[int | str, ...]:
+    made = {cache.output for cache in runner.manifest.caches}
+    return next(spec.shape for spec in runner.manifest.outputs if spec.name not in made)
 
 
 def _are_ids(prompt: object) -> TypeGuard[Sequence[int]]:

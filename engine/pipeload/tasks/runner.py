@@ -45,6 +45,9 @@ class DecodeState(Protocol):
     def length(self) -> int:
         """Tokens per sequence that the caches hold, padding included."""
 
+    def expect(self, tokens: int) -> None:
+        """Plan for so many tokens from now on."""
+
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
 

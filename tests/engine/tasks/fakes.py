@@ -86,6 +86,9 @@ class ToyState:
     def length(self) -> int:
         return self.ids.shape[1]
 
+    def expect(self, tokens: int) -> None:
+        self.expected = tokens
+
     def truncate(self, length: int) -> None:
         self.ids, self.positions = self.ids[:, :length], self.positions[:, :length]
 
