@@ -28,7 +28,7 @@ class DecodeState:
         self, capacity: int, on_close: Callable[[DecodeState], None], maker: object, *, length_axis: int, in_place: bool
     ) -> None:
         self.length = 0
-        self.capacity = capacity
+        self.capacity = self._first_capacity = capacity
         self.batch = 0
         self.caches: dict[str, Value] = {}
         self._on_close = on_close
@@ -57,8 +57,8 @@ class DecodeState:
         return max((value.shape()[self._length_axis] for value in [*self.caches.values()]), default=0)
 
     def expect(self, tokens: int) -> None:
-        """Plan for so many tokens from now on, or for all that the caches have room for."""
-        self.capacity = max(tokens, self.room)
+        """Plan for so many tokens from now on, but for no fewer than at first, or than the caches have room for."""
+        self.capacity = max(tokens, self._first_capacity, self.room)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length`, as if their steps had not been taken.

@@ -12,6 +12,8 @@ import pytest
 from tests.engine.harness import PATIENCE_S, agents
 from tests.models import ARCHITECTURES, TOYS, made_once, make
 
+_GENERATORS = [name for name, (task, *_) in ARCHITECTURES.items() if task == "text-generation"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -89,12 +91,28 @@ def exported(request: pytest.FixtureRequest) -> Path:
     return _architecture(request.param)
 
 
-@pytest.fixture(
-    scope="session", params=[name for name, (task, *_) in ARCHITECTURES.items() if task == "text-generation"]
-)
+@pytest.fixture(scope="session", params=_GENERATORS)
 def exported_generator(request: pytest.FixtureRequest) -> Path:
     """The directory of an architecture that generates text, with `greedy.npz`."""
     return _architecture(request.param)
+
+
+@pytest.fixture(scope="session", params=[*_GENERATORS, "toy-decoder"])
+def decoder(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
+    """A model with KV caches: those of architectures are written in place, those of the toy are not."""
+    return made_toys(request.param) if request.param in TOYS else _architecture(request.param)
+
+
+@pytest.fixture(params=["exported_gpt2", "toy_decoder"])
+def one_of_each(request: pytest.FixtureRequest) -> Path:
+    """A model whose caches are written in place, and one whose are not."""
+    return Path(request.getfixturevalue(request.param))
+
+
+@pytest.fixture(scope="session")
+def exported_gpt2() -> Path:
+    """The directory of a tiny GPT-2, with positions for 128 tokens."""
+    return _architecture("gpt2")
 
 
 @pytest.fixture(scope="session")
