@@ -41,7 +41,7 @@ profiler   measures machine, process and model -> Profile
 batches    several inputs in one pass
 state      KV caches of one batch
 model      the facade
-tasks/     embed, classify, generate
+tasks/     embed, classify, generate, chat
 bench/     pipeload beside other ways to run a model
 cli/       the commands
 ```
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from pipeload.planner import Plan
     from pipeload.profile import Profile
     from pipeload.state import DecodeState
+    from pipeload.tasks.generate import Generation, Session
     from pipeload.tasks.streaming import TextStream
 
 __version__ = "0.1.0"
@@ -80,6 +81,7 @@ __all__ = [
     "ConfigError",
     "DecodeState",
     "ExportError",
+    "Generation",
     "LoadError",
     "ManifestError",
     "Model",
@@ -87,6 +89,7 @@ __all__ = [
     "Plan",
     "Profile",
     "RunError",
+    "Session",
     "ShardError",
     "TextStream",
     "TruncationWarning",
@@ -95,9 +98,11 @@ __all__ = [
 
 _HOMES = {
     "DecodeState": "state",
+    "Generation": "tasks.generate",
     "Model": "model",
     "Plan": "planner",
     "Profile": "profile",
+    "Session": "tasks.generate",
     "TextStream": "tasks.streaming",
     "load": "model",
 }
