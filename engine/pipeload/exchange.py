@@ -256,9 +256,9 @@ class Exchange:
             self._requests.extendleft(reversed(joined))
 
     def expect(self, count: int, patience_s: float) -> None:
-        """Before the next call is served, wait so long for as many calls to come."""
+        """Before the next call is served, wait so long for as many calls to come, beside those that wait already."""
         with self._changed:
-            self._expected, self._patience_s = count, patience_s
+            self._expected, self._patience_s = count + len(self._requests), patience_s
 
     def take(self, index: int, *requests: Request) -> tuple[Task, LoadedShard]:
         """Wait until the shard is ready, which must be the next one in ticket order.

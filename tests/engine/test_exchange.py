@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.engine.harness import Background
+from tests.engine.harness import PATIENCE_S, Background
 
 from pipeload.errors import ClosedError
 from pipeload.exchange import Exchange, Failed, Loaded, LoadedShard, Request, Task
@@ -420,6 +420,20 @@ def test_requests_are_served_in_the_order_in_which_they_came() -> None:
     for request in requests:
         exchange.submit(request)
     assert [exchange.next_request() for _ in range(3)] == requests
+
+
+def test_who_has_waited_waits_with_those_who_come_back() -> None:
+    exchange = Exchange()
+    served, waiting, back = (Request(work=lambda _: None, served=object()) for _ in range(3))
+    exchange.submit(served)
+    exchange.next_request()
+    exchange.submit(waiting)
+    exchange.expect(1, PATIENCE_S)
+    sweep = Background(lambda: [exchange.next_request(), *exchange.join()])
+    while sweep.is_alive() and not exchange._changed._waiters:  # type: ignore[attr-defined]
+        pass
+    exchange.submit(back)
+    assert sweep.end() == [waiting, back]
 
 
 def test_a_withdrawn_request_is_never_served() -> None:
