@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
-from pipeload.manifest import LENGTH_AXIS, Manifest, symbols
+from pipeload.manifest import LENGTH_AXIS, Cache, Manifest, symbols
 
-__all__ = ["growth", "length_input", "with_room"]
+__all__ = ["can_be_cut", "growth", "length_input", "with_room"]
 
 
 def length_input(manifest: Manifest) -> tuple[str, int]:
@@ -33,13 +33,22 @@ def growth(manifest: Manifest) -> tuple[int, int | str]:
     Raises:
         ConfigError: the model's caches do not grow.
     """
-    cache = manifest.caches[0]
+    found = _growth(manifest, manifest.caches[0])
+    if found is None:
+        raise ConfigError(f"Cache '{manifest.caches[0].input}' does not grow, so the model cannot decode step by step.")
+    return found
+
+
+def can_be_cut(manifest: Manifest) -> bool:
+    """Whether everything that is kept between steps grows by the tokens of a step, along the same axis."""
+    return len({_growth(manifest, cache) for cache in manifest.caches} | {None}) == 2
+
+
+def _growth(manifest: Manifest, cache: Cache) -> tuple[int, int | str] | None:
     before = next(spec.shape for spec in manifest.inputs if spec.name == cache.input)
     after = next(spec.shape for spec in manifest.outputs if spec.name == cache.output)
-    for axis, (dim, grown) in enumerate(zip(before, after, strict=True)):
-        if dim != grown:
-            return axis, grown
-    raise ConfigError(f"Cache '{cache.input}' does not grow, so the model cannot decode step by step.")
+    pairs = enumerate(zip(before, after, strict=True))
+    return next(((axis, grown) for axis, (dim, grown) in pairs if dim != grown), None)
 
 
 def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:

@@ -47,7 +47,7 @@ class Feed:
     top: int = 0
     stopper: Stopper = field(default_factory=Stopper)
     outputs: dict[str, Value] = field(default_factory=dict)
-    top_logits: TopLogits | None = None
+    top_logits: Sequence[Sequence[TopLogits]] | None = None
     error: Exception | None = None
 
 

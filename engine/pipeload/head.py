@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,74 +14,72 @@ __all__ = ["RunningTop", "TopLogits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TopLogits:
-    """The largest logits of each position, without the other ones.
+    """The largest logits of one position, without the other ones.
 
     Attributes:
-        token_ids: whose logits they are, ascending, int64 `[batch, positions, top]`.
-        logits: float32 `[batch, positions, top]`.
-        log_total: the logarithm of the sum of all exponentiated logits, which a log-probability needs, float64
-            `[batch, positions]`.
+        token_ids: whose logits they are, ascending, int64 `[tokens]`.
+        logits: float32 `[tokens]`.
+        log_total: the logarithm of the sum of all exponentiated logits, which a log-probability needs.
     """
 
     token_ids: NDArray[np.int64]
     logits: NDArray[np.float32]
-    log_total: NDArray[np.float64]
+    log_total: float
 
 
 class RunningTop:
     """Keeps the largest logits of all slices, and the sum of all of them.
 
     Args:
-        top: how many to keep for each position; of equal ones, those of the first tokens.
+        top: how many to keep for each position, and those that equal the last of them.
     """
 
     def __init__(self, top: int) -> None:
         self._top = top
         self._seen = 0
-        self._made: TopLogits | None = None
+        self._made: list[list[TopLogits]] | None = None
 
     def push(self, logits: NDArray[Any]) -> None:
         """Take the next slice, `[batch, positions, tokens]`."""
-        logits = logits.astype(np.float32, copy=False)
-        ids = _places_of_largest(logits, self._top)
-        largest = np.take_along_axis(logits, ids, axis=-1)
-        ids, total = ids + self._seen, _log_total(logits)
+        # One position at a time: what is made meanwhile is hardly more than its logits.
+        made = [[_top(row, self._top, self._seen) for row in sequence] for sequence in logits]
         self._seen += logits.shape[-1]
-        if (before := self._made) is not None:
-            largest = np.concatenate([before.logits, largest], axis=-1)
-            ids = np.concatenate([before.token_ids, ids], axis=-1)
-            with np.errstate(invalid="ignore"):
-                total = np.logaddexp(before.log_total, total)
-            kept = _places_of_largest(largest, self._top)
-            largest, ids = np.take_along_axis(largest, kept, axis=-1), np.take_along_axis(ids, kept, axis=-1)
-        self._made = TopLogits(token_ids=ids, logits=largest, log_total=total)
+        if self._made is not None:
+            made = [
+                [_joined(one, other, self._top) for one, other in zip(before, new, strict=True)]
+                for before, new in zip(self._made, made, strict=True)
+            ]
+        self._made = made
 
     @property
-    def result(self) -> TopLogits:
-        """Of all slices so far, one at least."""
+    def result(self) -> Sequence[Sequence[TopLogits]]:
+        """Of all slices so far, one at least: each sequence's positions."""
         assert self._made is not None
         return self._made
 
 
-def _places_of_largest(logits: NDArray[np.float32], top: int) -> NDArray[np.int64]:
-    """Indices of the largest in each row, ascending; a NaN counts as the largest."""
-    if top == 1:
-        first: NDArray[np.int64] = logits.argmax(axis=-1, keepdims=True)
-        return first
-    size = logits.shape[-1]
-    if top >= size:
-        return np.broadcast_to(np.arange(size), logits.shape)
-    logits = np.where(np.isnan(logits), np.float32(np.inf), logits)
-    last = np.partition(logits, size - top, axis=-1)[..., size - top, None]
-    # All above the last one, and as many of those that equal it as there is room for.
-    above, equal = logits > last, logits == last
-    room = top - above.sum(axis=-1, keepdims=True)
-    kept = above | (equal & (equal.cumsum(axis=-1) <= room))
-    return np.nonzero(kept)[-1].reshape(*logits.shape[:-1], top)
-
-
-def _log_total(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    peak = logits.max(axis=-1, keepdims=True).astype(np.float64)
+def _top(row: NDArray[Any], top: int, first_token: int) -> TopLogits:
+    row = row.astype(np.float32, copy=False)
+    places = _largest(row, top)
+    peak = row.max()
     with np.errstate(invalid="ignore"):
-        total: NDArray[np.float64] = np.log(np.exp(logits - peak).sum(axis=-1)) + peak[..., 0]
-    return total
+        shifted = row - peak
+        total = np.log(np.exp(shifted, out=shifted).sum(dtype=np.float64)) + peak
+    return TopLogits(token_ids=places + first_token, logits=row[places], log_total=float(total))
+
+
+def _joined(one: TopLogits, other: TopLogits, top: int) -> TopLogits:
+    logits = np.concatenate([one.logits, other.logits])
+    token_ids = np.concatenate([one.token_ids, other.token_ids])
+    places = _largest(logits, top)
+    with np.errstate(invalid="ignore"):
+        total = float(np.logaddexp(one.log_total, other.log_total))
+    return TopLogits(token_ids=token_ids[places], logits=logits[places], log_total=total)
+
+
+def _largest(row: NDArray[np.float32], top: int) -> NDArray[np.int64]:
+    """Places of the largest, ascending. What is no number counts as one of them: it must not get lost."""
+    if top >= row.size:
+        return np.arange(row.size)
+    last = row.max() if top == 1 else np.partition(row, row.size - top)[row.size - top]
+    return np.flatnonzero(~(row < last))

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from pipeload import footprint, profiler
 from pipeload import manifest as manifests
 from pipeload import profile as profiles
 from pipeload.batches import batches, split_batch
-from pipeload.caches import growth
+from pipeload.caches import can_be_cut, growth
 from pipeload.errors import BudgetError, ClosedError, ConfigError
 from pipeload.examples import past_symbols
 from pipeload.forward import Feed
@@ -51,6 +51,9 @@ _CAPACITY_STEP = 128
 """Caches grow in steps of so many tokens, so that they are seldom copied and the plan changes seldom."""
 _PIECE_TOKENS = 256
 """A longer text passes through each shard in pieces of so many tokens, those of all sequences together."""
+
+_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+"""Those of all models of this process: a budget is the whole process's."""
 
 
 def load(
@@ -146,6 +149,7 @@ class Model:
         self._caches = {cache.input: cache.output for cache in manifest.caches}
         self._in_place = any(cache.in_place for cache in manifest.caches)
         self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
+        self._can_be_cut = can_be_cut(manifest)
         self._specs = {spec.name: spec for spec in manifest.inputs}
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -154,11 +158,13 @@ class Model:
         with suppress(ConfigError):
             tokenizer_of(self)
         process = profiler.measure()
+        # Other models of the process may have read nothing yet of what they are going to keep.
+        process_bytes = process.process_bytes + sum(pipeline.to_come_bytes for pipeline in [*_PIPELINES])
         self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
         known = profile or profiles.find(directory, self._profile_dims) or process
         self._replanner = Replanner(
             manifest,
-            replace(known, process_bytes=process.process_bytes, cores=process.cores),
+            replace(known, process_bytes=process_bytes, cores=process.cores),
             budget_bytes=budget_bytes,
             free_bytes=FreeMemory(),
             loaders=loaders,
@@ -173,6 +179,7 @@ class Model:
         stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
         self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
+        _PIPELINES.add(self._pipeline)
         # Absolute, since the host may change its working directory; and nothing here may keep the model alive.
         keep = partial(_keep_learned, directory.absolute(), self._profile_dims, self._replanner)
         # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
@@ -291,7 +298,8 @@ class Model:
             with lock:
                 states.discard(state)
 
-        state = DecodeState(capacity, forget, self, length_axis=self._length_axis, in_place=self._in_place)
+        axis = self._length_axis if self._can_be_cut else None
+        state = DecodeState(capacity, forget, self, length_axis=axis, in_place=self._in_place)
         with lock:
             states.add(state)
         return state
@@ -310,11 +318,11 @@ class Model:
         Raises:
             As `run`.
         """
-        return self._step(Feed(positions=positions), inputs, state)
+        return self._logits(self._step(Feed(positions=positions), inputs, state), positions)
 
     def step_top(
         self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, top: int, *, positions: int = 1
-    ) -> TopLogits:
+    ) -> Sequence[Sequence[TopLogits]]:
         """`step` that keeps only the largest logits of each position: the slices of a head are never put together.
 
         Args:
@@ -323,17 +331,20 @@ class Model:
             top: how many logits to keep for each position, 1 at least.
             positions: as for `step`.
 
+        Returns:
+            For each sequence its positions' largest logits.
+
         Raises:
             As `run`.
         """
         if top < 1:
             raise ConfigError(f"top is {top}; it must be at least 1.")
         feed = Feed(positions=positions, top=top)
-        logits = self._step(feed, inputs, state)
+        outputs = self._step(feed, inputs, state)
         if feed.top_logits is not None:
             return feed.top_logits
         running = RunningTop(top)
-        running.push(logits)
+        running.push(self._logits(outputs, positions))
         return running.result
 
     def session(self, capacity: int = 0) -> Session[DecodeState]:
@@ -377,36 +388,36 @@ class Model:
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
 
-    def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> NDArray[Any]:
-        """A pass of a decoder. Returns its logits, which are empty when the feed wants only the largest."""
+    def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
+        """A pass of a decoder. Returns the outputs that it made."""
         state.check_usable_by(self)
         arrays, dims = self._convert(inputs, state)
         length = manifests.evaluate_dim(self._grown, dims)
-        positions = feed.positions or 0
-        new = length - state.length
+        positions, new = feed.positions or 0, length - state.length
         if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
             raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
-        before = state.capacity, state.batch
         room = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
-        if length > state.capacity:
-            state.capacity = room
+        wanted = max(state.expected, state.capacity)
+        if length > wanted:
+            wanted = room
         # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
-        feed.room = min(room, state.capacity)
-        state.batch = max(state.batch, self._batch(dims))
+        feed.room = min(room, wanted)
+        batch = max(state.batch, self._batch(dims))
         try:
-            outputs = self._submit(feed, arrays, dims, state=state).result()
+            outputs = self._submit(feed, arrays, dims, state=state, batch=batch, capacity=wanted).result()
         except BaseException:
             if not state.length:
                 # A pass that was withdrawn may still write into the old ones.
                 state.caches = {}
-            # Some caches may have grown before the pass failed.
-            state.capacity, state.batch = max(before[0], state.room), before[1]
+            # What was not granted is not counted, but some caches may have grown before the pass failed.
+            state.capacity = max(state.capacity, state.room)
             raise
         if not self._in_place:
             state.caches = {name: outputs[made] for name, made in self._caches.items()}
-        state.length = length
-        if feed.top_logits is not None:
-            return np.empty(0, np.float32)
+        state.length, state.capacity, state.batch = length, wanted, batch
+        return outputs
+
+    def _logits(self, outputs: Mapping[str, Value], positions: int) -> NDArray[Any]:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
 
     def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
@@ -421,10 +432,12 @@ class Model:
         *,
         beside_bytes: int = 0,
         state: DecodeState | None = None,
+        batch: int = 0,
+        capacity: int = 0,
     ) -> Call[dict[str, Value]]:
         pieces, piece_dims = [arrays], dims
         if state and self._in_place:
-            pieces, piece_dims = self._pieces(arrays, dims, feed.positions or 1, state.capacity)
+            pieces, piece_dims = self._pieces(arrays, dims, feed.positions or 1, capacity)
         values = [{n: to_value(array, self._specs[n].dtype) for n, array in piece.items()} for piece in pieces]
         if state and not self._in_place:
             values[0] |= state.caches
@@ -437,7 +450,9 @@ class Model:
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         with self._lock:
-            cached = sum(self._cache_bytes(state.batch, state.capacity) for state in self._states)
+            others = [(one.batch, one.capacity) for one in self._states if one is not state]
+        # What others wish for is not theirs yet.
+        cached = sum(self._cache_bytes(*one) for one in [*others, (batch, capacity)])
         # How much is in the caches makes no other kind of pass.
         past = past_symbols(self.manifest)
         sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))

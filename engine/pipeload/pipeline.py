@@ -161,6 +161,15 @@ class Pipeline:
         return self._plan
 
     @property
+    def to_come_bytes(self) -> int:
+        """Memory that the plan has for weights, caches and passes, and that is not occupied by weights yet."""
+        plan = self._plan
+        if self._exchange.closed:
+            return 0
+        occupied = self._budget.reserved_bytes + self._pool.idle_bytes
+        return max(0, plan.peak_bytes - plan.process_bytes - occupied)
+
+    @property
     def stats(self) -> Stats:
         """What happened so far."""
         bandwidths = self._replanner.profile.read_bytes_per_s.values()

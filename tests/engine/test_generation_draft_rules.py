@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from tests.engine.drafts import CYCLE, PROMPT, assert_counted, assert_same, load, steered
 from tests.engine.drafts import computed as computed  # a fixture
+from tests.engine.harness import smallest_budget
 from tests.engine.toy import make_toy
 
 import pipeload
+from pipeload.tasks.speculation import DraftLength
 
 _ROOMY_BYTES = 30_000_000
 """Room enough for several models, whose budgets are all for the one process."""
@@ -114,7 +116,7 @@ def test_an_assistant_is_left_as_it_was(toy_decoder: Path, computed: list[int]) 
             assert one.plan.cache_bytes <= 4 * 2 * 128 * 64 * 4
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, 2.0, 1.5, "3"])
+@pytest.mark.parametrize("wrong", [-1, True, 2.0, 1.5, "3"])
 @pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens"])
 def test_numbers_that_cannot_work_are_named(toy_decoder: Path, name: str, wrong: Any) -> None:
     with load(toy_decoder) as model, load(toy_decoder, _ROOMY_BYTES) as twin:
@@ -168,3 +170,28 @@ def test_the_other_way_round_a_larger_vocabulary_is_refused_too(
     with load(deeper) as model, load(toy_decoder, _ROOMY_BYTES) as other:
         made = model.generate(PROMPT, assistant_model=other, max_new_tokens=12)
         assert_same(made, model.generate(PROMPT, max_new_tokens=12))
+
+
+def test_a_draft_model_that_fails_is_not_the_end_of_the_text(
+    toy_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftLength, "choose", lambda _, most: min(2, most))
+    with load(toy_decoder) as model, load(toy_decoder, _ROOMY_BYTES) as twin:
+        plain = model.generate(PROMPT, max_new_tokens=12)
+
+        def close(token_ids: Any, logits: Any) -> Any:
+            if token_ids.shape[1] == len(PROMPT) + 4:
+                twin.close()
+            return logits
+
+        with pytest.warns(UserWarning, match="without drafts, since the draft model failed: The model is closed"):
+            made = model.generate(PROMPT, max_new_tokens=12, assistant_model=twin, logits_processor=[close])
+        assert made.token_ids == plain.token_ids
+        assert made.accepted_tokens > 0
+
+
+def test_what_a_draft_model_is_going_to_keep_is_planned_for(toy_decoder: Path) -> None:
+    alone = smallest_budget(toy_decoder)
+    with load(toy_decoder, _ROOMY_BYTES) as draft:
+        # Whether or not it has read its shards yet.
+        assert smallest_budget(toy_decoder) - alone > 0.9 * draft.manifest.weight_bytes

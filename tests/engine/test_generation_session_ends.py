@@ -173,7 +173,8 @@ def test_a_closed_session_is_refused(toy_decoder: Path) -> None:
         with model.session() as session:
             session.generate(PROMPT, max_new_tokens=2)
         session.close()
-        with pytest.raises(pipeload.ClosedError):
+        assert session.token_ids == ()
+        with pytest.raises(pipeload.ClosedError, match=r"The session is closed\. Make a new one with model\.session"):
             session.generate(PROMPT, max_new_tokens=2)
         never_used = model.session()
         never_used.close()
@@ -234,7 +235,7 @@ def test_a_text_that_is_too_long_changes_nothing(exported_gpt2: Path, computed: 
             ([1000], {}),
             ([-1], {}),
             (PROMPT, {"max_new_tokens": 0}),
-            (PROMPT, {"prompt_lookup_num_tokens": 0}),
+            (PROMPT, {"prompt_lookup_num_tokens": -1}),
             ([PROMPT, PROMPT], {}),
             ("a text without tokenizer", {}),
         ]
@@ -246,3 +247,30 @@ def test_a_text_that_is_too_long_changes_nothing(exported_gpt2: Path, computed: 
         computed.clear()
         assert_same(session.generate(whole, max_new_tokens=4), model.generate(whole, max_new_tokens=4))
         assert computed[0] == len(whole) - len(held)
+
+
+def test_what_a_session_was_refused_hinders_nobody(toy_decoder: Path) -> None:
+    with load(toy_decoder) as model, model.session() as session:
+        made = session.generate(PROMPT, max_new_tokens=2)
+        with pytest.raises(pipeload.BudgetError):
+            session.generate(PROMPT, max_new_tokens=100_000)
+        assert model.generate(PROMPT, max_new_tokens=2).token_ids == made.token_ids
+        assert session.generate(PROMPT, max_new_tokens=2).token_ids == made.token_ids
+
+
+def test_what_a_text_might_have_become_is_not_kept_free_for_it(toy_decoder: Path) -> None:
+    with load(toy_decoder, 40_000_000) as model, model.session() as session:
+        first = model.generate(PROMPT, max_new_tokens=1).token_ids
+        session.generate(PROMPT, max_new_tokens=20_000, eos_token_id=first)
+        for turn in range(20):
+            model.generate([turn], max_new_tokens=1)
+        assert model.plan.cache_bytes < 1_000_000
+
+
+def test_a_draft_model_reads_a_conversation_once(toy_decoder: Path, computed: list[int]) -> None:
+    with load(toy_decoder) as model, load(toy_decoder, 40_000_000) as twin, model.session() as session:
+        text = list(PROMPT)
+        for _ in range(3):
+            text += [*session.generate(text, max_new_tokens=4, assistant_model=twin).token_ids, 3]
+        # Both models have read the prompt, and after it little more than what was new.
+        assert sum(computed) < 2 * (len(text) + 40)

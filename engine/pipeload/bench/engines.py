@@ -103,7 +103,7 @@ class Engine(ABC):
 
     def step_top(
         self, inputs: Mapping[str, NDArray[Any]], state: ArrayState, top: int, *, positions: int = 1
-    ) -> TopLogits:
+    ) -> Sequence[Sequence[TopLogits]]:
         """`step`, of whose logits only the largest are kept."""
         running = RunningTop(top)
         running.push(self.step(inputs, state, positions=positions))

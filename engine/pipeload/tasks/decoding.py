@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 
+from pipeload.errors import PipeloadError
 from pipeload.tasks.reading import Reading
 from pipeload.tasks.runner import State
 from pipeload.tasks.sampling import Scores
@@ -35,13 +37,20 @@ def extend_with_drafts(
     while sequence.finish_reason is None and not _closed(streamer):
         begin_s = time.perf_counter()
         count = length.choose(min(most, sequence.tokens_left - 1))
-        draft = drafter.propose(sequence.ids, count, sequence.chooser) if count else []
-        length.drafted(len(draft), time.perf_counter() - begin_s)
+        draft: list[int] = []
+        try:
+            draft = drafter.propose(sequence.ids, count, sequence.chooser) if count else []
+        except PipeloadError as error:
+            # It should have made the text faster, and cannot be the end of it.
+            warnings.warn(f"The text goes on without drafts, since the draft model failed: {error}", stacklevel=2)
+            most = 0
+        # The first pass of either model also reads the prompt.
+        if sequence.sweeps:
+            length.drafted(len(draft), time.perf_counter() - begin_s)
         (scores,) = reading.scores(
             [[*sequence.ids, *draft]], padding=[0], positions=len(draft) + 1, top=sequence.chooser.top
         )
         accepted = _push(sequence, scores, draft, streamer)
-        # The first pass also reads the prompt.
         if sequence.sweeps > 1 and (last := reading.decoder.stats.last):
             computed_s = last.agents["inference"].kinds.get("run", 0.0)
             length.checked(len(draft), accepted, read_s=last.read_s, computed_s=computed_s)

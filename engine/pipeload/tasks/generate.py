@@ -9,16 +9,23 @@ prompts -> token ids -> left-padded batch -> step -> logits -> choose -> step ->
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Generic, Self, Unpack, cast, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from pipeload.errors import ConfigError
+from pipeload.errors import ClosedError, ConfigError
 from pipeload.tasks.decoding import extend, extend_with_drafts
-from pipeload.tasks.options import GenerationOptions, check_call, generation_settings
+from pipeload.tasks.options import (
+    GenerationOptions,
+    check_call,
+    drafted_tokens,
+    generation_settings,
+    lookup_tokens,
+)
 from pipeload.tasks.prompts import (
     Prompt,
     check_assistant,
@@ -30,7 +37,7 @@ from pipeload.tasks.prompts import (
     tokenizer_if_any,
 )
 from pipeload.tasks.reading import Reading
-from pipeload.tasks.runner import Decoder, State, config_of
+from pipeload.tasks.runner import Decoder, State
 from pipeload.tasks.sampling import LogitsProcessor, TokenChooser, sequence_generator
 from pipeload.tasks.sequence import Generation, GrowingSequence
 from pipeload.tasks.speculation import Assistant, PromptLookup
@@ -112,11 +119,12 @@ def generate(
         num_return_sequences: sequences for each prompt, as a list, those of the first prompt first; more than one need
             `do_sample`. None gives one, not in a list of its own.
         prompt_lookup_num_tokens: guess up to so many tokens from what followed the same tokens before, in prompt or
-            text, and check them in one pass. This and the next three change no text, only how many passes it takes;
-            for a single sequence. How many tokens are guessed follows from what was measured.
+            text, and check them in one pass; 0 for none. This and the next three change no choice, only how many passes
+            it takes; for a single sequence. How many tokens are guessed follows from what was measured.
         max_matching_ngram_size: most tokens that are compared for that; 2 if nobody says otherwise.
         assistant_model: another open model, with the same vocabulary, to guess the tokens.
-        num_assistant_tokens: most tokens that it guesses for a pass; 20 if nobody says otherwise.
+        num_assistant_tokens: most tokens that it guesses for a pass; otherwise what its own `generation_config.json`
+            says, or 20.
         seed: makes draws repeatable; None draws anew each time. Each sequence has random numbers of its own, from the
             seed, the index of its prompt and its index among those of the prompt: what else is in the batch changes
             nothing.
@@ -185,7 +193,10 @@ class Session(Generic[State]):
         check_model(runner)
         self._runner = runner
         self._reading = Reading(runner, runner.new_state(capacity))
+        # What draft models have read of the text stays as well.
+        self._drafting: WeakKeyDictionary[Decoder[Any], Reading[Any]] = WeakKeyDictionary()
         self._lock = threading.Lock()
+        self._closed = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -211,19 +222,33 @@ class Session(Generic[State]):
         if not self._lock.acquire(blocking=False):
             raise ConfigError("Another thread generates with this session. Make a session for each thread.")
         try:
+            if self._closed:
+                raise ClosedError("The session is closed. Make a new one with model.session().")
             streamer = options.get("streamer")
             with streamer.generation() if isinstance(streamer, TextStream) else nullcontext():
                 prompts, single = listed(prompt)
                 if not single:
                     raise ConfigError("A session takes one prompt, not a list. Make a session for each.")
-                (result,) = _generate(self._runner, prompts, options, None, self._reading)
+                (result,) = _generate(self._runner, prompts, options, None, self._reading_by)
                 return result
         finally:
+            # What the text might have become is no longer planned for.
+            for reading in (self._reading, *self._drafting.values()):
+                reading.state.expect(0)
             self._lock.release()
 
     def close(self) -> None:
         """Give the cache's memory back. May be called again."""
-        self._reading.state.close()
+        self._closed = True
+        for reading in (self._reading, *self._drafting.values()):
+            reading.state.close()
+
+    def _reading_by(self, decoder: Decoder[Any]) -> Reading[Any]:
+        if decoder is self._runner:
+            return self._reading
+        if decoder not in self._drafting:
+            self._drafting[decoder] = Reading(decoder, decoder.new_state())
+        return self._drafting[decoder]
 
     def __enter__(self) -> Self:
         return self
@@ -239,17 +264,20 @@ def _generate(
     prompts: Sequence[Prompt],
     options: GenerationOptions,
     num_return_sequences: int | None,
-    reading: Reading[State] | None = None,
+    reading_by: Callable[[Decoder[Any]], Reading[Any]] | None = None,
 ) -> list[Generation]:
     check_model(runner)
     settings = generation_settings(runner.directory, options)
-    streamer, custom = options.get("streamer"), options.get("logits_processor", ())
-    sequences_wanted = len(prompts) * (num_return_sequences or 1)
-    check_call(settings, options, num_return_sequences, sequences_wanted)
+    copies = num_return_sequences or 1
+    lookup = lookup_tokens(settings, options, len(prompts) * copies)
+    check_call(settings, options, num_return_sequences, len(prompts) * copies, lookup)
+    streamer, assistant = options.get("streamer"), options.get("assistant_model")
     texts = any(isinstance(one, str) for one in prompts)
     tokenizer = tokenizer_if_any(runner, required=texts or streamer is not None or bool(settings.stop_strings))
     rows = [token_ids(one, tokenizer) for one in prompts]
     check_rows(runner, rows, settings.token_limit)
+    if assistant is not None:
+        check_assistant(runner, assistant)
     ends = eos_ids(runner, settings, tokenizer)
     seed = options.get("seed")
     if seed is None:
@@ -264,30 +292,33 @@ def _generate(
                 settings,
                 prompt_tokens=len(row),
                 eos_ids=ends,
-                custom=custom,
+                custom=options.get("logits_processor", ()),
                 generator=sequence_generator(seed, index, copy) if settings.do_sample else None,
             ),
             logprobs=options.get("logprobs", False),
         )
         for index, row in enumerate(rows)
-        for copy in range(num_return_sequences or 1)
+        for copy in range(copies)
     ]
-    capacity = max(map(len, rows)) + settings.token_limit
     with ExitStack() as stack:
-        if reading is None:
-            state = runner.new_state(capacity)
-            stack.enter_context(state)
-            reading = Reading(runner, state)
-        else:
-            reading.state.expect(capacity)
-        if (assistant := options.get("assistant_model")) is not None:
-            check_assistant(runner, assistant)
-            guessing: Reading[Any] = Reading(assistant, stack.enter_context(assistant.new_state(capacity)))
-            guesser = Assistant(guessing, config_of(runner).vocab_size)
-            extend_with_drafts(reading, sequences[0], guesser, settings.num_assistant_tokens or 20, streamer)
-        elif settings.prompt_lookup_num_tokens:
-            lookup = PromptLookup(settings.max_matching_ngram_size or 2)
-            extend_with_drafts(reading, sequences[0], lookup, settings.prompt_lookup_num_tokens, streamer)
+
+        def read_by(decoder: Decoder[Any]) -> Reading[Any]:
+            if reading_by is not None:
+                reading = reading_by(decoder)
+            else:
+                state = decoder.new_state()
+                stack.enter_context(state)
+                reading = Reading(decoder, state)
+            reading.state.expect(max(map(len, rows)) + settings.token_limit)
+            return reading
+
+        reading = read_by(runner)
+        if assistant is not None:
+            most = drafted_tokens(assistant, settings, options)
+            extend_with_drafts(reading, sequences[0], Assistant(read_by(assistant), runner), most, streamer)
+        elif lookup:
+            guesser = PromptLookup(settings.max_matching_ngram_size or 2)
+            extend_with_drafts(reading, sequences[0], guesser, lookup, streamer)
         else:
             extend(reading, sequences, streamer)
     return [sequence.result() for sequence in sequences]

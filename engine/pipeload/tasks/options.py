@@ -21,6 +21,9 @@ from pipeload.tasks.streaming import Streamer
 
 __all__ = ["GenerationOptions", "check_call", "generation_settings"]
 
+_ASSISTANT_TOKENS = 20
+"""What transformers lets a draft model guess, unless somebody says otherwise."""
+
 
 class GenerationOptions(TypedDict, total=False):
     """The keywords of `generate`, for its overloads; `generate` says what they mean."""
@@ -76,8 +79,26 @@ def generation_settings(directory: Path, options: GenerationOptions) -> Generati
     return settings
 
 
+def lookup_tokens(settings: GenerationConfig, options: GenerationOptions, sequences: int) -> int:
+    """How many tokens to look up for a pass; what only a file says is for calls that can do it."""
+    if options.get("prompt_lookup_num_tokens") is None and (sequences > 1 or options.get("assistant_model")):
+        return 0
+    return settings.prompt_lookup_num_tokens or 0
+
+
+def drafted_tokens(assistant: Decoder[Any], settings: GenerationConfig, options: GenerationOptions) -> int:
+    """How many tokens a draft model may guess for a pass: as the caller says, or else its own file."""
+    if options.get("num_assistant_tokens") is not None:
+        return settings.num_assistant_tokens or _ASSISTANT_TOKENS
+    return generation_settings(assistant.directory, {}).num_assistant_tokens or _ASSISTANT_TOKENS
+
+
 def check_call(
-    settings: GenerationConfig, options: GenerationOptions, num_return_sequences: object, sequences: int
+    settings: GenerationConfig,
+    options: GenerationOptions,
+    num_return_sequences: object,
+    sequences: int,
+    lookup: int,
 ) -> None:
     """Check the arguments that no file has.
 
@@ -86,6 +107,7 @@ def check_call(
         options: as the caller gave them.
         num_return_sequences: likewise.
         sequences: how many there are in all.
+        lookup: see `lookup_tokens`.
 
     Raises:
         ConfigError: a value cannot work.
@@ -108,12 +130,12 @@ def check_call(
         raise ConfigError(f"streamer must be a callable that takes a text, or a TextStream, not {streamer!r:.80}.")
     if assistant is not None and not hasattr(assistant, "new_state"):
         raise ConfigError(f"assistant_model must be a model from pipeload.load, not {assistant!r:.80}.")
-    if assistant is not None and settings.prompt_lookup_num_tokens:
+    if assistant is not None and lookup:
         raise ConfigError("assistant_model and prompt_lookup_num_tokens are both given. Pass one of them.")
     single = {
         "streamer": streamer,
         "assistant_model": assistant,
-        "prompt_lookup_num_tokens": settings.prompt_lookup_num_tokens,
+        "prompt_lookup_num_tokens": lookup or None,
     }
     if sequences > 1 and (given := [name for name, value in single.items() if value is not None]):
         raise ConfigError(
@@ -153,7 +175,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "no_repeat_ngram_size": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 allows all)"),
     "stop_strings": (_are_texts, "a text or a sequence of texts, none of them empty"),
     "eos_token_id": (_are_ids, "a token id or a sequence of token ids, none below 0"),
-    "prompt_lookup_num_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "prompt_lookup_num_tokens": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 looks nothing up)"),
     "max_matching_ngram_size": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
     "num_assistant_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
 }

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.memory import trim
 from pipeload.tasks.config import GenerationConfig
-from pipeload.tasks.runner import Decoder, State, config_of, free_inputs
+from pipeload.tasks.runner import Decoder, Runner, State, config_of, free_inputs, once_per_runner
 from pipeload.tasks.text import Tokenizer, tokenizer_of
 
 __all__ = [
@@ -107,11 +108,7 @@ def check_rows(runner: Decoder[State], rows: Sequence[Sequence[int]], max_new_to
 def check_assistant(runner: Decoder[Any], assistant: Decoder[Any]) -> None:
     """Raise ConfigError when one model cannot guess tokens for the other."""
     check_model(assistant)
-    tokenizers = [tokenizer_if_any(one, required=False) for one in (runner, assistant)]
-    vocabularies = [
-        tokenizer.vocabulary if tokenizer else _logits_shape(one)[-1]
-        for tokenizer, one in zip(tokenizers, (runner, assistant), strict=True)
-    ]
+    vocabularies = [_vocabulary_of(one) for one in (runner, assistant)]
     if vocabularies[0] != vocabularies[1]:
         raise ConfigError(
             f"assistant_model in {assistant.directory} has another vocabulary than the model in {runner.directory}, "
@@ -119,9 +116,16 @@ def check_assistant(runner: Decoder[Any], assistant: Decoder[Any]) -> None:
         )
 
 
-def _logits_shape(runner: Decoder[Any]) -> tuple[int | str, ...]:
-    made = {cache.output for cache in runner.manifest.caches}
-    return next(spec.shape for spec in runner.manifest.outputs if spec.name not in made)
+@once_per_runner
+def _vocabulary_of(runner: Runner) -> object:
+    """Something that is equal for models whose token ids mean the same."""
+    try:
+        digest = tokenizer_of(runner).vocabulary_digest()
+    except ConfigError:
+        made = {cache.output for cache in runner.manifest.caches}
+        return next(spec.shape[-1] for spec in runner.manifest.outputs if spec.name not in made)
+    trim()
+    return digest
 
 
 def _are_ids(prompt: object) -> TypeGuard[Sequence[int]]:

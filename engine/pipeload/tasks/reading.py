@@ -62,19 +62,9 @@ class Reading(Generic[State]):
         )
         if top is None:
             logits = self.decoder.step(inputs, self.state, positions=positions).astype(np.float32, copy=False)
-            return [[Scores(logits=row[place, None]) for place in range(positions)] for row in logits]
+            return [[Scores(one) for one in row] for row in logits]
         made = self.decoder.step_top(inputs, self.state, top, positions=positions)
-        return [
-            [
-                Scores(
-                    logits=made.logits[row, place, None],
-                    token_ids=made.token_ids[row, place],
-                    log_total=float(made.log_total[row, place]),
-                )
-                for place in range(positions)
-            ]
-            for row in range(len(rows))
-        ]
+        return [[Scores(one) for one in row] for row in made]
 
 
 def _common_length(one: TokenIds, other: TokenIds) -> int:

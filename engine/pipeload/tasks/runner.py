@@ -7,7 +7,7 @@ so that the engine can change how it runs passes without touching them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -92,8 +92,10 @@ class Decoder(Runner, Protocol[State]):
         Returns the logits of the last positions only, `[batch, positions, vocabulary]`.
         """
 
-    def step_top(self, inputs: Mapping[str, Array], state: State, top: int, *, positions: int = 1) -> TopLogits:
-        """`step` that keeps only the largest logits."""
+    def step_top(
+        self, inputs: Mapping[str, Array], state: State, top: int, *, positions: int = 1
+    ) -> Sequence[Sequence[TopLogits]]:
+        """`step` that keeps only the largest logits of each sequence's positions."""
 
     def new_state(self, capacity: int = 0) -> State:
         """An empty state. `capacity` says how many tokens it will hold, so that the engine can plan for them."""

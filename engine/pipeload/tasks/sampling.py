@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -23,6 +22,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.head import TopLogits
 from pipeload.tasks.config import GenerationConfig
 
 __all__ = [
@@ -56,29 +56,26 @@ LogitsProcessor: TypeAlias = Callable[[TokenIds, Logits], Logits]
 """Takes what there is and the logits of what comes next; returns other logits of the same shape."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Scores:
-    """Logits to choose one token from.
+    """Logits to choose one token from: all of the vocabulary, or the largest ones.
 
     Attributes:
         logits: float32 `[1, tokens]`.
-        token_ids: whose they are, ascending, `[tokens]`; None stands for the whole vocabulary.
-        log_total: see `TopLogits`; None where the whole vocabulary is there.
     """
 
-    logits: Logits
-    token_ids: NDArray[np.int64] | None = None
-    log_total: float | None = None
+    def __init__(self, logits: NDArray[np.float32] | TopLogits) -> None:
+        self._top = logits if isinstance(logits, TopLogits) else None
+        self.logits: Logits = (logits.logits if isinstance(logits, TopLogits) else logits)[None]
 
     def token(self, place: int) -> int:
         """The token whose logit is at a place."""
-        return place if self.token_ids is None else int(self.token_ids[place])
+        return place if self._top is None else int(self._top.token_ids[place])
 
     def log_probability(self, place: int) -> float:
         """The natural logarithm of the probability of the token at a place, in float64."""
-        if self.log_total is None:
+        if self._top is None:
             return log_probability(self.logits, place)
-        return float(self.logits[0, place].astype(np.float64) - self.log_total)
+        return float(np.float64(self._top.logits[place]) - self._top.log_total)
 
 
 class TokenChooser:
@@ -120,9 +117,9 @@ class TokenChooser:
         Raises:
             ConfigError: no token can be chosen.
         """
-        logits = scores.logits
+        logits, token_ids = scores.logits, np.array([ids], np.int64)
         for process in (*self._penalties, *self._custom, *self._warpers):
-            logits = process(np.array([ids], np.int64), logits)
+            logits = process(token_ids, logits)
         return draw(logits, self._generator) if self._generator else likeliest(logits)
 
     def ahead(self) -> TokenChooser:

@@ -14,11 +14,12 @@ Prompt lookup: Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding). Draf
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 from pipeload.tasks.reading import Reading
-from pipeload.tasks.runner import State
+from pipeload.tasks.runner import Decoder, State, config_of
 from pipeload.tasks.sampling import TokenChooser
 
 __all__ = ["Assistant", "DraftLength", "Drafter", "PromptLookup"]
@@ -40,30 +41,39 @@ class PromptLookup:
     """Guesses that what followed the same tokens before follows them again.
 
     Args:
-        max_ngram: most tokens that have to be the same; fewer are tried after them.
+        max_ngram: most tokens that have to be the same; fewer count after them.
     """
 
     def __init__(self, max_ngram: int) -> None:
         self._max_ngram = max_ngram
         self._indexed = 0
-        self._follows: dict[tuple[int, ...], int] = {}
+        self._ends: dict[int, list[int]] = {}
 
     def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
         """What followed the latest of the longest matches."""
         del chooser
-        # The last tokens are what is looked for, so they are not indexed yet.
-        for end in range(self._indexed + 1, len(ids)):
-            for size in range(1, min(self._max_ngram, end) + 1):
-                self._follows[tuple(ids[end - size : end])] = end
+        # The last token is what is looked for, so it is not indexed yet.
+        for place in range(self._indexed, len(ids) - 1):
+            self._ends.setdefault(ids[place], []).append(place)
         self._indexed = max(self._indexed, len(ids) - 1)
-        for size in range(min(self._max_ngram, len(ids)), 0, -1):
-            if (begin := self._follows.get(tuple(ids[len(ids) - size :]))) is not None:
-                # At the end of the text it goes on with the draft: what repeats itself once may do so again.
-                distance, text = len(ids) - begin, list(ids)
-                for _ in range(count):
-                    text.append(text[-distance])
-                return text[len(ids) :]
-        return []
+        best, size = None, 0
+        for end in reversed(self._ends.get(ids[-1], ())):
+            if (same := self._same(ids, end)) > size:
+                best, size = end, same
+            if size == self._max_ngram:
+                break
+        if best is None:
+            return []
+        # At the end of the text it goes on with the draft: what repeats itself once may do so again.
+        distance, text = len(ids) - 1 - best, list(ids)
+        for _ in range(count):
+            text.append(text[-distance])
+        return text[len(ids) :]
+
+    def _same(self, ids: Sequence[int], end: int) -> int:
+        """How many tokens up to a place are those at the end of the text."""
+        most = min(self._max_ngram, end + 1)
+        return next((size for size in range(1, most) if ids[end - size] != ids[-1 - size]), most)
 
 
 class Assistant(Generic[State]):
@@ -71,20 +81,25 @@ class Assistant(Generic[State]):
 
     Args:
         reading: of one text, by the smaller model.
-        vocab_size: the larger model's, which may be smaller than its; None if it is not known.
+        runner: the model whose tokens it guesses.
     """
 
-    def __init__(self, reading: Reading[State], vocab_size: int | None) -> None:
+    def __init__(self, reading: Reading[State], runner: Decoder[Any]) -> None:
         self._reading = reading
-        self._vocab_size = vocab_size
+        mine, other = config_of(reading.decoder), config_of(runner)
+        self._positions = mine.max_positions or sys.maxsize
+        # Models of one family have the same tokens, and tables that are rounded up to different sizes.
+        self._known = min(mine.vocab_size or sys.maxsize, other.vocab_size or sys.maxsize)
 
     def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
-        """What it says, by the rules and random numbers of the sequence itself."""
+        """What it says, by the rules and random numbers of the sequence itself; nothing where it cannot go on."""
+        if max(ids) >= self._known:
+            return []
         chooser, text = chooser.ahead(), list(ids)
-        for _ in range(count):
+        for _ in range(min(count, self._positions - len(ids))):
             ((scores,),) = self._reading.scores([text], padding=[0], positions=1, top=chooser.top)
             token = scores.token(chooser.choose(text, scores))
-            if self._vocab_size is not None and token >= self._vocab_size:
+            if token >= self._known:
                 break
             text.append(token)
         return text[len(ids) :]
@@ -126,8 +141,8 @@ class DraftLength:
 
     def drafted(self, tokens: int, seconds: float) -> None:
         """So many tokens were drafted, and it took so long."""
-        if tokens:
-            self._draft_s = _faded(self._draft_s, seconds / tokens)
+        # Without drafts it is slowly forgotten how long they took.
+        self._draft_s = _faded(self._draft_s, seconds / tokens) if tokens else self._draft_s * _FADING
 
     def checked(self, drafts: int, accepted: int, *, read_s: float, computed_s: float) -> None:
         """A sweep has checked so many drafts, of which the first so many were right.

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,10 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
         return text
 
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """All tokens and their ids."""
-        known: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        return known
+    def vocabulary_digest(self) -> bytes:
+        """The same for tokenizers whose ids stand for the same tokens."""
+        known = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        return sha256(repr(known).encode()).digest()
 
     def token(self, id_: int) -> str:
         """The vocabulary entry of an id, empty if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,6 +81,7 @@ class ToyState:
         self.ids = np.zeros((0, 0), np.int64)
         self.positions = np.zeros((0, 0), np.int64)
         self.closed = False
+        self.expected = 0
 
     @property
     def length(self) -> int:
@@ -157,7 +158,9 @@ class ToyDecoder:
             chosen = np.full_like(chosen, self.script[len(self.steps) - 1])
         return np.eye(self.vocabulary, dtype=np.float32)[chosen]
 
-    def step_top(self, inputs: Mapping[str, Array], state: ToyState, top: int, *, positions: int = 1) -> TopLogits:
+    def step_top(
+        self, inputs: Mapping[str, Array], state: ToyState, top: int, *, positions: int = 1
+    ) -> Sequence[Sequence[TopLogits]]:
         running = RunningTop(top)
         running.push(self.step(inputs, state, positions=positions))
         return running.result

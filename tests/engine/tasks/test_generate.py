@@ -40,7 +40,7 @@ def test_each_step_runs_only_what_is_new(tmp_path: Path) -> None:
 def test_the_state_is_planned_for_and_given_back(tmp_path: Path) -> None:
     model = ToyDecoder(tmp_path)
     generate(model, PROMPT, max_new_tokens=3)
-    assert model.capacities == [6]
+    assert (model.capacities, model.states[0].expected) == ([0], 6)
     assert model.states[0].closed
 
 

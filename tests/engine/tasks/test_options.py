@@ -9,7 +9,7 @@ from tests.engine.tasks.fakes import write_json
 
 from pipeload.errors import ConfigError, ShardError
 from pipeload.tasks.config import GenerationConfig
-from pipeload.tasks.options import check_call, generation_settings
+from pipeload.tasks.options import GenerationOptions, check_call, generation_settings, lookup_tokens
 
 
 def test_without_a_file_the_defaults_are_those_of_transformers(tmp_path: Path) -> None:
@@ -105,7 +105,18 @@ def test_a_file_that_cannot_work_is_refused_too(tmp_path: Path) -> None:
     ],
 )
 def test_arguments_of_the_call_are_checked(arguments: dict[str, Any], message: str) -> None:
-    check_call(GenerationConfig(), {}, None, 1)
+    check_call(GenerationConfig(), {}, None, 1, 0)
     copies = arguments.pop("num_return_sequences", None)
     with pytest.raises(ConfigError, match=message):
-        check_call(GenerationConfig(), arguments, copies, 1)  # type: ignore[arg-type]
+        check_call(GenerationConfig(), arguments, copies, 1, 0)  # type: ignore[arg-type]
+
+
+def test_guesses_that_only_a_file_asks_for_are_for_calls_that_can_have_them(tmp_path: Path) -> None:
+    write_json(tmp_path, "generation_config.json", {"prompt_lookup_num_tokens": 5})
+    settings = generation_settings(tmp_path, {})
+    assert lookup_tokens(settings, {}, 1) == 5
+    assert lookup_tokens(settings, {}, 2) == 0
+    off: GenerationOptions = {"prompt_lookup_num_tokens": 0}
+    assert lookup_tokens(generation_settings(tmp_path, off), off, 1) == 0
+    asked: GenerationOptions = {"prompt_lookup_num_tokens": 3}
+    assert lookup_tokens(generation_settings(tmp_path, asked), asked, 2) == 3

@@ -189,7 +189,7 @@ def test_a_callers_processor_comes_after_the_penalties_and_before_the_temperatur
     seen = []
     settings = GenerationConfig(do_sample=True, temperature=2.0, repetition_penalty=2.0, top_k=0)
     chooser = _chooser(settings, lambda _, logits: seen.append(logits) or logits, number=0.5)
-    chooser.choose([1], Scores(logits=_row(1, 4, 3)))
+    chooser.choose([1], Scores(_row(1, 4, 3)[0]))
     assert [logits.tolist() for logits in seen] == [[[1, 2, 3]]]
 
 
@@ -204,10 +204,9 @@ def test_the_largest_logits_are_enough_where_nothing_looks_at_single_tokens() ->
 def test_a_token_is_chosen_from_the_largest_as_from_all() -> None:
     logits = np.random.default_rng(2).normal(size=(1, 400)).astype(np.float32)
     running = RunningTop(7)
+    logits[0, :9] = np.sort(logits[0])[-7]  # as likely as the last one that is kept
     running.push(logits[:, None])
-    top = running.result
-    few = Scores(logits=top.logits[:, 0], token_ids=top.token_ids[0, 0], log_total=float(top.log_total[0, 0]))
-    every = Scores(logits=logits)
+    few, every = Scores(running.result[0][0]), Scores(logits[0])
     settings = GenerationConfig(do_sample=True, top_k=7, top_p=0.9, temperature=0.8)
     for number in np.linspace(0, 0.999, 40):
         chooser = _chooser(settings, number=number)
@@ -219,7 +218,7 @@ def test_a_token_is_chosen_from_the_largest_as_from_all() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_processor_that_returns_no_logits_is_named(bad: float) -> None:
     def last(returned: Any) -> Any:
-        return _chooser(GenerationConfig(), _same, lambda *_: returned).choose([1], Scores(logits=_row(1, 2, 3)))
+        return _chooser(GenerationConfig(), _same, lambda *_: returned).choose([1], Scores(_row(1, 2, 3)[0]))
 
     for returned in (np.zeros(3, np.float32), np.zeros((1, 4)), np.zeros((1, 3), np.int64), None):
         with pytest.raises(ConfigError, match=r"logits_processor\[1\] returned .*; it must return float32\[1, 3\]"):
@@ -239,7 +238,7 @@ def test_a_processor_may_change_its_array() -> None:
         return logits
 
     logits = _row(1, 2, 3)
-    assert _chooser(GenerationConfig(), spoil).choose([1], Scores(logits=logits)) == 0
+    assert _chooser(GenerationConfig(), spoil).choose([1], Scores(logits[0])) == 0
     assert logits.tolist() == [[1, 2, 3]]
 
 

@@ -77,3 +77,12 @@ def test_drafts_that_are_always_right_are_long() -> None:
 def test_never_more_than_asked_for() -> None:
     length = DraftLength()
     assert [length.choose(most) for most in (-1, 0, 3)] == [0, 0, 3]
+
+
+def test_the_time_that_drafts_took_once_is_forgotten() -> None:
+    length = _length((0, 0), *[(8, 8)] * 3, read_s=0.0, token_s=0.1, further_s=0.01)
+    length.drafted(1, 60.0)
+    assert length.choose(10) == 0
+    for _ in range(100):
+        length.drafted(0, 0.0)
+    assert length.choose(10) > 0
