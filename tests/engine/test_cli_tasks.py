@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -298,6 +299,12 @@ def test_generate_takes_every_option(tmp_path: Path, call: Call, monkeypatch: py
     assert seen.pop("do_sample") is False
     assert seen.pop("logprobs") is False
     assert set(seen.values()) == {None}
+
+
+def test_generate_tells_how_many_guesses_were_right(tmp_path: Path, call: Call) -> None:
+    write_bert_tokenizer(tmp_path)
+    result = call(ToyDecoder(tmp_path), "generate", "the the the", "--max-new-tokens=3", "--lookup=2", "--stats")
+    assert re.match(r"3 tokens in [23] sweeps; \d of [1-9] guesses were right\n", result.stderr), result.stderr
 
 
 def test_generate_takes_a_draft_model(tmp_path: Path, call: Call, loads: list[tuple[Any, ...]]) -> None:

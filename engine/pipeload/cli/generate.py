@@ -121,5 +121,11 @@ def generate(
             started = True
 
         options["streamer"] = show
-        generate_text(model, text, **options)
+        made = generate_text(model, text, **options)
         typer.echo("" if started else text)
+        if stats:
+            typer.echo(
+                f"{len(made.token_ids)} tokens in {made.sweeps} sweeps; {made.accepted_tokens} of "
+                f"{made.drafted_tokens} guesses were right",
+                err=True,
+            )
