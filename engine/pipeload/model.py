@@ -450,9 +450,11 @@ class Model:
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         with self._lock:
-            others = [(one.batch, one.capacity) for one in self._states if one is not state]
-        # What others wish for is not theirs yet.
-        cached = sum(self._cache_bytes(*one) for one in [*others, (batch, capacity)])
+            # What other states wish for is not theirs yet.
+            sizes_of_caches = [(one.batch, one.capacity) for one in self._states if one is not state]
+        if state:
+            sizes_of_caches.append((batch, capacity))
+        cached = sum(self._cache_bytes(*one) for one in sizes_of_caches)
         # How much is in the caches makes no other kind of pass.
         past = past_symbols(self.manifest)
         sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
