@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -122,11 +121,11 @@ def test_a_session_refuses_in_time_what_will_not_fit(wide_toy: Path) -> None:
 
 
 def test_an_assistant_whose_cache_does_not_fit(wide_toy: Path, toy_decoder: Path) -> None:
-    """The text is made without it, or refused with figures; the model works on either way."""
+    """The text is made without it."""
     with load(toy_decoder, 90_000_000) as model, load(wide_toy, 2_000_000) as assistant:
         prompt = list(range(90)) * 8
         plain = model.generate(prompt, max_new_tokens=4)
-        with suppress(pipeload.BudgetError):
+        with pytest.warns(UserWarning, match="the draft model failed: A memory budget of"):
             assert_same(model.generate(prompt, max_new_tokens=4, assistant_model=assistant), plain)
         assert_same(model.generate(prompt, max_new_tokens=4), plain)
 
