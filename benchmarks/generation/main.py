@@ -63,7 +63,7 @@ def choose(
 @app.command()
 def rivals(
     caps: Annotated[str, typer.Option(metavar="SIZES", help="Memory limits, with commas.")] = "1GB,2GB,4GB,5.5GB",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that count.")] = 4,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that count.")] = 3,
     settling: Annotated[int, typer.Option(min=0, help="Tokens after the first that do not count.")] = 2,
     contenders: Annotated[
         str, typer.Option(metavar="NAMES", help="Whom to compare with pipeload, with commas.")
@@ -97,7 +97,7 @@ def rivals(
 def lookup(
     cap: Cap = "250MB",
     disk: Disk = "400MB/s",
-    tokens: Tokens = 128,
+    tokens: Tokens = 96,
     guesses: Annotated[int, typer.Option(min=1, help="Most tokens that are guessed in a sweep.")] = 10,
     output: Output = None,
 ) -> None:
@@ -114,7 +114,7 @@ def callers(cap: Cap = "250MB", disk: Disk = "400MB/s", tokens: Tokens = 24, out
 
 
 @app.command()
-def long(cap: Cap = "300MB", disk: Disk = "none", tokens: Tokens = 2000, output: Output = None) -> None:
+def long(cap: Cap = "900MB", disk: Disk = "none", tokens: Tokens = 2000, output: Output = None) -> None:
     """Seconds and memory over a long text."""
     with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
         report = long_part.measure(model, tokens)
