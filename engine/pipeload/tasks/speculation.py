@@ -6,7 +6,7 @@ text ..a b c | draft d e f      one pass over c d e f chooses what follows c, d,
 ```
 
 Each token is chosen by the same rule, and with the same random number, as without drafts; a draft only decides how much
-of a pass is of use. So the text stays the same, greedy or sampled.
+of a pass is of use. So the text stays the same, greedy or sampled (about rounding see docs/adr/0010).
 
 Prompt lookup: Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding). Draft models: Leviathan et al. 2023
 (arXiv 2211.17192), with draws that share their random numbers instead of a rejection.
