@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from benchmarks.generation.programs.order import Step, decode, read_order, tell
+from benchmarks.generation.programs.torch_step import torch_step
 
 ORDER = read_order()
 
@@ -50,18 +51,7 @@ def partly_resident() -> Any:
 
 def open_model() -> Step:
     torch.set_num_threads(ORDER.threads)
-    model = partly_resident().eval() if ORDER.resident_bytes else on_disk().eval()
-    cache: Any = None
-
-    def step(new: list[int]) -> tuple[int, float]:
-        nonlocal cache
-        with torch.inference_mode():
-            made = model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = made.past_key_values
-        logprob, token = made.logits[0, -1].log_softmax(dim=-1).max(dim=-1)
-        return int(token), float(logprob)
-
-    return step
+    return torch_step(partly_resident().eval() if ORDER.resident_bytes else on_disk().eval())
 
 
 if __name__ == "__main__":

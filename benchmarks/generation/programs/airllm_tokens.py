@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from airllm.airllm_base import AirLLMBaseModel
 
 from benchmarks.generation.programs.order import Step, decode, read_order, tell
+from benchmarks.generation.programs.torch_step import torch_step
 
 ORDER = read_order()
 
@@ -32,18 +32,7 @@ class GPT2(AirLLMBaseModel):
 
 def open_model() -> Step:
     torch.set_num_threads(ORDER.threads)
-    model = GPT2(ORDER.model, device="cpu", dtype=torch.float32)
-    cache: Any = None
-
-    def step(new: list[int]) -> tuple[int, float]:
-        nonlocal cache
-        with torch.inference_mode():
-            made = model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = made.past_key_values
-        logprob, token = made.logits[0, -1].log_softmax(dim=-1).max(dim=-1)
-        return int(token), float(logprob)
-
-    return step
+    return torch_step(GPT2(ORDER.model, device="cpu", dtype=torch.float32))
 
 
 if __name__ == "__main__":
