@@ -17,11 +17,11 @@ from pipeload.examples import example_inputs, past_symbols
 from pipeload.footprint import planning_dims
 from pipeload.manifest import Manifest, symbols
 from pipeload.model import image_sizes
-from pipeload.tasks.batch import position_ids
 from pipeload.tasks.config import ModelConfig, read_settings
 from pipeload.tasks.embed import embed
 from pipeload.tasks.generate import generate
-from pipeload.tasks.runner import Decoder, free_inputs, graph_inputs
+from pipeload.tasks.reading import Reading
+from pipeload.tasks.runner import Decoder, free_inputs
 
 __all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]
 
@@ -71,21 +71,15 @@ class Work:
         """A pass over the prompt, then greedily one token a pass with its KV caches kept."""
         tokens: list[int] = []
         with runner.new_state(PROMPT_TOKENS + self.settling + self.passes + 1) as state:
-            new = inputs["input_ids"]
-            mask = np.ones_like(new)
+            texts: list[list[int]] = inputs["input_ids"].tolist()
+            reading = Reading(runner, state)
 
             def step() -> Arrays:
-                nonlocal new, mask
-                offered = {
-                    "input_ids": new,
-                    "attention_mask": mask,
-                    "position_ids": position_ids(mask)[:, -new.shape[1] :],
-                    "token_type_ids": np.zeros_like(new),
-                }
-                logits = runner.step(graph_inputs(runner, offered), state)[:, -1]
-                new = logits.argmax(axis=-1)[:, None]
-                mask = np.concatenate([mask, np.ones_like(new)], axis=1)
-                tokens.append(int(new[0, 0]))
+                made = reading.scores(texts, padding=[0] * len(texts), positions=1, top=None)
+                logits = np.concatenate([one.logits for (one,) in made])
+                for text, token in zip(texts, logits.argmax(axis=-1).tolist(), strict=True):
+                    text.append(token)
+                tokens.append(texts[0][-1])
                 return {"token_ids": np.array(tokens), "logits": logits}
 
             return self._laps(step, begin_s, lambda _: list(tokens))
