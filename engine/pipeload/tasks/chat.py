@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from pipeload.errors import ConfigError, ShardError
-from pipeload.tasks.config import read_file, read_settings
+from pipeload.tasks.config import AddedToken, read_file, read_settings, token_text
 from pipeload.tasks.runner import Runner, once_per_runner
 from pipeload.tasks.text import tokenizer_of
 
@@ -111,21 +111,17 @@ def _template_of(runner: Runner) -> ChatTemplate:
     return find_template(runner.directory)
 
 
-class _AddedToken(msgspec.Struct, frozen=True):
-    content: str
-
-
 class _SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Special tokens by the names that templates have for them; null is the same as nothing."""
 
-    bos_token: str | _AddedToken | None = None
-    eos_token: str | _AddedToken | None = None
-    unk_token: str | _AddedToken | None = None
-    sep_token: str | _AddedToken | None = None
-    pad_token: str | _AddedToken | None = None
-    cls_token: str | _AddedToken | None = None
-    mask_token: str | _AddedToken | None = None
-    additional_special_tokens: list[str | _AddedToken] | None = None
+    bos_token: str | AddedToken | None = None
+    eos_token: str | AddedToken | None = None
+    unk_token: str | AddedToken | None = None
+    sep_token: str | AddedToken | None = None
+    pad_token: str | AddedToken | None = None
+    cls_token: str | AddedToken | None = None
+    mask_token: str | AddedToken | None = None
+    additional_special_tokens: list[str | AddedToken] | None = None
 
 
 class _Named(msgspec.Struct, frozen=True):
@@ -149,9 +145,5 @@ def _special_tokens(directory: Path, settings: _TokenizerConfig) -> dict[str, st
         for source in sources:
             if token := getattr(source, name):
                 several = isinstance(token, list)
-                found.setdefault(name, [_content(one) for one in token] if several else _content(token))
+                found.setdefault(name, [token_text(one) for one in token] if several else token_text(token))
     return found
-
-
-def _content(token: str | _AddedToken) -> str:
-    return token if isinstance(token, str) else token.content

@@ -13,7 +13,15 @@ import msgspec
 
 from pipeload.errors import ShardError
 
-__all__ = ["MAX_NEW_TOKENS", "GenerationConfig", "ModelConfig", "read_file", "read_settings"]
+__all__ = [
+    "MAX_NEW_TOKENS",
+    "AddedToken",
+    "GenerationConfig",
+    "ModelConfig",
+    "read_file",
+    "read_settings",
+    "token_text",
+]
 
 MAX_NEW_TOKENS = 64
 """Tokens to generate, unless the caller or the model says otherwise."""
@@ -24,6 +32,17 @@ _POSITIONS_AFTER_PADDING = frozenset(
 """Model types whose first position is `pad_token_id + 1`, so that the table has fewer usable rows."""
 
 Settings = TypeVar("Settings")
+
+
+class AddedToken(msgspec.Struct, frozen=True):
+    """A token in a tokenizer's files, where it is not just its text."""
+
+    content: str
+
+
+def token_text(token: str | AddedToken) -> str:
+    """The text of a token in either form."""
+    return token if isinstance(token, str) else token.content
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

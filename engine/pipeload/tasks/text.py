@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError, ShardError, TruncationWarning
 from pipeload.memory import trim
 from pipeload.tasks.batch import Side, padded, position_ids
-from pipeload.tasks.config import read_settings
+from pipeload.tasks.config import AddedToken, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 
 __all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
@@ -47,18 +47,14 @@ class Encoded:
     cut: bool = False
 
 
-class _AddedToken(msgspec.Struct, frozen=True):
-    content: str
-
-
 class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_class: str | None = None
     model_max_length: int | float | None = None
     padding_side: Side | None = None
     truncation_side: Side | None = None
-    pad_token: str | _AddedToken | None = None
-    eos_token: str | _AddedToken | None = None
-    unk_token: str | _AddedToken | None = None
+    pad_token: str | AddedToken | None = None
+    eos_token: str | AddedToken | None = None
+    unk_token: str | AddedToken | None = None
     add_prefix_space: bool | None = False
 
     @property
@@ -187,10 +183,10 @@ class Tokenizer:
         decoder = self._backend.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
-    def _id(self, token: str | _AddedToken | None) -> int | None:
+    def _id(self, token: str | AddedToken | None) -> int | None:
         if token is None:
             return None
-        id_: int | None = self._backend.token_to_id(token if isinstance(token, str) else token.content)
+        id_: int | None = self._backend.token_to_id(token_text(token))
         return id_
 
 
