@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Generic, Self, Unpack, cast, overload
 from weakref import WeakKeyDictionary
@@ -38,10 +38,10 @@ from pipeload.tasks.prompts import (
 )
 from pipeload.tasks.reading import Reading
 from pipeload.tasks.runner import Decoder, State
-from pipeload.tasks.sampling import LogitsProcessor, TokenChooser, sequence_generator
+from pipeload.tasks.sampling import TokenChooser, sequence_generator
 from pipeload.tasks.sequence import Generation, GrowingSequence
 from pipeload.tasks.speculation import Assistant, PromptLookup
-from pipeload.tasks.streaming import Streamer, TextStream
+from pipeload.tasks.streaming import TextStream
 
 __all__ = ["Generation", "Prompt", "Session", "generate"]
 
@@ -70,26 +70,8 @@ def generate(
     runner: Decoder[State],
     prompt: Prompt | list[str] | list[list[int]],
     *,
-    max_new_tokens: int | None = None,
-    min_new_tokens: int | None = None,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    stop_strings: str | Sequence[str] | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
     num_return_sequences: int | None = None,
-    prompt_lookup_num_tokens: int | None = None,
-    max_matching_ngram_size: int | None = None,
-    assistant_model: Decoder[Any] | None = None,
-    num_assistant_tokens: int | None = None,
-    seed: int | None = None,
-    logits_processor: Sequence[LogitsProcessor] = (),
-    logprobs: bool = False,
-    streamer: Streamer | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Generation | list[Generation]:
     """Continue a prompt, or each of a list of prompts.
 
@@ -148,28 +130,7 @@ def generate(
         ' Paris.'
         (', there was a magnificent ship in', 'stop')
     """
-    options: GenerationOptions = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "stop_strings": stop_strings,
-        "eos_token_id": eos_token_id,
-        "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
-        "max_matching_ngram_size": max_matching_ngram_size,
-        "num_assistant_tokens": num_assistant_tokens,
-        "assistant_model": assistant_model,
-        "seed": seed,
-        "logits_processor": logits_processor,
-        "logprobs": logprobs,
-        "streamer": streamer,
-    }
-    with streamer.generation() if isinstance(streamer, TextStream) else nullcontext():
+    with _called(options):
         prompts, single = listed(prompt)
         results = _generate(runner, prompts, options, num_return_sequences)
         return results[0] if single and num_return_sequences is None else results
@@ -217,15 +178,12 @@ class Session(Generic[State]):
             ClosedError: the session is closed.
             TypeError: an option is none of `generate`'s.
         """
-        if unknown := options.keys() - GenerationOptions.__annotations__.keys():
-            raise TypeError(f"generate() got an unexpected keyword argument '{min(unknown)}'")
         if not self._lock.acquire(blocking=False):
             raise ConfigError("Another thread generates with this session. Make a session for each thread.")
         try:
             if self._closed:
                 raise ClosedError("The session is closed. Make a new one with model.session().")
-            streamer = options.get("streamer")
-            with streamer.generation() if isinstance(streamer, TextStream) else nullcontext():
+            with _called(options):
                 prompts, single = listed(prompt)
                 if not single:
                     raise ConfigError("A session takes one prompt, not a list. Make a session for each.")
@@ -257,6 +215,14 @@ class Session(Generic[State]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _called(options: GenerationOptions) -> AbstractContextManager[None]:
+    """What a call goes on in: its stream, if it has one, ends with it."""
+    if unknown := options.keys() - GenerationOptions.__annotations__.keys():
+        raise TypeError(f"generate() got an unexpected keyword argument '{min(unknown)}'")
+    streamer = options.get("streamer")
+    return streamer.generation() if isinstance(streamer, TextStream) else nullcontext()
 
 
 def _generate(
