@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -81,6 +83,21 @@ class Background(threading.Thread):
 def agents() -> list[str]:
     """Names of all agents that live in this process."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeload-")]
+
+
+def run_python(program: str, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own that imports what this one does; it must end with that exit code."""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == exit_code, done.stderr
+    return done
 
 
 def smallest_budget(directory: Path, **options: Any) -> int:

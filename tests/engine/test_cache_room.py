@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.engine.drafts import PROMPT, Recorder, assert_same, load
-from tests.engine.harness import EMULATED, PATIENCE_S, smallest_budget
+from tests.engine.harness import EMULATED, run_python, smallest_budget
 from tests.engine.toy import make_toy
 
 import pipeload
@@ -164,16 +161,6 @@ with pipeload.load({str(exported_llama)!r}, budget, threads=1) as model:
     assert model.stats.budget_bytes <= budget
     print(tokens, model.stats.peak_bytes - budget)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    tokens, beyond = map(int, done.stdout.split())
+    tokens, beyond = map(int, run_python(program).stdout.split())
     assert tokens >= 300
     assert beyond <= 0

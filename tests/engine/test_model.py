@@ -9,8 +9,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -32,6 +30,7 @@ from tests.engine.harness import (
     agents,
     assert_close,
     assert_same,
+    run_python,
     run_sequentially,
     smallest_budget,
 )
@@ -567,17 +566,7 @@ with pipeload.load({str(toy_large)!r}, budget) as model:
     assert model.stats.budget_bytes <= budget
     print(model.stats.peak_bytes - budget)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 0
+    assert int(run_python(program).stdout) <= 0
 
 
 @pytest.mark.usefixtures("unlearning")
@@ -1161,17 +1150,8 @@ def go_on():
             model.run(inputs)
 {end}
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
     expected = {"raise ValueError('mine')": 1, "os.kill(os.getpid(), signal.SIGINT)": -signal.SIGINT}.get(end, 0)
-    assert done.returncode == expected, done.stderr
+    done = run_python(program, expected)
     if expected == 0:
         assert done.stderr == ""
     else:
