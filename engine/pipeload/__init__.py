@@ -10,6 +10,7 @@ dims               symbolic dimensions -> sizes
 manifest_faults    what is wrong with it
 examples           made-up inputs
 caches             KV caches with room for more tokens
+head               the largest logits of a head's slices
 files      a file that appears whole or not at all
 user_cache what is kept between processes, and where
 memory     sizes, RSS, cgroup limits
