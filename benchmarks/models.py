@@ -8,8 +8,8 @@ from rich.console import Console
 
 import pipeload_export
 from pipeload.bench.spec import Unsplit
-from pipeload.manifest import MANIFEST_NAME
-from pipeload_export.merge import merge
+from pipeload.format.manifest import MANIFEST_NAME
+from pipeload_export.check.merge import merge
 
 __all__ = ["ROOT", "exported", "joined", "weight_bytes"]
 

@@ -28,7 +28,7 @@ from pipeload.bench.record import Record
 from pipeload.bench.spec import ContenderName, from_json
 from pipeload.bench.table import table
 from pipeload.cli.progress import progress_bars
-from pipeload.manifest import read
+from pipeload.format.manifest import read
 
 __all__ = ["LARGE", "Case", "main", "markdown_table", "publish"]
 

@@ -109,8 +109,8 @@ def made_once() -> Path:
     digest = hashlib.sha256()
     tests = REPOSITORY / "tests"
     sources = [*REPOSITORY.glob("exporter/**/*.py"), tests / "models.py", tests / "greedy.py"]
-    engine = REPOSITORY / "engine" / "pipeload"
-    for path in sorted([*sources, *engine.glob("manifest*.py"), engine / "dims.py"]):
+    contract = REPOSITORY / "engine" / "pipeload" / "format"
+    for path in sorted([*sources, *contract.glob("*.py")]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
     if not cache.exists():

@@ -21,7 +21,7 @@ from benchmarks.models import weight_bytes
 from pipeload.bench import cgroup
 from pipeload.bench.launch import run_contender
 from pipeload.bench.spec import Result, Spec
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -11,7 +11,7 @@ from benchmarks.generation.small import SmallModel
 from benchmarks.study import markdown_table
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.table import seconds
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
 
 __all__ = ["Report", "draw", "measure", "rows"]
 

@@ -26,7 +26,7 @@ from benchmarks.models import ROOT
 from benchmarks.study import publish
 from pipeload.bench import cgroup
 from pipeload.bench.spec import from_json, to_json
-from pipeload.memory import parse_bytes
+from pipeload.machine.sizes import parse_bytes
 
 FOLDER = Path(__file__).parent
 PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {

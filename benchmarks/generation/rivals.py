@@ -22,7 +22,7 @@ from benchmarks.study import markdown_table
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.table import seconds
 from pipeload.errors import RunError
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
 
 __all__ = ["CONTENDERS", "Record", "Report", "compare", "rows", "summarise"]
 

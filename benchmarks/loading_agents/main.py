@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.study import LARGE, Case, main, markdown_table
 from pipeload.bench.record import Record
 from pipeload.bench.table import seconds
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
 
 CASES = tuple(
     Case(

@@ -24,7 +24,7 @@ from pipeload.bench.launch import run_contender
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.record import TOLERANCE, max_error
 from pipeload.bench.spec import to_json
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
 
 RESULTS = Path(__file__).with_name("results")
 

@@ -1,50 +1,22 @@
 """pipeload runs transformer models that do not fit into memory, on CPUs, from standard ONNX shards.
 
-Modules, in the order in which data flows through them:
+Packages and modules, from what all use to what uses all:
 
 ```
-errors     the exception tree
-manifest   pipeload.json: what a sharded model directory holds; its parts, in order:
-manifest_records   what it consists of
-dims               symbolic dimensions -> sizes
-manifest_faults    what is wrong with it
-examples           made-up inputs
-caches             KV caches with room for more tokens
-head               the largest logits of a head's slices
-files      a file that appears whole or not at all
-user_cache what is kept between processes, and where
-memory     sizes, RSS, cgroup limits
-machine    processors, memory, storage device
-trace      what every agent did, and when
-buffers    page-aligned memory
-stamps     which files were checked before
-headers    what a weights file says about itself, held against the manifest
-storage    shard files -> buffers
-session    one shard's onnxruntime session over a buffer
-profile    what the planner has to know about machine, process and model, and where that is kept
-footprint  what a pass needs beside weights
-schedule   how long a pass takes, and the least that it could
-speed      what a profile says, or what is assumed without one
-layouts    ways to use the memory that is left for weights
-planner    manifest + profile + budget -> Plan
-replanner  another plan when needs, memory or what is known change
-stats      what happened, in figures
-budget     byte reservations in plan order
-exchange   where the agents meet
-agents     Loading, Inference and Daemon Agents
-forward    one pass over the shards
-pipeline   the threads
-recording  a trace, read back from its file
-timeline   a picture of a trace
-bandwidth  how fast files are read
-stopwatch  how long shards take
-profiler   measures machine, process and model -> Profile
-batches    several inputs in one pass
-state      KV caches of one batch
-model      the facade
-tasks/     embed, classify, generate, chat
-bench/     pipeload beside other ways to run a model
-cli/       the commands
+errors      the exception tree
+format/     what a model directory says: manifest, symbolic dimensions, safetensors headers, caches
+machine/    this computer: memory, heap, cgroups, processors, files
+storage/    shard files -> memory
+tracing/    what every agent did, and when
+planning/   manifest + profile + budget -> Plan; pure
+pipeline/   Loading, Inference and Daemon Agents, and what they pass to one another
+measuring/  machine, process and model -> Profile
+inputs      arrays, joined and taken apart
+decode      KV caches between steps
+tasks/      embed, classify, generate, chat
+model       the facade
+bench/      pipeload beside other ways to run a model
+cli/        the commands
 ```
 """
 
@@ -67,12 +39,13 @@ from pipeload.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeload.decode import DecodeState
     from pipeload.model import Model, load
-    from pipeload.planner import Plan
-    from pipeload.profile import Profile
-    from pipeload.state import DecodeState
-    from pipeload.tasks.generate import Generation, Session
-    from pipeload.tasks.streaming import TextStream
+    from pipeload.planning.planner import Plan
+    from pipeload.planning.profile import Profile
+    from pipeload.tasks.generate.generate import Generation
+    from pipeload.tasks.generate.session import Session
+    from pipeload.tasks.generate.streaming import TextStream
 
 __version__ = "0.1.0"
 
@@ -98,13 +71,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DecodeState": "state",
-    "Generation": "tasks.generate",
+    "DecodeState": "decode",
+    "Generation": "tasks.generate.sequence",
     "Model": "model",
-    "Plan": "planner",
-    "Profile": "profile",
-    "Session": "tasks.generate",
-    "TextStream": "tasks.streaming",
+    "Plan": "planning.planner",
+    "Profile": "planning.profile",
+    "Session": "tasks.generate.session",
+    "TextStream": "tasks.generate.streaming",
     "load": "model",
 }
 """Modules of what is imported when it is first used: with onnxruntime and NumPy that takes up to seconds, in which

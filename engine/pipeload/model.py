@@ -17,35 +17,37 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload import footprint, profiler
-from pipeload import manifest as manifests
-from pipeload import profile as profiles
-from pipeload.batches import batches, split_batch
-from pipeload.caches import can_be_cut, growth
+from pipeload.decode import DecodeState
 from pipeload.errors import BudgetError, ClosedError, ConfigError
-from pipeload.examples import past_symbols
-from pipeload.forward import Feed
-from pipeload.head import RunningTop, TopLogits
-from pipeload.manifest import MANIFEST_NAME, Manifest, TensorSpec
-from pipeload.memory import FreeMemory, parse_budget
-from pipeload.pipeline import Call, Pipeline, Served
-from pipeload.planner import Plan
-from pipeload.profile import Profile
-from pipeload.replanner import Replanner
-from pipeload.session import Value, to_array, to_value
-from pipeload.stamps import stamps_of
-from pipeload.state import DecodeState
-from pipeload.stats import Stats
-from pipeload.storage import Storage
-from pipeload.tasks.chat import chat_prompt
-from pipeload.tasks.classify import classify
-from pipeload.tasks.config import ModelConfig, read_settings
-from pipeload.tasks.embed import embed
-from pipeload.tasks.generate import Session, generate
-from pipeload.tasks.text import tokenizer_of
-from pipeload.trace import Progress, Trace
+from pipeload.format import manifest as manifests
+from pipeload.format.caches import can_be_cut, growth, past_symbols
+from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from pipeload.inputs import batches, split_batch
+from pipeload.machine.memory import FreeMemory
+from pipeload.machine.sizes import parse_budget
+from pipeload.measuring import profile_store, profiler
+from pipeload.pipeline.pipeline import Pipeline
+from pipeload.pipeline.requests import Call, Served
+from pipeload.pipeline.session import Value, to_array, to_value
+from pipeload.pipeline.sweep import Feed
+from pipeload.pipeline.top_logits import RunningTop, TopLogits
+from pipeload.planning import needs
+from pipeload.planning.planner import Plan
+from pipeload.planning.profile import Profile
+from pipeload.planning.replanner import Replanner
+from pipeload.storage.stamps import stamps_of
+from pipeload.storage.weights import Storage
+from pipeload.tasks.chat.chat import chat_prompt
+from pipeload.tasks.classify.classify import classify
+from pipeload.tasks.embed.embed import embed
+from pipeload.tasks.generate.generate import generate
+from pipeload.tasks.generate.session import Session
+from pipeload.tasks.images import image_sizes
+from pipeload.tasks.text.tokenizer import tokenizer_of
+from pipeload.tracing.stats import Stats
+from pipeload.tracing.trace import Progress, Trace
 
-__all__ = ["Model", "image_sizes", "load"]
+__all__ = ["Model", "load"]
 
 _CAPACITY_STEP = 128
 """Caches grow in steps of so many tokens, so that they are seldom copied and the plan changes seldom."""
@@ -116,7 +118,7 @@ def load(
         budget_bytes=budget,
         loaders=loaders,
         threads=threads,
-        dims=footprint.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
+        dims=needs.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
         verify=verify,
         profile=profile,
         progress=progress,
@@ -161,7 +163,7 @@ class Model:
         # Other models of the process may have read nothing yet of what they are going to keep.
         process_bytes = process.process_bytes + sum(pipeline.to_come_bytes for pipeline in [*_PIPELINES])
         self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
-        known = profile or profiles.find(directory, self._profile_dims) or process
+        known = profile or profile_store.find(directory, self._profile_dims) or process
         self._replanner = Replanner(
             manifest,
             replace(known, process_bytes=process_bytes, cores=process.cores),
@@ -170,7 +172,7 @@ class Model:
             loaders=loaders,
             threads=threads,
         )
-        pass_bytes = footprint.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
+        pass_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
         try:
             # Whoever opens a decoder will decode: room for the first caches now saves another plan, and reading, then.
             plan = self._replanner.first_plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
@@ -444,9 +446,7 @@ class Model:
         elif state:
             feed.caches = state.caches
         feed.pieces = values
-        pass_bytes, held_bytes = footprint.pass_needs(
-            self.manifest, piece_dims, positions=feed.positions, top=feed.top > 0
-        )
+        pass_bytes, held_bytes = needs.pass_needs(self.manifest, piece_dims, positions=feed.positions, top=feed.top > 0)
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         with self._lock:
@@ -546,7 +546,7 @@ class Model:
             dims[rows] = max(batch, 1)
         # "past + new": one of the symbols stands for all tokens, the others are 0.
         dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = capacity
-        return footprint.cache_bytes(self.manifest, dims)
+        return needs.cache_bytes(self.manifest, dims)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -562,16 +562,6 @@ def _symbols(dim: int | str) -> tuple[str, ...]:
     return tuple(sorted(manifests.symbols(dim)))
 
 
-def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
-    """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
-    if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
-        return {}
-    config = read_settings(directory, "config.json", ModelConfig)
-    sizes = (config.num_channels or 3, *(config.image_height_width or (224, 224)))
-    shape = manifest.inputs[0].shape[1:]
-    return {dim: size for dim, size in zip(shape, sizes, strict=True) if isinstance(dim, str)}
-
-
 def _end_in(pid: int, pipeline: Pipeline, keep: Callable[[], None] | None = None) -> None:
     if os.getpid() == pid:
         pipeline.close()
@@ -581,4 +571,4 @@ def _end_in(pid: int, pipeline: Pipeline, keep: Callable[[], None] | None = None
 
 def _keep_learned(directory: Path, dims: dict[str, int], replanner: Replanner) -> None:
     if learned := replanner.learned:
-        profiles.keep(directory, replace(learned, dims=dims))
+        profile_store.keep(directory, replace(learned, dims=dims))

@@ -1,38 +1,18 @@
 """The exporter: from a checkpoint or an ONNX file to a sharded model directory.
 
-Modules, in the order in which data flows through them:
+Packages and modules, in the order in which data flows through them:
 
 ```
-extra       is the extra [export] installed?
-task        what a model is for, and which transformers class that means
-catalog     recipes for models by name, from packages or with seeded weights
-hub         a model of the Hugging Face hub -> a local checkpoint folder
-source      SOURCE -> a checkpoint, or an ONNX graph with its side files
-folder      what lies in a checkpoint folder
-checkpoint  a checkpoint -> an unsplit ONNX graph, in a child process
-tracing     what that process does
-split       graph -> shards; its parts, in order:
-loading       the file as a sorted graph whose weights stay in it
-graph         that graph
-fold          constants folded, names resolved
-attention     how layers read their caches
-caches        caches written in place
-quantised     these caches as int8
-flow, cuts    where one activation flows, where the blocks begin and end
-tables, head  embedding tables taken out, the vocabulary head cut
-placement     each node to its shard; edges, caches
-fuse          a shard optimised offline by onnxruntime
-plans, trial, sampling, activations   sample runs of shards -> shapes, live bytes
-structure     the id of what shards have in common
-weights, writer   safetensors files, graph files
-merge       the shards -> one graph over the same weights, to compare with
-samples     seeded inputs that suit a model
-chain       the shards one after another, and the unsplit graph, in plain onnxruntime
-compare     the answers of the two, and by how much they differ
-graphcheck  is a shard's graph valid, and does it point to the weights of the manifest?
-verify      files, graphs and answers of a sharded model directory
-staging     a folder that becomes the target at once, or never
-package     all of it, in order: `export`
+extra      is the extra [export] installed?
+source/    what the user names -> an unsplit ONNX graph
+graph/     that graph, sorted and without detours
+rewrite/   KV caches written in place
+cut/       where shards begin and end
+shard/     each shard optimised, sampled, described
+write/     safetensors files, graph files, the manifest
+check/     hashes, graphs and answers of the result
+split      graph -> shards: the whole line on one page
+export     all of it, in order
 ```
 
 Importing this package needs only what the engine needs; torch, onnx and the others are imported when they are used.
@@ -40,7 +20,7 @@ Importing this package needs only what the engine needs; torch, onnx and the oth
 
 from __future__ import annotations
 
-from pipeload_export.package import KvCache, export
-from pipeload_export.verify import Report, verify
+from pipeload_export.check.verify import Report, verify
+from pipeload_export.export import KvCache, export
 
 __all__ = ["KvCache", "Report", "export", "verify"]

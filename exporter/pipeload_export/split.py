@@ -9,25 +9,25 @@ from pathlib import Path
 from onnx import ValueInfoProto
 
 from pipeload.errors import ExportError
-from pipeload.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
-from pipeload_export.caches import write_in_place
-from pipeload_export.cuts import find_cuts
-from pipeload_export.fold import drop_dead, normalise
-from pipeload_export.graph import Graph, dtype_name
-from pipeload_export.head import HeadCut, cut_head
-from pipeload_export.loading import load
-from pipeload_export.placement import Piece, find_caches, place
-from pipeload_export.quantised import quantise_caches
-from pipeload_export.sampling import Sampler
-from pipeload_export.tables import Lift, lift_tables
-from pipeload_export.writer import Progress, ShardWriter
+from pipeload.format.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
+from pipeload_export.cut.blocks import find_cuts
+from pipeload_export.cut.head import HeadCut, cut_head
+from pipeload_export.cut.placement import Piece, find_caches, place
+from pipeload_export.cut.tables import Lift, lift_tables
+from pipeload_export.graph.graph import Graph, dtype_name
+from pipeload_export.graph.load import load
+from pipeload_export.graph.normalise import drop_dead, normalise
+from pipeload_export.rewrite.in_place import write_in_place
+from pipeload_export.rewrite.int8 import quantise_caches
+from pipeload_export.shard.sampler import Sampler
+from pipeload_export.write.shards import Progress, ShardWriter
 
 __all__ = ["SplitModel", "split"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitModel:
-    """What `pipeload.manifest.Manifest` says about a model, as far as its graph tells."""
+    """What `pipeload.format.manifest.Manifest` says about a model, as far as its graph tells."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

@@ -80,7 +80,7 @@ def toy_copy(toy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "model"))
 
 
-@pytest.fixture(params=TOYS.keys() - {"toy-other"})
+@pytest.fixture(params=sorted(TOYS.keys() - {"toy-other"}))
 def any_toy(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
     return made_toys(request.param)
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pipeload
-from pipeload import manifest as manifests
-from pipeload.buffers import Buffer, Part
-from pipeload.forward import Feed, Forward
-from pipeload.session import ShardSession, to_array, to_value
-from pipeload.storage import Storage
+from pipeload.format import manifest as manifests
+from pipeload.pipeline.session import ShardSession, to_array, to_value
+from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.storage.buffers import Buffer, Part
+from pipeload.storage.weights import Storage
 
 EMULATED = os.environ.get("PIPELOAD_EMULATED") == "1"
 PATIENCE_S = 900 if EMULATED else 60

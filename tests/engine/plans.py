@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeload.manifest import (
+from pipeload.format.manifest import (
     PAGE_BYTES,
     ByteTerm,
     FileRecord,

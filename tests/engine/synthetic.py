@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from math import inf
 
-from pipeload.trace import Kind, Sample, Span, Trace
+from pipeload.tracing.trace import Kind, Sample, Span, Trace
 
 BLOCK_BYTES = 50_400_000
 BUDGET_BYTES = 480_000_000

@@ -13,7 +13,7 @@ from tests.models import INT8_NAME
 
 import pipeload
 from pipeload import model as models
-from pipeload.session import to_array
+from pipeload.pipeline.session import to_array
 
 _CACHES_BYTES = 12_000_000
 """Room for the caches of the tiny models."""

@@ -38,19 +38,20 @@ from tests.engine.tasks.fakes import write_bert_tokenizer
 from tests.models import REFERENCE_NAME
 
 import pipeload
-from pipeload import buffers, footprint, planner
-from pipeload import manifest as manifests
 from pipeload import model as models
-from pipeload import profile as profiles
-from pipeload import stamps as stamping
-from pipeload.memory import rss_bytes
-from pipeload.planner import Plan
-from pipeload.profile import Profile, ShardTimes
-from pipeload.replanner import Replanner
-from pipeload.session import ShardSession, to_array
-from pipeload.storage import Storage
-from pipeload.tasks.text import tokenizer_of
-from pipeload.trace import Progress
+from pipeload.format import manifest as manifests
+from pipeload.machine.memory import rss_bytes
+from pipeload.measuring import profile_store
+from pipeload.pipeline.session import ShardSession, to_array
+from pipeload.planning import needs, planner
+from pipeload.planning.planner import Plan
+from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.replanner import Replanner
+from pipeload.storage import buffers
+from pipeload.storage import stamps as stamping
+from pipeload.storage.weights import Storage
+from pipeload.tasks.text.tokenizer import tokenizer_of
+from pipeload.tracing.trace import Progress
 
 THREADS = 2
 PLENTY = "8GB"
@@ -64,9 +65,9 @@ def _load(directory: Path, budget: int | str = PLENTY, **options: Any) -> pipelo
 def _budgets(directory: Path, profile: Profile) -> dict[str, int]:
     """A budget for each kind of plan, from the smallest that works to one in which everything fits."""
     manifest = manifests.read(directory)
-    dims = footprint.planning_dims(manifest) | {d: 32 for d in ("height", "width") if d in manifest.dims}
+    dims = needs.planning_dims(manifest) | {d: 32 for d in ("height", "width") if d in manifest.dims}
     # Of a whole pass: caches are then outputs, and take more than a step's.
-    need = footprint.pass_bytes(manifest, dims)
+    need = needs.pass_bytes(manifest, dims)
 
     def plan(budget: int) -> Plan:
         return planner.make_plan(manifest, profile, budget_bytes=budget, pass_bytes=need, threads=THREADS)
@@ -340,7 +341,7 @@ def test_a_cache_in_place_counts_once(in_place: Path) -> None:
         outputs = model.run(_decoder_inputs(model, ids, 0))
         held = sum(outputs[cache.output].nbytes for cache in model.manifest.caches)
         dims = {"batch_size": 2, "sequence_length": 7, "past_sequence_length": 0}
-        assert footprint.cache_bytes(model.manifest, dims) == held
+        assert needs.cache_bytes(model.manifest, dims) == held
 
 
 def test_several_states_do_not_disturb_each_other(toy_decoder: Path) -> None:
@@ -649,11 +650,11 @@ def test_what_passes_taught_is_kept_however_the_model_ends(
     model.run(toys.inputs())
     model.run(toys.inputs())
     dims, learned = model._profile_dims, model.profile
-    assert profiles.find(toy, dims) is None
+    assert profile_store.find(toy, dims) is None
     end(model)
     del model
     gc.collect()
-    kept = profiles.find(toy, dims)
+    kept = profile_store.find(toy, dims)
     assert kept is not None
     assert kept.measured
     assert set(kept.times) == set(learned.times)
@@ -664,7 +665,7 @@ def test_a_given_profile_is_not_kept(toy: Path, monkeypatch: pytest.MonkeyPatch)
     with _load(toy, profile=_fast_profile(toy)) as model:
         model.run(toys.inputs())
         dims = model._profile_dims
-    assert profiles.find(toy, dims) is None
+    assert profile_store.find(toy, dims) is None
 
 
 @pytest.mark.usefixtures("unlearning")
@@ -717,7 +718,7 @@ def test_files_are_hashed_once_for_all_processes_and_damage_is_still_found(
         for _ in range(2):
             model.run(toys.inputs())
     with monkeypatch.context() as patch:
-        patch.setattr("pipeload.storage.hashlib", None)
+        patch.setattr("pipeload.storage.weights.hashlib", None)
         with _load(toy_copy, smallest_budget(toy_copy)) as model:
             model.run(toys.inputs())
     path = toy_copy / "shards" / "block.003.safetensors"
@@ -1134,7 +1135,7 @@ def test_the_interpreter_ends_cleanly_without_close(toy: Path, end: str) -> None
     program = f"""
 import contextlib, os, signal, sys, threading
 import pipeload
-from pipeload.replanner import Replanner
+from pipeload.planning.replanner import Replanner
 from tests.engine import toy
 Replanner.learned = Replanner.profile
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1156,7 +1157,7 @@ def go_on():
         assert done.stderr == ""
     else:
         assert done.stderr.strip().splitlines()[-1] in ("ValueError: mine", "KeyboardInterrupt")
-    assert profiles.find(toy, footprint.planning_dims(manifests.read(toy))) is not None
+    assert profile_store.find(toy, needs.planning_dims(manifests.read(toy))) is not None
 
 
 # Processes

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.engine.drafts import load
 from tests.engine.harness import assert_close
+from tests.engine.tasks.generate.drafting import load
 
 import pipeload
 

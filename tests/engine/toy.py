@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.manifest import (
+from pipeload.format.manifest import (
     PAGE_BYTES,
     ByteTerm,
     Cache,

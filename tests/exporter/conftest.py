@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeload.manifest import Manifest, TensorSpec, evaluate_dim, read, write
-from pipeload_export.chain import run_shards
-from pipeload_export.samples import Case
+from pipeload.format.manifest import Manifest, TensorSpec, evaluate_dim, read, write
+from pipeload_export.check.cases import Case
+from pipeload_export.check.chain import run_shards
 from pipeload_export.split import SplitModel, split
 
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}

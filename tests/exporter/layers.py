@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto
 from tests.exporter.graphs import Builder
 
-from pipeload_export.fold import normalise
-from pipeload_export.graph import Graph, tensor_proto
-from pipeload_export.loading import load
+from pipeload_export.graph.graph import Graph, tensor_proto
+from pipeload_export.graph.load import load
+from pipeload_export.graph.normalise import normalise
 
 HEADS, SIZE = 4, 8
 WIDTH = HEADS * SIZE

@@ -18,7 +18,7 @@ from tests.exporter.models import write_json, write_onnx
 import pipeload
 import pipeload_export
 from pipeload import cli
-from pipeload.manifest import read
+from pipeload.format.manifest import read
 
 Run = Callable[..., tuple[int, str, str]]
 """Arguments -> exit code, stdout, stderr."""

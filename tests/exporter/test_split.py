@@ -26,8 +26,8 @@ from tests.exporter.graphs import (
 )
 
 from pipeload.errors import ExportError
-from pipeload.manifest import PAGE_BYTES, evaluate_dim
-from pipeload_export.samples import sample_cases
+from pipeload.format.manifest import PAGE_BYTES, evaluate_dim
+from pipeload_export.check.cases import sample_cases
 from pipeload_export.split import split
 
 DECODERS = {"gpt2", "gptj", "gptneo", "llama"}

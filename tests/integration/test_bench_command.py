@@ -22,7 +22,7 @@ from pipeload.cli import app
 pytest.importorskip("onnx")
 pytest.importorskip("transformers")
 
-from pipeload_export.merge import merge
+from pipeload_export.check.merge import merge
 
 # Making the models may take longer, and has a limit of its own.
 pytestmark = pytest.mark.timeout(120, func_only=True)

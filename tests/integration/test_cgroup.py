@@ -12,8 +12,8 @@ import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import assert_same, run_sequentially
 
-from pipeload import manifest as manifests
 from pipeload.bench import cgroup
+from pipeload.format import manifest as manifests
 
 pytestmark = [
     pytest.mark.cgroup,
@@ -27,7 +27,7 @@ _PROGRAM = """
 import json, sys
 import numpy as np
 import pipeload.model  # with all that a model needs, so that it is not counted for the weights
-from pipeload.memory import peak_rss_bytes, rss_bytes
+from pipeload.machine.memory import peak_rss_bytes, rss_bytes
 from tests.engine import toy
 directory, budget, answers = sys.argv[1:]
 before = rss_bytes()

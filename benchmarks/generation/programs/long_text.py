@@ -10,8 +10,8 @@ from itertools import pairwise
 import pipeload
 from benchmarks.generation.programs.order import tell
 from pipeload.bench.spec import from_json
-from pipeload.memory import peak_rss_bytes, rss_bytes
-from pipeload.trace import Progress
+from pipeload.machine.memory import peak_rss_bytes, rss_bytes
+from pipeload.tracing.trace import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeload import manifest as manifests
 from pipeload.bench.spec import from_json, to_json
 from pipeload.bench.workload import step_dims
-from pipeload.manifest import Manifest
-from pipeload.profile import Profile
-from pipeload.profiler import measure_model
-from pipeload.schedule import roofline
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import Manifest
+from pipeload.measuring.profiler import measure_model
+from pipeload.planning.profile import Profile
+from pipeload.planning.schedule import roofline
 
 __all__ = ["Bounds", "Order", "Profiles", "bounds", "main"]
 

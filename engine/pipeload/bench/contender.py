@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 import pipeload
-from pipeload import manifest as manifests
-from pipeload import profile as profiles
 from pipeload.bench.cgroup import evict
 from pipeload.bench.engines import ShardChain, SingleSession, one_after_the_other, one_ahead
 from pipeload.bench.spec import PlanFacts, Result, Spec, from_json, to_json
 from pipeload.bench.workload import Measured, Work, input_dims
 from pipeload.errors import ConfigError, PipeloadError
-from pipeload.machine import cores
-from pipeload.memory import peak_rss_bytes, rss_bytes
+from pipeload.format import manifest as manifests
+from pipeload.machine.hardware import cores
+from pipeload.machine.memory import peak_rss_bytes, rss_bytes
+from pipeload.measuring import profile_store
 from pipeload.model import Model
-from pipeload.planner import Plan
+from pipeload.planning.planner import Plan
 from pipeload.tasks.runner import Decoder
 
 __all__ = ["main", "run"]
@@ -109,7 +109,7 @@ def _load(spec: Spec, manifest: manifests.Manifest) -> Model:
     sizes = spec.sizes
     if spec.task in ("pass", "decode"):
         sizes = input_dims(manifest, spec.directory, spec.sizes)
-    profile = profiles.read(spec.profile) if spec.profile else None
+    profile = profile_store.read(spec.profile) if spec.profile else None
     return pipeload.load(
         spec.directory, spec.budget, loaders=spec.loaders, threads=spec.threads, sizes=sizes, profile=profile
     )

@@ -19,14 +19,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pipeload import manifest as manifests
 from pipeload.bench.spec import Unsplit
-from pipeload.forward import Feed, Forward
-from pipeload.head import RunningTop, TopLogits
-from pipeload.manifest import Manifest, Shard
-from pipeload.session import ShardSession, Stopper, Value, to_array, to_value
-from pipeload.stats import Stats
-from pipeload.storage import Storage
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import Manifest, Shard
+from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
+from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.pipeline.top_logits import RunningTop, TopLogits
+from pipeload.storage.weights import Storage
+from pipeload.tracing.stats import Stats
 
 __all__ = ["Engine", "ShardChain", "SingleSession", "one_after_the_other", "one_ahead"]
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import msgspec
 
-from pipeload import manifest as manifests
 from pipeload.bench import cgroup
 from pipeload.bench.bound import Bounds, Order, Profiles, bounds
 from pipeload.bench.launch import child_environment, run_contender
@@ -30,9 +29,10 @@ from pipeload.bench.record import Job, Record, Run, max_error, summarise
 from pipeload.bench.spec import ContenderName, Spec, Task, Unsplit, from_json, to_json
 from pipeload.bench.workload import input_dims
 from pipeload.errors import RunError
-from pipeload.manifest import Manifest
-from pipeload.memory import format_bytes
-from pipeload.profile import write as write_profile
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import Manifest
+from pipeload.machine.sizes import format_bytes
+from pipeload.measuring.profile_store import write as write_profile
 
 __all__ = ["Report", "Settings", "compare"]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 
 import pipeload
-from pipeload.bandwidth import filled_buffer
 from pipeload.bench import cgroup
 from pipeload.bench.record import Run
 from pipeload.bench.spec import Result, Spec, from_json, to_json
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
+from pipeload.measuring.bandwidth import filled_buffer
 
 __all__ = ["back_memory", "child_environment", "last_words", "run_contender"]
 

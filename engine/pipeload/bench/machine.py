@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pipeload.machine import cores, cpu_name, memory_bytes
+from pipeload.machine.hardware import cores, cpu_name, memory_bytes
 
 __all__ = ["machine_facts"]
 

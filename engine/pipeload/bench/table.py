@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pipeload.bench.record import Record
-from pipeload.memory import format_bytes
+from pipeload.machine.sizes import format_bytes
 
 __all__ = ["markdown", "table"]
 

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from pipeload.bench.cgroup import read_bytes
 from pipeload.errors import ConfigError
-from pipeload.examples import example_inputs, past_symbols
-from pipeload.footprint import planning_dims
-from pipeload.manifest import Manifest, symbols
-from pipeload.model import image_sizes
-from pipeload.tasks.config import ModelConfig, read_settings
-from pipeload.tasks.embed import embed
-from pipeload.tasks.generate import generate
-from pipeload.tasks.reading import Reading
+from pipeload.format.caches import past_symbols
+from pipeload.format.manifest import Manifest, symbols
+from pipeload.measuring.example_inputs import example_inputs
+from pipeload.planning.needs import planning_dims
+from pipeload.tasks.embed.embed import embed
+from pipeload.tasks.generate.cached_text import Reading
+from pipeload.tasks.generate.generate import generate
+from pipeload.tasks.images import image_sizes
+from pipeload.tasks.model_files import ModelConfig, read_settings
 from pipeload.tasks.runner import Decoder, free_inputs
 
 __all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]

@@ -9,7 +9,20 @@ from typing import Annotated, NoReturn
 import typer
 
 import pipeload
-from pipeload.cli import bench, chat, classify, embed, export, generate, inspect, plan, profile, run, timeline, verify
+from pipeload.cli.commands import (
+    bench,
+    chat,
+    classify,
+    embed,
+    export,
+    generate,
+    inspect,
+    plan,
+    profile,
+    run,
+    timeline,
+    verify,
+)
 from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.errors import PipeloadError
 

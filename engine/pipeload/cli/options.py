@@ -13,7 +13,7 @@ from rich.progress import track
 
 import pipeload
 from pipeload.cli.passes import pass_progress, stats_lines
-from pipeload.trace import write_chrome
+from pipeload.tracing.chrome import write_chrome
 
 __all__ = [
     "Budget",

@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from pipeload.cli.report import table
-from pipeload.memory import format_bytes
-from pipeload.planner import Plan
-from pipeload.stats import PassStats, Stats
-from pipeload.trace import KINDS, WAITING, Progress
+from pipeload.machine.sizes import format_bytes
+from pipeload.planning.planner import Plan
+from pipeload.tracing.stats import PassStats, Stats
+from pipeload.tracing.trace import KINDS, WAITING, Progress
 
 __all__ = ["pass_progress", "stats_lines"]
 

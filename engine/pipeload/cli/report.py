@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import typer
 
-from pipeload.manifest import Manifest, Verification
-from pipeload.memory import format_bytes
+from pipeload.format.manifest import Manifest, Verification
+from pipeload.machine.sizes import format_bytes
 
 __all__ = ["differences", "print_json", "print_table", "summary", "table"]
 

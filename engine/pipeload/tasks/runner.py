@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
-from pipeload.head import TopLogits
-from pipeload.manifest import Manifest, TensorSpec
-from pipeload.stats import Stats
-from pipeload.tasks.config import ModelConfig, read_settings
+from pipeload.format.manifest import Manifest, TensorSpec
+from pipeload.pipeline.top_logits import TopLogits
+from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload.tracing.stats import Stats
 
 __all__ = [
     "Array",

@@ -7,7 +7,7 @@ import pytest
 
 def _package_folder(name: str) -> tuple[Path, str]:
     """Where the files of a model of the catalog are, and which of them is the model."""
-    catalog = pytest.importorskip("pipeload_export.catalog")
+    catalog = pytest.importorskip("pipeload_export.source.catalog")
     errors = pytest.importorskip("pipeload.errors")
     recipe = catalog.recipe(name)
     try:

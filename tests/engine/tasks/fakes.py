@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError
-from pipeload.head import RunningTop, TopLogits
-from pipeload.manifest import Cache, Manifest, TensorSpec
-from pipeload.stats import Stats
+from pipeload.format.manifest import Cache, Manifest, TensorSpec
+from pipeload.pipeline.top_logits import RunningTop, TopLogits
+from pipeload.tracing.stats import Stats
 
 Array = NDArray[Any]
 

@@ -1,0 +1,1 @@
+"""One module a subcommand, each with a function of the same name."""

@@ -1,0 +1,72 @@
+"""`pipeload classify`: labels of texts and images, entities in texts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, open_model
+from pipeload.cli.report import print_json
+from pipeload.cli.texts import read_lines, refuse_images
+from pipeload.tasks.classify.entities import Entity
+from pipeload.tasks.classify.labels import Label
+
+__all__ = ["classify"]
+
+_CHUNK = 32
+"""Inputs between two steps of the progress bar."""
+
+
+def classify(
+    directory: Directory,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="(TEXT|IMAGE)...", help="Texts or image files; - reads lines or an image from stdin."),
+    ],
+    top_k: Annotated[int, typer.Option(min=1, help="Labels for each input.")] = 5,
+    budget: Budget = "auto",
+    as_json: Json = False,
+    stats: Stats = False,
+    trace: Trace = None,
+) -> None:
+    """Label texts or images, or find the entities in texts, by what the model was made for.
+
+    Examples:
+        pipeload classify models/exported/vit cat.jpg dog.jpg --top-k 3 --budget 256MB
+
+        pipeload classify models/sentiment "what a fine day"
+
+        pipeload classify models/ner - < letters.txt
+    """
+    with open_model(directory, budget, stats=stats, trace=trace) as model:
+        images = model.manifest.task == "image-classification"
+        if not images:
+            refuse_images(inputs, f"this model for {model.manifest.task}")
+        wanted = _read(inputs, images=images)
+        results: list[list[Label]] = []
+        for chunk in chunks(wanted, _CHUNK, "Classifying"):
+            results.extend(model.classify([value for _, value in chunk], top_k=top_k))
+    names = [name for name, _ in wanted]
+    if as_json:
+        print_json([{"input": name, "labels": labels} for name, labels in zip(names, results, strict=True)])
+        return
+    for name, labels in zip(names, results, strict=True):
+        typer.echo(name)
+        for label in labels:
+            where = f"  {label.word}  {label.start}-{label.end}" if isinstance(label, Entity) else ""
+            typer.echo(f"  {label.score:.4f}  {label.label}{where}")
+
+
+def _read(inputs: list[str], *, images: bool) -> list[tuple[str, str | bytes]]:
+    """Pairs of what to call an input and what to pass to the model."""
+    wanted: list[tuple[str, str | bytes]] = []
+    for value in inputs:
+        if value != "-":
+            wanted.append((value, value))
+        elif images:
+            wanted.append(("-", sys.stdin.buffer.read()))
+        else:
+            wanted.extend((line, line) for line in read_lines())
+    return wanted

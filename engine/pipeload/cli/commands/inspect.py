@@ -1,0 +1,109 @@
+"""`pipeload inspect`: what is in a sharded model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pipeload.cli.options import Directory, Json
+from pipeload.cli.report import differences, print_json, print_table, summary, table
+from pipeload.format.manifest import Manifest, Shard, TensorSpec, read
+from pipeload.machine.sizes import format_bytes
+
+__all__ = ["inspect"]
+
+_NAME_CHARACTERS = 26
+
+
+def inspect(directory: Directory, as_json: Json = False) -> None:
+    """Say what is in a sharded model directory, from its manifest alone.
+
+    Examples:
+        pipeload inspect models/exported/minilm
+
+        pipeload inspect models/exported/minilm --json | jq .largest_shard_bytes
+    """
+    manifest = read(directory)
+    if as_json:
+        print_json(_facts(directory, manifest))
+        return
+    print_table(str(directory), summary(manifest) | {"exporter": manifest.exporter, "format": manifest.format})
+    typer.echo("\ninputs")
+    typer.echo(table(_tensors(manifest, manifest.inputs)))
+    typer.echo("\noutputs")
+    typer.echo(table(_tensors(manifest, manifest.outputs)))
+    typer.echo("\nshards")
+    rows = [("name", "role", "weights", "structure", "takes", "makes", "tables")]
+    typer.echo(table([*rows, *(_row(shard) for shard in manifest.shards)]))
+    if manifest.head:
+        typer.echo(f"\nhead: '{manifest.head.output}' in {len(manifest.head.shards)} slices of the vocabulary")
+    typer.echo("\ncompared with the unsplit model when it was exported")
+    typer.echo(differences(manifest.verification))
+
+
+def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        **summary(manifest),
+        "exporter": manifest.exporter,
+        "format": manifest.format,
+        "inputs": manifest.inputs,
+        "outputs": manifest.outputs,
+        "caches": manifest.caches,
+        "head": manifest.head,
+        "shards_in_order": [
+            {
+                "name": shard.name,
+                "role": shard.role,
+                "bytes": shard.nbytes,
+                "structure": shard.structure,
+                "inputs": shard.inputs,
+                "outputs": shard.outputs,
+                "tables": [lookup.table for lookup in shard.lookups],
+            }
+            for shard in manifest.shards
+        ],
+        "verification": manifest.verification,
+    }
+
+
+def _tensors(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:
+    """A row for each tensor; the caches, of which there are many, share one for each type and shape."""
+    caches = {name for cache in manifest.caches for name in (cache.input, cache.output)}
+    for spec in specs:
+        if spec.name not in caches:
+            yield spec.name, f"{spec.dtype}{_shape(spec)}"
+    alike: dict[str, list[str]] = {}
+    for spec in specs:
+        if spec.name in caches:
+            alike.setdefault(f"{spec.dtype}{_shape(spec)}", []).append(spec.name)
+    for kind, names in alike.items():
+        yield f"{names[0]} ... ({len(names)} caches)", kind
+
+
+def _shape(spec: TensorSpec) -> str:
+    return f"[{', '.join(map(str, spec.shape))}]"
+
+
+def _row(shard: Shard) -> tuple[str, ...]:
+    tables = ", ".join(f"{lookup.table.name} {list(lookup.table.shape)}" for lookup in shard.lookups)
+    return (
+        shard.name,
+        shard.role,
+        format_bytes(shard.nbytes),
+        shard.structure,
+        _names(shard.inputs),
+        _names(shard.outputs),
+        tables,
+    )
+
+
+def _names(names: tuple[str, ...]) -> str:
+    """The first name, or the end of it, since ONNX names are long paths, and how many follow."""
+    if not names:
+        return ""
+    first = names[0] if len(names[0]) <= _NAME_CHARACTERS else f"...{names[0][3 - _NAME_CHARACTERS :]}"
+    return first + (f" +{len(names) - 1}" if len(names) > 1 else "")

@@ -1,0 +1,48 @@
+"""`pipeload verify`: is a sharded model directory whole, and are its answers right?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import pipeload_export
+from pipeload.cli.options import Directory, Json
+from pipeload.cli.progress import progress_bars
+from pipeload.cli.report import differences, print_json
+from pipeload.machine.sizes import format_bytes
+
+__all__ = ["verify"]
+
+
+def verify(
+    directory: Directory,
+    against: Annotated[
+        Path | None, typer.Option(metavar="MODEL.ONNX", help="The unsplit model, to compare the answers with.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    r"""Check the files, graphs and answers of a sharded model directory.
+
+    Sizes, hashes, headers, and that plain onnxruntime opens every shard. With the extra \[export] also onnx.checker,
+    and with --against a comparison with the unsplit model on inputs of several sizes.
+
+    Examples:
+        pipeload verify models/exported/minilm
+
+        pipeload verify models/exported/minilm --against minilm-onnx/model.onnx
+    """
+    with progress_bars() as progress:
+        report = pipeload_export.verify(directory, against, progress)
+    if as_json:
+        print_json({"directory": str(directory), "report": report})
+        return
+    typer.echo(f"{directory}: {report.shards} shards, {report.files} files, {format_bytes(report.nbytes)}")
+    for check in report.checks:
+        typer.echo(f"  ok       {check}")
+    for skipped in report.skipped:
+        typer.echo(f"  skipped  {skipped}")
+    if report.differences:
+        typer.echo(f"worst differences over {len(report.cases)} inputs ({'; '.join(report.cases)}):")
+        typer.echo(differences(report.differences))

@@ -1,0 +1,52 @@
+"""KV caches that shards write in place: `[batch, heads, tokens, size]`, with room behind the tokens that are there."""
+
+from __future__ import annotations
+
+from pipeload.errors import ConfigError
+from pipeload.format.manifest import Cache, Manifest, symbols
+
+__all__ = ["can_be_cut", "growth", "length_input", "past_symbols"]
+
+
+def length_input(manifest: Manifest) -> tuple[str, int]:
+    """A graph input, and its axis, that is as long as the cached tokens and the new ones together."""
+    cached = {cache.input for cache in manifest.caches}
+    _, grown = growth(manifest)
+    return next(
+        (spec.name, axis)
+        for spec in manifest.inputs
+        for axis, dim in enumerate(spec.shape)
+        if spec.name not in cached and sorted(symbols(dim)) == sorted(symbols(grown))
+    )
+
+
+def growth(manifest: Manifest) -> tuple[int, int | str]:
+    """The axis of a cache along which its tokens lie, and the dimension that says how many those are after a pass.
+
+    Raises:
+        ConfigError: the model's caches do not grow.
+    """
+    found = _growth(manifest, manifest.caches[0])
+    if found is None:
+        raise ConfigError(f"Cache '{manifest.caches[0].input}' does not grow, so the model cannot decode step by step.")
+    return found
+
+
+def can_be_cut(manifest: Manifest) -> bool:
+    """Whether everything that is kept between steps grows by the tokens of a step, along the same axis."""
+    return len({_growth(manifest, cache) for cache in manifest.caches} | {None}) == 2
+
+
+def _growth(manifest: Manifest, cache: Cache) -> tuple[int, int | str] | None:
+    before = next(spec.shape for spec in manifest.inputs if spec.name == cache.input)
+    after = next(spec.shape for spec in manifest.outputs if spec.name == cache.output)
+    pairs = enumerate(zip(before, after, strict=True))
+    return next(((axis, grown) for axis, (dim, grown) in pairs if dim != grown), None)
+
+
+def past_symbols(manifest: Manifest) -> set[str]:
+    """Symbols of the cached tokens: those of the caches that no other input has as a dimension of its own."""
+    cached = {cache.input for cache in manifest.caches}
+    dims = {spec.name: {s for dim in spec.shape for s in symbols(dim)} for spec in manifest.inputs}
+    fed = {dim for spec in manifest.inputs if spec.name not in cached for dim in spec.shape}
+    return {symbol for name in cached for symbol in dims[name]} - fed

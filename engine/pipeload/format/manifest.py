@@ -1,0 +1,126 @@
+"""The contract between exporter and engine: `pipeload.json`, format 1.
+
+The exporter builds a `Manifest` and calls `write`; the engine calls `read` and trusts nothing that
+`write` would refuse. Every path is relative to the model directory and stays inside it.
+
+A model is a list of shards in running order. Tensors that travel between shards are *edges*; an edge has one
+name in the whole model, which is also the name of the input or output in the shard's own graph.
+
+The records are defined in `manifest_records`, their symbolic dimensions in `dims`, what may be wrong with them in
+`manifest_faults`; this module has all that the rest of pipeload uses of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from pipeload.errors import ManifestError
+from pipeload.format.dims import bind_dims, evaluate_dim, match_dims, symbols
+from pipeload.format.faults import faults
+from pipeload.format.records import (
+    FORMAT_VERSION,
+    LENGTH_AXIS,
+    PAGE_BYTES,
+    ByteTerm,
+    Cache,
+    FileRecord,
+    Head,
+    Lookup,
+    Manifest,
+    Role,
+    Shard,
+    Structure,
+    TensorSpec,
+    Verification,
+    WeightSpec,
+    WeightsRange,
+    dtype_bytes,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LENGTH_AXIS",
+    "MANIFEST_NAME",
+    "PAGE_BYTES",
+    "ByteTerm",
+    "Cache",
+    "FileRecord",
+    "Head",
+    "Lookup",
+    "Manifest",
+    "Role",
+    "Shard",
+    "Structure",
+    "TensorSpec",
+    "Verification",
+    "WeightSpec",
+    "WeightsRange",
+    "bind_dims",
+    "dtype_bytes",
+    "evaluate_dim",
+    "match_dims",
+    "read",
+    "symbols",
+    "write",
+]
+
+MANIFEST_NAME = "pipeload.json"
+
+
+def read(directory: Path) -> Manifest:
+    """The validated manifest of a sharded model directory.
+
+    Raises:
+        ManifestError: there is none, it is no JSON of this format, its version is unknown, or it is inconsistent.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except NotADirectoryError as error:
+        raise ManifestError(
+            f"{directory} is no directory. Pass the directory that `pipeload export` made, which holds {MANIFEST_NAME}."
+        ) from error
+    except FileNotFoundError as error:
+        raise ManifestError(
+            f"{path} does not exist, so {directory} is not a sharded model directory. "
+            "Make one with `pipeload export SOURCE TARGET`."
+        ) from error
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        version = msgspec.json.decode(data, type=_Version).format
+        if version != FORMAT_VERSION:
+            raise ManifestError(
+                f"{path} has format {version}; this pipeload reads format {FORMAT_VERSION}. "
+                "Upgrade pipeload, or export the model again with this one."
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"{path} is damaged: {error}. Export the model again.") from error
+    _check(manifest)
+    return manifest
+
+
+def write(manifest: Manifest, directory: Path) -> Path:
+    """Validate the manifest and write it into the directory as indented JSON. Returns the file's path."""
+    _check(manifest)
+    path = directory / MANIFEST_NAME
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+    return path
+
+
+@dataclass(frozen=True)
+class _Version:
+    format: int
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise one ManifestError that lists every fault of the manifest, or return."""
+    if found := list(faults(manifest)):
+        raise ManifestError(
+            f"{MANIFEST_NAME} has {len(found)} fault{'s' * (len(found) > 1)}: {'; '.join(found)}. "
+            "Export the model again."
+        )

@@ -1,0 +1,234 @@
+"""What `pipeload.json` consists of: a record for each kind of thing that it lists.
+
+All of pipeload but the modules beside this one takes them from `pipeload.format.manifest`, which lists their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Literal
+
+import numpy as np
+
+FORMAT_VERSION = 1
+PAGE_BYTES = 4096
+"""Alignment of the data part of a weights file, and of every range that is read to load a shard."""
+
+LENGTH_AXIS = 2
+"""Of a cache that is written in place: `[batch, heads, tokens, size]`."""
+
+ITEM_BYTES = {"bfloat16": 2} | {
+    name: np.dtype(name).itemsize
+    for name in "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()  # noqa: SIM905
+}
+"""Every dtype that a manifest may name, and the bytes of one element."""
+
+Role = Literal["prologue", "block", "epilogue", "head"]
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element."""
+    return ITEM_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """A graph input, a graph output or an edge.
+
+    Attributes:
+        name: its name in the unsplit graph, in the shards' graphs and in `model.run`.
+        dtype: NumPy's name of the element type.
+        shape: an int where the dimension is fixed, a string where it is not: a symbol (`"batch_size"`) or a
+            sum of symbols and ints (`"past_sequence_length + sequence_length"`). For an edge whose rank is
+            not known, empty.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpec:
+    """One tensor in a weights file; `offset` counts bytes from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor occupies."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file of the model directory: where it is, how large, and what it contains."""
+
+    path: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsRange:
+    """The one contiguous range of a weights file that is read to load a shard.
+
+    Attributes:
+        path: the weights file; several head slices share one.
+        offset: first byte; a multiple of `PAGE_BYTES`, so that direct I/O can read it.
+        nbytes: length; the end need not be aligned.
+        sha256: of just these bytes, so that a loader can check what it read.
+    """
+
+    path: str
+    offset: int
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """Rows of a table that the engine reads from the weights file, instead of loading the table.
+
+    Equals `Gather(table, indices, axis=0)`: the edge `output` has the shape of `indices` followed by
+    `table.shape[1:]`. Negative indices count from the end, as in ONNX.
+    """
+
+    path: str
+    table: WeightSpec
+    indices: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One piece of the model that is loaded, run and freed as a whole.
+
+    Attributes:
+        name: `prologue`, `block.000`, `epilogue`, `head.000` ...
+        role: what it is in the model.
+        graph: the `.onnx` file.
+        weights: what is read to load it; None for a graph without large initializers.
+        tensors: the initializers that lie in that range.
+        inputs: edges and graph inputs that it takes, in the order of its graph.
+        outputs: edges and graph outputs that it makes.
+        lookups: rows that the engine fetches before it runs the shard.
+        structure: id of its structure; shards of one structure have the same graph up to names and weights.
+    """
+
+    name: str
+    role: Role
+    graph: FileRecord
+    weights: WeightsRange | None
+    tensors: tuple[WeightSpec, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    lookups: tuple[Lookup, ...] = ()
+    structure: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that loading the shard brings into memory."""
+        return self.weights.nbytes if self.weights else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteTerm:
+    """`nbytes` times the product of the named dimensions (a name may occur twice; none means a constant)."""
+
+    nbytes: int
+    dims: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What shards of one structure have in common.
+
+    Attributes:
+        activations: upper bound of the intermediate tensors that are alive together while the shard runs,
+            outputs included and inputs not: the maximum over the formulas of the sum of the formula's terms.
+    """
+
+    activations: tuple[tuple[ByteTerm, ...], ...]
+
+    def activation_bytes(self, dims: Mapping[str, int]) -> int:
+        """The bound in bytes for the given sizes of the model's symbolic dimensions."""
+        return max(
+            (sum(t.nbytes * prod(dims[d] for d in t.dims) for t in formula) for formula in self.activations),
+            default=0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache:
+    """A pair of a graph input and the graph output that takes its place at the next step (KV cache).
+
+    Attributes:
+        input: its name in the graph.
+        output: its name in the graph.
+        in_place: the shard writes the new tokens into the cache that it gets. `[batch, heads, tokens, size]`; what the
+            shard takes must have room for the new tokens, and may have more; what it makes is as large. Otherwise the
+            shard makes a longer copy.
+        scale: of a cache of int8, the input of the cache that holds its scales, `[batch, heads, tokens, 1]`: their
+            product is what the model keeps.
+    """
+
+    input: str
+    output: str
+    in_place: bool = False
+    scale: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """A language-model head that was cut along the vocabulary.
+
+    `output` is the concatenation along the last axis of the first outputs of `shards`, in that order. Every
+    one of them takes the edge `input`, and treats each position on its own, so that a caller who needs only
+    the last position may pass only that.
+    """
+
+    input: str
+    output: str
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What the exporter found when it compared the chain of shards with the unsplit graph."""
+
+    output: str
+    max_abs_error: float
+    max_rel_error: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """All that the engine knows about a model before it opens a shard; `manifest.py` says how the parts fit."""
+
+    format: int = FORMAT_VERSION
+    exporter: str
+    source: str
+    model_type: str
+    task: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    edges: tuple[TensorSpec, ...]
+    caches: tuple[Cache, ...] = ()
+    head: Head | None = None
+    shards: tuple[Shard, ...]
+    structures: dict[str, Structure]
+    files: tuple[FileRecord, ...]
+    verification: tuple[Verification, ...] = ()
+    dims: tuple[str, ...] = field(default=())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that one pass needs when nothing is resident (tables that are read by row not included)."""
+        return sum(shard.nbytes for shard in self.shards)

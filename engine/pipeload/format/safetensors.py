@@ -1,0 +1,59 @@
+"""What the header of a weights file says, held against the manifest. Pure.
+
+A safetensors file begins with the length of its header, 8 bytes, and the header, JSON: for each tensor its dtype, shape
+and place, counted from the header's end. Source: "Safetensors" (https://github.com/huggingface/safetensors), Format.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import prod
+
+from pipeload.errors import ShardError
+from pipeload.format.manifest import WeightSpec, dtype_bytes
+
+__all__ = ["check_header"]
+
+_DTYPES = {
+    "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
+    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
+}  # fmt: skip
+
+
+def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices: Sequence[WeightSpec]) -> None:
+    """Every tensor that the manifest expects in a file is where, and what, the file's header says.
+
+    Args:
+        name: the file, as the manifest names it.
+        header: its JSON.
+        tensors: what must be in the file under the same names.
+        slices: slices of a head, which have no names of their own in the header: each lies within one of its tensors.
+
+    Raises:
+        ShardError: the header is damaged, or another file's.
+    """
+    try:
+        entries = json.loads(header)
+        data_begin = 8 + len(header)
+        found = {
+            key: (_DTYPES[e["dtype"]], tuple(e["shape"]), data_begin + e["data_offsets"][0])
+            for key, e in entries.items()
+            if key != "__metadata__"
+        }
+        spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(f"'{name}' has a damaged safetensors header: {error!r}. Export the model again.") from error
+    for spec in tensors:
+        if found.get(spec.name) != (spec.dtype, spec.shape, spec.offset):
+            raise ShardError(
+                f"'{name}' is not the file that the manifest describes: tensor '{spec.name}' is "
+                f"{found.get(spec.name)}, expected {(spec.dtype, spec.shape, spec.offset)}. Export the model again."
+            )
+    for spec in slices:
+        end = spec.offset + spec.nbytes
+        if not any(d == spec.dtype and begin <= spec.offset and end <= last for d, begin, last in spans):
+            raise ShardError(
+                f"'{name}' is not the file that the manifest describes: it has no tensor around "
+                f"'{spec.name}', bytes {spec.offset} to {end}. Export the model again."
+            )

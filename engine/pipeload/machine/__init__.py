@@ -1,0 +1,13 @@
+"""The computer that this process runs on: the only package that opens /proc and /sys.
+
+```
+sizes         "256MB" <-> bytes
+files         a file that appears whole or not at all
+user_cache    what is kept between processes, and where
+cgroups       limits on memory and reading
+memory        RSS, its peak, and what is left
+heap          the C library's heap
+hardware      processors, memory, storage device
+threads       jobs at the same time
+```
+"""

@@ -1,0 +1,58 @@
+"""The machine that this process runs on: processors, memory, and the storage device below a directory."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+from pathlib import Path
+
+import psutil
+
+__all__ = ["cores", "cpu_name", "device_of", "memory_bytes"]
+
+_ROUND_BYTES = 100_000_000
+"""Another kernel keeps a few megabytes more for itself; it is the same machine."""
+
+
+def cores() -> int:
+    """Processors by affinity, and by the cgroup's quota where there is one (v2 `cpu.max`, v1 `cpu.cfs_quota_us`)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return count
+    if quota in ("max", "-1"):
+        return count
+    return max(1, min(count, math.ceil(int(quota) / int(period))))
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What the processor calls itself: its model name, or on Arm the numbers of its designs, big and little."""
+    try:
+        text = cpuinfo.read_text(errors="replace")
+    except OSError:
+        text = ""
+    for key in ("model name", "CPU part"):
+        if found := re.findall(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE):
+            return ", ".join(dict.fromkeys(found))
+    return platform.processor()
+
+
+def memory_bytes() -> int:
+    """The machine's memory, in whole 100 MB."""
+    return round(int(psutil.virtual_memory().total) / _ROUND_BYTES) * _ROUND_BYTES
+
+
+def device_of(path: Path) -> str:
+    """The storage device that a file or directory lies on, as `major:minor`; empty when there is no such path."""
+    try:
+        number = path.stat().st_dev
+    except OSError:
+        return ""
+    return f"{os.major(number)}:{os.minor(number)}"

@@ -1,0 +1,56 @@
+"""The C library's heap: give freed memory back, and bound what the heap keeps."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+__all__ = ["limit_heap", "trim", "widen_heap"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""From glibc's malloc.h."""
+
+
+def trim() -> None:
+    """Give freed heap memory back to the system where the C library can (glibc's `malloc_trim`)."""
+    release = _malloc_trim()
+    if release is not None:
+        release(0)
+
+
+def limit_heap() -> None:
+    """Keep the C library's heap from piling up freed memory, where it can be told to (glibc's `mallopt`).
+
+    By default glibc keeps up to 64 MB in each of several arenas once large blocks were freed. From this call on, for
+    the rest of the process, blocks from 128 KiB on go back to the system when freed, and an arena keeps 1 MiB.
+    """
+    _set_heap(mapped_from_bytes=128 << 10, kept_bytes=1 << 20)
+
+
+def widen_heap() -> None:
+    """Let the C library's heap keep what is freed, where it can be told to: passes are some percent faster.
+
+    By default glibc gives a few megabytes back after each operator, and the next one has to have its pages made anew.
+    From this call on, for the rest of the process, each arena may keep 256 MB.
+    """
+    _set_heap(mapped_from_bytes=32 << 20, kept_bytes=256 << 20)
+
+
+def _set_heap(*, mapped_from_bytes: int, kept_bytes: int) -> None:
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, mapped_from_bytes)
+        mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        function = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_size_t]
+    function.restype = ctypes.c_int
+    return function

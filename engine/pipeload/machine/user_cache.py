@@ -1,0 +1,34 @@
+"""Where pipeload keeps what it found out about this machine and the models on it: in the user's cache."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from pipeload.machine.files import write_whole
+
+__all__ = ["keep_file", "user_cache"]
+
+
+def user_cache(name: str) -> Path | None:
+    """`${PIPELOAD_CACHE}/name`, else `${XDG_CACHE_HOME:-~/.cache}/pipeload/name`; nothing is made there.
+
+    Returns:
+        None for a user without a home, as the one of many containers is: then nothing is kept.
+    """
+    own, base = (os.environ.get(variable, "") for variable in ("PIPELOAD_CACHE", "XDG_CACHE_HOME"))
+    # The XDG rules say that a relative path is to be ignored.
+    if own.startswith("/"):
+        return Path(own) / name
+    try:
+        return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload" / name
+    except RuntimeError:
+        return None
+
+
+def keep_file(path: Path, data: bytes) -> None:
+    """Write a file of the cache whole or not at all; a cache that cannot be written is no fault."""
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, data)

@@ -1,0 +1,177 @@
+"""Profiles as files, and a store of them in the user's cache.
+
+A profile belongs to the machine, the storage device, the versions of the software, the model and the sizes of its
+inputs that it was measured with: its `Identity`. The store keeps one file for each, and `find` returns a profile only
+where all of that is the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeload.errors import ConfigError
+from pipeload.format.manifest import MANIFEST_NAME
+from pipeload.machine.cgroups import read_limits
+from pipeload.machine.files import write_whole
+from pipeload.machine.hardware import cores, cpu_name, device_of, memory_bytes
+from pipeload.machine.memory import rss_bytes
+from pipeload.machine.user_cache import user_cache
+from pipeload.planning.profile import Profile
+
+__all__ = ["Identity", "find", "identify", "keep", "read", "write"]
+
+_FORMAT = 1
+
+_SOFTWARE = ("numpy", "onnxruntime", "pipeload")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a profile was measured with.
+
+    Attributes:
+        architecture, cpu, cores, memory_bytes: the machine, and what of it the process may use.
+        device: the storage device of the model directory, `major:minor`.
+        read_limits: cgroup rules that throttle reading.
+        software: package -> version.
+        model: sha256 of the model's manifest.
+        dims: sizes of the symbolic dimensions.
+    """
+
+    architecture: str
+    cpu: str
+    cores: int
+    memory_bytes: int
+    device: str
+    read_limits: str
+    software: dict[str, str]
+    model: str
+    dims: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    format: int
+    profile: dict[str, Any]
+    identity: Identity | None = None
+
+
+def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
+    """What a profile that is measured here and now, of the model in `directory`, is measured with.
+
+    Raises:
+        OSError: the directory's manifest cannot be read.
+    """
+    return Identity(
+        architecture=platform.machine(),
+        cpu=cpu_name(),
+        cores=cores(),
+        memory_bytes=memory_bytes(),
+        device=device_of(directory),
+        read_limits=read_limits(),
+        software={name: _version(name) for name in _SOFTWARE},
+        model=hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest(),
+        dims=dict(sorted(dims.items())),
+    )
+
+
+def write(profile: Profile, path: Path, identity: Identity | None = None) -> None:
+    """Write a profile as indented JSON, all of it or nothing.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is still there.
+    """
+    fields: dict[str, Any] = msgspec.to_builtins(profile)
+    del fields["process_bytes"]
+    content = _File(format=_FORMAT, identity=identity, profile=fields)
+    write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+
+
+def read(path: Path) -> Profile:
+    """The profile in a file that `write` made, with what this process occupies now.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no profile.
+    """
+    return _read(path)[0]
+
+
+def find(directory: Path, dims: Mapping[str, int]) -> Profile | None:
+    """The kept profile of the model in `directory` at these sizes, measured as things are now; None without one.
+
+    A file that is damaged, or that was put there from elsewhere, is as good as none.
+    """
+    with suppress(OSError, ConfigError):
+        identity = identify(directory, dims)
+        path = _place(identity)
+        if path is not None:
+            profile, kept = _read(path)
+            return profile if kept == identity else None
+    return None
+
+
+def keep(directory: Path, profile: Profile) -> Path | None:
+    """Put a profile of the model in `directory` into the store. Returns its file, None where none can be written."""
+    with suppress(OSError):
+        identity = identify(directory, profile.dims)
+        path = _place(identity)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(profile, path, identity)
+        return path
+    return None
+
+
+def _read(path: Path) -> tuple[Profile, Identity | None]:
+    remedy = "Measure it again with `pipeload profile`."
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=_File)
+        if content.format != _FORMAT:
+            raise ConfigError(f"{path} has format {content.format}; this pipeload reads format {_FORMAT}. {remedy}")
+        fields = {**content.profile, "process_bytes": rss_bytes()}
+        profile = msgspec.convert(fields, Profile, str_keys=True)
+    except OSError as error:
+        raise ConfigError(f"The profile {path} cannot be read: {error.strerror or error}. {remedy}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is no profile, or a damaged one: {error}. {remedy}") from error
+    if fault := _fault(profile):
+        raise ConfigError(f"{path} is no profile, or a damaged one: {fault}. {remedy}")
+    return profile, content.identity
+
+
+def _fault(profile: Profile) -> str | None:
+    """The first figure that nobody can have measured."""
+    bandwidths = (profile.read_bytes_per_s, profile.cached_read_bytes_per_s, profile.read_bytes_per_s_by_request)
+    for key, value in (item for found in bandwidths for item in found.items()):
+        if key < 1 or value <= 0:
+            return f"reads by {key} have {value} bytes/s"
+    for threads, shards in profile.times.items():
+        for name, times in shards.items():
+            if threads < 1 or min(msgspec.to_builtins(times).values()) < 0:
+                return f"shard '{name}' with {threads} threads has {times}"
+    counts = (profile.runtime_bytes, profile.activation_bytes, profile.cache_bytes_per_token, *profile.dims.values())
+    if profile.cores < 1 or min(counts) < 0:
+        return "it has a negative number of bytes, or no cores"
+    return None
+
+
+def _place(identity: Identity) -> Path | None:
+    digest = hashlib.sha256(msgspec.json.encode(identity, order="sorted")).hexdigest()
+    folder = user_cache("profiles")
+    return folder / f"{digest[:16]}.json" if folder else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,231 @@
+"""Times every shard of a model, on its real inputs, with one shard in memory at a time.
+
+```
+each shard              read | first run, whose memory counts | session, run | session, run | session, run
+three of a structure    beside a reader: session, run ...     | packed session, run, run ...
+```
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+
+from pipeload.format.manifest import Manifest, Shard
+from pipeload.machine.heap import trim
+from pipeload.machine.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
+from pipeload.machine.threads import together
+from pipeload.measuring.bandwidth import REQUEST_BYTES, filled_buffer
+from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
+from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.planning.needs import in_arena
+from pipeload.planning.profile import ShardTimes
+from pipeload.storage.buffers import Part
+from pipeload.storage.weights import Storage
+
+__all__ = ["Stopwatch"]
+
+_RUNS = 3
+_CHOSEN_RUNS, _CHOSEN_S = 10, 0.15
+"""What only a few shards are timed for goes on until it took so long, or so often, but no less than `_RUNS`."""
+
+_PACKING_FACTOR = 2.5
+"""While a packed session is made it takes up to so many times the shard's bytes, beside the buffer."""
+
+
+class Stopwatch:
+    """Runs the shards one after another, each on what those before it have made, and times it on the way.
+
+    Args:
+        storage: the model's files.
+        manifest: the model.
+        threads: numbers of intra-op threads.
+        progress: called with (what, done, total).
+
+    Attributes:
+        activation_bytes: the most that a shard was seen to need beside weights, its inputs and outputs included; None
+            where the system does not tell.
+        settled_bytes: what the process occupied beside weights and tensors when it had run the largest shard once.
+    """
+
+    def __init__(
+        self, storage: Storage, manifest: Manifest, threads: Sequence[int], progress: Callable[[str, int, int], None]
+    ) -> None:
+        self._storage, self._manifest, self._threads, self._progress = storage, manifest, threads, progress
+        self._buffer = filled_buffer(max(shard.nbytes for shard in manifest.shards))
+        self._largest = max(manifest.shards, key=lambda shard: shard.nbytes).name
+        self.activation_bytes: int | None = None
+        self.settled_bytes = 0
+        # (field of ShardTimes, threads, name of the shard or structure) -> seconds that were seen.
+        self._seen: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+        self._chosen = _chosen(manifest.shards)
+        used = {name for shard in manifest.shards for name in shard.inputs}
+        self._unused = {cache.output for cache in manifest.caches} - used
+
+    def run(self, inputs: Mapping[str, Value]) -> dict[int, dict[str, ShardTimes]]:
+        """Intra-op threads -> shard name -> seconds. May be called once.
+
+        Args:
+            inputs: every graph input, caches included.
+
+        Raises:
+            ConfigError: an index is beyond its table.
+            ShardError, LoadError, RunError: a shard could not be read, made or run.
+        """
+        forward = Forward(self._manifest, self._storage)
+        try:
+            self._progress("Running", 0, len(self._manifest.shards))
+            forward.run([Feed(pieces=[inputs], positions=1 if self._manifest.caches else None)], self._borrow)
+        finally:
+            self._buffer.close()
+        return {
+            threads: {shard.name: self._times(threads, shard) for shard in self._manifest.shards}
+            for threads in self._threads
+        }
+
+    def _times(self, threads: int, shard: Shard) -> ShardTimes:
+        def typical(kind: str, name: str) -> float:
+            return median(self._seen[kind, threads, name])
+
+        session_s, run_s = typical("session_s", shard.name), typical("run_s", shard.name)
+        packed = ("pack_s", threads, shard.structure) in self._seen
+        return ShardTimes(
+            session_s=session_s,
+            run_s=run_s,
+            loading_run_s=typical("loading_run_s", shard.structure),
+            # Where there was no room to pack, nothing is gained by it.
+            pack_s=typical("pack_s", shard.structure) if packed else session_s,
+            packed_run_s=typical("packed_run_s", shard.structure) if packed else run_s,
+        )
+
+    @contextmanager
+    def _borrow(self, index: int) -> Iterator[ShardSession]:
+        shard = self._manifest.shards[index]
+        self._storage.read_weights(shard, [Part(0, shard.nbytes, self._buffer)], lambda: False)
+        # All that a pass does with a session is to run it once.
+        yield cast(ShardSession, SimpleNamespace(run=partial(self._measure, shard)))
+        self._progress("Running", index + 1, len(self._manifest.shards))
+
+    def _measure(
+        self, shard: Shard, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None
+    ) -> list[Value]:
+        def run(session: ShardSession) -> list[Value]:
+            return list(session.run(inputs, stopper, in_place))
+
+        # What happens only the first time, such as loading code, is no part of any time.
+        results = run(self._open(shard, self._threads[0]))
+        passed_bytes = sum(to_array(value).nbytes for value in inputs.values())
+        if shard.name == self._largest:
+            trim()
+            made_bytes = sum(to_array(value).nbytes for value in results)
+            self.settled_bytes = rss_bytes() - self._buffer.nbytes - passed_bytes - made_bytes
+        if shard.name in self._chosen:
+            # What an arena keeps for the next run would not be seen.
+            self._watch_memory(passed_bytes, lambda: run(self._open(shard, self._threads[0], arena=False)))
+        for threads in self._threads:
+            for session_s, run_s in self._stream(shard, threads, run, 0.0):
+                self._seen["session_s", threads, shard.name].append(session_s)
+                self._seen["run_s", threads, shard.name].append(run_s)
+            if shard.name in self._chosen:
+                beside = partial(self._stream, shard, threads, run, _CHOSEN_S)
+                for _, run_s in self._beside_reader(shard, beside):
+                    self._seen["loading_run_s", threads, shard.structure].append(run_s)
+                if _PACKING_FACTOR * shard.nbytes <= auto_budget_bytes() - rss_bytes():
+                    pack_s, runs = self._pack(shard, threads, run)
+                    self._seen["pack_s", threads, shard.structure].append(pack_s)
+                    self._seen["packed_run_s", threads, shard.structure].extend(runs)
+        # New caches of all blocks together may be larger than a shard, and nobody wants them.
+        empty = to_value(np.zeros(0, np.float32))
+        return [empty if name in self._unused else value for name, value in zip(shard.outputs, results, strict=True)]
+
+    def _watch_memory(self, passed_bytes: int, job: Callable[[], object]) -> None:
+        trim()
+        before_bytes = rss_bytes()
+        if reset_peak_rss():
+            job()
+            needed_bytes = max(0, peak_rss_bytes() - before_bytes) + passed_bytes
+            self.activation_bytes = max(self.activation_bytes or 0, needed_bytes)
+
+    def _stream(
+        self, shard: Shard, threads: int, run: Callable[[ShardSession], object], enough_s: float
+    ) -> list[tuple[float, float]]:
+        """Seconds to make a session, and of its first run: a streamed shard's session gets no other."""
+        seen: list[tuple[float, float]] = []
+        while _go_on([run_s for _, run_s in seen], enough_s):
+            begin = time.perf_counter()
+            session = self._open(shard, threads)
+            middle = time.perf_counter()
+            run(session)
+            seen.append((middle - begin, time.perf_counter() - middle))
+            del session
+        return seen
+
+    def _pack(self, shard: Shard, threads: int, run: Callable[[ShardSession], object]) -> tuple[float, list[float]]:
+        """Seconds to make a packed session, and of its runs but the first: a packed shard's session stays."""
+        runs: list[float] = []
+        trim()
+        begin = time.perf_counter()
+        session = self._open(shard, threads, packed=True)
+        pack_s = time.perf_counter() - begin
+        run(session)
+        while _go_on(runs, _CHOSEN_S):
+            begin = time.perf_counter()
+            run(session)
+            runs.append(time.perf_counter() - begin)
+        return pack_s, runs
+
+    def _beside_reader(self, shard: Shard, job: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
+        """Do the job while an agent reads the other shards, again and again."""
+        others = [other for other in self._manifest.shards if other.nbytes and other.name != shard.name] or [shard]
+        reading, over = threading.Event(), threading.Event()
+        scratch = filled_buffer(REQUEST_BYTES[0])
+
+        def read() -> list[tuple[float, float]]:
+            try:
+                while not over.is_set():
+                    for _ in (nbytes for other in others for nbytes in self._storage.stream_weights(other, scratch)):
+                        reading.set()
+                        if over.is_set():
+                            break
+                return []
+            finally:
+                reading.set()
+
+        def work() -> list[tuple[float, float]]:
+            try:
+                reading.wait()
+                return job()
+            finally:
+                over.set()
+
+        try:
+            # In this order, so that it is the reader's error that is raised when both fail.
+            return together([read, work])[1]
+        finally:
+            scratch.close()
+
+    def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
+        parts = [Part(0, shard.nbytes, self._buffer)]
+        arena = arena and in_arena(self._manifest)
+        return ShardSession(shard, self._storage.graph(shard), parts, threads, packed=packed, arena=arena)
+
+
+def _go_on(seconds: Sequence[float], enough_s: float) -> bool:
+    return len(seconds) < _RUNS or (sum(seconds) < enough_s and len(seconds) < _CHOSEN_RUNS)
+
+
+def _chosen(shards: Sequence[Shard]) -> set[str]:
+    """Names of the first, middle and last shard of each structure: a moment of noise meets only one of them."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for shard in shards:
+        alike[shard.structure].append(shard.name)
+    return {name for names in alike.values() for name in (names[0], names[len(names) // 2], names[-1])}

@@ -1,0 +1,111 @@
+"""Loading, Inference and Daemon Agents: plain loops. Who runs them in threads is `pipeline.py`'s business.
+
+Each loop ends when the exchange is closed. A Loading Agent's failure travels as `Failed` to the Inference Agent, and
+the Inference Agent's to the caller; both go on. A failure of the Daemon closes the exchange, since nobody would free
+memory any more; callers get it as the cause of their ClosedError. A failed recovery does the same.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+
+from pipeload.errors import ClosedError
+from pipeload.pipeline.exchange import Exchange
+from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
+from pipeload.pipeline.requests import Request
+
+__all__ = ["answer", "daemon_agent", "inference_agent", "loading_agent"]
+
+
+def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]) -> None:
+    """Load shard after shard, in plan order.
+
+    Args:
+        exchange: gives tasks and takes messages.
+        load: reserves budget, reads, makes the session; None when the task became stale on the way.
+    """
+    while (task := exchange.next_task()) is not None:
+        message: Loaded | Failed | None = None
+        try:
+            shard = load(task)
+            if shard is not None:
+                message = Loaded(task=task, shard=shard)
+            del shard
+        except BaseException as error:  # SystemExit in a worker must reach the caller too
+            _let_go(error)
+            message = Failed(task=task, error=error)
+        exchange.deliver(task, message)
+        del message
+
+
+def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Callable[[], None]) -> None:
+    """Serve one request after the other.
+
+    Args:
+        exchange: gives requests.
+        recover: brings the pipeline back to the beginning of a pass after one failed.
+        settle: called after each that did not fail, when its caller has the answer.
+    """
+    while (request := exchange.next_request()) is not None:
+        try:
+            result = request.work(request)
+        except BaseException as error:
+            try:
+                recover()
+            except BaseException as failure:  # nobody can tell any more what is loaded
+                exchange.close(failure)
+            finally:
+                answer(exchange, request, error)
+                del error
+        else:
+            answer(exchange, request, result)
+            # What the caller does not keep must be free while the pipeline settles.
+            request, result = None, None
+            try:
+                settle()
+            except BaseException as failure:
+                _let_go(failure)
+                exchange.close(failure)
+        del request
+
+
+def daemon_agent(
+    exchange: Exchange, free: Callable[[LoadedShard], None], watch: Callable[[], None], watch_s: float
+) -> None:
+    """Destroy what ran, give its memory back, and watch the budget.
+
+    Args:
+        exchange: gives retired shards.
+        free: destroys one of them.
+        watch: called when nothing was retired for `watch_s` seconds.
+        watch_s: how long that is.
+    """
+    try:
+        while (shard := exchange.next_retired(watch_s)) is not None or not exchange.closed:
+            if shard is None:
+                watch()
+                continue
+            free(shard)
+            del shard
+            exchange.notify()
+    except BaseException as error:
+        exchange.close(error)
+
+
+def answer(exchange: Exchange, request: Request, outcome: object) -> None:
+    """Give a request's caller the result, or the error that ended it."""
+    if not isinstance(outcome, BaseException):
+        request.result.set_result(outcome)
+        return
+    if isinstance(outcome, ClosedError) and exchange.cause is not None:
+        outcome.__cause__ = exchange.cause
+    _let_go(outcome)
+    request.result.set_exception(outcome)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """An error that somebody keeps must not keep sessions and activations alive through its frames."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

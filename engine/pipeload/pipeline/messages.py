@@ -1,0 +1,58 @@
+"""What the agents tell one another: tasks, loaded shards, failures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeload.pipeline.session import ShardSession
+from pipeload.storage.buffers import Buffer
+
+__all__ = ["Failed", "Loaded", "LoadedShard", "Task"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One shard to load.
+
+    Attributes:
+        ticket: position in the sequence of all loads.
+        index: the shard's position in the model.
+        resident: it stays in memory after it ran.
+        epoch: the epoch in which it was drawn.
+        pass_number: the pass that it is for.
+        packing: not to load it, but to pack what is loaded; it has no place in the order of tickets.
+    """
+
+    ticket: int
+    index: int
+    resident: bool
+    epoch: int
+    pass_number: int = 1
+    packing: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedShard:
+    """A shard in memory, and what must be given back for it."""
+
+    index: int
+    session: ShardSession | None
+    buffer: Buffer | None
+    reserved_bytes: int
+    pooled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A Loading Agent's message: the shard is ready."""
+
+    task: Task
+    shard: LoadedShard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """A Loading Agent's message: the shard cannot be had, and why."""
+
+    task: Task
+    error: BaseException

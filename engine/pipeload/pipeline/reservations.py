@@ -1,0 +1,104 @@
+"""Byte reservations under a hard limit, granted in plan order, closable.
+
+Loading Agents reserve before they read. The Inference Agent takes shards in order, so the order of the grants matters:
+if a later shard got the last bytes, the earlier one that inference waits for could never be loaded. Each reservation
+therefore carries a ticket, and ticket n is granted after ticket n - 1 was granted or skipped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from pipeload.errors import BudgetError, ClosedError
+from pipeload.machine.sizes import format_bytes
+
+__all__ = ["Budget"]
+
+
+class Budget:
+    """The bytes that the plan gives to weights.
+
+    Args:
+        limit_bytes: the sum of all reservations never exceeds it.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._changed = threading.Condition()
+        self._limit_bytes = limit_bytes
+        self._reserved_bytes = 0
+        self._turn = 0
+        self._skipped: set[int] = set()
+        self._closed = False
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that are reserved now."""
+        return self._reserved_bytes
+
+    def reserve(self, nbytes: int, ticket: int, cancelled: Callable[[], bool]) -> bool:
+        """Wait for the ticket's turn and for the bytes. Returns False, with nothing reserved, when cancelled.
+
+        Args:
+            nbytes: what is needed.
+            ticket: 0, 1, 2 ...: every number is reserved exactly once.
+            cancelled: looked at whenever something changed; see `wake`.
+
+        Raises:
+            BudgetError: it is more than the limit, so no waiting would help.
+            ClosedError: the budget was closed.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or cancelled()
+                    or nbytes > self._limit_bytes
+                    or (self._turn == ticket and self._reserved_bytes + nbytes <= self._limit_bytes)
+                )
+            )
+            self._skip(ticket)
+            if self._closed:
+                raise ClosedError("The model was closed.")
+            if cancelled():
+                return False
+            if nbytes > self._limit_bytes:
+                raise BudgetError(
+                    f"{format_bytes(nbytes)} are more than the {format_bytes(self._limit_bytes)} that the budget "
+                    "leaves for weights.",
+                    needed_bytes=nbytes,
+                    budget_bytes=self._limit_bytes,
+                )
+            self._reserved_bytes += nbytes
+            return True
+
+    def release(self, nbytes: int) -> None:
+        """Give reserved bytes back."""
+        with self._changed:
+            self._reserved_bytes -= nbytes
+            self._changed.notify_all()
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Change the limit; what is reserved above it stays so until it is released."""
+        with self._changed:
+            self._limit_bytes = limit_bytes
+            self._changed.notify_all()
+
+    def wake(self) -> None:
+        """Make every waiting reservation look at its `cancelled` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End every wait, now and later, with ClosedError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _skip(self, ticket: int) -> None:
+        """The ticket is done with: let the next one have its turn."""
+        self._skipped.add(ticket)
+        while self._turn in self._skipped:
+            self._skipped.remove(self._turn)
+            self._turn += 1
+        self._changed.notify_all()

@@ -1,0 +1,230 @@
+"""One shard's ONNX Runtime session over borrowed buffers. The only module that imports onnxruntime.
+
+Shards are optimised when they are exported, so sessions are made with optimisation off. A streamed shard borrows
+its weights from buffers, without a copy and without prepacking, and is made in a millisecond or two. A packed session
+copies the weights and lays them out for the CPU, which costs far more and makes each run faster: it no longer needs
+the buffers.
+
+Sessions make and free activations at every operator. For models without caches they share one arena, which keeps what
+is freed for the next operator, of whatever shard: memory that goes back to the system has to be cleared again before
+its next use, which takes as long as a third of the computing. Caches grow by a token a pass, so that no piece of an
+arena would ever fit the next one: sessions of models with caches use the C library's heap.
+
+The arena is onnxruntime's process-wide one, which serves only sessions that ask for it. Nothing else here touches
+process-wide state: every session has its own threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pipeload.errors import ClosedError, LoadError, RunError
+from pipeload.format.manifest import Shard
+from pipeload.storage.buffers import Part, tensor_in
+
+__all__ = ["ShardSession", "Stopper", "Value", "shrink_arena", "to_array", "to_value"]
+
+Value: TypeAlias = ort.OrtValue
+"""A tensor in onnxruntime's memory, which travels between shards without a copy."""
+
+_BFLOAT16 = 16
+"""ONNX's number for an element type that NumPy does not have."""
+_SPIN_US = 50
+_ARENA_LOCK = threading.Lock()
+_SAME_AS_REQUESTED = 1
+_SHRINK = "memory.enable_memory_arena_shrinkage"
+_CONSTANT_GRAPH = (
+    b'\x08\x08\x12\x00:6\n$\x12\x01y"\x08Constant*\x15\n\x0bvalue_float\x15\x00\x00\x00\x00\xa0\x01\x01\x12'
+    b"\x01gb\x0b\n\x01y\x12\x06\n\x04\x08\x01\x12\x00B\x04\n\x00\x10\x11"
+)
+"""An ONNX model (opset 17) that makes the number 0: a session is the only thing that can tell the arena to shrink."""
+
+
+def to_value(array: NDArray[Any], dtype: str | None = None) -> Value:
+    """A value that borrows a C-contiguous array; the array must not change while the value lives."""
+    array = np.asarray(array, order="C")
+    if dtype == "bfloat16":
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def to_array(value: Value) -> NDArray[Any]:
+    """The value as an array over the same memory, which keeps the value alive as long as the array lives."""
+    array: NDArray[Any] = np.asarray(_Owner(value))
+    return array
+
+
+class _Owner:
+    """Base of an array over a value. onnxruntime's own arrays do not keep alive what a value has borrowed."""
+
+    def __init__(self, value: Value) -> None:
+        self._value = value
+        self.__array_interface__ = value.numpy().__array_interface__
+
+
+class Stopper:
+    """Ends whatever session runs under it, from any thread."""
+
+    def __init__(self) -> None:
+        self._options = ort.RunOptions()
+        self._options.log_severity_level = 4
+        self.stopped = False
+
+    def stop(self) -> None:
+        """Make the running session, and every later one, fail."""
+        self.stopped = True
+        self._options.terminate = True
+
+
+def shrink_arena() -> None:
+    """Give those pieces of the shared arena back to the heap in which nothing lies; see `memory.trim`."""
+    _shrinker().run(None, {}, _shrinking())
+
+
+@cache
+def _register_arena() -> None:
+    # Pieces of the sizes that are asked for: what grows by doubling would take up to twice as much.
+    config = {
+        "arena_extend_strategy": _SAME_AS_REQUESTED,
+        "max_mem": 0,
+        "initial_chunk_size_bytes": -1,
+        "max_dead_bytes_per_chunk": -1,
+    }
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(place, ort.OrtArenaCfg(config))
+
+
+def _use_arena(options: ort.SessionOptions) -> None:
+    with _ARENA_LOCK:  # a second one would take the place of the first
+        _register_arena()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    # Packed weights come and go with their session, and would leave holes in the arena.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+
+
+@cache
+def _shrinker() -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    _use_arena(options)
+    return ort.InferenceSession(_CONSTANT_GRAPH, options, providers=["CPUExecutionProvider"])
+
+
+@cache
+def _shrinking() -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry(_SHRINK, "cpu:0")
+    return options
+
+
+class ShardSession:
+    """A shard that is ready to run.
+
+    Args:
+        shard: what it is.
+        graph: its `.onnx` file.
+        parts: memory that holds all of its weights. It must stay as it is until the session is gone; a packed session
+            needs it only while it is made.
+        threads: intra-op threads.
+        packed: lay the weights out for the CPU, in memory of the session's own.
+        arena: keep activations in the arena that all such sessions share. What a run returns lies in it too.
+
+    Raises:
+        LoadError: onnxruntime refused the graph.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        graph: Path,
+        parts: Sequence[Part],
+        threads: int,
+        *,
+        packed: bool = False,
+        arena: bool = False,
+    ) -> None:
+        self._name = shard.name
+        self._outputs = list(shard.outputs)
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4  # what goes wrong is raised
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.enable_mem_pattern = False
+        if arena:
+            _use_arena(options)
+        else:
+            # An arena per session would round every block of memory up and keep it.
+            options.enable_cpu_mem_arena = False
+        # Threads that wait for the next operator do so awake, but not for long: other shards and the Loading Agents
+        # need the cores, and by default the threads of a new pool would keep one busy until its first run.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+        weights: list[Value] = []
+        if shard.weights is not None:
+            offset = shard.weights.offset
+            weights = [to_value(tensor_in(parts, spec, offset), spec.dtype) for spec in shard.tensors]
+        self._borrowed: list[Value] = []
+        if packed:
+            # onnxruntime copies these values: nothing of the buffers is needed once the session is made.
+            options.add_external_initializers([spec.name for spec in shard.tensors], weights)
+        else:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            self._borrowed = weights
+            for spec, value in zip(shard.tensors, weights, strict=True):
+                options.add_initializer(spec.name, value)
+        try:
+            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a dozen exception types without a common base
+            raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {_first_line(error)}") from error
+
+    def run(
+        self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None
+    ) -> Sequence[Value]:
+        """Run the shard. Returns its outputs, in the order of `Shard.outputs`.
+
+        Args:
+            inputs: by name.
+            stopper: ends the run when it is used.
+            in_place: outputs that are written over an input, by name; they are then that input's value.
+
+        Raises:
+            RunError: onnxruntime failed.
+            ClosedError: the stopper was used.
+        """
+        try:
+            if in_place:
+                return self._run_in_place(inputs, stopper, in_place)
+            result: Sequence[Value] = self._session.run_with_ort_values(self._outputs, dict(inputs), stopper._options)
+        except Exception as error:
+            if stopper.stopped:
+                raise ClosedError(f"The call was ended while shard '{self._name}' ran.") from error
+            raise RunError(f"Shard '{self._name}' failed: {_first_line(error)}") from error
+        return result
+
+    def _run_in_place(
+        self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value]
+    ) -> Sequence[Value]:
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            if name in in_place:
+                binding.bind_ortvalue_output(name, in_place[name])
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding, stopper._options)
+        made = zip(self._outputs, binding.get_outputs(), strict=True)
+        return [in_place.get(name, value) for name, value in made]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

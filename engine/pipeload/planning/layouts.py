@@ -1,0 +1,201 @@
+"""Ways to use the memory that is left for weights: what stays, what is streamed, through how many buffers. Pure.
+
+Resident shards are spread evenly among the streamed ones, so that reading never pauses: in the order of van der
+Corput's sequence, small ones first. Of the others some tensors stay, as far as memory goes: those before and behind the
+range that is streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import TypeAlias
+
+from pipeload.format.manifest import Shard
+from pipeload.format.pages import page_ceil, room_bytes
+from pipeload.planning.rates import Speed
+
+__all__ = ["Layout", "Range", "layouts", "session_bytes", "staying"]
+
+Range: TypeAlias = tuple[int, int]
+"""First byte of a part of a shard's weights, and the byte after its last one."""
+
+_SESSION_BYTES = 300_000
+_THREAD_BYTES = 50_000
+_SMALL_SHARE = 0.1
+"""A shard below this part of the largest is made resident first: it saves a session, and costs next to nothing."""
+_TINY_SHARE = 0.02
+"""What is streamed of a shard, and what is kept before or behind it, are at least this part of it."""
+_BUFFER_SIZES = 12
+"""Most sizes of a buffer that are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What may be streamed of a shard: bytes of a buffer that it needs, and of memory for what stays."""
+
+    streamed: Range
+    buffer_bytes: int
+    staying_bytes: int
+
+    @classmethod
+    def of(cls, shard: Shard, streamed: Range) -> _Choice:
+        return cls(streamed, room_bytes(*streamed), sum(room_bytes(*part) for part in staying(shard, streamed)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One way to use the memory that is left for weights."""
+
+    loaders: int = 1
+    buffers: int
+    buffer_bytes: int
+    resident: frozenset[str]
+    partly_resident: dict[str, Range]
+    packed: bool
+    packed_streamed: bool
+    packing_bytes: int
+    used_bytes: int
+    streamed_bytes: int
+    threads: int = 1
+
+
+def session_bytes(threads: int) -> int:
+    """One session with so many intra-op threads, beside its weights: graph, kernels, thread pool."""
+    return _SESSION_BYTES + _THREAD_BYTES * threads
+
+
+def staying(shard: Shard, streamed: Range) -> list[Range]:
+    """What of a shard's weights stays in memory while a range of them is streamed."""
+    begin, end = streamed
+    return [part for part in ((0, begin), (end, shard.nbytes)) if part[0] < part[1]]
+
+
+def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | None) -> Iterator[Layout]:
+    """Every layout that is worth a look and fits into `free` bytes."""
+    order = _residence_order(shards)
+    counts = [loaders] if loaders else speed.loaders
+    choices = {shard.name: _choices(shard) for shard in shards}
+    sizes = _buffer_sizes(shards, choices)
+    slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
+    slots += [(count, 0, 0) for count in counts]
+    for threads in sorted(speed.times, reverse=True):
+        each = session_bytes(threads)
+        # Where it pays there may yet be no memory for the packed copies.
+        ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
+        for packed, pack_streamed in product((False, True), ways):
+            for count, buffers, size in slots:
+                layout = _fill(
+                    shards, order, choices, free, buffers, size, each, packed=packed, pack_streamed=pack_streamed
+                )
+                if layout is not None:
+                    yield replace(layout, loaders=count, threads=threads)
+
+
+def _fill(
+    shards: Sequence[Shard],
+    order: Sequence[Shard],
+    choices: Mapping[str, Sequence[_Choice]],
+    free: int,
+    buffers: int,
+    buffer_bytes: int,
+    session_bytes: int,
+    *,
+    packed: bool,
+    pack_streamed: bool,
+) -> Layout | None:
+    """Fill the memory beside the buffers with what need not be read again; None when the layout does not fit."""
+    packing = max(_packing_bytes(shard) for shard in shards) + session_bytes if packed else 0
+    copy_bytes = buffer_bytes if pack_streamed else 0
+    used = packing + buffers * (buffer_bytes + copy_bytes + session_bytes)
+    # No more may be streamed of a shard than a buffer holds. The packed copy of one takes memory for all of it.
+    count = 1 if pack_streamed else None
+    fitting = {
+        name: [choice for choice in found[:count] if buffers and choice.buffer_bytes <= buffer_bytes]
+        for name, found in choices.items()
+    }
+    chosen = {name: found[0] for name, found in fitting.items() if found}
+    whole = fitting.keys() - chosen.keys()
+    used += sum(choice.staying_bytes for choice in chosen.values())
+    used += sum(page_ceil(shard.nbytes) + session_bytes for shard in shards if shard.name in whole)
+    if used > free:
+        return None
+    for shard in order:
+        if shard.name in chosen:
+            more = page_ceil(shard.nbytes) + session_bytes - chosen[shard.name].staying_bytes
+            if used + more <= free:
+                whole.add(shard.name)
+                del chosen[shard.name]
+                used += more
+    for shard in order:
+        if shard.name in chosen:
+            used -= chosen[shard.name].staying_bytes
+            *_, least = (choice for choice in fitting[shard.name] if used + choice.staying_bytes <= free)
+            chosen[shard.name] = least
+            used += least.staying_bytes
+    if bool(buffers) != bool(chosen) or buffers > len(chosen):
+        return None
+    ranges = {name: choice.streamed for name, choice in chosen.items()}
+    return Layout(
+        buffers=buffers,
+        buffer_bytes=buffer_bytes,
+        resident=frozenset(whole),
+        partly_resident={name: streamed for name, streamed in ranges.items() if chosen[name].staying_bytes},
+        packed=packed,
+        packed_streamed=pack_streamed and bool(ranges),
+        packing_bytes=packing,
+        used_bytes=used,
+        streamed_bytes=sum(end - begin for begin, end in ranges.values()),
+    )
+
+
+def _choices(shard: Shard) -> list[_Choice]:
+    """What may be streamed of a shard while the rest stays: tensors that lie side by side; the largest range first."""
+    if shard.weights is None:
+        return [_Choice.of(shard, (0, 0))]
+    # Tiny tensors are not worth a place of their own.
+    step = shard.nbytes * _TINY_SHARE
+    places = [0]
+    for spec in shard.tensors:
+        place = spec.offset - shard.weights.offset
+        if place - places[-1] >= step and shard.nbytes - place >= step:
+            places.append(place)
+    places.append(shard.nbytes)
+    # Of two that are about as large, the one that leaves fewer parts around it.
+    ranges = sorted(combinations(places, 2), key=lambda r: (r[0] - r[1], len(staying(shard, r))))
+    found: list[Range] = []
+    for begin, end in ranges:
+        if not found or found[-1][1] - found[-1][0] - (end - begin) >= step:
+            found.append((begin, end))
+    return [_Choice.of(shard, streamed) for streamed in found]
+
+
+def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choice]]) -> list[int]:
+    """Sizes of a buffer worth a try: what can be streamed of the largest shards."""
+    largest = max(shard.nbytes for shard in shards)
+    sizes = {c.buffer_bytes for s in shards for c in choices[s.name] if s.nbytes > largest * _SMALL_SHARE}
+    ordered = sorted(sizes or {page_ceil(largest)}, reverse=True)
+    step = -(-len(ordered) // _BUFFER_SIZES)
+    return ordered[::step]
+
+
+def _packing_bytes(shard: Shard) -> int:
+    """What packing one shard takes beside buffer and session: the packed copy, and once more the tensor in work."""
+    largest = max((spec.nbytes for spec in shard.tensors), default=shard.nbytes)
+    return page_ceil(shard.nbytes) + page_ceil(largest)
+
+
+def _residence_order(shards: Sequence[Shard]) -> list[Shard]:
+    """Shards in the order in which they become resident."""
+    largest = max(shard.nbytes for shard in shards)
+    small = [shard for shard in shards if shard.nbytes <= largest * _SMALL_SHARE]
+    rest = [shard for shard in shards if shard.nbytes > largest * _SMALL_SHARE]
+    return small + [rest[place] for place in _spread(len(rest))]
+
+
+def _spread(count: int) -> list[int]:
+    """0 .. count - 1 so that the first k of them are far apart, for every k (van der Corput's sequence)."""
+    bits = count.bit_length() + 1
+    reversals = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits if count else 0))
+    return list(dict.fromkeys(reversal * count >> bits for reversal in reversals))

@@ -1,0 +1,309 @@
+"""manifest + profile + budget -> Plan. Pure: no I/O, no threads.
+
+Memory of the process, from the bottom:
+
+```
+budget  ------------------------------------------------------------
+        | packing        a copy of one shard while it is packed     |
+        | buffers        what is streamed of a shard, in each       |
+        | resident       shards that stay between passes            |
+        | kept           parts of other shards that stay            |
+        | caches         KV caches of open decode states            |
+        | pass           activations, edges, outputs of one pass    |
+        | runtime        onnxruntime's code and heap, once it runs  |
+        | process        interpreter, libraries, the host's data    |
+0       ------------------------------------------------------------
+```
+
+A shard is resident (stays in memory, with its session), streamed (read for every pass), or partly resident: a range of
+its file is streamed, and the tensors before and behind it are kept. When a part of every shard is kept, the buffers
+need to hold only the rest, so memory that they do not need becomes memory that need not be read again. That is why
+there is no cliff between a model that fits and one that does not. Resident shards are spread evenly among the streamed
+ones, so that reading never pauses. There is no LRU: a cyclic scan that is larger than a cache hits nothing in it.
+
+The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
+CPU); fills what memory is left with shards in their order of residence; simulates the schedule of each
+(`pipeload.planning.schedule`); and takes the fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pipeload.errors import BudgetError
+from pipeload.format.manifest import Manifest, Shard
+from pipeload.format.pages import page_ceil
+from pipeload.machine.sizes import format_bytes
+from pipeload.planning.layouts import Layout, Range, layouts, session_bytes
+from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.rates import Speed
+from pipeload.planning.schedule import Schedule, ShardWork, simulate
+
+__all__ = [
+    "Plan",
+    "budget_for_latency",
+    "make_plan",
+    "predict",
+    "process_bytes",
+    "times_of",
+    "with_needs",
+]
+
+_RUNTIME_BYTES = 18_000_000
+"""onnxruntime's code pages, thread stacks and heap, which appear with the first pass."""
+_ROUND_BYTES = 1_000_000
+_SPARE_SHARE = 0.005
+"""Part of the memory for weights that is not planned for: what the heap keeps beside it is known that well."""
+_CLOSE = 0.005
+"""Plans whose predicted times differ by less are equal: the one that reads less, with fewer agents, wins."""
+_FEWER_THREADS = 1.1
+"""Fewer threads than there are cores must be faster by this factor: what was measured may have met other work."""
+_LATE = 0.02
+"""A first pass that is longer by more than this counts, when steady passes are equal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How one model runs under one budget.
+
+    Attributes:
+        budget_bytes: the most memory that the whole process may use.
+        loaders: number of Loading Agents.
+        buffers: streamed shards that are in memory together: one runs, the others are being read or wait.
+        buffer_bytes: size of each buffer; 0 when nothing is streamed.
+        resident: names of the shards that stay in memory between passes.
+        partly_resident: name of a partly resident shard -> the range of its weights that is streamed.
+        packed: resident shards are laid out for the CPU (prepacked), one after another once the first pass is over.
+        packed_streamed: streamed shards are prepacked by the Loading Agents.
+        direct: read past the page cache.
+        threads: intra-op threads of a session.
+        process_bytes, pass_bytes, cache_bytes, packing_bytes: see the picture above; process_bytes includes the
+            runtime.
+        resident_bytes: weights that stay in memory between passes, those of partly resident shards included.
+        streamed_bytes: weights that are read in every steady pass.
+        peak_bytes: predicted peak of the process.
+        first_pass_s, steady_pass_s: predicted seconds; None when the profile was not measured.
+    """
+
+    budget_bytes: int
+    loaders: int
+    buffers: int
+    buffer_bytes: int
+    resident: frozenset[str]
+    partly_resident: dict[str, Range] = field(default_factory=dict)
+    packed: bool
+    packed_streamed: bool = False
+    direct: bool = True
+    threads: int
+    process_bytes: int
+    pass_bytes: int
+    cache_bytes: int
+    packing_bytes: int = 0
+    resident_bytes: int
+    streamed_bytes: int
+    peak_bytes: int
+    first_pass_s: float | None = None
+    steady_pass_s: float | None = None
+
+    @property
+    def weights_bytes(self) -> int:
+        """What all weights may occupy together: resident shards, kept parts of others, and buffers."""
+        return self.peak_bytes - self.process_bytes - self.pass_bytes - self.cache_bytes - self.packing_bytes
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """What cannot change while shards are loaded."""
+        streaming = self.loaders, self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
+        return self.resident, self.partly_resident, self.packed, self.threads, streaming
+
+
+def make_plan(
+    manifest: Manifest,
+    profile: Profile,
+    *,
+    budget_bytes: int,
+    pass_bytes: int,
+    cache_bytes: int = 0,
+    loaders: int | None = None,
+    threads: int | None = None,
+) -> Plan:
+    """The fastest plan under the budget.
+
+    Args:
+        manifest: the model.
+        profile: the machine and the process.
+        budget_bytes: the most memory that the whole process may use.
+        pass_bytes: what one pass needs beside weights (`footprint.pass_bytes`).
+        cache_bytes: what open decode states need.
+        loaders: number of Loading Agents; None chooses.
+        threads: intra-op threads; None chooses.
+
+    Raises:
+        BudgetError: not even one buffer for the largest shard fits.
+    """
+    process = process_bytes(profile)
+    fixed = process + pass_bytes + cache_bytes
+    speed = Speed.of(manifest, profile, threads)
+    free = budget_bytes - fixed
+    free -= max(0, int(free * _SPARE_SHARE))
+    found: list[tuple[Layout, Schedule]] = []
+    fastest_s = float("inf")
+    most_threads = max(speed.times)
+    for layout in layouts(manifest.shards, free, speed, loaders):
+        work = [_work(shard, layout, speed.times[layout.threads][shard.name]) for shard in manifest.shards]
+        bandwidth = speed.bandwidth(layout.loaders)
+        least_s = max(sum(shard.run_s for shard in work), layout.streamed_bytes / bandwidth)
+        if least_s > fastest_s * (1 + _CLOSE):
+            continue
+        schedule = simulate(work, loaders=layout.loaders, buffers=layout.buffers, read_bytes_per_s=bandwidth)
+        if layout.threads < most_threads and schedule.steady_s * _FEWER_THREADS > fastest_s:
+            continue
+        fastest_s = min(fastest_s, schedule.steady_s)
+        found.append((layout, schedule))
+    if not found:
+        raise _too_small(manifest, budget_bytes, process, pass_bytes, cache_bytes, session_bytes(min(speed.times)))
+    layout, schedule = _preferred([pair for pair in found if pair[1].steady_s <= fastest_s * (1 + _CLOSE)])
+    return Plan(
+        budget_bytes=budget_bytes,
+        loaders=layout.loaders,
+        buffers=layout.buffers,
+        buffer_bytes=layout.buffer_bytes,
+        resident=layout.resident,
+        partly_resident=layout.partly_resident,
+        packed=layout.packed,
+        packed_streamed=layout.packed_streamed,
+        direct=speed.direct,
+        threads=layout.threads,
+        process_bytes=process,
+        pass_bytes=pass_bytes,
+        cache_bytes=cache_bytes,
+        packing_bytes=layout.packing_bytes,
+        resident_bytes=manifest.weight_bytes - layout.streamed_bytes,
+        streamed_bytes=layout.streamed_bytes,
+        peak_bytes=fixed + layout.used_bytes,
+        first_pass_s=schedule.first_s if profile.measured else None,
+        steady_pass_s=schedule.steady_s if profile.measured else None,
+    )
+
+
+def process_bytes(profile: Profile) -> int:
+    """What the process occupies beside weights, passes and caches once onnxruntime runs."""
+    return profile.process_bytes + _RUNTIME_BYTES
+
+
+def with_needs(plan: Plan, profile: Profile, pass_bytes: int, cache_bytes: int, budget_bytes: int) -> Plan:
+    """The same layout for passes with other needs; its peak may be above the budget."""
+    process = process_bytes(profile)
+    needs = process + pass_bytes + cache_bytes
+    return replace(
+        plan,
+        budget_bytes=budget_bytes,
+        process_bytes=process,
+        pass_bytes=pass_bytes,
+        cache_bytes=cache_bytes,
+        peak_bytes=needs + plan.packing_bytes + plan.weights_bytes,
+    )
+
+
+def times_of(manifest: Manifest, profile: Profile, threads: int) -> Mapping[str, ShardTimes]:
+    """Times of every shard with so many threads, measured or assumed."""
+    return Speed.of(manifest, profile, threads).times[threads]
+
+
+def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None:
+    """What a measured profile says about the passes of a plan that was made by another one; None without."""
+    if not profile.measured:
+        return None
+    speed = Speed.of(manifest, profile, plan.threads)
+    work = [_work(shard, plan, speed.times[plan.threads][shard.name]) for shard in manifest.shards]
+    bandwidth = speed.bandwidth(plan.loaders)
+    return simulate(work, loaders=plan.loaders, buffers=plan.buffers, read_bytes_per_s=bandwidth)
+
+
+def budget_for_latency(
+    manifest: Manifest, profile: Profile, latency_s: float, *, pass_bytes: int, cache_bytes: int = 0, **options: Any
+) -> Plan | None:
+    """The plan with the smallest budget whose steady pass takes no longer than `latency_s`; None when none does.
+
+    Args:
+        manifest: the model.
+        profile: a measured one.
+        latency_s: the target.
+        pass_bytes: as for `make_plan`.
+        cache_bytes: as for `make_plan`.
+        **options: `loaders` and `threads` of `make_plan`.
+    """
+
+    def plan(budget_bytes: int) -> Plan:
+        return make_plan(
+            manifest, profile, budget_bytes=budget_bytes, pass_bytes=pass_bytes, cache_bytes=cache_bytes, **options
+        )
+
+    # Above this everything is resident and packed, and more memory is of no use.
+    each = session_bytes(max(Speed.of(manifest, profile, options.get("threads")).times))
+    most = process_bytes(profile) + pass_bytes + cache_bytes
+    most += 2 * sum(page_ceil(shard.nbytes) + each for shard in manifest.shards)
+    try:
+        least = plan(1).budget_bytes
+    except BudgetError as error:
+        least = error.needed_bytes
+    most = max(most, least)
+    if (plan(most).steady_pass_s or 0.0) > latency_s:
+        return None
+    while most - least > _ROUND_BYTES:
+        middle = (least + most) // 2
+        if (plan(middle).steady_pass_s or 0.0) <= latency_s:
+            most = middle
+        else:
+            least = middle
+    return plan(least) if (plan(least).steady_pass_s or 0.0) <= latency_s else plan(most)
+
+
+def _work(shard: Shard, layout: Layout | Plan, times: ShardTimes) -> ShardWork:
+    resident = shard.name in layout.resident
+    begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
+    packed = layout.packed if resident else layout.packed_streamed
+    # A resident shard has a computer to itself while nothing is streamed; what slows computing down is the reading.
+    slowdown = times.loading_run_s / times.run_s if times.run_s else 1.0
+    run_s = times.packed_run_s if packed else times.run_s
+    return ShardWork(
+        cold_bytes=shard.nbytes,
+        steady_bytes=0 if resident else end - begin,
+        streamed=not resident,
+        session_s=times.pack_s if packed and not resident else times.session_s,
+        run_s=run_s,
+        loading_run_s=run_s * max(1.0, slowdown),
+    )
+
+
+def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedule]:
+    """Among equally fast layouts: not packed, early with the first answer, one buffer to spare, little to read."""
+    first_s = min(schedule.first_s for _, schedule in equal)
+
+    def order(pair: tuple[Layout, Schedule]) -> tuple[Any, ...]:
+        layout, schedule = pair
+        late = schedule.first_s > first_s * (1 + _LATE)
+        spare = abs(layout.buffers - layout.loaders - 1) if layout.buffers else 0
+        return layout.packed, late, spare, layout.streamed_bytes, layout.loaders, layout.threads
+
+    return min(equal, key=order)
+
+
+def _too_small(
+    manifest: Manifest, budget_bytes: int, process_bytes: int, pass_bytes: int, cache_bytes: int, session_bytes: int
+) -> BudgetError:
+    fixed = process_bytes + pass_bytes + cache_bytes
+    largest = max(manifest.shards, key=lambda shard: shard.nbytes)
+    needed = fixed + int((page_ceil(largest.nbytes) + session_bytes) / (1 - _SPARE_SHARE))
+    needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
+    return BudgetError(
+        f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
+        f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + {format_bytes(pass_bytes)} "
+        f"activations + {format_bytes(cache_bytes)} caches + the largest shard '{largest.name}' with "
+        f"{format_bytes(largest.nbytes)} ({format_bytes(max(0, budget_bytes - fixed))} were left for it), rounded up. "
+        f"Raise the budget to at least {needed} bytes, or pass smaller inputs.",
+        needed_bytes=needed,
+        budget_bytes=budget_bytes,
+    )

@@ -1,0 +1,62 @@
+"""What the planner has to know about the machine, the process, and the model's speed on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+__all__ = ["Profile", "ShardTimes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTimes:
+    """Seconds that one shard takes.
+
+    Attributes:
+        session_s: create a session over a buffer, not packed.
+        run_s: run it, not packed, while nothing else goes on.
+        loading_run_s: the same while Loading Agents read.
+        pack_s: create a packed session from a buffer.
+        packed_run_s: run it packed, while nothing else goes on.
+    """
+
+    session_s: float
+    run_s: float
+    loading_run_s: float
+    pack_s: float
+    packed_run_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One machine, one process, one model at one size of its inputs.
+
+    Attributes:
+        process_bytes: memory that the whole process occupies before anything is loaded: interpreter, libraries, and
+            whatever a host application keeps. It is this process's, so files do not have it.
+        cores: processors that the process may use at the same time.
+        read_bytes_per_s: number of Loading Agents -> bandwidth past the page cache.
+        cached_read_bytes_per_s: number of Loading Agents -> bandwidth through a cold page cache.
+        read_bytes_per_s_by_request: bytes of one read -> bandwidth of one Loading Agent past the page cache. The other
+            two were measured with 8 MiB, with which the engine begins.
+        dims: sizes of the symbolic dimensions that `times` are for.
+        times: intra-op threads -> shard name -> seconds.
+        runtime_bytes: what onnxruntime was seen to occupy beside weights and activations.
+        activation_bytes: what a pass was seen to occupy beside weights and caches.
+        cache_bytes_per_token: bytes that a token adds to the KV caches of one sequence.
+    """
+
+    process_bytes: int
+    cores: int
+    read_bytes_per_s: dict[int, float] = field(default_factory=dict)
+    cached_read_bytes_per_s: dict[int, float] = field(default_factory=dict)
+    read_bytes_per_s_by_request: dict[int, float] = field(default_factory=dict)
+    dims: dict[str, int] = field(default_factory=dict)
+    times: dict[int, dict[str, ShardTimes]] = field(default_factory=dict)
+    runtime_bytes: int = 0
+    activation_bytes: int = 0
+    cache_bytes_per_token: int = 0
+
+    @property
+    def measured(self) -> bool:
+        """Whether it tells how fast reading and running are."""
+        return bool(self.times and self.read_bytes_per_s)

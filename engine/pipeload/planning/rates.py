@@ -1,0 +1,95 @@
+"""How fast reading and running are: what a profile says, or what is assumed without one. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeload.errors import ConfigError
+from pipeload.format.manifest import Manifest, Shard
+from pipeload.planning.profile import Profile, ShardTimes
+
+__all__ = ["ASSUMED_READ_BYTES_PER_S", "LOADERS", "Speed"]
+
+LOADERS = (1, 2, 4)
+"""Numbers of Loading Agents that are tried. More were never faster on a disk that is read in large pieces."""
+_CACHED_SHARE = 0.9
+"""Reading through the page cache must be faster by more than this: it takes processor time."""
+ASSUMED_READ_BYTES_PER_S = 1e9
+_ASSUMED_RUN_BYTES_PER_S = 4e9
+_ASSUMED_PACK_BYTES_PER_S = 0.7e9
+_ASSUMED_PACKED_SHARE = 0.9
+_ASSUMED_SESSION_S = 0.002
+"""Without a profile: a middling disk, and computing that is bound by memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """The figures that plans are made from.
+
+    Attributes:
+        read_bytes_per_s: by number of Loading Agents.
+        direct: whether that is past the page cache.
+        times: intra-op threads -> shard name -> seconds.
+    """
+
+    read_bytes_per_s: Mapping[int, float]
+    direct: bool
+    times: Mapping[int, Mapping[str, ShardTimes]]
+
+    @classmethod
+    def of(cls, manifest: Manifest, profile: Profile, threads: int | None) -> Speed:
+        """What the profile says about so many threads, or about all that were measured.
+
+        Raises:
+            ConfigError: the profile was measured with another model.
+        """
+        direct, cached = profile.read_bytes_per_s, profile.cached_read_bytes_per_s
+        prefer_cached = bool(cached) and max(cached.values()) * _CACHED_SHARE > max(direct.values(), default=0.0)
+        bandwidth = cached if prefer_cached else direct
+        times: Mapping[int, Mapping[str, ShardTimes]] = profile.times
+        if times and threads is not None:
+            # Nobody measured with so many threads: the nearest number tells at least what is fast and what is slow.
+            nearest = min(times, key=lambda number: abs(number - threads))
+            times = {threads: times[nearest]}
+        for shard in manifest.shards:
+            if any(shard.name not in measured for measured in times.values()):
+                raise ConfigError(
+                    f"The profile has no times of shard '{shard.name}', so it is another model's. "
+                    "Measure this one with `pipeload profile`."
+                )
+        if not times:
+            times = {threads or profile.cores: {shard.name: _assumed_times(shard) for shard in manifest.shards}}
+        assumed = dict.fromkeys(LOADERS, ASSUMED_READ_BYTES_PER_S)
+        return cls(
+            read_bytes_per_s=bandwidth or assumed,
+            direct=not prefer_cached,
+            times=times,
+        )
+
+    @property
+    def loaders(self) -> list[int]:
+        """Numbers of Loading Agents worth a try: those of `LOADERS` that were measured, or else all that were."""
+        return [number for number in self.read_bytes_per_s if number in LOADERS] or list(self.read_bytes_per_s)
+
+    def bandwidth(self, loaders: int) -> float:
+        """Bytes per second of so many Loading Agents together."""
+        # More agents never read more slowly; where they seem to, the disk had something else to do meanwhile.
+        known = [number for number in self.read_bytes_per_s if number <= loaders] or [min(self.read_bytes_per_s)]
+        return max(self.read_bytes_per_s[number] for number in known)
+
+    def packing_streamed_pays(self, threads: int) -> bool:
+        """For weights that onnxruntime handles far better packed than not (int4 and int8 matrices)."""
+        times = self.times[threads].values()
+        return sum(t.run_s for t in times) > sum(t.packed_run_s + t.pack_s for t in times)
+
+
+def _assumed_times(shard: Shard) -> ShardTimes:
+    run_s = shard.nbytes / _ASSUMED_RUN_BYTES_PER_S
+    return ShardTimes(
+        session_s=_ASSUMED_SESSION_S,
+        run_s=run_s,
+        loading_run_s=run_s,
+        pack_s=shard.nbytes / _ASSUMED_PACK_BYTES_PER_S,
+        packed_run_s=run_s * _ASSUMED_PACKED_SHARE,
+    )

@@ -1,0 +1,282 @@
+"""Decides between passes whether to go on as planned: what a call needs, what was measured, what memory is left.
+
+- Memory is given back at once and taken slowly: a smaller budget, a smaller limit of the cgroup, less free memory or a
+  host that has grown make a new plan before the next pass; room that appears must stay for some passes and promise a
+  good deal of time. A layout that still fits is kept, since shards would have to be read again for another one.
+- The profile learns: when passes take another time than was predicted, or none was known, bandwidth and times are
+  taken from what the agents did, and the plan is made anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Literal
+
+from pipeload.errors import BudgetError
+from pipeload.format.manifest import Manifest
+from pipeload.machine.sizes import format_bytes
+from pipeload.planning import planner
+from pipeload.planning.learning import learn
+from pipeload.planning.planner import Plan
+from pipeload.planning.profile import Profile
+from pipeload.tracing.trace import Span
+
+__all__ = ["Replanner"]
+
+_WINDOW = 16
+"""Passes whose needs count: giving memory back and forth would reload resident shards."""
+_PATIENCE = 8
+"""Passes before room that appeared is taken."""
+_ROOM_SHARE = 0.05
+"""Part of the budget that must have become free before it is taken."""
+_GAIN = {"first": 0.98, "learned": 0.9, "asked": 1.0}
+"""A plan that is not forced must promise this part of the time that passes take now, or less: why it is made."""
+_MARGIN = 0.15
+"""Measured passes that leave the prediction by more than this make the profile learn."""
+_SWING_SHARE = 0.02
+"""Part of the budget by which free memory swings all the time."""
+_HEADROOM_SHARE = 0.01
+"""Part of the budget that later plans leave: what grows with every pass must not force one each time."""
+_WRONG_PASSES = 2
+"""So many of them in a row; one may be chance."""
+
+
+_NO_KIND = object()
+
+
+class Replanner:
+    """Makes the plans of one model.
+
+    Args:
+        manifest: the model.
+        profile: the machine and the process.
+        budget_bytes: what was asked for; None takes what is free.
+        free_bytes: what cgroup and machine leave to this process now; looked at between passes.
+        loaders: number of Loading Agents; None chooses.
+        threads: intra-op threads; None chooses.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        profile: Profile,
+        *,
+        budget_bytes: int | None,
+        free_bytes: Callable[[], int],
+        loaders: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._manifest = manifest
+        self._profile = profile
+        self._least_process_bytes = profile.process_bytes
+        self._budget_bytes = budget_bytes
+        self._free_bytes = free_bytes
+        self._loaders = loaders
+        self._threads = threads
+        self._needs: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
+        self._reason: Literal["first", "learned", "asked"] | None = None
+        self._ran = False
+        self._patience = 0
+        self._room_bytes = 0
+        self._kind: object = _NO_KIND
+        self._known_kind: object = None
+        self._learned: Profile | None = None
+        self._wrong = 0
+
+    @property
+    def profile(self) -> Profile:
+        """What is known by now."""
+        return self._profile
+
+    @property
+    def learned(self) -> Profile | None:
+        """What steady passes of the profile's own sizes have taught; None when they have not."""
+        return self._learned
+
+    def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
+        """The best plan for passes that need so much beside weights.
+
+        Raises:
+            BudgetError: the budget cannot work.
+        """
+        return planner.make_plan(
+            self._manifest,
+            self._profile,
+            budget_bytes=limit_bytes or self._budget_bytes or self._free_bytes(),
+            pass_bytes=pass_bytes,
+            cache_bytes=cache_bytes,
+            loaders=self._loaders,
+            threads=self._threads,
+        )
+
+    def first_plan(self, pass_bytes: int, cache_bytes: int) -> Plan:
+        """The plan to begin with: loading begins at once, so it keeps to what is free even below the budget.
+
+        Raises:
+            BudgetError: the budget cannot work, or so little memory is free that nothing can.
+        """
+        free = self._free_bytes()
+        if self._budget_bytes is None or free >= self._budget_bytes * (1 - _SWING_SHARE):
+            return self.plan(pass_bytes, cache_bytes)
+        self.plan(pass_bytes, cache_bytes)
+        try:
+            return self.plan(pass_bytes, cache_bytes, free)
+        except BudgetError as error:
+            raise BudgetError(
+                f"The budget of {format_bytes(self._budget_bytes)} would do, but cgroup and machine leave only "
+                f"{format_bytes(free)} to this process, and the smallest that works is "
+                f"{format_bytes(error.needed_bytes)}. Free memory, or raise the cgroup's limit.",
+                needed_bytes=error.needed_bytes,
+                budget_bytes=free,
+            ) from error
+
+    def set_budget(self, budget_bytes: int | None, pass_bytes: int, cache_bytes: int) -> None:
+        """Another budget, from the next pass on; None takes what is free.
+
+        Raises:
+            BudgetError: it cannot work for passes that need so much beside weights; the old one stays.
+        """
+        self.plan(pass_bytes, cache_bytes, budget_bytes)
+        self._budget_bytes = budget_bytes
+        self._reason = "asked"
+
+    def limit_bytes(self, current: Plan) -> int:
+        """What the process may use now: the budget, or less when less memory is left."""
+        free = self._free_bytes()
+        # A little less or more than what is in force is no reason to load shards again.
+        if self._budget_bytes is None:
+            held = current.budget_bytes
+            return held if held * (1 - _SWING_SHARE) <= free <= held * (1 + _ROOM_SHARE) else free
+        limit = min(free, self._budget_bytes)
+        held = min(current.budget_bytes, self._budget_bytes)
+        return held if held * (1 - _SWING_SHARE) <= limit < held else limit
+
+    def before_pass(
+        self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int, *, strict: bool = False
+    ) -> Plan:
+        """The plan for the next pass: the one in force, as long as nothing speaks against it.
+
+        Args:
+            current: the plan in force.
+            pass_bytes: memory that the pass needs beside weights and caches.
+            cache_bytes: memory of all caches that are open while it runs.
+            occupied_bytes: memory of the process now, without weights and caches.
+            strict: refuse a pass that does not fit what is free now, even where no other one could do better.
+
+        Raises:
+            BudgetError: the pass does not fit the budget.
+        """
+        limit = self.limit_bytes(current)
+        if self._reason is not None and self._budget_bytes is None:
+            # A plan is made in any case: it may use what is free, but for what swings.
+            limit = max(limit, int(self._free_bytes() * (1 - _HEADROOM_SHARE)))
+        growth = self.growth_bytes(current, pass_bytes, occupied_bytes)
+        if growth:
+            process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)
+            self._profile = replace(self._profile, process_bytes=process_bytes)
+        self._needs.append((pass_bytes, cache_bytes))
+        most_pass, most_cache = (max(need) for need in zip(*self._needs, strict=True))
+        kept = planner.with_needs(current, self._profile, most_pass, most_cache, limit)
+        room = limit - kept.peak_bytes
+        self._patience = self._patience + 1 if room > self._room_bytes + limit * _ROOM_SHARE else 0
+        enough = self._patience >= _PATIENCE
+        if room >= 0 and self._reason is None and not enough:
+            return kept
+        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0, strict=strict)
+        gain = _GAIN[self._reason or "learned"]
+        self._reason, self._patience = None, 0
+        if room >= 0:
+            now = planner.predict(self._manifest, self._profile, kept)
+            if now is None or (best.steady_pass_s or 0.0) >= now.steady_s * gain:
+                self._room_bytes = room
+                return replace(kept, first_pass_s=now.first_s, steady_pass_s=now.steady_s) if now else kept
+        self._room_bytes = limit - best.peak_bytes
+        return best
+
+    def growth_bytes(self, current: Plan, pass_bytes: int, occupied_bytes: int) -> int:
+        """By how much the host's own data have grown, or become less; 0 for what free memory swings by all the time.
+
+        Args:
+            current: the plan in force.
+            pass_bytes: memory that the next pass needs beside weights and caches.
+            occupied_bytes: memory of the process now, without weights and caches.
+        """
+        swing = current.budget_bytes * _SWING_SHARE
+        beside = occupied_bytes - planner.process_bytes(self._profile)
+        # What passes leave behind in the heap is no growth.
+        growth = beside - max(pass_bytes, current.pass_bytes)
+        return growth if growth > swing else beside if beside < -swing else 0
+
+    def knows(self, kind: object) -> bool:
+        """Whether what is known was measured with passes of this kind; None stands for the profile's own sizes."""
+        return self._profile.measured and kind == self._known_kind
+
+    def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
+        """Compare a finished pass with its prediction, and learn from it when it was wrong.
+
+        Args:
+            current: the plan in force.
+            spans: what the agents did meanwhile.
+            seconds: how long it took.
+            kind: tells passes of one kind from others; one that follows another kind has been read ahead for that.
+                None stands for the sizes that the profile is kept for.
+
+        Returns:
+            Whether there is a reason to plan anew.
+        """
+        first, self._ran = not self._ran, True
+        if first and self._budget_bytes is None:
+            # Pages of libraries that the first pass has touched may be charged to nobody: they have left memory free.
+            self._reason = self._reason or "first"
+        if _settling(current, spans):
+            self._kind = _NO_KIND
+            return self._reason is not None
+        alike, self._kind = self._kind == kind, kind
+        predicted_s = current.steady_pass_s
+        if predicted_s is not None:
+            wrong = alike and abs(seconds - predicted_s) > _MARGIN * predicted_s
+            # Once may be chance: somebody else has used the disk or a core.
+            self._wrong = self._wrong + 1 if wrong else 0
+            if self._wrong < _WRONG_PASSES:
+                return self._reason is not None
+        self._wrong = 0
+        self._profile = learn(self._manifest, self._profile, current, spans)
+        self._known_kind = kind
+        if kind is None and alike:
+            self._learned = self._profile
+        self._reason = self._reason or ("first" if first else "learned")
+        return True
+
+    def _best(
+        self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool, strict: bool
+    ) -> Plan:
+        if forced:
+            with suppress(BudgetError):
+                roomy = self.plan(*most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
+                return planner.with_needs(roomy, self._profile, *most, limit_bytes)
+        try:
+            return self.plan(*most, limit_bytes)
+        except BudgetError:
+            self._needs.clear()
+            self._needs.append(now)
+        try:
+            return self.plan(*now, limit_bytes)
+        except BudgetError as error:
+            if strict or (self._budget_bytes is not None and limit_bytes >= self._budget_bytes):
+                # It was refused, so nothing needs to be kept free for it.
+                self._needs.clear()
+                raise
+            # Memory is short outside of this process: the least that works is the best that can be done.
+            return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
+
+
+def _settling(plan: Plan, spans: Sequence[Span]) -> bool:
+    """Whether shards were packed, or loaded to stay, during a pass: it took longer than later ones will."""
+    if plan.steady_pass_s is None:
+        return False
+    loaded_bytes = sum(span.nbytes for span in spans if span.kind == "read")
+    packed = any(span.kind == "pack" and span.shard in plan.resident for span in spans)
+    return packed or loaded_bytes > plan.streamed_bytes + 2 * plan.buffers * plan.buffer_bytes

@@ -1,0 +1,136 @@
+"""How long a pass takes: a simulation of the agents, and the least that any schedule could take. Pure.
+
+The schedule in one recurrence. Shard j of those that are loaded is read by the Loading Agent that is free first, into
+the buffer that the (j - buffers)-th streamed shard has left, after whatever the storage has to deliver before it:
+
+```
+read_j    = max(agent free, buffer free = end of run_(j - buffers), read_(j - 1)) + bytes_j / bandwidth
+loaded_j  = read_j + session_j                        the agent is free again
+run_j     = max(run_(j - 1), loaded_j) + compute_j    resident shards are always loaded
+```
+
+Passes follow each other without a pause, so reading goes on for the next pass while the last shards of this one run.
+The steady pass is the mean distance between the ends of later ones.
+
+The roofline T* is the least that a pass can take on this machine, whatever the schedule: W bytes of weights, R of them
+resident, bandwidth B, compute time c_i of shard i and its size s_i:
+
+```
+steady pass       max(sum c_i, (W - R) / B)
+cold first pass   max over k of (sum_(i <= k) s_i / B + sum_(i >= k) c_i)
+```
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from pipeload.format.manifest import Manifest
+from pipeload.planning.profile import Profile
+
+__all__ = ["Roofline", "Schedule", "ShardWork", "roofline", "simulate"]
+
+_PASSES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardWork:
+    """What one shard costs under a plan.
+
+    Attributes:
+        cold_bytes: read for the first pass.
+        steady_bytes: read for every later pass; 0 also for a resident shard.
+        streamed: loaded for every pass, into a buffer.
+        session_s: making its session.
+        run_s: running it while nothing is read.
+        loading_run_s: running it while Loading Agents read.
+    """
+
+    cold_bytes: int
+    steady_bytes: int
+    streamed: bool
+    session_s: float
+    run_s: float
+    loading_run_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Predicted seconds of the first pass after loading, and of every later one."""
+
+    first_s: float
+    steady_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """T*: the least seconds that a cold first pass and a steady pass can take."""
+
+    first_s: float
+    steady_s: float
+
+
+def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_bytes_per_s: float) -> Schedule:
+    """The times of a first and of a steady pass; see the module's docstring.
+
+    Args:
+        work: the shards, in order.
+        loaders: number of Loading Agents.
+        buffers: streamed shards that are in memory together.
+        read_bytes_per_s: bandwidth of so many Loading Agents together.
+    """
+    steady_bytes = sum(shard.steady_bytes for shard in work)
+    alone_s = sum(shard.run_s for shard in work)
+    # Computing is slower while somebody reads: by the part of the pass in which reading goes on.
+    reading_s = steady_bytes / read_bytes_per_s
+    share = min(1.0, reading_s / max(reading_s, alone_s)) if reading_s else 0.0
+    agents = [0.0] * loaders
+    storage_s = inference_s = 0.0
+    slots: deque[float] = deque()
+    ends = []
+    for number in range(_PASSES):
+        for shard in work:
+            if shard.streamed or number == 0:
+                begin = heappop(agents)
+                if shard.streamed and len(slots) == buffers:
+                    begin = max(begin, slots.popleft())
+                nbytes = shard.steady_bytes if number else shard.cold_bytes
+                storage_s = max(begin, storage_s) + nbytes / read_bytes_per_s
+                heappush(agents, storage_s + shard.session_s)
+                inference_s = max(inference_s, storage_s + shard.session_s)
+            reading = share if number else 1.0
+            inference_s += shard.run_s + (shard.loading_run_s - shard.run_s) * reading
+            if shard.streamed:
+                slots.append(inference_s)
+        ends.append(inference_s)
+    # What was made ready during a long first pass may still be used up: no pass for ever takes less than its reading,
+    # and its sessions.
+    sessions_s = sum(shard.session_s for shard in work if shard.streamed) / loaders
+    return Schedule(first_s=ends[0], steady_s=max((ends[-1] - ends[1]) / (_PASSES - 2), reading_s, sessions_s))
+
+
+def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> Roofline:
+    """T* of the module's docstring.
+
+    Args:
+        manifest: the model.
+        profile: a measured one: the best bandwidth of any number of Loading Agents, and for each shard the shortest
+            compute time that was seen with everything in memory.
+        resident_bytes: R.
+    """
+    bandwidth = max(profile.read_bytes_per_s.values())
+    compute = [
+        min(min(times[shard.name].run_s, times[shard.name].packed_run_s) for times in profile.times.values())
+        for shard in manifest.shards
+    ]
+    total_s = sum(compute)
+    first_s, read_bytes, done_s = total_s, 0, 0.0
+    for shard, seconds in zip(manifest.shards, compute, strict=True):
+        read_bytes += shard.nbytes
+        first_s = max(first_s, read_bytes / bandwidth + total_s - done_s)
+        done_s += seconds
+    streamed_bytes = max(0, manifest.weight_bytes - resident_bytes)
+    return Roofline(first_s=first_s, steady_s=max(total_s, streamed_bytes / bandwidth))

@@ -1,0 +1,161 @@
+"""Page-aligned memory that shards are read into and that sessions borrow."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import LoadError
+from pipeload.format.manifest import WeightSpec
+from pipeload.format.pages import page_ceil, page_floor
+
+__all__ = ["Buffer", "BufferPool", "Part", "tensor_in"]
+
+
+class Buffer:
+    """Page-aligned anonymous memory, which shards are read into and sessions borrow.
+
+    Pages occupy memory from their first use on. `close` gives the memory back even while views exist: they are
+    then all zeros, never a dangling pointer.
+
+    Raises:
+        LoadError: the system refuses to map so many bytes.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = page_ceil(max(nbytes, 1))
+        try:
+            # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, OverflowError) as error:
+            raise LoadError(
+                f"The system has no memory for a buffer of {self.nbytes} bytes ({error}). Lower the memory budget, "
+                "raise the limit of the process (ulimit -v), or end other programs."
+            ) from error
+        # Huge pages make the first fill several times cheaper; a forked child must not keep copies. Where there is no
+        # such advice, nothing is lost.
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            with suppress(OSError, AttributeError):
+                self._map.madvise(getattr(mmap, advice))
+        self._view = memoryview(self._map)
+
+    def piece(self, begin: int, end: int) -> memoryview:
+        """A writable view of the bytes `begin` to `end`."""
+        return self._view[begin:end]
+
+    def tensor(self, spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+        """A tensor inside the buffer, without a copy; bfloat16 appears as uint16.
+
+        Args:
+            spec: the tensor, with its offset in the file.
+            range_offset: where in the file the range in this buffer begins.
+        """
+        dtype = np.dtype(np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
+        begin = spec.offset - range_offset
+        return np.frombuffer(self._map, dtype=dtype, count=prod(spec.shape), offset=begin).reshape(spec.shape)
+
+    def close(self) -> None:
+        """Give the memory back to the system."""
+        self._view.release()
+        try:
+            self._map.close()
+        except BufferError:
+            # Somebody still holds an array over it: drop the pages now, the address range goes with the array.
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a shard's weights in memory.
+
+    Attributes:
+        begin: first byte, counted from the beginning of the shard's range; where a tensor begins.
+        end: the byte after the last one; where a tensor ends.
+        buffer: memory that begins with the page in which `begin` lies.
+    """
+
+    begin: int
+    end: int
+    buffer: Buffer
+
+
+def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+    """The tensor as an array over the part that holds it, without a copy; bfloat16 appears as uint16.
+
+    Args:
+        parts: all parts of a shard's weights.
+        spec: the tensor, with its offset in the file.
+        range_offset: where in the file the shard's range begins.
+    """
+    place = spec.offset - range_offset
+    part = next(part for part in parts if part.begin <= place < max(part.end, part.begin + 1))
+    return part.buffer.tensor(spec, range_offset + page_floor(part.begin))
+
+
+class BufferPool:
+    """Equal buffers that are used again and again, so that their pages are made only once.
+
+    How many are in use is the budget's business: whoever takes one has reserved its bytes. Idle ones are reserved by
+    nobody, so the pool keeps no more of them than the plan has buffers.
+
+    Args:
+        buffer_bytes: size of each.
+        keep: buffers, idle ones and used ones together, up to which a buffer that comes back is kept.
+    """
+
+    def __init__(self, buffer_bytes: int, keep: int) -> None:
+        self._buffer_bytes = buffer_bytes
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._idle: list[Buffer] = []
+        self._count = 0
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory of the buffers that nobody uses now."""
+        with self._lock:
+            return len(self._idle) * self._buffer_bytes
+
+    @property
+    def used(self) -> int:
+        """How many buffers somebody uses now."""
+        with self._lock:
+            return self._count - len(self._idle)
+
+    def take(self) -> Buffer:
+        """An idle buffer, or a new one. Its content is undefined."""
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            self._count += 1
+        try:
+            return Buffer(self._buffer_bytes)
+        except BaseException:
+            with self._lock:
+                self._count -= 1
+            raise
+
+    def give(self, buffer: Buffer) -> None:
+        """Put a buffer back, or give its memory back to the system when there are more than planned."""
+        with self._lock:
+            if self._count <= self._keep:
+                self._idle.append(buffer)
+                return
+            self._count -= 1
+        buffer.close()
+
+    def close(self) -> None:
+        """Give the memory of all idle buffers back to the system."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+            self._count -= len(idle)
+        for buffer in idle:
+            buffer.close()

@@ -1,0 +1,7 @@
+"""Texts -> vectors.
+
+```
+pooling   hidden states -> one vector
+embed     from texts to vectors
+```
+"""

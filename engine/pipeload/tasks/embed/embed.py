@@ -1,0 +1,178 @@
+"""Sentence embeddings: one vector for each text, as sentence-transformers makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import ConfigError
+from pipeload.format.manifest import TensorSpec
+from pipeload.tasks.embed.pooling import normalized, pool
+from pipeload.tasks.model_files import read_settings
+from pipeload.tasks.runner import Runner, free_inputs, graph_inputs, once_per_runner
+from pipeload.tasks.text.padding import WINDOW, in_batches
+from pipeload.tasks.text.tokenizer import tokenizer_of
+
+__all__ = ["BATCH_SIZE", "embed"]
+
+BATCH_SIZE = 32
+"""Most texts in one pass, unless the caller says otherwise: a batch shares one reading of the weights."""
+
+
+def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
+    """The embedding of each text: `[len(texts), hidden]` float32, or `[hidden]` for a single string.
+
+    Texts are cut to what the model takes (and a TruncationWarning says so), pooled and normalised as the model
+    directory's files of sentence-transformers say (`modules.json`, `1_Pooling/config.json`,
+    `sentence_bert_config.json`); without them, the mean of the token vectors is returned as it is.
+
+    Args:
+        runner: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
+        texts: one text or several; they are sorted by length for the passes and returned in their order.
+        batch_size: most texts in one pass; fewer are taken where the memory budget cannot hold so many.
+
+    Raises:
+        ConfigError: the model makes no text embeddings, has no tokenizer or a module that pipeload lacks, or
+            a text is no string or has no tokens.
+        BudgetError: not even a single text fits into the memory budget.
+
+    Example:
+        >>> with pipeload.load("models/exported/minilm", "128MB") as model:
+        ...     model.embed(["a dog", "a puppy"]).shape
+        (2, 384)
+    """
+    output = _output(runner)
+    if isinstance(texts, str):
+        vector: NDArray[np.float32] = embed(runner, [texts], batch_size=batch_size)[0]
+        return vector
+    if len(texts) > WINDOW:
+        parts = range(0, len(texts), WINDOW)
+        return np.concatenate([embed(runner, texts[i : i + WINDOW], batch_size=batch_size) for i in parts])
+    recipe = _recipe_of(runner)
+    tokenizer = tokenizer_of(runner)
+    rows = tokenizer.encode_all(recipe.prepare(text) for text in texts)
+    vectors: dict[int, NDArray[np.float32]] = {}
+
+    def run(indices: list[int]) -> None:
+        arrays = tokenizer.batch([rows[index] for index in indices])
+        values = runner.run(graph_inputs(runner, arrays))[output.name].astype(np.float32, copy=False)
+        pooled = values if values.ndim == 2 else recipe.finish(values, arrays["attention_mask"])
+        vectors.update(zip(indices, pooled, strict=True))
+
+    in_batches([len(row.ids) for row in rows], batch_size, run)
+    if not vectors:
+        width = output.shape[-1]
+        return np.empty((0, width * len(recipe.modes) if isinstance(width, int) else 0), np.float32)
+    return np.stack([vectors[index] for index in range(len(vectors))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Recipe:
+    """How texts become vectors, put together from the files of sentence-transformers."""
+
+    modes: tuple[str, ...]
+    normalize: bool
+    lower: bool
+    prompt: str
+
+    def prepare(self, text: str) -> str:
+        if not isinstance(text, str):
+            raise ConfigError(f"A text must be a string, not {type(text).__name__}: {text!r:.80}.")
+        text = self.prompt + text.strip()
+        return text.lower() if self.lower else text
+
+    def finish(self, tokens: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        vectors = pool(tokens, mask, self.modes)
+        return normalized(vectors) if self.normalize else vectors
+
+
+class _Module(msgspec.Struct, frozen=True):
+    """An entry of `modules.json`."""
+
+    type: str
+    path: str = ""
+
+
+class _Pooling(msgspec.Struct, frozen=True, kw_only=True):
+    """`1_Pooling/config.json`; the flags stand in the order in which several modes are concatenated."""
+
+    pooling_mode: str | None = None
+    pooling_mode_cls_token: bool = False
+    pooling_mode_max_tokens: bool = False
+    pooling_mode_mean_tokens: bool = False
+    pooling_mode_mean_sqrt_len_tokens: bool = False
+    pooling_mode_weightedmean_tokens: bool = False
+    pooling_mode_lasttoken: bool = False
+    include_prompt: bool = True
+
+    def modes(self) -> tuple[str, ...]:
+        flags = {
+            "cls": self.pooling_mode_cls_token,
+            "max": self.pooling_mode_max_tokens,
+            "mean": self.pooling_mode_mean_tokens,
+            "mean_sqrt_len_tokens": self.pooling_mode_mean_sqrt_len_tokens,
+            "weightedmean": self.pooling_mode_weightedmean_tokens,
+            "lasttoken": self.pooling_mode_lasttoken,
+        }
+        return tuple(mode for mode, wanted in flags.items() if wanted) or (self.pooling_mode or "mean",)
+
+
+class _Sentence(msgspec.Struct, frozen=True):
+    """`sentence_bert_config.json`."""
+
+    do_lower_case: bool | None = None
+
+
+class _Prompts(msgspec.Struct, frozen=True):
+    """`config_sentence_transformers.json`."""
+
+    prompts: dict[str, str] = {}
+    default_prompt_name: str | None = None
+
+
+@once_per_runner
+def _recipe_of(runner: Runner) -> _Recipe:
+    return _read_recipe(runner.directory)
+
+
+def _read_recipe(directory: Path) -> _Recipe:
+    modules = {
+        module.type.rpartition(".")[2]: module for module in read_settings(directory, "modules.json", list[_Module])
+    }
+    # A module that is left out would silently change every vector.
+    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise ConfigError(
+            f"The model's modules.json has the module '{min(unknown)}', which pipeload does not run. "
+            "Take the token vectors from model.run and finish them yourself."
+        )
+    folder = modules["Pooling"].path if "Pooling" in modules else "1_Pooling"
+    pooling = read_settings(directory, f"{folder}/config.json", _Pooling)
+    prompts = read_settings(directory, "config_sentence_transformers.json", _Prompts)
+    prompt = prompts.prompts.get(prompts.default_prompt_name or "", "")
+    if prompt and not pooling.include_prompt:
+        raise ConfigError(
+            "The model puts a prompt before every text and leaves it out of the pooling, which pipeload does "
+            "not do. Take the token vectors from model.run and pool them yourself."
+        )
+    lower = read_settings(directory, "sentence_bert_config.json", _Sentence).do_lower_case
+    return _Recipe(modes=pooling.modes(), normalize="Normalize" in modules, lower=bool(lower), prompt=prompt)
+
+
+def _output(runner: Runner) -> TensorSpec:
+    """The graph output that the vectors come from."""
+    manifest = runner.manifest
+    outputs = {spec.name: spec for spec in manifest.outputs}
+    if "input_ids" in {spec.name for spec in free_inputs(manifest)}:
+        for name in ("sentence_embedding", "last_hidden_state", "token_embeddings"):
+            if name in outputs:
+                return outputs[name]
+    raise ConfigError(
+        f"embed takes a text model with the output 'last_hidden_state'; this one, for {manifest.task}, takes "
+        f"{', '.join(spec.name for spec in free_inputs(manifest))} and makes {', '.join(list(outputs)[:4])}. "
+        "Export it with --task feature-extraction."
+    )

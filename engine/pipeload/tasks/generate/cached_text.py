@@ -1,0 +1,76 @@
+"""What a decoder has read of a batch of growing texts, and what it says comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic
+
+import numpy as np
+
+from pipeload.tasks.generate.sampling import Scores, TokenIds
+from pipeload.tasks.runner import Decoder, State, graph_inputs
+from pipeload.tasks.text.padding import padded, position_ids
+
+__all__ = ["Reading"]
+
+
+class Reading(Generic[State]):
+    """Texts that are in the KV caches of a decoder. Whatever begins as they do is not computed again.
+
+    Args:
+        decoder: reads.
+        state: an empty one of its; whoever made it closes it.
+    """
+
+    def __init__(self, decoder: Decoder[State], state: State) -> None:
+        self.decoder = decoder
+        self.state = state
+        self._read: TokenIds = np.zeros((0, 0), np.int64)
+
+    @property
+    def tokens(self) -> TokenIds:
+        """The tokens that the caches hold, padding included, `[batch, length]`."""
+        return self._read[:, : self.state.length]
+
+    def scores(
+        self, rows: Sequence[Sequence[int]], *, padding: Sequence[int], positions: int, top: int | None
+    ) -> list[list[Scores]]:
+        """What each text's last positions are followed by: one pass over all tokens that are not in the caches.
+
+        Args:
+            rows: the texts. Those that have ended are carried along, because caches are one array for the whole batch.
+            padding: tokens before each text that are none, so that texts of different lengths end together.
+            positions: how many of the last positions are looked at.
+            top: see `TokenChooser`.
+        """
+        padded_rows = [[0] * before + list(row) for before, row in zip(padding, rows, strict=True)]
+        width = max(map(len, padded_rows))
+        texts = padded([row + row[-1:] * (width - len(row)) for row in padded_rows], fill=0, side="left")
+        mask = padded([[1] * (width - before) for before in padding], fill=0, side="left")
+        common = min(_common_length(self.tokens, texts), width - positions)
+        self.state.truncate(common)
+        self._read = texts
+        new = texts[:, common:]
+        inputs = graph_inputs(
+            self.decoder,
+            {
+                "input_ids": new,
+                "attention_mask": mask,
+                "position_ids": position_ids(mask)[:, common:],
+                "token_type_ids": np.zeros_like(new),
+            },
+        )
+        if top is None:
+            logits = self.decoder.step(inputs, self.state, positions=positions).astype(np.float32, copy=False)
+            return [[Scores(one) for one in row] for row in logits]
+        made = self.decoder.step_top(inputs, self.state, top, positions=positions)
+        return [[Scores(one) for one in row] for row in made]
+
+
+def _common_length(one: TokenIds, other: TokenIds) -> int:
+    """How many leading columns are the same."""
+    if len(one) != len(other):
+        return 0
+    length = min(one.shape[1], other.shape[1])
+    differs = (one[:, :length] != other[:, :length]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else length

@@ -1,0 +1,164 @@
+"""Several tokens of one sweep: guesses of what comes next, which one pass checks all at once.
+
+```
+text ..a b c | draft d e f      one pass over c d e f chooses what follows c, d, e and f
+               d e x            d and e were chosen as guessed, x was not: three tokens, f is forgotten
+```
+
+Each token is chosen by the same rule, and with the same random number, as without drafts; a draft only decides how much
+of a pass is of use. So the text stays the same, greedy or sampled (about rounding see docs/adr/0010).
+
+Prompt lookup: Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding). Draft models: Leviathan et al. 2023
+(arXiv 2211.17192), with draws that share their random numbers instead of a rejection.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol
+
+from pipeload.tasks.generate.cached_text import Reading
+from pipeload.tasks.generate.sampling import TokenChooser
+from pipeload.tasks.runner import Decoder, State, config_of
+
+__all__ = ["Assistant", "DraftLength", "Drafter", "PromptLookup"]
+
+_FADING = 0.9
+"""What earlier sweeps count against the latest one: texts change."""
+_FIRST_SLOPE = 0.25
+"""Of the time that one token computes, what each further one takes, until it was measured: weights are read once."""
+
+
+class Drafter(Protocol):
+    """Guesses tokens."""
+
+    def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
+        """Up to so many tokens that may follow the ids; `chooser` chooses those that do."""
+
+
+class PromptLookup:
+    """Guesses that what followed the same tokens before follows them again.
+
+    Args:
+        max_ngram: most tokens that have to be the same; fewer count after them.
+    """
+
+    def __init__(self, max_ngram: int) -> None:
+        self._max_ngram = max_ngram
+        self._indexed = 0
+        self._ends: dict[int, list[int]] = {}
+
+    def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
+        """What followed the latest of the longest matches."""
+        del chooser
+        # The last token is what is looked for, so it is not indexed yet.
+        for place in range(self._indexed, len(ids) - 1):
+            self._ends.setdefault(ids[place], []).append(place)
+        self._indexed = max(self._indexed, len(ids) - 1)
+        best, size = None, 0
+        for end in reversed(self._ends.get(ids[-1], ())):
+            if (same := self._same(ids, end)) > size:
+                best, size = end, same
+            if size == self._max_ngram:
+                break
+        if best is None:
+            return []
+        # At the end of the text it goes on with the draft: what repeats itself once may do so again.
+        distance, text = len(ids) - 1 - best, list(ids)
+        for _ in range(count):
+            text.append(text[-distance])
+        return text[len(ids) :]
+
+    def _same(self, ids: Sequence[int], end: int) -> int:
+        """How many tokens up to a place are those at the end of the text."""
+        most = min(self._max_ngram, end + 1)
+        return next((size for size in range(1, most) if ids[end - size] != ids[-1 - size]), most)
+
+
+class Assistant(Generic[State]):
+    """Guesses what another, smaller model would say.
+
+    Args:
+        reading: of one text, by the smaller model.
+        runner: the model whose tokens it guesses.
+    """
+
+    def __init__(self, reading: Reading[State], runner: Decoder[Any]) -> None:
+        self._reading = reading
+        mine, other = config_of(reading.decoder), config_of(runner)
+        self._positions = mine.max_positions or sys.maxsize
+        # Models of one family have the same tokens, and tables that are rounded up to different sizes.
+        self._known = min(mine.vocab_size or sys.maxsize, other.vocab_size or sys.maxsize)
+
+    def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
+        """What it says, by the rules and random numbers of the sequence itself; nothing where it cannot go on."""
+        if max(ids) >= self._known:
+            return []
+        chooser, text = chooser.ahead(), list(ids)
+        for _ in range(min(count, self._positions - len(ids))):
+            ((scores,),) = self._reading.scores([text], padding=[0], positions=1, top=chooser.top)
+            token = scores.token(chooser.choose(text, scores))
+            if token >= self._known:
+                break
+            text.append(token)
+        return text[len(ids) :]
+
+
+class DraftLength:
+    """How many tokens to draft: as many as promise the most tokens a second, by what sweeps have shown.
+
+    A sweep that checks n tokens takes `max(R, c(n))`: R is the time for which the storage reads, and c the time for
+    which the model computes, a straight line through what was measured. While the storage takes longer, checking more
+    tokens costs nothing. With drafts that are right with probability a, k of them make `1 + a + .. + a^k` tokens.
+    """
+
+    def __init__(self) -> None:
+        self._right = self._wrong = 1.0
+        self._read_s = self._draft_s = 0.0
+        self._computed_s: dict[int, float] = {}
+
+    def choose(self, most: int) -> int:
+        """How many tokens to draft, `most` at most."""
+        acceptance = self._right / (self._right + self._wrong)
+
+        def tokens_per_s(drafts: int) -> float:
+            tokens = sum(acceptance**place for place in range(drafts + 1))
+            return tokens / max(self.sweep_s(drafts + 1) + drafts * self._draft_s, 1e-9)
+
+        return max(range(most + 1), key=tokens_per_s, default=0)
+
+    def sweep_s(self, tokens: int) -> float:
+        """What a sweep over so many tokens will take."""
+        if not self._computed_s:
+            return 1.0
+        fewest, most = min(self._computed_s), max(self._computed_s)
+        least_s = self._computed_s[fewest]
+        slope = _FIRST_SLOPE * least_s / fewest
+        if most > fewest:
+            slope = max(0.0, (self._computed_s[most] - least_s) / (most - fewest))
+        return max(self._read_s, least_s + slope * (tokens - fewest))
+
+    def drafted(self, tokens: int, seconds: float) -> None:
+        """So many tokens were drafted, and it took so long."""
+        # Without drafts it is slowly forgotten how long they took.
+        self._draft_s = _faded(self._draft_s, seconds / tokens) if tokens else self._draft_s * _FADING
+
+    def checked(self, drafts: int, accepted: int, *, read_s: float, computed_s: float) -> None:
+        """A sweep has checked so many drafts, of which the first so many were right.
+
+        Args:
+            drafts: tokens that were drafted.
+            accepted: those before the first wrong one.
+            read_s: seconds for which the storage has read.
+            computed_s: seconds for which the model has computed.
+        """
+        # Without drafts it is slowly forgotten that they were wrong, so that they get another chance.
+        self._right = 1 + (self._right - 1) * _FADING + accepted
+        self._wrong = 1 + (self._wrong - 1) * _FADING + (accepted < drafts)
+        self._read_s = _faded(self._read_s, read_s)
+        self._computed_s[drafts + 1] = _faded(self._computed_s.get(drafts + 1, 0.0), computed_s)
+
+
+def _faded(before: float, now: float) -> float:
+    return before * _FADING + now * (1 - _FADING) if before else now

@@ -1,0 +1,205 @@
+"""Text generation, with the KV caches kept between the steps.
+
+```
+prompts -> token ids -> left-padded batch -> step -> logits -> choose -> step -> ... -> ids -> texts
+                                              '------- one pass over all blocks per token ------'
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, Unpack, cast, overload
+
+import numpy as np
+
+from pipeload.tasks.generate.cached_text import Reading
+from pipeload.tasks.generate.drafts import Assistant, PromptLookup
+from pipeload.tasks.generate.loop import extend, extend_with_drafts
+from pipeload.tasks.generate.options import (
+    GenerationOptions,
+    check_call,
+    drafted_tokens,
+    generation_settings,
+    lookup_tokens,
+)
+from pipeload.tasks.generate.prompts import (
+    Prompt,
+    check_assistant,
+    check_model,
+    check_rows,
+    eos_ids,
+    listed,
+    token_ids,
+    tokenizer_if_any,
+)
+from pipeload.tasks.generate.sampling import TokenChooser, sequence_generator
+from pipeload.tasks.generate.sequence import Generation, GrowingSequence
+from pipeload.tasks.generate.streaming import TextStream
+from pipeload.tasks.runner import Decoder, State
+
+__all__ = ["Generation", "Prompt", "generate"]
+
+
+@overload
+def generate(
+    runner: Decoder[State],
+    prompt: Prompt,
+    *,
+    num_return_sequences: None = ...,
+    **options: Unpack[GenerationOptions],
+) -> Generation: ...
+@overload
+def generate(
+    runner: Decoder[State], prompt: Prompt, *, num_return_sequences: int, **options: Unpack[GenerationOptions]
+) -> list[Generation]: ...
+@overload
+def generate(
+    runner: Decoder[State],
+    prompt: list[str] | list[list[int]],
+    *,
+    num_return_sequences: int | None = ...,
+    **options: Unpack[GenerationOptions],
+) -> list[Generation]: ...
+def generate(
+    runner: Decoder[State],
+    prompt: Prompt | list[str] | list[list[int]],
+    *,
+    num_return_sequences: int | None = None,
+    **options: Unpack[GenerationOptions],
+) -> Generation | list[Generation]:
+    """Continue a prompt, or each of a list of prompts.
+
+    A list is run as one batch, which reads the weights once per token for all of its prompts; padding changes no text.
+    Names and meanings are those of transformers. What is None is taken from the model's `generation_config.json`, and
+    where that says nothing from transformers: greedy, or with `do_sample` temperature 1 and the 50 likeliest tokens.
+    Other settings in that file (beams, bad words ...) are not looked at.
+
+    Args:
+        runner: a model exported for text-generation with KV caches.
+        prompt: a text, its token ids, or a list of either.
+        max_new_tokens: most tokens to make for each prompt; 64 if the file has none.
+        min_new_tokens: no end-of-text token before so many.
+        do_sample: draw each token by its probability, instead of taking the likeliest.
+        temperature: what logits are divided by before drawing. This and the next three have no effect without
+            `do_sample`.
+        top_k: draw from so many of the likeliest tokens; 0 from all.
+        top_p: draw from the fewest of the likeliest tokens whose probabilities add up to this; 1 from all.
+        min_p: draw from tokens at least this many times as likely as the likeliest.
+        repetition_penalty: what positive logits of tokens that are in prompt or text already are divided by, and
+            negative ones multiplied; 1 changes nothing.
+        no_repeat_ngram_size: no so many tokens in a row come twice, prompt included; 0 allows it.
+        stop_strings: texts that end a sequence as soon as the new text contains one, wherever it lies in the tokens.
+            The text keeps it. Special tokens such as `<|im_end|>` can be given too, though the text does not show them.
+            min_new_tokens does not hold stop strings back.
+        eos_token_id: tokens that end the text, instead of those that the model names; an empty list for none.
+        num_return_sequences: sequences for each prompt, as a list, those of the first prompt first; more than one need
+            `do_sample`. None gives one, not in a list of its own.
+        prompt_lookup_num_tokens: guess up to so many tokens from what followed the same tokens before, in prompt or
+            text, and check them in one pass; 0 for none. This and the next three change no choice, only how many passes
+            it takes; for a single sequence. How many tokens are guessed follows from what was measured.
+        max_matching_ngram_size: most tokens that are compared for that; 2 if nobody says otherwise.
+        assistant_model: another open model, with the same vocabulary, to guess the tokens.
+        num_assistant_tokens: most tokens that it guesses for a pass; otherwise what its own `generation_config.json`
+            says, or 20.
+        seed: makes draws repeatable; None draws anew each time. Each sequence has random numbers of its own, from the
+            seed, the index of its prompt and its index among those of the prompt: what else is in the batch changes
+            nothing.
+        logits_processor: called for each token, after the penalties and before the temperature, with
+            `token_ids` int64 `[batch, length]`, prompt and text, and `logits` float32 `[batch, vocabulary]`; returns
+            logits of that shape. The sequences of a batch come one by one, so that there is no padding: batch is 1.
+        logprobs: give the log-probabilities of the new tokens.
+        streamer: called with each piece of new text as soon as it is known, or a `TextStream`; for a single sequence.
+
+    Raises:
+        ConfigError: the model generates no text, a prompt is empty, has ids outside the vocabulary or is too
+            long together with `max_new_tokens`, texts are wanted where there is no tokenizer, an argument cannot
+            work, or no token is left that could come.
+        RunError: the model computed no numbers (NaN).
+
+    Examples:
+        >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model:
+        ...     model.generate("The capital of France is", max_new_tokens=2).text
+        ...     story = model.generate("Once upon a time", do_sample=True, temperature=0.7, seed=1, stop_strings=".")
+        ...     story.text[:33], story.finish_reason
+        ' Paris.'
+        (', there was a magnificent ship in', 'stop')
+    """
+    with called(options):
+        prompts, single = listed(prompt)
+        results = generate_prompts(runner, prompts, options, num_return_sequences)
+        return results[0] if single and num_return_sequences is None else results
+
+
+def called(options: GenerationOptions) -> AbstractContextManager[None]:
+    """What a call goes on in: its stream, if it has one, ends with it."""
+    if unknown := options.keys() - GenerationOptions.__annotations__.keys():
+        raise TypeError(f"generate() got an unexpected keyword argument '{min(unknown)}'")
+    streamer = options.get("streamer")
+    return streamer.generation() if isinstance(streamer, TextStream) else nullcontext()
+
+
+def generate_prompts(
+    runner: Decoder[State],
+    prompts: Sequence[Prompt],
+    options: GenerationOptions,
+    num_return_sequences: int | None,
+    reading_by: Callable[[Decoder[Any]], Reading[Any]] | None = None,
+) -> list[Generation]:
+    check_model(runner)
+    settings = generation_settings(runner.directory, options)
+    copies = num_return_sequences or 1
+    lookup = lookup_tokens(settings, options, len(prompts) * copies)
+    check_call(settings, options, num_return_sequences, len(prompts) * copies, lookup)
+    streamer, assistant = options.get("streamer"), options.get("assistant_model")
+    texts = any(isinstance(one, str) for one in prompts)
+    tokenizer = tokenizer_if_any(runner, required=texts or streamer is not None or bool(settings.stop_strings))
+    rows = [token_ids(one, tokenizer) for one in prompts]
+    check_rows(runner, rows, settings.token_limit)
+    if assistant is not None:
+        check_assistant(runner, assistant)
+    ends = eos_ids(runner, settings, tokenizer)
+    seed = options.get("seed")
+    if seed is None:
+        seed = cast("int", np.random.SeedSequence().entropy)
+    sequences = [
+        GrowingSequence(
+            row,
+            settings,
+            ends,
+            tokenizer,
+            TokenChooser(
+                settings,
+                prompt_tokens=len(row),
+                eos_ids=ends,
+                custom=options.get("logits_processor", ()),
+                generator=sequence_generator(seed, index, copy) if settings.do_sample else None,
+            ),
+            logprobs=options.get("logprobs", False),
+        )
+        for index, row in enumerate(rows)
+        for copy in range(copies)
+    ]
+    with ExitStack() as stack:
+
+        def read_by(decoder: Decoder[Any]) -> Reading[Any]:
+            if reading_by is not None:
+                reading = reading_by(decoder)
+            else:
+                state = decoder.new_state()
+                stack.enter_context(state)
+                reading = Reading(decoder, state)
+            reading.state.expect(max(map(len, rows)) + settings.token_limit)
+            return reading
+
+        reading = read_by(runner)
+        if assistant is not None:
+            most = drafted_tokens(assistant, settings, options)
+            extend_with_drafts(reading, sequences[0], Assistant(read_by(assistant), runner), most, streamer)
+        elif lookup:
+            guesser = PromptLookup(settings.max_matching_ngram_size or 2)
+            extend_with_drafts(reading, sequences[0], guesser, lookup, streamer)
+        else:
+            extend(reading, sequences, streamer)
+    return [sequence.result() for sequence in sequences]

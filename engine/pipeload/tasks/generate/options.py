@@ -1,0 +1,193 @@
+"""What a call of `generate` may ask for: its arguments, then `generation_config.json`, then what transformers does.
+
+Values that cannot work are refused here, each with an error of its own, before anything is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import msgspec
+import numpy as np
+
+from pipeload.errors import ConfigError
+from pipeload.tasks.generate.sampling import LogitsProcessor
+from pipeload.tasks.generate.streaming import Streamer
+from pipeload.tasks.model_files import GenerationConfig, read_settings
+from pipeload.tasks.runner import Decoder
+
+__all__ = ["GenerationOptions", "check_call", "generation_settings"]
+
+_ASSISTANT_TOKENS = 20
+"""What transformers lets a draft model guess, unless somebody says otherwise."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The keywords of `generate`, for its overloads; `generate` says what they mean."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    stop_strings: str | Sequence[str] | None
+    eos_token_id: int | Sequence[int] | None
+    prompt_lookup_num_tokens: int | None
+    max_matching_ngram_size: int | None
+    assistant_model: Decoder[Any] | None
+    num_assistant_tokens: int | None
+    seed: int | None
+    logits_processor: Sequence[LogitsProcessor]
+    logprobs: bool
+    streamer: Streamer | None
+
+
+def generation_settings(directory: Path, options: GenerationOptions) -> GenerationConfig:
+    """The settings of a model directory, with the options that are not None in their place; checked.
+
+    Args:
+        directory: a sharded model directory.
+        options: as the caller gave them.
+
+    Raises:
+        ConfigError: a value cannot work.
+        ShardError: `generation_config.json` is damaged.
+    """
+    values = msgspec.structs.asdict(read_settings(directory, "generation_config.json", GenerationConfig))
+    for name, value in options.items():
+        if name in values and value is not None:
+            values[name] = value.item() if isinstance(value, np.generic) else value
+    for name in ("stop_strings", "eos_token_id"):
+        if isinstance(values[name], str | int):
+            values[name] = [values[name]]
+    for name, (works, wanted) in (_RULES | (_SAMPLING_RULES if values["do_sample"] else {})).items():
+        if values[name] is not None and not works(values[name]):
+            raise ConfigError(f"{name} must be {wanted}, not {values[name]!r:.80}.")
+    settings = GenerationConfig(**values)
+    if settings.min_new_tokens is not None and settings.min_new_tokens > settings.token_limit:
+        raise ConfigError(
+            f"min_new_tokens is {settings.min_new_tokens}, more than the {settings.token_limit} of max_new_tokens. "
+            "Lower it, or raise max_new_tokens."
+        )
+    return settings
+
+
+def lookup_tokens(settings: GenerationConfig, options: GenerationOptions, sequences: int) -> int:
+    """How many tokens to look up for a pass; what only a file says is for calls that can do it."""
+    if options.get("prompt_lookup_num_tokens") is None and (sequences > 1 or options.get("assistant_model")):
+        return 0
+    return settings.prompt_lookup_num_tokens or 0
+
+
+def drafted_tokens(assistant: Decoder[Any], settings: GenerationConfig, options: GenerationOptions) -> int:
+    """How many tokens a draft model may guess for a pass: as the caller says, or else its own file."""
+    if options.get("num_assistant_tokens") is not None:
+        return settings.num_assistant_tokens or _ASSISTANT_TOKENS
+    return generation_settings(assistant.directory, {}).num_assistant_tokens or _ASSISTANT_TOKENS
+
+
+def check_call(
+    settings: GenerationConfig,
+    options: GenerationOptions,
+    num_return_sequences: object,
+    sequences: int,
+    lookup: int,
+) -> None:
+    """Check the arguments that no file has.
+
+    Args:
+        settings: the ones that a file may have.
+        options: as the caller gave them.
+        num_return_sequences: likewise.
+        sequences: how many there are in all.
+        lookup: see `lookup_tokens`.
+
+    Raises:
+        ConfigError: a value cannot work.
+    """
+    seed, streamer = options.get("seed"), options.get("streamer")
+    logits_processor, assistant = options.get("logits_processor", ()), options.get("assistant_model")
+    if num_return_sequences is not None:
+        if not _is_whole(num_return_sequences, 1):
+            raise ConfigError(f"num_return_sequences must be a whole number from 1 on, not {num_return_sequences!r}.")
+        if num_return_sequences != 1 and not settings.do_sample:
+            raise ConfigError(
+                f"num_return_sequences is {num_return_sequences}, but without sampling all of them would be equal. "
+                "Pass do_sample=True, or leave it out."
+            )
+    if seed is not None and not _is_whole(seed, 0):
+        raise ConfigError(f"seed must be a whole number from 0 on, not {seed!r}.")
+    if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
+        raise ConfigError(f"logits_processor must be a sequence of callables, not {logits_processor!r:.80}.")
+    if streamer is not None and not callable(streamer):
+        raise ConfigError(f"streamer must be a callable that takes a text, or a TextStream, not {streamer!r:.80}.")
+    if assistant is not None and not hasattr(assistant, "new_state"):
+        raise ConfigError(f"assistant_model must be a model from pipeload.load, not {assistant!r:.80}.")
+    if assistant is not None and lookup:
+        raise ConfigError("assistant_model and prompt_lookup_num_tokens are both given. Pass one of them.")
+    single = {
+        "streamer": streamer,
+        "assistant_model": assistant,
+        "prompt_lookup_num_tokens": lookup or None,
+    }
+    if sequences > 1 and (given := [name for name, value in single.items() if value is not None]):
+        raise ConfigError(
+            f"{given[0]} takes a single sequence, and this call makes {sequences}. Leave it out, or pass the prompts "
+            "one by one: calls from several threads share their passes."
+        )
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(text, str) and text for text in value)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, Sequence) and all(_is_whole(id_, 0) for id_ in value)
+
+
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "min_new_tokens": (lambda value: _is_whole(value, 0), "a whole number from 0 on"),
+    "do_sample": (lambda value: isinstance(value, bool), "True or False"),
+    "repetition_penalty": (
+        lambda value: _is_number(value) and value > 0,
+        "a number above 0 (1 changes nothing, more repeats less)",
+    ),
+    "no_repeat_ngram_size": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 allows all)"),
+    "stop_strings": (_are_texts, "a text or a sequence of texts, none of them empty"),
+    "eos_token_id": (_are_ids, "a token id or a sequence of token ids, none below 0"),
+    "prompt_lookup_num_tokens": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 looks nothing up)"),
+    "max_matching_ngram_size": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "num_assistant_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+}
+"""Field -> whether a value works, and what would."""
+
+_SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (
+        lambda value: _is_number(value) and value > 0,
+        "a number above 0 (for the likeliest token each time, pass do_sample=False)",
+    ),
+    "top_k": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 keeps all tokens)"),
+    "top_p": (_is_share, "a number from 0 to 1 (1 keeps all tokens)"),
+    "min_p": (_is_share, "a number from 0 to 1 (0 keeps all tokens)"),
+}
+"""The same for fields that only sampling looks at, as in transformers."""

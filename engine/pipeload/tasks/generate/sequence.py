@@ -1,0 +1,121 @@
+"""One prompt and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from pipeload.errors import RunError
+from pipeload.tasks.generate.sampling import Scores, TokenChooser
+from pipeload.tasks.generate.stopping import StopStrings
+from pipeload.tasks.model_files import GenerationConfig
+from pipeload.tasks.text.tokenizer import Detokenizer, Tokenizer
+
+__all__ = ["FinishReason", "Generation", "GrowingSequence"]
+
+FinishReason: TypeAlias = Literal["eos", "stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What the model made of one prompt.
+
+    Attributes:
+        text: the new text as it follows the prompt, without special tokens; None if the prompt was token ids and
+            the model has no tokenizer. It keeps the stop string that ended it, and what else the last token has.
+        token_ids: the new tokens, the one that ended the text included.
+        prompt_tokens: how many tokens the prompt has.
+        finish_reason: `eos` if the model ended the text, `stop` if a stop string did, `length` if it reached
+            `max_new_tokens`, `abort` if the reader of a `TextStream` closed it.
+        logprobs: for each new token the natural logarithm of its probability by the model's own logits, before
+            anything changed them; None unless `logprobs=True`.
+        sweeps: passes over the weights that it took, the prompt's included.
+        drafted_tokens: tokens that were guessed, and checked by these passes.
+        accepted_tokens: the ones among them that were right.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason
+    logprobs: tuple[float, ...] | None = None
+    sweeps: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
+class GrowingSequence:
+    """A prompt and what follows it, while it grows.
+
+    Attributes:
+        ids: prompt and text.
+        chooser: chooses its tokens.
+        finish_reason: None while it goes on.
+        sweeps, drafted, accepted: see `Generation`.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        settings: GenerationConfig,
+        eos_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        chooser: TokenChooser,
+        *,
+        logprobs: bool,
+    ) -> None:
+        self.ids = list(prompt)
+        self.finish_reason: FinishReason | None = None
+        self.sweeps = self.drafted = self.accepted = 0
+        self._prompt_tokens = len(prompt)
+        self._length = len(prompt) + settings.token_limit
+        self._eos_ids = eos_ids
+        self._detokenizer = Detokenizer(tokenizer, prompt) if tokenizer else None
+        stops = settings.stop_strings
+        self._stops = StopStrings(stops, tokenizer, prompt) if stops and tokenizer else None
+        self.chooser = chooser
+        self._pieces: list[str] = []
+        self._logprobs: list[float] | None = [] if logprobs else None
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens may still come."""
+        return self._length - len(self.ids)
+
+    def push(self, scores: Scores) -> str:
+        """Choose the next token; returns the text that it completes."""
+        if not np.isfinite(scores.logits.max()):
+            raise RunError("The model computed NaN or infinite logits. Check the model with `pipeload verify`.")
+        place = self.chooser.choose(self.ids, scores)
+        token = scores.token(place)
+        self.ids.append(token)
+        if self._logprobs is not None:
+            self._logprobs.append(scores.log_probability(place))
+        if self._detokenizer:
+            self._pieces.append(self._detokenizer.push(token))
+        stopped = self._stops is not None and self._stops.push(token)
+        if token in self._eos_ids:
+            self.finish_reason = "eos"
+        elif stopped:
+            self.finish_reason = "stop"
+        elif len(self.ids) == self._length:
+            self.finish_reason = "length"
+        if self.finish_reason and self._detokenizer:
+            self._pieces[-1] += self._detokenizer.flush()
+        return self._pieces[-1] if self._pieces else ""
+
+    def result(self) -> Generation:
+        """What it has become. Sequences that have no end yet were aborted."""
+        return Generation(
+            text="".join(self._pieces) + self._detokenizer.flush() if self._detokenizer else None,
+            token_ids=tuple(self.ids[self._prompt_tokens :]),
+            prompt_tokens=self._prompt_tokens,
+            finish_reason=self.finish_reason or "abort",
+            logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            sweeps=self.sweeps,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+        )

@@ -1,0 +1,7 @@
+"""Texts <-> token ids.
+
+```
+tokenizer   the model's tokenizer
+padding     sequences of different lengths -> rectangles
+```
+"""

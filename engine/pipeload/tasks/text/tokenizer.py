@@ -1,0 +1,284 @@
+"""Texts to token ids and back, with the model directory's own `tokenizer.json`.
+
+Ids equal those of transformers' fast tokenizers. Decoded text is exactly what the tokens spell: the
+`clean_up_tokenization_spaces` of transformers, which also removes spaces that belong there, is not applied.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import ConfigError, ShardError, TruncationWarning
+from pipeload.machine.heap import trim
+from pipeload.tasks.model_files import AddedToken, read_settings, token_text
+from pipeload.tasks.runner import Runner, config_of, once_per_runner
+from pipeload.tasks.text.padding import Side, padded, position_ids
+
+__all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """One text as tokens; the tuples have one entry per token.
+
+    Attributes:
+        ids: indices into the vocabulary.
+        type_ids: the segment that the token belongs to.
+        special: whether the tokenizer added the token (`[CLS]`, `</s>` ...).
+        offsets: where in the text the token comes from: first character and one past the last.
+        cut: whether the text has more tokens than these.
+    """
+
+    ids: tuple[int, ...]
+    type_ids: tuple[int, ...]
+    special: tuple[bool, ...]
+    offsets: tuple[tuple[int, int], ...]
+    cut: bool = False
+
+
+class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    tokenizer_class: str | None = None
+    model_max_length: int | float | None = None
+    padding_side: Side | None = None
+    truncation_side: Side | None = None
+    pad_token: str | AddedToken | None = None
+    eos_token: str | AddedToken | None = None
+    unk_token: str | AddedToken | None = None
+    add_prefix_space: bool | None = False
+
+    @property
+    def usual_padding_side(self) -> Side:
+        """Where the tokenizer class of transformers pads if nobody says otherwise."""
+        name = (self.tokenizer_class or "").removesuffix("Fast").removesuffix("Tokenizer")
+        return "left" if name in ("CodeLlama", "Cohere", "Gemma", "Llama", "XLNet") else "right"
+
+
+class _SentenceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    max_seq_length: int | None = None
+
+
+class Tokenizer:
+    """The tokenizer of one model. Safe to use from several threads: nothing changes after it is made.
+
+    Attributes:
+        max_length: texts are cut to so many tokens; None for text generation, where nothing may be cut, and
+            for tokenizers and models without a limit.
+        pad_id: the id that fills up shorter texts of a batch.
+        unknown_id: the id of what the vocabulary does not have, or None.
+        eos_id: the id of the end-of-text token that the tokenizer names, or None.
+        padding_side: where a batch is filled up.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        directory = runner.directory
+        config = config_of(runner)
+        settings = read_settings(directory, "tokenizer_config.json", _TokenizerConfig)
+        sentence = read_settings(directory, "sentence_bert_config.json", _SentenceConfig)
+        self._backend = backend = _load(directory)
+        padding, truncation = backend.padding or {}, backend.truncation or {}
+        self.padding_side: Side = settings.padding_side or padding.get("direction") or settings.usual_padding_side
+        side = settings.truncation_side or truncation.get("direction", "right")
+        # What tokenizer.json says about lengths is left over from training; transformers ignores it as well.
+        backend.no_padding()
+        backend.no_truncation()
+        self.max_length = None
+        if runner.manifest.task != "text-generation":
+            limits = (settings.model_max_length, config.max_positions, sentence.max_seq_length)
+            # Tokenizers without a limit say 1e30.
+            known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
+            self.max_length = min(known, default=None)
+        if self.max_length is not None:
+            backend.enable_truncation(self.max_length, direction=side)
+        _set_prefix_space(backend, settings.add_prefix_space)
+        self.unknown_id = self._id(settings.unk_token)
+        self.eos_id = self._id(settings.eos_token)
+        # Padding is masked, so any valid id serves where a model has none of its own.
+        ids = (self._id(settings.pad_token), config.pad_token_id, self.eos_id)
+        self.pad_id = next((id_ for id_ in ids if id_ is not None and id_ >= 0), 0)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        """The tokens of one text, cut to `max_length`.
+
+        Args:
+            text: what to encode.
+            add_special_tokens: put those around it that the tokenizer has for a text of its own.
+
+        Raises:
+            ConfigError: the text is no string, or no valid Unicode.
+        """
+        if not isinstance(text, str):
+            raise ConfigError(f"A text must be a string, not {type(text).__name__}: {text!r:.80}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"The text is no valid Unicode: {error.reason} at {error.start}.") from error
+        # One text at a time: encode_batch starts threads that stay for as long as the process.
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        return Encoded(
+            ids=tuple(encoding.ids),
+            type_ids=tuple(encoding.type_ids),
+            special=tuple(bool(flag) for flag in encoding.special_tokens_mask),
+            offsets=tuple(encoding.offsets),
+            cut=bool(encoding.overflowing),
+        )
+
+    def encode_all(self, texts: Iterable[str]) -> list[Encoded]:
+        """The tokens of each text, as `encode` has them, with one TruncationWarning if any of them was cut."""
+        rows = [self.encode(text) for text in texts]
+        if any(row.cut for row in rows):
+            # The same words each time: then Python shows it once.
+            warnings.warn(
+                f"Texts with more than the {self.max_length} tokens that the model takes were cut there. "
+                "Split them, so that all of it counts.",
+                TruncationWarning,
+                stacklevel=3,
+            )
+        return rows
+
+    def batch(self, rows: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
+        """The arrays that a text model may take, `[len(rows), longest]`, filled up on the padding side.
+
+        They are `input_ids`, `attention_mask`, `token_type_ids` and `position_ids`.
+
+        Raises:
+            ConfigError: a row has no tokens.
+        """
+        if not all(row.ids for row in rows):
+            raise ConfigError("A text has no tokens: it is empty, or the vocabulary has nothing that it holds.")
+        mask = padded([(1,) * len(row.ids) for row in rows], fill=0, side=self.padding_side)
+        return {
+            "input_ids": padded([row.ids for row in rows], fill=self.pad_id, side=self.padding_side),
+            "attention_mask": mask,
+            "token_type_ids": padded([row.type_ids for row in rows], fill=0, side=self.padding_side),
+            "position_ids": position_ids(mask),
+        }
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text that the tokens spell; with or without special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
+        return text
+
+    def vocabulary_digest(self) -> bytes:
+        """The same for tokenizers whose ids stand for the same tokens."""
+        known = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        return sha256(repr(known).encode()).digest()
+
+    def token(self, id_: int) -> str:
+        """The vocabulary entry of an id, empty if there is none."""
+        return self._backend.id_to_token(id_) or ""
+
+    def join(self, tokens: Sequence[str]) -> str:
+        """The text of some vocabulary entries that follow each other."""
+        decoder = self._backend.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
+    def _id(self, token: str | AddedToken | None) -> int | None:
+        if token is None:
+            return None
+        id_: int | None = self._backend.token_to_id(token_text(token))
+        return id_
+
+
+_CONTEXT = 8
+"""Tokens before a text that say whether it begins with a space."""
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What bytes decode to that are no character yet."""
+
+
+class Detokenizer:
+    """The text of a growing sequence, in pieces that can be shown at once.
+
+    A piece is held back while it ends inside a character: byte-level tokens may carry a part of one. The
+    pieces together are the text of the whole sequence.
+
+    Args:
+        tokenizer: decodes.
+        before: the tokens that the sequence continues; the first piece then begins with a space if the text does.
+        special: whether special tokens are part of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, special: bool = False) -> None:
+        self._decode = partial(tokenizer.decode, special=special)
+        self._ids: list[int] = []
+        self._shown: list[int] = list(before)[-_CONTEXT:]
+
+    def push(self, id_: int) -> str:
+        """The text that this token completes; empty if it completes none."""
+        self._ids.append(id_)
+        piece = self._rest()
+        if not piece or piece.endswith(_UNFINISHED):
+            return ""
+        return self._show(piece)
+
+    @property
+    def held(self) -> str:
+        """What is held back, but for the character that is not complete."""
+        return self._rest().rstrip(_UNFINISHED)
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the sequence."""
+        return self._show(self._rest())
+
+    def _rest(self) -> str:
+        # Decoded together with the tokens of the last piece, because some decoders treat the first token of a
+        # text in a special way (they drop its leading space).
+        return self._decode(self._shown + self._ids)[len(self._decode(self._shown)) :]
+
+    def _show(self, piece: str) -> str:
+        self._shown, self._ids = self._ids or self._shown, []
+        return piece
+
+
+@once_per_runner
+def tokenizer_of(runner: Runner) -> Tokenizer:
+    """The model's tokenizer, loaded at the first call.
+
+    Raises:
+        ConfigError: the model has none, or the tokenizers library is not installed.
+        ShardError: one of its files is damaged.
+    """
+    tokenizer = Tokenizer(runner)
+    # Parsing the file leaves a few times its size on the heap, which the budget has better uses for.
+    trim()
+    return tokenizer
+
+
+def _load(directory: Path) -> Any:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{directory} has no tokenizer.json, so texts cannot be turned into tokens. Pass token ids "
+            "instead (to model.run, or as the prompt of model.generate), or put the file there."
+        )
+    if not path.resolve().is_relative_to(directory.resolve()):
+        raise ShardError(f"{path} points to a place outside the model directory. Export the model again.")
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("Texts need the tokenizers library: pip install 'pipeload[text]'.") from error
+    try:
+        # The library raises plain Exception for every fault of the file.
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ShardError(f"{path} is damaged: {error}. Export the model again.") from error
+
+
+def _set_prefix_space(backend: Any, wanted: bool | None) -> None:
+    """Let tokenizer_config.json decide whether a text begins with a space, as transformers does."""
+    if wanted is None or backend.pre_tokenizer is None:
+        return
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    if state.get("add_prefix_space", wanted) != wanted:
+        backend.pre_tokenizer.add_prefix_space = wanted

@@ -1,0 +1,133 @@
+"""Run the shards one after another, or the unsplit graph, in plain onnxruntime with nothing of the engine's tricks.
+
+Optimisation and prepacking are off. So the unsplit graph's external weights are mapped, not copied, and a model that
+is larger than memory can be verified, slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from pipeload.errors import ExportError
+from pipeload.format.caches import length_input
+from pipeload.format.manifest import Manifest
+from pipeload.pipeline.cache_room import with_room
+from pipeload.storage.weights import Storage
+from pipeload_export.check.cases import Case
+
+__all__ = ["open_session", "run_shards", "run_unsplit"]
+
+Arrays = dict[str, NDArray[Any]]
+Progress = Callable[[str, int, int], None]
+
+
+def open_session(path: Path, what: str) -> ort.InferenceSession:
+    """A session over a graph file and its external data, as any user of onnxruntime would open it.
+
+    Raises:
+        ExportError: onnxruntime refused the graph.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ExportError(
+            f"onnxruntime does not open {what} ({path}): {str(error).rstrip('.')}. Fetch or export it again."
+        ) from error
+
+
+def run_unsplit(path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Progress) -> list[Arrays]:
+    """The outputs `wanted` of the unsplit graph for each case.
+
+    Raises:
+        ExportError: it does not open or run, or takes or makes something else than the cases have.
+    """
+    session = open_session(path, "the unsplit graph")
+    names = [output.name for output in session.get_outputs()]
+    given = {name for case in cases for name in case.inputs}
+    _check_names(path, "takes", {value.name for value in session.get_inputs()} ^ given, given)
+    _check_names(path, "makes", set(wanted) - set(names), set(wanted))
+    results = []
+    for number, case in enumerate(cases):
+        progress("run the unsplit model", number, len(cases))
+        results.append(_run(session, names, case.inputs, f"The unsplit graph ({case.name})"))
+    progress("run the unsplit model", len(cases), len(cases))
+    return results
+
+
+def _check_names(path: Path, does: str, different: set[str], expected: set[str]) -> None:
+    if different:
+        name = min(different)
+        which = f"it {does} no '{name}'" if name in expected else f"it {does} '{name}', and the shards do not"
+        more = f" ({len(different)} such differences)" if len(different) > 1 else ""
+        raise ExportError(
+            f"{path} is the graph of another model than the shards: {which}{more}. "
+            "Pass the .onnx file that the shards were made from."
+        )
+
+
+def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> list[Arrays]:
+    """The outputs of the chain of shards for each case. Each shard is opened once, and freed before the next.
+
+    Raises:
+        ExportError: a shard does not run.
+    """
+    storage = Storage(directory, manifest, verify=False)
+    states: list[Arrays] = [_with_room(manifest, case.inputs) for case in cases]
+    outputs = {spec.name for spec in manifest.outputs}
+    slices = {} if manifest.head is None else {name: number for number, name in enumerate(manifest.head.shards)}
+    heads: list[list[NDArray[Any]]] = [[] for _ in cases]
+    done, total = 0, sum(shard.nbytes for shard in manifest.shards)
+    for number, shard in enumerate(manifest.shards):
+        progress("run the shards", done, total)
+        session = open_session(directory / shard.graph.path, f"shard '{shard.name}'")
+        later = {name for other in manifest.shards[number + 1 :] for name in _needs(other)} | outputs
+        for case, state, head in zip(cases, states, heads, strict=True):
+            fetched = {
+                lookup.output: storage.read_rows(lookup, state[lookup.indices], keep_cached=True)
+                for lookup in shard.lookups
+            }
+            inputs = {name: fetched[name] if name in fetched else state[name] for name in shard.inputs}
+            made = _run(session, list(shard.outputs), inputs, f"Shard '{shard.name}' ({case.name})")
+            if shard.name in slices:
+                head.append(made[shard.outputs[0]])
+            else:
+                state.update(made)
+            for name in state.keys() - later:
+                del state[name]
+        done += shard.nbytes
+    progress("run the shards", total, total)
+    if manifest.head is not None:
+        for state, head in zip(states, heads, strict=True):
+            state[manifest.head.output] = np.concatenate(head, axis=-1)
+    return [{name: state[name] for name in outputs} for state in states]
+
+
+def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+    """The inputs, with caches that are written in place as long as they will be."""
+    caches = [cache.input for cache in manifest.caches if cache.in_place]
+    if not caches:
+        return dict(inputs)
+    length, axis = length_input(manifest)
+    return {**inputs, **{name: with_room(inputs[name], inputs[length].shape[axis]) for name in caches}}
+
+
+def _needs(shard: Any) -> list[str]:
+    return [*shard.inputs, *(lookup.indices for lookup in shard.lookups)]
+
+
+def _run(session: ort.InferenceSession, names: list[str], inputs: Mapping[str, NDArray[Any]], what: str) -> Arrays:
+    try:
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ExportError(f"{what} does not run: {error}") from error

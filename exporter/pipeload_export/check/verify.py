@@ -1,0 +1,183 @@
+"""Is a sharded model directory whole, and does it compute what the unsplit model computes?
+
+Three layers, each of which needs more installed: files and weights (nothing), graphs (the extra [export]), answers
+(the extra, and the unsplit graph).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeload.errors import ConfigError, ExportError, PipeloadError, ShardError
+from pipeload.format.manifest import Manifest, Shard, Verification, read
+from pipeload.storage.buffers import Buffer, Part
+from pipeload.storage.weights import Storage
+from pipeload_export.check.cases import Case, sample_cases
+from pipeload_export.check.chain import open_session
+from pipeload_export.check.compare import compare
+from pipeload_export.extra import has_module, require_modules
+
+__all__ = ["Report", "verify"]
+
+Progress = Callable[[str, int, int], None]
+
+_PIECE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was verified; whatever is in it passed.
+
+    Attributes:
+        shards: number of shards.
+        files: number of files that the manifest lists.
+        nbytes: their bytes.
+        checks: what was checked.
+        skipped: what was not, and why.
+        differences: for each output, the worst difference between the shards and the unsplit model over all cases.
+        cases: the batch sizes and lengths that were compared.
+    """
+
+    shards: int
+    files: int
+    nbytes: int
+    checks: tuple[str, ...]
+    skipped: tuple[str, ...]
+    differences: tuple[Verification, ...]
+    cases: tuple[str, ...]
+
+
+def verify(directory: str | Path, against: str | Path | None = None, progress: Progress | None = None) -> Report:
+    """Check a sharded model directory.
+
+    Args:
+        directory: the sharded model directory.
+        against: the unsplit `.onnx` file; its answers are then compared with those of the shards.
+        progress: called with what is being done, the part done, and the whole (0 when that is not known).
+
+    Raises:
+        ManifestError: there is no valid manifest.
+        ShardError: files are missing, truncated, damaged or foreign; all of them are named.
+        ExportError: graphs are not valid or do not open, all of them named; one does not run, or an output differs by
+            more than its limit.
+        ConfigError: `against` is no model to compare with.
+    """
+    directory, notify = Path(directory), progress or _silent
+    manifest = read(directory)
+    if against is not None:
+        require_modules("onnx")
+        if not Path(against).is_file():
+            raise ConfigError(
+                f"There is no unsplit model at {against}. Pass the .onnx file that the shards were made from, which "
+                "`pipeload export --keep-onnx DIR` keeps."
+            )
+    _raise_all(_file_faults(directory, manifest, notify))
+    _raise_all(_weight_faults(directory, manifest))
+    checks = ["sizes and sha256 of all files", "safetensors headers and weights of every shard"]
+    skipped = []
+    if has_module("onnx"):
+        from pipeload_export.check.graphs import check_graph  # needs onnx
+
+        _check_shards("check the graphs", check_graph, directory, manifest, notify)
+        checks.append("every graph passes onnx.checker and points to the weights that the manifest lists")
+    else:
+        skipped.append("onnx.checker: the extra is not installed (pip install 'pipeload[export]')")
+    _check_shards("open the shards", _check_session, directory, manifest, notify)
+    checks.append("every shard opens in plain onnxruntime")
+    cases: list[Case] = []
+    differences: tuple[Verification, ...] = ()
+    if against is None:
+        skipped.append("comparison with the unsplit model: pass it with --against")
+    else:
+        cases = sample_cases(manifest, directory)
+        differences = compare(directory, manifest, Path(against), cases, notify)
+        rounded = any(cache.scale for cache in manifest.caches)
+        but = ", but for the rounding of its int8 caches" if rounded else ""
+        checks.append(f"the chain of shards computes what the unsplit model computes{but}")
+    return Report(
+        shards=len(manifest.shards),
+        files=len(manifest.files),
+        nbytes=sum(record.nbytes for record in manifest.files),
+        checks=tuple(checks),
+        skipped=tuple(skipped),
+        differences=differences,
+        cases=tuple(case.name for case in cases),
+    )
+
+
+def _file_faults(directory: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+    done, total = 0, sum(record.nbytes for record in manifest.files)
+    root = directory.resolve()
+    for record in manifest.files:
+        path = directory / record.path
+        if not path.resolve().is_relative_to(root):
+            yield f"'{record.path}' leads out of the model directory"
+            continue
+        try:
+            if path.stat().st_size != record.nbytes:
+                yield f"'{record.path}' has {path.stat().st_size} bytes, the manifest says {record.nbytes}"
+                continue
+            digest = hashlib.sha256()
+            with path.open("rb", buffering=0) as file:
+                while piece := file.read(_PIECE_BYTES):
+                    digest.update(piece)
+                    done += len(piece)
+                    progress("check the files", done, total)
+        except OSError as error:
+            yield f"'{record.path}' cannot be read ({error.strerror or error})"
+            continue
+        if digest.hexdigest() != record.sha256:
+            yield f"'{record.path}' is damaged: its sha256 is not the one in the manifest"
+
+
+def _weight_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """What the engine itself would object to when it loads the shards."""
+    storage = Storage(directory, manifest)
+    for shard in manifest.shards:
+        try:
+            storage.graph(shard)
+            storage.read_weights(shard, [Part(0, shard.nbytes, Buffer(shard.nbytes))], lambda: False)
+        except PipeloadError as error:
+            yield str(error)
+
+
+def _raise_all(faults: Iterator[str]) -> None:
+    if found := list(faults):
+        count = f"{len(found)} faults: " if len(found) > 1 else ""
+        raise ShardError(f"{count}{'; '.join(found)}. Copy or export the model again.")
+
+
+def _check_shards(
+    what: str, check: Callable[[Path, Shard], None], directory: Path, manifest: Manifest, progress: Progress
+) -> None:
+    """Check every shard, and only then raise one ExportError with the faults of all."""
+    faults = []
+    for number, shard in enumerate(manifest.shards):
+        progress(what, number, len(manifest.shards))
+        try:
+            check(directory, shard)
+        except ExportError as error:
+            faults.append(str(error))
+    progress(what, len(manifest.shards), len(manifest.shards))
+    if faults:
+        raise ExportError(" ".join(faults))
+
+
+def _check_session(directory: Path, shard: Shard) -> None:
+    session = open_session(directory / shard.graph.path, f"shard '{shard.name}'")
+    for what, listed, found in (
+        ("inputs", shard.inputs, session.get_inputs()),
+        ("outputs", shard.outputs, session.get_outputs()),
+    ):
+        if tuple(value.name for value in found) != listed:
+            raise ExportError(
+                f"Shard '{shard.name}' has the {what} {[value.name for value in found]}, the manifest says "
+                f"{list(listed)}. Export the model again."
+            )
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Nobody wants to know."""

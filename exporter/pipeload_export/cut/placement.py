@@ -1,0 +1,226 @@
+"""Every node of a graph gets its shard; what is made in one and used in another becomes an edge.
+
+```
+pre          indices of tables, where the graph computes them: the engine looks up rows before a shard runs
+prologue     the activation before the first block, and what several shards share (masks, rotary tables, shapes)
+block 0 ...  one layer each, with all that only this layer needs
+epilogue     the activation behind the last block
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pipeload.format.manifest import Cache, Role
+from pipeload_export.cut.blocks import Cuts
+from pipeload_export.cut.tables import Lift
+from pipeload_export.graph.graph import Graph, node_inputs
+
+__all__ = ["Piece", "find_caches", "place"]
+
+_LARGE = 1.5
+"""A prologue or epilogue with more weights than this many blocks is cut as well."""
+_SHAPE_OPS = ("Shape", "Size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One shard to be.
+
+    Attributes:
+        name: the shard's name.
+        role: prologue, block or epilogue.
+        nodes: indices of its nodes, in order, those on constants included.
+        inputs: tensors that it takes, in the order of their first use.
+        outputs: tensors that it makes for other shards or for the caller.
+    """
+
+    name: str
+    role: Role
+    nodes: tuple[int, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def place(graph: Graph, cuts: Cuts, lifts: Sequence[Lift], *, kept: Iterable[str] = ()) -> list[Piece]:
+    """Distribute the nodes of a graph over shards.
+
+    Args:
+        graph: with the lifted tables and the cut head taken out.
+        cuts: of the same graph before that.
+        lifts: the tables.
+        kept: tensors besides the graph's outputs that must leave their shard, such as the head's input.
+    """
+    constant = graph.constant_sources()
+    roles, of_segment = _roles(graph, cuts, constant)
+    pinned = {name: of_segment[i] for i, names in enumerate(cuts.segments) for name in names}
+    shard_of = _shards(graph, pinned, constant, _needed(graph, [lift.indices for lift in lifts]))
+    made = {name: shard_of[i] for i, n in enumerate(graph.nodes) if i in shard_of for name in n.output if name}
+    used: dict[str, set[int]] = {}
+    for index, shard in shard_of.items():
+        for name in node_inputs(graph.nodes[index]):
+            used.setdefault(name, set()).add(shard)
+    leaving = {*graph.output_names, *kept, *(lift.indices for lift in lifts)}
+    leaving.update(name for name, shard in made.items() if used.get(name, set()) - {shard})
+    pieces: list[tuple[Role, Piece]] = []
+    for shard, role in enumerate(roles):
+        own = [index for index, place in shard_of.items() if place == shard]
+        if own:
+            pieces.append((role, _piece(graph, sorted(own), constant, leaving)))
+    return _named(pieces)
+
+
+def find_caches(graph: Graph, pieces: Sequence[Piece]) -> tuple[Cache, ...]:
+    """Pairs of a graph input and the graph output that takes its place at the next step, made in the same shard."""
+    values = {value.name: value.type.tensor_type for value in (*graph.inputs, *graph.outputs)}
+    users: dict[str, set[str]] = {}
+    for piece in pieces:
+        for index in piece.nodes:
+            if graph.nodes[index].op_type not in _SHAPE_OPS:
+                for name in node_inputs(graph.nodes[index]):
+                    users.setdefault(name, set()).add(piece.name)
+    pairs: list[tuple[int, int, int, str, str]] = []
+    for place, value in enumerate(graph.inputs):
+        homes = users.get(value.name, set())
+        if len(homes) != 1:
+            continue
+        piece = next(piece for piece in pieces if piece.name in homes)
+        for output, distance in _reachable(graph, piece, value.name).items():
+            one, other = values[value.name], values[output]
+            if one.elem_type == other.elem_type and len(one.shape.dim) == len(other.shape.dim):
+                pairs.append((distance, place, graph.output_names.index(output), value.name, output))
+    caches: dict[str, str] = {}
+    for _, _, _, name, output in sorted(pairs):
+        if name not in caches and output not in caches.values():
+            caches[name] = output
+    return tuple(Cache(input=v.name, output=caches[v.name]) for v in graph.inputs if v.name in caches)
+
+
+def _reachable(graph: Graph, piece: Piece, begin: str) -> dict[str, int]:
+    """Graph outputs that the piece makes from a tensor's values -> nodes on the shortest way."""
+    distance = {begin: 0}
+    for index in piece.nodes:
+        node = graph.nodes[index]
+        if node.op_type in _SHAPE_OPS:
+            continue
+        before = [distance[name] for name in node_inputs(node) if name in distance]
+        if before:
+            distance.update((name, min(before) + 1) for name in node.output if name)
+    return {name: distance[name] for name in graph.output_names if name in distance and name != begin}
+
+
+def _roles(graph: Graph, cuts: Cuts, constant: dict[str, frozenset[str]]) -> tuple[list[Role], list[int]]:
+    """The role of each shard, and the shard of each segment. Shard 0 is for indices, shard 1 for shared tensors."""
+    producers = {name: node for node in graph.nodes for name in node.output}
+    sizes = []
+    for segment in cuts.segments:
+        names = {n for made in segment if made in producers for n in node_inputs(producers[made])}
+        weights = frozenset().union(*(constant.get(name, ()) for name in names))
+        sizes.append(sum(graph.constants[name].nbytes for name in weights))
+    last = cuts.first + cuts.period * cuts.count
+    if not cuts.count:
+        return ["prologue", "block"], [1] * len(cuts.segments)
+    roles: list[Role] = ["prologue", "prologue"]
+    of_segment = _grouped(sizes[: cuts.first], cuts.block_bytes, roles, "prologue")
+    for _ in range(cuts.count):
+        roles.append("block")
+        of_segment += [len(roles) - 1] * cuts.period
+    roles.append("epilogue")
+    return roles, of_segment + _grouped(sizes[last:], cuts.block_bytes, roles, "epilogue")
+
+
+def _grouped(sizes: Sequence[int], block_bytes: int, roles: list[Role], role: Role) -> list[int]:
+    """Shards of consecutive segments, all in the latest shard unless they hold much more than a block together."""
+    result: list[int] = []
+    gathered = 0
+    for size in sizes:
+        if sum(sizes) > _LARGE * block_bytes and gathered and gathered + size > block_bytes:
+            roles.append(role)
+            gathered = 0
+        gathered += size
+        result.append(len(roles) - 1)
+    return result
+
+
+def _needed(graph: Graph, names: Iterable[str]) -> set[int]:
+    """Indices of the nodes that the tensors are computed by."""
+    needed, result = set(names), set[int]()
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        if needed.intersection(graph.nodes[index].output):
+            needed.update(node_inputs(graph.nodes[index]))
+            result.add(index)
+    return result
+
+
+def _shards(
+    graph: Graph, pinned: dict[str, int], constant: dict[str, frozenset[str]], first: set[int]
+) -> dict[int, int]:
+    """Node -> shard, for all that do not depend on constants only."""
+    outputs = set(graph.output_names)
+    earliest: dict[int, int] = {}
+    available: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        places = [pinned[name] for name in node.output if name in pinned]
+        if places:
+            earliest[index] = places[0]
+        elif index in first:
+            earliest[index] = 0
+        else:
+            earliest[index] = max((available.get(name, 1) for name in node_inputs(node)), default=1)
+        available.update((name, max(earliest[index], 1)) for name in node.output)
+    result: dict[int, int] = {}
+    users: dict[str, set[int]] = {}
+    active_users: dict[str, set[int]] = {}
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[index]
+        wanted = {place for name in node.output for place in users.get(name, ())}
+        fixed = index in first or any(name in pinned for name in node.output)
+        if not fixed and constant.keys() >= set(node.output) and not outputs.intersection(node.output):
+            continue
+        shard = earliest[index]
+        if not fixed and len(wanted) == 1 and not _is_better_early(node.op_type, node.input, wanted, active_users):
+            shard = max(shard, *wanted)
+        result[index] = shard
+        for name in node_inputs(node):
+            users.setdefault(name, set()).add(shard)
+            if node.op_type not in _SHAPE_OPS:
+                active_users.setdefault(name, set()).add(shard)
+    return dict(sorted(result.items()))
+
+
+def _is_better_early(op_type: str, inputs: Sequence[str], places: set[int], active_users: dict[str, set[int]]) -> bool:
+    """Whether to make a shape where its tensor is made: the tensor itself does not travel to the one who asks."""
+    return op_type in _SHAPE_OPS and not places <= active_users.get(inputs[0], set())
+
+
+def _piece(graph: Graph, nodes: list[int], constant: dict[str, frozenset[str]], leaving: set[str]) -> Piece:
+    """A shard of these nodes, with the nodes that make its constants, and without a name."""
+    wanted = {name for index in nodes for name in node_inputs(graph.nodes[index]) if name in constant}
+    members = set(nodes)
+    for index in range(len(graph.nodes) - 1, -1, -1):
+        node = graph.nodes[index]
+        if index not in members and wanted.intersection(node.output):
+            members.add(index)
+            wanted.update(node_inputs(node))
+    order = sorted(members)
+    made = {name for index in order for name in graph.nodes[index].output if name}
+    taken = (name for index in order for name in node_inputs(graph.nodes[index]))
+    return Piece(
+        name="",
+        role="block",
+        nodes=tuple(order),
+        inputs=tuple(dict.fromkeys(n for n in taken if n not in made and n not in graph.constants)),
+        outputs=tuple(n for index in nodes for n in graph.nodes[index].output if n in leaving),
+    )
+
+
+def _named(pieces: Sequence[tuple[Role, Piece]]) -> list[Piece]:
+    roles = [role for role, _ in pieces]
+    result = []
+    for place, (role, piece) in enumerate(pieces):
+        number = roles[:place].count(role)
+        name = role if role != "block" and roles.count(role) == 1 else f"{role}.{number:03d}"
+        result.append(Piece(name=name, role=role, nodes=piece.nodes, inputs=piece.inputs, outputs=piece.outputs))
+    return result

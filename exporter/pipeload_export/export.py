@@ -1,0 +1,202 @@
+"""SOURCE -> a complete, verified sharded model directory, or nothing: the whole export in order."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import pipeload
+from pipeload.errors import ConfigError, ExportError
+from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, write
+from pipeload.machine.sizes import format_bytes
+from pipeload_export.check.verify import verify as verify_directory
+from pipeload_export.extra import require_modules
+from pipeload_export.source.find import Checkpoint, Unsplit, find_source
+from pipeload_export.write.staging import Staging
+
+__all__ = ["KvCache", "export"]
+
+KvCache = Literal["model", "int8"]
+"""Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
+
+Progress = Callable[[str, int, int], None]
+
+_CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
+"""Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
+_KEPT_ONNX = "model.onnx"
+_WRITING = "write the shards"
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    *,
+    task: str | None = None,
+    revision: str | None = None,
+    opset: int | None = None,
+    whole: bool = False,
+    kv_cache: KvCache = "model",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    keep_onnx: str | Path | None = None,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write a sharded model directory, which is complete and verified when it appears at `target`.
+
+    Everything is made in a folder beside the target, which is renamed at the end. When the export fails, or its
+    process is killed at any moment, the target is as it was before.
+
+    Args:
+        source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
+        target: the folder to make. It must not exist, unless `force`.
+        task: what the model is for, e.g. "text-classification"; None: as the model's config says.
+        revision: branch, tag or commit of a model on the hub.
+        opset: version of the ONNX operators; None for the library's choice.
+        whole: put a model without repeating blocks into one shard, instead of refusing it.
+        kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
+            leaves them as they are.
+        force: replace an existing sharded model directory, once the new one is complete.
+        trust_remote_code: run the Python code that a checkpoint brings along. Read it first.
+        keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
+        verify: check all files, and compare the shards with the unsplit model.
+        progress: called with what is being done, bytes done, and bytes in total (0 when that is not known).
+
+    Returns:
+        The manifest that was written, with the differences that were found.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        ExportError: the model could not be fetched, exported, split or verified, or the disk is too small.
+
+    Example:
+        >>> manifest = export("catalog:minilm", "models/exported/minilm")
+        >>> len([shard for shard in manifest.shards if shard.role == "block"])
+        6
+    """
+    if kv_cache not in get_args(KvCache):
+        raise ConfigError(f"The KV caches cannot be {kv_cache!r}; take one of {', '.join(get_args(KvCache))}.")
+    require_modules("onnx")
+    notify = progress or _silent
+    staging = Staging(Path(target), MANIFEST_NAME, force=force)
+    keeping = None if keep_onnx is None else Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
+    staging.check()
+    if keeping:
+        keeping.check()
+        if staging.overlaps(keeping):
+            raise ConfigError(f"The target {target} and the folder for the ONNX model {keep_onnx} overlap.")
+    found = find_source(
+        str(source),
+        task=task,
+        revision=revision,
+        opset=opset,
+        trust_remote_code=trust_remote_code,
+        progress=notify,
+    )
+    _check_space(staging.disk, found)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(staging)
+            unsplit = found.to_onnx(staging.work, notify) if isinstance(found, Checkpoint) else found
+            manifest = _build(unsplit, staging.result, whole=whole, kv_cache=kv_cache, verify=verify, progress=notify)
+            if keeping:
+                stack.enter_context(keeping)
+                _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
+                keeping.commit()
+            staging.commit()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ExportError(
+                f"The disk of {target} is full. The export was undone; make room and try again."
+            ) from error
+        raise ExportError(f"The export failed, and was undone: {error}.") from error
+    return manifest
+
+
+def _build(
+    unsplit: Unsplit, result: Path, *, whole: bool, kv_cache: KvCache, verify: bool, progress: Progress
+) -> Manifest:
+    from pipeload_export.split import split  # needs the extra [export], which importing this module does not
+
+    shards = result / "shards"
+    shards.mkdir()
+    # One step, not one for each of what may be a hundred shards.
+    model = split(
+        unsplit.path,
+        shards,
+        whole=whole,
+        int8_caches=kv_cache == "int8",
+        progress=lambda _, done, total: progress(_WRITING, done, total),
+    )
+    written = sum(record.nbytes for record in model.files)
+    progress(_WRITING, written, written)
+    for name, file in unsplit.side_files.items():
+        (result / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, result / name)
+    for name, value in unsplit.side_json.items():
+        (result / name).write_text(json.dumps(value, indent=2) + "\n")
+    manifest = Manifest(
+        exporter=f"pipeload {pipeload.__version__}",
+        source=unsplit.source,
+        model_type=unsplit.model_type,
+        task=unsplit.task,
+        inputs=model.inputs,
+        outputs=model.outputs,
+        edges=model.edges,
+        caches=model.caches,
+        head=model.head,
+        shards=model.shards,
+        structures=model.structures,
+        files=(*(_record(result, name) for name in sorted({*unsplit.side_files, *unsplit.side_json})), *model.files),
+        dims=model.dims,
+    )
+    write(manifest, result)
+    if verify:
+        report = verify_directory(result, unsplit.path, progress)
+        manifest = replace(manifest, verification=report.differences)
+        write(manifest, result)
+    return manifest
+
+
+def _record(result: Path, name: str) -> FileRecord:
+    data = (result / name).read_bytes()
+    return FileRecord(path=name, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _keep(unsplit: Unsplit, folder: Path, *, move: bool) -> None:
+    """Copy or move the unsplit model: `model.onnx`, and its external data under the names that are in it."""
+    for file in unsplit.files:
+        name = _KEPT_ONNX if file == unsplit.path else file.relative_to(unsplit.path.parent)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if move:
+            shutil.move(file, folder / name)
+        else:
+            shutil.copyfile(file, folder / name)
+    for name, file in unsplit.side_files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
+
+
+def _check_space(disk: Path, found: Checkpoint | Unsplit) -> None:
+    factor, nbytes = (
+        (_CHECKPOINT_DISK_FACTOR, found.request.weight_bytes)
+        if isinstance(found, Checkpoint)
+        else (_ONNX_DISK_FACTOR, found.nbytes)
+    )
+    needed, free = int(nbytes * factor) + _SPARE_DISK_BYTES, shutil.disk_usage(disk).free
+    if needed > free:
+        raise ExportError(
+            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at {disk}. "
+            "Make room, or name a target on another disk."
+        )
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Nobody wants to know."""

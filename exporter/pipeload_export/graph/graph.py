@@ -1,0 +1,238 @@
+"""An ONNX graph that is made to be taken apart: sorted nodes, and constants whose values stay where they are.
+
+A constant is read when somebody asks for its values. So a graph costs memory for its structure only, however large its
+weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from pipeload.errors import ExportError
+
+__all__ = [
+    "DTYPES",
+    "FLOATS",
+    "PACKED",
+    "SUBGRAPHS",
+    "Constant",
+    "Graph",
+    "attribute",
+    "dtype_name",
+    "is_pure",
+    "known_constant",
+    "node_inputs",
+    "storage_dtype",
+    "tensor_proto",
+    "sort_nodes",
+]
+
+DTYPES: Mapping[int, str] = {
+    TensorProto.BOOL: "bool",
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "uint8",
+    TensorProto.INT16: "int16",
+    TensorProto.UINT16: "uint16",
+    TensorProto.INT32: "int32",
+    TensorProto.UINT32: "uint32",
+    TensorProto.INT64: "int64",
+    TensorProto.UINT64: "uint64",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.FLOAT: "float32",
+    TensorProto.DOUBLE: "float64",
+}
+"""ONNX's number of an element type -> its name in the manifest. Other types cannot travel between shards."""
+
+FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+PACKED = frozenset(
+    getattr(TensorProto, name)
+    for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+    if hasattr(TensorProto, name)
+)
+SUBGRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """A tensor that the model carries.
+
+    Attributes:
+        dtype: ONNX's number of the element type.
+        shape: its dimensions.
+        load: reads the values; the array is only borrowed, and may be a view of a file. bfloat16 and the types of
+            8 bits appear in NumPy's view of them (`ml_dtypes`).
+    """
+
+    dtype: int
+    shape: tuple[int, ...]
+    load: Callable[[], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values occupy in a file."""
+        bits = 4 if self.dtype in PACKED else 8 * storage_dtype(self.dtype).itemsize
+        return -(-prod(self.shape) * bits // 8)
+
+    @property
+    def is_matrix(self) -> bool:
+        """At least two dimensions are larger than one."""
+        return sum(size > 1 for size in self.shape) >= 2
+
+
+@dataclass(slots=True, eq=False)
+class Graph:
+    """A model's graph.
+
+    Attributes:
+        nodes: sorted, each after the nodes that make its inputs.
+        constants: initializers by name.
+        inputs: what a caller passes; initializers are not among them.
+        outputs: what a caller gets.
+        opsets: domain -> version.
+        forget: gives back the memory of what was read from the model's files.
+        types: what is known about tensors: name -> (ONNX's element type or 0, shape or None); in a shape, None is
+            an unknown size.
+    """
+
+    nodes: list[NodeProto]
+    constants: dict[str, Constant]
+    inputs: list[ValueInfoProto]
+    outputs: list[ValueInfoProto]
+    opsets: dict[str, int]
+    forget: Callable[[], None] = lambda: None
+    types: dict[str, tuple[int, tuple[int | str | None, ...] | None]] = field(default_factory=dict)
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph's outputs, in order."""
+        return [value.name for value in self.outputs]
+
+    def producers(self) -> dict[str, NodeProto]:
+        """Tensor -> the node that makes it."""
+        return {name: node for node in self.nodes for name in node.output if name}
+
+    def consumers(self) -> dict[str, list[NodeProto]]:
+        """Tensor -> the nodes that take it, each once, in order."""
+        result: dict[str, list[NodeProto]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node_inputs(node)):
+                result.setdefault(name, []).append(node)
+        return result
+
+    def constant_sources(self) -> dict[str, frozenset[str]]:
+        """Constant tensor -> names of the initializers that it is made from; an initializer is made from itself."""
+        result = {name: frozenset((name,)) for name in self.constants}
+        for node in self.nodes:
+            names = list(node_inputs(node))
+            if names and is_pure(node) and all(name in result for name in names):
+                result.update(dict.fromkeys(node.output, frozenset().union(*(result[name] for name in names))))
+        return result
+
+
+_IMPURE = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
+
+
+def is_pure(node: NodeProto) -> bool:
+    """Whether equal inputs always give equal outputs."""
+    return node.op_type not in _IMPURE and not any(a.type in SUBGRAPHS for a in node.attribute)
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """The value of a node's attribute."""
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def node_inputs(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads: its inputs, and what its subgraphs take from the graph around them."""
+    yield from filter(None, node.input)
+    for item in node.attribute:
+        if item.type in SUBGRAPHS:
+            for graph in (item.g, *item.graphs):
+                yield from _outer_names(graph)
+
+
+def _outer_names(graph: GraphProto) -> Iterator[str]:
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own.update(name for node in graph.node for name in node.output)
+    for node in graph.node:
+        yield from (name for name in node_inputs(node) if name not in own)
+    # A branch may hand out a tensor of the graph around it directly.
+    yield from (value.name for value in graph.output if value.name not in own)
+
+
+def dtype_name(elem_type: int) -> str:
+    """The manifest's name of an element type.
+
+    Raises:
+        ExportError: tensors of this type cannot travel between shards.
+    """
+    if elem_type not in DTYPES:
+        name = TensorProto.DataType.Name(elem_type) if elem_type else "unknown"
+        raise ExportError(f"Tensors of type {name} cannot be inputs, outputs or edges of shards.")
+    return DTYPES[elem_type]
+
+
+def known_constant(array: NDArray[Any]) -> Constant:
+    """A constant whose values are in memory."""
+    return Constant(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, lambda: array)
+
+
+def tensor_proto(name: str, constant: Constant) -> TensorProto:
+    """The constant as an initializer that carries its values inside."""
+    proto: TensorProto = numpy_helper.from_array(np.asarray(constant.load(), order="C"), name)
+    if proto.data_type != constant.dtype or tuple(proto.dims) != tuple(constant.shape):
+        raise ExportError(
+            f"Constant '{name}' is {proto.data_type}{tuple(proto.dims)}, expected {constant.dtype}{constant.shape}."
+        )
+    return proto
+
+
+def storage_dtype(elem_type: int) -> np.dtype[Any]:
+    """NumPy's type for the values of an element type."""
+    dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(elem_type)
+    return dtype
+
+
+def sort_nodes(nodes: list[NodeProto], available: Iterable[str]) -> list[NodeProto]:
+    """Nodes in an order in which each comes after those that it depends on; sorted lists stay as they are.
+
+    Raises:
+        ExportError: there is a cycle, or an input that nothing makes.
+    """
+    known = set(available)
+    producer = {name: index for index, node in enumerate(nodes) for name in node.output if name}
+    result: list[NodeProto] = []
+    done = [False] * len(nodes)
+    for start in range(len(nodes)):
+        stack = [] if done[start] else [(start, iter(list(node_inputs(nodes[start]))))]
+        opened = {start}
+        while stack:
+            index, names = stack[-1]
+            for name in names:
+                if name in known:
+                    continue
+                if name not in producer:
+                    raise ExportError(f"Node '{nodes[index].name}' takes '{name}', which nothing makes.")
+                before = producer[name]
+                if before in opened:
+                    raise ExportError(f"The graph has a cycle through '{name}'.")
+                opened.add(before)
+                stack.append((before, iter(list(node_inputs(nodes[before])))))
+                break
+            else:
+                stack.pop()
+                opened.discard(index)
+                done[index] = True
+                known.update(filter(None, nodes[index].output))
+                result.append(nodes[index])
+    return result

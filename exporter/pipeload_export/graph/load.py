@@ -1,0 +1,158 @@
+"""A model's file -> a graph, whose weights stay in the file.
+
+Weights in external files are read through memory maps when they are wanted; those inside the model's file stay in the
+form in which it was parsed.
+"""
+
+from __future__ import annotations
+
+import mmap
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
+
+from pipeload.errors import ExportError
+from pipeload_export.graph.graph import (
+    PACKED,
+    SUBGRAPHS,
+    Constant,
+    Graph,
+    attribute,
+    known_constant,
+    sort_nodes,
+    storage_dtype,
+    tensor_proto,
+)
+
+__all__ = ["load"]
+
+
+def load(path: Path) -> Graph:
+    """Read a model's structure, sorted; weights in external files are left there.
+
+    Raises:
+        ExportError: it is no ONNX model, has a cycle, a tensor without a source, or a missing weights file.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf has no common base of its errors
+        raise ExportError(f"{path} is no ONNX model: {str(error).splitlines()[0]}") from error
+    if not model.graph.node or not model.graph.output:
+        raise ExportError(f"{path} holds no ONNX graph with nodes and outputs.")
+    if model.functions:
+        model = onnx.inliner.inline_local_functions(model)
+    if model.graph.sparse_initializer:
+        raise ExportError(f"{path} has sparse initializers, which shards cannot hold. Export it with dense ones.")
+    return _graph_of(model, path)
+
+
+def _graph_of(model: ModelProto, path: Path) -> Graph:
+    files = _Files(path.parent)
+    constants = {tensor.name: _constant_of(tensor, files) for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        constant = _constant_node(node, files)
+        if constant is None:
+            _bring_in(node, files)
+            # Stack traces and scopes of the program that exported the model.
+            node.doc_string = ""
+            del node.metadata_props[:]
+            nodes.append(node)
+        else:
+            constants[node.output[0]] = constant
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    return Graph(
+        nodes=sort_nodes(nodes, {*constants, *(value.name for value in inputs)}),
+        constants=constants,
+        inputs=inputs,
+        outputs=list(model.graph.output),
+        opsets={entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import},
+        forget=files.forget,
+    )
+
+
+def _constant_node(node: NodeProto, files: _Files) -> Constant | None:
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
+        value = attribute(node, name)
+        if isinstance(value, TensorProto):
+            return _constant_of(value, files)
+        if value is not None:
+            return known_constant(np.asarray(value, np.float32 if "float" in name else np.int64))
+    return None
+
+
+def _bring_in(node: NodeProto, files: _Files) -> None:
+    """Replace tensors in attributes that lie in an external file by their values."""
+    for item in node.attribute:
+        for tensor in (item.t, *item.tensors) if item.type in (item.TENSOR, item.TENSORS) else ():
+            if tensor.data_location == TensorProto.EXTERNAL:
+                tensor.CopyFrom(tensor_proto(tensor.name, _constant_of(tensor, files)))
+        for graph in (item.g, *item.graphs) if item.type in SUBGRAPHS else ():
+            for tensor in graph.initializer:
+                if tensor.data_location == TensorProto.EXTERNAL:
+                    tensor.CopyFrom(tensor_proto(tensor.name, _constant_of(tensor, files)))
+            for inner in graph.node:
+                _bring_in(inner, files)
+
+
+class _Files:
+    """External files of a model, each mapped once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+        self._maps: dict[str, NDArray[np.uint8]] = {}
+
+    def read(self, location: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """A view of a part of a file."""
+        if location not in self._maps:
+            path = (self._folder / location).resolve()
+            if not path.is_file():
+                raise ExportError(f"The model's weights file {path} is missing.")
+            self._maps[location] = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+        data = self._maps[location][offset : offset + nbytes]
+        if data.nbytes != nbytes:
+            raise ExportError(
+                f"The model's weights file {self._folder / location} ends at byte {self._maps[location].nbytes}; "
+                f"the model refers to byte {offset + nbytes}. Fetch or export the model again."
+            )
+        return data
+
+    def forget(self) -> None:
+        """Let go of the pages that were read; they come back from the file when they are needed."""
+        for mapped in self._maps.values():
+            if isinstance(mapped, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def _constant_of(proto: TensorProto, files: _Files) -> Constant:
+    shape = tuple(proto.dims)
+    if proto.data_location != TensorProto.EXTERNAL:
+        return Constant(proto.data_type, shape, partial(numpy_helper.to_array, proto))
+    info = ExternalDataInfo(proto)
+    if proto.data_type in PACKED:
+        raise ExportError(
+            f"Initializer '{proto.name}' is of a 4-bit type in an external file, which is not supported. "
+            "Use a model whose 4-bit weights are packed into uint8 (MatMulNBits)."
+        )
+    dtype = storage_dtype(proto.data_type)
+    nbytes = prod(shape) * dtype.itemsize
+    if info.length is not None and info.length != nbytes:
+        raise ExportError(f"Initializer '{proto.name}' should have {nbytes} bytes, but refers to {info.length}.")
+
+    def read() -> NDArray[Any]:
+        data = files.read(info.location, info.offset or 0, nbytes)
+        if (info.offset or 0) % dtype.itemsize:
+            data = data.copy()
+        return data.view(dtype).reshape(shape)
+
+    files.read(info.location, info.offset or 0, nbytes)
+    return Constant(proto.data_type, shape, read)

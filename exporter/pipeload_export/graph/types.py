@@ -1,0 +1,68 @@
+"""Element types and shapes of every tensor of a graph."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from pipeload_export.graph.graph import Graph, tensor_proto
+from pipeload_export.graph.runtime import elem_type_of, plain_session
+
+__all__ = ["SMALL_BYTES", "infer_types", "plain_model", "type_of"]
+
+SMALL_BYTES = 64 << 10
+"""Up to this size a result may be larger than what it was made from."""
+
+
+def infer_types(graph: Graph) -> dict[str, tuple[int, tuple[int | str | None, ...] | None]]:
+    """What ONNX's shape inference finds out about every tensor, and onnxruntime about the types of the others."""
+    large = {n: c for n, c in graph.constants.items() if c.nbytes >= SMALL_BYTES}
+    small = [tensor_proto(n, c) for n, c in graph.constants.items() if n not in large]
+    # Values of large constants do not matter for shapes, and a proto cannot hold more than 2 GB of them.
+    inputs = [*graph.inputs, *(helper.make_tensor_value_info(n, c.dtype, c.shape) for n, c in large.items())]
+    outputs = [helper.make_empty_tensor_value_info(value.name) for value in graph.outputs]
+    model = plain_model(graph, graph.nodes, inputs, outputs, small)
+    # A graph that ONNX cannot infer may still run; its types are then taken from onnxruntime.
+    with suppress(Exception):
+        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    known: dict[str, tuple[int, tuple[int | str | None, ...] | None]]
+    known = {name: (constant.dtype, constant.shape) for name, constant in graph.constants.items()}
+    known |= {value.name: type_of(value) for value in (*inputs, *model.graph.value_info, *model.graph.output)}
+    known |= {value.name: type_of(value) for value in graph.outputs if value.type.HasField("tensor_type")}
+    unknown = [n for node in graph.nodes for n in node.output if n and not known.get(n, (0, None))[0]]
+    return known | {name: (dtype, None) for name, dtype in _ask_session(model, unknown).items()}
+
+
+def _ask_session(model: ModelProto, names: list[str]) -> dict[str, int]:
+    """Element types of tensors, as onnxruntime finds them when it opens the graph; large weights are inputs there."""
+    if not names:
+        return {}
+    kept = [value.name for value in model.graph.output]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in kept)
+    try:
+        session = plain_session(model)
+    except Exception:  # noqa: BLE001 - onnxruntime's errors have no common base; unknown types may be floats
+        return {}
+    types = {value.name: elem_type_of(value.type) for value in session.get_outputs()}
+    return {name: types[name] for name in names if types.get(name)}
+
+
+def plain_model(
+    graph: Graph, nodes: list[NodeProto], inputs: list[Any], outputs: list[Any], values: list[TensorProto]
+) -> ModelProto:
+    """The nodes as a model of their own, with the opsets of the graph that they are from."""
+    proto = helper.make_graph(nodes, "constants", inputs, outputs, values)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in graph.opsets.items()]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=10)
+
+
+def type_of(value: onnx.ValueInfoProto) -> tuple[int, tuple[int | str | None, ...] | None]:
+    """Element type, and shape where it is known; a dimension without a name or size is None."""
+    tensor = value.type.tensor_type
+    if not tensor.HasField("shape"):
+        return tensor.elem_type, None
+    sizes = (d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim)
+    return tensor.elem_type, tuple(sizes)

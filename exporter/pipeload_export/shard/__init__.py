@@ -1,0 +1,11 @@
+"""One shard: optimised, sampled, described.
+
+```
+fuse           a shard optimised offline by onnxruntime
+sample_sizes   sizes of dimensions to try
+trial          sample runs of a shard
+activations    live bytes -> formulas
+sampler        sample runs of all shards -> shapes, live bytes
+structure      the id of what shards have in common
+```
+"""

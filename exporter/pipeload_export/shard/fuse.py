@@ -1,0 +1,226 @@
+"""A shard's graph -> the same graph with fused operators, as the engine will run it.
+
+onnxruntime optimises the graph and saves it. Weights of products take no part: they are external data in a sparse file
+of zeros, and onnxruntime writes an initializer that it did not touch back as the same reference. Optimisers that
+compute with the values of weights are switched off. Other constants are there with their values, because arithmetic on
+them may be computed in advance. The level is "extended", which is portable; the layouts of level "all" belong to one
+kind of CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
+
+from pipeload_export.graph.external_data import external_initializer
+from pipeload_export.graph.graph import DTYPES, FLOATS, Constant, tensor_proto
+from pipeload_export.graph.runtime import elem_type_of
+
+__all__ = ["INLINE_BYTES", "Fused", "fuse", "is_external"]
+
+INLINE_BYTES = 1024
+"""Smaller constants stay in the graph's file, unless they are weights."""
+_USES_VALUES = (
+    "AttentionFusion",
+    "ConvAddFusion",
+    "ConvBNFusion",
+    "ConvMulFusion",
+    "DoubleQDQPairsRemover",
+    "EmbedLayerNormFusion",
+    "GatherSliceToSplitFusion",
+    "GroupQueryAttentionFusion",
+    "MatMulBNFusion",
+    "MatMulNBitsFusion",
+    "QDQPropagationTransformer",
+    "TransposeOptimizer",
+    "WeightBiasQuantization",
+)
+"""Optimisers that make new weights from old ones, which are zeros here."""
+_SUSPECTS = ("SimplifiedLayerNormFusion", "LayerNormFusion", "GeluFusionL1", "GeluFusionL2")
+"""Optimisers that may use an operator in a version of ONNX that does not have it; switched off one after another."""
+
+
+_WEIGHT_OPS = frozenset(
+    {
+        *("Conv", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul"),
+        *("MatMulInteger", "MatMulNBits", "QLinearMatMul", "RMSNormalization"),
+    }
+)
+"""Operators that never become constant, because an activation goes into them."""
+_MOST_BYTES = 64 << 20
+"""Constants of other operators up to this size are given to onnxruntime with their values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """A shard's graph whose large constants are outside.
+
+    Attributes:
+        model: initializers that are in `external` have no values and no place in a file yet.
+        external: initializers that go into the weights file.
+        dtypes: element types of the outputs, by name.
+    """
+
+    model: ModelProto
+    external: dict[str, Constant]
+    dtypes: dict[str, int]
+
+
+def is_external(constant: Constant) -> bool:
+    """Whether a constant's values go into the weights file instead of the graph's file."""
+    if constant.dtype not in DTYPES:
+        return False
+    # Scales and biases of any length: otherwise small ones would make every layer's graph a different one.
+    return constant.nbytes >= INLINE_BYTES or (constant.dtype in FLOATS and prod(constant.shape) > 1)
+
+
+def fuse(
+    model: ModelProto, constants: Mapping[str, Constant], *, computes_constants: bool
+) -> tuple[Fused, Fused | None]:
+    """Optimise a shard's graph.
+
+    Args:
+        model: nodes, inputs and outputs; no initializers.
+        constants: the initializers that the nodes use.
+        computes_constants: whether the graph has nodes on constants only, which must stay as they are.
+
+    Returns:
+        The graph as it was, and the optimised one, or None where onnxruntime's is not valid ONNX.
+    """
+    external = {name: constant for name, constant in constants.items() if is_external(constant)}
+    valued = set() if computes_constants else _valued(model, external)
+    folds = not computes_constants and sum(external[name].nbytes for name in valued) <= _MOST_BYTES
+    zeros = {name: constant for name, constant in external.items() if not folds or name not in valued}
+    given = ModelProto()
+    given.CopyFrom(model)
+    given.graph.initializer.extend(tensor_proto(n, c) for n, c in constants.items() if n not in zeros)
+    fused = None
+    with TemporaryDirectory(prefix="pipeload-") as folder:
+        places = _add_zeros(given, zeros, Path(folder))
+        onnx.save(given, f"{folder}/given.onnx")
+        dtypes = _optimise(Path(folder), ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ())
+        # What users bring may not be valid ONNX itself: onnxruntime has operators of its own in ONNX's name.
+        strict = _is_valid(given)
+        off = [*_USES_VALUES, *([] if folds else ["ConstantFolding"])]
+        for count in range(len(_SUSPECTS) + 1):
+            _optimise(Path(folder), ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, [*off, *_SUSPECTS[:count]])
+            fused = _read(Path(folder) / "optimised.onnx", given, places, constants, dtypes, strict=strict)
+            if fused is not None:
+                break
+    _empty(given, external)
+    return Fused(model=given, external=external, dtypes=dtypes), fused
+
+
+def _valued(model: ModelProto, external: Collection[str]) -> set[str]:
+    """Constants with which onnxruntime may compute, because of the nodes that take them."""
+    return {
+        name for node in model.graph.node if node.op_type not in _WEIGHT_OPS for name in node.input if name in external
+    }
+
+
+def _add_zeros(model: ModelProto, constants: Mapping[str, Constant], folder: Path) -> dict[int, str]:
+    """Make every constant refer to a part of a sparse file. Returns offset -> name."""
+    places: dict[int, str] = {}
+    offset = 0
+    for name, constant in constants.items():
+        model.graph.initializer.append(external_initializer(name, constant, "zeros.bin", offset))
+        places[offset] = name
+        offset += -(-max(constant.nbytes, 1) // 4096) * 4096
+    with (folder / "zeros.bin").open("wb") as file:
+        file.truncate(offset)
+    return places
+
+
+def _optimise(folder: Path, level: ort.GraphOptimizationLevel, disabled: Collection[str]) -> dict[str, int]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(
+        str(folder / "given.onnx"), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+    )
+    return {value.name: elem_type_of(value.type) for value in session.get_outputs()}
+
+
+def _read(
+    path: Path,
+    plain: ModelProto,
+    places: Mapping[int, str],
+    constants: Mapping[str, Constant],
+    dtypes: dict[str, int],
+    *,
+    strict: bool,
+) -> Fused | None:
+    """The optimised graph, or None if it is not what an exporter may write."""
+    model = onnx.load(str(path), load_external_data=False)
+    external: dict[str, Constant] = {}
+    for proto in model.graph.initializer:
+        if proto.data_location == TensorProto.EXTERNAL:
+            external[proto.name] = constants[places[ExternalDataInfo(proto).offset or 0]]
+        elif proto.name in places.values():
+            return None  # computed from zeros
+        else:
+            constant = Constant(proto.data_type, tuple(proto.dims), partial(numpy_helper.to_array, proto))
+            if is_external(constant):
+                array = constant.load()
+                external[proto.name] = Constant(proto.data_type, array.shape, partial(_same, array))
+    for given, kept in ((plain.graph.input, model.graph.input), (plain.graph.output, model.graph.output)):
+        if [value.name for value in given] != [value.name for value in kept]:
+            return None
+    used = {node.domain for node in model.graph.node} | {"", *(entry.domain for entry in plain.opset_import)}
+    opsets = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(opsets)
+    model.ir_version = plain.ir_version
+    del model.metadata_props[:], model.graph.value_info[:]
+    _empty(model, external)
+    if strict and not _is_valid(model):
+        return None
+    return Fused(model=model, external=external, dtypes=dtypes)
+
+
+def _same(array: NDArray[Any]) -> NDArray[Any]:
+    return array
+
+
+def _is_valid(model: ModelProto) -> bool:
+    """Whether the model is valid ONNX; large weights are taken for granted."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    kept = [proto for proto in copy.graph.initializer if proto.data_location != TensorProto.EXTERNAL]
+    large = [proto for proto in copy.graph.initializer if proto.data_location == TensorProto.EXTERNAL]
+    copy.graph.input.extend(helper.make_tensor_value_info(p.name, p.data_type, p.dims) for p in large)
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(kept)
+    try:
+        onnx.checker.check_model(copy)
+    except onnx.checker.ValidationError:
+        return False
+    return True
+
+
+def _empty(model: ModelProto, external: Mapping[str, Constant]) -> None:
+    """Take the values of the external initializers out of the model; where they will be is not known yet."""
+    for index, proto in enumerate(model.graph.initializer):
+        if proto.name in external:
+            model.graph.initializer[index].CopyFrom(
+                TensorProto(
+                    name=proto.name,
+                    data_type=proto.data_type,
+                    dims=proto.dims,
+                    data_location=TensorProto.EXTERNAL,
+                )
+            )

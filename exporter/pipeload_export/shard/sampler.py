@@ -1,0 +1,240 @@
+"""Small runs of the shards, which tell what the graphs do not: shapes of edges, sizes of intermediate tensors.
+
+The shards run one after another on seeded inputs, at several sizes of each symbolic dimension. A shard that is built
+like an earlier one does not run again: its outputs have the shapes that the earlier one's had. So a model costs about
+as much as one block, however many blocks it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from pipeload.errors import ExportError
+from pipeload.format.manifest import TensorSpec, evaluate_dim
+from pipeload_export.graph.graph import Constant, Graph
+from pipeload_export.shard.fuse import Fused
+from pipeload_export.shard.sample_sizes import Plan, plans, symbols_of
+from pipeload_export.shard.trial import Arrays, Event, Refused, agree, run_trial
+
+__all__ = ["Sampler"]
+
+_COMPARED = 3
+"""Runs in which a fused graph is compared with the graph that it was made from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """Something that was done for a shard, so that it can be done again at other sizes."""
+
+    shard: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    fused: Fused | None = None
+    table: Constant | None = None
+    like: int | None = None
+
+
+class Sampler:
+    """Runs the shards of one model in order.
+
+    Args:
+        graph: the model's.
+        specs: the graph's inputs.
+        last_use: tensor -> number of the last shard that takes it.
+
+    Attributes:
+        points: sizes of all symbols, for each run.
+        shapes: tensor -> its shape in each of the runs.
+    """
+
+    def __init__(self, graph: Graph, specs: Sequence[TensorSpec], last_use: Mapping[str, int]) -> None:
+        self._graph = graph
+        self._specs = {spec.name: spec for spec in specs}
+        self._last_use = last_use
+        self._names = symbols_of(specs)
+        self._declared = {v.name: [dim.dim_param for dim in v.type.tensor_type.shape.dim] for v in graph.outputs}
+        self._steps: list[_Step] = []
+        self._begin(Plan(), Plan().points(self._names))
+
+    @property
+    def free_symbols(self) -> tuple[str, ...]:
+        """Symbols whose sizes were varied independently."""
+        return tuple(n for n in self._names if n not in self._plan.sums and len({p[n] for p in self.points}) > 1)
+
+    def fetch(self, shard: int, table: Constant, indices: str, output: str) -> None:
+        """Look up rows of a table."""
+        self._perform(_Step(shard=shard, inputs=(indices,), outputs=(output,), table=table))
+
+    def run(self, shard: int, fused: Fused, plain: Fused | None = None) -> tuple[Fused, list[list[Event]]]:
+        """Run a shard.
+
+        Args:
+            shard: its number.
+            fused: its graph.
+            plain: the same before it was fused, to fall back on where the outputs differ.
+
+        Returns:
+            The graph to use, and for each run its nodes in the order in which they ran.
+
+        Raises:
+            ExportError: the shard runs with none of the sizes that were tried.
+        """
+        graph = fused.model.graph
+        inputs, outputs = (tuple(value.name for value in values) for values in (graph.input, graph.output))
+        chosen, events = self._perform(_Step(shard=shard, inputs=inputs, outputs=outputs, fused=fused), plain)
+        return chosen or fused, events
+
+    def repeat(self, shard: int, fused: Fused, like: int) -> bool:
+        """Take the shapes of a shard's outputs from the shard `like`, which has the same structure.
+
+        Returns False, having done nothing, where the inputs' shapes differ from that shard's.
+        """
+        graph = fused.model.graph
+        inputs, outputs = (tuple(value.name for value in values) for values in (graph.input, graph.output))
+        if self._taken[like] != self._shapes_of(inputs):
+            return False
+        self._perform(_Step(shard=shard, inputs=inputs, outputs=outputs, like=like))
+        return True
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the extents of images were varied, of which products of a high degree are made."""
+        return bool(self._plan.sizes) and not self._plan.partial
+
+    def run_shapes(self, names: Sequence[str], run: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of tensors in one of the runs."""
+        return {name: self.shapes[name][run] for name in names}
+
+    def shape(self, name: str) -> tuple[int | str, ...] | None:
+        """A tensor's shape in terms of the symbols; None where it is not a sum of them in every dimension."""
+        shapes = self.shapes.get(name)
+        if not shapes or len({len(shape) for shape in shapes}) != 1:
+            return None
+        dims = [self._dim([shape[axis] for shape in shapes]) for axis in range(len(shapes[0]))]
+        return tuple(dim for dim in dims if dim is not None) if None not in dims else None
+
+    def _dim(self, sizes: Sequence[int]) -> int | str | None:
+        free = self.free_symbols
+        matrix = np.array([[1, *(point[name] for name in free)] for point in self.points], float)
+        factors = np.rint(np.linalg.lstsq(matrix, np.array(sizes, float), rcond=None)[0]).astype(int)
+        if (factors < 0).any() or (matrix @ factors != np.array(sizes)).any():
+            return None
+        constant, counts = int(factors[0]), factors[1:]
+        parts = [name for name, count in zip(free, counts, strict=True) for _ in range(count)]
+        if not parts:
+            return constant
+        return " + ".join([*parts, *([str(constant)] if constant else [])])
+
+    def _begin(self, plan: Plan, points: list[dict[str, int]]) -> None:
+        self._plan = plan
+        self.points = points
+        self.shapes: dict[str, list[tuple[int, ...]]] = {
+            name: [tuple(evaluate_dim(dim, point) for dim in spec.shape) for point in self.points]
+            for name, spec in self._specs.items()
+        }
+        self._taken: dict[int, list[list[tuple[int, ...]]]] = {}
+        self._states: list[Arrays] = [{} for _ in self.points]
+        self._results: dict[int, list[list[NDArray[Any]]]] = {}
+
+    def _perform(self, step: _Step, plain: Fused | None = None) -> tuple[Fused | None, list[list[Event]]]:
+        """Do a step; if it fails, choose other sizes and do everything again."""
+        try:
+            chosen, events = self._do(step, plain)
+        except Refused as refused:
+            candidates = plans(self._graph, list(self._specs.values()))
+            found = next((plan for plan in candidates if self._replay(plan, step, plain)), None)
+            if found is None:
+                raise ExportError(
+                    f"{_name(step)} does not run on sample inputs of any size that was tried, so the memory that "
+                    f"it needs is not known: {refused}."
+                ) from refused
+            done = (self._replay(found.wider, step, plain) if found.wider else None) or self._replay(found, step, plain)
+            assert done is not None
+            chosen, events = done
+        self._steps.append(step if chosen is None else replace(step, fused=chosen))
+        return chosen, events
+
+    def _replay(self, plan: Plan, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]] | None:
+        """Do everything again, and the step, at other sizes; None if a shard refuses them."""
+        points = plan.points(self._names)
+        most = len(points)
+        while len(points) * 2 > most:
+            self._begin(plan, points)
+            try:
+                for before in self._steps:
+                    self._do(before, None)
+                return self._do(step, plain)
+            except Refused as refused:
+                if not plan.partial:
+                    return None
+                points = [point for place, point in enumerate(points) if place not in refused.places]
+        return None
+
+    def _do(self, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]]:
+        chosen, events = step.fused, list[list[Event]]()
+        if step.like is not None:
+            results = self._results[step.like]
+        else:
+            inputs = [
+                {name: state[name] if name in state else self._input(name, point) for name in step.inputs}
+                for state, point in zip(self._states, self.points, strict=True)
+            ]
+            if step.table is not None:
+                table = step.table.load()
+                try:
+                    results = [[table[arrays[step.inputs[0]]]] for arrays in inputs]
+                except IndexError as error:
+                    raise Refused(str(error), range(len(inputs))) from error
+            else:
+                assert chosen is not None
+                results, events = run_trial(chosen, inputs, step.outputs)
+                if plain is not None and not agree(run_trial(plain, inputs[:_COMPARED], step.outputs)[0], results):
+                    chosen = plain
+                    results, events = run_trial(plain, inputs, step.outputs)
+        if self._plan.declared:
+            self._check_declared(step.outputs, results)
+        self._taken[step.shard] = self._shapes_of(step.inputs)
+        for state, arrays in zip(self._states, results, strict=True):
+            state.update(zip(step.outputs, arrays, strict=True))
+        for place, name in enumerate(step.outputs):
+            self.shapes[name] = [arrays[place].shape for arrays in results]
+        if step.table is None:
+            self._results[step.shard] = results
+            for state in self._states:
+                for name in [name for name in state if self._last_use.get(name, -1) <= step.shard]:
+                    del state[name]
+        return chosen, events
+
+    def _check_declared(self, names: Sequence[str], results: Sequence[Sequence[NDArray[Any]]]) -> None:
+        """Refuse a plan under which an output's size is not the one that the graph gives it."""
+        for place, name in enumerate(names):
+            for point, arrays in zip(self.points, results, strict=True):
+                for size, dim in zip(arrays[place].shape, self._declared.get(name, ()), strict=False):
+                    if point.get(dim, size) != size:
+                        raise Refused(f"'{name}' has {size} where it should have {dim}", range(len(results)))
+
+    def _shapes_of(self, names: Sequence[str]) -> list[list[tuple[int, ...]]]:
+        return [self.shapes[name] for name in names]
+
+    def _input(self, name: str, point: Mapping[str, int]) -> NDArray[Any]:
+        spec = self._specs[name]
+        shape = tuple(evaluate_dim(dim, point) for dim in spec.shape)
+        random = np.random.default_rng(crc32(name.encode()))
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(self._graph.types[name][0])
+        if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
+            # Zeros and ones are rows of any table; as a mask, they leave the first position visible.
+            values = random.integers(self._plan.ones, 2, shape)
+            values[..., :1] = 1
+            return values.astype(dtype)
+        return random.standard_normal(shape).astype(dtype)
+
+
+def _name(step: _Step) -> str:
+    return "The lookup of rows" if step.fused is None else f"Shard '{step.fused.model.graph.name}'"

@@ -1,0 +1,162 @@
+"""One shard on sample inputs: its outputs, which nodes ran in which order, and how large what they made was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
+
+from pipeload.errors import ExportError
+from pipeload_export.graph.external_data import external_initializer
+from pipeload_export.shard.fuse import Fused
+
+__all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
+
+Arrays = dict[str, NDArray[Any]]
+
+_CLOSE = 1e-5
+"""Relative to the largest value: what fused operators may change."""
+_STEP = 1e-2
+"""Likewise, where that moves a value of a cache of int8 to the next step: one of 127."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """A node that ran: its index in the graph, and of each of its outputs the bytes and the shape."""
+
+    node: int
+    output_bytes: tuple[int, ...]
+    output_shapes: tuple[tuple[int, ...], ...]
+
+
+class Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
+    """A shard does not run on inputs of some sizes.
+
+    Attributes:
+        places: which of the runs failed.
+    """
+
+    def __init__(self, message: str, places: Collection[int]) -> None:
+        super().__init__(message)
+        self.places = places
+
+
+def run_trial(
+    fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str]
+) -> tuple[list[list[NDArray[Any]]], list[list[Event]]]:
+    """Run a shard in a session as the engine makes it.
+
+    Returns:
+        For each set of inputs the outputs, and the nodes in the order in which they ran.
+
+    Raises:
+        Refused: it does not run on some of the inputs.
+        ExportError: onnxruntime does not take the graph.
+    """
+    with TemporaryDirectory(prefix="pipeload-") as folder:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        options.enable_profiling = True
+        options.profile_file_prefix = f"{folder}/profile"
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        values = _add_weights(fused, Path(folder), options)
+        try:
+            session = ort.InferenceSession(f"{folder}/shard.onnx", options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(f"onnxruntime refuses a shard: {_first_line(error)}") from error
+        results, failed = [], dict[int, str]()
+        for place, arrays in enumerate(inputs):
+            try:
+                results.append(session.run(list(outputs), arrays))
+            except Exception as error:  # noqa: BLE001 - as above
+                failed[place] = _first_line(error)
+        if failed:
+            raise Refused(next(iter(failed.values())), failed.keys())
+        events = _events(json.loads(Path(session.end_profiling()).read_text()))
+        del session, values
+    return results, events
+
+
+def _add_weights(fused: Fused, folder: Path, options: ort.SessionOptions) -> list[ort.OrtValue]:
+    """Write the graph into the folder, and give its weights to the session; they must live as long as it does."""
+    model = ModelProto()
+    model.CopyFrom(fused.model)
+    values = []
+    for index, proto in enumerate(model.graph.initializer):
+        constant = fused.external.get(proto.name)
+        if constant is None:
+            continue
+        # The file must be there, but onnxruntime takes the values that it is given.
+        model.graph.initializer[index].CopyFrom(external_initializer(proto.name, constant, "zeros.bin", 0))
+        array = np.ascontiguousarray(constant.load()).reshape(constant.shape)
+        if constant.dtype == TensorProto.BFLOAT16:
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), constant.dtype)
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+        values.append(value)
+        options.add_initializer(proto.name, value)
+    onnx.save(model, folder / "shard.onnx")
+    with (folder / "zeros.bin").open("wb") as file:
+        file.truncate(max((constant.nbytes for constant in fused.external.values()), default=0))
+    return values
+
+
+def _events(records: Sequence[Mapping[str, Any]]) -> list[list[Event]]:
+    """A profile -> the nodes of each run, in the order in which they ran."""
+    runs: list[list[Event]] = []
+    current: list[Event] = []
+    for record in records:
+        name, details = str(record.get("name")), record.get("args", {})
+        if record.get("cat") == "Node" and name.endswith("_kernel_time"):
+            made = [item for entry in details.get("output_type_shape", []) for item in entry.items()]
+            event = Event(
+                node=int(details["node_index"]),
+                output_bytes=tuple(int(np.prod(shape)) * _ITEM_BYTES.get(dtype, 8) for dtype, shape in made),
+                output_shapes=tuple(tuple(shape) for _, shape in made),
+            )
+            current.append(event)
+        elif name == "model_run":
+            runs.append(current)
+            current = []
+    return runs
+
+
+_ITEM_BYTES = {"float": 4, "double": 8, "bool": 1, "float16": 2, "bfloat16": 2} | {
+    f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def agree(wanted: Sequence[Sequence[NDArray[Any]]], found: Sequence[Sequence[NDArray[Any]]]) -> bool:
+    """Whether as many runs as were wanted gave the same outputs.
+
+    What lies in the middle between two int8 may be rounded to either of them.
+    """
+    pairs = [pair for one, two in zip(wanted, found, strict=False) for pair in zip(one, two, strict=True)]
+    moved = any(a.dtype == np.int8 and not np.array_equal(a, b) for a, b in pairs)
+    return all(_equal(a, b, _STEP if moved else _CLOSE) for a, b in pairs)
+
+
+def _equal(wanted: NDArray[Any], found: NDArray[Any], close: float) -> bool:
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return False
+    if wanted.dtype == np.int8:
+        return bool((np.abs(wanted.astype(np.int16) - found) <= 1).all())
+    if not np.issubdtype(wanted.dtype, np.floating):
+        return bool(np.array_equal(wanted, found))
+    finite = wanted[np.isfinite(wanted)]
+    limit = close * float(np.abs(finite).max(initial=0))
+    return bool(np.allclose(wanted, found, rtol=close, atol=limit, equal_nan=True))

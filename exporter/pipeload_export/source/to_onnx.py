@@ -1,0 +1,160 @@
+"""A checkpoint -> an unsplit ONNX graph, by `optimum.exporters.onnx`, in a child process.
+
+Why a child: tracing a model takes several times its size in memory, and torch gives much of it back only when the
+process ends; splitting begins with all of it free. The libraries' many warnings stay out of the user's terminal,
+a process that the kernel kills for lack of memory becomes an error message, and Ctrl-C ends the work at once.
+
+The child, `to_onnx_child`, reads a request from a file, and answers with the graph in a folder and a file beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import pipeload
+from pipeload.errors import ExportError
+from pipeload.machine.memory import auto_budget_bytes
+from pipeload.machine.sizes import format_bytes
+
+__all__ = ["Request", "Seeded", "export_checkpoint", "needed_memory_bytes"]
+
+Progress = Callable[[str, int, int], None]
+
+_INLINE_BYTES = 2 << 30
+"""From here on torch writes the weights beside the graph, tensor by tensor."""
+_INLINE_FACTOR, _EXTERNAL_FACTOR, _LIBRARIES_BYTES = 4.4, 2.5, 350 << 20
+"""Peak memory per byte of float32 weights, and without any. Measured with torch 2.13 and optimum-onnx 0.1 on BERT
+(0.4 GB: 4.4) and on GPT-2 and GPT-J shapes (2.3 and 3.3 GB: 2.4)."""
+_CHILD = "import sys; from pipeload_export.source.to_onnx_child import run_child; run_child(*sys.argv[1:])"
+_POLL_S = 0.2
+
+
+class Seeded(msgspec.Struct, frozen=True, kw_only=True):
+    """A model with random weights: transformers' classes, the config's fields, the seed."""
+
+    model_class: str
+    config_class: str
+    config: dict[str, Any]
+    seed: int
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What the child is asked for.
+
+    Attributes:
+        name: the model's name in messages.
+        task: one of `TASKS`.
+        weight_bytes: size of the weights in float32.
+        folder: the checkpoint, if it is not a seeded model.
+        gguf: the file in the folder, if it is GGUF.
+        seeded: the model, if it is made here.
+        opset: version of the ONNX operators; None for the library's choice.
+        trust_remote_code: run Python files that the checkpoint brings along.
+    """
+
+    name: str
+    task: str
+    weight_bytes: int
+    folder: str | None = None
+    gguf: str | None = None
+    seeded: Seeded | None = None
+    opset: int | None = None
+    trust_remote_code: bool = False
+
+
+def needed_memory_bytes(weight_bytes: int) -> int:
+    """About the most memory that the child will use for a model of that size (in float32)."""
+    factor = _INLINE_FACTOR if weight_bytes < _INLINE_BYTES else _EXTERNAL_FACTOR
+    return _LIBRARIES_BYTES + int(factor * weight_bytes)
+
+
+def export_checkpoint(request: Request, folder: Path, progress: Progress) -> Path:
+    """Write the unsplit ONNX graph, config and tokenizer into a new folder. Returns the graph's path.
+
+    Raises:
+        ExportError: there is not enough memory, or the libraries could not export the model.
+    """
+    needed, free = needed_memory_bytes(request.weight_bytes), auto_budget_bytes()
+    if needed > free:
+        raise ExportError(
+            f"Exporting {request.name} ({format_bytes(request.weight_bytes)} of weights in float32) takes about "
+            f"{format_bytes(needed)} of memory, and {format_bytes(free)} are free. Export it on a larger machine: "
+            "the sharded model directory can then be copied."
+        )
+    folder.mkdir(parents=True)
+    request_path, result_path, log_path = (folder.with_name(n) for n in ("request.json", "result.json", "export.log"))
+    request_path.write_bytes(msgspec.json.encode(request))
+    verbose = logging.getLogger("pipeload_export").isEnabledFor(logging.DEBUG)
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            # -P: nothing is imported from the current directory.
+            [sys.executable, "-P", "-c", _CHILD, str(request_path), str(folder), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=None if verbose else log,
+            stderr=None if verbose else log,
+            env=_environment(request, verbose=verbose),
+        )
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_POLL_S)
+                    break
+                progress("export to ONNX", *_written(folder, request.weight_bytes))
+        finally:
+            child.kill()
+            child.wait()
+    if not result_path.exists():
+        raise ExportError(f"Exporting {request.name} to ONNX {_death(child.returncode, log_path, needed)}")
+    if error := json.loads(result_path.read_bytes())["error"]:
+        raise ExportError(f"{request.name} cannot be exported to ONNX: {error}")
+    graphs = sorted(path.name for path in folder.glob("*.onnx"))
+    if graphs != ["model.onnx"]:
+        raise ExportError(
+            f"{request.name} became {len(graphs)} ONNX graphs ({', '.join(graphs)}); pipeload runs models of one. "
+            "Encoder-decoder models are not supported."
+        )
+    progress("export to ONNX", request.weight_bytes, request.weight_bytes)
+    return folder / "model.onnx"
+
+
+def _environment(request: Request, *, verbose: bool) -> dict[str, str]:
+    roots = [str(Path(pipeload.__file__).parents[1]), str(Path(__file__).parents[2])]
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join([*dict.fromkeys(roots), environment.get("PYTHONPATH", "")]).strip(":")
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    if not request.trust_remote_code:
+        # All files are here by now; only a model's own code may be in another repository.
+        environment["HF_HUB_OFFLINE"] = "1"
+    if not verbose:
+        environment["PYTHONWARNINGS"] = "ignore"
+    return environment
+
+
+def _written(folder: Path, weight_bytes: int) -> tuple[int, int]:
+    """Bytes written so far, and in all; a small model is written in one go at the end, so nothing is known."""
+    if weight_bytes < _INLINE_BYTES:
+        return 0, 0
+    with suppress(FileNotFoundError):  # files come and go while the child works
+        return min(sum(path.stat().st_size for path in folder.iterdir()), weight_bytes), weight_bytes
+    return 0, weight_bytes
+
+
+def _death(code: int, log: Path, needed: int) -> str:
+    if code == -signal.SIGKILL:
+        return (
+            f"was killed by the system, most likely for lack of memory: it takes about {format_bytes(needed)}. "
+            "Free memory, or export on a larger machine."
+        )
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return f"ended with exit code {code}. Its last words: {lines[-1] if lines else 'none'}"

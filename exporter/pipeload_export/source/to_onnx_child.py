@@ -1,0 +1,144 @@
+"""What runs in the export's child process: load a model into torch, trace it to ONNX. See `checkpoint`."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from pipeload_export.source.task import TASKS
+from pipeload_export.source.to_onnx import Request, Seeded
+
+__all__ = ["run_child", "seeded_model"]
+
+_PR_SET_PDEATHSIG = 1
+_MAX_ERROR_CHARACTERS = 600
+_CACHED = {"text-generation": "text-generation-with-past"}
+"""A decoder without a cache would run the whole text again for every token."""
+
+
+class _Refused(Exception):  # noqa: N818
+    """The model cannot be exported, for a reason that needs no traceback."""
+
+
+def run_child(request_path: str, folder: str, parent: str) -> None:
+    """All that the child does: answer the request, and leave the answer beside the folder."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        return
+    request = msgspec.json.decode(Path(request_path).read_bytes(), type=Request)
+    error = None
+    try:
+        _export(request, Path(folder))
+    except _Refused as refusal:
+        error = str(refusal)
+    except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
+        logging.getLogger("pipeload_export").exception("export failed")
+        error = f"{type(exception).__name__}: {exception}"[:_MAX_ERROR_CHARACTERS]
+    Path(folder).with_name("result.json").write_text(json.dumps({"error": error}))
+
+
+def _export(request: Request, folder: Path) -> None:
+    warnings.simplefilter("ignore")
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    model = _load(request, folder)
+    model.config.use_cache = request.task in _CACHED
+    task = _CACHED.get(request.task, request.task)
+    onnx_export_from_model(model, output=folder, task=task, opset=request.opset, do_validation=False)
+
+
+def _check_supported(model_type: str, task: str) -> None:
+    """Refuse what optimum does not export, before any weights are read."""
+    from optimum.exporters.tasks import TasksManager
+
+    try:
+        known = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
+    except KeyError:
+        raise _Refused(
+            f"optimum does not know models of type '{model_type}'. Export it to one .onnx file yourself and pass that."
+        ) from None
+    if _CACHED.get(task, task) not in known:
+        raise _Refused(
+            f"optimum does not export models of type '{model_type}' for {task}, only for "
+            f"{', '.join(sorted(name for name in known if name in TASKS))}."
+        )
+
+
+def _load(request: Request, folder: Path) -> Any:
+    if request.seeded:
+        return seeded_model(request.seeded)
+    assert request.folder is not None
+    if request.gguf:
+        return _gguf_model(Path(request.folder, request.gguf), folder)
+    return _checkpoint_model(request)
+
+
+def seeded_model(seeded: Seeded) -> Any:
+    """The model of transformers, its weights made from the seed."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seeded.seed)
+    return getattr(transformers, seeded.model_class)(getattr(transformers, seeded.config_class)(**seeded.config))
+
+
+def _gguf_model(path: Path, folder: Path) -> Any:
+    """The model in a GGUF file, with its weights as float32; its tokenizer is saved into `folder`.
+
+    What `from_pretrained` does, which insists on the package accelerate, of which it then needs nothing.
+    """
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    file = {"gguf_file": path.name, "local_files_only": True}
+    config = transformers.AutoConfig.from_pretrained(path.parent, **file)
+    _check_supported(config.model_type, "text-generation")
+    # optimum copies the tokenizer of a checkpoint by itself, but not one that is inside of a GGUF file.
+    transformers.AutoTokenizer.from_pretrained(path.parent, **file).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
+    if missing:
+        raise _Refused(f"the file lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+    return model
+
+
+def _checkpoint_model(request: Request) -> Any:
+    import torch
+    import transformers
+
+    trusted = request.trust_remote_code
+    # All files are here by now; only a model's own code may be in another repository.
+    options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": not trusted}
+    try:
+        config = transformers.AutoConfig.from_pretrained(request.folder, **options)
+        _check_supported(config.model_type, request.task)
+        model = getattr(transformers, TASKS[request.task]).from_pretrained(
+            request.folder, config=config, dtype=torch.float32, use_safetensors=True, **options
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise _Refused(
+            "it brings Python code of its own. Read that code, and if you trust it, export with --trust-remote-code."
+        ) from error
+    if request.task == "text-classification" and model.config.pad_token_id is None:
+        # Without it such a model cannot tell where a text ends, and transformers traces it for batches of one only.
+        with suppress(OSError, TypeError, ValueError):
+            model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(
+                request.folder, **options
+            ).pad_token_id
+        if model.config.pad_token_id is None:
+            raise _Refused("its config has no pad_token_id, and its tokenizer no pad token. Set one in config.json.")
+    return model

@@ -1,0 +1,199 @@
+"""Writes the shards of one model: graph files, weights files, and what the manifest says about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from onnx import GraphProto, ModelProto, ValueInfoProto, helper
+
+from pipeload.format.manifest import FileRecord, Lookup, Role, Shard, TensorSpec, WeightSpec, WeightsRange
+from pipeload_export.cut.head import HeadCut, slice_graph
+from pipeload_export.cut.placement import Piece
+from pipeload_export.cut.tables import Lift
+from pipeload_export.graph.external_data import set_place
+from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
+from pipeload_export.shard.fuse import Fused, fuse
+from pipeload_export.shard.sampler import Sampler
+from pipeload_export.shard.structure import Structures
+from pipeload_export.write.weights import WeightsFile, hash_range, in_order, write_weights
+
+__all__ = ["Progress", "ShardWriter"]
+
+Progress = Callable[[str, int, int], None]
+
+_TABLES = "embeddings"
+_HEAD = "head"
+_IR_VERSION = 10
+
+
+class ShardWriter:
+    """Writes shards in their order, and learns shapes and types from one what the next one needs.
+
+    Args:
+        graph: the whole model's, as far as it was not lifted out.
+        folder: where the files go.
+        sampler: runs the shards.
+        progress: called with what is being written, and its bytes so far and in total.
+
+    Attributes:
+        shards, files: what was written so far.
+        structures: of those shards.
+    """
+
+    def __init__(self, graph: Graph, folder: Path, sampler: Sampler, progress: Progress) -> None:
+        self._graph = graph
+        self._folder = folder
+        self._sampler = sampler
+        self._progress = progress
+        self._done = 0
+        self._total = sum(constant.nbytes for constant in graph.constants.values())
+        self._inputs = {value.name: value for value in graph.inputs}
+        self._outputs = {value.name: value for value in graph.outputs}
+        self._tables: WeightsFile | None = None
+        self._constant = graph.constant_sources()
+        self.shards: list[Shard] = []
+        self.files: list[FileRecord] = []
+        self.structures = Structures(sampler)
+
+    def write_tables(self, tables: Mapping[str, Constant], *, first: str | None) -> None:
+        """Write the lifted tables; one that slices of the head point into comes first, at the start of a page."""
+        if tables:
+            order = sorted(in_order(tables), key=lambda item: item[0] != first)
+            self._tables = self._write_weights(_TABLES, order)
+
+    def write_piece(self, piece: Piece, lifts: Sequence[Lift]) -> None:
+        """Write one shard that was cut out of the graph."""
+        graph = self._graph
+        nodes = [graph.nodes[index] for index in piece.nodes]
+        names = {name for node in nodes for name in node_inputs(node)}
+        constants = {name: constant for name, constant in graph.constants.items() if name in names}
+        inputs = [self._value(name) for name in piece.inputs]
+        outputs = [self._outputs.get(name) or self._value(name) for name in piece.outputs]
+        model = self._model(helper.make_graph(nodes, piece.name, inputs, outputs))
+        computes = any(name in self._constant for node in nodes for name in node.output)
+        mine = [lift for lift in lifts if lift.output in piece.inputs]
+        for lift in mine:
+            self._sampler.fetch(len(self.shards), graph.constants[lift.table], lift.indices, lift.output)
+        plain, fused = fuse(model, constants, computes_constants=computes)
+        chosen, structure = self.structures.choose(len(self.shards), plain, fused)
+        for name, dtype in chosen.dtypes.items():
+            graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
+        written = self._write_weights(piece.name, in_order(chosen.external)) if chosen.external else None
+        self._add(
+            piece.name,
+            piece.role,
+            chosen,
+            structure,
+            weights=written.range if written else None,
+            tensors=written.tensors if written else (),
+            lookups=tuple(self._lookup(lift) for lift in mine),
+        )
+
+    def write_head(self, head: HeadCut) -> None:
+        """Write the slices of the head, and its table unless that is a lifted one."""
+        if head.tied:
+            assert self._tables is not None
+            file = self._tables
+        else:
+            file = self._write_weights(_HEAD, [(head.table, self._graph.constants[head.table])])
+        table = next(spec for spec in file.tensors if spec.name == head.table)
+        row_bytes = table.nbytes // table.shape[0]
+        for index, (begin, _) in enumerate(head.rows):
+            model, weights = slice_graph(self._graph, head, index, self._sampler.shape(head.input))
+            model.ir_version = _IR_VERSION
+            plain, _ = fuse(model, weights, computes_constants=False)
+            chosen, structure = self.structures.choose(len(self.shards), plain, None)
+            self._graph.types.update((name, (dtype, None)) for name, dtype in chosen.dtypes.items())
+            ((name, constant),) = weights.items()
+            offset, nbytes = table.offset + begin * row_bytes, constant.nbytes
+            digest = hash_range(self._folder.parent / file.record.path, offset, nbytes)
+            self._add(
+                f"{_HEAD}.{index:03d}",
+                "head",
+                chosen,
+                structure,
+                weights=WeightsRange(path=file.record.path, offset=offset, nbytes=nbytes, sha256=digest),
+                tensors=(WeightSpec(name=name, dtype=table.dtype, shape=constant.shape, offset=offset),),
+                lookups=(),
+            )
+
+    def finish(self) -> None:
+        """Say that all is written."""
+        self._progress("writing done", self._total, self._total)
+
+    def edge(self, name: str) -> TensorSpec:
+        """What is known about a tensor between shards."""
+        return TensorSpec(
+            name=name,
+            dtype=dtype_name(self._graph.types.get(name, (0, None))[0]),
+            shape=self._sampler.shape(name) or (),
+        )
+
+    def _write_weights(self, name: str, constants: Sequence[tuple[str, Constant]]) -> WeightsFile:
+        def written(count: int) -> None:
+            # Constants that several shards use are written more than once.
+            self._done = min(self._done + count, self._total)
+            self._progress(f"writing {name}", self._done, self._total)
+
+        result = write_weights(self._folder / f"{name}.safetensors", constants, written=written)
+        self.files.append(result.record)
+        return result
+
+    def _add(
+        self,
+        name: str,
+        role: Role,
+        fused: Fused,
+        structure: str,
+        *,
+        weights: WeightsRange | None,
+        tensors: tuple[WeightSpec, ...],
+        lookups: tuple[Lookup, ...],
+    ) -> None:
+        places = {spec.name: spec for spec in tensors}
+        for proto in fused.model.graph.initializer:
+            if proto.name in fused.external:
+                assert weights is not None
+                spec = places[proto.name]
+                set_place(proto, Path(weights.path).name, spec.offset, spec.nbytes)
+        data = fused.model.SerializeToString(deterministic=True)
+        path = self._folder / f"{name}.onnx"
+        path.write_bytes(data)
+        record = FileRecord(
+            path=f"{self._folder.name}/{path.name}", nbytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+        )
+        self.files.append(record)
+        self._graph.forget()
+        self.shards.append(
+            Shard(
+                name=name,
+                role=role,
+                graph=record,
+                weights=weights,
+                tensors=tensors,
+                inputs=tuple(value.name for value in fused.model.graph.input),
+                outputs=tuple(value.name for value in fused.model.graph.output),
+                lookups=lookups,
+                structure=structure,
+            )
+        )
+
+    def _lookup(self, lift: Lift) -> Lookup:
+        assert self._tables is not None
+        table = next(spec for spec in self._tables.tensors if spec.name == lift.table)
+        return Lookup(path=self._tables.record.path, table=table, indices=lift.indices, output=lift.output)
+
+    def _value(self, name: str) -> ValueInfoProto:
+        if name in self._inputs:
+            return self._inputs[name]
+        dtype, shape = self._graph.types.get(name, (0, None))
+        if not dtype:
+            return helper.make_empty_tensor_value_info(name)
+        return helper.make_tensor_value_info(name, dtype, self._sampler.shape(name) or shape)
+
+    def _model(self, graph: GraphProto) -> ModelProto:
+        domains = {node.domain for node in graph.node} | {""}
+        opsets = [helper.make_opsetid(d, v) for d, v in self._graph.opsets.items() if d in domains]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="pipeload")

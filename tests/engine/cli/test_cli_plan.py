@@ -1,0 +1,151 @@
+"""`pipeload plan`: what it prints for a budget, and what it still answers when that cannot work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeload.cli import app
+from pipeload.errors import BudgetError, ConfigError
+from pipeload.format import manifest as manifests
+from pipeload.machine.memory import rss_bytes
+from pipeload.machine.sizes import format_bytes
+from pipeload.measuring import profile_store
+from pipeload.planning.profile import Profile, ShardTimes
+
+TIMES = ShardTimes(session_s=1e-4, run_s=1e-4, loading_run_s=1e-4, pack_s=1e-4, packed_run_s=1e-4)
+PACKED = replace(TIMES, run_s=1.0, loading_run_s=1.0)
+"""Of weights that have to be packed to be fast."""
+
+
+@pytest.fixture(autouse=True)
+def fixed_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans that do not depend on what other tests left in memory."""
+    process = Profile(process_bytes=rss_bytes(), cores=2)
+    monkeypatch.setattr("pipeload.cli.commands.plan.measure", lambda: process)
+
+
+@pytest.fixture
+def call(toy_large: Path, tmp_path: Path) -> Any:
+    """Run the command with a made-up profile of the model with eight blocks."""
+
+    def run(*arguments: object, times: ShardTimes = TIMES) -> Result:
+        shards = {shard.name: times for shard in manifests.read(toy_large).shards}
+        file = tmp_path / "profile.json"
+        profile_store.write(Profile(process_bytes=1, cores=2, read_bytes_per_s={1: 1e9}, times={2: shards}), file)
+        return CliRunner().invoke(app, ["plan", str(toy_large), f"--profile={file}", *map(str, arguments)])
+
+    return run
+
+
+def _smallest(call: Any, **options: Any) -> int:
+    smallest: int = json.loads(call("--budget=8GB", "--json", **options).stdout)["smallest_budget_bytes"]
+    return smallest
+
+
+def _rows(text: str) -> dict[str, str]:
+    """The table that follows the first line."""
+    cells = [line.strip().split("  ", 1) for line in text.splitlines()[1:] if line.startswith("  ")]
+    return {name: value.strip() for name, value in cells}
+
+
+# What stays in memory
+
+
+def test_all_of_a_model_in_memory_is_one_range(call: Any) -> None:
+    rows = _rows(call("--budget=8GB").stdout)
+    assert rows["resident"] == "10 of 10 shards: prologue, block.000-007, epilogue"
+    assert rows["partly resident"] == "0 of 10"
+    assert rows["read in each pass"] == "0 B"
+
+
+def test_the_shards_that_stay_are_named(call: Any) -> None:
+    budget = _smallest(call) + 15_000_000
+    facts = json.loads(call(f"--budget={budget}", "--json").stdout)["plan"]
+    resident = facts["resident"]
+    assert len(resident) == facts["resident_shards"]
+    assert 0 < len(resident) < facts["shards"]
+    shown = _rows(call(f"--budget={budget}").stdout)["resident"]
+    count, _, names = shown.partition(": ")
+    assert count == f"{len(resident)} of {facts['shards']} shards"
+    found = []
+    for group in names.split(", "):
+        stem, _, numbers = group.partition(".")
+        for run in numbers.split():
+            first, _, last = run.partition("-")
+            found += [f"{stem}.{number:03d}" for number in range(int(first), int(last or first) + 1)]
+        found += [] if numbers else [stem]
+    assert found == resident
+
+
+def test_what_is_packed_is_told_for_what_stays_and_for_what_is_read(call: Any) -> None:
+    everything = _rows(call("--budget=8GB", times=PACKED).stdout)
+    assert everything["stays in memory"].endswith(" MB, packed")
+    budget = _smallest(call, times=PACKED) + 15_000_000
+    result = call(f"--budget={budget}", "--sweep", times=PACKED)
+    assert _rows(result.stdout.partition("\n\n")[0])["read in each pass"].endswith(" MB, then packed")
+    assert ", then packed" in result.stdout.partition("\n\n")[2]
+    facts = json.loads(call(f"--budget={budget}", "--json", times=PACKED).stdout)["plan"]
+    assert facts["packed_streamed"]
+    assert "packed" not in call(f"--budget={budget}").stdout
+
+
+# A budget that cannot work
+
+
+def test_a_budget_that_cannot_work_is_an_error_alone(call: Any) -> None:
+    for arguments in (["--budget=2MB"], ["--budget=2MB", "--json"]):
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert isinstance(result.exception, BudgetError)
+        assert result.stdout == ""
+
+
+def test_questions_about_other_budgets_are_answered_before_the_error(call: Any) -> None:
+    smallest = _smallest(call)
+    result = call("--budget=2MB", "--latency=10s", "--sweep")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, BudgetError)
+    assert "2.0 MB cannot work" in str(result.exception)
+    lines = result.stdout.splitlines()
+    assert lines[:3] == [
+        f"smallest budget that works: {format_bytes(smallest)}",
+        f"smallest budget for 10s: {format_bytes(smallest)}",
+        "",
+    ]
+    assert lines[3].split()[:2] == ["budget", "peak"]
+    assert len(lines) == 4 + 11
+
+
+def test_json_has_the_answers_and_no_plan(call: Any) -> None:
+    smallest = _smallest(call)
+    result = call("--budget=2MB", "--latency=10s", "--json")
+    assert isinstance(result.exception, BudgetError)
+    assert json.loads(result.stdout) == {
+        "plan": None,
+        "smallest_budget_bytes": smallest,
+        "latency_budget_bytes": smallest,
+        "sweep": [],
+    }
+
+
+def test_a_latency_that_no_budget_reaches_is_said(call: Any) -> None:
+    result = call("--budget=8GB", "--latency=0.1ms")
+    assert result.exit_code == 0
+    assert "no budget makes steady passes of 0.1ms: with all in memory they take 1.0 ms" in result.stdout
+
+
+# A profile that cannot be used
+
+
+def test_a_profile_without_figures_is_named(toy_large: Path, tmp_path: Path) -> None:
+    file = tmp_path / "empty.json"
+    profile_store.write(Profile(process_bytes=1, cores=2), file)
+    result = CliRunner().invoke(app, ["plan", str(toy_large), f"--profile={file}"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(file) in str(result.exception)

@@ -1,0 +1,198 @@
+"""The simulated schedule: what small cases give by hand, and nothing that beats the least possible time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.engine.plans import manifest_of
+
+from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.schedule import Schedule, ShardWork, roofline, simulate
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
+
+_settings = settings(derandomize=True, database=None, deadline=None, max_examples=300)
+CLOSE = 1e-9
+
+
+def _streamed(nbytes: int, run_s: float, session_s: float = 0.0, *, kept: int = 0, loading_s: float = 0.0) -> ShardWork:
+    return ShardWork(
+        cold_bytes=nbytes,
+        steady_bytes=nbytes - kept,
+        streamed=True,
+        session_s=session_s,
+        run_s=run_s,
+        loading_run_s=loading_s or run_s,
+    )
+
+
+def _resident(nbytes: int, run_s: float, session_s: float = 0.0) -> ShardWork:
+    return ShardWork(
+        cold_bytes=nbytes, steady_bytes=0, streamed=False, session_s=session_s, run_s=run_s, loading_run_s=run_s
+    )
+
+
+def _times(work: list[ShardWork], *, loaders: int, buffers: int, bandwidth: float = 1.0) -> tuple[float, float]:
+    schedule = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth)
+    return schedule.first_s, schedule.steady_s
+
+
+# By hand, with a byte a second
+
+
+def test_one_loader_and_one_buffer_do_one_thing_after_the_other() -> None:
+    work = [_streamed(3, 2.0, 0.5)] * 4
+    assert _times(work, loaders=1, buffers=1) == pytest.approx((4 * 5.5, 4 * 5.5))
+
+
+def test_with_two_buffers_reading_hides_computing() -> None:
+    # Read 3 seconds each, one after the other; the last one runs for 2 more.
+    assert _times([_streamed(3, 2.0)] * 4, loaders=1, buffers=2) == pytest.approx((4 * 3 + 2, 4 * 3))
+
+
+def test_with_two_buffers_computing_hides_reading() -> None:
+    # The first shard is read in 2 seconds, and then inference never waits.
+    assert _times([_streamed(2, 3.0)] * 4, loaders=1, buffers=2) == pytest.approx((2 + 4 * 3, 4 * 3))
+
+
+def test_a_session_holds_up_its_own_loader_only() -> None:
+    # One loader: 2 + 2 seconds for each shard. Two: one makes a session while the other reads.
+    work = [_streamed(2, 1.0, 2.0)] * 4
+    assert _times(work, loaders=1, buffers=3)[1] == pytest.approx(4 * 4)
+    assert _times(work, loaders=2, buffers=3)[1] == pytest.approx(4 * 2)
+
+
+def test_the_storage_serves_one_after_the_other() -> None:
+    # Four loaders read no more bytes in a second than the bandwidth says.
+    assert _times([_streamed(5, 1.0)] * 3, loaders=4, buffers=5) == pytest.approx((16, 15))
+
+
+def test_resident_shards_are_read_for_the_first_pass_only() -> None:
+    work = [_resident(4, 1.0, 1.0), _resident(6, 2.0, 1.0)]
+    # 4 + 1, then 6 + 1 with one loader; the second runs for 2.
+    assert _times(work, loaders=1, buffers=0) == pytest.approx((14, 3))
+
+
+def test_resident_shards_give_reading_time() -> None:
+    # Read in 4 seconds, while the resident ones run for 4.
+    work = [_streamed(4, 1.0), _resident(1, 2.0), _resident(1, 2.0)]
+    assert _times(work, loaders=1, buffers=2)[1] == pytest.approx(5)
+    # With one buffer as well: it is free while they run.
+    assert _times(work, loaders=1, buffers=1)[1] == pytest.approx(5)
+
+
+def test_what_is_kept_is_read_for_the_first_pass_only() -> None:
+    work = [_streamed(10, 1.0, kept=7)] * 3
+    assert _times(work, loaders=1, buffers=1) == pytest.approx((3 * 11, 3 * 4))
+
+
+def test_computing_is_slower_in_the_part_of_a_pass_in_which_somebody_reads() -> None:
+    # 5 of 10 seconds are reading: half of the slowdown from 10 to 12. In the first pass all of it.
+    work = [_streamed(5, 10.0, loading_s=12.0)]
+    first, steady = _times(work, loaders=1, buffers=2)
+    assert (first, steady) == pytest.approx((5 + 12, 11))
+
+
+def test_bandwidth_counts() -> None:
+    assert _times([_streamed(100, 0.0)] * 2, loaders=1, buffers=1, bandwidth=50.0) == pytest.approx((4, 4))
+
+
+# The least possible
+
+
+def _profile(bandwidth: dict[int, float], *times: tuple[float, float]) -> Profile:
+    shards = {
+        f"s{k}": ShardTimes(session_s=0, run_s=run, loading_run_s=run, pack_s=0, packed_run_s=packed)
+        for k, (run, packed) in enumerate(times)
+    }
+    return Profile(process_bytes=0, cores=1, read_bytes_per_s=bandwidth, times={1: shards})
+
+
+def test_a_steady_pass_reads_or_computes_whatever_takes_longer() -> None:
+    manifest, profile = manifest_of([10], [20]), _profile({1: 2.0, 2: 10.0}, (3, 1), (2, 4))
+    # The best of both: bandwidth 10; computing 1 + 2.
+    assert roofline(manifest, profile).steady_s == pytest.approx(3)
+    assert roofline(manifest, _profile({1: 2.0}, (3, 1), (2, 4))).steady_s == pytest.approx(15)
+    assert roofline(manifest, _profile({1: 2.0}, (3, 1), (2, 4)), 20).steady_s == pytest.approx(5)
+    assert roofline(manifest, _profile({1: 2.0}, (3, 1), (2, 4)), 30).steady_s == pytest.approx(3)
+
+
+def test_a_first_pass_reads_up_to_some_shard_and_computes_from_there() -> None:
+    manifest = manifest_of([10], [20], [30])
+    # Everything is read before the last one runs: 60 + 1.
+    assert roofline(manifest, _profile({1: 1.0}, (1, 1), (1, 1), (1, 1))).first_s == pytest.approx(61)
+    # The first is read, and then all compute.
+    assert roofline(manifest, _profile({1: 1.0}, (50, 50), (50, 50), (50, 50))).first_s == pytest.approx(160)
+    # Up to the second one, and computing from there.
+    assert roofline(manifest, _profile({1: 1.0}, (1, 1), (90, 90), (5, 5))).first_s == pytest.approx(125)
+
+
+def test_shards_without_bytes_only_compute() -> None:
+    assert roofline(manifest_of([], []), _profile({1: 1.0}, (1, 1), (2, 2))).first_s == pytest.approx(3)
+
+
+# For anything
+
+_SECONDS = st.one_of(st.just(0.0), st.floats(1e-4, 10.0))
+
+
+@st.composite
+def _work(draw: Any) -> list[ShardWork]:
+    work = []
+    for _ in range(draw(st.integers(1, 12))):
+        nbytes, run_s = draw(st.integers(0, 100)), draw(_SECONDS)
+        streamed = draw(st.booleans())
+        work.append(
+            ShardWork(
+                cold_bytes=nbytes,
+                steady_bytes=draw(st.integers(0, nbytes)) if streamed else 0,
+                streamed=streamed,
+                session_s=draw(_SECONDS),
+                run_s=run_s,
+                loading_run_s=run_s * draw(st.floats(1.0, 3.0)),
+            )
+        )
+    return work
+
+
+_LOADERS, _BUFFERS, _BANDWIDTHS = st.integers(1, 4), st.integers(1, 5), st.floats(1.0, 1000.0)
+
+
+@_settings
+@given(_work(), _LOADERS, _BUFFERS, _BANDWIDTHS)
+def test_nothing_is_faster_than_the_roofline(
+    work: list[ShardWork], loaders: int, buffers: int, bandwidth: float
+) -> None:
+    schedule = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth)
+    total_s = sum(shard.run_s for shard in work)
+    assert schedule.steady_s >= total_s * (1 - CLOSE)
+    assert schedule.steady_s >= sum(shard.steady_bytes for shard in work) / bandwidth * (1 - CLOSE)
+    read = done = 0.0
+    for shard in work:
+        read += shard.cold_bytes
+        assert schedule.first_s >= (read / bandwidth + total_s - done) * (1 - CLOSE) - CLOSE
+        done += shard.run_s
+
+
+@_settings
+@given(_work(), _LOADERS, _BUFFERS, _BANDWIDTHS)
+def test_more_buffers_are_never_slower(work: list[ShardWork], loaders: int, buffers: int, bandwidth: float) -> None:
+    def schedule(count: int) -> Schedule:
+        return simulate(work, loaders=loaders, buffers=count, read_bytes_per_s=bandwidth)
+
+    fewer, more = schedule(buffers), schedule(buffers + 1)
+    assert more.first_s <= fewer.first_s * (1 + CLOSE)
+    assert more.steady_s <= fewer.steady_s * (1 + CLOSE)
+
+
+@_settings
+@given(_work(), _LOADERS, _BUFFERS, _BANDWIDTHS, st.floats(1.0, 4.0))
+def test_more_bandwidth_is_never_slower(
+    work: list[ShardWork], loaders: int, buffers: int, bandwidth: float, factor: float
+) -> None:
+    slow = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth)
+    fast = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth * factor)
+    assert fast.first_s <= slow.first_s * (1 + CLOSE)
+    assert fast.steady_s <= slow.steady_s * (1 + CLOSE)

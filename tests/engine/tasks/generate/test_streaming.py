@@ -1,0 +1,132 @@
+"""Text that one thread generates and another one reads. Gates say who is where; nobody sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine.harness import Background, Gate
+from tests.engine.tasks.fakes import Array, ToyDecoder, ToyState, write_bert_tokenizer
+
+from pipeload.errors import ConfigError
+from pipeload.tasks.generate.generate import Generation, generate
+from pipeload.tasks.generate.streaming import TextStream
+
+pytest.importorskip("tokenizers")
+
+WORDS = [" dog", " sat", " on", " mat"]
+SCRIPT = [7, 8, 9, 10]
+
+
+class GatedDecoder(ToyDecoder):
+    """A decoder that stops at a gate before each step."""
+
+    def __init__(self, directory: Path, gates: list[Gate], **options: Any) -> None:
+        write_bert_tokenizer(directory)
+        super().__init__(directory, **options)
+        self.gates = gates
+
+    def step(self, inputs: Mapping[str, Array], state: ToyState, *, positions: int = 1) -> Any:
+        self.gates[len(self.steps)].stop_here()
+        return super().step(inputs, state, positions=positions)
+
+
+def _start(model: ToyDecoder, stream: TextStream, prompt: Any = "the cat") -> Background:
+    return Background(lambda: generate(model, prompt, max_new_tokens=4, streamer=stream))
+
+
+def test_pieces_come_while_the_generation_goes_on(tmp_path: Path) -> None:
+    gates = [Gate() for _ in SCRIPT]
+    model, stream = GatedDecoder(tmp_path, gates, script=SCRIPT), TextStream()
+    writer = _start(model, stream)
+    pieces = iter(stream)
+    for gate, word in zip(gates, WORDS, strict=True):
+        gate.wait_reached()
+        gate.open()
+        assert next(pieces) == word
+    assert list(pieces) == []
+    assert writer.end().text == "".join(WORDS)
+
+
+def test_a_reader_may_come_late(tmp_path: Path) -> None:
+    model, stream = GatedDecoder(tmp_path, [Gate(opened=True)] * 4, script=SCRIPT), TextStream()
+    result = _start(model, stream).end()
+    assert list(stream) == WORDS
+    assert result.finish_reason == "length"
+    assert list(stream) == []
+
+
+def test_an_error_is_raised_on_both_sides(tmp_path: Path) -> None:
+    # The script has no second token.
+    model, stream = GatedDecoder(tmp_path, [Gate(opened=True)] * 4, script=SCRIPT[:1]), TextStream()
+    writer = _start(model, stream)
+    pieces = iter(stream)
+    assert next(pieces) == " dog"
+    with pytest.raises(IndexError):
+        next(pieces)
+    assert isinstance(writer.wait(), IndexError)
+    assert model.states[0].closed
+
+
+def test_an_error_before_the_first_step_is_raised_on_both_sides(tmp_path: Path) -> None:
+    stream = TextStream()
+    writer = _start(GatedDecoder(tmp_path, []), stream, prompt=["one", "two"])
+    with pytest.raises(ConfigError, match="streamer takes a single sequence"):
+        list(stream)
+    assert isinstance(writer.wait(), ConfigError)
+
+
+@pytest.mark.parametrize("how", ["break", "close", "with"])
+def test_a_reader_that_stops_ends_the_generation(tmp_path: Path, how: str) -> None:
+    gates = [Gate() for _ in SCRIPT]
+    model, stream = GatedDecoder(tmp_path, gates, script=SCRIPT), TextStream()
+    writer = _start(model, stream)
+    gates[0].open()
+    if how == "break":
+        for piece in stream:
+            assert piece == " dog"
+            break
+    elif how == "with":
+        with stream:
+            assert next(iter(stream)) == " dog"
+    else:
+        gates[1].wait_reached()
+        stream.close()
+    # It may be at its second step by now, which it ends; a third one would hang.
+    gates[1].open()
+    result = writer.end()
+    assert result.finish_reason == "abort"
+    assert result.token_ids in ((7,), (7, 8))
+    assert result.text == "".join(WORDS[: len(result.token_ids)])
+    assert model.states[0].closed
+    assert list(stream) == []
+
+
+def test_closing_wakes_a_reader_that_waits(tmp_path: Path) -> None:
+    gate = Gate()
+    model, stream = GatedDecoder(tmp_path, [gate], script=SCRIPT), TextStream()
+    writer, reader = _start(model, stream), Background(lambda: list(stream))
+    gate.wait_reached()
+    stream.close()
+    assert reader.end() == []
+    gate.open()
+    assert writer.end().token_ids == (7,)
+
+
+def test_a_stream_that_was_closed_before_makes_no_token(tmp_path: Path) -> None:
+    model, stream = GatedDecoder(tmp_path, []), TextStream()
+    stream.close()
+    assert generate(model, "the cat", streamer=stream, logprobs=True) == Generation(
+        text="", token_ids=(), prompt_tokens=4, finish_reason="abort", logprobs=(), sweeps=0
+    )
+    assert model.steps == []
+
+
+def test_a_stream_is_for_one_generation(tmp_path: Path) -> None:
+    model, stream = GatedDecoder(tmp_path, [Gate(opened=True)] * 8, script=SCRIPT * 2), TextStream()
+    generate(model, "the cat", max_new_tokens=4, streamer=stream)
+    with pytest.raises(ConfigError, match="given to a generation already"):
+        generate(model, "the cat", max_new_tokens=4, streamer=stream)
+    assert list(stream) == WORDS
