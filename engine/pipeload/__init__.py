@@ -4,6 +4,7 @@ Packages and modules, from what all use to what uses all:
 
 ```
 errors      the exception tree
+foreign     what libraries raise -> an error of the tree
 format/     what a model directory says: manifest, symbolic dimensions, safetensors headers, caches
 machine/    this computer: memory, heap, cgroups, processors, files
 storage/    shard files -> memory

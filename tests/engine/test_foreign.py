@@ -1,0 +1,39 @@
+"""What a library raises becomes an error of pipeload, with its cause."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeload.errors import ClosedError, ConfigError
+from pipeload.foreign import first_line, foreign_errors
+
+
+class PanicException(BaseException):
+    """What a panic of a library written in Rust looks like."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RecursionError("deep"), OSError(24, "Too many open files"), PanicException("index 3")]
+)
+def test_a_foreign_exception_is_the_cause_of_an_error_with_fact_and_remedy(error: BaseException) -> None:
+    with pytest.raises(ConfigError, match=r"^The file is odd: .*\. Mend it\.$") as raised:
+        with foreign_errors(ConfigError, "The file is odd", "Mend it."):
+            raise error
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [ClosedError("closed"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+def test_errors_of_pipeload_and_signals_pass(error: BaseException) -> None:
+    with pytest.raises(type(error)) as raised:
+        with foreign_errors(ConfigError, "The file is odd", "Mend it."):
+            raise error
+    assert raised.value is error
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    assert first_line(StopIteration()) == "StopIteration"
+    assert first_line(OSError(28, "No space left on device", "/tmp/x")) == "No space left on device"
+    assert first_line(RuntimeError("First.\nSecond.")) == "First"
