@@ -31,7 +31,7 @@ ENGINE_TESTS = REPOSITORY / "tests" / "engine"
 
 # What differs most on another architecture: system calls and alignment, and kernels. All of it together, threads
 # included, is in the comparison of outputs.
-SHORT_SELECTION = ("storage/test_buffers.py", "storage/test_weights.py", "pipeline/test_session.py")
+SHORT_SELECTION = ("storage", "pipeline/test_session.py")
 
 # onnxruntime chooses its kernels by what the CPU has. One CPU a choice: Raspberry Pi 4 (plain NEON) and
 # 5 (dot products), AWS Graviton 3 (SVE, bfloat16, int8 matrices), all that qemu knows (SVE2, SME).

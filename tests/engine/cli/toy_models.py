@@ -1,0 +1,78 @@
+"""A toy model in the place of `pipeload.Model`, and the call of a command on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import numpy as np
+from tests.engine.tasks.fakes import ToyRunner, manifest, write_bert_tokenizer, write_json
+from typer.testing import Result
+
+from pipeload.format.manifest import TensorSpec
+from pipeload.tasks.classify import classify
+from pipeload.tasks.embed import embed
+from pipeload.tasks.runner import free_inputs
+from pipeload.tracing.stats import Stats
+
+
+class ToyModel:
+    """A runner with what `pipeload.Model` has beside: tasks as methods, statistics, a context."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.plan = SimpleNamespace(
+            budget_bytes=256_000_000, loaders=1, buffers=0, resident=frozenset(), resident_bytes=1, streamed_bytes=0
+        )
+        self.stats = Stats(passes=2, peak_bytes=123_000_000)
+        self.closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return free_inputs(self.manifest)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(self.manifest.outputs)
+
+    def embed(self, texts: Any) -> Any:
+        return embed.embed(self, texts)
+
+    def classify(self, inputs: Any, *, top_k: int) -> Any:
+        return classify.classify(self, inputs, top_k=top_k)
+
+    def __enter__(self) -> ToyModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.closed = True
+
+
+Call = Callable[..., Result]
+
+
+def encoder_in(directory: Path) -> ToyRunner:
+    write_bert_tokenizer(directory)
+    table = np.random.default_rng(0).standard_normal((30, 12)).astype(np.float32)
+    return ToyRunner(
+        directory,
+        manifest("feature-extraction", outputs={"last_hidden_state": ("batch_size", "sequence_length", 12)}),
+        lambda inputs: {"last_hidden_state": table[inputs["input_ids"]]},
+    )
+
+
+def classifier_in(directory: Path) -> ToyRunner:
+    write_bert_tokenizer(directory)
+    write_json(directory, "config.json", {"id2label": {"0": "bad", "1": "good"}})
+    return ToyRunner(
+        directory,
+        manifest("text-classification"),
+        lambda inputs: {"logits": np.stack([0 * inputs["input_ids"][:, 1], inputs["input_ids"][:, 1] - 6], 1)},
+    )

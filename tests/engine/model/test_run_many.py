@@ -1,0 +1,121 @@
+"""Many inputs give what each gives alone, are taken as they are needed, and may be left at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.engine import toy as toys
+from tests.engine.harness import (
+    Background,
+    assert_close,
+    assert_same,
+    run_sequentially,
+    smallest_budget,
+)
+from tests.engine.model.loading import (
+    THREADS,
+    gated_reads,
+    load,
+)
+
+import pipeload
+
+_MIXED = [(1, 5), (1, 5), (2, 5), (1, 7), (1, 7), (1, 5), (3, 5)]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 100])
+def test_many_inputs_give_what_each_would_give_alone(toy: Path, batch: int) -> None:
+    items = [toys.inputs(rows, length, seed=k) for k, (rows, length) in enumerate(_MIXED)]
+    with load(toy, smallest_budget(toy)) as model:
+        results = list(model.run_many(items, batch=batch))
+        assert len(results) == len(items)
+        for item, result in zip(items, results, strict=True):
+            # A batch is another shape of the matrices, whose kernels may sum in another order.
+            assert_close(result, run_sequentially(toy, item, threads=THREADS), 1e-5)
+        # A batch that waits may share the sweep of another one.
+        assert 2 <= model.stats.passes <= {1: 7, 2: 4, 3: 3, 100: 3}[batch]
+
+
+def test_many_inputs_without_batches_are_bit_for_bit(toy: Path) -> None:
+    items = [toys.inputs(1, 5, seed=seed) for seed in range(4)]
+    with load(toy, smallest_budget(toy)) as model:
+        results = list(model.run_many(items))
+        if not any(span.kind == "pack" for span in model.trace.spans):
+            for item, result in zip(items, results, strict=True):
+                assert_same(result, run_sequentially(toy, item, threads=THREADS))
+
+
+def test_no_inputs_give_no_outputs(toy: Path) -> None:
+    with load(toy) as model:
+        assert list(model.run_many([])) == []
+        with pytest.raises(pipeload.ConfigError, match="batch is 0"):
+            list(model.run_many([], batch=0))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_endless_inputs_are_taken_as_they_are_needed(toy: Path, batch: int) -> None:
+    taken = []
+
+    def items() -> Iterator[dict[str, Any]]:
+        for number in count():
+            taken.append(number)
+            yield toys.inputs(1, 5, seed=number)
+
+    with load(toy, smallest_budget(toy)) as model:
+        outputs = model.run_many(items(), batch=batch)
+        assert taken == []
+        for number, _ in enumerate(islice(outputs, 9), start=1):
+            # The batch whose answer this is, and the one that is queued behind it.
+            assert len(taken) <= (-(-number // batch) + 1) * batch
+        outputs.close()
+        assert model._pipeline._exchange.idle or Background(model.run, toys.inputs()).wait() is None
+
+
+def test_giving_up_early_leaves_nothing_running(toy: Path) -> None:
+    with load(toy, smallest_budget(toy)) as model:
+        outputs = model.run_many(toys.inputs(seed=seed) for seed in count())
+        next(outputs)
+        outputs.close()
+        # The call that was queued was withdrawn: whatever comes next is served at once.
+        model.run(toys.inputs())
+        assert model._pipeline._exchange.idle or not model._pipeline._exchange._requests
+        assert model.stats.passes <= 3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_faulty_item_is_named_and_the_others_before_it_are_answered(toy: Path, batch: int) -> None:
+    good, bad = toys.inputs(1, 5), {"input_ids": np.zeros((1, 5), np.int32)}
+    with load(toy, smallest_budget(toy)) as model:
+        outputs = model.run_many([good, good, good, bad, good], batch=batch)
+        next(outputs)
+        with pytest.raises(pipeload.ConfigError, match="'attention_mask' is missing"):
+            list(outputs)
+        assert next(outputs, None) is None
+        model.run(good)
+
+
+def test_an_error_of_the_iterable_reaches_the_caller(toy: Path) -> None:
+    def items() -> Iterator[dict[str, Any]]:
+        yield toys.inputs()
+        raise OSError("mine")
+
+    with load(toy, smallest_budget(toy)) as model:
+        with pytest.raises(OSError, match="mine"):
+            list(model.run_many(items()))
+        model.run(toys.inputs())
+
+
+def test_closing_ends_many_inputs(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = gated_reads(monkeypatch, "block.003")
+    model = load(toy, smallest_budget(toy))
+    call = Background(list, model.run_many(toys.inputs(seed=seed) for seed in count()))
+    gate.wait_reached()
+    closing = Background(model.close)
+    assert isinstance(call.wait(), pipeload.ClosedError)
+    gate.open()
+    closing.end()

@@ -1,0 +1,69 @@
+"""What the tests of the exchange do in the place of agents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeload.pipeline.exchange import Exchange
+from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
+from pipeload.pipeline.requests import Request
+
+LOADERS = 4
+
+
+def nothing() -> None:
+    pass
+
+
+def request_of(work: Any = None) -> Request:
+    return Request(work=work)
+
+
+def shard_at(index: int) -> LoadedShard:
+    return LoadedShard(index=index, session=None, buffer=None, reserved_bytes=1, pooled=True)
+
+
+def draw(exchange: Exchange) -> Task:
+    task = exchange.next_task()
+    assert task is not None
+    return task
+
+
+def tell(exchange: Exchange, message: Loaded | Failed) -> None:
+    exchange.deliver(message.task, message)
+
+
+def load_one(exchange: Exchange) -> Task:
+    """Draw and deliver one shard."""
+    task = draw(exchange)
+    tell(exchange, Loaded(task=task, shard=shard_at(task.index)))
+    return task
+
+
+def started(*resident: bool) -> Exchange:
+    exchange = Exchange()
+    exchange.start(resident, LOADERS)
+    return exchange
+
+
+def run_one(exchange: Exchange, index: int) -> None:
+    """Load, take and give back the next shard, as a resident one when it is planned to be."""
+    task = load_one(exchange)
+    assert task.index == index
+    taken, shard = exchange.take(index, request_of())
+    exchange.give_back(index, shard, resident=taken.resident)
+
+
+def holds_back(exchange: Exchange) -> bool:
+    """A Loading Agent that asks for a task would wait."""
+    with exchange._changed:
+        return not exchange._may_draw() and not exchange._may_pack()
+
+
+def retired(exchange: Exchange) -> list[int]:
+    """What the Daemon would get, by closing the exchange."""
+    exchange.close()
+    found = []
+    while (shard := exchange.next_retired()) is not None:
+        found.append(shard.index)
+    return found

@@ -1,0 +1,234 @@
+"""Budgets that change, and memory that becomes short, while passes run and while none does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.engine.harness import (
+    EMULATED,
+    PATIENCE_S,
+    Background,
+    Gate,
+    assert_close,
+)
+from tests.engine.pipeline.rig import (
+    Rig,
+    nothing,
+    rigged,
+)
+
+from pipeload.errors import BudgetError
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import Manifest
+from pipeload.machine.memory import rss_bytes
+from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline.requests import Call
+from pipeload.planning.planner import Plan, make_plan
+from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.replanner import Replanner
+
+
+class _Unlearning(Replanner):
+    """Does not learn, so that plans depend on budgets and needs only; tells when it was asked."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.asked = threading.Semaphore(0)
+
+    def before_pass(self, *arguments: Any, **options: Any) -> Plan:
+        try:
+            return super().before_pass(*arguments, **options)
+        finally:
+            self.asked.release()
+
+    def after_pass(self, *_: Any) -> bool:
+        return False
+
+
+def _profile(manifest: Manifest) -> Profile:
+    """Reading takes longest, and packing gains nothing."""
+    times = ShardTimes(session_s=1e-4, run_s=1e-4, loading_run_s=1e-4, pack_s=1e-2, packed_run_s=1e-4)
+    shards = {shard.name: times for shard in manifest.shards}
+    return Profile(process_bytes=rss_bytes(), cores=1, read_bytes_per_s={1: 1e9, 2: 1.2e9}, times={1: shards})
+
+
+def _budgets(manifest: Manifest, profile: Profile) -> list[int]:
+    """From one buffer to everything resident, nothing packed."""
+
+    def plan(budget: int) -> Plan:
+        return make_plan(manifest, profile, budget_bytes=budget, pass_bytes=10**6)
+
+    with pytest.raises(BudgetError) as caught:
+        plan(1)
+    least = caught.value.needed_bytes
+    everything = next(b for b in range(least, least + 10**9, 10**6) if not plan(b).streamed_bytes)
+    assert not plan(everything).packed
+    return [least, (least + everything) // 2, everything]
+
+
+@contextmanager
+def _budgeted(directory: Path, which: int) -> Iterator[tuple[Rig, list[int], list[int]]]:
+    """A rig under one of the budgets; the budgets, and what is free, which the test may change."""
+    profile = _profile(manifests.read(directory))
+    budgets = _budgets(manifests.read(directory), profile)
+    free = [10**12]
+
+    def replanner(manifest: Manifest) -> tuple[Plan, Replanner]:
+        made = _Unlearning(manifest, profile, budget_bytes=budgets[which], free_bytes=lambda: free[0])
+        return made.plan(10**6, 0), made
+
+    with rigged(directory, replanner=replanner) as rig:
+        yield rig, budgets, free
+
+
+def test_a_smaller_budget_gives_memory_back_before_it_returns(toy_large: Path) -> None:
+    with _budgeted(toy_large, 2) as (rig, budgets, _):
+        rig.check(passes=2)
+        assert len(rig.exchange.residents) == 10
+        buffers = {index: shard.buffer for index, shard in rig.exchange.residents.items()}
+        before = rss_bytes()
+        rig.pipeline.set_budget(budgets[0])
+        plan = rig.pipeline.plan
+        assert plan.peak_bytes <= plan.budget_bytes == budgets[0]
+        assert set(rig.exchange.residents) <= {
+            index for index, shard in enumerate(rig.manifest.shards) if shard.name in plan.resident
+        }
+        gone = [buffer for index, buffer in buffers.items() if index not in rig.exchange.residents]
+        assert len(gone) >= 8
+        assert all(buffer is not None and buffer._map.closed for buffer in gone)
+        # Reading may have begun anew, into as many buffers as the plan has.
+        dropped = sum(buffer.nbytes for buffer in gone if buffer)
+        assert EMULATED or before - rss_bytes() > 0.8 * (dropped - plan.buffers * plan.buffer_bytes)
+        rig.check(passes=2)
+
+
+def test_a_larger_budget_is_used(toy_large: Path) -> None:
+    with _budgeted(toy_large, 0) as (rig, budgets, _):
+        rig.check(passes=2)
+        residents = set(rig.exchange.residents)
+        for budget in budgets[1:]:
+            rig.pipeline.set_budget(budget)
+            rig.check(passes=2)
+            assert residents < set(rig.exchange.residents)
+            residents = set(rig.exchange.residents)
+        assert len(residents) == 10
+        rig.storage.read.clear()
+        rig.check(passes=2)
+        assert rig.storage.read == []
+
+
+def test_a_budget_that_cannot_work_is_refused_and_the_old_one_stays(toy_large: Path) -> None:
+    with _budgeted(toy_large, 1) as (rig, budgets, _):
+        rig.check()
+        before = rig.pipeline.plan
+        with pytest.raises(BudgetError) as caught:
+            rig.pipeline.set_budget(budgets[0] - 5_000_000)
+        assert caught.value.needed_bytes == pytest.approx(budgets[0], abs=2e6)
+        assert rig.pipeline.plan == before
+        rig.check(passes=2)
+        assert rig.pipeline.plan.layout == before.layout
+        assert rig.pipeline.plan.budget_bytes == budgets[1]
+
+
+def test_budgets_change_while_passes_run(toy_large: Path) -> None:
+    with _budgeted(toy_large, 2) as (rig, budgets, _):
+        calls = [Background(rig.check, 12) for _ in range(2)]
+        for number in range(12):
+            rig.pipeline.set_budget(budgets[number % 3])
+            assert rig.pipeline.plan.budget_bytes == budgets[number % 3]
+        for call in calls:
+            call.end()
+        assert rig.pipeline.stats.passes <= 24
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Callers, changing needs and budgets, memory that comes and goes, withdrawn calls, learning and packing."""
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    manifest = manifests.read(toy_large)
+    process = rss_bytes()
+    least, _, everything = _budgets(manifest, _profile(manifest))
+    budgets = [least + 3_000_000, (least + everything) // 2, everything, everything + 40_000_000]
+    random = np.random.default_rng(seed)
+    free = [10**12]
+
+    def replanner(_: Manifest) -> tuple[Plan, Replanner]:
+        made = Replanner(
+            manifest, Profile(process_bytes=process, cores=1), budget_bytes=budgets[2], free_bytes=lambda: free[0]
+        )
+        return made.plan(10**6, 0), made
+
+    with rigged(toy_large, replanner=replanner) as rig:
+
+        def call(needs: list[int]) -> None:
+            for need in needs:
+                assert_close(rig.run(pass_bytes=10**6 + need), rig.expected, 1e-5)
+
+        def set_budgets(order: list[int]) -> None:
+            for which in order:
+                rig.pipeline.set_budget(budgets[which])
+
+        def swing(amounts: list[int]) -> None:
+            for amount in amounts:
+                free[0] = amount
+                rig.run()
+
+        def give_up(times: int) -> None:
+            for _ in range(times):
+                waiting = rig.submit()
+                waiting.withdraw()
+
+        threads = [
+            Background(call, random.choice([0, 10**6], 8).tolist()),
+            Background(call, random.choice([0, 10**6], 8).tolist()),
+            Background(set_budgets, random.integers(0, 4, 8).tolist()),
+            Background(swing, random.choice([budgets[0], budgets[1], 10**12], 8).tolist()),
+            Background(give_up, 8),
+        ]
+        for thread in threads:
+            thread.end()
+        free[0] = 10**12
+        plan = rig.pipeline.plan
+        assert plan.peak_bytes <= plan.budget_bytes
+        assert rig.pipeline._budget.reserved_bytes <= rig.pipeline._budget._limit_bytes
+
+
+def test_an_idle_model_gives_memory_back_when_it_becomes_short(
+    toy_large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    with _budgeted(toy_large, 2) as (rig, budgets, free):
+        rig.check(passes=2)
+        replanner = rig.replanner
+        # One for each call: whatever comes now is the Daemon's doing.
+        assert [replanner.asked.acquire(timeout=PATIENCE_S) for _ in range(2)] == [True, True]
+        free[0] = budgets[0]
+        assert replanner.asked.acquire(timeout=PATIENCE_S)
+        Call(rig.exchange, nothing).result()
+        plan = rig.pipeline.plan
+        assert plan.peak_bytes <= plan.budget_bytes <= budgets[0]
+        assert len(rig.exchange.residents) <= len(plan.resident) < 10
+        rig.check(passes=20)
+        assert rig.pipeline.plan.budget_bytes <= budgets[0], "memory is still short"
+        free[0] = 10**12
+        rig.check(passes=20)
+        assert len(rig.exchange.residents) == 10
+
+
+def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    watched = Gate(opened=True)
+    with _budgeted(toy, 2) as (rig, _, _):
+        real = rig.replanner.limit_bytes
+        monkeypatch.setattr(rig.replanner, "limit_bytes", lambda plan: (watched.stop_here(), real(plan))[1])
+        rig.check()
+        plan = rig.pipeline.plan
+        for _ in range(5):
+            watched.wait_reached()
+        assert rig.pipeline.plan is plan

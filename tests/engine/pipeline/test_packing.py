@@ -1,0 +1,154 @@
+"""Resident shards are packed behind the passes, streamed ones by the loaders, and a failed packing is no lost pass."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine import toy as toys
+from tests.engine.harness import (
+    Background,
+    Gate,
+    assert_close,
+)
+from tests.engine.pipeline.rig import (
+    BLOCKS,
+    FAILURES,
+    NAMES,
+    Scripted,
+    failing_sessions,
+    gated_packing,
+    plan_by_hand,
+    rigged,
+    served,
+)
+
+from pipeload.format import manifest as manifests
+from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline.pipeline import Pipeline
+from pipeload.pipeline.session import to_value
+from pipeload.planning.planner import Plan, make_plan
+from pipeload.planning.profile import Profile
+from pipeload.storage.weights import Storage
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+@pytest.mark.parametrize("last", [1, 2], ids=["a block is last", "the epilogue is last"])
+def test_the_smallest_budget_for_packing_does_not_hang(toy: Path, loaders: int, last: int) -> None:
+    manifest = manifests.read(toy)
+    manifest = replace(manifest, shards=manifest.shards[: len(manifest.shards) - 2 + last])
+    if last == 1:
+        manifest = replace(manifest, outputs=tuple(e for e in manifest.edges if e.name == "hidden.6"))
+    profile = Profile(process_bytes=10**6, cores=1)
+
+    def plan(budget_bytes: int) -> Plan:
+        return make_plan(manifest, profile, budget_bytes=budget_bytes, pass_bytes=0, loaders=loaders)
+
+    # Two megabytes are not planned for.
+    exact = plan(plan(10**10).peak_bytes + 2 * 10**6)
+    assert exact.packed
+    pipeline = Pipeline(manifest, Storage(toy, manifest), exact, Scripted(manifest, lambda *_: exact))
+    try:
+        values = {name: to_value(array) for name, array in toys.inputs().items()}
+        for _ in range(3):
+            pipeline.submit(served(values)).result()
+        assert pipeline._budget.reserved_bytes <= pipeline._budget._limit_bytes
+    finally:
+        pipeline.close()
+
+
+@pytest.mark.parametrize("resident", [tuple(NAMES), ("prologue", *BLOCKS[:3])], ids=["all", "some"])
+def test_residents_are_packed_behind_the_passes_from_memory(toy: Path, resident: tuple[str, ...]) -> None:
+    gate = Gate()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines, "ShardSession", gated_packing(gate))
+        with rigged(toy, resident=resident, packed=True) as rig:
+            # Nothing is packed yet, so the answer is the sequential one's.
+            rig.check()
+            gate.wait_reached()
+            rig.check()
+            reserved = rig.pipeline._budget.reserved_bytes
+            buffers = [shard.buffer for shard in rig.exchange.residents.values()]
+            assert len(buffers) == len(resident)
+            gate.open()
+            rig.wait_packed()
+            for _ in range(3):
+                assert_close(rig.run(), rig.expected, 1e-5)
+            # The packed copies stand for the bytes, and the memory of what was read is given back.
+            rig.wait(lambda: all(buffer is not None and buffer._map.closed for buffer in buffers))
+            if len(resident) == len(NAMES):
+                assert rig.pipeline._budget.reserved_bytes == reserved
+            counts = Counter(rig.storage.read)
+            assert {counts[name] for name in resident} == {1}
+            packs = [span.shard for span in rig.pipeline.trace.spans if span.kind == "pack"]
+            assert sorted(packs) == sorted(resident)
+
+
+def test_streamed_shards_that_are_packed_agree(toy: Path) -> None:
+    with rigged(toy, packed_streamed=True) as rig:
+        for _ in range(4):
+            assert_close(rig.run(), rig.expected, 1e-5)
+        kinds = Counter(span.kind for span in rig.pipeline.trace.spans)
+        assert kinds["pack"] >= 4 * len(NAMES)
+        assert kinds["session"] == 0
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
+def test_a_failed_packing_reaches_the_caller_once_and_is_not_tried_again(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(pipelines, "ShardSession", failing_sessions("pack", error, "block.003"))
+    with rigged(toy, resident=NAMES, packed=True) as rig:
+        rig.check()
+        rig.wait(lambda: rig.exchange._packing_error is not None)
+        with pytest.raises(type(error)) as caught:
+            rig.run()
+        assert caught.value is error
+        for _ in range(4):
+            assert_close(rig.run(), rig.expected, 1e-5)
+        assert not rig.exchange.packing
+        assert [name for name in NAMES if rig.exchange.residents[NAMES.index(name)].buffer is None] == NAMES[:4]
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)
+
+
+def test_a_reset_waits_for_packing_and_forgets_what_comes_too_late(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, armed = Gate(), threading.Event()
+
+    class Failing(gated_packing(gate, "block.002")):  # type: ignore[misc]
+        def run(self, *arguments: Any) -> Any:
+            if armed.is_set():
+                armed.clear()
+                raise OSError("disk")
+            return super().run(*arguments)
+
+    monkeypatch.setattr(pipelines, "ShardSession", Failing)
+    with rigged(toy, resident=NAMES, packed=True) as rig:
+        rig.check()
+        gate.wait_reached()
+        armed.set()
+        call = Background(rig.run)
+        rig.wait(lambda: rig.exchange.stopped)
+        assert call.is_alive()
+        gate.open()
+        with pytest.raises(OSError, match="disk"):
+            call.end()
+        rig.run()
+        rig.wait_packed()
+        assert_close(rig.run(), rig.expected, 1e-5)
+
+
+def test_a_plan_without_packing_makes_packed_shards_leave(toy: Path) -> None:
+    manifest = manifests.read(toy)
+    plans = [plan_by_hand(manifest, resident=NAMES, packed=packed, pass_bytes=packed) for packed in (False, True)]
+    with rigged(toy, resident=NAMES, replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
+        rig.check()
+        assert_close(rig.run(pass_bytes=1), rig.expected, 1e-5)
+        rig.wait_packed()
+        # Those that are not packed serve a plan that is: nothing is read again.
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)
+        rig.check(passes=2)
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 2)

@@ -1,0 +1,178 @@
+"""Rows of tables are those that numpy would index, and a damaged table is named."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.engine.storage.reading import (
+    HEADER_DAMAGE,
+    edit_tensor,
+    expected_of,
+    flip,
+    raising,
+    read_shard,
+    replace_header,
+)
+
+from pipeload.errors import ShardError
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import Lookup
+from pipeload.storage.weights import Storage
+
+
+@pytest.fixture
+def table(toy: Path) -> tuple[Storage, Lookup, Any]:
+    manifest = manifests.read(toy)
+    (lookup,) = manifest.shards[0].lookups
+    content = (toy / lookup.path).read_bytes()
+    size = int(np.prod(lookup.table.shape))
+    whole = np.frombuffer(content, lookup.table.dtype, size, lookup.table.offset).reshape(lookup.table.shape)
+    return Storage(toy, manifest), lookup, whole
+
+
+_INDICES = [
+    np.array([[3, 1, 3], [0, 95, 1]]),
+    np.array([-1, 0, -96, 95]),
+    np.array(7),
+    np.array([], np.int64),
+    np.zeros((2, 0, 3), np.int32),
+    np.array([5, 5, 5], np.int32),
+    np.array([[250], [1]], np.uint8) % 96,
+    np.array([3, -3], np.int8),
+    np.array([95], np.uint64),
+    np.arange(96)[::-1].reshape(4, 24),
+]
+
+
+@pytest.mark.parametrize("indices", _INDICES, ids=lambda indices: f"{indices.dtype}{list(indices.shape)}")
+@pytest.mark.parametrize("keep_cached", [True, False])
+def test_rows_are_what_numpy_would_index(table: Any, indices: Any, keep_cached: bool) -> None:
+    storage, lookup, whole = table
+    rows = storage.read_rows(lookup, indices, keep_cached=keep_cached)
+    assert rows.dtype == whole.dtype
+    np.testing.assert_array_equal(rows, whole[indices])
+
+
+def test_random_rows_are_what_numpy_would_index(table: Any) -> None:
+    storage, lookup, whole = table
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        shape = random.integers(0, 6, random.integers(0, 4))
+        indices = random.integers(-96, 96, shape)
+        np.testing.assert_array_equal(storage.read_rows(lookup, indices, keep_cached=True), whole[indices])
+
+
+@pytest.mark.parametrize("indices", [[96], [-97], [0, 1, 10**12], [[5], [-(10**12)]]])
+def test_rows_beyond_the_table_are_an_index_error(table: Any, indices: Any) -> None:
+    storage, lookup, _ = table
+    with pytest.raises(IndexError, match=r"is no row of 'embeddings\.table', which has 96"):
+        storage.read_rows(lookup, np.array(indices), keep_cached=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_rows_of_every_element_type_are_read(toy: Path, dtype: str) -> None:
+    manifest = manifests.read(toy)
+    (lookup,) = manifest.shards[0].lookups
+    width = 256 // manifests.dtype_bytes(dtype)
+    # The same bytes as another type: the header would not agree, so the manifest lists none of its tensors.
+    other = replace(lookup, table=replace(lookup.table, name="other", dtype=dtype, shape=(96, width)))
+    storage = Storage(toy, replace(manifest, shards=(replace(manifest.shards[0], lookups=()),)))
+    rows = storage.read_rows(other, np.array([4, 2]), keep_cached=True)
+    assert rows.dtype == ("uint16" if dtype == "bfloat16" else dtype)
+    expected = storage.read_rows(
+        replace(lookup, table=replace(lookup.table, name="other")), np.array([4, 2]), keep_cached=True
+    )
+    assert rows.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(("damage", "words"), HEADER_DAMAGE)
+@pytest.mark.parametrize("again", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_table_file_that_is_not_the_exported_one_is_named(
+    toy_copy: Path, damage: Callable[[Path], Any], words: str, again: bool, verify: bool
+) -> None:
+    manifest = manifests.read(toy_copy)
+    (lookup,) = manifest.shards[0].lookups
+    storage = Storage(toy_copy, manifest, verify=verify)
+    if again:
+        storage.read_rows(lookup, np.array([1]), keep_cached=True)
+    damage(toy_copy / lookup.path)
+    with pytest.raises(ShardError, match=r"shards/embeddings\.safetensors"):
+        storage.read_rows(lookup, np.array([1]), keep_cached=True)
+
+
+def test_a_foreign_table_file_is_named(toy_copy: Path, made_toys: Callable[[str], Path]) -> None:
+    manifest = manifests.read(toy_copy)
+    (lookup,) = manifest.shards[0].lookups
+    shutil.copy(made_toys("toy-other") / lookup.path, toy_copy / lookup.path)
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is damaged"):
+        Storage(toy_copy, manifest).read_rows(lookup, np.array([1]), keep_cached=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        replace_header(b"{}"),
+        edit_tensor(dtype="I32"),
+        edit_tensor(shape=[16, 64]),
+        edit_tensor(data_offsets=[64, 0]),
+    ],
+    ids=["none", "other dtype", "smaller", "other place"],
+)
+def test_a_slice_of_a_head_lies_within_a_tensor_of_its_file(
+    toy_decoder: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    directory = Path(shutil.copytree(toy_decoder, tmp_path / "model"))
+    manifest = manifests.read(directory)
+    # Not tied: nothing else speaks of the file.
+    manifest = replace(manifest, shards=tuple(replace(shard, lookups=()) for shard in manifest.shards))
+    storage, head = Storage(directory, manifest, verify=False), manifest.shards[-2]
+    assert read_shard(storage, head) == expected_of(directory, head)
+    assert head.weights is not None
+    damage(directory / head.weights.path)
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is not the file"):
+        read_shard(Storage(directory, manifest, verify=False), head)
+
+
+def test_a_tied_table_is_checked_by_the_slices_of_its_head(toy_decoder: Path, tmp_path: Path) -> None:
+    # Each slice is loaded and checked before a pass has an answer: to read all of the table for it would be a waste.
+    directory = Path(shutil.copytree(toy_decoder, tmp_path / "model"))
+    manifest = manifests.read(directory)
+    (lookup,) = manifest.shards[0].lookups
+    flip(directory / lookup.path, -1)
+    storage = Storage(directory, manifest)
+    storage.read_rows(lookup, np.array([1]), keep_cached=True)
+    read_shard(storage, manifest.shards[-2])
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is damaged"):
+        read_shard(storage, manifest.shards[-1])
+
+
+def test_a_table_beside_a_tied_head_is_checked(exported: Path, tmp_path: Path) -> None:
+    manifest = manifests.read(exported)
+    heads = {shard.weights.path for shard in manifest.shards if shard.role == "head" and shard.weights}
+    tied = [lookup for shard in manifest.shards for lookup in shard.lookups if lookup.path in heads]
+    if len({lookup.table.name for lookup in tied}) < 2:
+        pytest.skip("no second table in the file of a tied head")
+    copy = Path(shutil.copytree(exported, tmp_path / "model"))
+    table = min((lookup.table for lookup in tied), key=lambda table: table.nbytes)
+    with (copy / tied[0].path).open("r+b") as file:
+        file.seek(table.offset)
+        file.write(b"\x55" * 64)
+    with pytest.raises(ShardError, match=r"embeddings\.safetensors' is damaged"):
+        Storage(copy, manifest).read_rows(tied[0], np.array([1]), keep_cached=True)
+
+
+def test_a_disk_that_fails_for_a_row_is_named(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, lookup, _ = table
+    storage.read_rows(lookup, np.array([1]), keep_cached=True)
+    monkeypatch.setattr(os, "preadv", raising(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' cannot be read: Input/output error"):
+        storage.read_rows(lookup, np.array([1]), keep_cached=True)
