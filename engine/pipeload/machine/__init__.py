@@ -2,7 +2,7 @@
 
 ```
 sizes         "256MB" <-> bytes
-files         a file that appears whole or not at all
+files         opened and read in one place; written whole or not at all
 user_cache    what is kept between processes, and where
 cgroups       limits on memory and reading
 memory        RSS, its peak, and what is left

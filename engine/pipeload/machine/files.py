@@ -1,12 +1,87 @@
-"""Files that appear whole or not at all."""
+"""Files: the one place where pipeload opens them to read, and where they are written whole or not at all.
+
+A directory that comes from somebody else may hold anything under a file's name: a pipe that no program writes to, a
+link to `/dev/zero`, a socket. What is opened here is a regular file, and the descriptor is what is checked and read:
+between a look at a path and the opening of it, another file could take its place.
+
+Whatever is wrong with a file is an `OSError` whose `strerror` states the fact and whose `filename` is the path; the
+caller adds the remedy.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import secrets
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
-__all__ = ["write_whole"]
+from pipeload.machine.sizes import format_bytes
+
+__all__ = ["open_file", "read_file", "read_stream", "write_whole"]
+
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+_PIECE_BYTES = 1 << 20
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file, open for reading until the context ends. It never waits for another process.
+
+    Raises:
+        OSError: the file is missing, or cannot be opened, or is no regular file.
+    """
+    # Without O_NONBLOCK, opening a pipe waits until a program writes to it. For regular files it means nothing.
+    descriptor = _open(path, _READING | os.O_NONBLOCK)
+    try:
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind != stat.S_IFREG:
+            code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+            raise OSError(code, f"it is {_KINDS.get(kind, 'something else')}, not a regular file", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_file(path: Path, *, most_bytes: int) -> bytes:
+    """All that a regular file holds.
+
+    Args:
+        path: the file.
+        most_bytes: a file that holds more is refused, before more is read.
+
+    Raises:
+        OSError: the file is missing, cannot be read, is no regular file, or holds more.
+    """
+    with open_file(path) as descriptor:
+        return _read(descriptor, path, most_bytes)
+
+
+def read_stream(path: Path, *, most_bytes: int) -> bytes:
+    """All that a file, pipe or device brings that the user named, such as `/dev/stdin`; it waits as `cat` does.
+
+    Args:
+        path: what to read.
+        most_bytes: a stream that brings more is refused.
+
+    Raises:
+        OSError: it is missing, cannot be read, or brings more.
+    """
+    descriptor = _open(path, _READING)
+    try:
+        return _read(descriptor, path, most_bytes)
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -34,3 +109,33 @@ def write_whole(path: Path, data: bytes) -> None:
                 staging.unlink()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+    except ValueError as error:
+        _refuse_name(path, error)
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags)
+    except ValueError as error:
+        _refuse_name(path, error)
+
+
+def _read(descriptor: int, path: Path, most_bytes: int) -> bytes:
+    try:
+        size = os.fstat(descriptor).st_size
+        pieces: list[bytes] = []
+        left = most_bytes + 1 if size <= most_bytes else 0
+        # One read brings a file whose size is known, and one more its end.
+        while left and (piece := os.read(descriptor, min(left, max(size + 1, _PIECE_BYTES)))):
+            pieces.append(piece)
+            left -= len(piece)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    if not left:
+        raise OSError(errno.EFBIG, f"it holds more than the {format_bytes(most_bytes)} that are read of it", str(path))
+    return b"".join(pieces)
+
+
+def _refuse_name(path: Path, error: ValueError) -> NoReturn:
+    # The system's own functions take no NUL and no lone surrogate in a name: Python refuses before it asks.
+    raise OSError(errno.EINVAL, f"{str(path)!r} is no name of a file ({error})", str(path)) from error
