@@ -52,7 +52,18 @@ def test_the_map_of_modules_is_complete() -> None:
             assert f"\n{module.name}" in pipeload.__doc__, f"the docstring of pipeload does not mention {module.name}"
 
 
-@pytest.mark.parametrize("module", ["errors", "manifest", "storage", "planner", "budget", "exchange", "model"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "errors",
+        "format.manifest",
+        "storage.weights",
+        "planning.planner",
+        "pipeline.reservations",
+        "pipeline.exchange",
+        "model",
+    ],
+)
 def test_every_name_in_all_exists(module: str) -> None:
     found = importlib.import_module(f"pipeload.{module}")
     assert not [name for name in found.__all__ if not hasattr(found, name)]

@@ -21,9 +21,7 @@ from tests.exporter.models import ROWS, WIDTH, write_json, write_onnx
 import pipeload
 from pipeload.errors import ConfigError, ExportError, PipeloadError
 from pipeload.format.manifest import MANIFEST_NAME, read
-from pipeload_export import export, split
-from pipeload_export import export as package
-from pipeload_export.check import verify
+from pipeload_export import export, split, verify
 
 
 def names(folder: Path) -> list[str]:
@@ -141,7 +139,7 @@ def test_failure_undoes_all(
 ) -> None:
     export(source, tmp_path / "old")
     before = read(tmp_path / "old")
-    monkeypatch.setattr(package, "verify_directory", fail_with(error))
+    monkeypatch.setattr(sys.modules["pipeload_export.export"], "verify_directory", fail_with(error))
     for target in ("old", "new"):
         with pytest.raises(raised, match=message):
             export(source, tmp_path / target, force=True, keep_onnx=tmp_path / "kept")

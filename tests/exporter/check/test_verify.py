@@ -19,9 +19,8 @@ from tests.exporter.models import ROWS, write_gpt2, write_onnx
 
 from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadError, ShardError
 from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, read, write
-from pipeload_export import export
+from pipeload_export import export, verify
 from pipeload_export.check import cases as samples_module
-from pipeload_export.check import verify
 from pipeload_export.check.cases import Case, index_limits, sample_cases
 from pipeload_export.check.compare import _difference, limit_of
 

@@ -22,8 +22,7 @@ from tests.exporter.models import write_onnx
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import write
 from pipeload.planning.needs import cache_bytes
-from pipeload_export import export
-from pipeload_export.check import verify
+from pipeload_export import export, verify
 from pipeload_export.check.merge import merge
 from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
