@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.decode import DecodeState
-from pipeload.errors import BudgetError, ClosedError, ConfigError
+from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
+from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.caches import can_be_cut, growth, past_symbols
 from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
@@ -26,6 +27,7 @@ from pipeload.inputs import batches, split_batch
 from pipeload.machine.memory import FreeMemory
 from pipeload.machine.sizes import parse_budget
 from pipeload.measuring import profile_store, profiler
+from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call, Served
 from pipeload.pipeline.session import Value, to_array, to_value
@@ -51,11 +53,9 @@ __all__ = ["Model", "load"]
 
 _CAPACITY_STEP = 128
 """Caches grow in steps of so many tokens, so that they are seldom copied and the plan changes seldom."""
+_INPUTS_FACT, _INPUTS_REMEDY = "The inputs could not be brought into the pipeline", "Pass smaller inputs."
 _PIECE_TOKENS = 256
 """A longer text passes through each shard in pieces of so many tokens, those of all sequences together."""
-
-_PIPELINES: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-"""Those of all models of this process: a budget is the whole process's."""
 
 
 def load(
@@ -93,14 +93,18 @@ def load(
 
     Raises:
         ManifestError: the directory holds no valid model.
+        ShardError: a file of the directory is missing, damaged or foreign; for shards, which are read later, `run`
+            raises it.
         BudgetError: the budget cannot work; names the smallest that can.
         ConfigError: an argument cannot be used.
+        LoadError: the system starts no more threads.
 
     Example:
         >>> with pipeload.load("models/exported/minilm", memory_budget="128MB") as model:
         ...     vectors = model.embed(["a cat", "a dog"])
     """
-    directory = Path(path)
+    with foreign_errors(ConfigError, f"{path!r} is no path of a directory", "Pass a str or a path."):
+        directory = Path(path)
     manifest = manifests.read(directory)
     unknown = set(sizes or {}) - set(manifest.dims)
     if unknown:
@@ -112,17 +116,18 @@ def load(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
     budget = parse_budget(memory_budget)
-    return Model(
-        directory,
-        manifest,
-        budget_bytes=budget,
-        loaders=loaders,
-        threads=threads,
-        dims=needs.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
-        verify=verify,
-        profile=profile,
-        progress=progress,
-    )
+    with foreign_errors(LoadError, f"The model in {directory} could not be opened", "Check the limits of the process."):
+        return Model(
+            directory,
+            manifest,
+            budget_bytes=budget,
+            loaders=loaders,
+            threads=threads,
+            dims=needs.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
+            verify=verify,
+            profile=profile,
+            progress=progress,
+        )
 
 
 class Model:
@@ -156,32 +161,28 @@ class Model:
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        # The tokenizer takes tens of megabytes: it has to be there when the process is measured.
-        with suppress(ConfigError):
-            tokenizer_of(self)
-        process = profiler.measure()
-        # Other models of the process may have read nothing yet of what they are going to keep.
-        process_bytes = process.process_bytes + sum(pipeline.to_come_bytes for pipeline in [*_PIPELINES])
-        self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
-        known = profile or profile_store.find(directory, self._profile_dims) or process
-        self._replanner = Replanner(
-            manifest,
-            replace(known, process_bytes=process_bytes, cores=process.cores),
-            budget_bytes=budget_bytes,
-            free_bytes=FreeMemory(),
-            loaders=loaders,
-            threads=threads,
-        )
-        pass_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
-        try:
-            # Whoever opens a decoder will decode: room for the first caches now saves another plan, and reading, then.
-            plan = self._replanner.first_plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP) if self._caches else 0)
-        except BudgetError:
-            plan = self._replanner.first_plan(pass_bytes, 0)
         stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
-        self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
-        _PIPELINES.add(self._pipeline)
+        self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
+        kept = profile or profile_store.find(directory, self._profile_dims)
+        with OPEN_PIPELINES.lock:
+            # The tokenizer takes tens of megabytes: it has to be there when the process is measured.
+            with suppress(ConfigError):
+                tokenizer_of(self)
+            process = profiler.measure()
+            # Other models of the process may have read nothing yet of what they are going to keep.
+            process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
+            self._replanner = Replanner(
+                manifest,
+                replace(kept or process, process_bytes=process_bytes, cores=process.cores),
+                budget_bytes=budget_bytes,
+                free_bytes=FreeMemory(),
+                loaders=loaders,
+                threads=threads,
+            )
+            plan = self._first_plan(dims)
+            self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
+            OPEN_PIPELINES.add(self._pipeline)
         # Absolute, since the host may change its working directory; and nothing here may keep the model alive.
         keep = partial(_keep_learned, directory.absolute(), self._profile_dims, self._replanner)
         # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
@@ -393,7 +394,8 @@ class Model:
     def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
         """A pass of a decoder. Returns the outputs that it made."""
         state.check_usable_by(self)
-        arrays, dims = self._convert(inputs, state)
+        with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
+            arrays, dims = self._convert(inputs, state)
         length = manifests.evaluate_dim(self._grown, dims)
         positions, new = feed.positions or 0, length - state.length
         if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
@@ -419,12 +421,21 @@ class Model:
         state.length, state.capacity, state.batch = length, wanted, batch
         return outputs
 
+    def _first_plan(self, dims: Mapping[str, int]) -> Plan:
+        pass_bytes = needs.pass_bytes(self.manifest, dims, positions=1 if self._caches else None)
+        if self._caches:
+            # The caller of a decoder will decode: room for the first caches now saves another plan, and reading, then.
+            with suppress(BudgetError):
+                return self._replanner.first_plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP))
+        return self._replanner.first_plan(pass_bytes, 0)
+
     def _logits(self, outputs: Mapping[str, Value], positions: int) -> NDArray[Any]:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
 
     def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
-        arrays, dims = self._convert(inputs)
-        return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes)
+        with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
+            arrays, dims = self._convert(inputs)
+            return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes)
 
     def _submit(
         self,

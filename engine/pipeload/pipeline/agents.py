@@ -8,7 +8,7 @@ memory any more; callers get it as the cause of their ClosedError. A failed reco
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pipeload.errors import ClosedError
 from pipeload.pipeline.exchange import Exchange
@@ -44,7 +44,7 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
 
     Args:
         exchange: gives requests.
-        recover: brings the pipeline back to the beginning of a pass after one failed.
+        recover: brings the pipeline back to the beginning of a pass after one failed that had taken shards.
         settle: called after each that did not fail, when its caller has the answer.
     """
     while (request := exchange.next_request()) is not None:
@@ -52,7 +52,9 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
             result = request.work(request)
         except BaseException as error:
             try:
-                recover()
+                # A call that was refused before it took a shard leaves what was loaded ahead for the next one.
+                if exchange.broken:
+                    recover()
             except BaseException as failure:  # nobody can tell any more what is loaded
                 exchange.close(failure)
             finally:
@@ -99,13 +101,28 @@ def answer(exchange: Exchange, request: Request, outcome: object) -> None:
         request.result.set_result(outcome)
         return
     if isinstance(outcome, ClosedError) and exchange.cause is not None:
+        for link in _chain(exchange.cause):
+            # A recovery that failed was begun because of this very error: its chain must not lead back here.
+            if link.__context__ is outcome:
+                link.__context__ = None
         outcome.__cause__ = exchange.cause
     _let_go(outcome)
     request.result.set_exception(outcome)
 
 
-def _let_go(error: BaseException | None) -> None:
-    """An error that somebody keeps must not keep sessions and activations alive through its frames."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _let_go(error: BaseException) -> None:
+    """Clear the frames of an error: a caller that keeps it must not keep sessions and activations alive."""
+    for link in _chain(error):
+        traceback.clear_frames(link.__traceback__)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, its causes and contexts, and theirs, each once: exceptions may form circles."""
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error]
+    while found:
+        link = found.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            found += [link.__cause__, link.__context__]
+            yield link

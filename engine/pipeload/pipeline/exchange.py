@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pipeload.errors import ClosedError
 from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
 from pipeload.pipeline.requests import Request
+from pipeload.storage.buffers import Part
 
 __all__ = ["Exchange"]
 
@@ -52,11 +53,13 @@ class Exchange:
         self._stopped = True
         self._short = False
         self._failed = False
+        self._broken = False
         self._outstanding = 0
         self._ready: dict[int, Loaded | Failed] = {}
         self._retired: deque[LoadedShard] = deque()
         self._pass_number = 1
         self._residents: dict[int, LoadedShard] = {}
+        self._kept: dict[int, Sequence[Part]] = {}
         self._running: int | None = None
         self._to_pack: deque[int] = deque()
         self._packing = False
@@ -161,6 +164,7 @@ class Exchange:
         """The next call to serve; None when closed."""
         with self._changed:
             self._current = []
+            self._broken = False
             while not self._closed:
                 self._changed.wait_for(lambda: self._closed or self._requests)
                 # Those who were served together come back one by one.
@@ -211,6 +215,7 @@ class Exchange:
             if stopped():
                 raise ClosedError("The call was ended.")
             message = self._ready[ticket]
+            self._broken = True
             if isinstance(message, Failed):
                 raise message.error
             assert message.task.index == index, "loaders and inference walk the same order"
@@ -274,6 +279,14 @@ class Exchange:
         return self._stopped
 
     @property
+    def broken(self) -> bool:
+        """Whether the next sweep cannot begin with what is loaded: the call that is being served took a shard of it,
+        or a load has failed.
+        """
+        with self._changed:
+            return self._broken or self._failed
+
+    @property
     def residents(self) -> dict[int, LoadedShard]:
         """The resident shards that are in memory now."""
         with self._changed:
@@ -284,6 +297,22 @@ class Exchange:
         """Whether no call runs or waits."""
         with self._changed:
             return not self._current and not self._requests
+
+    def keep(self, index: int, parts: Sequence[Part]) -> None:
+        """Parts of a streamed shard that stay in memory from now on."""
+        with self._changed:
+            self._kept[index] = parts
+
+    @property
+    def kept(self) -> dict[int, Sequence[Part]]:
+        """Shard -> the parts of it that stay in memory; their memory is reserved apart from the shards'."""
+        with self._changed:
+            return dict(self._kept)
+
+    def forget(self, index: int) -> Sequence[Part]:
+        """Parts that stay no longer: the caller closes and releases them; only between `reset` and `start`."""
+        with self._changed:
+            return self._kept.pop(index)
 
     def drop(self, index: int) -> None:
         """Retire a resident shard; only between `reset` and `start`."""

@@ -15,23 +15,25 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pipeload.errors import BudgetError, ClosedError, ConfigError
-from pipeload.format.manifest import Manifest
+from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
+from pipeload.foreign import foreign_errors
+from pipeload.format.manifest import Manifest, Shard
 from pipeload.format.pages import page_ceil, room_bytes
 from pipeload.machine.heap import limit_heap, trim, widen_heap
 from pipeload.machine.memory import peak_rss_bytes, rss_bytes
 from pipeload.machine.threads import Result
 from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
+from pipeload.pipeline.lent_outputs import LentOutputs
 from pipeload.pipeline.messages import LoadedShard, Task
 from pipeload.pipeline.requests import Call, Request, Served
 from pipeload.pipeline.reservations import Budget
-from pipeload.pipeline.session import ShardSession, Value, shrink_arena, to_array
+from pipeload.pipeline.session import ShardSession, Value, shrink_arena
 from pipeload.pipeline.sweep import Forward
 from pipeload.planning.layouts import session_bytes, staying
 from pipeload.planning.needs import in_arena
@@ -56,6 +58,9 @@ _HEAP_PLENTY_BYTES = 1_000_000_000
 """More than all arenas of a heap that may grow will keep."""
 _GATHER_SHARE = 0.02
 """For this part of a sweep's time the next one waits for those whom it served together."""
+_PLAN_FACT = "No room could be made for the pass"
+_MEMORY_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
+_THREADS_REMEDY = "Raise the limit of processes and threads (ulimit -u), or end other programs."
 _WATCH_S = 1.0
 """How often an idle model looks whether memory has become short."""
 
@@ -90,10 +95,8 @@ class Pipeline:
         self._budget = Budget(plan.weights_bytes)
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._exchange = Exchange()
-        # Outputs of former calls, as long as their callers keep them.
-        self._lent: weakref.WeakKeyDictionary[Value, int] = weakref.WeakKeyDictionary()
+        self._lent = LentOutputs()
         self._in_arena = in_arena(manifest)
-        self._kept: dict[int, Sequence[Part]] = {}
         self.trace = Trace(_SPANS)
         self._passes = 0
         self._read_bytes = 0
@@ -167,8 +170,8 @@ class Pipeline:
         """
 
         def work(_: Request) -> None:
-            self._replanner.set_budget(budget_bytes, *self._needs)
-            self._prepare()
+            with foreign_errors(LoadError, _PLAN_FACT, _MEMORY_REMEDY), self._replanner.trying(budget_bytes):
+                self._prepare(strict=budget_bytes is None)
 
         self._call(work).result()
 
@@ -189,7 +192,7 @@ class Pipeline:
             self._exchange.reset(self._budget.wake)
             while (retired := self._exchange.next_retired()) is not None:
                 self._free(retired)
-            for index in list(self._kept):
+            for index in self._exchange.kept:
                 self._forget(index)
             self._pool.close()
             self._give_back()
@@ -201,7 +204,8 @@ class Pipeline:
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
-        thread.start()
+        with foreign_errors(LoadError, f"The thread of the agent '{name}' cannot be started", _THREADS_REMEDY):
+            thread.start()
         self._threads.append(thread)
 
     def _spawn_loaders(self) -> None:
@@ -216,6 +220,11 @@ class Pipeline:
     # Loading Agents
 
     def _load(self, task: Task) -> LoadedShard | None:
+        name = self._manifest.shards[task.index].name
+        with foreign_errors(LoadError, f"Shard '{name}' could not be loaded", _MEMORY_REMEDY):
+            return self._load_or_pack(task)
+
+    def _load_or_pack(self, task: Task) -> LoadedShard | None:
         if task.packing:
             try:
                 self._pack(task)
@@ -233,7 +242,7 @@ class Pipeline:
         whole = 0, shard.nbytes
         begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
         # No other agent loads this shard now, so what it keeps is there, or is this one's to load.
-        kept = self._kept.get(task.index, ())
+        kept = self._exchange.kept.get(task.index, ())
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
         reserved = page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
@@ -261,9 +270,10 @@ class Pipeline:
             if complete:
                 kind: Kind = "pack" if packed else "session"
                 with self.trace.span(agent, kind, shard.name, pass_number=task.pass_number):
-                    loaded.session = ShardSession(
-                        shard, graph, parts, plan.threads, packed=packed, arena=self._in_arena
-                    )
+                    loaded.session = self._session(shard, graph, parts, packed=packed)
+            with self._counter:
+                self._read_bytes += nbytes if complete else 0
+            self._sample()
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)
             raise
@@ -271,17 +281,24 @@ class Pipeline:
             self._abandon(loaded, begun, keep_bytes)
             return None
         if begun:
-            self._kept[task.index] = begun
-        with self._counter:
-            self._read_bytes += nbytes
-        self._sample()
+            self._exchange.keep(task.index, begun)
         return loaded
 
+    def _session(self, shard: Shard, graph: Path, parts: Sequence[Part], *, packed: bool) -> ShardSession:
+        try:
+            return ShardSession(shard, graph, parts, self._plan.threads, packed=packed, arena=self._in_arena)
+        except LoadError:
+            # Where the file changed or vanished after it was checked, that is the true reason.
+            self._storage.graph(shard)
+            raise
+
     def _abandon(self, loaded: LoadedShard, begun: Sequence[Part], keep_bytes: int) -> None:
-        self._free(loaded)
-        for part in begun:
-            part.buffer.close()
-        self._budget.release(keep_bytes)
+        try:
+            for part in begun:
+                part.buffer.close()
+        finally:
+            self._budget.release(keep_bytes)
+            self._free(loaded)
 
     def _pack(self, task: Task) -> None:
         """Make a packed copy of a resident shard, from memory, and let it take the shard's place."""
@@ -290,14 +307,8 @@ class Pipeline:
         if loaded.buffer is None or self._exchange.is_stale(task):
             return
         with self.trace.span(_agent(), "pack", shard.name):
-            session = ShardSession(
-                shard,
-                self._storage.graph(shard),
-                [Part(0, shard.nbytes, loaded.buffer)],
-                self._plan.threads,
-                packed=True,
-                arena=self._in_arena,
-            )
+            whole = [Part(0, shard.nbytes, loaded.buffer)]
+            session = self._session(shard, self._storage.graph(shard), whole, packed=True)
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
         if self._exchange.swap(task, packed):
@@ -325,14 +336,19 @@ class Pipeline:
             )
             end_s = time.perf_counter()
             self._account(begin_s, end_s, cold)
-            self._exchange.expect(len(requests), _GATHER_SHARE * (end_s - begin_s))
+            if self._plan.streamed_bytes:
+                self._exchange.expect(len(requests), _GATHER_SHARE * (end_s - begin_s))
         except BaseException as error:
             for other in requests[1:]:
                 answer(self._exchange, other, other.served.feed.error or error)
+            own = request.served.feed.error
+            if own is not None and own is not error:
+                # It ended this call before the sweep failed, and has a cause of its own.
+                raise own  # noqa: B904
             raise
         for feed in feeds:
             if feed.positions is None:
-                self._lent.update((value, to_array(value).nbytes) for value in feed.outputs.values())
+                self._lent.add(feed.outputs.values())
         for other in requests[1:]:
             answer(self._exchange, other, other.served.feed.error or other.served.feed.outputs)
         if request.served.feed.error is not None:
@@ -353,13 +369,15 @@ class Pipeline:
             largest = max(served, key=lambda one: one.pass_bytes - one.held_bytes)
             pass_bytes = largest.pass_bytes + sum(one.held_bytes for one in served if one is not largest)
             try:
-                self._prepare(pass_bytes, max(one.cache_bytes for one in served), strict=len(served) > 1)
+                with foreign_errors(RunError, _PLAN_FACT, _MEMORY_REMEDY):
+                    self._prepare(pass_bytes, max(one.cache_bytes for one in served), strict=len(served) > 1)
                 return
             except BudgetError:
                 if len(requests) == 1:
                     raise
-                self._exchange.part(requests[1:])
-                del requests[1:]
+                half = len(requests) // 2
+                self._exchange.part(requests[half:])
+                del requests[half:]
 
     @contextmanager
     def _borrow(self, index: int, requests: Sequence[Request], begin_s: float) -> Iterator[ShardSession]:
@@ -391,7 +409,7 @@ class Pipeline:
         Without needs it is for another pass like the latest one. For `strict` see `Replanner.before_pass`.
         """
         needs = self._needs if pass_bytes is None else (pass_bytes, cache_bytes)
-        taken = needs[0] + sum(self._lent.values())
+        taken = needs[0] + self._lent.nbytes
         occupied = self._occupied_bytes()
         if self._replanner.growth_bytes(self._plan, taken, occupied) > 0:
             self._give_back()
@@ -407,7 +425,7 @@ class Pipeline:
                 if name not in plan.resident or plan.threads != self._plan.threads or (packed and not plan.packed):
                     self._exchange.drop(index)
             self._wait_freed()
-            for index in list(self._kept):
+            for index in self._exchange.kept:
                 name = self._manifest.shards[index].name
                 if plan.partly_resident.get(name) != self._plan.partly_resident.get(name):
                     self._forget(index)
@@ -426,7 +444,7 @@ class Pipeline:
 
     def _coldness(self) -> Coldness:
         wanted = len(self._plan.resident), len(self._plan.partly_resident)
-        complete = (len(self._exchange.residents), len(self._kept)) == wanted
+        complete = (len(self._exchange.residents), len(self._exchange.kept)) == wanted
         return "steady" if complete and self._passes else "filling" if self._passes else "cold"
 
     def _account(self, begin_s: float, end_s: float, cold: Coldness) -> None:
@@ -461,11 +479,11 @@ class Pipeline:
 
     def _wait_freed(self) -> None:
         expected = sum(loaded.reserved_bytes for loaded in self._exchange.residents.values())
-        expected += sum(part.buffer.nbytes for parts in self._kept.values() for part in parts)
+        expected += sum(part.buffer.nbytes for parts in self._exchange.kept.values() for part in parts)
         self._exchange.wait_freed(lambda: self._budget.reserved_bytes == expected)
 
     def _forget(self, index: int) -> None:
-        for part in self._kept.pop(index):
+        for part in self._exchange.forget(index):
             self._budget.release(part.buffer.nbytes)
             part.buffer.close()
 
@@ -488,18 +506,22 @@ class Pipeline:
 
     def _free(self, shard: LoadedShard) -> None:
         with self.trace.span("daemon", "free", self._manifest.shards[shard.index].name):
-            shard.session = None
-            if shard.buffer is not None:
-                if shard.pooled:
-                    self._pool.give(shard.buffer)
-                else:
-                    shard.buffer.close()
-                shard.buffer = None
-            if rss_bytes() > self._plan.peak_bytes:
-                self._exchange.signal_memory(short=True)
-                self._give_back()
-                self._exchange.signal_memory(short=False)
-            self._budget.release(shard.reserved_bytes)
+            try:
+                shard.session = None
+                buffer, shard.buffer = shard.buffer, None
+                if buffer is not None:
+                    if shard.pooled:
+                        self._pool.give(buffer)
+                    else:
+                        buffer.close()
+                if rss_bytes() > self._plan.peak_bytes:
+                    self._exchange.signal_memory(short=True)
+                    try:
+                        self._give_back()
+                    finally:
+                        self._exchange.signal_memory(short=False)
+            finally:
+                self._budget.release(shard.reserved_bytes)
         self._sample()
 
     def _watch(self) -> None:

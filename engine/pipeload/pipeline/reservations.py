@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from pipeload.errors import BudgetError, ClosedError
+from pipeload.errors import ClosedError, LoadError
 from pipeload.machine.sizes import format_bytes
 
 __all__ = ["Budget"]
@@ -45,7 +45,7 @@ class Budget:
             cancelled: looked at whenever something changed; see `wake`.
 
         Raises:
-            BudgetError: it is more than the limit, so no waiting would help.
+            LoadError: it is more than the limit, so no waiting would help.
             ClosedError: the budget was closed.
         """
         with self._changed:
@@ -63,11 +63,9 @@ class Budget:
             if cancelled():
                 return False
             if nbytes > self._limit_bytes:
-                raise BudgetError(
-                    f"{format_bytes(nbytes)} are more than the {format_bytes(self._limit_bytes)} that the budget "
-                    "leaves for weights.",
-                    needed_bytes=nbytes,
-                    budget_bytes=self._limit_bytes,
+                raise LoadError(
+                    f"A shard needs {format_bytes(nbytes)}, more than the {format_bytes(self._limit_bytes)} that the "
+                    "plan has for weights. This is a fault of the planner: please report the model and the budget."
                 )
             self._reserved_bytes += nbytes
             return True

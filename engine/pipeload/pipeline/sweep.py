@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ClosedError, ConfigError
+from pipeload.errors import ClosedError, ConfigError, RunError
+from pipeload.foreign import foreign_errors
 from pipeload.format.caches import length_input
 from pipeload.format.manifest import LENGTH_AXIS, Lookup, Manifest, Shard
 from pipeload.pipeline.cache_room import with_room
@@ -20,6 +21,8 @@ from pipeload.planning.needs import in_arena
 from pipeload.storage.weights import Storage
 
 __all__ = ["Feed", "Forward"]
+
+_REMEDY = "The system may be out of memory: lower the memory budget, or end other programs."
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -100,12 +103,12 @@ class Forward:
         walks = [_Walk(feed, self._in_place.values(), self._length) for feed in feeds]
         for index, shard in enumerate(self._manifest.shards):
             for walk in _going_on(walks):
-                with walk.noting_errors():
+                with walk.noting_errors(shard):
                     self._prepare(walk, index, shard, keep_rows_cached=keep_rows_cached)
             _check(feeds)
             with borrow(index) as session:
                 for walk in _going_on(walks):
-                    with walk.noting_errors():
+                    with walk.noting_errors(shard):
                         self._run_shard(walk, index, shard, session)
             # It must be gone before the next one comes.
             del session
@@ -203,11 +206,12 @@ class _Walk:
             self.slices.append(logits)
 
     @contextmanager
-    def noting_errors(self) -> Iterator[None]:
+    def noting_errors(self, shard: Shard) -> Iterator[None]:
         """What goes wrong ends this feed, and no other one."""
         try:
-            yield
-        except Exception as error:  # noqa: BLE001 - whoever waits for this feed gets it
+            with foreign_errors(RunError, f"The pass failed at shard '{shard.name}'", _REMEDY):
+                yield
+        except Exception as error:  # noqa: BLE001 - the caller of this feed gets it
             self.feed.error = error
             self.feed.outputs.clear()
             self.alive.clear()

@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -133,15 +133,16 @@ class Replanner:
                 budget_bytes=free,
             ) from error
 
-    def set_budget(self, budget_bytes: int | None, pass_bytes: int, cache_bytes: int) -> None:
-        """Another budget, from the next pass on; None takes what is free.
-
-        Raises:
-            BudgetError: it cannot work for passes that need so much beside weights; the old one stays.
-        """
-        self.plan(pass_bytes, cache_bytes, budget_bytes)
-        self._budget_bytes = budget_bytes
-        self._reason = "asked"
+    @contextmanager
+    def trying(self, budget_bytes: int | None) -> Iterator[None]:
+        """Another budget, or None for what is free: it stays if the body plans a pass under it, or else the old one."""
+        before = self._budget_bytes, self._reason
+        self._budget_bytes, self._reason = budget_bytes, "asked"
+        try:
+            yield
+        except BaseException:
+            self._budget_bytes, self._reason = before
+            raise
 
     def limit_bytes(self, current: Plan) -> int:
         """What the process may use now: the budget, or less when less memory is left."""

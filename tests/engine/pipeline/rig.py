@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import (
     PATIENCE_S,
@@ -16,6 +17,7 @@ from tests.engine.harness import (
     run_sequentially,
 )
 
+from pipeload.errors import PipeloadError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.format.pages import page_ceil, room_bytes
@@ -35,6 +37,15 @@ NAMES = ["prologue", *(f"block.{k:03d}" for k in range(6)), "epilogue"]
 
 
 FAILURES = [OSError("disk"), MemoryError(), SystemExit(3), KeyboardInterrupt()]
+
+
+@contextmanager
+def raising(error: BaseException, kind: type[PipeloadError]) -> Iterator[None]:
+    """Expect the error as it is where it ends programs; a foreign one as the cause of an error of pipeload."""
+    foreign = isinstance(error, Exception)
+    with pytest.raises(kind if foreign else type(error)) as caught:
+        yield
+    assert (caught.value.__cause__ if foreign else caught.value) is error
 
 
 class NotingStorage(Storage):

@@ -29,6 +29,7 @@ from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import rss_bytes
 from pipeload.pipeline import pipeline as pipelines
 from pipeload.pipeline.requests import Call
+from pipeload.pipeline.session import to_value
 from pipeload.planning.planner import Plan, make_plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.replanner import Replanner
@@ -232,3 +233,34 @@ def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch
         for _ in range(5):
             watched.wait_reached()
         assert rig.pipeline.plan is plan
+
+
+def test_a_budget_that_fails_for_outputs_that_a_caller_keeps_is_refused_and_the_old_one_stays(toy_large: Path) -> None:
+    """The new budget would do for a pass alone, but not beside what callers still hold."""
+    with _budgeted(toy_large, 2) as (rig, budgets, _):
+        rig.check()
+        rig.pipeline.set_budget(budgets[0])
+        rig.pipeline.set_budget(budgets[2])
+        lent = to_value(np.zeros(10_000_000, np.uint8))
+        rig.pipeline._lent.add([lent])
+        with pytest.raises(BudgetError):
+            rig.pipeline.set_budget(budgets[0])
+        assert rig.replanner._budget_bytes == budgets[2]
+        rig.check()
+        assert rig.pipeline.plan.budget_bytes == budgets[2]
+        del lent
+        rig.pipeline.set_budget(budgets[0])
+        rig.check()
+
+
+def test_auto_is_checked_against_what_is_free_and_not_against_the_old_budget(toy_large: Path) -> None:
+    with _budgeted(toy_large, 2) as (rig, budgets, free):
+        rig.check()
+        free[0] = budgets[0] // 2
+        with pytest.raises(BudgetError) as caught:
+            rig.pipeline.set_budget(None)
+        assert caught.value.budget_bytes == budgets[0] // 2
+        assert rig.replanner._budget_bytes == budgets[2]
+        free[0] = 10**12
+        rig.check()
+        assert rig.pipeline.plan.budget_bytes == budgets[2]

@@ -27,7 +27,7 @@ from tests.engine.pipeline.rig import (
     served,
 )
 
-from pipeload.errors import BudgetError, ConfigError
+from pipeload.errors import BudgetError, ConfigError, LoadError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Shard
 from pipeload.pipeline.requests import Call, Served
@@ -114,17 +114,18 @@ def test_a_shard_that_cannot_be_had_fails_all_calls_of_its_sweep(toy: Path) -> N
             calls = [rig.submit() for _ in range(3)]
         assert_same({name: to_array(value) for name, value in running.result().items()}, rig.expected)
         for call in calls:
-            with pytest.raises(OSError, match="disk"):
+            with pytest.raises(LoadError, match="disk"):
                 call.result()
         rig.check(passes=2)
 
 
-def test_calls_that_do_not_fit_together_are_served_one_by_one(toy: Path) -> None:
+@pytest.mark.parametrize(("fitting", "sweeps"), [(1, 8), (2, 5), (3, 3), (4, 2), (8, 1)])
+def test_a_sweep_that_does_not_fit_is_halved_until_it_does(toy: Path, fitting: int, sweeps: int) -> None:
     manifest = manifests.read(toy)
     plan = plan_by_hand(manifest)
 
     def replan(pass_bytes: int, _: int) -> Plan:
-        if pass_bytes > 1:
+        if pass_bytes > fitting:
             raise BudgetError("too much", needed_bytes=2, budget_bytes=1)
         return plan
 
@@ -135,11 +136,40 @@ def test_calls_that_do_not_fit_together_are_served_one_by_one(toy: Path) -> None
                 rig.pipeline.submit(
                     Served(feed=Feed(pieces=[values]), pass_bytes=SCALE, held_bytes=SCALE, cache_bytes=0)
                 )
-                for _ in range(3)
+                for _ in range(8)
             ]
         for call in calls:
             assert_same({name: to_array(value) for name, value in call.result().items()}, rig.expected)
-        assert rig.pipeline.stats.passes == 4
+        assert rig.pipeline.stats.passes == 1 + sweeps
+
+
+def test_the_first_calls_own_error_is_not_replaced_by_a_later_one_of_its_sweep(toy: Path) -> None:
+    reads = count(1)
+
+    def fail(shard: Shard) -> None:
+        if shard.name == "block.003" and next(reads) == 2:
+            raise OSError("disk")
+
+    with rigged(toy) as rig:
+        wrong = _values()
+        wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
+        with _while_one_runs(rig, fail) as running:
+            calls = [rig.pipeline.submit(served(wrong)), rig.submit()]
+        running.result()
+        with pytest.raises(ConfigError, match="out of range"):
+            calls[0].result()
+        with pytest.raises(LoadError, match="disk"):
+            calls[1].result()
+        rig.check(passes=2)
+
+
+@pytest.mark.parametrize("resident", [(), tuple(NAMES)], ids=["streamed", "resident"])
+def test_only_streamed_models_wait_for_callers_that_were_served(toy: Path, resident: tuple[str, ...]) -> None:
+    with rigged(toy, resident=resident) as rig:
+        asked: list[float] = []
+        rig.exchange.expect = lambda _, patience_s: asked.append(patience_s)  # type: ignore[method-assign]
+        rig.check(passes=2)
+        assert len(asked) == (0 if resident else 2)
 
 
 def test_calls_that_were_served_together_are_waited_for(toy: Path) -> None:

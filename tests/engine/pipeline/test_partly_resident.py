@@ -20,7 +20,7 @@ from tests.engine.pipeline.rig import (
     served,
 )
 
-from pipeload.errors import ShardError
+from pipeload.errors import LoadError, ShardError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.pipeline.pipeline import Pipeline
@@ -96,7 +96,7 @@ def test_agents_that_wait_for_the_next_pass_reserve_a_kept_part_only_once(toy_un
     with rigged(toy_uneven, partly=halves, buffers=2, loaders=loaders) as rig:
         for _ in range(4):
             rig.check()
-        kept = sum(part.buffer.nbytes for parts in rig.pipeline._kept.values() for part in parts)
+        kept = sum(part.buffer.nbytes for parts in rig.exchange.kept.values() for part in parts)
         rig.wait(
             lambda: (
                 rig.pipeline._budget.reserved_bytes <= kept + 2 * (rig.pipeline.plan.buffer_bytes + session_bytes(1))
@@ -108,7 +108,7 @@ def test_a_load_of_a_kept_part_that_fails_is_done_again_and_leaks_nothing(toy_un
     manifest = manifests.read(toy_uneven)
     with rigged(toy_uneven, partly=_halves(manifest, *BLOCKS, streamed=MIDDLE), buffers=1) as rig:
         rig.storage.before_read = fail_once(OSError("disk"), "block.002")
-        with pytest.raises(OSError, match="disk"):
+        with pytest.raises(LoadError, match="disk"):
             rig.check()
         rig.check(passes=3)
 
@@ -145,7 +145,7 @@ def test_kept_parts_that_another_plan_does_not_want_leave(toy_uneven: Path) -> N
         for number in (0, 1, 0, 2, 1, 3, 0, 0):
             for _ in range(2):
                 assert_same(rig.run(pass_bytes=number), rig.expected)
-            kept = {manifest.shards[index].name for index in rig.pipeline._kept}
+            kept = {manifest.shards[index].name for index in rig.exchange.kept}
             assert kept == set(plans[number].partly_resident)
             staying = {manifest.shards[index].name for index in rig.exchange.residents}
             assert staying == plans[number].resident

@@ -58,6 +58,11 @@ class _Case:
         self.plan = self.replanner.before_pass(self.plan, *needs, self.quiet if occupied is None else occupied)
         return self.plan
 
+    def ask(self, budget: int | None) -> Plan:
+        """Another budget, and the plan of the next pass."""
+        with self.replanner.trying(budget):
+            return self.pass_()
+
 
 def _span(kind: Kind, shard: str, begin_s: float, end_s: float, nbytes: int = 0, agent: str = "inference") -> Span:
     return Span(agent=agent, kind=kind, shard=shard, begin_s=begin_s, end_s=end_s, nbytes=nbytes)
@@ -94,8 +99,7 @@ def test_memory_that_others_leave_beyond_the_budget_is_not_taken() -> None:
 def test_a_smaller_budget_takes_effect_with_the_next_pass() -> None:
     case = _Case(budget=400 * MB)
     before = case.plan
-    case.replanner.set_budget(200 * MB, *NEEDS)
-    after = case.pass_()
+    after = case.ask(200 * MB)
     assert after.peak_bytes <= after.budget_bytes == 200 * MB
     assert after.streamed_bytes > before.streamed_bytes
 
@@ -103,8 +107,7 @@ def test_a_smaller_budget_takes_effect_with_the_next_pass() -> None:
 def test_a_larger_budget_takes_effect_with_the_next_pass() -> None:
     case = _Case(budget=200 * MB)
     before = case.plan
-    case.replanner.set_budget(400 * MB, *NEEDS)
-    after = case.pass_()
+    after = case.ask(400 * MB)
     assert after.budget_bytes == 400 * MB
     assert after.streamed_bytes < before.streamed_bytes
 
@@ -113,8 +116,7 @@ def test_a_larger_budget_that_gains_nothing_keeps_the_shards() -> None:
     case = _Case(budget=1000 * MB)
     before = case.plan
     assert not before.streamed_bytes
-    case.replanner.set_budget(2000 * MB, *NEEDS)
-    after = case.pass_()
+    after = case.ask(2000 * MB)
     assert (after.layout, after.budget_bytes) == (before.layout, 2000 * MB)
 
 
@@ -122,14 +124,22 @@ def test_a_budget_that_cannot_work_is_refused_and_the_old_one_stays() -> None:
     case = _Case()
     first = case.plan
     with pytest.raises(BudgetError):
-        case.replanner.set_budget(60 * MB, *NEEDS)
+        case.ask(60 * MB)
+    assert case.pass_() == first
+
+
+def test_free_memory_that_cannot_work_is_refused_and_the_old_budget_stays() -> None:
+    case = _Case()
+    first, case.free = case.plan, 60 * MB
+    with pytest.raises(BudgetError), case.replanner.trying(None):
+        case.replanner.before_pass(case.plan, *NEEDS, case.quiet, strict=True)
+    case.free = 10**12
     assert case.pass_() == first
 
 
 def test_loaders_and_threads_stay_as_asked_for() -> None:
     case = _Case(loaders=2, threads=3)
-    case.replanner.set_budget(500 * MB, *NEEDS)
-    plan = case.pass_()
+    plan = case.ask(500 * MB)
     assert (case.plan.loaders, case.plan.threads) == (plan.loaders, plan.threads) == (2, 3)
 
 
