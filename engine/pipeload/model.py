@@ -22,7 +22,7 @@ from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, Ru
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.caches import can_be_cut, growth, past_symbols
-from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.inputs import batches, split_batch
 from pipeload.machine.memory import FreeMemory
 from pipeload.machine.sizes import parse_budget
@@ -161,7 +161,7 @@ class Model:
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._pid = os.getpid()
-        stamps = stamps_of(directory, (directory / MANIFEST_NAME).read_bytes()) if verify else None
+        stamps = stamps_of(directory, manifests.content(directory)) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
         self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
         kept = profile or profile_store.find(directory, self._profile_dims)

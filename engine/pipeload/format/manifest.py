@@ -6,8 +6,8 @@ The exporter builds a `Manifest` and calls `write`; the engine calls `read` and 
 A model is a list of shards in running order. Tensors that travel between shards are *edges*; an edge has one
 name in the whole model, which is also the name of the input or output in the shard's own graph.
 
-The records are defined in `manifest_records`, their symbolic dimensions in `dims`, what may be wrong with them in
-`manifest_faults`; this module has all that the rest of pipeload uses of them.
+The records are defined in `records`, their symbolic dimensions in `dims`, what may be wrong with them in
+`faults`; this module has all that the rest of pipeload uses of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pipeload.format.records import (
     WeightsRange,
     dtype_bytes,
 )
+from pipeload.machine.files import read_file
 
 __all__ = [
     "FORMAT_VERSION",
@@ -59,15 +60,19 @@ __all__ = [
     "WeightSpec",
     "WeightsRange",
     "bind_dims",
+    "content",
     "dtype_bytes",
     "evaluate_dim",
     "match_dims",
+    "parse",
     "read",
     "symbols",
     "write",
 ]
 
 MANIFEST_NAME = "pipeload.json"
+_MOST_BYTES = 64 << 20
+"""A manifest of a hundred layers has about 200 kB."""
 
 
 def read(directory: Path) -> Manifest:
@@ -76,9 +81,18 @@ def read(directory: Path) -> Manifest:
     Raises:
         ManifestError: there is none, it is no JSON of this format, its version is unknown, or it is inconsistent.
     """
+    return parse(content(directory), directory / MANIFEST_NAME)
+
+
+def content(directory: Path) -> bytes:
+    """The bytes of the manifest of a sharded model directory.
+
+    Raises:
+        ManifestError: there is none, or it cannot be read.
+    """
     path = directory / MANIFEST_NAME
     try:
-        data = path.read_bytes()
+        return read_file(path, most_bytes=_MOST_BYTES)
     except NotADirectoryError as error:
         raise ManifestError(
             f"{directory} is no directory. Pass the directory that `pipeload export` made, which holds {MANIFEST_NAME}."
@@ -89,7 +103,19 @@ def read(directory: Path) -> Manifest:
             "Make one with `pipeload export SOURCE TARGET`."
         ) from error
     except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ManifestError(f"{path} cannot be read: {error.strerror}. Copy or export the model again.") from error
+
+
+def parse(data: bytes, path: Path) -> Manifest:
+    """The validated manifest that the bytes of a `pipeload.json` hold.
+
+    Args:
+        data: what `content` read.
+        path: where it lies; only for messages.
+
+    Raises:
+        ManifestError: it is no JSON of this format, its version is unknown, or it is inconsistent.
+    """
     try:
         version = msgspec.json.decode(data, type=_Version).format
         if version != FORMAT_VERSION:

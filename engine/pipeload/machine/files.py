@@ -21,12 +21,11 @@ from typing import NoReturn
 
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["open_file", "read_file", "read_stream", "write_whole"]
+__all__ = ["open_file", "read_file", "read_stream", "replace_file", "write_whole"]
 
 _READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
 _PIECE_BYTES = 1 << 20
 _KINDS = {
-    stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -45,9 +44,10 @@ def open_file(path: Path) -> Iterator[int]:
     descriptor = _open(path, _READING | os.O_NONBLOCK)
     try:
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind == stat.S_IFDIR:
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if kind != stat.S_IFREG:
-            code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
-            raise OSError(code, f"it is {_KINDS.get(kind, 'something else')}, not a regular file", str(path))
+            raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}, no regular file", str(path))
         yield descriptor
     finally:
         os.close(descriptor)
@@ -100,6 +100,18 @@ def write_whole(path: Path, data: bytes) -> None:
         if path.exists() and not path.is_file():
             path.write_bytes(data)
             return
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    replace_file(path, data)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """As `write_whole`, but a pipe or a link in the place of the file is replaced too: it never waits for a reader.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`.
+    """
+    try:
         staging = path.absolute().with_name(f".staging-{secrets.token_hex(8)}")
         try:
             staging.write_bytes(data)

@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from pipeload.machine.files import write_whole
+from pipeload.machine.files import replace_file
 
 __all__ = ["keep_file", "user_cache"]
 
@@ -31,4 +31,4 @@ def keep_file(path: Path, data: bytes) -> None:
     """Write a file of the cache whole or not at all; a cache that cannot be written is no fault."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, data)
+        replace_file(path, data)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from pipeload.errors import ConfigError
-from pipeload.format.manifest import MANIFEST_NAME
+from pipeload.errors import ConfigError, PipeloadError
+from pipeload.format import manifest as manifests
 from pipeload.machine.cgroups import read_limits
-from pipeload.machine.files import write_whole
+from pipeload.machine.files import read_file, read_stream, replace_file, write_whole
 from pipeload.machine.hardware import cores, cpu_name, device_of, memory_bytes
 from pipeload.machine.memory import rss_bytes
 from pipeload.machine.user_cache import user_cache
@@ -30,6 +30,7 @@ from pipeload.planning.profile import Profile
 __all__ = ["Identity", "find", "identify", "keep", "read", "write"]
 
 _FORMAT = 1
+_MOST_BYTES = 4 << 20
 
 _SOFTWARE = ("numpy", "onnxruntime", "pipeload")
 
@@ -69,7 +70,7 @@ def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
     """What a profile that is measured here and now, of the model in `directory`, is measured with.
 
     Raises:
-        OSError: the directory's manifest cannot be read.
+        ManifestError: the directory's manifest cannot be read.
     """
     return Identity(
         architecture=platform.machine(),
@@ -79,7 +80,7 @@ def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
         device=device_of(directory),
         read_limits=read_limits(),
         software={name: _version(name) for name in _SOFTWARE},
-        model=hashlib.sha256((directory / MANIFEST_NAME).read_bytes()).hexdigest(),
+        model=hashlib.sha256(manifests.content(directory)).hexdigest(),
         dims=dict(sorted(dims.items())),
     )
 
@@ -90,10 +91,7 @@ def write(profile: Profile, path: Path, identity: Identity | None = None) -> Non
     Raises:
         OSError: the file cannot be written; what was there before is still there.
     """
-    fields: dict[str, Any] = msgspec.to_builtins(profile)
-    del fields["process_bytes"]
-    content = _File(format=_FORMAT, identity=identity, profile=fields)
-    write_whole(path, msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    write_whole(path, _encode(profile, identity))
 
 
 def read(path: Path) -> Profile:
@@ -102,7 +100,7 @@ def read(path: Path) -> Profile:
     Raises:
         ConfigError: the file cannot be read, or holds no profile.
     """
-    return _read(path)[0]
+    return _read(path, read_stream)[0]
 
 
 def find(directory: Path, dims: Mapping[str, int]) -> Profile | None:
@@ -110,31 +108,38 @@ def find(directory: Path, dims: Mapping[str, int]) -> Profile | None:
 
     A file that is damaged, or that was put there from elsewhere, is as good as none.
     """
-    with suppress(OSError, ConfigError):
+    with suppress(PipeloadError):
         identity = identify(directory, dims)
         path = _place(identity)
         if path is not None:
-            profile, kept = _read(path)
+            profile, kept = _read(path, read_file)
             return profile if kept == identity else None
     return None
 
 
 def keep(directory: Path, profile: Profile) -> Path | None:
     """Put a profile of the model in `directory` into the store. Returns its file, None where none can be written."""
-    with suppress(OSError):
+    with suppress(OSError, PipeloadError):
         identity = identify(directory, profile.dims)
         path = _place(identity)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(profile, path, identity)
+            replace_file(path, _encode(profile, identity))
         return path
     return None
 
 
-def _read(path: Path) -> tuple[Profile, Identity | None]:
+def _encode(profile: Profile, identity: Identity | None) -> bytes:
+    fields: dict[str, Any] = msgspec.to_builtins(profile)
+    del fields["process_bytes"]
+    content = _File(format=_FORMAT, identity=identity, profile=fields)
+    return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+
+
+def _read(path: Path, read_bytes: Callable[..., bytes]) -> tuple[Profile, Identity | None]:
     remedy = "Measure it again with `pipeload profile`."
     try:
-        content = msgspec.json.decode(path.read_bytes(), type=_File)
+        content = msgspec.json.decode(read_bytes(path, most_bytes=_MOST_BYTES), type=_File)
         if content.format != _FORMAT:
             raise ConfigError(f"{path} has format {content.format}; this pipeload reads format {_FORMAT}. {remedy}")
         fields = {**content.profile, "process_bytes": rss_bytes()}

@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from pipeload.machine.files import read_file
 from pipeload.machine.user_cache import keep_file, user_cache
 
 __all__ = ["Stamp", "Stamps", "stamps_of"]
@@ -24,6 +25,7 @@ __all__ = ["Stamp", "Stamps", "stamps_of"]
 Stamp: TypeAlias = tuple[int, int, int, int, int]
 _FRESH_NS = 2_000_000_000
 """A file that changed so recently could change again without another time stamp."""
+_MOST_BYTES = 16 << 20
 
 
 def stamps_of(directory: Path, manifest_bytes: bytes) -> Stamps:
@@ -53,7 +55,7 @@ class Stamps:
         self._changed = False
         if path is not None:
             try:
-                self._kept = msgspec.json.decode(path.read_bytes(), type=dict[str, Stamp])
+                self._kept = msgspec.json.decode(read_file(path, most_bytes=_MOST_BYTES), type=dict[str, Stamp])
             except (OSError, msgspec.DecodeError, UnicodeDecodeError):
                 self._kept = {}
 

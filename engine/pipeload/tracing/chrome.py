@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from pipeload.errors import ConfigError
-from pipeload.machine.files import write_whole
+from pipeload.machine.files import read_stream, write_whole
 from pipeload.tracing.trace import Kind, Sample, Span, Trace, lane_order
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
 
 TRACE_FORMAT = 1
 """Version of what pipeload adds to the Chrome trace: names of lanes, kinds, counters and arguments."""
+_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
     """
     remedy = "Write one with the option --trace of a command that runs a model."
     try:
-        document = msgspec.json.decode(Path(path).read_bytes(), type=_Document)
+        document = msgspec.json.decode(read_stream(Path(path), most_bytes=_MOST_BYTES), type=_Document)
         facts = document.other_data.pipeload
         if (found := facts.get("trace_format")) != TRACE_FORMAT:
             raise ConfigError(f"{path} is a trace of format {found}, and this pipeload reads {TRACE_FORMAT}. {remedy}")
@@ -104,7 +105,7 @@ def read(path: str | os.PathLike[str]) -> Recording:
         samples = [_sample(event) for event in document.trace_events if event.ph == "C"]
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. {remedy}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is no trace of pipeload, or not a whole one: {error}. {remedy}") from error
     if not spans:
         raise ConfigError(f"{path} has no spans: nothing ran while it was recorded. {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,4 +58,10 @@ def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
     # Root may write everywhere, but nobody can make a folder in a file.
     (tmp_path / "file").write_bytes(b"one")
     keep_file(tmp_path / "file" / "deeper", b"two")
+    assert (tmp_path / "file").read_bytes() == b"one"
+
+
+def test_a_pipe_in_the_place_of_a_kept_file_is_replaced_and_nothing_waits_for_a_reader(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "file")
+    keep_file(tmp_path / "file", b"one")
     assert (tmp_path / "file").read_bytes() == b"one"

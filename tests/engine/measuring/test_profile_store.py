@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_what_is_no_json_of_a_profile_is_refused(tmp_path: Path, data: bytes) ->
         read(path)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read(tmp_path / "missing.json")
+
+
+def test_a_kept_profile_that_is_a_pipe_or_endless_is_as_good_as_none(toy: Path, own_store: Path) -> None:
+    path = keep(toy, PROFILE)
+    path.unlink()
+    os.mkfifo(path)
+    assert find(toy, DIMS) is None
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert find(toy, DIMS) is None
+    with pytest.raises(ConfigError, match=r"holds more than the 4\.2 MB"):
+        read(path)
 
 
 def test_what_was_kept_is_found_again(toy: Path, own_store: Path) -> None:

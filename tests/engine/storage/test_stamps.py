@@ -245,11 +245,16 @@ def test_damaged_stamps_are_ignored_and_replaced(toy_copy: Path, hashed: list[in
     assert hashed == []
 
 
-def test_stamps_that_cannot_be_read_are_ignored(toy_copy: Path, hashed: list[int]) -> None:
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path.name)]
+)
+def test_stamps_that_cannot_be_read_are_ignored(
+    toy_copy: Path, hashed: list[int], make: Callable[[Path], None]
+) -> None:
     _check(toy_copy)
     (kept,) = user_cache("verified").iterdir()
     kept.unlink()
-    kept.mkdir()
+    make(kept)
     hashed.clear()
     _check(toy_copy)
     assert len(hashed) == 3
