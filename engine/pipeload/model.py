@@ -29,7 +29,7 @@ from pipeload.machine.sizes import parse_budget
 from pipeload.measuring import profile_store, profiler
 from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
 from pipeload.pipeline.pipeline import Pipeline
-from pipeload.pipeline.requests import Call, Served
+from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
@@ -471,13 +471,11 @@ class Model:
         sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
         profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
         return self._pipeline.submit(
-            Served(
-                feed=feed,
-                pass_bytes=pass_bytes + beside_bytes,
-                held_bytes=held_bytes + beside_bytes,
-                cache_bytes=cached,
-                kind=None if profiled else sizes,
-            )
+            feed,
+            pass_bytes=pass_bytes + beside_bytes,
+            held_bytes=held_bytes + beside_bytes,
+            cache_bytes=cached,
+            kind=None if profiled else sizes,
         )
 
     def _pieces(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import pipeload
 from pipeload.format import manifest as manifests
 from pipeload.pipeline.session import ShardSession, to_array, to_value
-from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
 
@@ -130,7 +130,7 @@ def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[s
             arrays[spec.name] = np.zeros(shape, spec.dtype)
     values = {spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs}
     one = Feed(pieces=[values])
-    Forward(manifest, storage).run([one], borrow)
+    Sweep(manifest, storage).run([one], borrow)
     return {name: to_array(value).copy() for name, value in one.outputs.items()}
 
 

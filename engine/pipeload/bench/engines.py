@@ -23,7 +23,7 @@ from pipeload.bench.spec import Unsplit
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
-from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.storage.weights import Storage
 from pipeload.tracing.stats import Stats
@@ -160,7 +160,7 @@ class ShardChain(Engine):
         threads: int,
     ) -> None:
         super().__init__(directory)
-        self._forward = Forward(self.manifest, Storage(directory, self.manifest, verify=False))
+        self._sweep = Sweep(self.manifest, Storage(directory, self.manifest, verify=False))
         self._sessions = sessions
         self._makers = [_maker(directory, shard, threads) for shard in self.manifest.shards]
 
@@ -169,7 +169,7 @@ class ShardChain(Engine):
         values: dict[str, Value] = {name: to_value(array, specs[name]) for name, array in feed.items()}
         one = Feed(pieces=[values], positions=positions)
         with self._sessions(self._makers) as borrow:
-            self._forward.run([one], borrow)
+            self._sweep.run([one], borrow)
         return {name: to_array(value) for name, value in one.outputs.items()}
 
 

@@ -26,7 +26,7 @@ from pipeload.machine.memory import auto_budget_bytes, peak_rss_bytes, reset_pea
 from pipeload.machine.threads import together
 from pipeload.measuring.bandwidth import REQUEST_BYTES, filled_buffer
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
-from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.planning.needs import in_arena
 from pipeload.planning.profile import ShardTimes
 from pipeload.storage.buffers import Part
@@ -81,10 +81,10 @@ class Stopwatch:
             ConfigError: an index is beyond its table.
             ShardError, LoadError, RunError: a shard could not be read, made or run.
         """
-        forward = Forward(self._manifest, self._storage)
+        sweep = Sweep(self._manifest, self._storage)
         try:
             self._progress("Running", 0, len(self._manifest.shards))
-            forward.run([Feed(pieces=[inputs], positions=1 if self._manifest.caches else None)], self._borrow)
+            sweep.run([Feed(pieces=[inputs], positions=1 if self._manifest.caches else None)], self._borrow)
         finally:
             self._buffer.close()
         return {

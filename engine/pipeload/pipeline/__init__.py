@@ -7,9 +7,16 @@ cache_room     KV caches with room for more tokens
 sweep          one pass over the shards
 reservations   bytes of the budget, in plan order
 messages       what the agents tell one another
-requests       calls that wait for a sweep
+requests       the queue of calls
+residents      what stays between sweeps, and its packing
 exchange       where the agents meet
-agents         Loading, Inference and Daemon Agents
-pipeline       the threads
+agents         Loading, Inference and Daemon Agents: their loops
+weights_memory reservations, buffers, and freed memory
+loader         what a Loading Agent does with a task
+lent_outputs   outputs that callers still keep
+room           the next pass: its plan, its memory, its loaders
+ledger         passes in figures
+pipeline       who starts and ends the agents, and plans between sweeps
+open_pipelines all of this process
 ```
 """

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from pipeload.errors import ClosedError
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
-from pipeload.pipeline.requests import Request
+from pipeload.pipeline.requests import Call
 
 __all__ = ["answer", "daemon_agent", "inference_agent", "loading_agent"]
 
@@ -40,16 +41,16 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
 
 
 def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Callable[[], None]) -> None:
-    """Serve one request after the other.
+    """Serve one call after the other.
 
     Args:
-        exchange: gives requests.
+        exchange: gives calls.
         recover: brings the pipeline back to the beginning of a pass after one failed that had taken shards.
         settle: called after each that did not fail, when its caller has the answer.
     """
-    while (request := exchange.next_request()) is not None:
+    while (call := exchange.next_call()) is not None:
         try:
-            result = request.work(request)
+            result = call.work(call)
         except BaseException as error:
             try:
                 # A call that was refused before it took a shard leaves what was loaded ahead for the next one.
@@ -58,18 +59,18 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
             except BaseException as failure:  # nobody can tell any more what is loaded
                 exchange.close(failure)
             finally:
-                answer(exchange, request, error)
+                answer(exchange, call, error)
                 del error
         else:
-            answer(exchange, request, result)
+            answer(exchange, call, result)
             # What the caller does not keep must be free while the pipeline settles.
-            request, result = None, None
+            call, result = None, None
             try:
                 settle()
             except BaseException as failure:
                 _let_go(failure)
                 exchange.close(failure)
-        del request
+        del call
 
 
 def daemon_agent(
@@ -95,10 +96,10 @@ def daemon_agent(
         exchange.close(error)
 
 
-def answer(exchange: Exchange, request: Request, outcome: object) -> None:
-    """Give a request's caller the result, or the error that ended it."""
+def answer(exchange: Exchange, call: Call[Any], outcome: object) -> None:
+    """Give a call's caller the result, or the error that ended it."""
     if not isinstance(outcome, BaseException):
-        request.result.set_result(outcome)
+        call.outcome.set_result(outcome)
         return
     if isinstance(outcome, ClosedError) and exchange.cause is not None:
         for link in _chain(exchange.cause):
@@ -107,7 +108,7 @@ def answer(exchange: Exchange, request: Request, outcome: object) -> None:
                 link.__context__ = None
         outcome.__cause__ = exchange.cause
     _let_go(outcome)
-    request.result.set_exception(outcome)
+    call.outcome.set_exception(outcome)
 
 
 def _let_go(error: BaseException) -> None:

@@ -1,7 +1,7 @@
 """Where the agents meet: tasks, messages and signals under one lock.
 
 ```
- callers --submit--> [requests] --next_request--> Inference Agent
+ callers --submit--> [calls] -------next----> Inference Agent
                                                       |  take (waits for `ready`)
  Loading Agents <--next_task-- [schedule]             v
         |                                          run shard
@@ -14,34 +14,39 @@ Shards are drawn in plan order, round and round: after the last shard of a pass 
 that is planned to be resident is drawn once and then left out. Every draw has a ticket; inference consumes tickets in
 order. `reset` starts a new *epoch*: whatever was drawn or loaded before it is thrown away.
 
-Resident shards live here. They may be packed while passes run: one at a time, a Loading Agent makes the packed copy and
-swaps it in while the shard does not run.
+Calls (`requests`) and resident shards (`residents`) lie under the same lock, in objects of their own.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pipeload.errors import ClosedError
 from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
-from pipeload.pipeline.requests import Request
-from pipeload.storage.buffers import Part
+from pipeload.pipeline.requests import Call, Calls
+from pipeload.pipeline.residents import Residents
 
 __all__ = ["Exchange"]
 
 
 class Exchange:
-    """The state that the agents share. Every wait ends when it is closed."""
+    """The state that the agents share. Every wait ends when it is closed.
+
+    Attributes:
+        calls: those that wait, and those that are served.
+        residents: what stays in memory between sweeps.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._closed = False
         self._cause: BaseException | None = None
-        self._requests: deque[Request] = deque()
-        self._current: list[Request] = []
-        self._expected, self._patience_s = 1, 0.0
+        self._retired: deque[LoadedShard] = deque()
+        self.calls = Calls(self._changed)
+        self.residents = Residents(self._changed, self._retired.append)
         self._resident: tuple[bool, ...] = ()
         self._loaders = 0
         self._held: set[int] = set()
@@ -56,32 +61,7 @@ class Exchange:
         self._broken = False
         self._outstanding = 0
         self._ready: dict[int, Loaded | Failed] = {}
-        self._retired: deque[LoadedShard] = deque()
         self._pass_number = 1
-        self._residents: dict[int, LoadedShard] = {}
-        self._kept: dict[int, Sequence[Part]] = {}
-        self._running: int | None = None
-        self._to_pack: deque[int] = deque()
-        self._packing = False
-        self._packing_error: BaseException | None = None
-
-    # Callers
-
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises ClosedError when closed."""
-        with self._changed:
-            if self._closed:
-                raise ClosedError("The model is closed. Load it again.") from self._cause
-            self._requests.append(request)
-            self._changed.notify_all()
-
-    def withdraw(self, request: Request) -> None:
-        """The caller no longer waits: forget the request, or end it if it runs."""
-        with self._changed:
-            if request in self._requests:
-                self._requests.remove(request)
-            request.stopper.stop()
-            self._changed.notify_all()
 
     # Loading Agents
 
@@ -94,8 +74,7 @@ class Exchange:
             packs = self._may_pack()
             self._outstanding += 1
             if packs:
-                self._packing = True
-                index = self._to_pack.popleft()
+                index = self.residents.begin_packing()
                 return Task(ticket=-1, index=index, resident=True, epoch=self._epoch, packing=True)
             self._skip_held()
             task = Task(
@@ -121,8 +100,8 @@ class Exchange:
         with self._changed:
             self._outstanding -= 1
             self._loading.discard(task.index)
-            if isinstance(message, Failed) and message.task.packing:
-                self._packing_error = message.error
+            if task.packing:
+                self.residents.end_packing(message.error if isinstance(message, Failed) else None)
             elif message is not None and not self.is_stale(message.task):
                 self._ready[message.task.ticket] = message
                 self._failed = self._failed or isinstance(message, Failed)
@@ -130,82 +109,24 @@ class Exchange:
                 self._retired.append(message.shard)
             self._changed.notify_all()
 
-    def resident(self, index: int) -> LoadedShard:
-        """A resident shard, to be packed."""
-        with self._changed:
-            return self._residents[index]
-
-    def swap(self, task: Task, packed: LoadedShard) -> bool:
-        """Put the packed shard in the place of the loaded one, while that does not run, and retire the other one.
-
-        Returns:
-            False when the task had become stale: then it is the packed one that was retired.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self.is_stale(task) or self._running != task.index)
-            old, wanted = packed, not self.is_stale(task)
-            if wanted:
-                old = self._residents[task.index]
-                packed.reserved_bytes, old.reserved_bytes = old.reserved_bytes, 0
-                self._residents[task.index] = packed
-            self._retired.append(old)
-            self._changed.notify_all()
-            return wanted
-
-    def packed(self) -> None:
-        """The task of packing is over, however it ended: another one may begin."""
-        with self._changed:
-            self._packing = False
-            self._changed.notify_all()
-
     # Inference Agent
 
-    def next_request(self) -> Request | None:
+    def next_call(self) -> Call[Any] | None:
         """The next call to serve; None when closed."""
-        with self._changed:
-            self._current = []
-            self._broken = False
-            while not self._closed:
-                self._changed.wait_for(lambda: self._closed or self._requests)
-                # Those who were served together come back one by one.
-                self._changed.wait_for(lambda: self._closed or len(self._requests) >= self._expected, self._patience_s)
-                self._expected, self._patience_s = 1, 0.0
-                # Meanwhile all may have been withdrawn.
-                if self._requests and not self._closed:
-                    self._current = [self._requests.popleft()]
-                    return self._current[0]
-            return None
+        call = self.calls.next()
+        self._broken = False
+        return call
 
-    def join(self) -> list[Request]:
-        """The calls behind the one that is being served that run a pass too: they are then served with it."""
-        with self._changed:
-            joined = []
-            while self._requests and self._requests[0].served is not None:
-                joined.append(self._requests.popleft())
-            self._current += joined
-            return joined
-
-    def part(self, joined: Sequence[Request]) -> None:
-        """Put calls that were to join back to the front of the queue."""
-        with self._changed:
-            self._current = [request for request in self._current if request not in joined]
-            self._requests.extendleft(reversed(joined))
-
-    def expect(self, count: int, patience_s: float) -> None:
-        """Before the next call is served, wait so long for as many calls to come, beside those that wait already."""
-        with self._changed:
-            self._expected, self._patience_s = count + len(self._requests), patience_s
-
-    def take(self, index: int, *requests: Request) -> tuple[Task, LoadedShard]:
+    def take(self, index: int, *calls: Call[Any]) -> tuple[Task, LoadedShard]:
         """Wait until the shard is ready, which must be the next one in ticket order.
 
         Raises:
-            ClosedError: the exchange was closed, or all of the requests were withdrawn.
+            ClosedError: the exchange was closed, or all of the calls were withdrawn.
             BaseException: whatever made the load fail.
         """
 
         def stopped() -> bool:
-            return all(request.stopper.stopped for request in requests)
+            return all(call.feed.stopper.stopped for call in calls)
 
         with self._changed:
             ticket = self._expected_ticket
@@ -223,28 +144,10 @@ class Exchange:
             self._expected_ticket += 1
             return message.task, message.shard
 
-    def borrow_resident(self, index: int) -> LoadedShard | None:
-        """The resident shard, which must be given back; None when it is not in memory.
-
-        Raises:
-            BaseException: what made packing a resident shard fail.
-        """
+    def retire(self, shard: LoadedShard) -> None:
+        """The shard ran, and goes to the Daemon (signal `free`)."""
         with self._changed:
-            if self._packing_error is not None:
-                error, self._packing_error = self._packing_error, None
-                raise error
-            shard = self._residents.get(index)
-            self._running = index if shard else None
-            return shard
-
-    def give_back(self, index: int, shard: LoadedShard, *, resident: bool) -> None:
-        """The shard ran: it stays where it is, becomes resident, or is retired (signal `free`)."""
-        with self._changed:
-            self._running = None
-            if resident:
-                self._residents.setdefault(index, shard)
-            else:
-                self._retired.append(shard)
+            self._retired.append(shard)
             self._changed.notify_all()
 
     # Daemon Agent
@@ -286,52 +189,6 @@ class Exchange:
         with self._changed:
             return self._broken or self._failed
 
-    @property
-    def residents(self) -> dict[int, LoadedShard]:
-        """The resident shards that are in memory now."""
-        with self._changed:
-            return dict(self._residents)
-
-    @property
-    def idle(self) -> bool:
-        """Whether no call runs or waits."""
-        with self._changed:
-            return not self._current and not self._requests
-
-    def keep(self, index: int, parts: Sequence[Part]) -> None:
-        """Parts of a streamed shard that stay in memory from now on."""
-        with self._changed:
-            self._kept[index] = parts
-
-    @property
-    def kept(self) -> dict[int, Sequence[Part]]:
-        """Shard -> the parts of it that stay in memory; their memory is reserved apart from the shards'."""
-        with self._changed:
-            return dict(self._kept)
-
-    def forget(self, index: int) -> Sequence[Part]:
-        """Parts that stay no longer: the caller closes and releases them; only between `reset` and `start`."""
-        with self._changed:
-            return self._kept.pop(index)
-
-    def drop(self, index: int) -> None:
-        """Retire a resident shard; only between `reset` and `start`."""
-        with self._changed:
-            self._retired.append(self._residents.pop(index))
-            self._changed.notify_all()
-
-    @property
-    def packing(self) -> bool:
-        """Whether resident shards are being packed or wait for it."""
-        with self._changed:
-            return self._packing or bool(self._to_pack)
-
-    def pack(self, indices: Iterable[int]) -> None:
-        """Let the Loading Agents pack these resident shards, one after another."""
-        with self._changed:
-            self._to_pack = deque(indices)
-            self._changed.notify_all()
-
     def start(self, resident: Sequence[bool], loaders: int, pass_number: int = 1) -> None:
         """Let the Loading Agents begin at the first shard of a pass.
 
@@ -344,7 +201,7 @@ class Exchange:
             assert not self._outstanding, "reset before start"
             self._resident = tuple(resident)
             self._loaders = loaders
-            self._held = set(self._residents)
+            self._held = set(self.residents.shards)
             self._place = 0
             self._pass_number = pass_number
             self._stopped = False
@@ -359,7 +216,7 @@ class Exchange:
         with self._changed:
             self._stopped = True
             self._epoch += 1
-            self._to_pack.clear()
+            self.residents.pack(())
             self._changed.notify_all()
         wake()
         with self._changed:
@@ -381,18 +238,12 @@ class Exchange:
             self._changed.notify_all()
 
     def close(self, cause: BaseException | None = None) -> None:
-        """End every wait; queued and running requests end with ClosedError, because of `cause` if there is one."""
+        """End every wait; calls that wait or run end with ClosedError, because of `cause` if there is one."""
         with self._changed:
             self._closed = True
             self._cause = self._cause or cause
-            waiting, self._requests = list(self._requests), deque()
-            for request in self._current:
-                request.stopper.stop()
             self._changed.notify_all()
-        for request in waiting:
-            error = ClosedError("The model was closed before the call began.")
-            error.__cause__ = cause
-            request.result.set_exception(error)
+        self.calls.close(cause)
 
     def _skip_held(self) -> None:
         while self._place in self._held:
@@ -403,14 +254,14 @@ class Exchange:
         self._pass_number += self._place == 0
 
     def _may_pack(self) -> bool:
-        return bool(self._to_pack) and not self._packing and not self._stopped
+        return self.residents.may_pack and not self._stopped
 
     def _may_draw(self) -> bool:
         # With nothing loaded ahead inference would wait for ever, so one shard may come even when memory is short.
         ahead = self._outstanding or self._ready
         # After a failure inference starts anew: until then the agents would only fail again and again.
         held_back = self._stopped or self._failed or (self._short and ahead)
-        busy = self._outstanding - self._packing >= self._loaders
+        busy = self._outstanding - self.residents.busy >= self._loaders
         if held_back or busy or len(self._held) >= len(self._resident):
             return False
         # A shard that is still being loaded for the pass before is not begun for the next one.

@@ -1,77 +1,148 @@
-"""Calls that wait for a sweep."""
+"""The queue of calls: each waits in it for the Inference Agent, and its caller waits for the call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic
+from typing import Any, Generic
 
+from pipeload.errors import ClosedError
 from pipeload.machine.threads import Result
-from pipeload.pipeline.session import Stopper
 from pipeload.pipeline.sweep import Feed
 
-if TYPE_CHECKING:
-    from pipeload.pipeline.exchange import Exchange
-
-__all__ = ["Call", "Request", "Served"]
+__all__ = ["Call", "Calls"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Served:
-    """A feed, and what its pass takes.
+class Call(Generic[Result]):
+    """One call that is queued or runs.
 
-    Attributes:
-        feed: what passes through the shards.
-        pass_bytes: memory that the pass needs beside weights and caches.
-        held_bytes: the part of it that is in use all the time, also while other feeds run.
+    Args:
+        work: serves the call, and those that join it; the Inference Agent calls it with this call.
+        feed: passes through the shards; without one the call runs no sweep, and no other call joins it.
+        pass_bytes: memory that its sweep needs beside weights and caches.
+        held_bytes: the part of it that is in use all the time, also while the shards run for other feeds.
         cache_bytes: memory of all caches that are open while it runs.
         kind: see `Replanner.after_pass`.
     """
 
-    feed: Feed
-    pass_bytes: int
-    held_bytes: int
-    cache_bytes: int
-    kind: object = None
-
-
-class Call(Generic[Result]):
-    """One call that is queued or runs."""
-
-    def __init__(self, exchange: Exchange, work: Callable[[Request], Result], served: Served | None = None) -> None:
-        self._exchange = exchange
-        self._request = Request(work=work, served=served)
-        if served:
-            served.feed.stopper = self._request.stopper
-        exchange.submit(self._request)
+    def __init__(
+        self,
+        work: Callable[[Call[Result]], Result],
+        feed: Feed | None = None,
+        *,
+        pass_bytes: int = 0,
+        held_bytes: int = 0,
+        cache_bytes: int = 0,
+        kind: object = None,
+    ) -> None:
+        self.work = work
+        self.runs_sweep = feed is not None
+        self.feed = feed or Feed()
+        self.pass_bytes, self.held_bytes, self.cache_bytes = pass_bytes, held_bytes, cache_bytes
+        self.kind = kind
+        self.outcome: Future[Result] = Future()
+        self._queue: Calls | None = None
 
     def result(self) -> Result:
-        """Wait for the end of the call; whoever is interrupted while waiting has withdrawn it."""
+        """Wait for the end of the call. A caller that is interrupted while it waits has withdrawn the call."""
         try:
-            result: Result = self._request.result.result()
+            return self.outcome.result()
         except BaseException:
             self.withdraw()
             raise
-        return result
 
     def withdraw(self) -> None:
-        """Nobody waits any more: forget the call, or end it if it runs."""
-        self._exchange.withdraw(self._request)
+        """The caller waits no longer: forget the call, or end it if it runs."""
+        if self._queue is not None:
+            self._queue.forget(self)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Request:
-    """One call that waits for its pass.
+class Calls:
+    """The calls that wait, in order, and those that are being served.
 
-    Attributes:
-        work: serves it, and those that join it.
-        served: what it passes through the shards; None for a call that runs no pass, which nobody joins.
-        result: what its caller waits for.
-        stopper: ends it.
+    Args:
+        changed: the exchange's condition, under whose lock the queue lies too.
     """
 
-    work: Callable[[Request], Any]
-    served: Any = None
-    result: Future[Any] = field(default_factory=Future)
-    stopper: Stopper = field(default_factory=Stopper)
+    def __init__(self, changed: threading.Condition) -> None:
+        self._changed = changed
+        self._closed = False
+        self._cause: BaseException | None = None
+        self._waiting: deque[Call[Any]] = deque()
+        self._served: list[Call[Any]] = []
+        self._expected, self._patience_s = 1, 0.0
+
+    def submit(self, call: Call[Result]) -> Call[Result]:
+        """Queue a call, and return it. Raises ClosedError when closed."""
+        with self._changed:
+            if self._closed:
+                raise ClosedError("The model is closed. Load it again.") from self._cause
+            call._queue = self
+            self._waiting.append(call)
+            self._changed.notify_all()
+        return call
+
+    def next(self) -> Call[Any] | None:
+        """The next call to serve; None when closed."""
+        with self._changed:
+            self._served = []
+            while not self._closed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                # Callers that were served together come back one by one.
+                self._changed.wait_for(lambda: self._closed or len(self._waiting) >= self._expected, self._patience_s)
+                self._expected, self._patience_s = 1, 0.0
+                # Meanwhile all may have been withdrawn.
+                if self._waiting and not self._closed:
+                    self._served = [self._waiting.popleft()]
+                    return self._served[0]
+            return None
+
+    def join(self) -> list[Call[Any]]:
+        """The calls behind the one that is being served that run a sweep too: they are then served with it."""
+        with self._changed:
+            joined = []
+            while self._waiting and self._waiting[0].runs_sweep:
+                joined.append(self._waiting.popleft())
+            self._served += joined
+            return joined
+
+    def part(self, joined: Sequence[Call[Any]]) -> None:
+        """Put calls that were to join back to the front of the queue."""
+        with self._changed:
+            self._served = [call for call in self._served if call not in joined]
+            self._waiting.extendleft(reversed(joined))
+
+    def expect(self, count: int, patience_s: float) -> None:
+        """Delay the next call by at most `patience_s`, until `count` calls more than now are queued."""
+        with self._changed:
+            self._expected, self._patience_s = count + len(self._waiting), patience_s
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call runs or waits."""
+        with self._changed:
+            return not self._served and not self._waiting
+
+    def close(self, cause: BaseException | None = None) -> None:
+        """End every call that waits or runs with ClosedError, because of `cause` if there is one."""
+        with self._changed:
+            self._closed = True
+            self._cause = self._cause or cause
+            waiting, self._waiting = list(self._waiting), deque()
+            for call in self._served:
+                call.feed.stopper.stop()
+            self._changed.notify_all()
+        for call in waiting:
+            error = ClosedError("The model was closed before the call began.")
+            error.__cause__ = cause
+            call.outcome.set_exception(error)
+
+    def forget(self, call: Call[Any]) -> None:
+        """Nothing waits for the call any longer: take it out, or end it if it runs."""
+        with self._changed:
+            if call in self._waiting:
+                self._waiting.remove(call)
+            call.feed.stopper.stop()
+            self._changed.notify_all()

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pipeload.errors import ClosedError, LoadError
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["Budget"]
+__all__ = ["Reservations"]
 
 
-class Budget:
+class Reservations:
     """The bytes that the plan gives to weights.
 
     Args:

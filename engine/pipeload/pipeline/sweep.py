@@ -20,7 +20,7 @@ from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.planning.needs import in_arena
 from pipeload.storage.weights import Storage
 
-__all__ = ["Feed", "Forward"]
+__all__ = ["Feed", "Sweep"]
 
 _REMEDY = "The system may be out of memory: lower the memory budget, or end other programs."
 
@@ -30,18 +30,18 @@ class Feed:
     """What one call passes through the shards, and what comes of it.
 
     Attributes:
-        pieces: every graph input, but those that are in `caches`. A text may be cut into pieces, which run one after
-            another in each shard, so that the activations are those of one piece; only the last one has outputs.
+        pieces: every graph input, except for those that are in `caches`. A text may be cut into pieces, which run one
+            after another in each shard, so that the activations are those of one piece; only the last one has outputs.
         caches: those that are written in place, by graph input. One without room for the new tokens is replaced by a
             larger copy. When a sweep fails, they still hold what they held.
-        room: tokens that such a copy has room for; no less than it must have.
-        positions: run a cut head for so many of the last positions, which its output then has; None for all.
-        top: of a cut head's output only so many of the largest logits of each position are made, in `top_logits`; 0
-            makes the output.
+        room: tokens that such a copy has room for, at least the tokens that the pass leaves in it.
+        positions: run a cut head for only this many of the last positions, which its output then has; None for all.
+        top: keep only this many of the largest logits per position, in `top_logits`; 0 keeps the whole output.
         stopper: ends it when it is used.
         outputs: all graph outputs, at the end.
         top_logits: see `top`.
         error: what ended it before.
+        alive: on the way, the values of each piece that a later shard takes.
     """
 
     pieces: Sequence[Mapping[str, Value]] = ()
@@ -53,9 +53,56 @@ class Feed:
     outputs: dict[str, Value] = field(default_factory=dict)
     top_logits: Sequence[Sequence[TopLogits]] | None = None
     error: Exception | None = None
+    alive: list[dict[str, Value]] = field(init=False, default_factory=list)
+    _slices: list[NDArray[Any]] = field(init=False, default_factory=list)
+    _running_top: RunningTop | None = field(init=False, default=None)
+
+    def begin(self, in_place: Iterable[str], length: tuple[str, int]) -> None:
+        """Set out at the first shard.
+
+        Args:
+            in_place: graph inputs that are caches written in place.
+            length: see `length_input`.
+        """
+        self.alive = [dict(piece) for piece in self.pieces]
+        self._running_top = RunningTop(self.top) if self.top else None
+        for name in in_place:
+            given = [alive.pop(name) for alive in self.alive if name in alive]
+            if given:
+                self.caches[name] = given[0]
+        if self.caches:
+            name, axis = length
+            self.room = max(self.room, *(piece[name].shape()[axis] for piece in self.pieces))
+
+    def take_slice(self, logits: NDArray[Any]) -> None:
+        """Keep of a slice of the head's output what the call wants."""
+        if self._running_top is not None:
+            self._running_top.push(logits)
+        else:
+            self._slices.append(logits)
+
+    def join_slices(self, output: str) -> None:
+        """The slices of the head are complete: they become an output, or `top_logits`."""
+        if self._running_top is not None:
+            self.top_logits = self._running_top.result
+        else:
+            self.outputs[output] = to_value(np.concatenate(self._slices, axis=-1))
+            self._slices.clear()
+
+    @contextmanager
+    def noting_errors(self, shard: Shard) -> Iterator[None]:
+        """An error ends this feed, and no other one."""
+        try:
+            with foreign_errors(RunError, f"The pass failed at shard '{shard.name}'", _REMEDY):
+                yield
+        except Exception as error:  # noqa: BLE001 - the caller of this feed gets it
+            self.error = error
+            self.outputs.clear()
+            self.alive.clear()
+            self._slices.clear()
 
 
-class Forward:
+class Sweep:
     """Runs sweeps over a model's shards.
 
     Args:
@@ -100,68 +147,67 @@ class Forward:
             ClosedError: the stopper was used, likewise.
             ShardError, LoadError: a shard could not be had.
         """
-        walks = [_Walk(feed, self._in_place.values(), self._length) for feed in feeds]
+        for feed in feeds:
+            feed.begin(self._in_place.values(), self._length)
         for index, shard in enumerate(self._manifest.shards):
-            for walk in _going_on(walks):
-                with walk.noting_errors(shard):
-                    self._prepare(walk, index, shard, keep_rows_cached=keep_rows_cached)
+            for feed in _going_on(feeds):
+                with feed.noting_errors(shard):
+                    self._prepare(feed, index, shard, keep_rows_cached=keep_rows_cached)
             _check(feeds)
             with borrow(index) as session:
-                for walk in _going_on(walks):
-                    with walk.noting_errors(shard):
-                        self._run_shard(walk, index, shard, session)
+                for feed in _going_on(feeds):
+                    with feed.noting_errors(shard):
+                        self._run_shard(feed, index, shard, session)
             # It must be gone before the next one comes.
             del session
             _check(feeds)
-        for walk in _going_on(walks):
-            self._finish(walk)
+        for feed in _going_on(feeds):
+            self._finish(feed)
 
-    def _prepare(self, walk: _Walk, index: int, shard: Shard, *, keep_rows_cached: bool) -> None:
+    def _prepare(self, feed: Feed, index: int, shard: Shard, *, keep_rows_cached: bool) -> None:
         """All that a shard takes beside what the shards before have made."""
-        if walk.feed.stopper.stopped:
+        if feed.stopper.stopped:
             raise ClosedError("The call was ended.")
-        for alive in self._pieces(walk, index):
+        for alive in self._pieces(feed, index):
             for lookup in shard.lookups:
                 alive[lookup.output] = self._rows(lookup, alive[lookup.indices], keep_cached=keep_rows_cached)
-            if walk.feed.positions and self._head and shard.name == self._head.shards[0]:
+            if feed.positions and self._head and shard.name == self._head.shards[0]:
                 hidden = to_array(alive[self._head.input])
-                alive[self._head.input] = to_value(hidden[..., -walk.feed.positions :, :])
+                alive[self._head.input] = to_value(hidden[..., -feed.positions :, :])
         for name in shard.inputs:
-            if name in walk.caches and walk.caches[name].shape()[LENGTH_AXIS] < walk.room:
-                walk.caches[name] = to_value(with_room(to_array(walk.caches[name]), walk.room))
+            if name in feed.caches and feed.caches[name].shape()[LENGTH_AXIS] < feed.room:
+                feed.caches[name] = to_value(with_room(to_array(feed.caches[name]), feed.room))
 
-    def _run_shard(self, walk: _Walk, index: int, shard: Shard, session: ShardSession) -> None:
-        caches = walk.caches
+    def _run_shard(self, feed: Feed, index: int, shard: Shard, session: ShardSession) -> None:
+        caches = feed.caches
         written = {name: self._in_place[name] for name in shard.outputs if name in self._in_place}
-        for alive in self._pieces(walk, index):
+        for alive in self._pieces(feed, index):
             inputs = {name: caches[name] if name in caches else alive[name] for name in shard.inputs}
             in_place = {name: inputs[cache] for name, cache in written.items()}
-            results = session.run(inputs, walk.feed.stopper, in_place)
+            results = session.run(inputs, feed.stopper, in_place)
             del inputs
             made = dict(zip(shard.outputs, results, strict=True))
             del results
             caches.update((cache, made[name]) for name, cache in written.items())
             if shard.name in self._head_shards:
-                walk.take_slice(to_array(made[shard.outputs[0]]))
+                feed.take_slice(to_array(made[shard.outputs[0]]))
             else:
                 alive.update(made)
-                walk.feed.outputs.update((name, value) for name, value in made.items() if name in self._wanted)
+                feed.outputs.update((name, value) for name, value in made.items() if name in self._wanted)
             for name in [name for name in alive if self._last_use.get(name, -1) <= index]:
                 del alive[name]
 
-    def _pieces(self, walk: _Walk, index: int) -> Sequence[dict[str, Value]]:
+    def _pieces(self, feed: Feed, index: int) -> Sequence[dict[str, Value]]:
         """The pieces that a shard runs for: those before the last one only have to get into the caches."""
-        return walk.alive if index <= self._last_cached else walk.alive[-1:]
+        return feed.alive if index <= self._last_cached else feed.alive[-1:]
 
-    def _finish(self, walk: _Walk) -> None:
-        outputs = walk.feed.outputs
+    def _finish(self, feed: Feed) -> None:
+        outputs = feed.outputs
         if self._in_arena:
             # The caller may keep outputs for long, and the arena could not shrink.
             outputs.update((name, to_value(to_array(value).copy())) for name, value in outputs.items())
-        if walk.top is not None and self._head:
-            walk.feed.top_logits = walk.top.result
-        elif self._head:
-            outputs[self._head.output] = to_value(np.concatenate(walk.slices, axis=-1))
+        if self._head:
+            feed.join_slices(self._head.output)
 
     def _rows(self, lookup: Lookup, indices: Value, *, keep_cached: bool) -> Value:
         try:
@@ -171,55 +217,8 @@ class Forward:
         return to_value(rows, lookup.table.dtype)
 
 
-class _Walk:
-    """A feed on its way through the shards.
-
-    Attributes:
-        feed: what it is.
-        alive: for each piece, the values that a later shard takes.
-        caches: see `Feed`.
-        room: see `Feed`.
-        slices: what the slices of a head have made.
-        top: what is left of them when only the largest logits are wanted.
-    """
-
-    def __init__(self, feed: Feed, in_place: Iterable[str], length: tuple[str, int]) -> None:
-        self.feed = feed
-        self.alive = [dict(piece) for piece in feed.pieces]
-        self.caches = feed.caches
-        self.room = feed.room
-        self.slices: list[NDArray[Any]] = []
-        self.top = RunningTop(feed.top) if feed.top else None
-        for name in in_place:
-            given = [alive.pop(name) for alive in self.alive if name in alive]
-            if given:
-                self.caches[name] = given[0]
-        if self.caches:
-            name, axis = length
-            self.room = max(feed.room, *(piece[name].shape()[axis] for piece in feed.pieces))
-
-    def take_slice(self, logits: NDArray[Any]) -> None:
-        """Keep what is wanted of a slice of the head's output."""
-        if self.top is not None:
-            self.top.push(logits)
-        else:
-            self.slices.append(logits)
-
-    @contextmanager
-    def noting_errors(self, shard: Shard) -> Iterator[None]:
-        """What goes wrong ends this feed, and no other one."""
-        try:
-            with foreign_errors(RunError, f"The pass failed at shard '{shard.name}'", _REMEDY):
-                yield
-        except Exception as error:  # noqa: BLE001 - the caller of this feed gets it
-            self.feed.error = error
-            self.feed.outputs.clear()
-            self.alive.clear()
-            self.slices.clear()
-
-
-def _going_on(walks: Sequence[_Walk]) -> list[_Walk]:
-    return [walk for walk in walks if walk.feed.error is None]
+def _going_on(feeds: Sequence[Feed]) -> list[Feed]:
+    return [feed for feed in feeds if feed.error is None]
 
 
 def _check(feeds: Sequence[Feed]) -> None:

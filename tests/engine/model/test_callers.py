@@ -100,8 +100,8 @@ def test_an_interrupted_caller_is_free_at_once_and_the_next_call_works(
     with load(toy, smallest_budget(toy)) as model:
         gate.wait_reached()
         waits, heard = threading.Event(), threading.Event()
-        submit = model._pipeline._exchange.submit
-        monkeypatch.setattr(model._pipeline._exchange, "submit", lambda request: (submit(request), waits.set()))
+        submit = model._pipeline._exchange.calls.submit
+        monkeypatch.setattr(model._pipeline._exchange.calls, "submit", lambda call: (submit(call), waits.set())[0])
 
         def hear(number: int, frame: Any) -> None:
             if not heard.is_set():

@@ -73,7 +73,7 @@ def test_endless_inputs_are_taken_as_they_are_needed(toy: Path, batch: int) -> N
             # The batch whose answer this is, and the one that is queued behind it.
             assert len(taken) <= (-(-number // batch) + 1) * batch
         outputs.close()
-        assert model._pipeline._exchange.idle or Background(model.run, toys.inputs()).wait() is None
+        assert model._pipeline._exchange.calls.idle or Background(model.run, toys.inputs()).wait() is None
 
 
 def test_giving_up_early_leaves_nothing_running(toy: Path) -> None:
@@ -83,7 +83,7 @@ def test_giving_up_early_leaves_nothing_running(toy: Path) -> None:
         outputs.close()
         # The call that was queued was withdrawn: whatever comes next is served at once.
         model.run(toys.inputs())
-        assert model._pipeline._exchange.idle or not model._pipeline._exchange._requests
+        assert model._pipeline._exchange.calls.idle or not model._pipeline._exchange.calls._waiting
         assert model.stats.passes <= 3
 
 

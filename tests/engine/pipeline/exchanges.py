@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
-from pipeload.pipeline.requests import Request
+from pipeload.pipeline.requests import Call
 
 LOADERS = 4
 
@@ -15,8 +15,8 @@ def nothing() -> None:
     pass
 
 
-def request_of(work: Any = None) -> Request:
-    return Request(work=work)
+def call_of(work: Any = None) -> Call[Any]:
+    return Call(work)
 
 
 def shard_at(index: int) -> LoadedShard:
@@ -50,8 +50,20 @@ def run_one(exchange: Exchange, index: int) -> None:
     """Load, take and give back the next shard, as a resident one when it is planned to be."""
     task = load_one(exchange)
     assert task.index == index
-    taken, shard = exchange.take(index, request_of())
-    exchange.give_back(index, shard, resident=taken.resident)
+    taken, shard = exchange.take(index, call_of())
+    give_back(exchange, index, shard, resident=taken.resident)
+
+
+def give_back(exchange: Exchange, index: int, shard: LoadedShard, *, resident: bool) -> None:
+    """The shard ran: it stays, or goes to the Daemon."""
+    if resident:
+        exchange.residents.give_back(index, shard)
+    else:
+        exchange.retire(shard)
+
+
+def swap(exchange: Exchange, task: Task, packed: LoadedShard) -> bool:
+    return exchange.residents.swap(task.index, packed, lambda: exchange.is_stale(task))
 
 
 def holds_back(exchange: Exchange) -> bool:

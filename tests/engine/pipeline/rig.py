@@ -22,7 +22,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.format.pages import page_ceil, room_bytes
 from pipeload.pipeline.pipeline import Pipeline
-from pipeload.pipeline.requests import Call, Served
+from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import ShardSession, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.layouts import Range, session_bytes, staying
@@ -141,10 +141,6 @@ class Scripted(Replanner):
         return False
 
 
-def served(values: Mapping[str, Value], pass_bytes: int = 0, cache_bytes: int = 0) -> Served:
-    return Served(feed=Feed(pieces=[values]), pass_bytes=pass_bytes, held_bytes=0, cache_bytes=cache_bytes)
-
-
 class Rig:
     """A pipeline over a toy, with a storage that notes, and plans that the test makes."""
 
@@ -170,7 +166,7 @@ class Rig:
     def submit(self, *, pass_bytes: int = 0, cache_bytes: int = 0) -> Call[dict[str, Value]]:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         pass_bytes *= SCALE if isinstance(self.replanner, Scripted) else 1
-        return self.pipeline.submit(served(values, pass_bytes, cache_bytes))
+        return self.pipeline.submit(Feed(pieces=[values]), pass_bytes=pass_bytes, cache_bytes=cache_bytes)
 
     def run(self, **needs: int) -> dict[str, Any]:
         return {name: to_array(value) for name, value in self.submit(**needs).result().items()}
@@ -186,8 +182,8 @@ class Rig:
 
     def wait_packed(self) -> None:
         """Until every resident shard is packed, and no Loading Agent is busy with it."""
-        residents = self.exchange._residents
-        self.wait(lambda: all(shard.buffer is None for shard in residents.values()) and not self.exchange._packing)
+        residents = self.exchange.residents
+        self.wait(lambda: all(s.buffer is None for s in residents.shards.values()) and not residents.busy)
 
 
 @contextmanager
@@ -199,7 +195,7 @@ def rigged(directory: Path, **options: Any) -> Iterator[Rig]:
         rig.pipeline.close()
         assert agents() == []
     if not rig.exchange.cause:
-        assert rig.pipeline._budget.reserved_bytes == 0
+        assert rig.pipeline._memory.reservations.reserved_bytes == 0
 
 
 def fail_once(error: BaseException, at: str) -> Callable[[Shard], None]:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from tests.engine.harness import PATIENCE_S, Background, Gate
+from tests.engine.pipeline.exchanges import give_back
 
 from pipeload.errors import ClosedError
 from pipeload.pipeline.agents import daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import LoadedShard, Task
-from pipeload.pipeline.requests import Request
-from pipeload.pipeline.reservations import Budget
+from pipeload.pipeline.requests import Call
+from pipeload.pipeline.reservations import Reservations
 
 SHARDS = 5
 FAILURES = [OSError("disk"), MemoryError(), SystemExit(3), KeyboardInterrupt(), GeneratorExit()]
@@ -40,7 +41,7 @@ class _Crew:
         self.on_recover: Callable[[], None] = _nothing
         self.on_settle: Callable[[], None] = _nothing
         self.on_watch: Callable[[], None] = _nothing
-        self._budget = Budget(len(resident) + loaders + 1)
+        self._budget = Reservations(len(resident) + loaders + 1)
         self._resident = tuple(index in resident for index in range(SHARDS))
         self._loaders = loaders
         self.exchange.start(self._resident, loaders)
@@ -55,13 +56,13 @@ class _Crew:
         for _ in range(SHARDS):
             self.run()
 
-    def submit(self) -> Request:
-        request = Request(work=self._work)
-        self.exchange.submit(request)
+    def submit(self) -> Call[Any]:
+        request = Call(self._work)
+        self.exchange.calls.submit(request)
         return request
 
     def run(self) -> list[int]:
-        return self.submit().result.result(PATIENCE_S)
+        return self.submit().outcome.result(PATIENCE_S)
 
     def close(self) -> None:
         self.exchange.close()
@@ -80,19 +81,19 @@ class _Crew:
         self.loaded.append(task.index)
         return LoadedShard(index=task.index, session=None, buffer=None, reserved_bytes=1, pooled=True)
 
-    def _work(self, request: Request) -> list[int]:
+    def _work(self, request: Call[Any]) -> list[int]:
         if self.exchange.stopped:
             self.exchange.start(self._resident, self._loaders)
         ran = []
         for index in range(SHARDS):
-            shard, resident = self.exchange.borrow_resident(index), True
+            shard, resident = self.exchange.residents.borrow(index), True
             if shard is None:
                 task, shard = self.exchange.take(index, request)
                 resident = task.resident
             try:
                 self.on_run(index)
             finally:
-                self.exchange.give_back(index, shard, resident=resident)
+                give_back(self.exchange, index, shard, resident=resident)
             ran.append(shard.index)
         return ran
 
@@ -238,12 +239,12 @@ def test_calls_wait_for_each_other_in_order() -> None:
         requests = []
         for number in range(4):
             request = crew.submit()
-            request.result.add_done_callback(lambda _, number=number: finished.append(number))
+            request.outcome.add_done_callback(lambda _, number=number: finished.append(number))
             requests.append(request)
         gate.wait_reached()
-        assert not any(request.result.done() for request in requests)
+        assert not any(request.outcome.done() for request in requests)
         gate.open()
-        assert [request.result.result(PATIENCE_S) for request in requests] == [list(range(SHARDS))] * 4
+        assert [request.outcome.result(PATIENCE_S) for request in requests] == [list(range(SHARDS))] * 4
     assert finished == [0, 1, 2, 3]
 
 
@@ -257,7 +258,7 @@ def test_closing_while_an_agent_works_ends_the_call(where: str) -> None:
         crew.exchange.close()
         gate.open()
         with pytest.raises(ClosedError):
-            request.result.result(PATIENCE_S)
+            request.outcome.result(PATIENCE_S)
 
 
 def test_closing_while_everybody_waits_ends_the_threads() -> None:
@@ -271,19 +272,19 @@ def test_a_withdrawn_call_does_not_disturb_the_next() -> None:
         crew.on_run = lambda index: gate.stop_here() if index == 2 else None
         request = crew.submit()
         gate.wait_reached()
-        crew.exchange.withdraw(request)
+        crew.exchange.calls.forget(request)
         gate.open()
         with pytest.raises(ClosedError):
-            request.result.result(PATIENCE_S)
+            request.outcome.result(PATIENCE_S)
         assert crew.run() == list(range(SHARDS))
 
 
 def test_settling_comes_after_each_answer() -> None:
     answered: list[bool] = []
     with _crew() as crew:
-        requests: list[Request] = []
+        requests: list[Call[Any]] = []
         settled = Gate(opened=True)
-        crew.on_settle = lambda: (answered.append(requests[-1].result.done()), settled.stop_here())
+        crew.on_settle = lambda: (answered.append(requests[-1].outcome.done()), settled.stop_here())
         for _ in range(3):
             gate = Gate()
             crew.on_run = lambda index, gate=gate: gate.stop_here() if index == 0 else None
@@ -328,9 +329,9 @@ def test_idle_agents_keep_no_request_and_no_result_alive() -> None:
         pass
 
     with _crew() as crew:
-        request = Request(work=lambda _: Result())
-        crew.exchange.submit(request)
-        alive = weakref.ref(request.result.result(PATIENCE_S))
+        request = Call(lambda _: Result())
+        crew.exchange.calls.submit(request)
+        alive = weakref.ref(request.outcome.result(PATIENCE_S))
         del request
         # Served after it: by then the Inference Agent has let the first one go.
         crew.run()

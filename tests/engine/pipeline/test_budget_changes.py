@@ -91,16 +91,16 @@ def _budgeted(directory: Path, which: int) -> Iterator[tuple[Rig, list[int], lis
 def test_a_smaller_budget_gives_memory_back_before_it_returns(toy_large: Path) -> None:
     with _budgeted(toy_large, 2) as (rig, budgets, _):
         rig.check(passes=2)
-        assert len(rig.exchange.residents) == 10
-        buffers = {index: shard.buffer for index, shard in rig.exchange.residents.items()}
+        assert len(rig.exchange.residents.shards) == 10
+        buffers = {index: shard.buffer for index, shard in rig.exchange.residents.shards.items()}
         before = rss_bytes()
         rig.pipeline.set_budget(budgets[0])
         plan = rig.pipeline.plan
         assert plan.peak_bytes <= plan.budget_bytes == budgets[0]
-        assert set(rig.exchange.residents) <= {
+        assert set(rig.exchange.residents.shards) <= {
             index for index, shard in enumerate(rig.manifest.shards) if shard.name in plan.resident
         }
-        gone = [buffer for index, buffer in buffers.items() if index not in rig.exchange.residents]
+        gone = [buffer for index, buffer in buffers.items() if index not in rig.exchange.residents.shards]
         assert len(gone) >= 8
         assert all(buffer is not None and buffer._map.closed for buffer in gone)
         # Reading may have begun anew, into as many buffers as the plan has.
@@ -112,12 +112,12 @@ def test_a_smaller_budget_gives_memory_back_before_it_returns(toy_large: Path) -
 def test_a_larger_budget_is_used(toy_large: Path) -> None:
     with _budgeted(toy_large, 0) as (rig, budgets, _):
         rig.check(passes=2)
-        residents = set(rig.exchange.residents)
+        residents = set(rig.exchange.residents.shards)
         for budget in budgets[1:]:
             rig.pipeline.set_budget(budget)
             rig.check(passes=2)
-            assert residents < set(rig.exchange.residents)
-            residents = set(rig.exchange.residents)
+            assert residents < set(rig.exchange.residents.shards)
+            residents = set(rig.exchange.residents.shards)
         assert len(residents) == 10
         rig.storage.read.clear()
         rig.check(passes=2)
@@ -197,7 +197,7 @@ def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, se
         free[0] = 10**12
         plan = rig.pipeline.plan
         assert plan.peak_bytes <= plan.budget_bytes
-        assert rig.pipeline._budget.reserved_bytes <= rig.pipeline._budget._limit_bytes
+        assert rig.pipeline._memory.reservations.reserved_bytes <= rig.pipeline._memory.reservations._limit_bytes
 
 
 def test_an_idle_model_gives_memory_back_when_it_becomes_short(
@@ -211,15 +211,15 @@ def test_an_idle_model_gives_memory_back_when_it_becomes_short(
         assert [replanner.asked.acquire(timeout=PATIENCE_S) for _ in range(2)] == [True, True]
         free[0] = budgets[0]
         assert replanner.asked.acquire(timeout=PATIENCE_S)
-        Call(rig.exchange, nothing).result()
+        rig.pipeline.call(Call(nothing)).result()
         plan = rig.pipeline.plan
         assert plan.peak_bytes <= plan.budget_bytes <= budgets[0]
-        assert len(rig.exchange.residents) <= len(plan.resident) < 10
+        assert len(rig.exchange.residents.shards) <= len(plan.resident) < 10
         rig.check(passes=20)
         assert rig.pipeline.plan.budget_bytes <= budgets[0], "memory is still short"
         free[0] = 10**12
         rig.check(passes=20)
-        assert len(rig.exchange.residents) == 10
+        assert len(rig.exchange.residents.shards) == 10
 
 
 def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

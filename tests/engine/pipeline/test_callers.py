@@ -24,13 +24,12 @@ from tests.engine.pipeline.rig import (
     nothing,
     plan_by_hand,
     rigged,
-    served,
 )
 
 from pipeload.errors import BudgetError, ConfigError, LoadError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Shard
-from pipeload.pipeline.requests import Call, Served
+from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.planner import Plan
@@ -58,7 +57,7 @@ def _while_one_runs(rig: Rig, then: Callable[[Shard], None] = nothing) -> Iterat
 def test_calls_that_wait_are_served_by_one_sweep(toy: Path) -> None:
     with rigged(toy) as rig:
         with _while_one_runs(rig) as running:
-            calls = [rig.pipeline.submit(served(_values(seed, batch=1 + seed))) for seed in range(4)]
+            calls = [rig.pipeline.submit(Feed(pieces=[_values(seed, batch=1 + seed)])) for seed in range(4)]
         assert_same({name: to_array(value) for name, value in running.result().items()}, rig.expected)
         for seed, call in enumerate(calls):
             found = {name: to_array(value) for name, value in call.result().items()}
@@ -81,7 +80,7 @@ def test_a_call_that_fails_hinders_none_of_the_others_in_its_sweep(toy: Path) ->
         wrong = _values()
         wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
         with _while_one_runs(rig):
-            calls = [rig.submit(), rig.pipeline.submit(served(wrong)), rig.submit(), rig.submit()]
+            calls = [rig.submit(), rig.pipeline.submit(Feed(pieces=[wrong])), rig.submit(), rig.submit()]
         calls[3].withdraw()
         for call in (calls[0], calls[2]):
             assert_same({name: to_array(value) for name, value in call.result().items()}, rig.expected)
@@ -95,7 +94,7 @@ def test_the_first_call_of_a_sweep_may_fail_too(toy: Path) -> None:
         wrong = _values()
         wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
         with _while_one_runs(rig):
-            calls = [rig.pipeline.submit(served(wrong)), rig.submit()]
+            calls = [rig.pipeline.submit(Feed(pieces=[wrong])), rig.submit()]
         with pytest.raises(ConfigError, match="out of range"):
             calls[0].result()
         assert_same({name: to_array(value) for name, value in calls[1].result().items()}, rig.expected)
@@ -132,12 +131,7 @@ def test_a_sweep_that_does_not_fit_is_halved_until_it_does(toy: Path, fitting: i
     with rigged(toy, replan=replan) as rig:
         values = _values()
         with _while_one_runs(rig):
-            calls = [
-                rig.pipeline.submit(
-                    Served(feed=Feed(pieces=[values]), pass_bytes=SCALE, held_bytes=SCALE, cache_bytes=0)
-                )
-                for _ in range(8)
-            ]
+            calls = [rig.pipeline.submit(Feed(pieces=[values]), pass_bytes=SCALE, held_bytes=SCALE) for _ in range(8)]
         for call in calls:
             assert_same({name: to_array(value) for name, value in call.result().items()}, rig.expected)
         assert rig.pipeline.stats.passes == 1 + sweeps
@@ -154,7 +148,7 @@ def test_the_first_calls_own_error_is_not_replaced_by_a_later_one_of_its_sweep(t
         wrong = _values()
         wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
         with _while_one_runs(rig, fail) as running:
-            calls = [rig.pipeline.submit(served(wrong)), rig.submit()]
+            calls = [rig.pipeline.submit(Feed(pieces=[wrong])), rig.submit()]
         running.result()
         with pytest.raises(ConfigError, match="out of range"):
             calls[0].result()
@@ -167,7 +161,7 @@ def test_the_first_calls_own_error_is_not_replaced_by_a_later_one_of_its_sweep(t
 def test_only_streamed_models_wait_for_callers_that_were_served(toy: Path, resident: tuple[str, ...]) -> None:
     with rigged(toy, resident=resident) as rig:
         asked: list[float] = []
-        rig.exchange.expect = lambda _, patience_s: asked.append(patience_s)  # type: ignore[method-assign]
+        rig.exchange.calls.expect = lambda _, patience_s: asked.append(patience_s)  # type: ignore[method-assign]
         rig.check(passes=2)
         assert len(asked) == (0 if resident else 2)
 
@@ -182,9 +176,9 @@ def test_calls_that_were_served_together_are_waited_for(toy: Path) -> None:
                 rig.check()
 
         # However slow a caller is: the others wait for it.
-        original = rig.exchange.expect
+        original = rig.exchange.calls.expect
         original(callers, PATIENCE_S)
-        rig.exchange.expect = lambda count, _: original(count, PATIENCE_S)  # type: ignore[method-assign]
+        rig.exchange.calls.expect = lambda count, _: original(count, PATIENCE_S)  # type: ignore[method-assign]
         threads = [threading.Thread(target=call_again_and_again) for _ in range(callers - 1)]
         for thread in threads:
             thread.start()

@@ -20,14 +20,14 @@ from tests.engine.pipeline.rig import (
 )
 
 from pipeload.errors import ClosedError
-from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.session import ShardSession
 from pipeload.tracing.trace import Progress
 
 
 def test_closing_while_a_shard_is_packed_ends_all_threads(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
-    monkeypatch.setattr(pipelines, "ShardSession", gated_packing(gate, "block.002"))
+    monkeypatch.setattr(loaders, "ShardSession", gated_packing(gate, "block.002"))
     with rigged(toy, resident=NAMES, packed=True) as rig:
         rig.check()
         gate.wait_reached()
@@ -72,7 +72,7 @@ def test_closing_while_a_shard_runs_ends_the_call(toy: Path, monkeypatch: pytest
             gate.stop_here()
             return super().run(*arguments)
 
-    monkeypatch.setattr(pipelines, "ShardSession", Gated)
+    monkeypatch.setattr(loaders, "ShardSession", Gated)
     with rigged(toy) as rig:
         calls = [Background(rig.check) for _ in range(3)]
         gate.wait_reached()
@@ -102,7 +102,7 @@ def test_closing_at_any_moment_leaves_nothing(toy: Path, seed: int) -> None:
         moment.open()
         closing.end()
         assert all(isinstance(call.wait(), ClosedError) for call in calls)
-    assert rig.pipeline._budget.reserved_bytes == 0
+    assert rig.pipeline._memory.reservations.reserved_bytes == 0
 
 
 def test_several_may_close_at_once(toy: Path) -> None:

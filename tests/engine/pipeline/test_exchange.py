@@ -5,11 +5,11 @@ from __future__ import annotations
 from tests.engine.harness import Background
 from tests.engine.pipeline.exchanges import (
     LOADERS,
+    call_of,
     draw,
     holds_back,
     load_one,
     nothing,
-    request_of,
     retired,
     run_one,
     shard_at,
@@ -55,20 +55,20 @@ def test_what_is_held_already_is_not_drawn() -> None:
 def test_inference_takes_shards_in_ticket_order_however_they_come() -> None:
     exchange = started(False, False, False)
     tasks = [draw(exchange) for _ in range(3)]
-    first = Background(exchange.take, 0, request_of())
+    first = Background(exchange.take, 0, call_of())
     for task in reversed(tasks[1:]):
         tell(exchange, Loaded(task=task, shard=shard_at(task.index)))
     assert first.is_alive()
     tell(exchange, Loaded(task=tasks[0], shard=shard_at(0)))
     assert first.end()[1].index == 0
-    assert [exchange.take(k, request_of())[1].index for k in (1, 2)] == [1, 2]
+    assert [exchange.take(k, call_of())[1].index for k in (1, 2)] == [1, 2]
 
 
 def test_a_pass_begins_where_the_one_before_prefetched() -> None:
     exchange = started(False, False)
     for _ in range(4):
         load_one(exchange)
-    taken = [exchange.take(index, request_of())[0].ticket for index in (0, 1, 0, 1)]
+    taken = [exchange.take(index, call_of())[0].ticket for index in (0, 1, 0, 1)]
     assert taken == [0, 1, 2, 3]
 
 
@@ -92,21 +92,21 @@ def test_no_more_loaders_work_than_were_asked_for() -> None:
 
 def test_a_resident_shard_is_borrowed_again_and_again() -> None:
     exchange = started(True, False)
-    assert exchange.borrow_resident(0) is None
+    assert exchange.residents.borrow(0) is None
     run_one(exchange, 0)
-    assert list(exchange.residents) == [0]
+    assert list(exchange.residents.shards) == [0]
     for _ in range(3):
-        shard = exchange.borrow_resident(0)
+        shard = exchange.residents.borrow(0)
         assert shard is not None
-        exchange.give_back(0, shard, resident=True)
-    assert exchange.borrow_resident(1) is None
+        exchange.residents.give_back(0, shard)
+    assert exchange.residents.borrow(1) is None
     assert retired(exchange) == []
 
 
 def test_a_shard_that_is_not_resident_is_retired_when_it_ran() -> None:
     exchange = started(False, False)
     run_one(exchange, 0)
-    assert exchange.residents == {}
+    assert exchange.residents.shards == {}
     assert retired(exchange) == [0]
 
 
@@ -114,10 +114,10 @@ def test_a_dropped_resident_is_retired_and_drawn_again() -> None:
     exchange = started(True, False)
     run_one(exchange, 0)
     exchange.reset(nothing)
-    exchange.drop(0)
+    exchange.residents.drop(0)
     exchange.start((True, False), LOADERS)
     assert load_one(exchange).index == 0
-    assert exchange.residents == {}
+    assert exchange.residents.shards == {}
     assert retired(exchange) == [0]
 
 
@@ -137,6 +137,6 @@ def test_when_nothing_is_ahead_one_shard_may_come_even_when_memory_is_short() ->
     load_one(exchange)
     waiting = Background(exchange.next_task)
     assert holds_back(exchange)
-    exchange.take(0, request_of())
+    exchange.take(0, call_of())
     exchange.notify()
     assert waiting.end().index == 1

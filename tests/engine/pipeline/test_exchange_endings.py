@@ -6,11 +6,11 @@ import pytest
 from tests.engine.harness import Background
 from tests.engine.pipeline.exchanges import (
     LOADERS,
+    call_of,
     draw,
     holds_back,
     load_one,
     nothing,
-    request_of,
     retired,
     shard_at,
     started,
@@ -25,7 +25,7 @@ from pipeload.pipeline.messages import Failed, Loaded
 @pytest.mark.parametrize("error", [OSError("disk"), MemoryError(), SystemExit(3), KeyboardInterrupt()])
 def test_a_failed_load_is_raised_where_it_was_awaited(error: BaseException) -> None:
     exchange = started(False, False)
-    waiting = Background(exchange.take, 0, request_of())
+    waiting = Background(exchange.take, 0, call_of())
     tell(exchange, Failed(task=draw(exchange), error=error))
     assert waiting.wait() is error
 
@@ -35,9 +35,9 @@ def test_shards_before_a_failed_one_can_still_be_taken() -> None:
     first, second = draw(exchange), draw(exchange)
     tell(exchange, Failed(task=second, error=OSError("disk")))
     tell(exchange, Loaded(task=first, shard=shard_at(0)))
-    assert exchange.take(0, request_of())[0] is first
+    assert exchange.take(0, call_of())[0] is first
     with pytest.raises(OSError, match="disk"):
-        exchange.take(1, request_of())
+        exchange.take(1, call_of())
 
 
 def test_after_a_failure_nothing_more_is_drawn_until_the_reset() -> None:
@@ -76,20 +76,20 @@ def test_stale_work_may_also_end_without_a_shard(message: str) -> None:
     resetting.end()
     exchange.start((False, False), LOADERS)
     assert load_one(exchange).index == 0
-    assert exchange.take(0, request_of())[1].index == 0
+    assert exchange.take(0, call_of())[1].index == 0
 
 
 def test_after_a_reset_a_pass_begins_with_its_first_shard() -> None:
     exchange = started(False, False, False)
     before = [load_one(exchange) for _ in range(2)]
-    exchange.take(0, request_of())
+    exchange.take(0, call_of())
     exchange.reset(nothing)
     exchange.start((False, True, False), LOADERS)
     after = load_one(exchange)
     assert (after.index, after.ticket, after.pass_number) == (0, 2, 1)
     assert exchange.is_stale(before[0])
     assert not exchange.is_stale(after)
-    assert exchange.take(0, request_of())[0] is after
+    assert exchange.take(0, call_of())[0] is after
     assert load_one(exchange).index == 1
 
 
@@ -104,9 +104,9 @@ def test_nothing_is_drawn_between_reset_and_start() -> None:
 
 def test_closing_ends_every_wait() -> None:
     exchange = started(True)
-    request = request_of()
-    exchange.submit(request)
-    assert exchange.next_request() is request
+    request = call_of()
+    exchange.calls.submit(request)
+    assert exchange.next_call() is request
     draw(exchange)
     taking = Background(exchange.take, 0, request)
     drawing = Background(exchange.next_task)
@@ -116,21 +116,21 @@ def test_closing_ends_every_wait() -> None:
     exchange.close()
     assert isinstance(taking.wait(), ClosedError)
     assert (drawing.end(), retiring.end(), resetting.end(), freeing.end()) == (None,) * 4
-    assert request.stopper.stopped
-    assert exchange.next_request() is None
+    assert request.feed.stopper.stopped
+    assert exchange.next_call() is None
     assert exchange.next_task() is None
 
 
 def test_closing_ends_requests_that_wait_with_the_cause() -> None:
     exchange, cause = Exchange(), OSError("daemon died")
-    request = request_of()
-    exchange.submit(request)
+    request = call_of()
+    exchange.calls.submit(request)
     exchange.close(cause)
-    error = request.result.exception(0)
+    error = request.outcome.exception(0)
     assert isinstance(error, ClosedError)
     assert error.__cause__ is cause
     with pytest.raises(ClosedError) as caught:
-        exchange.submit(request_of())
+        exchange.calls.submit(call_of())
     assert caught.value.__cause__ is cause
 
 
@@ -139,7 +139,7 @@ def test_the_first_cause_stays() -> None:
     exchange.close(cause)
     exchange.close()
     with pytest.raises(ClosedError) as caught:
-        exchange.take(0, request_of())
+        exchange.take(0, call_of())
     assert caught.value.__cause__ is cause
 
 

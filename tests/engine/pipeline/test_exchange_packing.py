@@ -13,6 +13,7 @@ from tests.engine.pipeline.exchanges import (
     run_one,
     shard_at,
     started,
+    swap,
     tell,
 )
 
@@ -25,7 +26,7 @@ def _packing(*indices: int) -> Exchange:
     exchange = started(True, True, True)
     for index in range(3):
         run_one(exchange, index)
-    exchange.pack(indices)
+    exchange.residents.pack(indices)
     return exchange
 
 
@@ -33,25 +34,23 @@ def test_residents_are_packed_one_after_another() -> None:
     exchange = _packing(2, 0)
     task = draw(exchange)
     assert (task.index, task.packing) == (2, True)
-    assert exchange.packing
+    assert exchange.residents.packing
     waiting = Background(exchange.next_task)
     assert holds_back(exchange)
-    assert exchange.resident(2) is exchange.residents[2]
-    old, packed = exchange.resident(2), shard_at(2)
+    assert exchange.residents.shards[2] is exchange.residents.shards[2]
+    old, packed = exchange.residents.shards[2], shard_at(2)
     packed.reserved_bytes, old.reserved_bytes = 0, 7
-    exchange.swap(task, packed)
-    assert exchange.residents[2] is packed
+    swap(exchange, task, packed)
+    assert exchange.residents.shards[2] is packed
     # The packed one stands for the bytes; what is retired gives none back.
     assert (packed.reserved_bytes, old.reserved_bytes) == (7, 0)
     assert holds_back(exchange), "one at a time: the packed copy takes memory until the old one is gone"
-    exchange.packed()
     exchange.deliver(task, None)
     second = waiting.end()
     assert (second.index, second.packing) == (0, True)
-    exchange.swap(second, shard_at(0))
-    exchange.packed()
+    swap(exchange, second, shard_at(0))
     exchange.deliver(second, None)
-    assert not exchange.packing
+    assert not exchange.residents.packing
     assert sorted(retired(exchange)) == [0, 2]
 
 
@@ -61,7 +60,7 @@ def test_a_single_loader_packs_too(resident: bool) -> None:
     exchange.start((True, resident), 1)
     run_one(exchange, 0)
     run_one(exchange, 1)
-    exchange.pack([0])
+    exchange.residents.pack([0])
     task = draw(exchange)
     assert (task.index, task.packing) == (0, True)
     # One more than the plan has may pack, so whatever is streamed goes on.
@@ -84,59 +83,57 @@ def test_a_shard_is_not_begun_while_it_is_loaded_for_the_pass_before() -> None:
 def test_a_packed_shard_is_not_swapped_in_while_the_old_one_runs() -> None:
     exchange = _packing(1)
     task = draw(exchange)
-    running = exchange.borrow_resident(1)
+    running = exchange.residents.borrow(1)
     assert running is not None
     packed = shard_at(1)
-    swapping = Background(exchange.swap, task, packed)
+    swapping = Background(swap, exchange, task, packed)
     other = Background(exchange.notify)
     other.end()
     assert swapping.is_alive()
-    assert exchange.residents[1] is running
-    exchange.give_back(1, running, resident=True)
+    assert exchange.residents.shards[1] is running
+    exchange.residents.give_back(1, running)
     swapping.end()
-    assert exchange.residents[1] is packed
+    assert exchange.residents.shards[1] is packed
 
 
 def test_giving_back_does_not_undo_a_swap() -> None:
     exchange = _packing(1)
     task = draw(exchange)
     packed = shard_at(1)
-    exchange.swap(task, packed)
-    borrowed = exchange.borrow_resident(1)
+    swap(exchange, task, packed)
+    borrowed = exchange.residents.borrow(1)
     assert borrowed is packed
-    exchange.give_back(1, packed, resident=True)
-    assert exchange.residents[1] is packed
+    exchange.residents.give_back(1, packed)
+    assert exchange.residents.shards[1] is packed
 
 
 def test_a_packing_that_failed_is_raised_at_the_next_shard_once() -> None:
     exchange = _packing(1)
-    exchange.packed()
     tell(exchange, Failed(task=draw(exchange), error=OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        exchange.borrow_resident(0)
-    assert exchange.borrow_resident(0) is not None
+        exchange.residents.borrow(0)
+    assert exchange.residents.borrow(0) is not None
 
 
 @pytest.mark.parametrize("how", ["reset", "close"])
 def test_a_packed_shard_that_comes_too_late_is_retired(how: str) -> None:
     exchange = _packing(1)
-    task, packed, old = draw(exchange), shard_at(1), exchange.resident(1)
-    running = exchange.borrow_resident(1)
+    task, packed, old = draw(exchange), shard_at(1), exchange.residents.shards[1]
+    running = exchange.residents.borrow(1)
     assert running is old
-    swapping = Background(exchange.swap, task, packed)
+    swapping = Background(swap, exchange, task, packed)
     ending = Background(exchange.reset, nothing) if how == "reset" else Background(exchange.close)
     swapping.end()
-    exchange.packed()
     exchange.deliver(task, None)
     ending.end()
-    assert exchange.residents[1] is old
+    assert exchange.residents.shards[1] is old
     assert exchange.next_retired() is packed
 
 
 def test_a_reset_forgets_what_is_to_be_packed() -> None:
     exchange = _packing(0, 1, 2)
     exchange.reset(nothing)
-    assert not exchange.packing
+    assert not exchange.residents.packing
     exchange.start((True, True, True), LOADERS)
     waiting = Background(exchange.next_task)
     assert holds_back(exchange)

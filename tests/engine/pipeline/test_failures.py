@@ -22,7 +22,7 @@ from tests.engine.pipeline.rig import (
 
 from pipeload.errors import ClosedError, LoadError, RunError, ShardError
 from pipeload.format import manifest as manifests
-from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import loader as loaders
 from pipeload.storage.buffers import Buffer
 from pipeload.tracing.trace import Progress
 
@@ -46,7 +46,7 @@ def test_a_failed_read_reaches_the_caller_and_the_next_call_works(
 def test_a_failed_session_reaches_the_caller_and_the_next_call_works(
     toy: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: BaseException, at: str
 ) -> None:
-    monkeypatch.setattr(pipelines, "ShardSession", failing_sessions(method, error, at))
+    monkeypatch.setattr(loaders, "ShardSession", failing_sessions(method, error, at))
     with rigged(toy) as rig:
         with raising(error, LoadError if method == "make" else RunError):
             rig.check(passes=3)
@@ -59,7 +59,7 @@ def test_a_failure_while_freeing_closes_with_its_cause(
 ) -> None:
     armed = [True]
     with rigged(toy) as rig:
-        pool = rig.pipeline._pool
+        pool = rig.pipeline._memory._pool
 
         def give(buffer: Buffer) -> None:
             if armed and threading.current_thread().name == "pipeload-daemon":
@@ -145,4 +145,4 @@ def test_a_shard_that_onnxruntime_refuses_is_named(toy_copy: Path) -> None:
         graph.write_bytes(b"\xff" * graph.stat().st_size)
         with pytest.raises(LoadError, match=r"refused shard 'block\.001'"):
             rig.check(passes=2)
-        np.testing.assert_equal(rig.pipeline._budget.reserved_bytes, 0)
+        np.testing.assert_equal(rig.pipeline._memory.reservations.reserved_bytes, 0)

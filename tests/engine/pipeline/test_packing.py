@@ -23,14 +23,14 @@ from tests.engine.pipeline.rig import (
     plan_by_hand,
     raising,
     rigged,
-    served,
 )
 
 from pipeload.errors import LoadError
 from pipeload.format import manifest as manifests
-from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_value
+from pipeload.pipeline.sweep import Feed
 from pipeload.planning.planner import Plan, make_plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.weights import Storage
@@ -55,8 +55,8 @@ def test_the_smallest_budget_for_packing_does_not_hang(toy: Path, loaders: int, 
     try:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         for _ in range(3):
-            pipeline.submit(served(values)).result()
-        assert pipeline._budget.reserved_bytes <= pipeline._budget._limit_bytes
+            pipeline.submit(Feed(pieces=[values])).result()
+        assert pipeline._memory.reservations.reserved_bytes <= pipeline._memory.reservations._limit_bytes
     finally:
         pipeline.close()
 
@@ -65,14 +65,14 @@ def test_the_smallest_budget_for_packing_does_not_hang(toy: Path, loaders: int, 
 def test_residents_are_packed_behind_the_passes_from_memory(toy: Path, resident: tuple[str, ...]) -> None:
     gate = Gate()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "ShardSession", gated_packing(gate))
+        patch.setattr(loaders, "ShardSession", gated_packing(gate))
         with rigged(toy, resident=resident, packed=True) as rig:
             # Nothing is packed yet, so the answer is the sequential one's.
             rig.check()
             gate.wait_reached()
             rig.check()
-            reserved = rig.pipeline._budget.reserved_bytes
-            buffers = [shard.buffer for shard in rig.exchange.residents.values()]
+            reserved = rig.pipeline._memory.reservations.reserved_bytes
+            buffers = [shard.buffer for shard in rig.exchange.residents.shards.values()]
             assert len(buffers) == len(resident)
             gate.open()
             rig.wait_packed()
@@ -81,7 +81,7 @@ def test_residents_are_packed_behind_the_passes_from_memory(toy: Path, resident:
             # The packed copies stand for the bytes, and the memory of what was read is given back.
             rig.wait(lambda: all(buffer is not None and buffer._map.closed for buffer in buffers))
             if len(resident) == len(NAMES):
-                assert rig.pipeline._budget.reserved_bytes == reserved
+                assert rig.pipeline._memory.reservations.reserved_bytes == reserved
             counts = Counter(rig.storage.read)
             assert {counts[name] for name in resident} == {1}
             packs = [span.shard for span in rig.pipeline.trace.spans if span.kind == "pack"]
@@ -101,22 +101,22 @@ def test_streamed_shards_that_are_packed_agree(toy: Path) -> None:
 def test_a_failed_packing_reaches_the_caller_once_and_is_not_tried_again(
     toy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    monkeypatch.setattr(pipelines, "ShardSession", failing_sessions("pack", error, "block.003"))
+    monkeypatch.setattr(loaders, "ShardSession", failing_sessions("pack", error, "block.003"))
     with rigged(toy, resident=NAMES, packed=True) as rig:
         rig.check()
-        rig.wait(lambda: rig.exchange._packing_error is not None)
+        rig.wait(lambda: rig.exchange.residents._error is not None)
         with raising(error, LoadError):
             rig.run()
         for _ in range(4):
             assert_close(rig.run(), rig.expected, 1e-5)
-        assert not rig.exchange.packing
-        assert [name for name in NAMES if rig.exchange.residents[NAMES.index(name)].buffer is None] == NAMES[:4]
+        assert not rig.exchange.residents.packing
+        assert [name for name in NAMES if rig.exchange.residents.shards[NAMES.index(name)].buffer is None] == NAMES[:4]
         assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)
 
 
 def test_a_reset_waits_for_packing_and_forgets_what_comes_too_late(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
-    monkeypatch.setattr(pipelines, "ShardSession", gated_packing(gate, "block.002"))
+    monkeypatch.setattr(loaders, "ShardSession", gated_packing(gate, "block.002"))
     manifest = manifests.read(toy)
     plans = [plan_by_hand(manifest, resident=NAMES, packed=True, loaders=1 + more, pass_bytes=more) for more in (0, 1)]
     with rigged(toy, resident=NAMES, packed=True, loaders=1, replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:

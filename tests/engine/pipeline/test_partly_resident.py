@@ -17,7 +17,6 @@ from tests.engine.pipeline.rig import (
     fail_once,
     plan_by_hand,
     rigged,
-    served,
 )
 
 from pipeload.errors import LoadError, ShardError
@@ -25,6 +24,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_value
+from pipeload.pipeline.sweep import Feed
 from pipeload.planning.layouts import Range, session_bytes
 from pipeload.tracing.trace import read_bytes
 
@@ -96,10 +96,11 @@ def test_agents_that_wait_for_the_next_pass_reserve_a_kept_part_only_once(toy_un
     with rigged(toy_uneven, partly=halves, buffers=2, loaders=loaders) as rig:
         for _ in range(4):
             rig.check()
-        kept = sum(part.buffer.nbytes for parts in rig.exchange.kept.values() for part in parts)
+        kept = sum(part.buffer.nbytes for parts in rig.exchange.residents.parts.values() for part in parts)
         rig.wait(
             lambda: (
-                rig.pipeline._budget.reserved_bytes <= kept + 2 * (rig.pipeline.plan.buffer_bytes + session_bytes(1))
+                rig.pipeline._memory.reservations.reserved_bytes
+                <= kept + 2 * (rig.pipeline.plan.buffer_bytes + session_bytes(1))
             )
         )
 
@@ -126,7 +127,7 @@ def test_a_damaged_part_is_found_when_it_is_read_the_first_time(toy_copy: Path, 
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         for _ in range(2):
             with pytest.raises(ShardError, match=r"'shards/block\.002\.safetensors' is damaged"):
-                pipeline.submit(served(values)).result()
+                pipeline.submit(Feed(pieces=[values])).result()
     finally:
         pipeline.close()
 
@@ -145,8 +146,8 @@ def test_kept_parts_that_another_plan_does_not_want_leave(toy_uneven: Path) -> N
         for number in (0, 1, 0, 2, 1, 3, 0, 0):
             for _ in range(2):
                 assert_same(rig.run(pass_bytes=number), rig.expected)
-            kept = {manifest.shards[index].name for index in rig.exchange.kept}
+            kept = {manifest.shards[index].name for index in rig.exchange.residents.parts}
             assert kept == set(plans[number].partly_resident)
-            staying = {manifest.shards[index].name for index in rig.exchange.residents}
+            staying = {manifest.shards[index].name for index in rig.exchange.residents.shards}
             assert staying == plans[number].resident
-            assert rig.pipeline._budget.reserved_bytes <= plans[number].weights_bytes
+            assert rig.pipeline._memory.reservations.reserved_bytes <= plans[number].weights_bytes

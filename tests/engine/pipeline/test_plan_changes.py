@@ -27,7 +27,7 @@ from pipeload.errors import BudgetError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.format.pages import page_ceil
-from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import weights_memory
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import to_array
 from pipeload.planning.layouts import session_bytes
@@ -44,14 +44,14 @@ def test_the_daemon_stops_and_resumes_the_loaders_when_memory_is_short(
         exchange = rig.pipeline._exchange
         real = exchange.signal_memory
         monkeypatch.setattr(exchange, "signal_memory", lambda *, short: (signals.append(short), real(short=short)))
-        monkeypatch.setattr(pipelines, "trim", lambda: trims.append(threading.current_thread().name))
+        monkeypatch.setattr(weights_memory, "trim", lambda: trims.append(threading.current_thread().name))
         rig.check(passes=2)
         assert signals == []
-        monkeypatch.setattr(pipelines, "rss_bytes", lambda: rig.pipeline.plan.budget_bytes)
+        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: rig.pipeline.plan.budget_bytes)
         rig.check(passes=2)
         assert "pipeload-daemon" in trims
         assert True in signals
-        monkeypatch.setattr(pipelines, "rss_bytes", lambda: 0)
+        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: 0)
         rig.check(passes=2)
     assert not exchange._short
 
@@ -68,13 +68,13 @@ def test_a_pass_that_needs_more_makes_residents_leave(toy: Path) -> None:
         for _ in range(2):
             assert_same(rig.run(pass_bytes=5), rig.expected)
         assert rig.pipeline.plan.resident == {"block.003"}
-        assert set(rig.exchange.residents) == {4}
+        assert set(rig.exchange.residents.shards) == {4}
         rig.storage.read.clear()
         assert_same(rig.run(pass_bytes=5), rig.expected)
         counts = Counter(rig.storage.read)
         assert "block.003" not in counts
         rig.check(passes=2)
-        assert set(rig.exchange.residents) == {2, 4, 6}
+        assert set(rig.exchange.residents.shards) == {2, 4, 6}
 
 
 def test_other_buffer_sizes_take_effect(toy: Path) -> None:
@@ -93,7 +93,7 @@ def test_other_buffer_sizes_take_effect(toy: Path) -> None:
             kept = [page_ceil(s.nbytes) for s in manifest.shards if s.name in plan.resident]
             limit = sum(kept) + plan.buffers * plan.buffer_bytes + (len(kept) + plan.buffers) * session_bytes(1)
             assert plan.weights_bytes == limit
-            assert rig.pipeline._budget.reserved_bytes <= limit
+            assert rig.pipeline._memory.reservations.reserved_bytes <= limit
 
 
 def test_loading_agents_come_when_a_plan_wants_more_and_wait_when_it_wants_fewer(toy: Path) -> None:
@@ -158,7 +158,7 @@ def test_what_passes_teach_is_taken_from_their_own_spans(toy: Path) -> None:
         rig.check(passes=3)
         # A call that runs no shard teaches nothing.
         rig.pipeline.set_budget(10**11)
-        Call(rig.exchange, nothing).result()
+        rig.pipeline.call(Call(nothing)).result()
         learned = rig.replanner.taught
         assert len(learned) == 3
         for number, (plan, spans, seconds) in enumerate(learned, start=1):
@@ -186,4 +186,4 @@ def test_a_lesson_may_change_the_plan_before_the_next_call(toy: Path) -> None:
         # Nobody calls: the agents begin to read what is to stay.
         rig.wait(lambda: rig.pipeline.plan is plans[1])
         rig.check(passes=2)
-        assert set(rig.exchange.residents) == set(range(1, 7))
+        assert set(rig.exchange.residents.shards) == set(range(1, 7))

@@ -13,15 +13,15 @@ from tests.engine.pipeline.rig import NAMES, plan_by_hand, rigged
 
 from pipeload.errors import BudgetError, ClosedError, LoadError, RunError
 from pipeload.format import manifest as manifests
-from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import weights_memory
 from pipeload.pipeline.agents import inference_agent
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import Loaded, LoadedShard, Task
-from pipeload.pipeline.requests import Request
+from pipeload.pipeline.requests import Call
 from pipeload.planning.planner import Plan
 
 
-def _take_one(exchange: Exchange, request: Request, error: BaseException) -> None:
+def _take_one(exchange: Exchange, request: Call[Any], error: BaseException) -> None:
     exchange.take(0, request)
     raise error
 
@@ -41,9 +41,9 @@ def test_a_recovery_that_fails_ends_the_call_with_every_kind_of_error(kind: type
         raise failure
 
     agent = Background(inference_agent, exchange, recover, lambda: None)
-    request = Request(work=lambda request: _take_one(exchange, request, error))
-    exchange.submit(request)
-    assert request.result.exception(PATIENCE_S) is error
+    request = Call(lambda request: _take_one(exchange, request, error))
+    exchange.calls.submit(request)
+    assert request.outcome.exception(PATIENCE_S) is error
     assert exchange.cause is failure
     agent.end()
     if kind is ClosedError:
@@ -84,7 +84,7 @@ def test_figures_of_memory_that_cannot_be_read_once_hang_nothing_and_leak_nothin
     toy: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException
 ) -> None:
     """The reservation of the shard that was loaded meanwhile is given back, whichever agent wanted the figure."""
-    real, armed = pipelines.rss_bytes, threading.Event()
+    real, armed = weights_memory.rss_bytes, threading.Event()
 
     def rss_bytes() -> int:
         if armed.is_set() and threading.current_thread().name.startswith(f"pipeload-{where}"):
@@ -92,7 +92,7 @@ def test_figures_of_memory_that_cannot_be_read_once_hang_nothing_and_leak_nothin
             raise error
         return real()
 
-    monkeypatch.setattr(pipelines, "rss_bytes", rss_bytes)
+    monkeypatch.setattr(weights_memory, "rss_bytes", rss_bytes)
     with rigged(toy, buffers=1, loaders=1) as rig:
         rig.check()
         armed.set()
@@ -120,26 +120,26 @@ def test_a_failure_while_a_shard_is_freed_gives_its_reservation_back(
         rig.check()
         rig.wait(lambda: bool(rig.exchange._ready))
         task = Task(ticket=-1, index=2, resident=False, epoch=rig.exchange._epoch)
-        reserved = rig.pipeline._budget.reserved_bytes
-        rig.pipeline._budget._reserved_bytes += 1000
+        reserved = rig.pipeline._memory.reservations.reserved_bytes
+        rig.pipeline._memory.reservations._reserved_bytes += 1000
         shard = LoadedShard(
             index=task.index,
             session=None,
-            buffer=rig.pipeline._pool.take(),
+            buffer=rig.pipeline._memory._pool.take(),
             reserved_bytes=1000,
             pooled=at == "give",
         )
         with monkeypatch.context() as patch:
             if at == "give_back":
-                patch.setattr(pipelines, "rss_bytes", lambda: 10**15)
-                patch.setattr(rig.pipeline, "_give_back", fail)
+                patch.setattr(weights_memory, "rss_bytes", lambda: 10**15)
+                patch.setattr(rig.pipeline._memory, "give_back", fail)
             elif at == "give":
-                patch.setattr(rig.pipeline._pool, "give", fail)
+                patch.setattr(rig.pipeline._memory._pool, "give", fail)
             else:
                 patch.setattr(type(shard.buffer), "close", fail)
             with pytest.raises(OSError, match="no"):
-                rig.pipeline._free(shard)
-        assert rig.pipeline._budget.reserved_bytes == reserved
+                rig.pipeline._loader.free(shard)
+        assert rig.pipeline._memory.reservations.reserved_bytes == reserved
         assert not rig.exchange._short
 
 
@@ -150,12 +150,12 @@ def test_parts_that_stay_are_counted_while_loaders_add_more(toy_uneven: Path) ->
 
     def add() -> None:
         for index in range(20_000):
-            exchange.keep(index, ())
+            exchange.residents.keep(index, ())
             adding.set()
 
     adder = Background(add)
     adding.wait(PATIENCE_S)
     while adder.is_alive():
-        sum(len(parts) for parts in exchange.kept.values())
+        sum(len(parts) for parts in exchange.residents.parts.values())
     adder.end()
-    assert len(exchange.kept) == 20_000
+    assert len(exchange.residents.parts) == 20_000

@@ -13,7 +13,7 @@ import pytest
 from tests.engine.harness import PATIENCE_S, Background
 
 from pipeload.errors import ClosedError, LoadError
-from pipeload.pipeline.reservations import Budget
+from pipeload.pipeline.reservations import Reservations
 
 
 def _never() -> bool:
@@ -35,7 +35,7 @@ class _Waiting:
         assert self._looked.wait(PATIENCE_S)
 
 
-def _waiting(budget: Budget, nbytes: int, ticket: int) -> tuple[Background, _Waiting]:
+def _waiting(budget: Reservations, nbytes: int, ticket: int) -> tuple[Background, _Waiting]:
     """A reservation in another thread, which has begun to wait."""
     cancelled = _Waiting()
     call = Background(budget.reserve, nbytes, ticket, cancelled)
@@ -46,14 +46,14 @@ def _waiting(budget: Budget, nbytes: int, ticket: int) -> tuple[Background, _Wai
 
 
 def test_what_fits_is_granted_at_once() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     assert budget.reserve(60, 0, _never)
     assert budget.reserve(40, 1, _never)
     assert budget.reserved_bytes == 100
 
 
 def test_a_reservation_waits_until_enough_is_released() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(70, 0, _never)
     call, _ = _waiting(budget, 50, 1)
     budget.release(10)
@@ -64,7 +64,7 @@ def test_a_reservation_waits_until_enough_is_released() -> None:
 
 
 def test_a_later_ticket_waits_even_when_it_would_fit() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(90, 0, _never)
     large, _ = _waiting(budget, 50, 1)
     small, _ = _waiting(budget, 5, 2)
@@ -78,7 +78,7 @@ def test_a_later_ticket_waits_even_when_it_would_fit() -> None:
 
 
 def test_a_ticket_waits_for_one_that_did_not_come_yet() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     second, _ = _waiting(budget, 1, 1)
     assert second.is_alive()
     assert budget.reserve(1, 0, _never)
@@ -86,7 +86,7 @@ def test_a_ticket_waits_for_one_that_did_not_come_yet() -> None:
 
 
 def test_a_request_above_the_limit_is_refused_at_once_and_blocks_nobody() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(100, 0, _never)
     with pytest.raises(LoadError, match=r"needs 101 B, more than the 100 B"):
         budget.reserve(101, 1, _never)
@@ -95,7 +95,7 @@ def test_a_request_above_the_limit_is_refused_at_once_and_blocks_nobody() -> Non
 
 
 def test_a_refused_request_out_of_turn_blocks_nobody() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     with pytest.raises(LoadError):
         budget.reserve(101, 1, _never)
     assert budget.reserve(1, 0, _never)
@@ -103,7 +103,7 @@ def test_a_refused_request_out_of_turn_blocks_nobody() -> None:
 
 
 def test_a_cancelled_reservation_gives_its_turn_away() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(100, 0, _never)
     first, cancelled = _waiting(budget, 100, 1)
     second, _ = _waiting(budget, 100, 2)
@@ -116,7 +116,7 @@ def test_a_cancelled_reservation_gives_its_turn_away() -> None:
 
 
 def test_cancelling_wakes_everybody() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(100, 0, _never)
     waiting = [_waiting(budget, 10, ticket) for ticket in range(1, 6)]
     for _, cancelled in waiting:
@@ -128,14 +128,14 @@ def test_cancelling_wakes_everybody() -> None:
 
 
 def test_a_reservation_that_is_cancelled_already_takes_nothing() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     assert not budget.reserve(10, 0, lambda: True)
     assert budget.reserved_bytes == 0
     assert budget.reserve(100, 1, _never)
 
 
 def test_closing_wakes_everybody_and_refuses_from_then_on() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(100, 0, _never)
     waiting = [_waiting(budget, 10, ticket)[0] for ticket in range(1, 6)]
     budget.close()
@@ -147,7 +147,7 @@ def test_closing_wakes_everybody_and_refuses_from_then_on() -> None:
 
 
 def test_a_higher_limit_wakes_who_waits() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(100, 0, _never)
     call, _ = _waiting(budget, 50, 1)
     budget.set_limit(150)
@@ -155,7 +155,7 @@ def test_a_higher_limit_wakes_who_waits() -> None:
 
 
 def test_a_lower_limit_holds_from_now_on() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(60, 0, _never)
     budget.set_limit(50)
     assert budget.reserved_bytes == 60
@@ -166,7 +166,7 @@ def test_a_lower_limit_holds_from_now_on() -> None:
 
 
 def test_who_waits_for_more_than_a_new_limit_is_refused() -> None:
-    budget = Budget(100)
+    budget = Reservations(100)
     budget.reserve(100, 0, _never)
     call, _ = _waiting(budget, 80, 1)
     budget.set_limit(50)
@@ -175,7 +175,7 @@ def test_who_waits_for_more_than_a_new_limit_is_refused() -> None:
     assert budget.reserve(50, 2, _never)
 
 
-class _Audited(Budget):
+class _Audited(Reservations):
     """Notes every grant under the budget's own lock."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -243,16 +243,16 @@ def test_random_sequences_keep_order_and_limit(seed: int) -> None:
     assert sorted(budget.ended) == list(range(count))
 
 
-@pytest.mark.parametrize("end", [Budget.close, Budget.wake], ids=["close", "cancel"])
-def test_nobody_is_left_waiting_whenever_it_ends(end: Callable[[Budget], None]) -> None:
+@pytest.mark.parametrize("end", [Reservations.close, Reservations.wake], ids=["close", "cancel"])
+def test_nobody_is_left_waiting_whenever_it_ends(end: Callable[[Reservations], None]) -> None:
     for seed in range(20):
         choose = random.Random(seed)
-        budget, stop = Budget(10), threading.Event()
+        budget, stop = Reservations(10), threading.Event()
         order = list(range(8))
         choose.shuffle(order)
         start = threading.Barrier(9)
 
-        def reserve(ticket: int, budget: Budget = budget, stop: Any = stop, start: Any = start) -> Any:
+        def reserve(ticket: int, budget: Reservations = budget, stop: Any = stop, start: Any = start) -> Any:
             start.wait(PATIENCE_S)
             return budget.reserve(7, ticket, stop.is_set)
 

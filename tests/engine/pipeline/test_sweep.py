@@ -16,7 +16,7 @@ from tests.engine.harness import assert_same, run_sequentially
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.format import manifest as manifests
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
-from pipeload.pipeline.sweep import Feed, Forward
+from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
 
@@ -38,7 +38,7 @@ class _Pass:
     def run(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, Any]:
         values = {name: to_value(array) for name, array in inputs.items()}
         one = Feed(pieces=[values], stopper=self.stopper, **options)
-        Forward(self.manifest, self.storage).run([one], self._borrow)
+        Sweep(self.manifest, self.storage).run([one], self._borrow)
         return {name: to_array(value) for name, value in one.outputs.items()}
 
     @contextmanager

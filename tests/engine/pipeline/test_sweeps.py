@@ -18,7 +18,7 @@ from tests.engine.pipeline.rig import (
     rigged,
 )
 
-from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.session import ShardSession
 from pipeload.planning.planner import Plan
 
@@ -105,7 +105,7 @@ def test_no_more_sessions_live_than_planned(toy: Path, monkeypatch: pytest.Monke
             with lock:
                 alive[0] -= 1
 
-    monkeypatch.setattr(pipelines, "ShardSession", Counted)
+    monkeypatch.setattr(loaders, "ShardSession", Counted)
     with rigged(toy, loaders=3, buffers=buffers, resident=("block.001",)) as rig:
         rig.check(passes=5)
         assert 2 <= most[0] <= buffers + 1
@@ -114,7 +114,7 @@ def test_no_more_sessions_live_than_planned(toy: Path, monkeypatch: pytest.Monke
 
 def test_the_weights_never_exceed_what_the_plan_gives_them(toy: Path) -> None:
     with rigged(toy, loaders=4, buffers=3, resident=("block.003",)) as rig:
-        budget = rig.pipeline._budget
+        budget = rig.pipeline._memory.reservations
         seen: list[int] = []
         rig.storage.before_read = lambda _: seen.append(budget.reserved_bytes)
         rig.check(passes=5)

@@ -1,0 +1,175 @@
+"""What a Loading Agent does with a task: reserve, read into a buffer, make the session over it; or pack a shard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeload.errors import LoadError
+from pipeload.foreign import foreign_errors
+from pipeload.format.manifest import Manifest, Shard
+from pipeload.format.pages import page_ceil, room_bytes
+from pipeload.machine.heap import trim
+from pipeload.pipeline.exchange import Exchange
+from pipeload.pipeline.messages import LoadedShard, Task
+from pipeload.pipeline.session import ShardSession
+from pipeload.pipeline.weights_memory import WeightsMemory
+from pipeload.planning.layouts import session_bytes, staying
+from pipeload.planning.needs import in_arena
+from pipeload.storage.buffers import Buffer, Part
+from pipeload.storage.weights import Storage
+from pipeload.tracing.trace import Kind, Trace
+
+__all__ = ["Loader"]
+
+_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
+
+
+class Loader:
+    """Loads and packs shards, for any number of Loading Agents.
+
+    Args:
+        manifest: the model.
+        storage: its files.
+        exchange: has the resident shards, and tells which tasks are stale.
+        memory: has the plan, the reservations and the buffers.
+        trace: takes the agents' spans.
+
+    Attributes:
+        gave_up_packing: packing has failed once; from then on the shards run as they are.
+    """
+
+    def __init__(
+        self, manifest: Manifest, storage: Storage, exchange: Exchange, memory: WeightsMemory, trace: Trace
+    ) -> None:
+        self._manifest = manifest
+        self._storage = storage
+        self._exchange = exchange
+        self._memory = memory
+        self._trace = trace
+        self._in_arena = in_arena(manifest)
+        self._lock = threading.Lock()
+        self._read_bytes = 0
+        self.gave_up_packing = False
+
+    @property
+    def read_bytes(self) -> int:
+        """Weights that were read, in all."""
+        return self._read_bytes
+
+    def run(self, task: Task) -> LoadedShard | None:
+        """Do a task. Returns the loaded shard; None when the task became stale on the way, or was to pack a shard.
+
+        Raises:
+            ShardError, LoadError: the shard cannot be had.
+            ClosedError: the pipeline was closed meanwhile.
+        """
+        shard = self._manifest.shards[task.index]
+        with foreign_errors(LoadError, f"Shard '{shard.name}' could not be loaded", _REMEDY):
+            if not task.packing:
+                return self._load(task, shard)
+            try:
+                self._pack(task, shard)
+            except BaseException:
+                # The next caller gets the error.
+                self.gave_up_packing = True
+                self._exchange.residents.pack(())
+                raise
+        return None
+
+    def free(self, shard: LoadedShard) -> None:
+        """Destroy a shard, and give its memory back."""
+        with self._trace.span("daemon", "free", self._manifest.shards[shard.index].name):
+            self._memory.free(shard, lambda short: self._exchange.signal_memory(short=short))
+        self._memory.sample()
+
+    def _load(self, task: Task, shard: Shard) -> LoadedShard | None:
+        plan, agent = self._memory.plan, _agent()
+        packed = plan.packed_streamed and not task.resident
+        whole = 0, shard.nbytes
+        begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
+        # No other agent loads this shard now, so its kept parts are there, or are this one's to load.
+        kept = self._exchange.residents.parts.get(task.index, ())
+        ranges = [] if kept else staying(shard, (begin, end))
+        keep_bytes = sum(room_bytes(*part) for part in ranges)
+        reserved = page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
+        reserved += session_bytes(plan.threads)
+
+        def stale() -> bool:
+            return self._exchange.is_stale(task)
+
+        with self._trace.span(agent, "reserve", shard.name, pass_number=task.pass_number):
+            if not self._memory.reservations.reserve(reserved + keep_bytes, task.ticket, stale):
+                return None
+        loaded = LoadedShard(
+            index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
+        )
+        begun: list[Part] = []
+        complete = False
+        try:
+            graph = self._storage.graph(shard)
+            loaded.buffer = self._memory.take_buffer() if loaded.pooled else Buffer(shard.nbytes)
+            begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
+            missing = sorted([Part(begin, end, loaded.buffer), *begun], key=lambda part: part.begin)
+            nbytes = sum(part.end - part.begin for part in missing)
+            with self._trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
+                complete = self._storage.read_weights(shard, missing, stale, direct=plan.direct)
+            if complete:
+                kind: Kind = "pack" if packed else "session"
+                with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
+                    loaded.session = self._session(shard, graph, [*missing, *kept], packed=packed)
+                with self._lock:
+                    self._read_bytes += nbytes
+            self._memory.sample()
+        except BaseException:
+            complete = False
+            raise
+        finally:
+            if not complete:
+                self._abandon(loaded, begun, keep_bytes)
+        if not complete:
+            return None
+        if begun:
+            self._exchange.residents.keep(task.index, begun)
+        return loaded
+
+    def _abandon(self, loaded: LoadedShard, begun: Sequence[Part], keep_bytes: int) -> None:
+        try:
+            for part in begun:
+                part.buffer.close()
+        finally:
+            self._memory.reservations.release(keep_bytes)
+            self.free(loaded)
+
+    def _pack(self, task: Task, shard: Shard) -> None:
+        """Make a packed copy of a resident shard, from memory, and let it take the shard's place."""
+        loaded = self._exchange.residents.shards.get(task.index)
+
+        def stale() -> bool:
+            return self._exchange.is_stale(task)
+
+        if loaded is None or loaded.buffer is None or stale():
+            return
+        with self._trace.span(_agent(), "pack", shard.name):
+            whole = [Part(0, shard.nbytes, loaded.buffer)]
+            session = self._session(shard, self._storage.graph(shard), whole, packed=True)
+        packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
+        del session
+        if self._exchange.residents.swap(task.index, packed, stale):
+            # The plan has room for one copy: the next may begin when the memory of this one's original is free.
+            self._exchange.wait_freed(lambda: loaded.buffer is None)
+        trim()
+        self._memory.sample()
+
+    def _session(self, shard: Shard, graph: Path, parts: Sequence[Part], *, packed: bool) -> ShardSession:
+        try:
+            return ShardSession(shard, graph, parts, self._memory.plan.threads, packed=packed, arena=self._in_arena)
+        except LoadError:
+            # Where the file changed or vanished after it was checked, that is the true reason.
+            self._storage.graph(shard)
+            raise
+
+
+def _agent() -> str:
+    return threading.current_thread().name.removeprefix("pipeload-")

@@ -1,0 +1,102 @@
+"""Room for the next sweep: its plan, the memory that the plan has, and Loading Agents that begin at its first shard."""
+
+from __future__ import annotations
+
+from pipeload.errors import ClosedError
+from pipeload.format.manifest import Manifest
+from pipeload.pipeline.exchange import Exchange
+from pipeload.pipeline.lent_outputs import LentOutputs
+from pipeload.pipeline.weights_memory import WeightsMemory
+from pipeload.planning.planner import Plan
+from pipeload.planning.replanner import Replanner
+
+__all__ = ["Room"]
+
+
+class Room:
+    """Makes room between sweeps. The Inference Agent's alone, apart from `start` and `stop`.
+
+    Args:
+        manifest: the model.
+        exchange: stops and starts the Loading Agents, and has the resident shards.
+        memory: has the plan in force.
+        replanner: plans anew.
+        lent: outputs of former calls, which take memory too.
+    """
+
+    def __init__(
+        self, manifest: Manifest, exchange: Exchange, memory: WeightsMemory, replanner: Replanner, lent: LentOutputs
+    ) -> None:
+        self._manifest = manifest
+        self._exchange = exchange
+        self._memory = memory
+        self._replanner = replanner
+        self._lent = lent
+        self._needs = memory.plan.pass_bytes, memory.plan.cache_bytes
+
+    def prepare(self, next_pass: int, needs: tuple[int, int] | None = None, *, strict: bool = False) -> None:
+        """Plan a pass, make room for it, and see that the Loading Agents work.
+
+        Args:
+            next_pass: its number.
+            needs: bytes of the pass and of all caches; None for another pass like the latest one.
+            strict: see `Replanner.before_pass`.
+
+        Raises:
+            BudgetError: the pass does not fit the budget.
+            ClosedError: the exchange was closed meanwhile.
+        """
+        pass_bytes, cache_bytes = needs = needs or self._needs
+        pass_bytes += self._lent.nbytes
+        packing = self._exchange.residents.packing
+        beside = self._memory.beside_bytes(packing=packing)
+        if self._replanner.growth_bytes(self._memory.plan, pass_bytes, beside) > 0:
+            self._memory.give_back()
+            beside = self._memory.beside_bytes(packing=packing)
+        plan = self._replanner.before_pass(self._memory.plan, pass_bytes, cache_bytes, beside, strict=strict)
+        # A call that was refused is no measure for the next one.
+        self._needs = needs
+        if plan.layout != self._memory.plan.layout:
+            self._clear_for(plan)
+        self._memory.follow(plan)
+        if self._exchange.stopped:
+            self.start(next_pass)
+
+    def start(self, next_pass: int) -> None:
+        """Let the Loading Agents begin at the first shard of a pass."""
+        plan = self._memory.plan
+        resident = [shard.name in plan.resident for shard in self._manifest.shards]
+        self._exchange.start(resident, plan.loaders, next_pass)
+
+    def stop(self) -> None:
+        """Stop the Loading Agents, and hand all that they have loaded ahead to the Daemon."""
+        self._exchange.reset(self._memory.reservations.wake)
+
+    def recover(self) -> None:
+        """After a failed pass: throw away what was loaded ahead; the next call begins with its first shard."""
+        self.stop()
+        self._wait_freed()
+
+    def _clear_for(self, plan: Plan) -> None:
+        """Stop the Loading Agents, and free everything that has no place in another plan."""
+        self.stop()
+        before, residents = self._memory.plan, self._exchange.residents
+        for index, loaded in residents.shards.items():
+            shard = self._manifest.shards[index]
+            packed = loaded.buffer is None and shard.nbytes > 0
+            if shard.name not in plan.resident or plan.threads != before.threads or (packed and not plan.packed):
+                residents.drop(index)
+        self._wait_freed()
+        for index in residents.parts:
+            name = self._manifest.shards[index].name
+            if plan.partly_resident.get(name) != before.partly_resident.get(name):
+                self._memory.release(residents.forget(index))
+        if self._exchange.closed:
+            raise ClosedError("The model was closed during the call.")
+
+    def _wait_freed(self) -> None:
+        """Wait until nothing is reserved but for residents and kept parts."""
+        residents, reservations = self._exchange.residents, self._memory.reservations
+        expected = sum(loaded.reserved_bytes for loaded in residents.shards.values())
+        expected += sum(part.buffer.nbytes for parts in residents.parts.values() for part in parts)
+        self._exchange.wait_freed(lambda: reservations.reserved_bytes == expected)

@@ -1,0 +1,135 @@
+"""Memory for weights under the plan in force: reservations, buffers, and freed memory that is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from pipeload.machine.heap import limit_heap, trim, widen_heap
+from pipeload.machine.memory import rss_bytes
+from pipeload.pipeline.messages import LoadedShard
+from pipeload.pipeline.reservations import Reservations
+from pipeload.pipeline.session import shrink_arena
+from pipeload.planning.planner import Plan
+from pipeload.storage.buffers import Buffer, BufferPool, Part
+from pipeload.tracing.trace import Trace
+
+__all__ = ["WeightsMemory"]
+
+_HEAP_SLACK_BYTES = 256_000_000
+"""More than a heap was ever seen to keep beside the tensors in it."""
+_HEAP_PLENTY_BYTES = 1_000_000_000
+"""More than all arenas of a heap that may grow will keep."""
+
+
+class WeightsMemory:
+    """What shards in memory occupy, and what the process occupies beside them.
+
+    Args:
+        plan: how to begin.
+        in_arena: activations lie in the arena that sessions share, which can be shrunk.
+        trace: takes samples of the figures.
+
+    Attributes:
+        plan: the plan in force.
+        reservations: bytes of the plan that shards and parts have.
+    """
+
+    def __init__(self, plan: Plan, trace: Trace, *, in_arena: bool) -> None:
+        self.plan = plan
+        self.reservations = Reservations(plan.weights_bytes)
+        self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
+        self._trace = trace
+        self._in_arena = in_arena
+        _bound_heap(plan)
+
+    @property
+    def occupied_bytes(self) -> int:
+        """Memory of all buffers, those that wait for their next use included, and of sessions."""
+        return self.reservations.reserved_bytes + self._pool.idle_bytes
+
+    @property
+    def to_come_bytes(self) -> int:
+        """Memory that the plan has for weights, caches and passes, and that weights do not occupy yet."""
+        return max(0, self.plan.peak_bytes - self.plan.process_bytes - self.occupied_bytes)
+
+    def beside_bytes(self, *, packing: bool) -> int:
+        """Memory of the process now, without weights and caches.
+
+        Args:
+            packing: a packed copy of a shard is being made.
+        """
+        weights = self.occupied_bytes + (self.plan.packing_bytes if packing else 0)
+        return rss_bytes() - weights - self.plan.cache_bytes
+
+    def take_buffer(self) -> Buffer:
+        """A buffer for a streamed shard; its bytes are reserved."""
+        return self._pool.take()
+
+    def free(self, shard: LoadedShard, signal_memory: Callable[[bool], None]) -> None:
+        """Destroy a shard's session, and give its memory back, whatever goes wrong meanwhile.
+
+        Args:
+            shard: what ran, or could not be loaded.
+            signal_memory: called with True while more is occupied than planned, and then with False.
+        """
+        try:
+            shard.session = None
+            buffer, shard.buffer = shard.buffer, None
+            if buffer is not None:
+                if shard.pooled:
+                    self._pool.give(buffer)
+                else:
+                    buffer.close()
+            if rss_bytes() > self.plan.peak_bytes:
+                signal_memory(True)
+                try:
+                    self.give_back()
+                finally:
+                    signal_memory(False)
+        finally:
+            self.reservations.release(shard.reserved_bytes)
+
+    def release(self, parts: Iterable[Part]) -> None:
+        """Give the memory of parts that stay no longer back."""
+        for part in parts:
+            try:
+                part.buffer.close()
+            finally:
+                self.reservations.release(part.buffer.nbytes)
+
+    def follow(self, plan: Plan) -> None:
+        """Another plan is in force from now on; when its buffers are others, none is in use."""
+        before, self.plan = self.plan, plan
+        self.reservations.set_limit(plan.weights_bytes)
+        if (plan.budget_bytes, plan.peak_bytes) != (before.budget_bytes, before.peak_bytes):
+            _bound_heap(plan)
+        if plan.layout != before.layout:
+            self._pool.close()
+            self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give freed memory back to the system."""
+        if self._in_arena:
+            shrink_arena()
+        trim()
+
+    def sample(self) -> None:
+        """Note the figures in the trace."""
+        self._trace.sample("buffers", self._pool.used)
+        self._trace.sample("reserved_bytes", self.reservations.reserved_bytes)
+        self._trace.sample("rss_bytes", rss_bytes())
+
+    def close(self) -> None:
+        """Give the buffers that wait for their next use back, and what the heap keeps."""
+        self._pool.close()
+        self.give_back()
+
+
+def _bound_heap(plan: Plan) -> None:
+    """Keep the heap small where freed memory in it could break the budget, and fast where there is plenty."""
+    spare_bytes = plan.budget_bytes - plan.peak_bytes
+    if spare_bytes < _HEAP_SLACK_BYTES:
+        limit_heap()
+    elif spare_bytes > _HEAP_PLENTY_BYTES:
+        widen_heap()
