@@ -19,13 +19,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tests.greedy import GREEDY_NAME, write_continuations
+from tests.shared import made_by_one
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE_NAME = "reference.npz"
@@ -90,15 +90,16 @@ _SIZES = ((1, 1), (1, 7), (2, 12))
 
 def make(out: Path, name: str) -> Path:
     """Write one model into a folder; what is there already stays. Returns the model's directory."""
-    directory = out / name
-    if not directory.exists():
+
+    def write(directory: Path) -> None:
         if name in TOYS:
             from tests.engine.toy import make_toy
 
             make_toy(directory, **TOYS[name])
         else:
             _make_architecture(directory, name)
-    return directory
+
+    return made_by_one(out / name, write)
 
 
 def made_once() -> Path:
@@ -113,17 +114,14 @@ def made_once() -> Path:
     for path in sorted([*sources, *contract.glob("*.py")]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
-    if not cache.exists():
-        with tempfile.TemporaryDirectory(dir=cache.parent, prefix="pipeload-making-") as folder:
-            made = Path(folder) / "models"
-            roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
-            command = [sys.executable, "-m", "tests.models", str(made), *ARCHITECTURES]
-            variables = os.environ | {"PYTHONPATH": roots}
-            subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
-            # Somebody else may have made them meanwhile: then those stay.
-            with suppress(OSError):
-                made.rename(cache)
-    return cache
+    return made_by_one(cache, _make_architectures)
+
+
+def _make_architectures(folder: Path) -> None:
+    roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
+    command = [sys.executable, "-m", "tests.models", str(folder), *ARCHITECTURES]
+    variables = os.environ | {"PYTHONPATH": roots}
+    subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
 
 
 def _make_architecture(directory: Path, name: str) -> None:

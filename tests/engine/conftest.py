@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from tests.engine.harness import PATIENCE_S, agents
+from tests.engine.still_machine import stand_still
 from tests.models import ARCHITECTURES, TOYS, made_once, make
+from tests.shared import folder_of_the_run
 
 _GENERATORS = [name for name, (task, *_) in ARCHITECTURES.items() if task == "text-generation"]
 
@@ -20,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
             # Making models may take longer, and has a limit of its own.
             item.add_marker(pytest.mark.timeout(2 * PATIENCE_S, func_only=True))
+
+
+@pytest.fixture(autouse=True)
+def still_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine would measure is fixed, but for what the test is marked to measure."""
+    measured = {what for mark in request.node.iter_markers("measures") for what in mark.args}
+    assert measured <= {"memory", "times"}
+    stand_still(monkeypatch, memory="memory" not in measured, times="times" not in measured)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +48,7 @@ def descriptors() -> Callable[[], int]:
 def made_toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """name -> a toy's directory, which no test may change."""
     given = os.environ.get("PIPELOAD_TEST_MODELS")
-    folder = None if given else tmp_path_factory.mktemp("toys")
+    folder = None if given else folder_of_the_run(tmp_path_factory) / "toys"
 
     def find(name: str) -> Path:
         if folder is None:

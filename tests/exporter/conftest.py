@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.shared import folder_of_the_run, made_by_one
 
 from pipeload.format.manifest import Manifest, TensorSpec, evaluate_dim, read, write
 from pipeload_export.check.cases import Case
@@ -106,8 +107,8 @@ def assert_same_answers(wanted: Mapping[str, NDArray[Any]], found: Mapping[str, 
 @pytest.fixture(scope="session")
 def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Name of an architecture -> its unsplit `model.onnx`."""
-    root = tmp_path_factory.mktemp("architectures")
-    return lambda name: _export(root / name, name)
+    root = folder_of_the_run(tmp_path_factory) / "architectures"
+    return lambda name: made_by_one(root / name, lambda folder: _export(folder, name)) / "model.onnx"
 
 
 @pytest.fixture(scope="session")
@@ -141,14 +142,12 @@ def shard(tmp_path: Path) -> Callable[..., Sharded]:
     return make
 
 
-def _export(folder: Path, name: str) -> Path:
-    if not folder.exists():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-            exporters = pytest.importorskip("optimum.exporters.onnx")
-            model_class, config_class, options, task = ARCHITECTURES[name]
-            torch.manual_seed(0)
-            model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options)).eval()
-            exporters.onnx_export_from_model(model, output=folder, task=task, do_validation=False)
-    return folder / "model.onnx"
+def _export(folder: Path, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+        exporters = pytest.importorskip("optimum.exporters.onnx")
+        model_class, config_class, options, task = ARCHITECTURES[name]
+        torch.manual_seed(0)
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options)).eval()
+        exporters.onnx_export_from_model(model, output=folder, task=task, do_validation=False)

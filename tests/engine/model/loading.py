@@ -13,6 +13,7 @@ from tests.engine.harness import (
     assert_close,
     assert_same,
 )
+from tests.engine.still_machine import PROFILE
 
 import pipeload
 from pipeload.format import manifest as manifests
@@ -34,7 +35,7 @@ def load(directory: Path, budget: int | str = PLENTY, **options: Any) -> pipeloa
     return pipeload.load(directory, budget, **{"threads": THREADS, **options})
 
 
-def budget_kinds(directory: Path, profile: Profile) -> dict[str, int]:
+def budget_kinds(directory: Path) -> dict[str, int]:
     """A budget for each kind of plan, from the smallest that works to one in which everything fits."""
     manifest = manifests.read(directory)
     dims = needs.planning_dims(manifest) | {d: 32 for d in ("height", "width") if d in manifest.dims}
@@ -42,7 +43,7 @@ def budget_kinds(directory: Path, profile: Profile) -> dict[str, int]:
     need = needs.pass_bytes(manifest, dims)
 
     def plan(budget: int) -> Plan:
-        return planner.make_plan(manifest, profile, budget_bytes=budget, pass_bytes=need, threads=THREADS)
+        return planner.make_plan(manifest, PROFILE, budget_bytes=budget, pass_bytes=need, threads=THREADS)
 
     with pytest.raises(pipeload.BudgetError) as caught:
         plan(1)

@@ -25,8 +25,6 @@ from tests.engine.model.loading import (
 )
 from tests.models import REFERENCE_NAME
 
-from pipeload.planning.profile import Profile
-
 
 def _reference(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Inputs, and the unsplit model's outputs for them."""
@@ -39,12 +37,9 @@ def _reference(directory: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]
             yield inputs, outputs
 
 
-@pytest.mark.usefixtures("unlearning")
-def test_exported_models_agree_with_the_sequential_and_the_unsplit_model(
-    exported: Path, fixed_profile: Profile
-) -> None:
+def test_exported_models_agree_with_the_sequential_and_the_unsplit_model(exported: Path) -> None:
     """Streamed: bit for bit the sequential one. Packed: within 1e-5. Any: within 1e-4 of the unsplit model."""
-    kinds = budget_kinds(exported, fixed_profile)
+    kinds = budget_kinds(exported)
     assert {"packed", "all resident"} < kinds.keys()
     cases = [(inputs, run_sequentially(exported, inputs, threads=THREADS), out) for inputs, out in _reference(exported)]
     for kind, budget in kinds.items():
@@ -59,10 +54,9 @@ def test_exported_models_agree_with_the_sequential_and_the_unsplit_model(
                     assert_close(outputs, unsplit, 1e-4)
 
 
-@pytest.mark.usefixtures("unlearning")
-def test_toys_agree_with_the_sequential_model_under_every_budget(any_toy: Path, fixed_profile: Profile) -> None:
+def test_toys_agree_with_the_sequential_model_under_every_budget(any_toy: Path) -> None:
     expected = run_sequentially(any_toy, toys.inputs(), threads=THREADS)
-    kinds = budget_kinds(any_toy, fixed_profile)
+    kinds = budget_kinds(any_toy)
     assert len(kinds) >= 4
     for kind, budget in kinds.items():
         with load(any_toy, budget) as model:
@@ -73,6 +67,7 @@ def test_toys_agree_with_the_sequential_model_under_every_budget(any_toy: Path, 
                     assert_same(model.run(toys.inputs()), expected)
 
 
+@pytest.mark.measures("times")
 def test_toys_agree_while_the_engine_learns_and_plans_anew(any_toy: Path) -> None:
     expected = run_sequentially(any_toy, toys.inputs(), threads=THREADS)
     least = smallest_budget(any_toy)

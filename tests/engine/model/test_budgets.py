@@ -26,7 +26,6 @@ from tests.engine.model.loading import (
 
 import pipeload
 from pipeload.machine.memory import rss_bytes
-from pipeload.planning.profile import Profile
 from pipeload.storage.weights import Storage
 
 
@@ -51,9 +50,8 @@ def test_too_small_a_budget_is_refused_before_anything_is_read(
         assert_same(model.run(toys.inputs()), run_sequentially(toy_large, toys.inputs(), threads=THREADS))
 
 
-@pytest.mark.usefixtures("unlearning")
 @pytest.mark.skipif(EMULATED, reason="three minutes under qemu, and no other code runs there")
-def test_larger_inputs_make_resident_shards_leave(toy_large: Path, fixed_profile: Profile) -> None:
+def test_larger_inputs_make_resident_shards_leave(toy_large: Path) -> None:
     budget = smallest_budget(toy_large) + 33_000_000
     with load(toy_large, budget) as model:
         assert len(model.plan.resident) >= 3
@@ -67,7 +65,7 @@ def test_larger_inputs_make_resident_shards_leave(toy_large: Path, fixed_profile
         assert seen[-1] < seen[0]
 
 
-def test_inputs_that_are_too_large_are_refused_and_smaller_ones_work(toy_large: Path, fixed_profile: Profile) -> None:
+def test_inputs_that_are_too_large_are_refused_and_smaller_ones_work(toy_large: Path) -> None:
     with load(toy_large, smallest_budget(toy_large)) as model:
         model.run(toys.inputs(1, 8))
         with pytest.raises(pipeload.BudgetError, match="pass smaller inputs") as caught:
@@ -77,11 +75,12 @@ def test_inputs_that_are_too_large_are_refused_and_smaller_ones_work(toy_large: 
         assert model.plan.peak_bytes <= caught.value.needed_bytes
 
 
-def test_planned_sizes_are_counted(toy_large: Path, fixed_profile: Profile) -> None:
+def test_planned_sizes_are_counted(toy_large: Path) -> None:
     small = smallest_budget(toy_large)
     assert smallest_budget(toy_large, sizes={"batch_size": 64}) > small + 64 * 128 * 1024 * 4
 
 
+@pytest.mark.measures("memory")
 def test_a_streamed_model_occupies_no_more_than_its_budget(toy_large: Path) -> None:
     budget = smallest_budget(toy_large)
     with load(toy_large, budget) as model:
@@ -111,10 +110,9 @@ with pipeload.load({str(toy_large)!r}, budget) as model:
     assert int(run_python(program).stdout) <= 0
 
 
-@pytest.mark.usefixtures("unlearning")
-def test_a_budget_may_be_set_at_any_time(toy_large: Path, fixed_profile: Profile) -> None:
+def test_a_budget_may_be_set_at_any_time(toy_large: Path) -> None:
     expected = run_sequentially(toy_large, toys.inputs(), threads=THREADS)
-    budgets = budget_kinds(toy_large, fixed_profile)
+    budgets = budget_kinds(toy_large)
     tight, roomy = budgets["1 buffers, some resident"], budgets["all resident"]
     with load(toy_large, roomy, profile=fast_profile(toy_large)) as model:
         assert_same(model.run(toys.inputs()), expected)

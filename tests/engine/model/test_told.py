@@ -39,6 +39,7 @@ def test_a_profile_is_used_as_it_is(toy_large: Path) -> None:
         assert model.stats.peak_read_bytes_per_s == 1e9
 
 
+@pytest.mark.measures("times")
 def test_passes_teach_where_nothing_was_measured(toy_large: Path) -> None:
     with load(toy_large, smallest_budget(toy_large)) as model:
         assert not model.profile.measured
@@ -59,6 +60,7 @@ def _tie(model: Any) -> None:
     model.itself = model
 
 
+@pytest.mark.measures("times")
 @pytest.mark.parametrize("end", [_close, _tie, lambda _: None], ids=["closed", "collected in a cycle", "forgotten"])
 def test_what_passes_taught_is_kept_however_the_model_ends(
     toy: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[pipeload.Model], None]
@@ -80,6 +82,7 @@ def test_what_passes_taught_is_kept_however_the_model_ends(
     assert set(kept.times) == set(learned.times)
 
 
+@pytest.mark.measures("times")
 def test_a_given_profile_is_not_kept(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Replanner, "learned", Replanner.profile)
     with load(toy, profile=fast_profile(toy)) as model:
@@ -88,7 +91,6 @@ def test_a_given_profile_is_not_kept(toy: Path, monkeypatch: pytest.MonkeyPatch)
     assert profile_store.find(toy, dims) is None
 
 
-@pytest.mark.usefixtures("unlearning")
 def test_statistics_tell_about_the_latest_pass(toy_large: Path) -> None:
     shape = toys.inputs()["input_ids"].shape
     sizes = {"batch_size": shape[0], "sequence_length": shape[1]}

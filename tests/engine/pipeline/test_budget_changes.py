@@ -22,6 +22,7 @@ from tests.engine.pipeline.rig import (
     nothing,
     rigged,
 )
+from tests.engine.still_machine import PROCESS_BYTES
 
 from pipeload.errors import BudgetError
 from pipeload.format import manifest as manifests
@@ -56,7 +57,7 @@ def _profile(manifest: Manifest) -> Profile:
     """Reading takes longest, and packing gains nothing."""
     times = ShardTimes(session_s=1e-4, run_s=1e-4, loading_run_s=1e-4, pack_s=1e-2, packed_run_s=1e-4)
     shards = {shard.name: times for shard in manifest.shards}
-    return Profile(process_bytes=rss_bytes(), cores=1, read_bytes_per_s={1: 1e9, 2: 1.2e9}, times={1: shards})
+    return Profile(process_bytes=PROCESS_BYTES, cores=1, read_bytes_per_s={1: 1e9, 2: 1.2e9}, times={1: shards})
 
 
 def _budgets(manifest: Manifest, profile: Profile) -> list[int]:
@@ -148,12 +149,12 @@ def test_budgets_change_while_passes_run(toy_large: Path) -> None:
         assert rig.pipeline.stats.passes <= 24
 
 
+@pytest.mark.measures("times")
 @pytest.mark.parametrize("seed", range(4))
 def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Callers, changing needs and budgets, memory that comes and goes, withdrawn calls, learning and packing."""
     monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
     manifest = manifests.read(toy_large)
-    process = rss_bytes()
     least, _, everything = _budgets(manifest, _profile(manifest))
     budgets = [least + 3_000_000, (least + everything) // 2, everything, everything + 40_000_000]
     random = np.random.default_rng(seed)
@@ -161,7 +162,7 @@ def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, se
 
     def replanner(_: Manifest) -> tuple[Plan, Replanner]:
         made = Replanner(
-            manifest, Profile(process_bytes=process, cores=1), budget_bytes=budgets[2], free_bytes=lambda: free[0]
+            manifest, Profile(process_bytes=PROCESS_BYTES, cores=1), budget_bytes=budgets[2], free_bytes=lambda: free[0]
         )
         return made.plan(10**6, 0), made
 
