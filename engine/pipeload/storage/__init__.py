@@ -1,8 +1,9 @@
 """Files -> memory.
 
 ```
-buffers   page-aligned memory
-stamps    which files were checked before
-weights   shard files -> buffers
+buffers       page-aligned memory
+model_files   the directory's files, inside it and as they were exported
+stamps        which files were checked before
+weights       shard files -> buffers
 ```
 """
