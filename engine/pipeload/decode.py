@@ -1,17 +1,29 @@
-"""What a decoder keeps between steps: the KV caches of one batch of sequences."""
+"""Decoding step by step: the KV caches that are kept between steps, and how a step goes through the shards."""
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 
 from pipeload.errors import ClosedError, ConfigError
+from pipeload.format.caches import can_be_cut, growth, past_symbols
+from pipeload.format.manifest import LENGTH_AXIS, Manifest, evaluate_dim, symbols
+from pipeload.inputs import Arrays
 from pipeload.pipeline.session import Value, to_array, to_value
+from pipeload.pipeline.sweep import Feed
+from pipeload.planning import needs
 
-__all__ = ["DecodeState"]
+__all__ = ["CAPACITY_STEP", "DecodeState", "Decoding", "Step"]
+
+CAPACITY_STEP = 128
+"""Caches grow by this number of tokens, so that they are seldom copied and the plan changes seldom."""
+_PIECE_TOKENS = 256
+"""A longer text passes through each shard in pieces of this number of tokens, those of all sequences together."""
 
 
 class DecodeState:
@@ -103,6 +115,156 @@ class DecodeState:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a state.
+
+    Attributes:
+        length: tokens in the caches when it has succeeded.
+        capacity: tokens that the budget has room for from then on.
+        batch: sequences.
+    """
+
+    length: int
+    capacity: int
+    batch: int
+
+
+class Decoding:
+    """The decode states of one model, and their steps.
+
+    Args:
+        manifest: the model.
+
+    Attributes:
+        caches: graph input -> the graph output that takes its place; empty for a model without caches.
+        in_place: the shards write new tokens into the caches that they get.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self.caches = {cache.input: cache.output for cache in manifest.caches}
+        self.in_place = any(cache.in_place for cache in manifest.caches)
+        self._shapes = {spec.name: spec.shape for spec in manifest.inputs}
+        self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
+        self._can_be_cut = can_be_cut(manifest)
+        self._lock = threading.Lock()
+        self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
+
+    def new_state(self, capacity: int, model: object) -> DecodeState:
+        """An empty state, for steps of this model; it counts in the budget until it is closed."""
+        states, lock = self._states, self._lock
+
+        def forget(state: DecodeState) -> None:
+            with lock:
+                states.discard(state)
+
+        axis = self._length_axis if self._can_be_cut else None
+        state = DecodeState(capacity, forget, model, length_axis=axis, in_place=self.in_place)
+        with lock:
+            states.add(state)
+        return state
+
+    def cached_shapes(self, state: DecodeState) -> dict[str, tuple[int, ...]]:
+        """Shapes of a state's caches, without the room behind their tokens."""
+        shapes = {}
+        for name, value in state.caches.items():
+            sizes = list(value.shape())
+            if self.in_place:
+                sizes[LENGTH_AXIS] = state.length
+            shapes[name] = tuple(sizes)
+        return shapes
+
+    def begin(self, state: DecodeState, feed: Feed, dims: Mapping[str, int]) -> Step:
+        """Plan the next step of a state.
+
+        Args:
+            state: it holds the tokens before.
+            feed: of the step; gets the room that its caches must have.
+            dims: sizes of the symbolic dimensions.
+
+        Raises:
+            ConfigError: the feed wants the logits of more positions than there are new tokens.
+        """
+        length = evaluate_dim(self._grown, dims)
+        positions, new = feed.positions or 0, length - state.length
+        if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
+            raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
+        room = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        wanted = max(state.expected, state.capacity)
+        if length > wanted:
+            wanted = room
+        # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
+        feed.room = min(room, wanted)
+        rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
+        return Step(length=length, capacity=wanted, batch=max(state.batch, rows))
+
+    def end(self, state: DecodeState, step: Step, outputs: Mapping[str, Value]) -> None:
+        """A step has succeeded: its caches are the state's."""
+        if not self.in_place:
+            state.caches = {name: outputs[made] for name, made in self.caches.items()}
+        state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
+
+    def abandon(self, state: DecodeState) -> None:
+        """A step has failed, or was withdrawn."""
+        if not state.length:
+            # A pass that was withdrawn may still write into the old ones.
+            state.caches = {}
+        # What was not granted is not counted, but some caches may have grown before the pass failed.
+        state.capacity = max(state.capacity, state.room)
+
+    def pieces(
+        self, arrays: Arrays, dims: Mapping[str, int], positions: int, room: int
+    ) -> tuple[list[Arrays], Mapping[str, int]]:
+        """A long text in pieces, and the sizes by which their activations are counted: one piece, and full caches.
+
+        The last piece has all positions whose logits are wanted. Without caches in place there is one piece.
+        """
+        if not self.in_place:
+            return [arrays], dims
+        (past,) = past_symbols(self._manifest)
+        (text,) = (symbol for symbol in symbols(self._grown) if symbol != past)
+        before, length = dims[past], dims[text]
+        rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
+        size = min(length, max(positions, _PIECE_TOKENS // max(1, rows)))
+        pieces: list[Arrays] = []
+        # The first one is the rest, and the last one whole.
+        for end in range((length - 1) % size + 1, length + 1, size):
+            begin = max(end - size, 0)
+            cuts = {(text,): slice(begin, end), tuple(sorted((past, text))): slice(0, before + end)}
+            pieces.append(
+                {
+                    name: array[tuple(cuts.get(_symbols(dim), slice(None)) for dim in self._shapes[name])]
+                    for name, array in arrays.items()
+                }
+            )
+        # Attention goes over all the room in the caches, whatever a mask hides.
+        return pieces, {**dims, text: size, past: room - size}
+
+    def cache_bytes(self, state: DecodeState | None = None, step: Step | None = None) -> int:
+        """Memory of the caches of all open states, with those of one state as they will be after its next step."""
+        with self._lock:
+            # What other states expect is not theirs yet.
+            sizes = [(one.batch, one.capacity) for one in self._states if one is not state]
+        if step:
+            sizes.append((step.batch, step.capacity))
+        return sum(self.full_cache_bytes(*size) for size in sizes)
+
+    def full_cache_bytes(self, batch: int, capacity: int) -> int:
+        """Memory of full caches for a number of sequences and tokens."""
+        rows = self._shapes[next(iter(self.caches))][0]
+        dims = dict.fromkeys(self._manifest.dims, 0)
+        if isinstance(rows, str):
+            dims[rows] = max(batch, 1)
+        # "past + new": one of the symbols stands for all tokens, the others are 0.
+        dims[next(symbol for symbol in symbols(self._grown) if symbol in dims)] = capacity
+        return needs.cache_bytes(self._manifest, dims)
+
+
+def _symbols(dim: int | str) -> tuple[str, ...]:
+    return tuple(sorted(symbols(dim)))
 
 
 def _cut(cache: Value, kept: tuple[slice, ...]) -> Value:

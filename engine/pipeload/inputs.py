@@ -1,4 +1,4 @@
-"""Several inputs in one pass: joined along the first dimension, and taken apart again."""
+"""Arrays for the graph's inputs: held against the manifest, joined along the first dimension, and taken apart again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,76 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["batches", "split_batch"]
+from pipeload.errors import ConfigError
+from pipeload.format.manifest import Manifest, evaluate_dim, match_dims, symbols
+
+__all__ = ["Arrays", "GraphInputs", "batches", "split_batch"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
+
+
+class GraphInputs:
+    """The inputs of a model's graph.
+
+    Args:
+        manifest: the model.
+
+    Attributes:
+        specs: name -> what the graph takes.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self.specs = {spec.name: spec for spec in manifest.inputs}
+        self._caches = [cache.input for cache in manifest.caches]
+        self._free = [spec for spec in manifest.inputs if spec.name not in set(self._caches)]
+
+    def check(
+        self, inputs: Mapping[str, NDArray[Any]], cached: Mapping[str, tuple[int, ...]] | None = None
+    ) -> tuple[Arrays, dict[str, int]]:
+        """Hold arrays against the manifest.
+
+        Args:
+            inputs: by name. Caches may be left out, and are then empty.
+            cached: shapes of the caches that a decode state holds.
+
+        Returns:
+            An array for every graph input that is not in `cached`, and the sizes of all symbolic dimensions.
+
+        Raises:
+            ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
+        """
+        cached = cached or {}
+        faults = [f"'{name}' is no input of the model" for name in inputs if name not in self.specs]
+        faults += [f"'{spec.name}' is missing" for spec in self._free if spec.name not in inputs]
+        for name, array in inputs.items():
+            spec = self.specs.get(name)
+            if not isinstance(array, np.ndarray):
+                faults.append(f"'{name}' is a {type(array).__name__}, not a NumPy array")
+            elif spec and array.dtype != (wanted := _numpy_dtype(spec.dtype)):
+                faults.append(f"'{name}' has dtype {array.dtype}, the model takes {wanted}")
+        given = [name for name in self._caches if name in inputs or name in cached]
+        left_out = [self.specs[name] for name in self._caches if name not in given]
+        if given:
+            faults += [f"cache '{spec.name}' is missing: pass all caches, or none" for spec in left_out]
+        shapes = {name: array.shape for name, array in inputs.items() if isinstance(array, np.ndarray)} | dict(cached)
+        # Caches that were left out are empty: their length, which only they and sums have, is 0.
+        bound = {dim for spec in self._free for dim in spec.shape}
+        lengths = {symbol for spec in left_out for dim in spec.shape for symbol in symbols(dim)} - bound
+        dims, misfits = match_dims(self._manifest.inputs, shapes, dict.fromkeys(lengths, 0))
+        if faults or misfits:
+            takes = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in self._free)
+            raise ConfigError(f"The inputs do not fit the model: {'; '.join(faults + misfits)}. It takes {takes}.")
+        dims = {symbol: dims.get(symbol, 0) for symbol in self._manifest.dims}
+        arrays = dict(inputs)
+        for spec in left_out:
+            arrays[spec.name] = np.zeros([evaluate_dim(dim, dims) for dim in spec.shape], _numpy_dtype(spec.dtype))
+        return arrays, dims
+
+
+def _numpy_dtype(dtype: str) -> str:
+    """NumPy's name of a dtype; it has no bfloat16, which appears as uint16."""
+    return "uint16" if dtype == "bfloat16" else dtype
 
 
 def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator[tuple[Arrays, list[int]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,13 +16,13 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.decode import DecodeState
+from pipeload.decode import CAPACITY_STEP, DecodeState, Decoding, Step
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
-from pipeload.format.caches import can_be_cut, growth, past_symbols
+from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest, TensorSpec
-from pipeload.inputs import batches, split_batch
+from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.memory import FreeMemory
 from pipeload.machine.sizes import parse_budget
 from pipeload.measuring import profile_store, profiler
@@ -51,11 +50,7 @@ from pipeload.tracing.trace import Progress, Trace
 
 __all__ = ["Model", "load"]
 
-_CAPACITY_STEP = 128
-"""Caches grow in steps of so many tokens, so that they are seldom copied and the plan changes seldom."""
 _INPUTS_FACT, _INPUTS_REMEDY = "The inputs could not be brought into the pipeline", "Pass smaller inputs."
-_PIECE_TOKENS = 256
-"""A longer text passes through each shard in pieces of so many tokens, those of all sequences together."""
 
 
 def load(
@@ -153,13 +148,8 @@ class Model:
     ) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._caches = {cache.input: cache.output for cache in manifest.caches}
-        self._in_place = any(cache.in_place for cache in manifest.caches)
-        self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
-        self._can_be_cut = can_be_cut(manifest)
-        self._specs = {spec.name: spec for spec in manifest.inputs}
-        self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._graph_inputs = GraphInputs(manifest)
+        self._decoding = Decoding(manifest)
         self._pid = os.getpid()
         stamps = stamps_of(directory, manifests.content(directory)) if verify else None
         storage = Storage(directory, manifest, verify=verify, stamps=stamps)
@@ -191,12 +181,12 @@ class Model:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Graph inputs that are no caches."""
-        return tuple(spec for spec in self.manifest.inputs if spec.name not in self._caches)
+        return tuple(spec for spec in self.manifest.inputs if spec.name not in self._decoding.caches)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Graph outputs that are no caches."""
-        made = set(self._caches.values())
+        made = set(self._decoding.caches.values())
         return tuple(spec for spec in self.manifest.outputs if spec.name not in made)
 
     @property
@@ -293,19 +283,9 @@ class Model:
             ConfigError: the model has no caches.
         """
         self._check_usable()
-        if not self._caches:
+        if not self._decoding.caches:
             raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
-        states, lock = self._states, self._lock
-
-        def forget(state: DecodeState) -> None:
-            with lock:
-                states.discard(state)
-
-        axis = self._length_axis if self._can_be_cut else None
-        state = DecodeState(capacity, forget, self, length_axis=axis, in_place=self._in_place)
-        with lock:
-            states.add(state)
-        return state
+        return self._decoding.new_state(capacity, self)
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, *, positions: int = 1) -> NDArray[Any]:
         """One pass over new tokens of a decoder, after those that the state holds.
@@ -393,66 +373,53 @@ class Model:
 
     def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
         """A pass of a decoder. Returns the outputs that it made."""
+        self._check_usable()
         state.check_usable_by(self)
+        decoding = self._decoding
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
-            arrays, dims = self._convert(inputs, state)
-        length = manifests.evaluate_dim(self._grown, dims)
-        positions, new = feed.positions or 0, length - state.length
-        if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
-            raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
-        room = -(-length // _CAPACITY_STEP) * _CAPACITY_STEP
-        wanted = max(state.expected, state.capacity)
-        if length > wanted:
-            wanted = room
-        # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
-        feed.room = min(room, wanted)
-        batch = max(state.batch, self._batch(dims))
+            arrays, dims = self._graph_inputs.check(inputs, decoding.cached_shapes(state))
+        step = decoding.begin(state, feed, dims)
         try:
-            outputs = self._submit(feed, arrays, dims, state=state, batch=batch, capacity=wanted).result()
+            outputs = self._submit(feed, arrays, dims, state=state, step=step).result()
         except BaseException:
-            if not state.length:
-                # A pass that was withdrawn may still write into the old ones.
-                state.caches = {}
-            # What was not granted is not counted, but some caches may have grown before the pass failed.
-            state.capacity = max(state.capacity, state.room)
+            decoding.abandon(state)
             raise
-        if not self._in_place:
-            state.caches = {name: outputs[made] for name, made in self._caches.items()}
-        state.length, state.capacity, state.batch = length, wanted, batch
+        decoding.end(state, step, outputs)
         return outputs
 
     def _first_plan(self, dims: Mapping[str, int]) -> Plan:
-        pass_bytes = needs.pass_bytes(self.manifest, dims, positions=1 if self._caches else None)
-        if self._caches:
+        pass_bytes = needs.pass_bytes(self.manifest, dims, positions=1 if self._decoding.caches else None)
+        if self._decoding.caches:
             # The caller of a decoder will decode: room for the first caches now saves another plan, and reading, then.
             with suppress(BudgetError):
-                return self._replanner.first_plan(pass_bytes, self._cache_bytes(1, _CAPACITY_STEP))
+                return self._replanner.first_plan(pass_bytes, self._decoding.full_cache_bytes(1, CAPACITY_STEP))
         return self._replanner.first_plan(pass_bytes, 0)
 
     def _logits(self, outputs: Mapping[str, Value], positions: int) -> NDArray[Any]:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
 
     def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
+        self._check_usable()
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
-            arrays, dims = self._convert(inputs)
+            arrays, dims = self._graph_inputs.check(inputs)
             return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes)
 
     def _submit(
         self,
         feed: Feed,
-        arrays: Mapping[str, NDArray[Any]],
+        arrays: Arrays,
         dims: Mapping[str, int],
         *,
         beside_bytes: int = 0,
         state: DecodeState | None = None,
-        batch: int = 0,
-        capacity: int = 0,
+        step: Step | None = None,
     ) -> Call[dict[str, Value]]:
         pieces, piece_dims = [arrays], dims
-        if state and self._in_place:
-            pieces, piece_dims = self._pieces(arrays, dims, feed.positions or 1, capacity)
-        values = [{n: to_value(array, self._specs[n].dtype) for n, array in piece.items()} for piece in pieces]
-        if state and not self._in_place:
+        if step:
+            pieces, piece_dims = self._decoding.pieces(arrays, dims, feed.positions or 1, step.capacity)
+        specs = self._graph_inputs.specs
+        values = [{name: to_value(array, specs[name].dtype) for name, array in piece.items()} for piece in pieces]
+        if state and not self._decoding.in_place:
             values[0] |= state.caches
         elif state:
             feed.caches = state.caches
@@ -460,12 +427,6 @@ class Model:
         pass_bytes, held_bytes = needs.pass_needs(self.manifest, piece_dims, positions=feed.positions, top=feed.top > 0)
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
-        with self._lock:
-            # What other states wish for is not theirs yet.
-            sizes_of_caches = [(one.batch, one.capacity) for one in self._states if one is not state]
-        if state:
-            sizes_of_caches.append((batch, capacity))
-        cached = sum(self._cache_bytes(*one) for one in sizes_of_caches)
         # How much is in the caches makes no other kind of pass.
         past = past_symbols(self.manifest)
         sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
@@ -474,88 +435,12 @@ class Model:
             feed,
             pass_bytes=pass_bytes + beside_bytes,
             held_bytes=held_bytes + beside_bytes,
-            cache_bytes=cached,
+            cache_bytes=self._decoding.cache_bytes(state, step),
             kind=None if profiled else sizes,
         )
 
-    def _pieces(
-        self, arrays: Mapping[str, NDArray[Any]], dims: Mapping[str, int], positions: int, room: int
-    ) -> tuple[list[Mapping[str, NDArray[Any]]], Mapping[str, int]]:
-        """A long text in pieces, and the sizes by which their activations are counted: one piece, and full caches.
-
-        The last one has all positions whose logits are wanted.
-        """
-        (past,) = past_symbols(self.manifest)
-        (text,) = (symbol for symbol in manifests.symbols(self._grown) if symbol != past)
-        before, length = dims[past], dims[text]
-        size = min(length, max(positions, _PIECE_TOKENS // max(1, self._batch(dims))))
-        pieces: list[Mapping[str, NDArray[Any]]] = []
-        # The first one is what is left, and the last one whole.
-        for end in range((length - 1) % size + 1, length + 1, size):
-            begin = max(end - size, 0)
-            cuts = {(text,): slice(begin, end), tuple(sorted((past, text))): slice(0, before + end)}
-            piece = {
-                name: array[tuple(cuts.get(_symbols(dim), slice(None)) for dim in self._specs[name].shape)]
-                for name, array in arrays.items()
-            }
-            pieces.append(piece)
-        # Attention goes over all the room in the caches, whatever a mask hides.
-        return pieces, {**dims, text: size, past: room - size}
-
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
         return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}
-
-    def _convert(
-        self, inputs: Mapping[str, NDArray[Any]], state: DecodeState | None = None
-    ) -> tuple[dict[str, NDArray[Any]], dict[str, int]]:
-        """Checked arrays for every graph input that is not in the state, and the sizes of all symbolic dimensions."""
-        caches = state.caches if state else {}
-        self._check_usable()
-        faults = [f"'{name}' is no input of the model" for name in inputs if name not in self._specs]
-        faults += [f"'{spec.name}' is missing" for spec in self.inputs if spec.name not in inputs]
-        for name, array in inputs.items():
-            spec = self._specs.get(name)
-            wanted = "uint16" if spec and spec.dtype == "bfloat16" else spec.dtype if spec else ""
-            if not isinstance(array, np.ndarray):
-                faults.append(f"'{name}' is a {type(array).__name__}, not a NumPy array")
-            elif spec and array.dtype != wanted:
-                faults.append(f"'{name}' has dtype {array.dtype}, the model takes {wanted}")
-        given = [name for name in self._caches if name in inputs or name in caches]
-        left_out = [self._specs[name] for name in self._caches if name not in given]
-        if given:
-            faults += [f"cache '{spec.name}' is missing: pass all caches, or none" for spec in left_out]
-        shapes = {name: array.shape for name, array in inputs.items() if isinstance(array, np.ndarray)}
-        for name, value in caches.items():
-            sizes = list(value.shape())
-            if state and self._in_place:
-                sizes[manifests.LENGTH_AXIS] = state.length
-            shapes[name] = tuple(sizes)
-        # Caches that were left out are empty: their length, which only they and sums have, is 0.
-        bound = {dim for spec in self.inputs for dim in spec.shape}
-        lengths = {symbol for spec in left_out for dim in spec.shape for symbol in manifests.symbols(dim)} - bound
-        dims, misfits = manifests.match_dims(self.manifest.inputs, shapes, dict.fromkeys(lengths, 0))
-        if faults or misfits:
-            takes = ", ".join(f"{spec.name}: {spec.dtype}{list(spec.shape)}" for spec in self.inputs)
-            raise ConfigError(f"The inputs do not fit the model: {'; '.join(faults + misfits)}. It takes {takes}.")
-        dims = {symbol: dims.get(symbol, 0) for symbol in self.manifest.dims}
-        arrays = dict(inputs)
-        for spec in left_out:
-            shape = tuple(manifests.evaluate_dim(dim, dims) for dim in spec.shape)
-            arrays[spec.name] = np.zeros(shape, np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
-        return arrays, dims
-
-    def _batch(self, dims: Mapping[str, int]) -> int:
-        return manifests.evaluate_dim(self._specs[next(iter(self._caches))].shape[0], dims)
-
-    def _cache_bytes(self, batch: int, capacity: int) -> int:
-        """What full caches of so many sequences and tokens take."""
-        rows, grown = self._specs[next(iter(self._caches))].shape[0], self._grown
-        dims = dict.fromkeys(self.manifest.dims, 0)
-        if isinstance(rows, str):
-            dims[rows] = max(batch, 1)
-        # "past + new": one of the symbols stands for all tokens, the others are 0.
-        dims[next(symbol for symbol in manifests.symbols(grown) if symbol in dims)] = capacity
-        return needs.cache_bytes(self.manifest, dims)
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -565,10 +450,6 @@ class Model:
             )
         if not self._finalizer.alive:
             raise ClosedError("The model is closed. Load it again.")
-
-
-def _symbols(dim: int | str) -> tuple[str, ...]:
-    return tuple(sorted(manifests.symbols(dim)))
 
 
 def _end_in(pid: int, pipeline: Pipeline, keep: Callable[[], None] | None = None) -> None:

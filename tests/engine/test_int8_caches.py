@@ -12,7 +12,7 @@ from tests.greedy import NEW_TOKENS, PROMPTS
 from tests.models import INT8_NAME
 
 import pipeload
-from pipeload import model as models
+from pipeload import decode
 from pipeload.pipeline.session import to_array
 
 _CACHES_BYTES = 12_000_000
@@ -62,8 +62,8 @@ def test_greedy_tokens_are_the_likeliest_or_nearly_so(exported_generator: Path) 
 def test_steps_and_pieces_fill_the_caches_as_a_whole_pass_does(
     exported_generator: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_CAPACITY_STEP", 8)
-    monkeypatch.setattr(models, "_PIECE_TOKENS", 4)
+    monkeypatch.setattr(decode, "CAPACITY_STEP", 8)
+    monkeypatch.setattr(decode, "_PIECE_TOKENS", 4)
     ids = np.random.default_rng(1).integers(0, 1000, (2, 18))
     with _load(exported_generator / INT8_NAME) as model, model.new_state() as state:
         for begin, end in [(0, 7), (7, 8), (8, 9), (9, 18)]:

@@ -20,7 +20,7 @@ from tests.engine.model.loading import (
 )
 
 import pipeload
-from pipeload import model as models
+from pipeload import decode
 from pipeload.format import manifest as manifests
 from pipeload.pipeline.session import ShardSession, to_array
 from pipeload.planning import needs
@@ -100,7 +100,7 @@ def in_place(exported: Path) -> Path:
 
 
 def test_caches_stay_where_they_are_until_they_are_full(in_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "_CAPACITY_STEP", 8)
+    monkeypatch.setattr(decode, "CAPACITY_STEP", 8)
     ids = np.random.default_rng(1).integers(0, 90, (2, 18))
     with load(in_place) as model, model.new_state() as state:
         places: list[list[int]] = []
@@ -122,7 +122,7 @@ def test_caches_stay_where_they_are_until_they_are_full(in_place: Path, monkeypa
 def test_a_step_that_fails_while_caches_grow_leaves_what_they_hold(
     in_place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_CAPACITY_STEP", 4)
+    monkeypatch.setattr(decode, "CAPACITY_STEP", 4)
     ids = np.random.default_rng(1).integers(0, 90, (1, 6))
     with load(in_place) as model:
         whole = model.run(_decoder_inputs(model, ids, 0))["logits"]
