@@ -119,7 +119,9 @@ def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[s
         shard = manifest.shards[index]
         parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
         assert storage.read_weights(shard, parts, lambda: False)
-        yield ShardSession(shard, storage.graph(shard), parts, threads)
+        with storage.graph(shard) as graph:
+            session = ShardSession(shard, graph, parts, threads)
+        yield session
 
     dims = manifests.bind_dims(manifest.inputs, {name: array.shape for name, array in inputs.items()})
     dims = {symbol: dims.get(symbol, 0) for symbol in manifest.dims}

@@ -216,7 +216,8 @@ class Stopwatch:
     def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
         parts = [Part(0, shard.nbytes, self._buffer)]
         arena = arena and in_arena(self._manifest)
-        return ShardSession(shard, self._storage.graph(shard), parts, threads, packed=packed, arena=arena)
+        with self._storage.graph(shard) as graph:
+            return ShardSession(shard, graph, parts, threads, packed=packed, arena=arena)
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

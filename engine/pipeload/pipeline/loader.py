@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from pipeload.errors import LoadError
 from pipeload.foreign import foreign_errors
@@ -108,7 +107,6 @@ class Loader:
         begun: list[Part] = []
         complete = False
         try:
-            graph = self._storage.graph(shard)
             loaded.buffer = self._memory.take_buffer() if loaded.pooled else Buffer(shard.nbytes)
             begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
             missing = sorted([Part(begin, end, loaded.buffer), *begun], key=lambda part: part.begin)
@@ -118,7 +116,7 @@ class Loader:
             if complete:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
-                    loaded.session = self._session(shard, graph, [*missing, *kept], packed=packed)
+                    loaded.session = self._session(shard, [*missing, *kept], packed=packed)
                 with self._lock:
                     self._read_bytes += nbytes
             self._memory.sample()
@@ -153,7 +151,7 @@ class Loader:
             return
         with self._trace.span(_agent(), "pack", shard.name):
             whole = [Part(0, shard.nbytes, loaded.buffer)]
-            session = self._session(shard, self._storage.graph(shard), whole, packed=True)
+            session = self._session(shard, whole, packed=True)
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
         if self._exchange.residents.swap(task.index, packed, stale):
@@ -162,13 +160,9 @@ class Loader:
         trim()
         self._memory.sample()
 
-    def _session(self, shard: Shard, graph: Path, parts: Sequence[Part], *, packed: bool) -> ShardSession:
-        try:
+    def _session(self, shard: Shard, parts: Sequence[Part], *, packed: bool) -> ShardSession:
+        with self._storage.graph(shard) as graph:
             return ShardSession(shard, graph, parts, self._memory.plan.threads, packed=packed, arena=self._in_arena)
-        except LoadError:
-            # Where the file changed or vanished after it was checked, that is the true reason.
-            self._storage.graph(shard)
-            raise
 
 
 def _agent() -> str:

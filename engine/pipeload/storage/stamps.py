@@ -1,17 +1,17 @@
 """Which files were checked against their sha256 before, on this machine: so that a cold start need not hash them again.
 
 A stamp is what the file system says about a file that was read whole and found right: device, inode, size, time of the
-last change of content and of the last change of anything. Whoever changes, replaces or copies a file makes another
-stamp, and the file is checked when it is read next. Damage that the disk does silently, later, keeps the stamp:
-`pipeload verify` reads everything.
+last change of content and of the last change of anything. A program that changes, replaces or copies a file makes
+another stamp. Stamps are looked at whenever a file is read, and a file with another stamp is hashed again, in the same
+process too. Damage that the disk does silently, later, keeps the stamp: `pipeload verify` reads everything.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,11 +20,11 @@ import msgspec
 from pipeload.machine.files import read_file
 from pipeload.machine.user_cache import keep_file, user_cache
 
-__all__ = ["Stamp", "Stamps", "stamps_of"]
+__all__ = ["Stamp", "Stamps", "is_fresh", "stamp_of", "stamps_of"]
 
 Stamp: TypeAlias = tuple[int, int, int, int, int]
 _FRESH_NS = 2_000_000_000
-"""A file that changed so recently could change again without another time stamp."""
+"""File systems keep times in steps of up to two seconds (FAT); most take the clock of the last timer tick."""
 _MOST_BYTES = 16 << 20
 
 
@@ -50,39 +50,33 @@ class Stamps:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._checked: set[str] = set()
         self._kept: dict[str, Stamp] = {}
         self._changed = False
         if path is not None:
             try:
                 self._kept = msgspec.json.decode(read_file(path, most_bytes=_MOST_BYTES), type=dict[str, Stamp])
-            except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 self._kept = {}
 
-    def has(self, key: str, path: Path) -> bool:
-        """Whether what `key` names in the file was checked, and the file is still the same."""
+    def has(self, key: str, stamp: Stamp) -> bool:
+        """Whether what `key` names was read and found right in a file with this stamp."""
         with self._lock:
-            if key in self._checked:
-                return True
-            known = self._kept.get(key)
-            if known is None or known != _stamp_if_there(path):
-                return False
-            self._checked.add(key)
-            return True
+            return self._kept.get(key) == stamp
 
-    def add(self, key: str, path: Path, before: Stamp) -> None:
+    def add(self, key: str, before: Stamp, after: Stamp) -> None:
         """What `key` names was read and found right.
 
         Args:
             key: a file, or a range of one.
-            path: the file.
-            before: its stamp when reading began; a file that changed meanwhile is remembered in this process only.
+            before: the file's stamp when reading began.
+            after: its stamp when all was read. A file that changed meanwhile, or so short a time ago that it could
+                change again under the same stamp, is not remembered: it is hashed again when it is read next.
         """
+        if before != after or is_fresh(before):
+            return
         with self._lock:
-            self._checked.add(key)
-            if _stamp_if_there(path) == before and time.time_ns() - max(before[3:]) > _FRESH_NS:
-                self._kept[key] = before
-                self._changed = True
+            self._changed = self._changed or self._kept.get(key) != before
+            self._kept[key] = before
 
     def save(self) -> None:
         """Keep the stamps for later processes, where the user's cache can be written."""
@@ -94,13 +88,15 @@ class Stamps:
         keep_file(self._path, data)
 
 
-def stamp(path: Path) -> Stamp:
-    """The stamp of a file as it is now."""
-    found = path.stat()
+def stamp_of(file: int | Path) -> Stamp:
+    """The stamp, as it is now, of an open file (its descriptor) or of the file at a path."""
+    found = os.stat(file)  # noqa: PTH116 - a descriptor has no path
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _stamp_if_there(path: Path) -> Stamp | None:
-    with suppress(OSError):
-        return stamp(path)
-    return None
+def is_fresh(stamp: Stamp) -> bool:
+    """Whether a file with this stamp changed so recently that it could change again and keep the stamp.
+
+    The time of the last change of anything decides: no program can set it, and whatever is written moves it on.
+    """
+    return time.time_ns() - stamp[4] <= _FRESH_NS

@@ -138,7 +138,8 @@ def _weight_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
     storage = Storage(directory, manifest)
     for shard in manifest.shards:
         try:
-            storage.graph(shard)
+            with storage.graph(shard):
+                pass
             storage.read_weights(shard, [Part(0, shard.nbytes, Buffer(shard.nbytes))], lambda: False)
         except PipeloadError as error:
             yield str(error)

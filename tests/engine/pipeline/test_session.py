@@ -32,7 +32,8 @@ def block(toy: Path) -> tuple[Shard, Path, list[Part]]:
     shard, storage = manifest.shards[1], Storage(toy, manifest)
     parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
     assert storage.read_weights(shard, parts, lambda: False)
-    return shard, storage.graph(shard), parts
+    with storage.graph(shard) as graph:
+        return shard, graph, parts
 
 
 def _inputs() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -56,6 +57,14 @@ def read_shard(storage: Storage, shard: Shard, *cuts: int, direct: bool = True) 
     return content_of(parts)
 
 
+def open_graph(storage: Storage, shard: Shard, during: Callable[[Path], object] = str) -> bytes:
+    """What onnxruntime would read, after something else was done with the path."""
+    with storage.graph(shard) as path:
+        content = path.read_bytes()
+        during(path)
+    return content
+
+
 def expected_of(directory: Path, shard: Shard) -> bytes:
     assert shard.weights is not None
     return (directory / shard.weights.path).read_bytes()[shard.weights.offset :][: shard.weights.nbytes]
@@ -77,32 +86,38 @@ def without_direct_io(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "O_DIRECT")
 
 
-def _refusing_direct_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.open
+def _refusing_direct_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.fcntl
 
-    def refuse(path: Any, flags: int, *rest: Any, **options: Any) -> int:
-        if flags & os.O_DIRECT:
+    def refuse(descriptor: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL and argument & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real(path, flags, *rest, **options)
+        return real(descriptor, command, argument)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
 
 
 def refusing_direct_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_open, real_read, direct = os.open, os.preadv, set()
-
-    def remember(path: Any, flags: int, *rest: Any, **options: Any) -> int:
-        descriptor = real_open(path, flags, *rest, **options)
-        (direct.add if flags & os.O_DIRECT else direct.discard)(descriptor)
-        return descriptor
+    real = os.preadv
 
     def refuse(descriptor: int, *rest: Any) -> int:
-        if descriptor in direct:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        return real_read(descriptor, *rest)
+        return real(descriptor, *rest)
 
-    monkeypatch.setattr(os, "open", remember)
     monkeypatch.setattr(os, "preadv", refuse)
+
+
+def note_direct_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each read from now on is direct."""
+    real, seen = os.preadv, []
+
+    def note(descriptor: int, *rest: Any) -> int:
+        seen.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
+        return real(descriptor, *rest)
+
+    monkeypatch.setattr(os, "preadv", note)
+    return seen
 
 
 def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +133,7 @@ def _without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
 WAYS = [
     pytest.param(as_it_is, id="direct"),
     pytest.param(without_direct_io, id="no O_DIRECT"),
-    pytest.param(_refusing_direct_open, id="open refuses O_DIRECT"),
+    pytest.param(_refusing_direct_mode, id="the file system refuses O_DIRECT"),
     pytest.param(refusing_direct_read, id="read refuses O_DIRECT"),
     pytest.param(_short_reads, id="short reads"),
     pytest.param(_without_advice, id="no posix_fadvise"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.storage.reading import open_graph
 
 from pipeload.errors import ShardError
 from pipeload.format import manifest as manifests
@@ -20,7 +21,7 @@ from pipeload.machine.user_cache import user_cache
 from pipeload.storage import stamps as stamping
 from pipeload.storage import weights as storages
 from pipeload.storage.buffers import Buffer, Part
-from pipeload.storage.stamps import Stamps, stamp, stamps_of
+from pipeload.storage.stamps import Stamps, stamp_of, stamps_of
 from pipeload.storage.weights import Storage
 
 BLOCK = 2
@@ -66,7 +67,7 @@ def _use(storage: Storage, directory: Path) -> None:
     """Read a block, its graph, and a row of the table."""
     manifest = manifests.read(directory)
     shard = manifest.shards[BLOCK]
-    storage.graph(shard)
+    open_graph(storage, shard)
     assert storage.read_weights(shard, [Part(0, shard.nbytes, Buffer(shard.nbytes))], lambda: False)
     storage.read_rows(manifest.shards[0].lookups[0], np.array([1]), keep_cached=True)
 
@@ -195,19 +196,20 @@ def test_stamps_of_another_manifest_are_not_used(toy_copy: Path, hashed: list[in
     assert len(hashed) == 3
 
 
-def test_a_file_that_changed_a_moment_ago_is_remembered_in_this_process_only(
+def test_a_file_that_changed_a_moment_ago_is_hashed_at_every_read(
     toy_copy: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newest = max(max(stamp(path)[3:]) for path in (toy_copy / "shards").iterdir())
+    # It could change again in the same tick of the file system's clock, and its stamp would not tell.
+    newest = max(stamp_of(path)[4] for path in (toy_copy / "shards").iterdir())
     monkeypatch.setattr(stamping, "time", SimpleNamespace(time_ns=lambda: newest + 10**9))
     storage = _storage(toy_copy)
-    for _ in range(2):
+    for count in (3, 6):
         _use(storage, toy_copy)
-    assert len(hashed) == 3
-    storage.save_stamps()
-    hashed.clear()
-    _check(toy_copy)
-    assert len(hashed) == 3
+        assert len(hashed) == count
+    monkeypatch.setattr(stamping, "time", SimpleNamespace(time_ns=lambda: newest + 3 * 10**9))
+    for count in (9, 9):
+        _use(storage, toy_copy)
+        assert len(hashed) == count
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(
@@ -283,11 +285,15 @@ def test_without_a_file_nothing_is_kept(toy_copy: Path, hashed: list[int]) -> No
     assert not user_cache("verified").exists()
 
 
-def test_a_file_that_is_gone_has_no_stamp(toy_copy: Path) -> None:
+def test_only_a_file_that_stayed_the_same_while_it_was_read_has_a_stamp(toy_copy: Path) -> None:
     path = toy_copy / "shards" / BLOCK_FILE
-    stamps = Stamps(None)
-    before = stamp(path)
-    path.unlink()
-    assert not stamps.has("key", path)
-    stamps.add("key", path, before)
-    assert stamps.has("key", path), "it was checked in this process"
+    stamps, before = Stamps(None), stamp_of(path)
+    _touch(path)
+    after = stamp_of(path)
+    stamps.add("key", before, after)
+    assert not stamps.has("key", before)
+    assert not stamps.has("key", after)
+    stamps.add("key", after, after)
+    assert stamps.has("key", after)
+    assert not stamps.has("key", before)
+    assert not stamps.has("other", after)

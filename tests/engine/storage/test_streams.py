@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.engine.storage.reading import (
     WAYS,
     expected_of,
+    note_direct_reads,
     open_storage,
 )
 
@@ -35,17 +35,11 @@ def test_a_stream_reads_all_of_a_shard_into_the_same_memory(
 
 
 def test_only_a_direct_stream_asks_for_direct_io(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, flags_seen = os.open, []
-
-    def note(path: Any, flags: int, *rest: Any, **options: Any) -> int:
-        flags_seen.append(bool(flags & os.O_DIRECT))
-        return real(path, flags, *rest, **options)
-
     storage, shard, _ = open_storage(toy)
-    monkeypatch.setattr(os, "open", note)
+    seen = note_direct_reads(monkeypatch)
     for direct in (True, False):
         assert sum(storage.stream_weights(shard, Buffer(1 << 20), direct=direct)) == shard.nbytes
-    assert flags_seen == [True, False]
+    assert seen == [True, False]
 
 
 def test_a_stream_that_is_left_closes_its_file(toy: Path, descriptors: Callable[[], int]) -> None:

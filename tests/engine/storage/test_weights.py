@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,8 @@ from tests.engine.storage.reading import (
     expected_of,
     flip,
     never,
+    note_direct_reads,
+    open_graph,
     open_storage,
     parts_of,
     read_shard,
@@ -27,6 +28,8 @@ from pipeload.errors import ShardError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import PAGE_BYTES
 from pipeload.format.pages import page_ceil
+from pipeload.storage import ranges
+from pipeload.storage import stamps as stamping
 from pipeload.storage import weights as storages
 from pipeload.storage.buffers import Buffer, Part, tensor_in
 from pipeload.storage.weights import Storage
@@ -68,8 +71,12 @@ def test_parts_hold_the_same_bytes_and_are_checked_together(
         read_shard(storage, shard, *cuts)
 
 
-def test_one_part_alone_is_read_and_does_not_count_as_checked(toy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_part_alone_of_a_file_that_was_found_right_is_all_that_is_read(
+    toy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamping, "_FRESH_NS", -1)
     storage, shard, path = open_storage(toy_copy)
+    read_shard(storage, shard)
     asked: list[tuple[int, int]] = []
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: (asked.append((at, len(views[0]))), real(fd, views, at))[1])
@@ -86,16 +93,9 @@ def test_one_part_alone_is_read_and_does_not_count_as_checked(toy_copy: Path, mo
 @pytest.mark.parametrize("direct", [True, False])
 def test_direct_says_how_files_are_opened(toy: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
     storage, shard, _ = open_storage(toy)
-    flags: list[int] = []
-    real = os.open
-
-    def note(name: Any, flag: int, *rest: Any, **options: Any) -> int:
-        flags.append(flag & os.O_DIRECT)
-        return real(name, flag, *rest, **options)
-
-    monkeypatch.setattr(os, "open", note)
+    seen = note_direct_reads(monkeypatch)
     read_shard(storage, shard, direct=direct)
-    assert bool(flags[0]) is direct
+    assert set(seen) == {direct}
 
 
 def test_a_file_system_in_memory_gives_the_same_bytes(toy: Path) -> None:
@@ -153,7 +153,7 @@ def test_reading_leaves_no_descriptor_open(toy: Path, descriptors: Callable[[], 
     for _ in range(3):
         read_shard(storage, shard)
         read_shard(storage, shard, 11_000, direct=False)
-        storage.graph(shard)
+        open_graph(storage, shard)
     assert descriptors() == before
 
 
@@ -167,7 +167,7 @@ def test_reads_grow_where_they_are_fast_and_not_where_they_are_slow(
     preadv = os.preadv
     for seconds in (1e-6, 1.0):
         clock = itertools.count(step=seconds)
-        monkeypatch.setattr(storages.time, "perf_counter", lambda clock=clock: next(clock))
+        monkeypatch.setattr(ranges.time, "perf_counter", lambda clock=clock: next(clock))
         seen = sizes.setdefault(seconds, [])
 
         def noting(descriptor: int, buffers: list[memoryview], offset: int, seen: list[int] = seen) -> int:
