@@ -1,16 +1,37 @@
 # Everything that people and CI run. Each target makes the virtual environment if it is missing.
-VENV ?= .venv
+#   make test PYTHON=python3.13    with another interpreter, in an environment of its own
 PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+VENV ?= .venv$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+STAMP := $(VENV)/.installed-$(VERSION)
+LATEST := .venv-latest$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
+LATEST_STAMP := $(LATEST)/.installed-$(VERSION)
+# Which tests `make test-latest` runs.
+LATEST_TESTS ?= tests/engine
+WORKERS ?= $(shell nproc)
+PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test check format test-arm64 clean
+.PHONY: demo test test-slow test-all test-latest test-arm64 check format clean
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
 
-test: $(STAMP)  ## all tests but the emulated ones
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests but the slow and the emulated ones
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)  ## the tests that `make test` leaves out
+	$(BIN)/python $(PYTEST) -m slow
+
+test-all: test test-slow
+
+test-latest: $(STAMP) $(LATEST_STAMP)  ## the engine and the demo's caps with the newest packages that pyproject.toml allows
+	PIPELOAD_TEST_MODELS=$$($(BIN)/python -m tests.models) $(LATEST)/bin/python $(PYTEST) -m "not slow" $(LATEST_TESTS)
+	$(BIN)/python -m benchmarks.demo --only-export
+	$(LATEST)/bin/python -m benchmarks.demo
+
+test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
+	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)
 
 check: $(STAMP)  ## lint, types, import rules
 	$(BIN)/ruff check .
@@ -22,14 +43,11 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
-	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)
-
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $(STAMP)
+	@.ci/install $(PYTHON) $(VENV) full
+
+$(LATEST_STAMP): pyproject.toml
+	@.ci/install $(PYTHON) $(LATEST) latest
 
 clean:  ## remove what builds and tests made
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache models/exported
+	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache models/exported

@@ -1,6 +1,6 @@
 """Tiny seeded models as sharded directories, for tests: every family's real architecture, with weights of some 100 kB.
 
-    python -m tests.models OUT                all of them
+    python -m tests.models                    all of them, in a cache that every test run shares; prints the folder
     python -m tests.models OUT bert gpt2      some of them
 
 Each directory of an architecture also holds `reference.npz`: inputs, and what the unsplit model answers to them, as
@@ -109,17 +109,22 @@ def made_once() -> Path:
     """
     digest = hashlib.sha256()
     tests = REPOSITORY / "tests"
-    sources = [*REPOSITORY.glob("exporter/**/*.py"), tests / "models.py", tests / "greedy.py"]
+    sources = [
+        *REPOSITORY.glob("exporter/**/*.py"),
+        tests / "models.py",
+        tests / "greedy.py",
+        tests / "engine" / "toy.py",
+    ]
     contract = REPOSITORY / "engine" / "pipeload" / "format"
     for path in sorted([*sources, *contract.glob("*.py")]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
-    return made_by_one(cache, _make_architectures)
+    return made_by_one(cache, _make_all)
 
 
-def _make_architectures(folder: Path) -> None:
+def _make_all(folder: Path) -> None:
     roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
-    command = [sys.executable, "-m", "tests.models", str(folder), *ARCHITECTURES]
+    command = [sys.executable, "-m", "tests.models", str(folder), *ARCHITECTURES, *TOYS]
     variables = os.environ | {"PYTHONPATH": roots}
     subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
 
@@ -188,9 +193,12 @@ def _input(spec: Any, batch: int, length: int, past: int, random: np.random.Gene
 def main(say: Callable[[str], None] = print) -> int:
     """Parse the command line and make the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", help="where; default: the cache, with all of them")
     parser.add_argument("names", nargs="*", help=f"of {' '.join([*ARCHITECTURES, *TOYS])}; default: all")
     arguments = parser.parse_args()
+    if arguments.out is None:
+        say(str(made_once()))
+        return 0
     for name in arguments.names or [*ARCHITECTURES, *TOYS]:
         say(str(make(arguments.out, name)))
     return 0
