@@ -47,7 +47,7 @@ Coldness: TypeAlias = Literal["cold", "filling", "steady"]
 """A pass that reads everything, one that still loads shards that will stay, or one like all later ones."""
 
 _SPANS = 10_000
-"""Kept in the trace, and as many samples: some tens of passes, in 3 MB that no plan counts."""
+"""Kept in the trace, and as many samples: some tens of passes, in 0.6 MB that the plan counts with the runtime."""
 _GATHER_SHARE = 0.02
 """The next sweep waits up to this fraction of the last one's duration for the same callers to return."""
 _PLAN_FACT = "No room could be made for the pass"

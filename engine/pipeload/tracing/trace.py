@@ -7,19 +7,22 @@ loader-0    | read 0 |..reserve..|#### read 2 ####|#session#|...      a span tha
 daemon      .........................|free 0|......|free 1|.....
 ```
 
-Recording is on always, so it is cheap: one append for each span, a few microseconds, and no lock.
+Recording is on always, so it is cheap in time and in memory: a span takes a few microseconds and 41 bytes of a ring
+that is allocated once. A trace therefore occupies the same memory after a million passes as after a hundred.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Literal, get_args
+from struct import Struct
+from typing import Any, Literal, get_args
 
 __all__ = [
     "KINDS",
@@ -94,31 +97,83 @@ class Progress:
     eta_s: float | None
 
 
+class _Ring:
+    """The newest records, all of one size, in memory that is allocated once.
+
+    Args:
+        record: how the fields of a record are laid out.
+        limit: number of records that are kept.
+    """
+
+    def __init__(self, record: Struct, limit: int) -> None:
+        self._record = record
+        self._limit = limit
+        self._memory = bytearray(record.size * limit)
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def append(self, *fields: float) -> None:
+        """Keep a record in place of the oldest one."""
+        with self._lock:
+            self._record.pack_into(self._memory, self._count % self._limit * self._record.size, *fields)
+            self._count += 1
+
+    def backwards(self) -> Iterator[tuple[Any, ...]]:
+        """The records that are kept at this moment, the newest first, but for those that are overwritten meanwhile."""
+        newest = self._count
+        for number in range(newest - 1, max(newest - self._limit, 0) - 1, -1):
+            with self._lock:
+                if self._count - number > self._limit:
+                    return
+                record = self._record.unpack_from(self._memory, number % self._limit * self._record.size)
+            yield record
+
+
+_SPAN = Struct("=IBIddqq")
+"""Number of the agent, number of the kind, number of the shard, begin, end, bytes, pass."""
+_SAMPLE = Struct("=Idd")
+"""Number of the counter, time, value."""
+
+
 class Trace:
     """The newest spans and samples of all agents. Every method may be called from any thread.
 
     Args:
-        limit: how many spans, and how many samples, are kept; the oldest are dropped.
+        limit: how many spans, and how many samples, are kept; the oldest are dropped. One of each takes 61 bytes.
     """
 
     def __init__(self, limit: int = 100_000) -> None:
-        self._spans: deque[Span] = deque(maxlen=limit)
-        self._samples: deque[Sample] = deque(maxlen=limit)
+        self._spans = _Ring(_SPAN, limit)
+        self._samples = _Ring(_SAMPLE, limit)
+        self._names: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self._naming = threading.Lock()
 
     @property
     def spans(self) -> list[Span]:
         """All spans that are kept, in the order in which they were added."""
-        # Iterating fails while another thread appends; copying is one step of the interpreter.
-        return list(self._spans.copy())
+        return [*self._backwards()][::-1]
 
     @property
     def samples(self) -> list[Sample]:
         """All samples that are kept, in the order in which they were taken."""
-        return list(self._samples.copy())
+        newest = [
+            Sample(counter=self._names[counter], time_s=time_s, value=value)
+            for counter, time_s, value in self._samples.backwards()
+        ]
+        return newest[::-1]
 
     def add(self, span: Span) -> None:
         """Keep a span. An agent adds its spans when they end."""
-        self._spans.append(span)
+        self._spans.append(
+            self._number(span.agent),
+            KINDS.index(span.kind),
+            self._number(span.shard),
+            span.begin_s,
+            span.end_s,
+            span.nbytes,
+            span.pass_number,
+        )
 
     @contextmanager
     def span(self, agent: str, kind: Kind, shard: str, nbytes: int = 0, pass_number: int = 0) -> Iterator[None]:
@@ -141,7 +196,7 @@ class Trace:
 
     def sample(self, counter: str, value: float) -> None:
         """Say what a counter's value is from now on."""
-        self._samples.append(Sample(counter=counter, time_s=time.perf_counter(), value=value))
+        self._samples.append(self._number(counter), time.perf_counter(), value)
 
     def spans_since(self, begin_s: float) -> list[Span]:
         """The spans that ended after a moment, in the order in which they were added.
@@ -149,12 +204,31 @@ class Trace:
         Takes time in proportion to what it returns, not to what is kept. A span that was added more than a second
         after its end may be missed.
         """
-        while True:
-            try:
-                newest = list(takewhile(lambda span: span.end_s > begin_s - _LATE_S, reversed(self._spans)))
-            except RuntimeError:  # another thread added a span meanwhile
-                continue
-            return [span for span in reversed(newest) if span.end_s > begin_s]
+        newest = takewhile(lambda span: span.end_s > begin_s - _LATE_S, self._backwards())
+        return [span for span in newest if span.end_s > begin_s][::-1]
+
+    def _backwards(self) -> Iterator[Span]:
+        for agent, kind, shard, begin_s, end_s, nbytes, pass_number in self._spans.backwards():
+            yield Span(
+                agent=self._names[agent],
+                kind=KINDS[kind],
+                shard=self._names[shard],
+                begin_s=begin_s,
+                end_s=end_s,
+                nbytes=nbytes,
+                pass_number=pass_number,
+            )
+
+    def _number(self, name: str) -> int:
+        """The number that stands for a name in the records."""
+        number = self._numbers.get(name)
+        if number is None:
+            with self._naming:
+                number = self._numbers.get(name, len(self._names))
+                if number == len(self._names):
+                    self._names.append(name)
+                    self._numbers[name] = number
+        return number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
+import tracemalloc
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,45 +132,49 @@ def test_spans_since_a_moment_are_those_that_ended_after_it() -> None:
     assert trace.spans_since(-1) == spans
 
 
-def test_spans_since_a_moment_leaves_the_old_ones_alone() -> None:
+def test_spans_since_a_moment_leaves_the_old_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Trace()
-    looked_at: list[float] = []
-
-    class Watched:
-        def __init__(self, end_s: float) -> None:
-            self._end_s = end_s
-
-        @property
-        def end_s(self) -> float:
-            looked_at.append(self._end_s)
-            return self._end_s
-
     for number in range(1000):
-        trace.add(Watched(number))  # type: ignore[arg-type]
-    assert len(trace.spans_since(990)) == 9
-    assert min(looked_at) >= 989
+        trace.add(span(number, number + 1))
+    looked_at: list[int] = []
+    backwards = trace._spans.backwards
+
+    def watched() -> Iterator[tuple[Any, ...]]:
+        for record in backwards():
+            looked_at.append(1)
+            yield record
+
+    monkeypatch.setattr(trace._spans, "backwards", watched)
+    assert len(trace.spans_since(990)) == 10
+    assert len(looked_at) <= 12
 
 
-def test_spans_that_come_while_somebody_reads_do_no_harm() -> None:
-    trace = Trace()
+def test_spans_that_overwrite_the_oldest_while_somebody_reads_end_the_reading() -> None:
+    trace = Trace(limit=4)
+    for number in range(4):
+        trace.add(span(number, number + 1))
+    reading = trace._backwards()
+    assert next(reading) == span(3, 4)
+    trace.add(span(4, 5))
+    trace.add(span(5, 6))
+    assert list(reading) == [span(2, 3)]
 
-    class Disturbing:
-        """Does what another thread might do while the trace is walked through."""
 
-        disturbed = False
+def test_a_full_trace_occupies_the_same_memory_for_ever() -> None:
+    trace = Trace(limit=500)
 
-        @property
-        def end_s(self) -> float:
-            if not self.disturbed:
-                self.disturbed = True
-                trace.add(span(3, 4))
-            return 2.0
+    def record(count: int) -> int:
+        for number in range(count):
+            trace.add(span(number * 1.1, number * 1.1 + 1, agent=f"loader-{number % 4}"))
+            trace.sample("rss_bytes", number * 1.1)
+        return tracemalloc.get_traced_memory()[0]
 
-    disturbing: Any = Disturbing()
-    trace.add(span(0, 1))
-    trace.add(disturbing)
-    trace.add(span(2, 3))
-    assert trace.spans_since(0) == [span(0, 1), disturbing, span(2, 3), span(3, 4)]
+    tracemalloc.start()
+    try:
+        few = record(10)
+        assert record(5000) - few < 2000
+    finally:
+        tracemalloc.stop()
 
 
 def test_many_threads_may_record_and_read_at_once() -> None:
