@@ -4,6 +4,7 @@ Packages and modules, in the order in which data flows through them:
 
 ```
 extra      is the extra [export] installed?
+staging    a folder that becomes the target at once, or never; all temporary work lies in it
 source/    what the user names -> an unsplit ONNX graph
 graph/     that graph, sorted and without detours
 rewrite/   KV caches written in place

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +14,22 @@ import pipeload
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, write
 from pipeload.machine.sizes import format_bytes
+from pipeload.notify import Notify
+from pipeload_export.boundary import boundary
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
 from pipeload_export.source.find import Checkpoint, Unsplit, find_source
-from pipeload_export.write.staging import Staging
+from pipeload_export.staging import Staging
 
 __all__ = ["KvCache", "export"]
 
 KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
 
-Progress = Callable[[str, int, int], None]
-
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
+_VALUED_DISK_BYTES = 2 * (64 << 20)
+"""While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
 _KEPT_ONNX = "model.onnx"
 _WRITING = "write the shards"
 
@@ -47,7 +47,7 @@ def export(
     trust_remote_code: bool = False,
     keep_onnx: str | Path | None = None,
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: Notify | None = None,
 ) -> Manifest:
     """Write a sharded model directory, which is complete and verified when it appears at `target`.
 
@@ -84,24 +84,23 @@ def export(
     if kv_cache not in get_args(KvCache):
         raise ConfigError(f"The KV caches cannot be {kv_cache!r}; take one of {', '.join(get_args(KvCache))}.")
     require_modules("onnx")
-    notify = progress or _silent
-    staging = Staging(Path(target), MANIFEST_NAME, force=force)
-    keeping = None if keep_onnx is None else Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
-    staging.check()
-    if keeping:
-        keeping.check()
-        if staging.overlaps(keeping):
-            raise ConfigError(f"The target {target} and the folder for the ONNX model {keep_onnx} overlap.")
-    found = find_source(
-        str(source),
-        task=task,
-        revision=revision,
-        opset=opset,
-        trust_remote_code=trust_remote_code,
-        progress=notify,
-    )
-    _check_space(staging.disk, found)
-    try:
+    with boundary("The export failed, and was undone", Path(target), progress) as notify:
+        staging = Staging(Path(target), MANIFEST_NAME, force=force)
+        keeping = None if keep_onnx is None else Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
+        staging.check()
+        if keeping:
+            keeping.check()
+            if staging.overlaps(keeping):
+                raise ConfigError(f"The target {target} and the folder for the ONNX model {keep_onnx} overlap.")
+        found = find_source(
+            str(source),
+            task=task,
+            revision=revision,
+            opset=opset,
+            trust_remote_code=trust_remote_code,
+            progress=notify,
+        )
+        _check_space(staging.disk, found)
         with ExitStack() as stack:
             stack.enter_context(staging)
             unsplit = found.to_onnx(staging.work, notify) if isinstance(found, Checkpoint) else found
@@ -111,17 +110,11 @@ def export(
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
                 keeping.commit()
             staging.commit()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(
-                f"The disk of {target} is full. The export was undone; make room and try again."
-            ) from error
-        raise ExportError(f"The export failed, and was undone: {error}.") from error
-    return manifest
+        return manifest
 
 
 def _build(
-    unsplit: Unsplit, result: Path, *, whole: bool, kv_cache: KvCache, verify: bool, progress: Progress
+    unsplit: Unsplit, result: Path, *, whole: bool, kv_cache: KvCache, verify: bool, progress: Notify
 ) -> Manifest:
     from pipeload_export.split import split  # needs the extra [export], which importing this module does not
 
@@ -190,13 +183,10 @@ def _check_space(disk: Path, found: Checkpoint | Unsplit) -> None:
         if isinstance(found, Checkpoint)
         else (_ONNX_DISK_FACTOR, found.nbytes)
     )
-    needed, free = int(nbytes * factor) + _SPARE_DISK_BYTES, shutil.disk_usage(disk).free
+    needed = int(nbytes * factor) + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
+    free = shutil.disk_usage(disk).free
     if needed > free:
         raise ExportError(
             f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at {disk}. "
             "Make room, or name a target on another disk."
         )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Nobody wants to know."""

@@ -10,6 +10,7 @@ from onnx import ValueInfoProto
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
+from pipeload.notify import Notify, silent
 from pipeload_export.cut.blocks import find_cuts
 from pipeload_export.cut.head import HeadCut, cut_head
 from pipeload_export.cut.placement import Piece, find_caches, place
@@ -20,7 +21,7 @@ from pipeload_export.graph.normalise import drop_dead, normalise
 from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
 from pipeload_export.shard.sampler import Sampler
-from pipeload_export.write.shards import Progress, ShardWriter
+from pipeload_export.write.shards import ShardWriter
 
 __all__ = ["SplitModel", "split"]
 
@@ -46,7 +47,7 @@ def split(
     *,
     whole: bool = False,
     int8_caches: bool = False,
-    progress: Progress | None = None,
+    progress: Notify | None = None,
 ) -> SplitModel:
     """Cut a transformer's ONNX graph into shards, and write them.
 
@@ -55,7 +56,9 @@ def split(
 
     Args:
         model_path: the `.onnx` file.
-        shards_dir: an existing folder for the shards; paths in the result are relative to its parent.
+        shards_dir: an existing folder for the shards; paths in the result are relative to its parent. What is needed
+            on the way lies there too, until it is no longer needed: on the disk whose free space counts, and removed
+            with the folder.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         int8_caches: make the KV caches int8.
         progress: called with what is being written, and its bytes so far and in total.
@@ -92,10 +95,10 @@ def split(
     graph.constants.update(lifted)
 
     taken = tuple(_input_spec(value, graph) for value in graph.inputs)
-    sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head))
-    writer = ShardWriter(graph, shards_dir, sampler, progress or _silent)
+    sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir)
+    writer = ShardWriter(graph, shards_dir, sampler, progress or silent)
     tables = {lift.table: lifted[lift.table] for lift in lifts}
-    writer.write_tables(tables, first=head.table if head and head.tied else None)
+    writer.write_tables(tables, head)
     for piece in pieces:
         writer.write_piece(piece, lifts)
     if head:
@@ -119,10 +122,6 @@ def split(
     )
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    pass
-
-
 def _constants_of(head: HeadCut | None) -> list[str]:
     return [name for name in (head.table, head.bias) if name] if head else []
 
@@ -144,6 +143,11 @@ def _input_spec(value: ValueInfoProto, graph: Graph) -> TensorSpec:
         raise ExportError(
             f"The graph does not say how many dimensions its input '{value.name}' has. Export it with shapes."
         )
+    if negative := [dim.dim_value for dim in tensor.shape.dim if dim.dim_value < 0]:
+        raise ExportError(
+            f"The graph declares that its input '{value.name}' has a size of {negative[0]}, which no tensor has. "
+            "Export it with a name, or the true size, in that place."
+        )
     dtype = dtype_name(tensor.elem_type or graph.types.get(value.name, (0, None))[0])
     return TensorSpec(name=value.name, dtype=dtype, shape=_declared(value))
 
@@ -160,7 +164,8 @@ def _with_scales(specs: Sequence[TensorSpec], scales: Mapping[str, str]) -> Iter
 
 def _declared(value: ValueInfoProto) -> tuple[int | str, ...]:
     """The shape that the graph declares; a dimension without a name gets one."""
-    sizes = (d.dim_value if d.HasField("dim_value") else d.dim_param for d in value.type.tensor_type.shape.dim)
+    dims = value.type.tensor_type.shape.dim
+    sizes = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
     return tuple(f"{value.name}.{axis}" if size == "" else size for axis, size in enumerate(sizes))
 
 

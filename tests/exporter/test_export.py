@@ -124,8 +124,8 @@ def fail_with(error: BaseException) -> Callable[..., NoReturn]:
     ("error", "raised", "message"),
     [
         (ExportError("no repetition"), ExportError, "no repetition"),
-        (OSError(errno.ENOSPC, "No space left on device"), ExportError, "disk of .* is full.*undone"),
-        (OSError(errno.EIO, "Input/output error"), ExportError, "failed, and was undone: .*Input/output error"),
+        (OSError(errno.ENOSPC, "No space"), ExportError, r"failed, and was undone: No space \(.*\)\. Make room there"),
+        (OSError(errno.EIO, "Input/output error"), ExportError, "failed, and was undone: Input/output error"),
         (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )

@@ -33,10 +33,9 @@ from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest
 from pipeload.machine.sizes import format_bytes
 from pipeload.measuring.profile_store import write as write_profile
+from pipeload.notify import Notify
 
 __all__ = ["Report", "Settings", "compare"]
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +97,7 @@ class Report:
         path.write_bytes(msgspec.json.format(to_json(self), indent=1) + b"\n")
 
 
-def compare(settings: Settings, progress: Progress | None = None, warn: Callable[[str], None] | None = None) -> Report:
+def compare(settings: Settings, progress: Notify | None = None, warn: Callable[[str], None] | None = None) -> Report:
     """Run every contender in every setting, and check every answer.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeload.notify import Notify
+
 __all__ = ["progress_bars"]
 
 _FEW = 10_000
@@ -24,7 +26,7 @@ _FEW = 10_000
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Notify]:
     """A function `progress(what, done, total)` that draws a bar for each `what`; silent without a terminal.
 
     A total of 0 means that nobody knows: the bar then only shows that something is going on, and for how long.

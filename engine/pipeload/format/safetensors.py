@@ -42,6 +42,9 @@ def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices
             if key != "__metadata__"
         }
         spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
+        ends = [data_begin + e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"]
+        if ends != [end for _, _, end in spans]:
+            raise ValueError("the length of a tensor is not that of its shape")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(f"'{name}' has a damaged safetensors header: {error!r}. Export the model again.") from error
     for spec in tensors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeload.format.manifest import PAGE_BYTES, Shard
 from pipeload.machine.threads import together
+from pipeload.notify import Notify
 from pipeload.storage.buffers import Buffer
 from pipeload.storage.weights import Storage
 
@@ -44,9 +45,7 @@ class Bandwidth:
     read_bytes_per_s_by_request: dict[int, float]
 
 
-def measure_bandwidth(
-    storage: Storage, shards: Sequence[Shard], progress: Callable[[str, int, int], None]
-) -> Bandwidth:
+def measure_bandwidth(storage: Storage, shards: Sequence[Shard], progress: Notify) -> Bandwidth:
     """Read the shards' weights in many ways, for a second or so each; nothing is kept.
 
     Raises:

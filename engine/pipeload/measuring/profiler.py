@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeload.errors import ConfigError
@@ -14,6 +14,7 @@ from pipeload.machine.memory import rss_bytes
 from pipeload.measuring.bandwidth import measure_bandwidth
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.measuring.stopwatch import Stopwatch
+from pipeload.notify import Notify
 from pipeload.pipeline.session import to_value
 from pipeload.planning import needs
 from pipeload.planning.profile import Profile
@@ -53,7 +54,7 @@ def measure_model(
     *,
     dims: Mapping[str, int],
     threads: Sequence[int] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Notify | None = None,
 ) -> Profile:
     """How fast the model's files are read and its shards run; takes some seconds, and reads the model several times.
 

@@ -25,6 +25,7 @@ from pipeload.machine.heap import trim
 from pipeload.machine.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
 from pipeload.machine.threads import together
 from pipeload.measuring.bandwidth import REQUEST_BYTES, filled_buffer
+from pipeload.notify import Notify
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.planning.needs import in_arena
@@ -57,9 +58,7 @@ class Stopwatch:
         settled_bytes: what the process occupied beside weights and tensors when it had run the largest shard once.
     """
 
-    def __init__(
-        self, storage: Storage, manifest: Manifest, threads: Sequence[int], progress: Callable[[str, int, int], None]
-    ) -> None:
+    def __init__(self, storage: Storage, manifest: Manifest, threads: Sequence[int], progress: Notify) -> None:
         self._storage, self._manifest, self._threads, self._progress = storage, manifest, threads, progress
         self._buffer = filled_buffer(max(shard.nbytes for shard in manifest.shards))
         self._largest = max(manifest.shards, key=lambda shard: shard.nbytes).name

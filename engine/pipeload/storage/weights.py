@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ShardError
+from pipeload.errors import LoadError, ShardError
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
 from pipeload.format.safetensors import check_header

@@ -6,7 +6,7 @@ is larger than memory can be verified, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +15,27 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
+from pipeload.foreign import first_line
 from pipeload.format.caches import length_input
 from pipeload.format.manifest import Manifest
+from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
+from pipeload_export.graph.runtime import open_session
 
-__all__ = ["open_session", "run_shards", "run_unsplit"]
+__all__ = ["run_shards", "run_unsplit"]
 
 Arrays = dict[str, NDArray[Any]]
-Progress = Callable[[str, int, int], None]
 
 
-def open_session(path: Path, what: str) -> ort.InferenceSession:
-    """A session over a graph file and its external data, as any user of onnxruntime would open it.
-
-    Raises:
-        ExportError: onnxruntime refused the graph.
-    """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ExportError(
-            f"onnxruntime does not open {what} ({path}): {str(error).rstrip('.')}. Fetch or export it again."
-        ) from error
-
-
-def run_unsplit(path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Progress) -> list[Arrays]:
+def run_unsplit(path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Notify) -> list[Arrays]:
     """The outputs `wanted` of the unsplit graph for each case.
 
     Raises:
         ExportError: it does not open or run, or takes or makes something else than the cases have.
     """
-    session = open_session(path, "the unsplit graph")
+    session = open_session(path, f"the unsplit graph {path}")
     names = [output.name for output in session.get_outputs()]
     given = {name for case in cases for name in case.inputs}
     _check_names(path, "takes", {value.name for value in session.get_inputs()} ^ given, given)
@@ -76,7 +59,7 @@ def _check_names(path: Path, does: str, different: set[str], expected: set[str])
         )
 
 
-def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progress: Progress) -> list[Arrays]:
+def run_shards(directory: Path, manifest: Manifest, cases: Sequence[Case], progress: Notify) -> list[Arrays]:
     """The outputs of the chain of shards for each case. Each shard is opened once, and freed before the next.
 
     Raises:
@@ -130,4 +113,4 @@ def _run(session: ort.InferenceSession, names: list[str], inputs: Mapping[str, N
     try:
         return dict(zip(names, session.run(names, dict(inputs)), strict=True))
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ExportError(f"{what} does not run: {error}") from error
+        raise ExportError(f"{what} does not run: {first_line(error)}. Fetch or export it again.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import Cache, Manifest, Verification
+from pipeload.notify import Notify
 from pipeload_export.check.cases import Case
 from pipeload_export.check.chain import run_shards, run_unsplit
 
 __all__ = ["compare", "limit_of"]
-
-Progress = Callable[[str, int, int], None]
 
 _LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference that is allowed, in parts of the output's range. Float16 has 11 bits and bfloat16 has 8, and an
@@ -28,7 +27,7 @@ layer begins with what is left of that. Over 3 layers 0.004 was seen, over 30 la
 
 
 def compare(
-    directory: Path, manifest: Manifest, against: Path, cases: list[Case], progress: Progress
+    directory: Path, manifest: Manifest, against: Path, cases: list[Case], progress: Notify
 ) -> tuple[Verification, ...]:
     """For each output of the model, the worst difference over all cases.
 
@@ -76,7 +75,7 @@ def limit_of(dtype: str) -> float:
     return _LIMITS.get(dtype, 0.0)
 
 
-def _with_own_caches(directory: Path, manifest: Manifest, cases: list[Case], progress: Progress) -> list[Case]:
+def _with_own_caches(directory: Path, manifest: Manifest, cases: list[Case], progress: Notify) -> list[Case]:
     """The cases with caches that the model itself has made in the first one.
 
     After noise some models say anything, and what rounding changes is not small.

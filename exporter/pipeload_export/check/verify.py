@@ -6,23 +6,27 @@ Three layers, each of which needs more installed: files and weights (nothing), g
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from pipeload.errors import ConfigError, ExportError, PipeloadError, ShardError
-from pipeload.format.manifest import Manifest, Shard, Verification, read
-from pipeload.storage.buffers import Buffer, Part
+from pipeload.foreign import first_line
+from pipeload.format.manifest import FileRecord, Manifest, Shard, Verification, WeightsRange, read
+from pipeload.machine.files import open_file
+from pipeload.notify import Notify
 from pipeload.storage.weights import Storage
+from pipeload_export.boundary import boundary
 from pipeload_export.check.cases import Case, sample_cases
-from pipeload_export.check.chain import open_session
 from pipeload_export.check.compare import compare
 from pipeload_export.extra import has_module, require_modules
+from pipeload_export.graph.runtime import open_session
+from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["Report", "verify"]
-
-Progress = Callable[[str, int, int], None]
 
 _PIECE_BYTES = 4 << 20
 
@@ -50,7 +54,7 @@ class Report:
     cases: tuple[str, ...]
 
 
-def verify(directory: str | Path, against: str | Path | None = None, progress: Progress | None = None) -> Report:
+def verify(directory: str | Path, against: str | Path | None = None, progress: Notify | None = None) -> Report:
     """Check a sharded model directory.
 
     Args:
@@ -65,11 +69,16 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
             more than its limit.
         ConfigError: `against` is no model to compare with.
     """
-    directory, notify = Path(directory), progress or _silent
+    directory = Path(directory)
+    with boundary(f"{directory} could not be verified", directory, progress) as notify:
+        return _verify(directory, None if against is None else Path(against), notify)
+
+
+def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:
     manifest = read(directory)
     if against is not None:
         require_modules("onnx")
-        if not Path(against).is_file():
+        if not against.is_file():
             raise ConfigError(
                 f"There is no unsplit model at {against}. Pass the .onnx file that the shards were made from, which "
                 "`pipeload export --keep-onnx DIR` keeps."
@@ -93,7 +102,7 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
         skipped.append("comparison with the unsplit model: pass it with --against")
     else:
         cases = sample_cases(manifest, directory)
-        differences = compare(directory, manifest, Path(against), cases, notify)
+        differences = compare(directory, manifest, against, cases, notify)
         rounded = any(cache.scale for cache in manifest.caches)
         but = ", but for the rounding of its int8 caches" if rounded else ""
         checks.append(f"the chain of shards computes what the unsplit model computes{but}")
@@ -108,39 +117,60 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: P
     )
 
 
-def _file_faults(directory: Path, manifest: Manifest, progress: Progress) -> Iterator[str]:
+def _file_faults(directory: Path, manifest: Manifest, progress: Notify) -> Iterator[str]:
+    """Faults of the files. Each is read once, for its own sha256 and for those of the shards that have a part of it."""
+    parts: dict[str, set[WeightsRange]] = {}
+    for shard in manifest.shards:
+        if shard.weights:
+            parts.setdefault(shard.weights.path, set()).add(shard.weights)
     done, total = 0, sum(record.nbytes for record in manifest.files)
-    root = directory.resolve()
     for record in manifest.files:
-        path = directory / record.path
-        if not path.resolve().is_relative_to(root):
-            yield f"'{record.path}' leads out of the model directory"
-            continue
+        spans = {(part.offset, part.offset + part.nbytes): part.sha256 for part in parts.get(record.path, ())}
+        spans[0, record.nbytes] = record.sha256
+        digests = RangeDigests(spans)
         try:
-            if path.stat().st_size != record.nbytes:
-                yield f"'{record.path}' has {path.stat().st_size} bytes, the manifest says {record.nbytes}"
-                continue
-            digest = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
-                while piece := file.read(_PIECE_BYTES):
-                    digest.update(piece)
-                    done += len(piece)
-                    progress("check the files", done, total)
-        except OSError as error:
-            yield f"'{record.path}' cannot be read ({error.strerror or error})"
+            for piece in _pieces(directory, record):
+                digests.update(piece)
+                progress("check the files", done + digests.position, total)
+        except ShardError as error:
+            yield str(error)
             continue
-        if digest.hexdigest() != record.sha256:
+        done += record.nbytes
+        if any(digests.hexdigest(*span) != sha256 for span, sha256 in spans.items()):
             yield f"'{record.path}' is damaged: its sha256 is not the one in the manifest"
 
 
+def _pieces(directory: Path, record: FileRecord) -> Iterator[memoryview]:
+    """The bytes of a file, each piece in the place of the one before. Raises ShardError if they are not all there."""
+    try:
+        path = (directory / record.path).resolve()
+        if not path.is_relative_to(directory.resolve()):
+            raise ShardError(f"'{record.path}' leads out of the model directory")
+        with open_file(path) as descriptor:
+            size = os.fstat(descriptor).st_size
+            if size != record.nbytes:
+                raise ShardError(f"'{record.path}' has {size} bytes, the manifest says {record.nbytes}")
+            buffer = memoryview(bytearray(min(_PIECE_BYTES, max(size, 1))))
+            position = 0
+            while position < size:
+                count = os.preadv(descriptor, [buffer[: size - position]], position)
+                if not count:
+                    raise ShardError(f"'{record.path}' ends at byte {position}: it was cut while it was read")
+                position += count
+                yield buffer[:count]
+    except (OSError, RuntimeError) as error:  # Python has a RuntimeError for a circle of symbolic links
+        raise ShardError(f"'{record.path}' cannot be read ({first_line(error)})") from error
+
+
 def _weight_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """What the engine itself would object to when it loads the shards."""
-    storage = Storage(directory, manifest)
+    """What the engine objects to in the headers of the weights files, whose bytes are those of the manifest."""
+    storage = Storage(directory, manifest, verify=False)
+    no_rows = np.empty(0, np.int64)
     for shard in manifest.shards:
         try:
-            with storage.graph(shard):
-                pass
-            storage.read_weights(shard, [Part(0, shard.nbytes, Buffer(shard.nbytes))], lambda: False)
+            storage.read_weights(shard, (), lambda: False)
+            for lookup in shard.lookups:
+                storage.read_rows(lookup, no_rows, keep_cached=True)
         except PipeloadError as error:
             yield str(error)
 
@@ -152,7 +182,7 @@ def _raise_all(faults: Iterator[str]) -> None:
 
 
 def _check_shards(
-    what: str, check: Callable[[Path, Shard], None], directory: Path, manifest: Manifest, progress: Progress
+    what: str, check: Callable[[Path, Shard], None], directory: Path, manifest: Manifest, progress: Notify
 ) -> None:
     """Check every shard, and only then raise one ExportError with the faults of all."""
     faults = []
@@ -178,7 +208,3 @@ def _check_session(directory: Path, shard: Shard) -> None:
                 f"Shard '{shard.name}' has the {what} {[value.name for value in found]}, the manifest says "
                 f"{list(listed)}. Export the model again."
             )
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    """Nobody wants to know."""

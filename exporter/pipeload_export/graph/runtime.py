@@ -1,28 +1,54 @@
-"""A plain onnxruntime session over a graph, and onnxruntime's names of types."""
+"""Plain onnxruntime sessions: the only place in the exporter that makes them. It needs no onnx."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
+
 import onnxruntime as ort
-from onnx import ModelProto
 
-from pipeload_export.graph.graph import DTYPES
+from pipeload.errors import ExportError
+from pipeload.foreign import first_line
 
-__all__ = ["elem_type_of", "plain_session"]
+__all__ = ["open_session", "session_options"]
 
 
-def plain_session(model: ModelProto) -> ort.InferenceSession:
-    """A session over the graph as it is: not optimised, and silent."""
+def session_options() -> ort.SessionOptions:
+    """Options of a session over the graph as it is: not optimised, nothing packed or kept, and silent."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return options
 
 
-_ORT_TYPES = {"float": "float32", "double": "float64"}
+def open_session(
+    graph: Path | bytes, what: str, options: ort.SessionOptions | None = None, *, disabled: Collection[str] = ()
+) -> ort.InferenceSession:
+    """A session on the CPU.
 
+    Args:
+        graph: the graph's file, beside its external data; or a graph with all of its data inside, serialised.
+        what: what it is, for the message.
+        options: None takes `session_options`.
+        disabled: names of optimisers that are not used.
 
-def elem_type_of(text: str) -> int:
-    """ONNX's number for onnxruntime's name of a tensor type, such as "tensor(float)"."""
-    name = text.removeprefix("tensor(").removesuffix(")")
-    name = _ORT_TYPES.get(name, name)
-    return next((number for number, known in DTYPES.items() if known == name), 0)
+    Raises:
+        ExportError: onnxruntime refuses the graph.
+    """
+    try:
+        return ort.InferenceSession(
+            graph if isinstance(graph, bytes) else str(graph),
+            options or session_options(),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=list(disabled),
+            # Otherwise it prints "EP Error" to stdout and tries once more, without `disabled_optimizers`.
+            enable_fallback=0,
+        )
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        reason = first_line(error)
+        if isinstance(graph, Path):
+            # It names a file that may be temporary; the message's reader knows it as `what`.
+            reason = reason.replace(f"{graph.parent}/", "")
+        raise ExportError(f"onnxruntime does not open {what}: {reason}. Fetch or export it again.") from error

@@ -8,10 +8,11 @@ from typing import Any
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from pipeload_export.graph.graph import Graph, tensor_proto
-from pipeload_export.graph.runtime import elem_type_of, plain_session
+from pipeload.errors import ExportError
+from pipeload_export.graph.graph import DTYPES, Graph, tensor_proto
+from pipeload_export.graph.runtime import open_session
 
-__all__ = ["SMALL_BYTES", "infer_types", "plain_model", "type_of"]
+__all__ = ["SMALL_BYTES", "elem_type_of", "infer_types", "plain_model", "type_of"]
 
 SMALL_BYTES = 64 << 10
 """Up to this size a result may be larger than what it was made from."""
@@ -43,11 +44,21 @@ def _ask_session(model: ModelProto, names: list[str]) -> dict[str, int]:
     kept = [value.name for value in model.graph.output]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in kept)
     try:
-        session = plain_session(model)
-    except Exception:  # noqa: BLE001 - onnxruntime's errors have no common base; unknown types may be floats
+        session = open_session(model.SerializeToString(), "the graph")
+    except (ExportError, ValueError):  # onnxruntime refuses it, or it is too large; unknown types may be floats
         return {}
     types = {value.name: elem_type_of(value.type) for value in session.get_outputs()}
     return {name: types[name] for name in names if types.get(name)}
+
+
+_RUNTIME_TYPES = {"float": "float32", "double": "float64"}
+
+
+def elem_type_of(text: str) -> int:
+    """ONNX's number for onnxruntime's name of a tensor type, such as "tensor(float)"."""
+    name = text.removeprefix("tensor(").removesuffix(")")
+    name = _RUNTIME_TYPES.get(name, name)
+    return next((number for number, known in DTYPES.items() if known == name), 0)
 
 
 def plain_model(

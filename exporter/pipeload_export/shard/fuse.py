@@ -20,12 +20,13 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
-from pipeload_export.graph.external_data import external_initializer
+from pipeload_export.graph.external_data import external_initializer, without_external_data
 from pipeload_export.graph.graph import DTYPES, FLOATS, Constant, tensor_proto
-from pipeload_export.graph.runtime import elem_type_of
+from pipeload_export.graph.runtime import open_session, session_options
+from pipeload_export.graph.types import elem_type_of
 
 __all__ = ["INLINE_BYTES", "Fused", "fuse", "is_external"]
 
@@ -86,13 +87,14 @@ def is_external(constant: Constant) -> bool:
 
 
 def fuse(
-    model: ModelProto, constants: Mapping[str, Constant], *, computes_constants: bool
+    model: ModelProto, constants: Mapping[str, Constant], work: Path, *, computes_constants: bool
 ) -> tuple[Fused, Fused | None]:
     """Optimise a shard's graph.
 
     Args:
         model: nodes, inputs and outputs; no initializers.
         constants: the initializers that the nodes use.
+        work: a folder for what is needed on the way.
         computes_constants: whether the graph has nodes on constants only, which must stay as they are.
 
     Returns:
@@ -105,16 +107,16 @@ def fuse(
     given = ModelProto()
     given.CopyFrom(model)
     given.graph.initializer.extend(tensor_proto(n, c) for n, c in constants.items() if n not in zeros)
-    fused = None
-    with TemporaryDirectory(prefix="pipeload-") as folder:
+    fused, what = None, f"shard '{model.graph.name}'"
+    with TemporaryDirectory(prefix=".fuse-", dir=work) as folder:
         places = _add_zeros(given, zeros, Path(folder))
         onnx.save(given, f"{folder}/given.onnx")
-        dtypes = _optimise(Path(folder), ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ())
+        dtypes = _optimise(Path(folder), what, ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ())
         # What users bring may not be valid ONNX itself: onnxruntime has operators of its own in ONNX's name.
         strict = _is_valid(given)
         off = [*_USES_VALUES, *([] if folds else ["ConstantFolding"])]
         for count in range(len(_SUSPECTS) + 1):
-            _optimise(Path(folder), ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, [*off, *_SUSPECTS[:count]])
+            _optimise(Path(folder), what, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, [*off, *_SUSPECTS[:count]])
             fused = _read(Path(folder) / "optimised.onnx", given, places, constants, dtypes, strict=strict)
             if fused is not None:
                 break
@@ -142,16 +144,12 @@ def _add_zeros(model: ModelProto, constants: Mapping[str, Constant], folder: Pat
     return places
 
 
-def _optimise(folder: Path, level: ort.GraphOptimizationLevel, disabled: Collection[str]) -> dict[str, int]:
-    options = ort.SessionOptions()
+def _optimise(folder: Path, what: str, level: ort.GraphOptimizationLevel, disabled: Collection[str]) -> dict[str, int]:
+    options = session_options()
     options.graph_optimization_level = level
     options.optimized_model_filepath = str(folder / "optimised.onnx")
-    options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    session = ort.InferenceSession(
-        str(folder / "given.onnx"), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
-    )
+    session = open_session(folder / "given.onnx", what, options, disabled=disabled)
     return {value.name: elem_type_of(value.type) for value in session.get_outputs()}
 
 
@@ -198,15 +196,8 @@ def _same(array: NDArray[Any]) -> NDArray[Any]:
 
 def _is_valid(model: ModelProto) -> bool:
     """Whether the model is valid ONNX; large weights are taken for granted."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    kept = [proto for proto in copy.graph.initializer if proto.data_location != TensorProto.EXTERNAL]
-    large = [proto for proto in copy.graph.initializer if proto.data_location == TensorProto.EXTERNAL]
-    copy.graph.input.extend(helper.make_tensor_value_info(p.name, p.data_type, p.dims) for p in large)
-    del copy.graph.initializer[:]
-    copy.graph.initializer.extend(kept)
     try:
-        onnx.checker.check_model(copy)
+        onnx.checker.check_model(without_external_data(model))
     except onnx.checker.ValidationError:
         return False
     return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -48,16 +49,18 @@ class Sampler:
         graph: the model's.
         specs: the graph's inputs.
         last_use: tensor -> number of the last shard that takes it.
+        work: a folder for what is needed on the way.
 
     Attributes:
         points: sizes of all symbols, for each run.
         shapes: tensor -> its shape in each of the runs.
     """
 
-    def __init__(self, graph: Graph, specs: Sequence[TensorSpec], last_use: Mapping[str, int]) -> None:
+    def __init__(self, graph: Graph, specs: Sequence[TensorSpec], last_use: Mapping[str, int], work: Path) -> None:
         self._graph = graph
         self._specs = {spec.name: spec for spec in specs}
         self._last_use = last_use
+        self._work = work
         self._names = symbols_of(specs)
         self._declared = {v.name: [dim.dim_param for dim in v.type.tensor_type.shape.dim] for v in graph.outputs}
         self._steps: list[_Step] = []
@@ -194,10 +197,12 @@ class Sampler:
                     raise Refused(str(error), range(len(inputs))) from error
             else:
                 assert chosen is not None
-                results, events = run_trial(chosen, inputs, step.outputs)
-                if plain is not None and not agree(run_trial(plain, inputs[:_COMPARED], step.outputs)[0], results):
-                    chosen = plain
-                    results, events = run_trial(plain, inputs, step.outputs)
+                results, events = run_trial(chosen, inputs, step.outputs, self._work)
+                if plain is not None:
+                    wanted, _ = run_trial(plain, inputs[:_COMPARED], step.outputs, self._work)
+                    if not agree(wanted, results):
+                        chosen = plain
+                        results, events = run_trial(plain, inputs, step.outputs, self._work)
         if self._plan.declared:
             self._check_declared(step.outputs, results)
         self._taken[step.shard] = self._shapes_of(step.inputs)

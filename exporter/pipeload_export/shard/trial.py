@@ -15,8 +15,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from pipeload.errors import ExportError
+from pipeload.foreign import first_line
 from pipeload_export.graph.external_data import external_initializer
+from pipeload_export.graph.runtime import open_session, session_options
 from pipeload_export.shard.fuse import Fused
 
 __all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
@@ -51,9 +52,9 @@ class Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
 
 
 def run_trial(
-    fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str]
+    fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str], work: Path
 ) -> tuple[list[list[NDArray[Any]]], list[list[Event]]]:
-    """Run a shard in a session as the engine makes it.
+    """Run a shard in a session as the engine makes it; what is needed on the way lies in the folder `work`.
 
     Returns:
         For each set of inputs the outputs, and the nodes in the order in which they ran.
@@ -62,24 +63,18 @@ def run_trial(
         Refused: it does not run on some of the inputs.
         ExportError: onnxruntime does not take the graph.
     """
-    with TemporaryDirectory(prefix="pipeload-") as folder:
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
+    with TemporaryDirectory(prefix=".trial-", dir=work) as folder:
+        options = session_options()
         options.enable_profiling = True
         options.profile_file_prefix = f"{folder}/profile"
-        options.add_session_config_entry("session.disable_prepacking", "1")
         values = _add_weights(fused, Path(folder), options)
-        try:
-            session = ort.InferenceSession(f"{folder}/shard.onnx", options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ExportError(f"onnxruntime refuses a shard: {_first_line(error)}") from error
+        session = open_session(Path(folder, "shard.onnx"), f"shard '{fused.model.graph.name}'", options)
         results, failed = [], dict[int, str]()
         for place, arrays in enumerate(inputs):
             try:
                 results.append(session.run(list(outputs), arrays))
-            except Exception as error:  # noqa: BLE001 - as above
-                failed[place] = _first_line(error)
+            except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions have no common base
+                failed[place] = first_line(error)
         if failed:
             raise Refused(next(iter(failed.values())), failed.keys())
         events = _events(json.loads(Path(session.end_profiling()).read_text()))
@@ -134,10 +129,6 @@ def _events(records: Sequence[Mapping[str, Any]]) -> list[list[Event]]:
 _ITEM_BYTES = {"float": 4, "double": 8, "bool": 1, "float16": 2, "bfloat16": 2} | {
     f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def agree(wanted: Sequence[Sequence[NDArray[Any]]], found: Sequence[Sequence[NDArray[Any]]]) -> bool:

