@@ -11,22 +11,25 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeload.errors import ConfigError, ShardError
+from pipeload.foreign import first_line, foreign_errors
+from pipeload.tasks.chat.sandbox import Sandbox
 
 __all__ = ["ChatTemplate"]
+
+_LONGEST_DATE = 1000
+_EXPORT = "Export the model again."
 
 
 class ChatTemplate:
     """A chat template, compiled. Safe to use from several threads.
 
-    The sandbox keeps it from Python's internals, from files and from changing what it is given. It does not bound time
-    and memory: a hostile template can still loop for hours.
+    The sandbox keeps it from Python's internals, from files and from changing what it is given, and bounds its work.
 
     Args:
         source: the Jinja program.
@@ -40,13 +43,16 @@ class ChatTemplate:
     def __init__(self, source: str, where: str, tokens: Mapping[str, Any]) -> None:
         self._where = where
         self._tokens = dict(tokens)
-        try:
-            self._template = _compiled(source)
-        except (TemplateSyntaxError, RecursionError) as error:
-            line = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-            raise ShardError(
-                f"The chat template in {where} is damaged{line}: {error}. Export the model again."
-            ) from error
+        self._sandbox = Sandbox(
+            [_Generation, loopcontrols], {"tojson": _to_json}, {"raise_exception": _refuse, "strftime_now": _now}
+        )
+        with foreign_errors(ShardError, f"The chat template in {where} is damaged", _EXPORT):
+            try:
+                self._template = self._sandbox.template(source)
+            except TemplateSyntaxError as error:
+                raise ShardError(
+                    f"The chat template in {where} is damaged in line {error.lineno}: {error}. {_EXPORT}"
+                ) from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -64,6 +70,7 @@ class ChatTemplate:
         """
         given = {"tools": None, "documents": None, **self._tokens, **variables}
         try:
+            self._sandbox.begin(messages, given)
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
         except SecurityError as error:
             raise ShardError(
@@ -72,7 +79,7 @@ class ChatTemplate:
             ) from error
         except Exception as error:
             raise ConfigError(
-                f"The chat template in {self._where} cannot take these messages: {str(error) or type(error).__name__}. "
+                f"The chat template in {self._where} cannot take these messages: {first_line(error)}. "
                 "Pass messages with the roles, and in the order, that the model was trained with."
             ) from error
 
@@ -85,15 +92,6 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _compiled(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_refuse, strftime_now=_now)
-    return environment.from_string(source)
 
 
 def _to_json(
@@ -112,4 +110,6 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _now(pattern: str) -> str:
+    if len(pattern) > _LONGEST_DATE:
+        raise SecurityError(f"it asks for a date in {len(pattern)} characters")
     return datetime.now().strftime(pattern)
