@@ -112,6 +112,10 @@ class _Toy:
         if decoder:
             edges.append(TensorSpec(name="normed", dtype="float32", shape=hidden))
             head = Head(input="normed", output="logits", shards=tuple(self._head(lookup, table)))
+            edges += [
+                TensorSpec(name=f"logits.{k}", dtype="float32", shape=(*hidden[:2], rows))
+                for k, rows in enumerate(HEAD_ROWS)
+            ]
             outputs = [TensorSpec(name="logits", dtype="float32", shape=(*hidden[:2], VOCABULARY)), *present]
         manifest = Manifest(
             exporter="tests", source="toy", model_type="toy",

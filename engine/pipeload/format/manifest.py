@@ -13,12 +13,14 @@ The records are defined in `records`, their symbolic dimensions in `dims`, what 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 
 from pipeload.errors import ManifestError
 from pipeload.format.dims import bind_dims, evaluate_dim, match_dims, symbols
+from pipeload.format.dtypes import dtype_bytes
 from pipeload.format.faults import faults
 from pipeload.format.records import (
     FORMAT_VERSION,
@@ -37,7 +39,6 @@ from pipeload.format.records import (
     Verification,
     WeightSpec,
     WeightsRange,
-    dtype_bytes,
 )
 from pipeload.machine.files import read_file
 
@@ -73,6 +74,8 @@ __all__ = [
 MANIFEST_NAME = "pipeload.json"
 _MOST_BYTES = 64 << 20
 """A manifest of a hundred layers has about 200 kB."""
+_MOST_FAULTS, _FAULT_CHARACTERS = 20, 400
+"""A message lists this many faults at most, each with this many characters."""
 
 
 def read(directory: Path) -> Manifest:
@@ -145,8 +148,16 @@ class _Version:
 
 def _check(manifest: Manifest) -> None:
     """Raise one ManifestError that lists every fault of the manifest, or return."""
-    if found := list(faults(manifest)):
+    if found := list(islice(faults(manifest), _MOST_FAULTS + 1)):
+        count = f"more than {_MOST_FAULTS}" if len(found) > _MOST_FAULTS else str(len(found))
+        shown = "; ".join(_shortened(fault) for fault in found[:_MOST_FAULTS])
         raise ManifestError(
-            f"{MANIFEST_NAME} has {len(found)} fault{'s' * (len(found) > 1)}: {'; '.join(found)}. "
-            "Export the model again."
+            f"{MANIFEST_NAME} has {count} fault{'s' * (len(found) > 1)}: {shown}. Export the model again."
         )
+
+
+def _shortened(fault: str) -> str:
+    """A fault without the middle, where it names something that is very long."""
+    if len(fault) <= _FAULT_CHARACTERS:
+        return fault
+    return f"{fault[: _FAULT_CHARACTERS // 2]} ... {fault[-_FAULT_CHARACTERS // 2 :]}"

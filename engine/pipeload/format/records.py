@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-import numpy as np
+from pipeload.format.dtypes import ITEM_BYTES
 
 FORMAT_VERSION = 1
 PAGE_BYTES = 4096
@@ -19,18 +19,7 @@ PAGE_BYTES = 4096
 LENGTH_AXIS = 2
 """Of a cache that is written in place: `[batch, heads, tokens, size]`."""
 
-ITEM_BYTES = {"bfloat16": 2} | {
-    name: np.dtype(name).itemsize
-    for name in "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()  # noqa: SIM905
-}
-"""Every dtype that a manifest may name, and the bytes of one element."""
-
 Role = Literal["prologue", "block", "epilogue", "head"]
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of one element."""
-    return ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

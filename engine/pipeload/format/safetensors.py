@@ -11,14 +11,10 @@ from collections.abc import Sequence
 from math import prod
 
 from pipeload.errors import ShardError
-from pipeload.format.manifest import WeightSpec, dtype_bytes
+from pipeload.format.dtypes import SAFETENSORS_DTYPES, dtype_bytes
+from pipeload.format.manifest import WeightSpec
 
 __all__ = ["check_header"]
-
-_DTYPES = {
-    "BOOL": "bool", "I8": "int8", "U8": "uint8", "I16": "int16", "U16": "uint16", "I32": "int32", "U32": "uint32",
-    "I64": "int64", "U64": "uint64", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
 
 
 def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices: Sequence[WeightSpec]) -> None:
@@ -37,7 +33,7 @@ def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices
         entries = json.loads(header)
         data_begin = 8 + len(header)
         found = {
-            key: (_DTYPES[e["dtype"]], tuple(e["shape"]), data_begin + e["data_offsets"][0])
+            key: (SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]), data_begin + e["data_offsets"][0])
             for key, e in entries.items()
             if key != "__metadata__"
         }

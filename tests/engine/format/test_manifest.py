@@ -13,8 +13,8 @@ import pytest
 
 from pipeload.errors import ConfigError, ManifestError
 from pipeload.format import manifest as manifests
+from pipeload.format.dtypes import ITEM_BYTES
 from pipeload.format.manifest import MANIFEST_NAME, ByteTerm, Manifest, Structure, TensorSpec, bind_dims, evaluate_dim
-from pipeload.format.records import ITEM_BYTES
 
 
 def _tensor(name: str, *shape: int | str) -> TensorSpec:
