@@ -1,0 +1,63 @@
+"""What users see stays as it was: names, signatures, help, exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.interface.pins import COMMANDS, PINNED, help_of, signatures_of, texts, without_frames
+
+import pipeload
+import pipeload_export
+from pipeload.cli import app
+
+_HINT = "run `python -m tests.interface.pins` if this change is meant, and note it in CHANGELOG.md"
+
+
+@pytest.mark.parametrize("package", [pipeload, pipeload_export], ids=lambda package: package.__name__)
+def test_public_names_and_signatures_stay(package: object) -> None:
+    name = package.__name__  # type: ignore[attr-defined]
+    assert signatures_of(package).splitlines() == (PINNED / f"{name}.txt").read_text().splitlines(), _HINT
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_stays(command: str) -> None:
+    pinned = (PINNED / f"help-{command or 'pipeload'}.txt").read_text()
+    assert without_frames(help_of(command)) == without_frames(pinned), _HINT
+
+
+def test_every_command_and_package_is_pinned() -> None:
+    assert sorted(texts()) == sorted(path.name for path in PINNED.iterdir())
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS[1:])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code"),
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["inspect", "no such directory"], 1),
+        (["run", "no such directory", "--random"], 1),
+        (["run"], 2),
+        (["no-such-command"], 2),
+        ([], 2),
+    ],
+)
+def test_exit_codes_stay(arguments: list[str], exit_code: int) -> None:
+    """130 for Ctrl-C is tested where the command line ends, in tests/engine/cli/test_cli_ending.py."""
+    root = Path(pipeload.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeload", *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == exit_code, done.stderr
+    if exit_code == 1:
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
