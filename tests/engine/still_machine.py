@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-import pipeload.model  # noqa: F401 - all that measures for a model has to be there before it is replaced
+import pipeload.model  # all that measures for a model has to be there before it is replaced
 from pipeload.machine.hardware import cores
 from pipeload.machine.memory import FreeMemory, rss_bytes
 from pipeload.planning.profile import Profile
@@ -44,8 +44,15 @@ def stand_still(patch: pytest.MonkeyPatch, *, memory: bool = True, times: bool =
         _replace(patch, cores, lambda: CORES)
         _replace(patch, FreeMemory, lambda: lambda: FREE_BYTES)
     if times:
-        patch.setattr(Replanner, "after_pass", lambda *_: False)
+        patch.setattr(pipeload.model, "Replanner", _UnlearningReplanner)
         patch.setattr(loop, "DraftLength", _SteadyDraftLength)
+
+
+class _UnlearningReplanner(Replanner):
+    """Its plans depend on budgets and needs alone."""
+
+    def after_pass(self, *_: object) -> bool:
+        return False
 
 
 class _SteadyDraftLength(DraftLength):

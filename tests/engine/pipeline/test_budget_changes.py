@@ -149,7 +149,6 @@ def test_budgets_change_while_passes_run(toy_large: Path) -> None:
         assert rig.pipeline.stats.passes <= 24
 
 
-@pytest.mark.measures("times")
 @pytest.mark.parametrize("seed", range(4))
 def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Callers, changing needs and budgets, memory that comes and goes, withdrawn calls, learning and packing."""

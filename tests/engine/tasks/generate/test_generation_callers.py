@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tests.engine.tasks.generate.drafting import CYCLE, PROMPT, Failing, assert_
 from tests.engine.toy import make_toy
 
 import pipeload
+from pipeload.pipeline.requests import Calls
 
 _TEXT = "the cat sat. the cat sat. the"
 _CYCLE = [ord(letter) - 32 for letter in "abc. "]
@@ -43,7 +44,24 @@ _ROOM_BYTES = 26_000_000
 """For the caches of all callers, of 128 tokens each, and not for the weights that the smallest budget streams."""
 
 
-def test_callers_get_their_own_texts_and_share_the_sweeps(streamed_toy: Path) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> Callable[[pipeload.Model], None]:
+    """Callers that were served together are waited for, however slow they are, until they leave by this function."""
+    expect = Calls.expect
+    monkeypatch.setattr(Calls, "expect", lambda calls, count, _: expect(calls, count, PATIENCE_S))
+
+    def leave(model: pipeload.Model) -> None:
+        calls = model._pipeline._exchange.calls
+        with calls._changed:
+            calls._expected -= 1
+            calls._changed.notify_all()
+
+    return leave
+
+
+def test_callers_get_their_own_texts_and_share_the_sweeps(
+    streamed_toy: Path, patient: Callable[[pipeload.Model], None]
+) -> None:
     with load(streamed_toy, _ROOM_BYTES) as model:
         alone = [model.generate(prompt, **options) for prompt, options in _CALLS]
         assert alone[4].finish_reason == alone[5].finish_reason == "stop"
@@ -54,7 +72,10 @@ def test_callers_get_their_own_texts_and_share_the_sweeps(streamed_toy: Path) ->
 
         def call(prompt: Any, options: Mapping[str, Any]) -> pipeload.Generation:
             barrier.wait(PATIENCE_S)
-            return model.generate(prompt, **options)
+            try:
+                return model.generate(prompt, **options)
+            finally:
+                patient(model)
 
         callers = [Background(call, prompt, options) for prompt, options in _CALLS]
         failing = Background(call, _TEXT, {"max_new_tokens": 16, "streamer": Failing(BrokenPipeError("gone"), 3)})
