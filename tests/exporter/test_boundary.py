@@ -79,7 +79,7 @@ def test_what_the_system_refuses_is_one_error_with_path_and_remedy(
     assert names(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize("moment", set(MOMENTS) - {"beginning the folder", "moving it into place"})
+@pytest.mark.parametrize("moment", [m for m in MOMENTS if m not in ("beginning the folder", "moving it into place")])
 @pytest.mark.parametrize(
     "error",
     [
