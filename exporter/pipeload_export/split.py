@@ -71,7 +71,8 @@ def split(
         >>> [shard.name for shard in model.shards]
         ['prologue', 'block.000', 'block.001', 'epilogue']
     """
-    graph = normalise(load(model_path))
+    graph = load(model_path)
+    normalise(graph)
     inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
     in_place = write_in_place(graph)
     scales = quantise_caches(graph, in_place) if int8_caches else {}
@@ -81,8 +82,9 @@ def split(
     activation = {name for segment in cuts.segments for name in segment}
     lifts = lift_tables(graph, block_bytes=cuts.block_bytes, activation=activation)
     head = cut_head(graph, block_bytes=cuts.block_bytes, tables=[lift.table for lift in lifts]) if cuts.count else None
-    lifted = {name: graph.constants[name] for name in (*(lift.table for lift in lifts), *_constants_of(head))}
-    drop_dead(graph, [*([head.input] if head else []), *(lift.indices for lift in lifts)])
+    tables = dict.fromkeys(lift.table for lift in lifts)
+    ends = [head.input, head.table, *([head.bias] if head.bias else [])] if head else []
+    drop_dead(graph, [*ends, *tables, *(lift.indices for lift in lifts)])
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     caches = tuple(
         replace(
@@ -92,13 +94,11 @@ def split(
         )
         for cache in find_caches(graph, pieces)
     )
-    graph.constants.update(lifted)
 
     taken = tuple(_input_spec(value, graph) for value in graph.inputs)
     sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir)
     writer = ShardWriter(graph, shards_dir, sampler, progress or silent)
-    tables = {lift.table: lifted[lift.table] for lift in lifts}
-    writer.write_tables(tables, head)
+    writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:
         writer.write_piece(piece, lifts)
     if head:
@@ -120,10 +120,6 @@ def split(
         dims=dims,
         files=tuple(writer.files),
     )
-
-
-def _constants_of(head: HeadCut | None) -> list[str]:
-    return [name for name in (head.table, head.bias) if name] if head else []
 
 
 def _last_uses(pieces: Sequence[Piece], lifts: Sequence[Lift], head: HeadCut | None) -> dict[str, int]:
@@ -172,8 +168,8 @@ def _declared(value: ValueInfoProto) -> tuple[int | str, ...]:
 def _output_spec(value: ValueInfoProto, writer: ShardWriter, dims: Sequence[str], head: HeadCut | None) -> TensorSpec:
     """As the graph declares it, if that is said in terms of the inputs' dimensions; else as it was seen."""
     declared = _declared(value)
-    is_known = value.type.tensor_type.HasField("shape") and set(dims).issuperset(
-        s for d in declared for s in symbols(d)
+    is_known = value.type.tensor_type.HasField("shape") and all(
+        size >= 0 if isinstance(size, int) else set(dims).issuperset(symbols(size)) for size in declared
     )
     if head and value.name == head.output:
         found = writer.edge(head.input)

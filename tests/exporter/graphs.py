@@ -11,9 +11,20 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from pipeload_export.graph.graph import Graph
+from pipeload_export.graph.load import load
+from pipeload_export.graph.normalise import normalise
+
 WIDTH = 32
 ROWS = 1024
 """Rows of the word table: enough bytes to be lifted out."""
+
+
+def load_normalised(path: Path) -> Graph:
+    """The graph in a file, as the search for blocks takes it."""
+    graph = load(path)
+    normalise(graph)
+    return graph
 
 
 class Builder:

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import TensorProto
-from tests.exporter.graphs import Builder
+from tests.exporter.graphs import Builder, load_normalised
 
 from pipeload_export.graph.graph import Graph, tensor_proto
-from pipeload_export.graph.load import load
-from pipeload_export.graph.normalise import normalise
 
 HEADS, SIZE = 4, 8
 WIDTH = HEADS * SIZE
@@ -78,7 +76,7 @@ def attention_layer(**odd: Any) -> Builder:
 
 def graph_of(build: Builder, folder: Path) -> Graph:
     onnx.save(build.model(), folder / "model.onnx")
-    return normalise(load(folder / "model.onnx"))
+    return load_normalised(folder / "model.onnx")
 
 
 def model_of(graph: Graph) -> onnx.ModelProto:

@@ -31,20 +31,27 @@ _LAZY = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "C
 """Operators on large constants, computed when the result is written: until then it occupies no memory."""
 
 
-def normalise(graph: Graph) -> Graph:
-    """The same graph with its constants folded, without dead nodes, and with its tensors' types inferred."""
-    drop_dead(graph)
-    _separate_sums(graph)
-    _fold(graph)
+def normalise(graph: Graph) -> bool:
+    """Fold the graph's constants, remove what is dead or without effect, infer the types of its tensors.
+
+    Returns:
+        Whether nodes or constants changed.
+    """
+    changed = [drop_dead(graph), _separate_sums(graph), _fold(graph)]
     graph.types = infer_types(graph)
-    _drop_detours(graph)
-    drop_dead(graph)
-    return graph
+    changed += [_drop_detours(graph), drop_dead(graph)]
+    return any(changed)
 
 
-def drop_dead(graph: Graph, kept_tensors: Iterable[str] = ()) -> None:
-    """Remove nodes that no output depends on, and constants that no node uses."""
-    needed = {*graph.output_names, *kept_tensors}
+def drop_dead(graph: Graph, kept_names: Iterable[str] = ()) -> bool:
+    """Remove nodes that no output depends on, and constants that no node uses. Returns whether there were any.
+
+    Args:
+        graph: sorted.
+        kept_names: tensors and constants that stay, beside the outputs.
+    """
+    before = len(graph.nodes), len(graph.constants)
+    needed = {*graph.output_names, *kept_names}
     kept = []
     for node in reversed(graph.nodes):
         if needed.intersection(filter(None, node.output)):
@@ -52,9 +59,10 @@ def drop_dead(graph: Graph, kept_tensors: Iterable[str] = ()) -> None:
             kept.append(node)
     graph.nodes = kept[::-1]
     graph.constants = {name: c for name, c in graph.constants.items() if name in needed}
+    return before != (len(graph.nodes), len(graph.constants))
 
 
-def _separate_sums(graph: Graph) -> None:
+def _separate_sums(graph: Graph) -> bool:
     """Take fused residual norms apart: the boundary between two layers often lies inside, after the sum.
 
     Where the sum is used as well, two tensors are alive behind the norm, although one makes the other.
@@ -77,10 +85,12 @@ def _separate_sums(graph: Graph) -> None:
         epsilon = attribute(node, "epsilon", _NORM_EPSILON)
         taken = [total, *filter(None, terms)]
         nodes.append(helper.make_node(kind, taken, [node.output[0]], axis=-1, epsilon=epsilon, stash_type=1))
+    changed = len(nodes) != len(graph.nodes)
     graph.nodes = nodes
+    return changed
 
 
-def _fold(graph: Graph) -> None:
+def _fold(graph: Graph) -> bool:
     """Replace nodes that depend on constants only by their results, small ones all together in one session."""
     small: list[NodeProto] = []
     small_names = {name for name, c in graph.constants.items() if c.nbytes < SMALL_BYTES}
@@ -111,7 +121,10 @@ def _fold(graph: Graph) -> None:
             remaining.append(node)
             continue
         graph.constants.update({name: known_constant(results[name]) for name in node.output if name})
-    graph.nodes = remaining + kept
+    nodes = remaining + kept
+    changed = len(nodes) != len(graph.nodes)
+    graph.nodes = nodes
+    return changed
 
 
 def _widens(graph: Graph, node: NodeProto) -> bool:
@@ -187,7 +200,7 @@ def _evaluate(graph: Graph, nodes: list[NodeProto]) -> dict[str, NDArray[Any]]:
     return {n: a for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray) and a.dtype != object}
 
 
-def _drop_detours(graph: Graph) -> None:
+def _drop_detours(graph: Graph) -> bool:
     """Remove Identity, and Cast to the type that a tensor already has."""
     outputs, inner = set(graph.output_names), _captured(graph)
     producers, given = graph.producers(), {value.name for value in graph.inputs} | set(graph.constants)
@@ -210,7 +223,9 @@ def _drop_detours(graph: Graph) -> None:
             producers[target] = maker
         else:
             kept.append(node)
+    changed = len(kept) != len(graph.nodes)
     graph.nodes = kept
+    return changed
 
 
 def _is_detour(graph: Graph, node: NodeProto) -> bool:

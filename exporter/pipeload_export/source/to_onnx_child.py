@@ -48,7 +48,15 @@ def run_child(request_path: str, folder: str, parent: str) -> None:
         error = str(refusal)
     except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
         logging.getLogger("pipeload_export").exception("export failed")
-        error = f"{type(exception).__name__}: {exception}"[:_MAX_ERROR_CHARACTERS]
+        reason = (
+            " ".join(f"{type(exception).__name__}: {exception}".split())
+            .removesuffix(":")[:_MAX_ERROR_CHARACTERS]
+            .removesuffix(".")
+        )
+        error = (
+            f"{reason}. Check that the checkpoint is complete, with its preprocessor_config.json if it takes images. "
+            "Or export it to one .onnx file yourself and pass that; --verbose shows what the libraries print."
+        )
         if (number := _full(exception, Path(folder).parent)) is not None:
             # The answer needs room as well.
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,7 @@ from tests.exporter.graphs import (
     backwards,
     encoder,
     grouped_decoder,
+    load_normalised,
     renamed,
     reordered,
     with_hidden_states,
@@ -22,15 +23,13 @@ from tests.exporter.graphs import (
 
 from pipeload.errors import ExportError
 from pipeload_export.cut.blocks import Cuts, find_cuts
-from pipeload_export.graph.load import load
-from pipeload_export.graph.normalise import normalise
 
 
 @pytest.fixture
 def cuts_of(tmp_path: Path) -> Callable[..., Cuts]:
     def cuts(model: ModelProto, **options: bool) -> Cuts:
         onnx.save(model, str(tmp_path / "model.onnx"))
-        return find_cuts(normalise(load(tmp_path / "model.onnx")), **options)
+        return find_cuts(load_normalised(tmp_path / "model.onnx"), **options)
 
     return cuts
 
@@ -43,7 +42,7 @@ def edges_of_blocks(cuts: Cuts) -> list[str]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_block_for_each_layer_of_every_architecture(name: str, architecture: Callable[[str], Path]) -> None:
-    cuts = find_cuts(normalise(load(architecture(name))))
+    cuts = find_cuts(load_normalised(architecture(name)))
     assert cuts.count == (4 if name == "gptneo" else 3)
 
 

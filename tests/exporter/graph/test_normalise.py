@@ -10,12 +10,11 @@ import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
 from tests.exporter.conftest import Sharded, assert_same_answers
-from tests.exporter.graphs import WIDTH, Builder, run
+from tests.exporter.graphs import WIDTH, Builder, load_normalised, run
 
 from pipeload.errors import ExportError
 from pipeload_export.graph.graph import Graph
 from pipeload_export.graph.load import load
-from pipeload_export.graph.normalise import normalise
 from pipeload_export.graph.types import SMALL_BYTES
 
 BATCH = ["batch", "length", WIDTH]
@@ -25,7 +24,7 @@ BATCH = ["batch", "length", WIDTH]
 def normalised(tmp_path: Path) -> Callable[[ModelProto], Graph]:
     def make(model: ModelProto) -> Graph:
         onnx.save(model, str(tmp_path / "model.onnx"))
-        return normalise(load(tmp_path / "model.onnx"))
+        return load_normalised(tmp_path / "model.onnx")
 
     return make
 
