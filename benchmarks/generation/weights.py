@@ -27,7 +27,7 @@ from benchmarks.generation.limited import python_of, run_program
 from benchmarks.models import ROOT, exported
 from pipeload.errors import RunError
 from pipeload_export.source.catalog import SeededRecipe, recipe
-from pipeload_export.source.to_onnx_child import seeded_model
+from pipeload_export.source.tracer import seeded_model
 
 __all__ = ["MODEL", "airllm_layers", "checkpoint", "gguf_file", "shards"]
 

@@ -4,8 +4,9 @@ Packages and modules, in the order in which data flows through them:
 
 ```
 extra      is the extra [export] installed?
+boundary   exceptions of the system and of libraries -> ExportErrors
 staging    a folder that becomes the target at once, or never; all temporary work lies in it
-source/    what the user names -> an unsplit ONNX graph
+source/    the SOURCE that a user names -> an unsplit ONNX graph
 graph/     that graph, sorted and without detours
 rewrite/   KV caches written in place
 cut/       where shards begin and end
@@ -16,7 +17,7 @@ split      graph -> shards: the whole line on one page
 export     all of it, in order
 ```
 
-Importing this package needs only what the engine needs; torch, onnx and the others are imported when they are used.
+Importing this package needs no more than the engine does; torch, onnx and the others are imported when they are used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The exporter's boundary: what the system and the libraries raise becomes one ExportError with fact, path and remedy.
+"""The exporter's boundary: exceptions of the system and of libraries become ExportErrors with fact, path and remedy.
 
-What the caller's own function raises, the one that progress is told to, passes as it is.
+Exceptions of the caller's own progress function pass as they are.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _REPORT = "Please report the model."
 
 @contextmanager
 def boundary(fact: str, place: Path, progress: Notify | None) -> Iterator[Notify]:
-    """A context out of which only PipeloadErrors come, and what `progress` raises.
+    """A context that raises PipeloadErrors, the exceptions of `progress`, and nothing else.
 
     Args:
-        fact: what failed, without a full stop, for the message.
+        fact: the first part of the message, without a full stop.
         place: the folder at work, for errors of the system that name no path.
         progress: the caller's function.
 
@@ -71,10 +71,10 @@ def boundary(fact: str, place: Path, progress: Notify | None) -> Iterator[Notify
 
 
 def system_error(fact: str, error: OSError, place: Path) -> ExportError:
-    """The ExportError for what the system refused.
+    """The ExportError for an error of the system.
 
     Args:
-        fact: what failed, without a full stop.
+        fact: the first part of the message, without a full stop.
         error: the system's.
         place: named where the error has no path.
     """

@@ -18,7 +18,7 @@ from pipeload.notify import Notify
 from pipeload_export.boundary import boundary
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
-from pipeload_export.source.find import Checkpoint, Unsplit, find_source
+from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 
 __all__ = ["KvCache", "export"]
@@ -57,17 +57,17 @@ def export(
     Args:
         source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
         target: the folder to make. It must not exist, unless `force`.
-        task: what the model is for, e.g. "text-classification"; None: as the model's config says.
+        task: the model's task, e.g. "text-classification"; None: as the model's config says.
         revision: branch, tag or commit of a model on the hub.
         opset: version of the ONNX operators; None for the library's choice.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
         force: replace an existing sharded model directory, once the new one is complete.
-        trust_remote_code: run the Python code that a checkpoint brings along. Read it first.
+        trust_remote_code: run the checkpoint's own Python code. Read it first.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
         verify: check all files, and compare the shards with the unsplit model.
-        progress: called with what is being done, bytes done, and bytes in total (0 when that is not known).
+        progress: called with the name of the step, its bytes done, and its bytes in total (0 where that is not known).
 
     Returns:
         The manifest that was written, with the differences that were found.
@@ -83,8 +83,8 @@ def export(
     """
     if kv_cache not in get_args(KvCache):
         raise ConfigError(f"The KV caches cannot be {kv_cache!r}; take one of {', '.join(get_args(KvCache))}.")
-    require_modules("onnx")
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
+        require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
         keeping = None if keep_onnx is None else Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
         staging.check()
@@ -120,7 +120,7 @@ def _build(
 
     shards = result / "shards"
     shards.mkdir()
-    # One step, not one for each of what may be a hundred shards.
+    # One step, not one for each of perhaps a hundred shards.
     model = split(
         unsplit.path,
         shards,

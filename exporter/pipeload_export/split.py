@@ -28,7 +28,7 @@ __all__ = ["SplitModel", "split"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitModel:
-    """What `pipeload.format.manifest.Manifest` says about a model, as far as its graph tells."""
+    """The parts of a `pipeload.format.manifest.Manifest` that follow from a model's graph."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -56,12 +56,11 @@ def split(
 
     Args:
         model_path: the `.onnx` file.
-        shards_dir: an existing folder for the shards; paths in the result are relative to its parent. What is needed
-            on the way lies there too, until it is no longer needed: on the disk whose free space counts, and removed
-            with the folder.
+        shards_dir: an existing folder for the shards; paths in the result are relative to its parent. Temporary
+            files lie there too: on the disk whose free space was checked, and in a folder that goes if the split fails.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         int8_caches: make the KV caches int8.
-        progress: called with what is being written, and its bytes so far and in total.
+        progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Raises:
         ExportError: the file is no graph that can be cut; the message says why.
@@ -149,7 +148,7 @@ def _input_spec(value: ValueInfoProto, graph: Graph) -> TensorSpec:
 
 
 def _with_scales(specs: Sequence[TensorSpec], scales: Mapping[str, str]) -> Iterator[TensorSpec]:
-    """What a caller passes: caches as int8, and each one's scales behind it."""
+    """The inputs that a caller passes: caches as int8, and each one's scales behind it."""
     for spec in specs:
         if spec.name in scales:
             yield replace(spec, dtype="int8")
@@ -166,7 +165,7 @@ def _declared(value: ValueInfoProto) -> tuple[int | str, ...]:
 
 
 def _output_spec(value: ValueInfoProto, writer: ShardWriter, dims: Sequence[str], head: HeadCut | None) -> TensorSpec:
-    """As the graph declares it, if that is said in terms of the inputs' dimensions; else as it was seen."""
+    """As the graph declares it, if only dimensions of the inputs are in its shape; else as the sampler saw it."""
     declared = _declared(value)
     is_known = value.type.tensor_type.HasField("shape") and all(
         size >= 0 if isinstance(size, int) else set(dims).issuperset(symbols(size)) for size in declared

@@ -6,8 +6,8 @@
  .NAME.old-PID-RANDOM      only where the kernel cannot exchange two folders: the old target, for a moment
 ```
 
-Whatever happens, the target is the old one, or absent as before, or the new one as a whole. What a killed export
-left behind is removed, or put back, by the next one to the same target.
+At every moment the target is the old one, or absent as before, or the new one as a whole. The next export to the same
+target removes the leftovers of a killed one, or puts the old target back.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Staging:
     """A context in which a folder is built that `commit` puts in the target's place.
 
     Args:
-        target: the folder that is to be.
+        target: the folder to make.
         marker: a file that marks a folder as one that this program made. Only such a folder, or an empty one, is
-            ever replaced.
+            replaced.
         force: an existing target may be replaced.
 
         wait: while another process builds the same folder, wait for it; otherwise refuse.
@@ -68,7 +68,7 @@ class Staging:
 
     @property
     def work(self) -> Path:
-        """A folder for what is needed on the way."""
+        """A folder for temporary files."""
         return self._folder / "work"
 
     @property
@@ -87,7 +87,7 @@ class Staging:
         return one == two or one in two.parents or two in one.parents
 
     def check(self) -> None:
-        """Raise ConfigError if the target may not become what is to be built. Changes nothing."""
+        """Raise ConfigError if the target may not be made or replaced. Changes nothing."""
         target = self._target
         if not target.name:
             raise ConfigError(f"The target {target} is the root of the file system. Name a folder in it.")
@@ -104,7 +104,7 @@ class Staging:
             )
 
     def commit(self) -> None:
-        """Bring all that was written to the disk, then put the result in the target's place."""
+        """Flush the result to the disk, then put it in the target's place."""
         _sync(self.result)
         try:
             self.check()
@@ -183,7 +183,7 @@ class Staging:
         yield from (path for path in self._target.parent.iterdir() if pattern.fullmatch(path.name))
 
     def _clean_up(self) -> None:
-        """Under the lock no other process works on this target, so what lies there was left behind."""
+        """Under the lock no other process works on this target, so its folders here are leftovers."""
         for old in self._leftovers("old"):
             if self._target.exists():
                 shutil.rmtree(old, ignore_errors=True)

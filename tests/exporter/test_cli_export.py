@@ -180,8 +180,8 @@ def test_signal_while_a_checkpoint_is_traced(number: signal.Signals, code: int, 
     os.mkfifo(tmp_path / "began")
     child = f"import time; open({str(tmp_path / 'began')!r}, 'w').close(); time.sleep(99)"
     script = (
-        "from pipeload_export.source import to_onnx as checkpoint\n"
-        f"checkpoint._CHILD = {child!r}\n"
+        "from pipeload_export.source import tracing\n"
+        f"tracing._CHILD = {child!r}\n"
         "from pipeload.cli import main\nmain()\n"
     )
     process = subprocess.Popen(

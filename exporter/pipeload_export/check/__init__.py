@@ -1,4 +1,4 @@
-"""Is what was written right?
+"""Are the files right, and their answers?
 
 ```
 merge     the shards -> one graph over the same weights, to compare with

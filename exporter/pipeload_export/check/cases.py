@@ -1,6 +1,6 @@
 """Seeded inputs that suit a model, found from its manifest and its graphs.
 
-What an input is for is read from how it is used, so that a graph with names of its own gets sensible inputs too:
+The use of an input tells its meaning, so that a graph with names of its own gets sensible inputs too:
 
 - an integer input that selects rows of a table is drawn below the number of rows;
 - any other integer input is a mask: ones, with zeros where a shorter text is padded;
@@ -31,7 +31,7 @@ _KEEPS_VALUES = {
     *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"),
     *("Transpose", "Unsqueeze", "Where"),
 }
-"""Operators that hand integers on unchanged, so that an index may have come through them."""
+"""Operators that pass integers on unchanged, so that an index may come through them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Case:
     """One set of inputs.
 
     Attributes:
-        name: what is special about it.
+        name: its sizes and padding, for messages.
         inputs: an array for each graph input.
     """
 
@@ -90,7 +90,7 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     if any(cache.scale for cache in manifest.caches):
         batch, past = (max(getattr(sizes, name) for sizes in chosen) for name in ("batch", "past"))
         chosen = [_Sizes(batch=batch, length=max(past, 1)), *chosen]
-    # A generator for each case: what one case draws does not depend on the others.
+    # A generator for each case: the values of one case do not depend on the others.
     return [
         Case(name=sizes.name, inputs=_inputs(manifest, roles, limits, sizes, np.random.default_rng([_SEED, number])))
         for number, sizes in enumerate(chosen)
@@ -98,7 +98,7 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
 
 
 class _Roles:
-    """What each symbolic dimension of the graph's inputs stands for."""
+    """The meaning of each symbolic dimension of the graph's inputs."""
 
     def __init__(self, manifest: Manifest, limits: Mapping[str, int], config: Mapping[str, Any]) -> None:
         caches = {cache.input for cache in manifest.caches}

@@ -1,4 +1,4 @@
-"""Do the shards compute what the unsplit model computes?"""
+"""Do the shards give the answers of the unsplit model?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 output is the end of many operations whose fused forms round at other places."""
 _INT8_LIMIT = 0.1
 """The same where caches are int8: each of their values is off by up to 1 / 254 of the largest one of its head, and each
-layer begins with what is left of that. Over 3 layers 0.004 was seen, over 30 layers 0.03."""
+layer passes the rest of that on. Over 3 layers 0.004 was seen, over 30 layers 0.03."""
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
     found = run_shards(directory, manifest, cases, progress)
     _check_caches(manifest, cases, found)
     found = [_dequantised(arrays, made) for arrays in found]
-    # A cache also holds the sample that went in; its range is that of what the model itself puts there.
+    # A cache also holds the sample that went in; its range is that of the values that the model puts there.
     pasts = {cache.output: cache.input for cache in manifest.caches}
     worst = tuple(
         _difference(
@@ -78,7 +78,7 @@ def limit_of(dtype: str) -> float:
 def _with_own_caches(directory: Path, manifest: Manifest, cases: list[Case], progress: Notify) -> list[Case]:
     """The cases with caches that the model itself has made in the first one.
 
-    After noise some models say anything, and what rounding changes is not small.
+    After noise the answers of some models are noise too, and rounding changes them a lot.
     """
     (made,) = run_shards(directory, manifest, cases[:1], progress)
 
@@ -101,9 +101,9 @@ def _dequantised(arrays: Mapping[str, NDArray[Any]], scales: Mapping[str, str]) 
 
 
 def _check_caches(manifest: Manifest, cases: list[Case], found: list[dict[str, NDArray[Any]]]) -> None:
-    """What goes into a cache comes out of the output that the manifest pairs with it, not of another one.
+    """Values of a cache come out of the output that the manifest pairs with it, not of another one.
 
-    The samples' caches are all different, so a wrong pair shows. Caches that change what they hold are left alone.
+    The samples' caches are all different, so a wrong pair shows. Caches whose values change are left alone.
     """
     for case, outputs in zip(cases, found, strict=True):
         for cache in manifest.caches:
@@ -138,14 +138,14 @@ def _difference(
             )
     a, b = (np.concatenate([array.astype(np.float64).ravel() for array in arrays]) for arrays in (wanted, found))
     limit = max(limit_of(wanted[0].dtype.name), _INT8_LIMIT if rounded else 0)
-    # Where the unsplit model says nothing (NaN) or infinity, the shards must say the same.
+    # Where the unsplit model gives NaN or infinity, the shards must give the same.
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     if same.all():
         return Verification(output=name, max_abs_error=0.0, max_rel_error=0.0, limit=limit)
     error = float(np.abs(np.subtract(a, b, where=~same, out=np.zeros_like(a))).max())
     values = np.concatenate([wanted[number].astype(np.float64).ravel() for number in ranged]) if ranged else a
     finite = values[np.isfinite(values)]
-    # What never changes has no range: its size stands in.
+    # An output that never changes has no range: its size stands in.
     span = float(np.ptp(finite)) or float(np.abs(finite[0])) if finite.size else 0.0
     relative = error / span if span and np.isfinite(error) else float("inf")
     return Verification(output=name, max_abs_error=error, max_rel_error=relative, limit=limit)

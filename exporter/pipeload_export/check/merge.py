@@ -90,11 +90,11 @@ def _add_opsets(opsets: dict[str, int], model: ModelProto, shard: Shard) -> None
 
 
 def _rename_inner(graph: GraphProto, shard: Shard, others: dict[str, str]) -> None:
-    """Names that only the shard knows get its name in front: optimisers give the same ones in every shard.
+    """Put the shard's name in front of names that only it knows: optimisers give the same ones in every shard.
 
     Args:
         graph: of the shard.
-        shard: what it is.
+        shard: its record in the manifest.
         others: new names of tensors that several shards know.
     """
     outer = {*shard.inputs, *shard.outputs, ""}

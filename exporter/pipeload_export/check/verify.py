@@ -1,4 +1,4 @@
-"""Is a sharded model directory whole, and does it compute what the unsplit model computes?
+"""Is a sharded model directory whole, and does it give the answers of the unsplit model?
 
 Three layers, each of which needs more installed: files and weights (nothing), graphs (the extra [export]), answers
 (the extra, and the unsplit graph).
@@ -33,14 +33,14 @@ _PIECE_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was verified; whatever is in it passed.
+    """The result of a verification that passed.
 
     Attributes:
         shards: number of shards.
         files: number of files that the manifest lists.
         nbytes: their bytes.
-        checks: what was checked.
-        skipped: what was not, and why.
+        checks: the checks that were made.
+        skipped: the checks that were not made, and why.
         differences: for each output, the worst difference between the shards and the unsplit model over all cases.
         cases: the batch sizes and lengths that were compared.
     """
@@ -60,7 +60,7 @@ def verify(directory: str | Path, against: str | Path | None = None, progress: N
     Args:
         directory: the sharded model directory.
         against: the unsplit `.onnx` file; its answers are then compared with those of the shards.
-        progress: called with what is being done, the part done, and the whole (0 when that is not known).
+        progress: called with the name of the step, the part done, and the whole (0 where that is not known).
 
     Raises:
         ManifestError: there is no valid manifest.
@@ -163,7 +163,7 @@ def _pieces(directory: Path, record: FileRecord) -> Iterator[memoryview]:
 
 
 def _weight_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """What the engine objects to in the headers of the weights files, whose bytes are those of the manifest."""
+    """Faults that the engine finds in the headers of the weights files, whose sizes and hashes are right."""
     storage = Storage(directory, manifest, verify=False)
     no_rows = np.empty(0, np.int64)
     for shard in manifest.shards:

@@ -2,6 +2,7 @@
 
 ```
 flow        where one activation flows
+signature   equal for parts of a graph that do the same
 blocks      where the blocks begin and end
 tables      embedding tables taken out
 head        the vocabulary head cut

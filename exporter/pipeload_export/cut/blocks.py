@@ -9,7 +9,7 @@
                   '--- segment: the nodes between two boundaries
 ```
 
-The *activation* is what flows from one source to the main output: all the nodes on any path from the node where the
+The *activation* flows from one source to the main output: it is all the nodes on any path from the node where the
 longest path begins (the embedding, the patch convolution) to the output at its end. Everything else that is not
 constant is shared: masks, positions, shapes, but also side branches with weights of their own, such as tables of
 relative positions. A *boundary* is an activation tensor that every one of those paths passes. Blocks are the longest
@@ -18,20 +18,16 @@ run of segments that repeats: same operators, same shapes of the weights, other 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import onnx
-from onnx import AttributeProto, NodeProto, helper
-
 from pipeload.errors import ExportError
 from pipeload_export.cut.flow import Flow, depths_of, nodes_between, source_of, spread_tensors
-from pipeload_export.graph.graph import FLOATS, Graph
+from pipeload_export.cut.signature import signature
+from pipeload_export.graph.graph import Graph
 
 __all__ = ["Cuts", "find_cuts"]
 
-_COMMUTATIVE = frozenset({"Add", "Mul", "And", "Or", "Xor", "Equal", "Max", "Min", "Sum", "Mean"})
 _NEARLY = 0.9
 """Runs that cover this part of the best run's weights are as good: the one with the most repetitions wins."""
 
@@ -43,7 +39,7 @@ class Cuts:
     Attributes:
         output: name of the main output, where the activation ends.
         boundaries: names of the boundary tensors, in order; the last is `output`.
-        segments: for each boundary, what the nodes between the boundary before and this one make, itself included.
+        segments: for each boundary, the tensors made between the boundary before and this one, itself included.
         segment_bytes: weights that each segment uses.
         first: the segment at which the run of blocks begins.
         period: segments in one block.
@@ -131,7 +127,7 @@ def _cuts_from(flow: Flow, graph: Graph, *, float_inputs: bool) -> Cuts | None:
     if not any(sizes):
         return None
     signatures = [
-        _signature(flow, segment, begin, end)
+        signature(flow, segment, begin, end)
         for segment, begin, end in zip(segments[1:], boundaries, boundaries[1:], strict=False)
     ]
     first, period, count = _longest_run(signatures, sizes[1:])
@@ -184,61 +180,6 @@ def _segments(
         boundaries.append(output)
         segments.append(current)
     return boundaries, segments
-
-
-def _signature(flow: Flow, segment: Sequence[int], begin: str, end: str) -> bytes:
-    """Equal for segments that do the same with weights of the same shapes, whatever they are called."""
-    graph = flow.graph
-    digests: dict[str, bytes] = {begin: b"begin"}
-
-    def digest_of(name: str) -> bytes:
-        if name in digests:
-            return digests[name]
-        if name in graph.constants:
-            # Not the values: neighbouring layers may differ in a mask or a scale.
-            return repr(("constant", graph.constants[name].dtype, graph.constants[name].shape)).encode()
-        dtype, shape = graph.types.get(name, (0, None))
-        if name in flow.constant:
-            return repr(("computed constant", dtype, shape)).encode()
-        if dtype in FLOATS and any(value.name == name for value in graph.inputs):
-            sizes = [size if isinstance(size, int) else None for size in shape or ()]
-            return repr(("input", dtype, sizes)).encode()
-        return b"shared"
-
-    for index in segment:
-        node = graph.nodes[index]
-        inputs = [digest_of(name) if name else b"none" for name in node.input]
-        if node.op_type in _COMMUTATIVE:
-            inputs.sort()
-        parts = [node.domain.encode(), node.op_type.encode(), *_attributes(node, graph.opsets), *inputs]
-        base = hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
-        digests.update((name, base + bytes([place])) for place, name in enumerate(node.output) if name)
-    return digests[end] + flow.bytes_of(segment).to_bytes(8, "little")
-
-
-def _attributes(node: NodeProto, opsets: dict[str, int]) -> list[bytes]:
-    """A node's attributes without those that have the operator's default value, which exporters may write or not."""
-    defaults: dict[str, AttributeProto] = {}
-    if onnx.defs.has(node.op_type, node.domain):
-        schema = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
-        defaults = {name: item.default_value for name, item in schema.attributes.items()}
-    return sorted(
-        _attribute_bytes(item)
-        for item in node.attribute
-        if item.name not in defaults or not _same_value(item, defaults[item.name])
-    )
-
-
-def _same_value(one: AttributeProto, two: AttributeProto) -> bool:
-    return one.type == two.type and bool(helper.get_attribute_value(one) == helper.get_attribute_value(two))
-
-
-def _attribute_bytes(item: AttributeProto) -> bytes:
-    if item.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
-        # Names inside subgraphs differ from layer to layer.
-        nodes: list[NodeProto] = [node for graph in (item.g, *item.graphs) for node in graph.node]
-        return f"{item.name}:{[node.op_type for node in nodes]}".encode()
-    return bytes(item.SerializeToString(deterministic=True))
 
 
 def _longest_run(signatures: Sequence[bytes], sizes: Sequence[int]) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""How the activation flows through a graph: from which node, over which nodes, and what does not belong to it."""
+"""How the activation flows through a graph: its source, the nodes on its way, and the tensors beside it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Flow:
 
     Attributes:
         constant: constant tensor -> the initializers that it is made from.
-        inputs: of each node, what it takes that is not constant.
+        inputs: of each node, the inputs that are not constant.
         heavy: of each node, whether it takes a weight matrix and something that is not constant.
         blocked: of each node, whether no activation goes through it: it makes a shape, or a constant.
         sources: of each node, the initializers that it uses.
@@ -134,9 +134,9 @@ def nodes_between(flow: Flow, source: int | str, output: str, shared: set[str]) 
 
 
 def spread_tensors(flow: Flow, active: Sequence[int], shared: set[str]) -> set[str]:
-    """Activation tensors that are read directly all over the model: they behave like a mask, not like a state.
+    """Activation tensors that nodes all over the model read directly: they behave like a mask, not like a state.
 
-    A node stands where its result is needed: so many nodes with weights lie between it and the output at most.
+    A node's place is where its result is needed: the most nodes with weights that lie between it and the output.
     """
     place: dict[int, int] = {}
     for index in reversed(active):

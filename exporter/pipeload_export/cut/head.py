@@ -54,8 +54,10 @@ class HeadCut:
 def cut_head(graph: Graph, *, block_bytes: int, tables: Iterable[str]) -> HeadCut | None:
     """Take the vocabulary head out of the graph, if it is tied to a lifted table or larger than a block.
 
+    The graph is changed unless None is returned.
+
     Args:
-        graph: normalised; it is changed.
+        graph: normalised.
         block_bytes: weights of one block.
         tables: names of the constants that were lifted.
     """

@@ -1,9 +1,9 @@
-"""Every node of a graph gets its shard; what is made in one and used in another becomes an edge.
+"""Every node of a graph gets its shard; a tensor that is made in one and used in another becomes an edge.
 
 ```
 pre          indices of tables, where the graph computes them: the engine looks up rows before a shard runs
-prologue     the activation before the first block, and what several shards share (masks, rotary tables, shapes)
-block 0 ...  one layer each, with all that only this layer needs
+prologue     the activation before the first block, and tensors that several shards share (masks, rotary tables, shapes)
+block 0 ...  one layer each, with everything that only this layer needs
 epilogue     the activation behind the last block
 ```
 """
@@ -191,7 +191,7 @@ def _shards(
 
 
 def _is_better_early(op_type: str, inputs: Sequence[str], places: set[int], active_users: dict[str, set[int]]) -> bool:
-    """Whether to make a shape where its tensor is made: the tensor itself does not travel to the one who asks."""
+    """Whether to make a shape where its tensor is made: the tensor itself does not travel to the shard that asks."""
     return op_type in _SHAPE_OPS and not places <= active_users.get(inputs[0], set())
 
 

@@ -35,7 +35,7 @@ class Lift:
 
 
 def lift_tables(graph: Graph, *, block_bytes: int, activation: Collection[str]) -> list[Lift]:
-    """Take large tables out of a normalised graph. The graph is changed; the tables stay among its constants.
+    """Take large tables out of a normalised graph, which changes if any are returned; they stay among its constants.
 
     Args:
         graph: normalised.
@@ -129,7 +129,7 @@ class _Rows:
         self.nodes: list[NodeProto] = []
 
     def take(self) -> bool:
-        """Whether it worked: then `lifts` and `nodes` replace the Gather."""
+        """Whether the table can be lifted; then `lifts` and `nodes` replace the Gather."""
         if self._table in self._graph.constants:
             constant = self._graph.constants[self._table]
             if len(constant.shape) < 2 or constant.dtype not in DTYPES:
@@ -172,7 +172,7 @@ class _Rows:
     def _constant_rows(self, name: str, constant: Constant) -> str | None:
         if len(constant.shape) == len(self._shape) and constant.shape[0] == self._shape[0] > 1:
             return self._lookup(name, constant)
-        # Fewer dimensions, or one row for all: broadcasting does with the rows what it did with the table.
+        # Fewer dimensions, or one row for all: broadcasting treats the rows as it treated the table.
         return name if len(constant.shape) < len(self._shape) or constant.shape[0] == 1 else None
 
     def _lookup(self, name: str, constant: Constant) -> str | None:

@@ -25,7 +25,7 @@ def set_place(proto: TensorProto, location: str, offset: int, nbytes: int) -> No
 
 
 def without_external_data(model: ModelProto) -> ModelProto:
-    """A copy in which initializers with values elsewhere are inputs: what is left can be checked without files."""
+    """A copy in which external initializers are inputs, so that it can be checked without their files."""
     copy = ModelProto()
     copy.CopyFrom(model)
     kept = [proto for proto in copy.graph.initializer if proto.data_location != TensorProto.EXTERNAL]

@@ -1,7 +1,6 @@
 """An ONNX graph that is made to be taken apart: sorted nodes, and constants whose values stay where they are.
 
-A constant is read when somebody asks for its values. So a graph costs memory for its structure only, however large its
-weights are.
+A constant's values are read on demand, so a graph takes memory for its structure only, not for its weights.
 """
 
 from __future__ import annotations
@@ -94,12 +93,12 @@ class Graph:
     Attributes:
         nodes: sorted, each after the nodes that make its inputs.
         constants: initializers by name.
-        inputs: what a caller passes; initializers are not among them.
-        outputs: what a caller gets.
+        inputs: those that a caller passes; initializers are not among them.
+        outputs: those that a caller gets.
         opsets: domain -> version.
-        forget: gives back the memory of what was read from the model's files.
-        types: what is known about tensors: name -> (ONNX's element type or 0, shape or None); in a shape, None is
-            an unknown size.
+        forget: gives back the memory of all values that were read from the model's files.
+        types: name of a tensor -> (ONNX's element type, or 0 if unknown; shape, or None if unknown); in a shape, None
+            is an unknown size.
     """
 
     nodes: list[NodeProto]
@@ -153,7 +152,7 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
 
 
 def node_inputs(node: NodeProto) -> Iterator[str]:
-    """Names that a node reads: its inputs, and what its subgraphs take from the graph around them."""
+    """Names that a node reads: its inputs, and those that its subgraphs take from the graph around them."""
     yield from filter(None, node.input)
     for item in node.attribute:
         if item.type in SUBGRAPHS:
@@ -204,7 +203,7 @@ def storage_dtype(elem_type: int) -> np.dtype[Any]:
 
 
 def sort_nodes(nodes: list[NodeProto], available: Iterable[str]) -> list[NodeProto]:
-    """Nodes in an order in which each comes after those that it depends on; sorted lists stay as they are.
+    """The nodes, each after those that it depends on; a sorted list stays as it is.
 
     Raises:
         ExportError: there is a cycle, or an input that nothing makes.

@@ -2,7 +2,7 @@
 
 Exporters leave Identity nodes, casts that change nothing, dead branches, and arithmetic on constants;
 where a layer happens to share a constant with another, there is one more detour. All of these go. Compressed weights
-stay compressed: a node that makes its result larger than what goes in is not computed in advance.
+stay compressed: a node whose result is larger than its inputs is not computed in advance.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LAZY = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "C
 
 
 def normalise(graph: Graph) -> bool:
-    """Fold the graph's constants, remove what is dead or without effect, infer the types of its tensors.
+    """Fold the graph's constants, remove nodes that are dead or without effect, infer the types of its tensors.
 
     Returns:
         Whether nodes or constants changed.
@@ -171,7 +171,7 @@ def _fold_large(graph: Graph, node: NodeProto, small_names: set[str]) -> bool:
 def _loader(graph: Graph, node: NodeProto, name: str, known: Mapping[str, Constant]) -> Callable[[], NDArray[Any]]:
     if node.op_type == "Transpose":
         permutation = attribute(node, "perm")
-        # A view: whoever writes it copies it piece by piece.
+        # A view: the writer copies it piece by piece.
         return lambda: known[node.input[0]].load().transpose(permutation)
     if node.op_type in ("Squeeze", "Unsqueeze", "Flatten", "Reshape"):
         source = known[node.input[0]]
@@ -217,7 +217,7 @@ def _drop_detours(graph: Graph) -> bool:
         if target not in outputs:
             renamed[target] = source
         elif source not in given and source not in outputs and len(uses.get(source, ())) == 1:
-            # The output's name is what callers know, so the node before takes it over.
+            # Callers know the output's name, so the node before takes it over.
             maker = producers[source]
             maker.output[list(maker.output).index(source)] = target
             producers[target] = maker

@@ -30,7 +30,7 @@ def open_session(
 
     Args:
         graph: the graph's file, beside its external data; or a graph with all of its data inside, serialised.
-        what: what it is, for the message.
+        what: a name of the graph, for the message.
         options: None takes `session_options`.
         disabled: names of optimisers that are not used.
 

@@ -15,11 +15,11 @@ from pipeload_export.graph.runtime import open_session
 __all__ = ["SMALL_BYTES", "elem_type_of", "infer_types", "plain_model", "type_of"]
 
 SMALL_BYTES = 64 << 10
-"""Up to this size a result may be larger than what it was made from."""
+"""Up to this size a result may be larger than its inputs."""
 
 
 def infer_types(graph: Graph) -> dict[str, tuple[int, tuple[int | str | None, ...] | None]]:
-    """What ONNX's shape inference finds out about every tensor, and onnxruntime about the types of the others."""
+    """Types and shapes from ONNX's shape inference; for tensors without a type there, the types of onnxruntime."""
     large = {n: c for n, c in graph.constants.items() if c.nbytes >= SMALL_BYTES}
     small = [tensor_proto(n, c) for n, c in graph.constants.items() if n not in large]
     # Values of large constants do not matter for shapes, and a proto cannot hold more than 2 GB of them.

@@ -1,4 +1,4 @@
-"""What a layer's attention over KV caches consists of, as exporters write it out in small operators.
+"""A layer's attention over KV caches, recognised in the small operators that exporters write.
 
 ```
 softmax(q @ repeat(present_k)' * scale + mask) @ repeat(present_v)
@@ -24,11 +24,11 @@ class Layer:
 
     Attributes:
         keys, values: its caches, as the graph makes them.
-        repeated: what holds the heads of these caches, repeated for those of the queries that share one.
-        queries: what the keys are multiplied with.
+        repeated: the tensors with the heads of these caches, each repeated for the queries' heads that share it.
+        queries: the tensor that is multiplied with the keys.
         factors: (Mul or Div, a number) by which queries or scores are changed.
-        mask: (Add or Where, its other inputs) for what changes the scores after that, in order.
-        guarded: rows that see nothing get zeros.
+        mask: (Add or Where, its other inputs) for each later change of the scores, in order.
+        guarded: queries that see no key get zeros.
         product: the node that makes the result.
     """
 
@@ -43,7 +43,7 @@ class Layer:
 
 
 class ForeignError(Exception):
-    """Something that is not understood."""
+    """A part of the graph is not understood, so the graph stays as it is."""
 
 
 def find_layers(graph: Graph, presents: Sequence[str]) -> list[Layer]:
@@ -73,7 +73,7 @@ def find_layers(graph: Graph, presents: Sequence[str]) -> list[Layer]:
 
 
 def shapes_of(consumers: Mapping[str, Sequence[NodeProto]], name: str) -> list[NodeProto]:
-    """The nodes that ask for a tensor's shape."""
+    """The nodes that take a tensor's shape."""
     return [node for node in consumers.get(name, []) if node.op_type == "Shape"]
 
 
@@ -89,7 +89,7 @@ class _Reader:
         self._consumers = graph.consumers()
 
     def behind_repeat(self, name: str) -> tuple[str, NodeProto]:
-        """The heads of a cache, each repeated for the queries' heads that share it, and who reads them."""
+        """The heads of a cache, each repeated for the queries' heads that share it, and the node that reads them."""
         reader = self._reader(name)
         if reader.op_type != "Unsqueeze":
             return name, reader
@@ -138,7 +138,7 @@ class _Reader:
         readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
         guards = [node for node in readers if node.op_type == "IsNaN"]
         if guards:
-            # What has nothing to see gets zeros, as it does from Attention.
+            # A query that sees no key gets zeros, as it does from Attention.
             (guard,) = guards
             choice = self._reader(guard.output[0])
             if choice.op_type != "Where" or list(choice.input[::2]) != [guard.output[0], name] or len(readers) != 2:
@@ -160,7 +160,7 @@ class _Reader:
         return readers[0]
 
     def _next(self, node: NodeProto) -> tuple[str, NodeProto]:
-        """A node's result, and the one node that reads it; nobody may ask for its shape."""
+        """A node's result, and the one node that reads it. Raises ForeignError if a node asks for its shape."""
         if shapes_of(self._consumers, node.output[0]):
             raise ForeignError
         return node.output[0], self._reader(node.output[0])

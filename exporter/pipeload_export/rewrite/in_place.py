@@ -7,8 +7,8 @@ after     present = TensorScatter(past, new)      the new tokens only, when past
           Attention(q * scale, present_k, present_v, mask)
 ```
 
-Behind the rewriting, `past` and `present` have the same shape, with any room behind the tokens that are there. How many
-there are follows from the inputs: a mask is as long as cache and text together. Both operators are ONNX's own, since
+After the rewriting, `past` and `present` have the same shape, with any room behind the tokens. The number of tokens
+follows from the inputs: a mask is as long as cache and text together. Both operators are ONNX's own, since
 version 24.
 
 A layer is only rewritten when every reader of its caches is understood; otherwise the whole graph stays as it is.
@@ -49,9 +49,12 @@ _TOTAL, _PAST, _WHERE = "pipeload.total_length", "pipeload.past_length", "pipelo
 
 
 def write_in_place(graph: Graph) -> dict[str, str]:
-    """Rewrite a decoder's graph. Returns the caches that are now written in place: graph input -> graph output.
+    """Rewrite a decoder's graph, or leave it as it is and return nothing.
 
-    Such an input is then declared with the shape of its output: room for the new tokens.
+    An input that is written in place is then declared with the shape of its output: room for the new tokens.
+
+    Returns:
+        The caches that are now written in place: graph input -> graph output.
     """
     concats = dict(_concats(graph))
     lengths = _lengths(graph, set(concats))
@@ -85,7 +88,7 @@ def _concats(graph: Graph) -> Iterator[tuple[str, NodeProto]]:
 
 
 def _lengths(graph: Graph, caches: set[str]) -> tuple[tuple[str, int], tuple[str, int]] | None:
-    """Inputs, and their axes, that are as long as cache and text together, and as the text."""
+    """(input, axis) as long as cache and text together, and (input, axis) as long as the text."""
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.inputs}
     pasts = {shapes[name][_LENGTH_AXIS] for name in caches}
     others = {name: shape for name, shape in shapes.items() if name not in caches}

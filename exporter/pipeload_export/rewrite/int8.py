@@ -9,7 +9,7 @@ after     scale = max(abs(new)) / 127, along the size of a head
           Attention(q, DequantizeLinear(present_k, present_k_scale), DequantizeLinear(present_v, ...), mask)
 ```
 
-A token is rounded once, before it gets into the cache, and never again. All read it from there, its own text too: so a
+A token is rounded once, before it enters the cache. Every query reads it from there, those of its own text too, so a
 text has the same answers whether it comes at once, in pieces, or token by token.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["quantise_caches"]
 _STEPS = 127
 """The largest int8 that has an opposite."""
 _LEAST = 1e-30
-"""Heads of which no value is larger are zeros, nearly: their scale must not be 0, nor too small to be exact."""
+"""The least peak of a head. Values below it are nearly zero; a scale must be neither 0 nor too small to be exact."""
 _LAST, _STEPS_NAME, _LEAST_NAME = "pipeload.last", "pipeload.steps", "pipeload.least"
 
 
@@ -75,7 +75,7 @@ def quantise_caches(graph: Graph, in_place: Mapping[str, str]) -> dict[str, tupl
 
 
 def _written(scatter: NodeProto, scales: tuple[str, str], block: Mapping[str, int], read: str) -> Iterator[NodeProto]:
-    """What takes the place of a node that writes new tokens into a cache."""
+    """The nodes that replace one that writes new tokens into a cache."""
     past, new, where = scatter.input
     present = scatter.output[0]
     size, peak, least, scale, rounded = (f"{present}.{part}" for part in ("size", "peak", "least", "step", "rounded"))

@@ -6,6 +6,6 @@ sample_sizes   sizes of dimensions to try
 trial          sample runs of a shard
 activations    live bytes -> formulas
 sampler        sample runs of all shards -> shapes, live bytes
-structure      the id of what shards have in common
+structure      an id for shards that are built alike
 ```
 """

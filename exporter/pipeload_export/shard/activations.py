@@ -32,7 +32,7 @@ _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"
 
 
 def live_bytes(model: ModelProto, events: Sequence[Event], shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
-    """Bytes that are alive while each node of a run works: all that was made and is still needed, and its outputs.
+    """Bytes that are alive while each node of a run works: tensors that are still needed, and its outputs.
 
     Args:
         model: the shard's graph.
@@ -118,7 +118,7 @@ def _elements(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> in
 def fit(
     symbols: Sequence[str], points: Sequence[Mapping[str, int]], steps: NDArray[np.int64], *, high: bool = False
 ) -> Structure:
-    """The polynomials that bound what was alive.
+    """The polynomials that bound the bytes alive.
 
     Args:
         symbols: the dimensions that vary.
@@ -132,7 +132,7 @@ def fit(
     for column in range(steps.shape[1]):
         factors = np.rint(solved[:, column])
         if (matrix @ factors != steps[:, column]).any():
-            # No polynomial: scaled until it is nowhere below what was seen.
+            # No polynomial fits: it is scaled until it is nowhere below the bytes seen.
             factors = np.maximum(solved[:, column], 0)
             seen = matrix @ factors
             ratio = float(np.max(steps[:, column] / np.maximum(seen, 1), initial=1))
@@ -162,8 +162,8 @@ def _independent(
 ) -> tuple[list[tuple[str, ...]], NDArray[np.float64]]:
     """As many of the monomials as the points can tell apart, and their values at the points.
 
-    Where the points leave a choice, products come before their parts, so that the bound is rather too high: what was
-    seen only where one of two dimensions was one is taken for their product. Squares come last.
+    Where the points leave a choice, products come before their parts, so that the bound is rather too high: bytes
+    seen only where one of two dimensions was one count for their product. Squares come last.
     """
     kept: list[tuple[str, ...]] = []
     columns: list[list[float]] = []
@@ -184,7 +184,7 @@ def _undominated(formulas: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _thinned(formulas: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """At most so many formulas: the last ones are replaced by one that is above all of them."""
+    """At most `_MOST_FORMULAS`: the last ones are replaced by one that is above all of them."""
     if len(formulas) <= _MOST_FORMULAS:
         return formulas
     rest = formulas[_MOST_FORMULAS - 1 :]

@@ -94,7 +94,7 @@ def fuse(
     Args:
         model: nodes, inputs and outputs; no initializers.
         constants: the initializers that the nodes use.
-        work: a folder for what is needed on the way.
+        work: a folder for temporary files.
         computes_constants: whether the graph has nodes on constants only, which must stay as they are.
 
     Returns:
@@ -112,7 +112,7 @@ def fuse(
         places = _add_zeros(given, zeros, Path(folder))
         onnx.save(given, f"{folder}/given.onnx")
         dtypes = _optimise(Path(folder), what, ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ())
-        # What users bring may not be valid ONNX itself: onnxruntime has operators of its own in ONNX's name.
+        # A user's graph may not be valid ONNX itself: onnxruntime has operators of its own in ONNX's name.
         strict = _is_valid(given)
         off = [*_USES_VALUES, *([] if folds else ["ConstantFolding"])]
         for count in range(len(_SUSPECTS) + 1):
@@ -162,7 +162,7 @@ def _read(
     *,
     strict: bool,
 ) -> Fused | None:
-    """The optimised graph, or None if it is not what an exporter may write."""
+    """The optimised graph, or None if an exporter may not write it."""
     model = onnx.load(str(path), load_external_data=False)
     external: dict[str, Constant] = {}
     for proto in model.graph.initializer:
@@ -195,7 +195,7 @@ def _same(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _is_valid(model: ModelProto) -> bool:
-    """Whether the model is valid ONNX; large weights are taken for granted."""
+    """Whether the model is valid ONNX; the values of large weights are not looked at."""
     try:
         onnx.checker.check_model(without_external_data(model))
     except onnx.checker.ValidationError:
@@ -204,7 +204,7 @@ def _is_valid(model: ModelProto) -> bool:
 
 
 def _empty(model: ModelProto, external: Mapping[str, Constant]) -> None:
-    """Take the values of the external initializers out of the model; where they will be is not known yet."""
+    """Take the values of the external initializers out of the model; their place in a file is not known yet."""
     for index, proto in enumerate(model.graph.initializer):
         if proto.name in external:
             model.graph.initializer[index].CopyFrom(

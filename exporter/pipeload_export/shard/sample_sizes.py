@@ -84,7 +84,7 @@ def symbols_of(specs: Sequence[TensorSpec]) -> list[str]:
 
 
 def _relations(names: Sequence[str], count: int) -> Iterator[dict[str, tuple[str, ...]]]:
-    """None, and each symbol as the sum of so many others."""
+    """No relation, then each symbol as the sum of `count` others."""
     yield {}
     for name in names:
         for parts in combinations([other for other in names if other != name], count):

@@ -1,4 +1,4 @@
-"""Small runs of the shards, which tell what the graphs do not: shapes of edges, sizes of intermediate tensors.
+"""Small runs of the shards, to learn shapes of edges and sizes of intermediate tensors, which graphs do not state.
 
 The shards run one after another on seeded inputs, at several sizes of each symbolic dimension. A shard that is built
 like an earlier one does not run again: its outputs have the shapes that the earlier one's had. So a model costs about
@@ -32,7 +32,7 @@ _COMPARED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """Something that was done for a shard, so that it can be done again at other sizes."""
+    """A lookup or run for a shard, kept so that it can be repeated at other sizes."""
 
     shard: int
     inputs: tuple[str, ...]
@@ -49,7 +49,7 @@ class Sampler:
         graph: the model's.
         specs: the graph's inputs.
         last_use: tensor -> number of the last shard that takes it.
-        work: a folder for what is needed on the way.
+        work: a folder for temporary files.
 
     Attributes:
         points: sizes of all symbols, for each run.
@@ -97,7 +97,7 @@ class Sampler:
     def repeat(self, shard: int, fused: Fused, like: int) -> bool:
         """Take the shapes of a shard's outputs from the shard `like`, which has the same structure.
 
-        Returns False, having done nothing, where the inputs' shapes differ from that shard's.
+        Returns False, and does nothing, where the inputs' shapes differ from that shard's.
         """
         graph = fused.model.graph
         inputs, outputs = (tuple(value.name for value in values) for values in (graph.input, graph.output))
@@ -147,7 +147,7 @@ class Sampler:
         self._results: dict[int, list[list[NDArray[Any]]]] = {}
 
     def _perform(self, step: _Step, plain: Fused | None = None) -> tuple[Fused | None, list[list[Event]]]:
-        """Do a step; if it fails, choose other sizes and do everything again."""
+        """Do a step; if it fails, choose other sizes and repeat all steps."""
         try:
             chosen, events = self._do(step, plain)
         except Refused as refused:
@@ -165,7 +165,7 @@ class Sampler:
         return chosen, events
 
     def _replay(self, plan: Plan, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]] | None:
-        """Do everything again, and the step, at other sizes; None if a shard refuses them."""
+        """Repeat all steps at other sizes, then do this one; None if a shard refuses them."""
         points = plan.points(self._names)
         most = len(points)
         while len(points) * 2 > most:

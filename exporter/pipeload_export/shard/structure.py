@@ -1,7 +1,7 @@
 """Which shards are built alike: their graphs are equal but for names and the values of weights.
 
-What is found out about one of them holds for all: the memory of its intermediate tensors, and whether its fused graph
-computes the same as the graph it was made from.
+Two facts about one of them hold for all: the memory of its intermediate tensors, and whether its fused graph computes
+the same as the graph it was made from.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["Structures", "structure_id"]
 
 
 class Structures:
-    """The structures of one model's shards, which must be shown in order.
+    """The structures of one model's shards, which must be passed in order.
 
     Args:
         sampler: runs the first shard of each structure.
 
     Attributes:
-        known: id -> what its shards have in common.
+        known: id -> the facts that its shards share.
     """
 
     def __init__(self, sampler: Sampler) -> None:

@@ -1,4 +1,4 @@
-"""One shard on sample inputs: its outputs, which nodes ran in which order, and how large what they made was."""
+"""One shard on sample inputs: its outputs, the order in which its nodes ran, and the sizes of their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
 Arrays = dict[str, NDArray[Any]]
 
 _CLOSE = 1e-5
-"""Relative to the largest value: what fused operators may change."""
+"""The most that fused operators may change, relative to the largest value."""
 _STEP = 1e-2
 """Likewise, where that moves a value of a cache of int8 to the next step: one of 127."""
 
@@ -54,13 +54,13 @@ class Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
 def run_trial(
     fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str], work: Path
 ) -> tuple[list[list[NDArray[Any]]], list[list[Event]]]:
-    """Run a shard in a session as the engine makes it; what is needed on the way lies in the folder `work`.
+    """Run a shard in a session as the engine makes it, with temporary files in the folder `work`.
 
     Returns:
         For each set of inputs the outputs, and the nodes in the order in which they ran.
 
     Raises:
-        Refused: it does not run on some of the inputs.
+        Refused: the shard does not run on some of the inputs.
         ExportError: onnxruntime does not take the graph.
     """
     with TemporaryDirectory(prefix=".trial-", dir=work) as folder:
@@ -132,9 +132,9 @@ _ITEM_BYTES = {"float": 4, "double": 8, "bool": 1, "float16": 2, "bfloat16": 2} 
 
 
 def agree(wanted: Sequence[Sequence[NDArray[Any]]], found: Sequence[Sequence[NDArray[Any]]]) -> bool:
-    """Whether as many runs as were wanted gave the same outputs.
+    """Whether the runs in `wanted` gave the same outputs as the first of those in `found`.
 
-    What lies in the middle between two int8 may be rounded to either of them.
+    A value in the middle between two int8 may be rounded to either of them.
     """
     pairs = [pair for one, two in zip(wanted, found, strict=False) for pair in zip(one, two, strict=True)]
     moved = any(a.dtype == np.int8 and not np.array_equal(a, b) for a, b in pairs)

@@ -22,7 +22,7 @@ from pipeload.errors import ConfigError, ExportError
 from pipeload.foreign import first_line
 from pipeload.machine.user_cache import user_cache
 from pipeload_export.extra import has_module
-from pipeload_export.source.to_onnx import Seeded
+from pipeload_export.source.tracing import Seeded
 from pipeload_export.staging import Staging
 
 __all__ = ["Package", "PackageRecipe", "Recipe", "SeededRecipe", "cache_folder", "fetch_package", "recipe", "recipes"]
@@ -68,7 +68,7 @@ class SeededRecipe(_Recipe, frozen=True, kw_only=True, tag="seeded"):
         shape_of: the published model.
         parameters: how many weights it has.
         model: the classes, the config and the seed.
-        preprocessor: what `preprocessor_config.json` holds, for images.
+        preprocessor: the content of `preprocessor_config.json`, for images.
     """
 
     shape_of: str
@@ -143,7 +143,7 @@ def _fetch(package: Package, folder: Path) -> None:
             f"Install it: {sys.executable} -m ensurepip."
         )
     marker = next(iter(package.files_sha256), folder.name)
-    # Another export that fetches the same package is waited for, and what it put there is checked like our own.
+    # Waits for another export that fetches the same package, and checks its files like our own.
     with Staging(folder, marker, force=True, wait=True) as staging:
         if folder.is_dir() and not _faults(package, folder):
             return

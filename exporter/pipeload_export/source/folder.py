@@ -1,4 +1,4 @@
-"""What lies in a checkpoint folder: which files are its weights, how large they are, and what else a model needs."""
+"""The files of a checkpoint folder: its weights and their size, and the others that a model needs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SIDE_FILES = (
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
 )
-"""Files that a sharded model directory keeps as they are. The settings of the modules of sentence-transformers come
-on top (`1_Pooling/config.json`)."""
+"""Files that a sharded model directory keeps as they are, beside the settings of the modules of sentence-transformers
+(`1_Pooling/config.json`)."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -42,7 +42,7 @@ def choose_weights(names: Iterable[str], where: str) -> list[str]:
     Either safetensors (with their index, if there are several), or one GGUF file, which is then alone in the list.
 
     Raises:
-        ConfigError: there are none, or only such as pipeload does not open.
+        ConfigError: there are none, or only files that pipeload does not open.
     """
     names = sorted(names)
     if _SINGLE in names:

@@ -20,12 +20,17 @@ __all__ = ["fetch_checkpoint"]
 
 _SMALL = (".json", ".jinja", ".model", "vocab.txt", "merges.txt")
 _TIMEOUT_S = 20
-_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
-"""What the system says about folders and disks, never about connections."""
+_OF_FILES = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EMFILE),
+    }
+)
+"""Errors of folders and disks, never of connections."""
 
 
 def fetch_checkpoint(name: str, revision: str | None, *, with_code: bool) -> tuple[Path, str]:
-    """Download what an export needs. Without a network, the hub's cache is used if it has the model.
+    """Download the files that an export needs. Without a network, take them from the hub's cache.
 
     Args:
         name: `owner/model`, or the name of one of the few models without an owner.

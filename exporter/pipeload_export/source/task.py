@@ -1,4 +1,4 @@
-"""What a model is for: the names of the Hugging Face hub, and how to tell from a config or a graph."""
+"""Tasks of models: the names of the Hugging Face hub, and how to tell from a config or a graph."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def task_of_graph(inputs: Sequence[str], outputs: Mapping[str, Sequence[int | st
     Args:
         inputs: names of the graph's inputs.
         outputs: name of each output -> its shape.
-        config: what is known from `config.json`; may be empty.
+        config: the content of `config.json`; may be empty.
     """
     if "start_logits" in outputs and "end_logits" in outputs:
         return "question-answering"

@@ -1,4 +1,4 @@
-"""Writes the shards of one model: graph files, weights files, and what the manifest says about them."""
+"""Writes the shards of one model: graph files, weights files, and their records in the manifest."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _IR_VERSION = 10
 
 
 class ShardWriter:
-    """Writes shards in their order, and learns shapes and types from one what the next one needs.
+    """Writes shards in their order; each one's outputs give the shapes and types of the next one's inputs.
 
     Args:
-        graph: the whole model's, as far as it was not lifted out.
+        graph: the whole model's, without the parts that were lifted out.
         folder: where the files go.
         sampler: runs the shards.
-        progress: called with what is being written, and its bytes so far and in total.
+        progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Attributes:
-        shards, files: what was written so far.
+        shards, files: those written so far.
         structures: of those shards.
     """
 
@@ -118,11 +118,11 @@ class ShardWriter:
             )
 
     def finish(self) -> None:
-        """Say that all is written."""
+        """Tell the progress function that the last byte is written."""
         self._progress("writing done", self._total, self._total)
 
     def edge(self, name: str) -> TensorSpec:
-        """What is known about a tensor between shards."""
+        """Type and shape of a tensor between shards, as far as they are known."""
         return TensorSpec(
             name=name,
             dtype=dtype_name(self._graph.types.get(name, (0, None))[0]),

@@ -36,7 +36,7 @@ class WeightsFile:
         record: the whole file.
         range: its data.
         slices: (name of a tensor, first row) -> these rows, for those that were asked for.
-        tensors: what lies in it, in order.
+        tensors: the tensors in it, in order.
     """
 
     record: FileRecord
@@ -68,7 +68,7 @@ def write_weights(
 
     Args:
         path: the file to make, in the folder of the shards.
-        constants: name and values.
+        constants: names and values.
         rows: name of a tensor -> the slices of it that shards load alone, first row and end.
         written: called with the number of bytes of each piece that was written.
     """

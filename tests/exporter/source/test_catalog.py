@@ -28,7 +28,7 @@ from pipeload_export.source.catalog import (
     recipe,
     recipes,
 )
-from pipeload_export.source.find import Checkpoint, Unsplit, find_source
+from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.source.task import TASKS
 
 NAME, VERSION = "pipeload-test-weights", "1.2"

@@ -143,6 +143,16 @@ def test_refused(hub: Any, name: str, revision: str | None, error: type[Exceptio
         fetch_checkpoint(name, revision, with_code=False)
 
 
+def test_a_cache_that_cannot_be_written_is_named_as_that(
+    hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    use_hub(monkeypatch, f"http://127.0.0.1:{hub.server_port}", tmp_path / "file" / "cache")
+    with pytest.raises(ExportError, match=r"'some/model' cannot be stored in the hub's cache: .*/file/cache") as caught:
+        fetch_checkpoint("some/model", None, with_code=False)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
 def test_without_a_network(no_network: None) -> None:
     with pytest.raises(ExportError, match="not in the hub's cache, and the hub cannot be reached"):
         fetch_checkpoint("some/model", None, with_code=False)

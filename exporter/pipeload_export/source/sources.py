@@ -24,13 +24,13 @@ from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files
 from pipeload_export.source.hub import fetch_checkpoint
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
-from pipeload_export.source.to_onnx import Request, export_checkpoint
+from pipeload_export.source.tracing import Request, export_checkpoint
 
 __all__ = ["Checkpoint", "Unsplit", "find_source"]
 
 _CATALOG = "catalog:"
 _OPSETS = range(7, 21)
-"""What torch can trace a model into. Checked here, because torch says it only when the weights have been read."""
+"""Opsets that torch can trace a model into. Checked here, since torch complains only after it has read the weights."""
 _LIBRARIES = ("onnx", "optimum.exporters.onnx", "safetensors", "torch", "transformers")
 
 
@@ -67,10 +67,10 @@ class Checkpoint:
     """A model that must become an ONNX graph first.
 
     Attributes:
-        request: what is to be exported.
+        request: the child's orders.
         source: where the model comes from, for the manifest.
         side_files: files of the checkpoint that a sharded model directory keeps.
-        side_json: the same for such as are made.
+        side_json: path in the sharded model directory -> JSON to write there.
     """
 
     request: Request
@@ -104,10 +104,10 @@ def find_source(
     trust_remote_code: bool = False,
     progress: Notify,
 ) -> Checkpoint | Unsplit:
-    """Find what SOURCE means, fetch it if it is elsewhere, and check it as far as that is cheap.
+    """Find the model that SOURCE names, fetch it if it is elsewhere, and check all that is cheap to check.
 
     Raises:
-        ConfigError: there is no such thing, it is of a kind that is not supported, or an option does not fit it.
+        ConfigError: SOURCE names nothing, or a kind of file that is not supported, or an option does not fit it.
         ExportError: it cannot be fetched, is damaged, or a library is not installed.
     """
     if task is not None:
@@ -167,7 +167,7 @@ def _from_folder(
     folder: Path, file: str | None, source: str, task: str | None, opset: int | None, *, trust_remote_code: bool
 ) -> Checkpoint:
     weights = choose_weights([file] if file else (path.name for path in folder.iterdir()), f"'{source}'")
-    # Config and tokenizer of a GGUF file are inside; what lies about in the same folder belongs to something else.
+    # Config and tokenizer of a GGUF file are inside; other files of the same folder belong to other models.
     is_gguf = weights[0].endswith(".gguf")
     request = Request(
         name=f"'{source}'",

@@ -4,7 +4,7 @@ Why a child: tracing a model takes several times its size in memory, and torch g
 process ends; splitting begins with all of it free. The libraries' many warnings stay out of the user's terminal,
 a process that the kernel kills for lack of memory becomes an error message, and Ctrl-C ends the work at once.
 
-The child, `to_onnx_child`, reads a request from a file, and answers with the graph in a folder and a file beside it.
+The child, `tracer`, reads a request from a file, and answers with the graph in a folder and a file beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INLINE_BYTES = 2 << 30
 _INLINE_FACTOR, _EXTERNAL_FACTOR, _LIBRARIES_BYTES = 4.4, 2.5, 350 << 20
 """Peak memory per byte of float32 weights, and without any. Measured with torch 2.13 and optimum-onnx 0.1 on BERT
 (0.4 GB: 4.4) and on GPT-2 and GPT-J shapes (2.3 and 3.3 GB: 2.4)."""
-_CHILD = "import sys; from pipeload_export.source.to_onnx_child import run_child; run_child(*sys.argv[1:])"
+_CHILD = "import sys; from pipeload_export.source.tracer import run_child; run_child(*sys.argv[1:])"
 _POLL_S = 0.2
 
 
@@ -48,7 +48,7 @@ class Seeded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What the child is asked for.
+    """The parent's request to the child.
 
     Attributes:
         name: the model's name in messages.
@@ -58,7 +58,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         gguf: the file in the folder, if it is GGUF.
         seeded: the model, if it is made here.
         opset: version of the ONNX operators; None for the library's choice.
-        trust_remote_code: run Python files that the checkpoint brings along.
+        trust_remote_code: run the checkpoint's own Python files.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def needed_memory_bytes(weight_bytes: int) -> int:
-    """About the most memory that the child will use for a model of that size (in float32)."""
+    """An estimate of the child's peak memory for a model of that size (in float32)."""
     factor = _INLINE_FACTOR if weight_bytes < _INLINE_BYTES else _EXTERNAL_FACTOR
     return _LIBRARIES_BYTES + int(factor * weight_bytes)
 

@@ -1,4 +1,4 @@
-"""What runs in the export's child process: load a model into torch, trace it to ONNX. See `checkpoint`."""
+"""The program of the export's child process: load a model into torch, trace it to ONNX. See `tracing`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from pipeload_export.source.task import TASKS
-from pipeload_export.source.to_onnx import Request, Seeded
+from pipeload_export.source.tracing import Request, Seeded
 
 __all__ = ["run_child", "seeded_model"]
 
@@ -34,7 +34,7 @@ class _Refused(Exception):  # noqa: N818
 
 
 def run_child(request_path: str, folder: str, parent: str) -> None:
-    """All that the child does: answer the request, and leave the answer beside the folder."""
+    """Carry out the request, and leave the answer beside the folder."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -118,7 +118,7 @@ def seeded_model(seeded: Seeded) -> Any:
 def _gguf_model(path: Path, folder: Path) -> Any:
     """The model in a GGUF file, with its weights as float32; its tokenizer is saved into `folder`.
 
-    What `from_pretrained` does, which insists on the package accelerate, of which it then needs nothing.
+    It repeats `from_pretrained`, which insists on the package accelerate without using any of it.
     """
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint

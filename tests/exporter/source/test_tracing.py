@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeload.errors import ExportError
-from pipeload_export.source import to_onnx
-from pipeload_export.source.to_onnx import Request, export_checkpoint
+from pipeload_export.source import tracing
+from pipeload_export.source.tracing import Request, export_checkpoint
 
 REQUEST = Request(name="'toy'", task="feature-extraction", weight_bytes=1000, folder="nowhere")
 
@@ -17,20 +17,20 @@ REQUEST = Request(name="'toy'", task="feature-extraction", weight_bytes=1000, fo
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which the child works; its export is what a test says by `raise_in_child`."""
-    monkeypatch.setattr(to_onnx, "_POLL_S", 0.01)
+    monkeypatch.setattr(tracing, "_POLL_S", 0.01)
     (tmp_path / "work").mkdir()
     return tmp_path / "work" / "onnx"
 
 
 def raise_in_child(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     code = (
-        "import sys, tempfile\nfrom pathlib import Path\nfrom pipeload_export.source import to_onnx_child as child\n"
+        "import sys, tempfile\nfrom pathlib import Path\nfrom pipeload_export.source import tracer as child\n"
         "def fail(request, folder):\n"
         "    (folder / 'half').write_bytes(b'x')\n"
         f"    raise {error}\n"
         "child._export = fail\nchild.run_child(*sys.argv[1:])\n"
     )
-    monkeypatch.setattr(to_onnx, "_CHILD", code)
+    monkeypatch.setattr(tracing, "_CHILD", code)
 
 
 @pytest.mark.parametrize(

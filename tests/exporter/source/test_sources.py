@@ -20,8 +20,8 @@ from tests.exporter.models import write_bert, write_gguf, write_gpt2, write_json
 
 from pipeload.errors import ConfigError, ExportError
 from pipeload_export import extra
-from pipeload_export.source import to_onnx as checkpoint
-from pipeload_export.source.find import Checkpoint, Unsplit, find_source
+from pipeload_export.source import tracing
+from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.source.task import TASKS, task_of_config, task_of_graph
 
 
@@ -305,15 +305,15 @@ class TestCheckpoint:
         assert (tmp_path / "ran").exists()
 
     def test_needs_more_memory_than_there_is(self, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(checkpoint, "auto_budget_bytes", lambda: 10**6)
+        monkeypatch.setattr(tracing, "auto_budget_bytes", lambda: 10**6)
         found = find(bert)
         assert isinstance(found, Checkpoint)
         with pytest.raises(ExportError, match=r"takes about .* of memory, and 1\.0 MB are free"):
             found.to_onnx(tmp_path, silent)
 
     def test_memory_for_the_catalogs_giants(self) -> None:
-        assert checkpoint.needed_memory_bytes(1_557_611_200 * 4) < 24e9
-        assert checkpoint.needed_memory_bytes(6_050_882_784 * 4) > 48e9
+        assert tracing.needed_memory_bytes(1_557_611_200 * 4) < 24e9
+        assert tracing.needed_memory_bytes(6_050_882_784 * 4) > 48e9
 
     @pytest.mark.parametrize(
         ("code", "message"),
@@ -325,7 +325,7 @@ class TestCheckpoint:
     def test_child_dies(
         self, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
     ) -> None:
-        monkeypatch.setattr(checkpoint, "_CHILD", code)
+        monkeypatch.setattr(tracing, "_CHILD", code)
         found = find(bert)
         assert isinstance(found, Checkpoint)
         with pytest.raises(ExportError, match=message):
@@ -343,7 +343,7 @@ class TestCheckpoint:
 
     def test_child_does_not_outlive_a_killed_parent(self, bert: Path, tmp_path: Path) -> None:
         code = (
-            "import os, pathlib, psutil\nfrom pipeload_export.source.find import find_source\n"
+            "import os, pathlib, psutil\nfrom pipeload_export.source.sources import find_source\n"
             "def kill(*_):\n    print(psutil.Process().children()[0].pid, flush=True)\n    os.kill(os.getpid(), 9)\n"
             f"find_source({str(bert)!r}, progress=print).to_onnx(pathlib.Path({str(tmp_path)!r}), kill)\n"
         )
