@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.tasks.model_files import ModelConfig, read_settings
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
@@ -41,6 +42,8 @@ _Size = int | list[int] | dict[str, int]
 _BILINEAR, _BICUBIC = 2, 3
 _FILTERS = range(6)
 """Pillow's numbers of its resampling filters."""
+_MOST_PIXELS = 1 << 24
+"""Of a prepared image; each takes up to 30 bytes on the way to its values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +128,20 @@ class ImageProcessor:
 
     def _one(self, image: Image) -> NDArray[np.float32]:
         picture = _upright_rgb(image)
+        with foreign_errors(
+            ConfigError,
+            f"An image of {picture.width} x {picture.height} cannot be prepared as preprocessor_config.json says",
+            "Prepare it yourself and pass pixel_values to model.run.",
+        ):
+            return self._values(picture)
+
+    def _values(self, picture: PillowImage) -> NDArray[np.float32]:
         if self._resize:
             height, width = _target(picture.height, picture.width, self._size)
+            _check_pixels(height, width)
             picture = picture.resize((width, height), resample=self._resample)
+        if self._crop:
+            _check_pixels(*self._crop)
         pixels: NDArray[Any] = np.asarray(picture)
         if self._crop:
             pixels = _center_crop(pixels, self._crop)
@@ -191,6 +205,14 @@ def _target(height: int, width: int, edges: tuple[int, int] | int) -> tuple[int,
     return edges, int(edges * width / height)
 
 
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > _MOST_PIXELS:
+        raise ConfigError(
+            f"preprocessor_config.json makes an image of {width} x {height} pixels, and pipeload prepares at most "
+            f"{_MOST_PIXELS}. Make the image smaller or less narrow."
+        )
+
+
 def _center_crop(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     """The middle of `[height, width, 3]`; where the image is too small, with zeros around it."""
     for axis, wanted in enumerate(size):
@@ -220,26 +242,24 @@ def _upright_rgb(image: Image) -> PillowImage:
         import PIL.ImageOps
     except ImportError as error:
         raise ConfigError("Images need Pillow: pip install 'pipeload[vision]'.") from error
-    if isinstance(image, PIL.Image.Image):
-        return PIL.ImageOps.exif_transpose(image).convert("RGB")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ConfigError(
                 f"An image array must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}."
             )
         return PIL.Image.fromarray(image)
-    if not isinstance(image, str | Path | bytes):
+    if not isinstance(image, str | Path | bytes | PIL.Image.Image):
         raise ConfigError(f"An image must be a path, bytes, a Pillow image or an array, not {type(image).__name__}.")
-    name = "The image" if isinstance(image, bytes) else f"The image {image}"
-    try:
+    name = f"The image {image}" if isinstance(image, str | Path) else "The image"
+    # Each of Pillow's format readers raises errors of its own for damaged files.
+    with foreign_errors(ConfigError, f"{name} cannot be read", "Pass another, or save it anew as PNG or JPEG."):
+        if isinstance(image, PIL.Image.Image):
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
         with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             # In place: a photo takes tens of megabytes, and each copy as many.
             opened.load()
             PIL.ImageOps.exif_transpose(opened, in_place=True)
             return opened if opened.mode == "RGB" else opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        # SyntaxError and ValueError are what some of Pillow's format readers raise for damaged files.
-        raise ConfigError(f"{name} cannot be read: {error}.") from error
 
 
 def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:

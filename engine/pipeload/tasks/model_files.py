@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from pipeload.errors import ShardError
+from pipeload.foreign import foreign_errors
 
 __all__ = [
     "MAX_NEW_TOKENS",
@@ -70,7 +71,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def image_height_width(self) -> tuple[int, int] | None:
         """The size of the images that the model was built for, or None if it is not said."""
-        if self.image_size is None:
+        if self.image_size is None or self.image_size == []:
             return None
         if isinstance(self.image_size, int):
             return self.image_size, self.image_size
@@ -135,7 +136,5 @@ def read_settings(directory: Path, name: str, kind: type[Settings]) -> Settings:
     data = read_file(directory, name)
     if data is None:
         return kind()
-    try:
+    with foreign_errors(ShardError, f"{directory / name} is damaged", "Export the model again."):
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ShardError(f"{directory / name} is damaged: {error}. Export the model again.") from error

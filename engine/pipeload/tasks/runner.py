@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.tasks.model_files import ModelConfig, read_settings
@@ -31,6 +33,7 @@ __all__ = [
     "config_of",
     "free_inputs",
     "graph_inputs",
+    "made_by_model",
     "once_per_runner",
 ]
 
@@ -120,6 +123,15 @@ def graph_inputs(runner: Runner, offered: Mapping[str, Array]) -> dict[str, Arra
             "Pass all inputs to model.run instead."
         )
     return {spec.name: offered[spec.name].astype(spec.dtype, copy=False) for spec in specs}
+
+
+def made_by_model(name: str, output: Array) -> AbstractContextManager[None]:
+    """Around what is done with an output: where its shape is not the task's, ConfigError says so."""
+    return foreign_errors(
+        ConfigError,
+        f"The model's output '{name}' has the shape {list(output.shape)}, which its task cannot use",
+        "Use model.run, or export the model again with the right --task.",
+    )
 
 
 def once_per_runner(make: Callable[[Runner], Kept]) -> Callable[[Runner], Kept]:

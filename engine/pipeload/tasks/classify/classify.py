@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.tasks.arguments import check_positive
 from pipeload.tasks.classify.entities import entities
 from pipeload.tasks.classify.labels import Label, scores, top_labels
 from pipeload.tasks.images import Image, image_processor_of
-from pipeload.tasks.runner import Array, Runner, config_of, graph_inputs
+from pipeload.tasks.runner import Array, Runner, config_of, graph_inputs, made_by_model
 from pipeload.tasks.text.padding import WINDOW, in_batches
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -56,7 +57,8 @@ def classify(
         batch_size: most inputs in one pass; fewer are taken where the memory budget cannot hold so many.
 
     Raises:
-        ConfigError: the model is no classifier, or an input cannot be used.
+        ConfigError: the model is no classifier, or an input or argument cannot be used.
+        ShardError: a file of the tokenizer or of the image processor is damaged.
         BudgetError: not even a single input fits into the memory budget.
 
     Example:
@@ -64,8 +66,8 @@ def classify(
         ...     model.classify("cat.jpg")[0]
         Label(label='tabby, tabby cat', score=0.87)
     """
-    if top_k is not None and top_k < 1:
-        raise ConfigError(f"top_k must be at least 1, not {top_k}.")
+    if top_k is not None:
+        check_positive("top_k", top_k)
     task = runner.manifest.task
     if task not in ("text-classification", "token-classification", "image-classification"):
         raise ConfigError(
@@ -93,12 +95,13 @@ def _texts(
     def run(indices: list[int]) -> None:
         arrays = tokenizer.batch([rows[index] for index in indices])
         logits = _logits(runner, arrays)
-        if by_token:
-            for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True):
-                results[index] = [*entities(row[mask], texts[index], rows[index], tokenizer, config)]
-        else:
-            for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
-                results[index] = top_labels(row, config, top_k)
+        with made_by_model("logits", logits):
+            if by_token:
+                for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True):
+                    results[index] = [*entities(row[mask], texts[index], rows[index], tokenizer, config)]
+            else:
+                for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
+                    results[index] = top_labels(row, config, top_k)
 
     in_batches([len(row.ids) for row in rows], batch_size, run)
     return [results[index] for index in range(len(rows))]
@@ -110,8 +113,9 @@ def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_si
 
     def run(indices: list[int]) -> None:
         logits = _logits(runner, {"pixel_values": processor.batch([images[index] for index in indices])})
-        for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
-            results[index] = top_labels(row, config, top_k)
+        with made_by_model("logits", logits):
+            for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
+                results[index] = top_labels(row, config, top_k)
 
     in_batches([0] * len(images), batch_size, run)
     return [results[index] for index in range(len(images))]

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import TensorSpec
+from pipeload.tasks.arguments import check_several
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_settings
-from pipeload.tasks.runner import Runner, free_inputs, graph_inputs, once_per_runner
+from pipeload.tasks.runner import Runner, free_inputs, graph_inputs, made_by_model, once_per_runner
 from pipeload.tasks.text.padding import WINDOW, in_batches
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -37,8 +38,9 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
         batch_size: most texts in one pass; fewer are taken where the memory budget cannot hold so many.
 
     Raises:
-        ConfigError: the model makes no text embeddings, has no tokenizer or a module that pipeload lacks, or
-            a text is no string or has no tokens.
+        ConfigError: the model makes no text embeddings, has no tokenizer or a module that pipeload lacks, the texts
+            are no sequence, a text is no string or has no tokens, or `batch_size` is no positive number.
+        ShardError: a file of the tokenizer or of sentence-transformers is damaged.
         BudgetError: not even a single text fits into the memory budget.
 
     Example:
@@ -50,6 +52,7 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
     if isinstance(texts, str):
         vector: NDArray[np.float32] = embed(runner, [texts], batch_size=batch_size)[0]
         return vector
+    check_several(texts)
     if len(texts) > WINDOW:
         parts = range(0, len(texts), WINDOW)
         return np.concatenate([embed(runner, texts[i : i + WINDOW], batch_size=batch_size) for i in parts])
@@ -60,9 +63,11 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
 
     def run(indices: list[int]) -> None:
         arrays = tokenizer.batch([rows[index] for index in indices])
-        values = runner.run(graph_inputs(runner, arrays))[output.name].astype(np.float32, copy=False)
-        pooled = values if values.ndim == 2 else recipe.finish(values, arrays["attention_mask"])
-        vectors.update(zip(indices, pooled, strict=True))
+        values = runner.run(graph_inputs(runner, arrays))[output.name]
+        with made_by_model(output.name, values):
+            floats = values.astype(np.float32, copy=False)
+            pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])
+            vectors.update(zip(indices, pooled, strict=True))
 
     in_batches([len(row.ids) for row in rows], batch_size, run)
     if not vectors:

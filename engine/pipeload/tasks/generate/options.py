@@ -5,7 +5,7 @@ Values that cannot work are refused here, each with an error of its own, before 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from pipeload.errors import ConfigError
+from pipeload.tasks.arguments import is_whole
 from pipeload.tasks.generate.sampling import LogitsProcessor
 from pipeload.tasks.generate.streaming import Streamer
 from pipeload.tasks.model_files import GenerationConfig, read_settings
@@ -115,14 +116,14 @@ def check_call(
     seed, streamer = options.get("seed"), options.get("streamer")
     logits_processor, assistant = options.get("logits_processor", ()), options.get("assistant_model")
     if num_return_sequences is not None:
-        if not _is_whole(num_return_sequences, 1):
+        if not is_whole(num_return_sequences, 1):
             raise ConfigError(f"num_return_sequences must be a whole number from 1 on, not {num_return_sequences!r}.")
         if num_return_sequences != 1 and not settings.do_sample:
             raise ConfigError(
                 f"num_return_sequences is {num_return_sequences}, but without sampling all of them would be equal. "
                 "Pass do_sample=True, or leave it out."
             )
-    if seed is not None and not _is_whole(seed, 0):
+    if seed is not None and not is_whole(seed, 0):
         raise ConfigError(f"seed must be a whole number from 0 on, not {seed!r}.")
     if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
         raise ConfigError(f"logits_processor must be a sequence of callables, not {logits_processor!r:.80}.")
@@ -144,12 +145,8 @@ def check_call(
         )
 
 
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
-
-
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_share(value: Any) -> bool:
@@ -161,23 +158,23 @@ def _are_texts(value: object) -> bool:
 
 
 def _are_ids(value: object) -> bool:
-    return isinstance(value, Sequence) and all(_is_whole(id_, 0) for id_ in value)
+    return isinstance(value, Sequence) and all(is_whole(id_, 0) for id_ in value)
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
-    "min_new_tokens": (lambda value: _is_whole(value, 0), "a whole number from 0 on"),
+    "max_new_tokens": (lambda value: is_whole(value, 1), "a whole number from 1 on"),
+    "min_new_tokens": (lambda value: is_whole(value, 0), "a whole number from 0 on"),
     "do_sample": (lambda value: isinstance(value, bool), "True or False"),
     "repetition_penalty": (
         lambda value: _is_number(value) and value > 0,
         "a number above 0 (1 changes nothing, more repeats less)",
     ),
-    "no_repeat_ngram_size": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 allows all)"),
+    "no_repeat_ngram_size": (lambda value: is_whole(value, 0), "a whole number from 0 on (0 allows all)"),
     "stop_strings": (_are_texts, "a text or a sequence of texts, none of them empty"),
     "eos_token_id": (_are_ids, "a token id or a sequence of token ids, none below 0"),
-    "prompt_lookup_num_tokens": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 looks nothing up)"),
-    "max_matching_ngram_size": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
-    "num_assistant_tokens": (lambda value: _is_whole(value, 1), "a whole number from 1 on"),
+    "prompt_lookup_num_tokens": (lambda value: is_whole(value, 0), "a whole number from 0 on (0 looks nothing up)"),
+    "max_matching_ngram_size": (lambda value: is_whole(value, 1), "a whole number from 1 on"),
+    "num_assistant_tokens": (lambda value: is_whole(value, 1), "a whole number from 1 on"),
 }
 """Field -> whether a value works, and what would."""
 
@@ -186,7 +183,7 @@ _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: _is_number(value) and value > 0,
         "a number above 0 (for the likeliest token each time, pass do_sample=False)",
     ),
-    "top_k": (lambda value: _is_whole(value, 0), "a whole number from 0 on (0 keeps all tokens)"),
+    "top_k": (lambda value: is_whole(value, 0), "a whole number from 0 on (0 keeps all tokens)"),
     "top_p": (_is_share, "a number from 0 to 1 (1 keeps all tokens)"),
     "min_p": (_is_share, "a number from 0 to 1 (0 keeps all tokens)"),
 }

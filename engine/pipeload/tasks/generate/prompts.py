@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.machine.heap import trim
 from pipeload.tasks.model_files import GenerationConfig
 from pipeload.tasks.runner import Decoder, Runner, State, config_of, free_inputs, once_per_runner
@@ -41,6 +42,12 @@ def check_model(runner: Decoder[State]) -> None:
         raise ConfigError(
             "The model was exported without KV caches, so every token would need a pass over the whole text. "
             "Export it with --task text-generation-with-past."
+        )
+    logits = _logits_of(manifest)
+    if logits is None or len(logits.shape) != 3:
+        raise ConfigError(
+            f"The model's first output is {'a cache' if logits is None else list(logits.shape)}; generate takes logits "
+            "[batch, length, vocabulary]. Use model.run, or export the model again."
         )
 
 
@@ -122,10 +129,16 @@ def _vocabulary_of(runner: Runner) -> object:
     try:
         digest = tokenizer_of(runner).vocabulary_digest()
     except ConfigError:
-        made = {cache.output for cache in runner.manifest.caches}
-        return next(spec.shape[-1] for spec in runner.manifest.outputs if spec.name not in made)
+        logits = _logits_of(runner.manifest)
+        return logits and logits.shape[-1]
     trim()
     return digest
+
+
+def _logits_of(manifest: Manifest) -> TensorSpec | None:
+    """The first graph output that is no cache."""
+    made = {cache.output for cache in manifest.caches}
+    return next((spec for spec in manifest.outputs if spec.name not in made), None)
 
 
 def _are_ids(prompt: object) -> TypeGuard[Sequence[int]]:

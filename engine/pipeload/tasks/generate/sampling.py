@@ -22,6 +22,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
+from pipeload.foreign import foreign_errors
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.tasks.model_files import GenerationConfig
 
@@ -54,6 +55,10 @@ Logits: TypeAlias = NDArray[np.float32]
 
 LogitsProcessor: TypeAlias = Callable[[TokenIds, Logits], Logits]
 """Takes what there is and the logits of what comes next; returns other logits of the same shape."""
+
+
+_NO_TOKENS: TokenIds = np.zeros((1, 0), np.int64)
+_LOOSEN = "Check that the token ids are in the model's vocabulary, and loosen the sampling options."
 
 
 class Scores:
@@ -117,10 +122,18 @@ class TokenChooser:
         Raises:
             ConfigError: no token can be chosen.
         """
-        logits, token_ids = scores.logits, np.array([ids], np.int64)
-        for process in (*self._penalties, *self._custom, *self._warpers):
+        # An array of a long text takes longer than all the rest: it is made for what looks at the text.
+        token_ids = np.array([ids], np.int64) if self._penalties or self._custom else _NO_TOKENS
+        logits = scores.logits
+        with foreign_errors(ConfigError, f"No token can be chosen from {logits.shape[1]} logits", _LOOSEN):
+            for penalize in self._penalties:
+                logits = penalize(token_ids, logits)
+        for process in self._custom:
             logits = process(token_ids, logits)
-        return draw(logits, self._generator) if self._generator else likeliest(logits)
+        with foreign_errors(ConfigError, f"No token can be chosen from {logits.shape[1]} logits", _LOOSEN):
+            for warp in self._warpers:
+                logits = warp(token_ids, logits)
+            return draw(logits, self._generator) if self._generator else likeliest(logits)
 
     def ahead(self) -> TokenChooser:
         """What guesses its next choices: the same rules and random numbers, without the caller's own processors."""
@@ -268,7 +281,9 @@ def sequence_generator(seed: int, prompt: int, copy: int) -> np.random.Generator
 def _call(processor: LogitsProcessor, place: int, token_ids: TokenIds, logits: Logits) -> Logits:
     """Call the caller's processor and check what comes back."""
     # A copy, since changing the array in place is usual.
-    processed = np.asarray(processor(token_ids, logits.copy()))
+    returned = processor(token_ids, logits.copy())
+    with foreign_errors(ConfigError, f"logits_processor[{place}] returned what is no array", "Return logits."):
+        processed = np.asarray(returned)
     if processed.shape != logits.shape or not np.issubdtype(processed.dtype, np.floating):
         raise ConfigError(
             f"logits_processor[{place}] returned {processed.dtype}{list(processed.shape)}; it must return "

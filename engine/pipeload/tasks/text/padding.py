@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import BudgetError, ConfigError
+from pipeload.errors import BudgetError
+from pipeload.tasks.arguments import check_positive
 
 __all__ = ["WINDOW", "Side", "in_batches", "padded", "position_ids"]
 
@@ -49,8 +50,7 @@ def in_batches(lengths: Sequence[int], batch_size: int, run: Callable[[list[int]
         ConfigError: `batch_size` is not a positive number.
         BudgetError: not even a single item fits.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+    check_positive("batch_size", batch_size)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     begin = 0
     while begin < len(order):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -20,12 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError, ShardError, TruncationWarning
+from pipeload.foreign import foreign_errors
 from pipeload.machine.heap import trim
-from pipeload.tasks.model_files import AddedToken, read_settings, token_text
+from pipeload.tasks.model_files import AddedToken, ModelConfig, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 from pipeload.tasks.text.padding import Side, padded, position_ids
 
 __all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
+
+_FILE = "tokenizer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +89,13 @@ class Tokenizer:
         config = config_of(runner)
         settings = read_settings(directory, "tokenizer_config.json", _TokenizerConfig)
         sentence = read_settings(directory, "sentence_bert_config.json", _SentenceConfig)
-        self._backend = backend = _load(directory)
+        self._file = directory / _FILE
+        self._backend = _load(directory)
+        with self._library("is damaged"):
+            self._take(settings, sentence, config, fixed=runner.manifest.task != "text-generation")
+
+    def _take(self, settings: _TokenizerConfig, sentence: _SentenceConfig, config: ModelConfig, *, fixed: bool) -> None:
+        backend = self._backend
         padding, truncation = backend.padding or {}, backend.truncation or {}
         self.padding_side: Side = settings.padding_side or padding.get("direction") or settings.usual_padding_side
         side = settings.truncation_side or truncation.get("direction", "right")
@@ -93,7 +103,7 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.max_length = None
-        if runner.manifest.task != "text-generation":
+        if fixed:
             limits = (settings.model_max_length, config.max_positions, sentence.max_seq_length)
             # Tokenizers without a limit say 1e30.
             known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
@@ -116,6 +126,7 @@ class Tokenizer:
 
         Raises:
             ConfigError: the text is no string, or no valid Unicode.
+            ShardError: `tokenizer.json` has no tokens for it.
         """
         if not isinstance(text, str):
             raise ConfigError(f"A text must be a string, not {type(text).__name__}: {text!r:.80}.")
@@ -123,15 +134,16 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ConfigError(f"The text is no valid Unicode: {error.reason} at {error.start}.") from error
-        # One text at a time: encode_batch starts threads that stay for as long as the process.
-        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-        return Encoded(
-            ids=tuple(encoding.ids),
-            type_ids=tuple(encoding.type_ids),
-            special=tuple(bool(flag) for flag in encoding.special_tokens_mask),
-            offsets=tuple(encoding.offsets),
-            cut=bool(encoding.overflowing),
-        )
+        with self._library("cannot turn a text into tokens"):
+            # One text at a time: encode_batch starts threads that stay for as long as the process.
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            return Encoded(
+                ids=tuple(encoding.ids),
+                type_ids=tuple(encoding.type_ids),
+                special=tuple(bool(flag) for flag in encoding.special_tokens_mask),
+                offsets=tuple(encoding.offsets),
+                cut=bool(encoding.overflowing),
+            )
 
     def encode_all(self, texts: Iterable[str]) -> list[Encoded]:
         """The tokens of each text, as `encode` has them, with one TruncationWarning if any of them was cut."""
@@ -166,22 +178,30 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text that the tokens spell; with or without special tokens."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
-        return text
+        with self._library("cannot turn tokens into a text"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=not special)
+            return text
 
     def vocabulary_digest(self) -> bytes:
         """The same for tokenizers whose ids stand for the same tokens."""
-        known = sorted(self._backend.get_vocab(with_added_tokens=True).items())
+        with self._library("has no vocabulary that can be listed"):
+            known = sorted(self._backend.get_vocab(with_added_tokens=True).items())
         return sha256(repr(known).encode()).digest()
 
     def token(self, id_: int) -> str:
         """The vocabulary entry of an id, empty if there is none."""
-        return self._backend.id_to_token(id_) or ""
+        with self._library("cannot tell a token by its id"):
+            return self._backend.id_to_token(id_) or ""
 
     def join(self, tokens: Sequence[str]) -> str:
         """The text of some vocabulary entries that follow each other."""
-        decoder = self._backend.decoder
-        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+        with self._library("cannot join tokens"):
+            decoder = self._backend.decoder
+            return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
+    def _library(self, fact: str) -> AbstractContextManager[None]:
+        """Around each use of the library: it believes its file and raises what it likes, panics included."""
+        return foreign_errors(ShardError, f"{self._file} {fact}", "Export the model again.")
 
     def _id(self, token: str | AddedToken | None) -> int | None:
         if token is None:
@@ -247,7 +267,7 @@ def tokenizer_of(runner: Runner) -> Tokenizer:
 
     Raises:
         ConfigError: the model has none, or the tokenizers library is not installed.
-        ShardError: one of its files is damaged.
+        ShardError: one of its files is damaged, or lets a text grow without measure.
     """
     tokenizer = Tokenizer(runner)
     # Parsing the file leaves a few times its size on the heap, which the budget has better uses for.
@@ -256,7 +276,7 @@ def tokenizer_of(runner: Runner) -> Tokenizer:
 
 
 def _load(directory: Path) -> Any:
-    path = directory / "tokenizer.json"
+    path = directory / _FILE
     if not path.is_file():
         raise ConfigError(
             f"{directory} has no tokenizer.json, so texts cannot be turned into tokens. Pass token ids "
@@ -268,11 +288,8 @@ def _load(directory: Path) -> Any:
         import tokenizers
     except ImportError as error:
         raise ConfigError("Texts need the tokenizers library: pip install 'pipeload[text]'.") from error
-    try:
-        # The library raises plain Exception for every fault of the file.
+    with foreign_errors(ShardError, f"{path} is damaged", "Export the model again."):
         return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise ShardError(f"{path} is damaged: {error}. Export the model again.") from error
 
 
 def _set_prefix_space(backend: Any, wanted: bool | None) -> None:

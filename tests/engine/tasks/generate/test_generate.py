@@ -252,7 +252,8 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
 
 def test_an_input_that_generation_cannot_make_is_named(tmp_path: Path) -> None:
     model = ToyDecoder(tmp_path)
-    model.manifest = manifest("text-generation", ("input_ids", "use_cache_branch"), cached=True)
+    outputs = {spec.name: spec.shape for spec in model.manifest.outputs}
+    model.manifest = manifest("text-generation", ("input_ids", "use_cache_branch"), outputs, cached=True)
     with pytest.raises(ConfigError, match="use_cache_branch"):
         generate(model, PROMPT)
 

@@ -1,0 +1,38 @@
+"""What callers pass to the tasks, checked before anything is done with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from pipeload.errors import ConfigError
+
+__all__ = ["check_positive", "check_several", "is_whole"]
+
+Item = TypeVar("Item")
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a value is a whole number, and not below `least`."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ConfigError if an argument is no whole number from 1 on."""
+    if not isinstance(value, int | np.integer):
+        raise ConfigError(f"{name} must be a whole number from 1 on, not {value!r:.80}.")
+    if value < 1:
+        raise ConfigError(f"{name} must be at least 1, not {value}.")
+
+
+def check_several(texts: Sequence[Item]) -> None:
+    """Raise ConfigError if texts do not stand in a row, as those of a list do."""
+    # An array or a column of a table is no Sequence for Python, and serves as one.
+    row = hasattr(texts, "__len__") and hasattr(texts, "__getitem__") and getattr(texts, "shape", None) != ()
+    if not row or isinstance(texts, Mapping | bytes | bytearray):
+        raise ConfigError(
+            f"Texts must be a string or a sequence of strings, not {type(texts).__name__}: {texts!r:.80}. "
+            "Put them into a list."
+        )
