@@ -25,15 +25,18 @@ from benchmarks.capped import CappedCase
 from benchmarks.models import exported, weight_bytes
 from pipeload.bench import cgroup
 from pipeload.bench.launch import run_contender
+from pipeload.bench.record import Run
 from pipeload.bench.spec import Result, Spec
 from pipeload.machine.sizes import format_bytes
 
 RESULTS = Path(__file__).with_name("results")
+_RUNS = 3
 _KERNEL_BYTES = 4_000_000
 """What the kernel charges to a cgroup beside the memory of its processes."""
 _MEASURED = """\
 First answer: from opening the model, its files on the disk and not in the page cache, to its first answer.
-Peak memory: what the cgroup was charged, or the RSS where that is more: it counts libraries in any case."""
+Peak memory: what the cgroup was charged, or the RSS where that is more: it counts libraries in any case.
+Times are medians of three runs, peaks the highest; the contenders take turns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,28 +110,38 @@ def _compare(case: Case, *, capped: bool, console: Console) -> list[dict[str, An
     ]
     if capped:
         contenders.append(("single session, same cap", work, case.cap_bytes))
+    runs: dict[str, list[Run]] = {name: [] for name, *_ in contenders}
+    # One after another and again, so that none meets another machine than the others do.
+    for number in range(_RUNS):
+        for name, spec, cap in contenders:
+            if not number or not runs[name][0].killed:
+                runs[name].append(run_contender(spec, memory_bytes=cap, grouped=capped, timeout_s=600))
     records = []
-    for name, spec, cap in contenders:
-        run = run_contender(spec, memory_bytes=cap, grouped=capped, timeout_s=600)
-        result = run.result or Result(error=run.message)
+    for name, _, cap in contenders:
+        results = [run.result or Result(error=run.message) for run in runs[name]]
         record: dict[str, Any] = {"model": case.name, "contender": name, "weight_bytes": weights, "cap_bytes": cap}
-        peaks = (run.peak_bytes or 0, result.peak_rss_bytes)
-        record |= {"peak_bytes": max(peaks) or None, "killed": run.killed, "message": result.error}
-        if result.first_s is not None:
+        peaks = [
+            max(run.peak_bytes or 0, result.peak_rss_bytes) for run, result in zip(runs[name], results, strict=True)
+        ]
+        message = next((result.error for result in results if result.error), None)
+        record |= {"peak_bytes": max(peaks) or None, "killed": runs[name][0].killed, "message": message}
+        if message is None:
+            first = [result.first_s or 0.0 for result in results]
             record |= {
-                "answer": result.answer,
-                "first_s": result.first_s,
-                "steady_s": statistics.median(result.passes_s),
-                "passes_s": list(result.passes_s),
-                "peak_rss_bytes": result.peak_rss_bytes,
+                "answer": results[0].answer,
+                "same": all(result.answer == results[0].answer for result in results),
+                "first_s": statistics.median(first),
+                "first_each_s": first,
+                "steady_s": statistics.median(statistics.median(result.passes_s) for result in results),
+                "passes_s": [list(result.passes_s) for result in results],
             }
-        elif not run.killed:
-            console.print(f"{name}: {result.error}", markup=False)
+        elif not record["killed"]:
+            console.print(f"{name}: {message}", markup=False)
         records.append(record)
     reference = next(r for r in records if r["contender"] == "single session")
     for record in records:
         # A contender that the kernel killed has no answer to be wrong about; pipeload must have one.
-        answered = "answer" in record and record["answer"] == reference.get("answer")
+        answered = record.get("same", False) and record["answer"] == reference.get("answer")
         record["ok"] = answered or (record["killed"] and "same cap" in str(record["contender"]))
     _print(case, records, weights, console)
     return records
