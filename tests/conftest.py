@@ -13,6 +13,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NUMBERS = count()
+_SIBLINGS = frozenset(
+    {"bert-answers", "bert-masked", "bert-mlm", "bert-qa", "deit", "distilbert", "gpt-j", "gpt-neo", "gptj", "gptneo"}
+    | {"roberta"}
+)
+"""Architectures that differ little from one that is tested beside them: BERT, ViT, GPT-2 and Llama."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is tested with several architectures is slow with the siblings of the first ones."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec and any(isinstance(value, str) and value in _SIBLINGS for value in callspec.params.values()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,7 +54,7 @@ def signatures_of(package: Any) -> str:
     for name in package.__all__:
         value = getattr(package, name)
         if inspect.isfunction(value):
-            lines.append(f"{name}{inspect.signature(value)}")
+            lines.append(f"{name}{_call(value)}")
         elif isinstance(value, type):
             lines.append(f"{name}({', '.join(base.__name__ for base in value.__bases__)})")
             lines += [f"    {line}" for line in sorted(_members(value))]
@@ -68,12 +68,18 @@ def _members(kind: type) -> set[str]:
     found = _documented(kind) | {field.name for field in _fields(kind)}
     for name, value in vars(kind).items():
         if inspect.isfunction(value) and not name.startswith("_"):
-            _, *parameters = inspect.signature(value).parameters.values()
-            found.add(f"{name}{inspect.signature(value).replace(parameters=parameters)}")
+            found.add(f"{name}{_call(value, method=True)}")
         elif isinstance(value, property) and not name.startswith("_"):
-            found.discard(name)
-            found.add(f"{name}: {value.fget.__annotations__.get('return')}")  # type: ignore[union-attr]
+            found.add(name)
     return found
+
+
+def _call(function: Any, *, method: bool = False) -> inspect.Signature:
+    """How it is called: names, order and defaults. The types are mypy's concern, and their names nobody's."""
+    parameters = [
+        each.replace(annotation=inspect.Parameter.empty) for each in inspect.signature(function).parameters.values()
+    ]
+    return inspect.Signature(parameters[method:])
 
 
 def _fields(kind: type) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopwatches, "_CHOSEN_S", 0.0)
 
 
+@pytest.mark.measures("memory")
 def test_the_quick_profile_is_of_this_process() -> None:
     found = measure()
     assert 0.5 * rss_bytes() < found.process_bytes < 2 * rss_bytes()

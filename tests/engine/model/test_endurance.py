@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import (
     EMULATED,
@@ -18,6 +19,7 @@ from tests.engine.model.loading import (
 from pipeload.machine.memory import rss_bytes
 
 
+@pytest.mark.slow
 def test_a_thousand_passes_leave_threads_descriptors_and_memory_as_they_were(
     toy: Path, descriptors: Callable[[], int]
 ) -> None:

@@ -226,6 +226,7 @@ class TestSource:
         assert found.side_json["preprocessor_config.json"]["size"] == {"height": 224, "width": 224}
         assert not cache_folder().exists()
 
+    @pytest.mark.slow
     def test_seeded_model_is_the_same_every_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import msgspec
 
