@@ -113,6 +113,14 @@ def test_keeps_the_unsplit_model(source: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "kept") == ["config.json", "model.onnx"]
 
 
+def test_keeps_the_unsplit_model_of_a_relative_path(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export("source/model.onnx", "target", keep_onnx="kept")
+    assert names(tmp_path / "kept") == ["config.json", "model.onnx"]
+
+
 def fail_with(error: BaseException) -> Callable[..., NoReturn]:
     def fail(*_: object, **__: object) -> NoReturn:
         raise error

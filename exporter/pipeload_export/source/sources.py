@@ -205,6 +205,7 @@ def _from_onnx(path: Path, source: str, task: str | None, opset: int | None, fil
     if opset is not None:
         raise ConfigError(f"'{source}' is an ONNX graph already, with an opset of its own. Leave --opset out.")
     require_modules("onnx")
+    path = path.absolute()
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -237,7 +238,7 @@ def _from_onnx(path: Path, source: str, task: str | None, opset: int | None, fil
         for value in graph.output
     }
     return Unsplit(
-        path=path.resolve(),
+        path=path,
         side_files=dict(files),
         side_json={},
         source=source,
