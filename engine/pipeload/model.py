@@ -36,6 +36,7 @@ from pipeload.planning import needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.planning.replanner import Replanner
+from pipeload.storage.model_files import ModelFiles
 from pipeload.storage.stamps import stamps_of
 from pipeload.storage.weights import Storage
 from pipeload.tasks.chat.chat import chat_prompt
@@ -111,6 +112,7 @@ def load(
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
     budget = parse_budget(memory_budget)
+    files = ModelFiles(directory, manifest, verify=verify)
     with foreign_errors(LoadError, f"The model in {directory} could not be opened", "Check the limits of the process."):
         return Model(
             directory,
@@ -118,7 +120,7 @@ def load(
             budget_bytes=budget,
             loaders=loaders,
             threads=threads,
-            dims=needs.planning_dims(manifest, image_sizes(directory, manifest) | dict(sizes or {})),
+            dims=needs.planning_dims(manifest, image_sizes(files, manifest) | dict(sizes or {})),
             verify=verify,
             profile=profile,
             progress=progress,
@@ -131,6 +133,7 @@ class Model:
     Attributes:
         directory: where it lies.
         manifest: what it consists of.
+        files: its own files, such as `config.json`; each is checked when it is read.
     """
 
     def __init__(
@@ -148,6 +151,7 @@ class Model:
     ) -> None:
         self.directory = directory
         self.manifest = manifest
+        self.files = ModelFiles(directory, manifest, verify=verify)
         self._graph_inputs = GraphInputs(manifest)
         self._decoding = Decoding(manifest)
         self._pid = os.getpid()

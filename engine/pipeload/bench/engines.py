@@ -25,6 +25,7 @@ from pipeload.format.manifest import Manifest, Shard
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
+from pipeload.storage.model_files import ModelFiles
 from pipeload.storage.weights import Storage
 from pipeload.tracing.stats import Stats
 
@@ -72,6 +73,7 @@ class Engine(ABC):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest: Manifest = manifests.read(directory)
+        self.files = ModelFiles(directory, self.manifest)
 
     @abstractmethod
     def _pass(self, feed: Arrays, *, positions: int | None) -> Arrays:

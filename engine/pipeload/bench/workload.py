@@ -17,6 +17,7 @@ from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest, symbols
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.planning.needs import planning_dims
+from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.embed import embed
 from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.generate import generate
@@ -112,7 +113,7 @@ class Work:
 
     def inputs(self) -> Arrays:
         """What the first pass takes, without caches."""
-        rows = read_settings(self.directory, "config.json", ModelConfig).vocab_size
+        rows = read_settings(ModelFiles(self.directory, self.manifest), "config.json", ModelConfig).vocab_size
         made = example_inputs(self.manifest, input_dims(self.manifest, self.directory, self.sizes), rows)
         return {spec.name: made[spec.name] for spec in free_inputs(self.manifest)}
 
@@ -140,7 +141,7 @@ class Work:
 
 def input_dims(manifest: Manifest, directory: Path, sizes: Mapping[str, int]) -> dict[str, int]:
     """Sizes of all symbolic dimensions of the first pass: given, the image's, a decoder's prompt, or the usual."""
-    known = image_sizes(directory, manifest)
+    known = image_sizes(ModelFiles(directory, manifest), manifest)
     if manifest.caches:
         known |= dict.fromkeys(_new_symbols(manifest), PROMPT_TOKENS)
     return planning_dims(manifest, known | dict(sizes))

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
+from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import ModelConfig, read_settings
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 
@@ -36,6 +37,8 @@ __all__ = ["Image", "ImageProcessor", "image_processor_of", "image_sizes"]
 
 Image: TypeAlias = "str | Path | bytes | NDArray[np.uint8] | PillowImage"
 """A path, the bytes of an image file, `[height, width, 3]` pixels, or what Pillow has opened."""
+
+_NAME = "preprocessor_config.json"
 
 _Size = int | list[int] | dict[str, int]
 
@@ -91,11 +94,11 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 class ImageProcessor:
     """The image preprocessing of one model. Safe to use from several threads."""
 
-    def __init__(self, directory: Path, config: ModelConfig) -> None:
-        file = read_settings(directory, "preprocessor_config.json", _File)
+    def __init__(self, files: ModelFiles, config: ModelConfig) -> None:
+        file = read_settings(files, _NAME, _File)
         family = _family(file, config)
         size = file.size
-        if size is None and not (directory / "preprocessor_config.json").exists():
+        if size is None and files.read(_NAME) is None:
             size = list(config.image_height_width or ()) or None
         self._resize = file.do_resize is not False
         self._size = _edges(size or family.size, family.number_is_shortest_edge)
@@ -157,7 +160,7 @@ class ImageProcessor:
 @once_per_runner
 def image_processor_of(runner: Runner) -> ImageProcessor:
     """The model's image preprocessing. Raises ConfigError if it is of a kind that pipeload does not have."""
-    return ImageProcessor(runner.directory, config_of(runner))
+    return ImageProcessor(runner.files, config_of(runner))
 
 
 def _family(file: _File, config: ModelConfig) -> _Family:
@@ -262,11 +265,11 @@ def _upright_rgb(image: Image) -> PillowImage:
             return opened if opened.mode == "RGB" else opened.convert("RGB")
 
 
-def image_sizes(directory: Path, manifest: Manifest) -> dict[str, int]:
+def image_sizes(files: ModelFiles, manifest: Manifest) -> dict[str, int]:
     """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
     if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
         return {}
-    config = read_settings(directory, "config.json", ModelConfig)
+    config = read_settings(files, "config.json", ModelConfig)
     sizes = (config.num_channels or 3, *(config.image_height_width or (224, 224)))
     shape = manifest.inputs[0].shape[1:]
     return {dim: size for dim, size in zip(shape, sizes, strict=True) if isinstance(dim, str)}

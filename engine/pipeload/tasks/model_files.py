@@ -1,25 +1,24 @@
 """The settings that a model brings along in its own JSON files.
 
-Only the fields that a task uses are looked at, and those are checked for their type. A file that is missing
-means defaults, because a directory made from a bare `.onnx` file has none.
+Only the fields that a task uses are looked at, and those are checked for their type. A file that is missing, and that
+the manifest does not list, means defaults, because a directory made from a bare `.onnx` file has none.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
 from pipeload.errors import ShardError
 from pipeload.foreign import foreign_errors
+from pipeload.storage.model_files import ModelFiles
 
 __all__ = [
     "MAX_NEW_TOKENS",
     "AddedToken",
     "GenerationConfig",
     "ModelConfig",
-    "read_file",
     "read_settings",
     "token_text",
 ]
@@ -109,32 +108,15 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.max_new_tokens or MAX_NEW_TOKENS
 
 
-def read_file(directory: Path, name: str) -> bytes | None:
-    """What the file `name` of the model directory holds, or None if there is no such file.
+def read_settings(files: ModelFiles, name: str, kind: type[Settings]) -> Settings:
+    """The JSON file `name` of a model directory as a `kind`, or `kind()` if there is no such file.
 
     Raises:
-        ShardError: it cannot be read, or lies outside the directory.
+        ShardError: the file is not the one that was exported, cannot be read, is no JSON, has a field of another type
+            than it should have, or lies outside the directory.
     """
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise ShardError(f"{path} points to a place outside the model directory. Export the model again.")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def read_settings(directory: Path, name: str, kind: type[Settings]) -> Settings:
-    """The JSON file `name` of the model directory as a `kind`, or `kind()` if there is no such file.
-
-    Raises:
-        ShardError: the file cannot be read, is no JSON, has a field of another type than it should have, or
-            lies outside the directory.
-    """
-    data = read_file(directory, name)
+    data = files.read(name)
     if data is None:
         return kind()
-    with foreign_errors(ShardError, f"{directory / name} is damaged", "Export the model again."):
+    with foreign_errors(ShardError, f"{files.path(name)} is damaged", "Export the model again."):
         return msgspec.json.decode(data, type=kind)

@@ -22,7 +22,8 @@ from pipeload.errors import ConfigError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.pipeline.top_logits import TopLogits
-from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload.storage.model_files import ModelFiles
+from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_settings
 from pipeload.tracing.stats import Stats
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Runner",
     "config_of",
     "free_inputs",
+    "generation_config_of",
     "graph_inputs",
     "made_by_model",
     "once_per_runner",
@@ -77,6 +79,10 @@ class Runner(Protocol):
     @property
     def manifest(self) -> Manifest:
         """The validated manifest of that directory."""
+
+    @property
+    def files(self) -> ModelFiles:
+        """Its own files, which are checked when they are read."""
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All graph outputs for the given graph inputs. Caches that are left out are empty."""
@@ -154,7 +160,13 @@ def once_per_runner(make: Callable[[Runner], Kept]) -> Callable[[Runner], Kept]:
 @once_per_runner
 def config_of(runner: Runner) -> ModelConfig:
     """The settings from the model's `config.json`. Raises ShardError if it is damaged."""
-    return read_settings(runner.directory, "config.json", ModelConfig)
+    return read_settings(runner.files, "config.json", ModelConfig)
+
+
+@once_per_runner
+def generation_config_of(runner: Runner) -> GenerationConfig:
+    """The settings from the model's `generation_config.json`. Raises ShardError if it is damaged."""
+    return read_settings(runner.files, "generation_config.json", GenerationConfig)
 
 
 def _quoted(names: Mapping[str, object] | list[str]) -> str:

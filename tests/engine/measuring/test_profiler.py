@@ -18,6 +18,7 @@ from pipeload.measuring import stopwatch as stopwatches
 from pipeload.measuring.profiler import measure, measure_model, profile_dims
 from pipeload.planning.needs import cache_bytes, pass_bytes, planning_dims
 from pipeload.storage.buffers import Buffer
+from pipeload.storage.model_files import ModelFiles
 from pipeload.storage.weights import Storage
 from pipeload.tasks.images import image_sizes
 
@@ -39,7 +40,7 @@ def test_the_quick_profile_is_of_this_process() -> None:
 
 def test_every_architecture_can_be_measured(exported: Path) -> None:
     manifest = manifests.read(exported)
-    sizes = image_sizes(exported, manifest)
+    sizes = image_sizes(ModelFiles(exported, manifest), manifest)
     if "sequence_length" in manifest.dims:
         # Tiny models have few positions.
         sizes |= {"sequence_length": 8} | ({"past_sequence_length": 5} if manifest.caches else {})

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Cache, Manifest, TensorSpec
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
+from pipeload.storage.model_files import ModelFiles
 from pipeload.tracing.stats import Stats
 
 Array = NDArray[Any]
@@ -54,7 +55,18 @@ def manifest(
     )
 
 
-class ToyRunner:
+class WithFiles:
+    """A model directory and its files."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def files(self) -> ModelFiles:
+        return ModelFiles(self.directory, self.manifest)
+
+
+class ToyRunner(WithFiles):
     """Runs a Python function instead of a model, and keeps what it was called with."""
 
     def __init__(
@@ -105,7 +117,7 @@ class ToyState:
         self.close()
 
 
-class ToyDecoder:
+class ToyDecoder(WithFiles):
     """A decoder whose next token depends on every token before it, on its position, and on the mask.
 
     So a padding token that is not masked, or a position that is wrong, changes what it says.
@@ -172,6 +184,11 @@ def toy_continuation(prompt: list[int], count: int, vocabulary: int = ToyDecoder
     for _ in range(count):
         ids.append(sum((token + 1) * (place + 2) for place, token in enumerate(ids)) % vocabulary)
     return ids[len(prompt) :]
+
+
+def files_in(directory: Path) -> ModelFiles:
+    """The files of a directory whose manifest lists none."""
+    return ModelFiles(directory, manifest("feature-extraction"))
 
 
 def write_json(directory: Path, name: str, value: object) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.engine.tasks.fakes import (
     ToyDecoder,
     ToyRunner,
+    files_in,
     manifest,
     write_bert_tokenizer,
     write_gpt_tokenizer,
@@ -190,11 +191,11 @@ def test_json_beyond_what_numbers_and_nesting_can_be_is_damage(tmp_path: Path, d
     assert raised.value.__cause__ is not None
 
 
-def test_images_that_pillow_cannot_take_are_refused() -> None:
+def test_images_that_pillow_cannot_take_are_refused(tmp_path: Path) -> None:
     images = pytest.importorskip("PIL.Image")
     picture = images.new("RGB", (4, 4))
     picture.close()
-    processor = ImageProcessor(Path(), ModelConfig())
+    processor = ImageProcessor(files_in(tmp_path), ModelConfig())
     for image in (picture, "\0", "\ud800", b"\x89PNG\r\n\x1a\n" + b"\xff" * 100):
         with pytest.raises(ConfigError, match=r"^The image.* cannot be read: .*\. Pass another"):
             processor.batch([image])
@@ -215,4 +216,4 @@ def test_images_are_made_no_larger_than_images_are(tmp_path: Path, settings: dic
     pytest.importorskip("PIL")
     write_json(tmp_path, "preprocessor_config.json", settings)
     with pytest.raises(PipeloadError, match=r"preprocessor_config\.json"):
-        ImageProcessor(tmp_path, ModelConfig()).batch([np.zeros((8, 8, 3), np.uint8)])
+        ImageProcessor(files_in(tmp_path), ModelConfig()).batch([np.zeros((8, 8, 3), np.uint8)])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.tasks.fakes import ToyRunner, manifest, write_json
+from tests.engine.tasks.fakes import ToyRunner, files_in, manifest, write_json
 
 from pipeload.errors import ConfigError, ShardError
 from pipeload.tasks.classify.classify import classify
@@ -27,7 +27,7 @@ def _pixels(height: int, width: int, seed: int = 0) -> np.ndarray[Any, np.dtype[
 def _processor(directory: Path, file: dict[str, object] | None = None, **config: Any) -> ImageProcessor:
     if file is not None:
         write_json(directory, "preprocessor_config.json", file)
-    return ImageProcessor(directory, ModelConfig(**config))
+    return ImageProcessor(files_in(directory), ModelConfig(**config))
 
 
 IMAGES = [_pixels(50, 70), _pixels(301, 200, 1), _pixels(20, 20, 2), _pixels(7, 400, 3)]
@@ -59,7 +59,7 @@ def test_pixel_values_equal_those_of_transformers(tmp_path: Path, kind: str, set
     transformers = pytest.importorskip("transformers")
     theirs = getattr(transformers, kind)(**settings)
     theirs.save_pretrained(tmp_path)
-    ours = ImageProcessor(tmp_path, ModelConfig())
+    ours = ImageProcessor(files_in(tmp_path), ModelConfig())
     for image in IMAGES:
         expected = theirs(PillowImage.fromarray(image), return_tensors="np", input_data_format="channels_last")
         actual = ours.batch([image])

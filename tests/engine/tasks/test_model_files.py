@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.engine.tasks.fakes import write_json
+from tests.engine.tasks.fakes import files_in, write_json
 
 from pipeload.errors import ShardError
 from pipeload.tasks.model_files import ModelConfig, read_settings
@@ -11,13 +11,13 @@ from pipeload.tasks.model_files import ModelConfig, read_settings
 
 def test_fields_that_no_task_uses_may_be_anything(tmp_path: Path) -> None:
     write_json(tmp_path, "config.json", {"vocab_size": 7, "rope_scaling": {"type": [1]}, "id2label": {"1": "yes"}})
-    config = read_settings(tmp_path, "config.json", ModelConfig)
+    config = read_settings(files_in(tmp_path), "config.json", ModelConfig)
     assert config.vocab_size == 7
     assert (config.label(1), config.label(0)) == ("yes", "LABEL_0")
 
 
 def test_a_missing_file_means_defaults(tmp_path: Path) -> None:
-    assert read_settings(tmp_path, "config.json", ModelConfig) == ModelConfig()
+    assert read_settings(files_in(tmp_path), "config.json", ModelConfig) == ModelConfig()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_image_size(size: int | list[int] | None, expected: tuple[int, int] 
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ShardError, match=r"config\.json is damaged"):
-        read_settings(tmp_path, "config.json", ModelConfig)
+        read_settings(files_in(tmp_path), "config.json", ModelConfig)
 
 
 def test_a_file_outside_the_directory_is_refused(tmp_path: Path) -> None:
@@ -52,11 +52,11 @@ def test_a_file_outside_the_directory_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path, "secret.json", {"vocab_size": 7})
     (inside / "config.json").symlink_to(tmp_path / "secret.json")
     for name in ("config.json", "../secret.json", str(tmp_path / "secret.json")):
-        with pytest.raises(ShardError, match="outside the model directory"):
-            read_settings(inside, name, ModelConfig)
+        with pytest.raises(ShardError, match="leads out of the model directory"):
+            read_settings(files_in(inside), name, ModelConfig)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ShardError, match=r"config\.json cannot be read"):
-        read_settings(tmp_path, "config.json", ModelConfig)
+    with pytest.raises(ShardError, match=r"config\.json' cannot be read"):
+        read_settings(files_in(tmp_path), "config.json", ModelConfig)

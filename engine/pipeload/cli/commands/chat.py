@@ -28,9 +28,11 @@ from pipeload.cli.texts import is_typed, read_turns
 from pipeload.errors import ClosedError, ConfigError, PipeloadError
 from pipeload.format import manifest as manifests
 from pipeload.machine.sizes import format_bytes
+from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.chat.chat import Message, find_template
 from pipeload.tasks.generate.options import GenerationOptions, generation_settings
 from pipeload.tasks.generate.session import Session
+from pipeload.tasks.model_files import GenerationConfig, read_settings
 from pipeload.tasks.runner import config_of
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -77,12 +79,13 @@ def chat(
 
         printf 'What is the capital of France?\nAnd of Italy?\n' | pipeload chat models/exported/smollm2-135m
     """
-    manifests.read(directory)
+    files = ModelFiles(directory, manifests.read(directory))
     # What cannot work is said before the model is loaded; some templates have no place for a system message.
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    find_template(directory).render([*opening, {"role": "user", "content": "Hello"}])
+    find_template(files).render([*opening, {"role": "user", "content": "Hello"}])
+    written = read_settings(files, "generation_config.json", GenerationConfig)
     if max_new_tokens is None:
-        max_new_tokens = generation_settings(directory, {}).max_new_tokens or _MAX_NEW_TOKENS
+        max_new_tokens = generation_settings(written, {}).max_new_tokens or _MAX_NEW_TOKENS
     options: GenerationOptions = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
@@ -97,7 +100,7 @@ def chat(
         "prompt_lookup_num_tokens": lookup,
         "seed": seed,
     }
-    generation_settings(directory, options)
+    generation_settings(written, options)
     with open_model(directory, budget, stats=stats, trace=trace, quiet=True) as model, model.session() as session:
         conversation = _Conversation(model, session, opening, options, max_new_tokens)
         try:

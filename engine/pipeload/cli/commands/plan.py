@@ -25,6 +25,7 @@ from pipeload.planning import needs, planner
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.planning.schedule import roofline
+from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import image_sizes
 
 __all__ = ["plan"]
@@ -65,7 +66,7 @@ def plan(
     """
     target_s = None if latency is None else _seconds(latency)
     manifest = manifests.read(directory)
-    given = image_sizes(directory, manifest) | read_sizes(sizes)
+    given = image_sizes(ModelFiles(directory, manifest), manifest) | read_sizes(sizes)
     dims = profile_dims(manifest, given)
     found = _profile(directory, manifest, dims, profile)
     # A decoder's prompt needs more memory than the steps after it, whose time is predicted.

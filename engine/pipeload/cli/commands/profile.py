@@ -17,6 +17,7 @@ from pipeload.machine.sizes import format_bytes
 from pipeload.measuring import profile_store
 from pipeload.measuring.profiler import measure_model, profile_dims
 from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import image_sizes
 
 __all__ = ["profile"]
@@ -55,7 +56,7 @@ def profile(
         pipeload profile models/exported/minilm --size sequence_length=32 -o minilm.json
     """
     manifest = manifests.read(directory)
-    dims = profile_dims(manifest, image_sizes(directory, manifest) | read_sizes(sizes))
+    dims = profile_dims(manifest, image_sizes(ModelFiles(directory, manifest), manifest) | read_sizes(sizes))
     with progress_bars() as progress:
         found = measure_model(
             directory, manifest, dims=dims, threads=None if threads is None else [threads], progress=progress

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from pipeload.errors import ConfigError, ShardError
-from pipeload.tasks.model_files import AddedToken, read_file, read_settings, token_text
+from pipeload.storage.model_files import ModelFiles
+from pipeload.tasks.model_files import AddedToken, read_settings, token_text
 from pipeload.tasks.runner import Runner, once_per_runner
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -62,35 +62,35 @@ def chat_prompt(
     return list(tokenizer_of(runner).encode(text, add_special_tokens=False).ids)
 
 
-def find_template(directory: Path) -> ChatTemplate:
-    """The chat template of a model directory.
+def find_template(files: ModelFiles) -> ChatTemplate:
+    """The chat template among the files of a model.
 
     Raises:
         ConfigError: there is none, none of several is the default, or jinja2 is not installed.
         ShardError: a file is damaged.
     """
-    settings = read_settings(directory, "tokenizer_config.json", _TokenizerConfig)
-    where, source = directory / _FILE, _text(directory, _FILE)
+    settings = read_settings(files, "tokenizer_config.json", _TokenizerConfig)
+    where, source = files.path(_FILE), _text(files, _FILE)
     if source is None:
-        where, source = directory / "tokenizer_config.json", _default(settings)
+        where, source = files.path("tokenizer_config.json"), _default(settings)
     if source is None:
         raise ConfigError(
-            f"{directory} has no chat template, neither {_FILE} nor one in tokenizer_config.json, so the model was "
+            f"{where.parent} has no chat template, neither {_FILE} nor one in tokenizer_config.json, so the model was "
             "hardly trained to answer messages. Take its instruct or chat version, or continue texts with generate."
         )
     try:
         from pipeload.tasks.chat.template import ChatTemplate
     except ImportError as error:
         raise ConfigError("Chat templates need jinja2: pip install 'pipeload[chat]'.") from error
-    return ChatTemplate(source, str(where), _special_tokens(directory, settings))
+    return ChatTemplate(source, str(where), _special_tokens(files, settings))
 
 
-def _text(directory: Path, name: str) -> str | None:
-    data = read_file(directory, name)
+def _text(files: ModelFiles, name: str) -> str | None:
+    data = files.read(name)
     try:
         return None if data is None else data.decode()
     except UnicodeDecodeError as error:
-        raise ShardError(f"{directory / name} is no UTF-8 text: {error.reason} at byte {error.start}.") from error
+        raise ShardError(f"{files.path(name)} is no UTF-8 text: {error.reason} at byte {error.start}.") from error
 
 
 def _default(settings: _TokenizerConfig) -> str | None:
@@ -108,7 +108,7 @@ def _default(settings: _TokenizerConfig) -> str | None:
 
 @once_per_runner
 def _template_of(runner: Runner) -> ChatTemplate:
-    return find_template(runner.directory)
+    return find_template(runner.files)
 
 
 class _SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,12 +134,12 @@ class _TokenizerConfig(_SpecialTokens, frozen=True, kw_only=True):
     added_tokens_decoder: dict[str, Any] | None = None
 
 
-def _special_tokens(directory: Path, settings: _TokenizerConfig) -> dict[str, str | list[str]]:
+def _special_tokens(files: ModelFiles, settings: _TokenizerConfig) -> dict[str, str | list[str]]:
     """The special tokens that the tokenizer of transformers would have."""
     sources: list[_SpecialTokens] = [settings]
     if settings.added_tokens_decoder is None:
         # Tokenizers from before it have their special tokens in a file that comes first.
-        sources.insert(0, read_settings(directory, "special_tokens_map.json", _SpecialTokens))
+        sources.insert(0, read_settings(files, "special_tokens_map.json", _SpecialTokens))
     found: dict[str, str | list[str]] = {}
     for name in _SpecialTokens.__struct_fields__:
         for source in sources:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -142,13 +141,8 @@ class _Prompts(msgspec.Struct, frozen=True):
 
 @once_per_runner
 def _recipe_of(runner: Runner) -> _Recipe:
-    return _read_recipe(runner.directory)
-
-
-def _read_recipe(directory: Path) -> _Recipe:
-    modules = {
-        module.type.rpartition(".")[2]: module for module in read_settings(directory, "modules.json", list[_Module])
-    }
+    files = runner.files
+    modules = {module.type.rpartition(".")[2]: module for module in read_settings(files, "modules.json", list[_Module])}
     # A module that is left out would silently change every vector.
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ConfigError(
@@ -156,15 +150,15 @@ def _read_recipe(directory: Path) -> _Recipe:
             "Take the token vectors from model.run and finish them yourself."
         )
     folder = modules["Pooling"].path if "Pooling" in modules else "1_Pooling"
-    pooling = read_settings(directory, f"{folder}/config.json", _Pooling)
-    prompts = read_settings(directory, "config_sentence_transformers.json", _Prompts)
+    pooling = read_settings(files, f"{folder}/config.json", _Pooling)
+    prompts = read_settings(files, "config_sentence_transformers.json", _Prompts)
     prompt = prompts.prompts.get(prompts.default_prompt_name or "", "")
     if prompt and not pooling.include_prompt:
         raise ConfigError(
             "The model puts a prompt before every text and leaves it out of the pooling, which pipeload does "
             "not do. Take the token vectors from model.run and pool them yourself."
         )
-    lower = read_settings(directory, "sentence_bert_config.json", _Sentence).do_lower_case
+    lower = read_settings(files, "sentence_bert_config.json", _Sentence).do_lower_case
     return _Recipe(modes=pooling.modes(), normalize="Normalize" in modules, lower=bool(lower), prompt=prompt)
 
 

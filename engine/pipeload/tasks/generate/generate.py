@@ -37,7 +37,7 @@ from pipeload.tasks.generate.prompts import (
 from pipeload.tasks.generate.sampling import TokenChooser, sequence_generator
 from pipeload.tasks.generate.sequence import Generation, GrowingSequence
 from pipeload.tasks.generate.streaming import TextStream
-from pipeload.tasks.runner import Decoder, State
+from pipeload.tasks.runner import Decoder, State, generation_config_of
 
 __all__ = ["Generation", "Prompt", "generate"]
 
@@ -148,7 +148,7 @@ def generate_prompts(
     reading_by: Callable[[Decoder[Any]], Reading[Any]] | None = None,
 ) -> list[Generation]:
     check_model(runner)
-    settings = generation_settings(runner.directory, options)
+    settings = generation_settings(generation_config_of(runner), options)
     copies = num_return_sequences or 1
     lookup = lookup_tokens(settings, options, len(prompts) * copies)
     check_call(settings, options, num_return_sequences, len(prompts) * copies, lookup)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import msgspec
@@ -17,8 +16,8 @@ from pipeload.errors import ConfigError
 from pipeload.tasks.arguments import is_whole
 from pipeload.tasks.generate.sampling import LogitsProcessor
 from pipeload.tasks.generate.streaming import Streamer
-from pipeload.tasks.model_files import GenerationConfig, read_settings
-from pipeload.tasks.runner import Decoder
+from pipeload.tasks.model_files import GenerationConfig
+from pipeload.tasks.runner import Decoder, generation_config_of
 
 __all__ = ["GenerationOptions", "check_call", "generation_settings"]
 
@@ -50,18 +49,17 @@ class GenerationOptions(TypedDict, total=False):
     streamer: Streamer | None
 
 
-def generation_settings(directory: Path, options: GenerationOptions) -> GenerationConfig:
-    """The settings of a model directory, with the options that are not None in their place; checked.
+def generation_settings(written: GenerationConfig, options: GenerationOptions) -> GenerationConfig:
+    """The settings of a model, with the options that are not None in their place; checked.
 
     Args:
-        directory: a sharded model directory.
+        written: what the model's `generation_config.json` says; see `generation_config_of`.
         options: as the caller gave them.
 
     Raises:
         ConfigError: a value cannot work.
-        ShardError: `generation_config.json` is damaged.
     """
-    values = msgspec.structs.asdict(read_settings(directory, "generation_config.json", GenerationConfig))
+    values = msgspec.structs.asdict(written)
     for name, value in options.items():
         if name in values and value is not None:
             values[name] = value.item() if isinstance(value, np.generic) else value
@@ -91,7 +89,7 @@ def drafted_tokens(assistant: Decoder[Any], settings: GenerationConfig, options:
     """How many tokens a draft model may guess for a pass: as the caller says, or else its own file."""
     if options.get("num_assistant_tokens") is not None:
         return settings.num_assistant_tokens or _ASSISTANT_TOKENS
-    return generation_settings(assistant.directory, {}).num_assistant_tokens or _ASSISTANT_TOKENS
+    return generation_settings(generation_config_of(assistant), {}).num_assistant_tokens or _ASSISTANT_TOKENS
 
 
 def check_call(

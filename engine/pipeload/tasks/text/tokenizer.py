@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,11 +24,13 @@ from pipeload.foreign import foreign_errors
 from pipeload.machine.heap import trim
 from pipeload.tasks.model_files import AddedToken, ModelConfig, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
+from pipeload.tasks.text.growth import check_growth
 from pipeload.tasks.text.padding import Side, padded, position_ids
 
 __all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
 
 _FILE = "tokenizer.json"
+_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +86,11 @@ class Tokenizer:
     """
 
     def __init__(self, runner: Runner) -> None:
-        directory = runner.directory
-        config = config_of(runner)
-        settings = read_settings(directory, "tokenizer_config.json", _TokenizerConfig)
-        sentence = read_settings(directory, "sentence_bert_config.json", _SentenceConfig)
-        self._file = directory / _FILE
-        self._backend = _load(directory)
+        config, files = config_of(runner), runner.files
+        settings = read_settings(files, "tokenizer_config.json", _TokenizerConfig)
+        sentence = read_settings(files, "sentence_bert_config.json", _SentenceConfig)
+        self._file = files.path(_FILE)
+        self._backend = _load(runner)
         with self._library("is damaged"):
             self._take(settings, sentence, config, fixed=runner.manifest.task != "text-generation")
 
@@ -275,21 +275,21 @@ def tokenizer_of(runner: Runner) -> Tokenizer:
     return tokenizer
 
 
-def _load(directory: Path) -> Any:
-    path = directory / _FILE
-    if not path.is_file():
+def _load(runner: Runner) -> Any:
+    data = runner.files.read(_FILE, most_bytes=_MOST_BYTES)
+    if data is None:
         raise ConfigError(
-            f"{directory} has no tokenizer.json, so texts cannot be turned into tokens. Pass token ids "
+            f"{runner.directory} has no tokenizer.json, so texts cannot be turned into tokens. Pass token ids "
             "instead (to model.run, or as the prompt of model.generate), or put the file there."
         )
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise ShardError(f"{path} points to a place outside the model directory. Export the model again.")
     try:
         import tokenizers
     except ImportError as error:
         raise ConfigError("Texts need the tokenizers library: pip install 'pipeload[text]'.") from error
+    path = runner.files.path(_FILE)
+    check_growth(data, str(path))
     with foreign_errors(ShardError, f"{path} is damaged", "Export the model again."):
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(data)
 
 
 def _set_prefix_space(backend: Any, wanted: bool | None) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 from tests.engine.harness import EMULATED
-from tests.engine.tasks.fakes import ToyDecoder, ToyRunner, manifest, write_bert_tokenizer, write_gpt_tokenizer
+from tests.engine.tasks.fakes import (
+    ToyDecoder,
+    ToyRunner,
+    files_in,
+    manifest,
+    write_bert_tokenizer,
+    write_gpt_tokenizer,
+)
 
 from pipeload.errors import ConfigError, ShardError
 from pipeload.tasks.chat.chat import chat_prompt, find_template
@@ -41,7 +48,7 @@ def test_texts_are_those_of_transformers(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     _decoder(tmp_path, template)
-    ours, theirs = find_template(tmp_path), transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    ours, theirs = find_template(files_in(tmp_path)), transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
     for messages in ([QUESTION], [QUESTION, ANSWER, QUESTION]):
         conversation = [*beginning, *messages]
         options = {"add_generation_prompt": add_generation_prompt}
@@ -108,7 +115,7 @@ def test_special_tokens_are_those_of_transformers(
     # Other classes have tokens of their own where the files have none.
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     expected = theirs.apply_chat_template([QUESTION], tokenize=False)
-    assert find_template(tmp_path).render([QUESTION]) == expected
+    assert find_template(files_in(tmp_path)).render([QUESTION]) == expected
 
 
 @pytest.mark.real
@@ -124,18 +131,18 @@ def test_smollm2_is_prompted_as_by_transformers(smollm2_tokenizer: Path) -> None
 
 def test_a_file_of_its_own_comes_before_the_settings(tmp_path: Path) -> None:
     _decoder(tmp_path, "settings")
-    assert find_template(tmp_path).render([QUESTION]) == "settings"
+    assert find_template(files_in(tmp_path)).render([QUESTION]) == "settings"
     (tmp_path / "chat_template.jinja").write_text("file {{ eos_token }}\n")
-    assert find_template(tmp_path).render([QUESTION]) == "file </s>"
+    assert find_template(files_in(tmp_path)).render([QUESTION]) == "file </s>"
 
 
 def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
     several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     _decoder(tmp_path, several)
-    assert find_template(tmp_path).render([QUESTION]) == "plain"
+    assert find_template(files_in(tmp_path)).render([QUESTION]) == "plain"
     _decoder(tmp_path, several[:1])
     with pytest.raises(ConfigError, match=r"\['tool_use'\], and none is 'default'\. Put the one that you want into"):
-        find_template(tmp_path)
+        find_template(files_in(tmp_path))
 
 
 def test_a_model_without_a_template_is_named(tmp_path: Path) -> None:
@@ -156,12 +163,12 @@ def test_a_template_file_must_be_text_inside_the_directory(tmp_path: Path) -> No
     file = model / "chat_template.jinja"
     file.write_bytes(b"a\xff")
     with pytest.raises(ShardError, match="no UTF-8 text: invalid start byte at byte 1"):
-        find_template(model)
+        find_template(files_in(model))
     (tmp_path / "outside.jinja").write_text("outside")
     file.unlink()
     file.symlink_to(tmp_path / "outside.jinja")
-    with pytest.raises(ShardError, match="outside the model directory"):
-        find_template(model)
+    with pytest.raises(ShardError, match="leads out of the model directory"):
+        find_template(files_in(model))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +198,7 @@ def test_a_template_that_reaches_for_python_is_stopped(tmp_path: Path, attack: s
 )
 def test_what_a_template_may_not_have_is_nothing(tmp_path: Path, attack: str) -> None:
     _decoder(tmp_path, f"[{{{{ {attack} }}}}]")
-    assert find_template(tmp_path).render([QUESTION]) == "[]"
+    assert find_template(files_in(tmp_path)).render([QUESTION]) == "[]"
 
 
 @pytest.mark.parametrize("template", ["{% include 'secret' %}", "{% import '/etc/passwd' as x %}", "{% extends 'a' %}"])
@@ -235,7 +242,8 @@ def test_without_jinja_the_extra_is_named(tmp_path: Path) -> None:
         "import sys; sys.modules['jinja2'] = None\n"
         "import pipeload.model; from pathlib import Path\n"
         "from pipeload.tasks.chat.chat import find_template\n"
-        "find_template(Path(sys.argv[1]))"
+        "from tests.engine.tasks.fakes import files_in\n"
+        "find_template(files_in(Path(sys.argv[1])))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],

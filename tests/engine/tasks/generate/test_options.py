@@ -5,16 +5,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.tasks.fakes import write_json
+from tests.engine.tasks.fakes import ToyDecoder, write_json
 
 from pipeload.errors import ConfigError, ShardError
 from pipeload.tasks.generate.options import GenerationOptions, check_call, generation_settings, lookup_tokens
 from pipeload.tasks.model_files import GenerationConfig
+from pipeload.tasks.runner import generation_config_of
+
+
+def _settings(directory: Path, options: Any) -> GenerationConfig:
+    return generation_settings(generation_config_of(ToyDecoder(directory)), options)
 
 
 def test_without_a_file_the_defaults_are_those_of_transformers(tmp_path: Path) -> None:
     config = pytest.importorskip("transformers").GenerationConfig()
-    settings = generation_settings(tmp_path, {})
+    settings = _settings(tmp_path, {})
     for name in GenerationConfig.__struct_fields__:
         assert getattr(settings, name) == getattr(config, name), name
     assert settings.token_limit == 64
@@ -23,7 +28,7 @@ def test_without_a_file_the_defaults_are_those_of_transformers(tmp_path: Path) -
 def test_the_file_decides_and_an_argument_wins(tmp_path: Path) -> None:
     file = {"do_sample": True, "temperature": 0.6, "top_k": None, "top_p": 0.9, "max_new_tokens": 7, "eos_token_id": 3}
     write_json(tmp_path, "generation_config.json", file | {"num_beams": 4, "stop_strings": "END"})
-    settings = generation_settings(tmp_path, {"top_p": 0.5, "temperature": None, "eos_token_id": []})
+    settings = _settings(tmp_path, {"top_p": 0.5, "temperature": None, "eos_token_id": []})
     assert settings == GenerationConfig(
         do_sample=True,
         temperature=0.6,
@@ -33,12 +38,12 @@ def test_the_file_decides_and_an_argument_wins(tmp_path: Path) -> None:
         eos_token_id=[],
         stop_strings=["END"],
     )
-    assert not generation_settings(tmp_path, {"do_sample": False}).do_sample
+    assert not _settings(tmp_path, {"do_sample": False}).do_sample
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     given = {"do_sample": np.True_, "temperature": np.float64(0.5), "top_k": np.int64(3), "eos_token_id": np.int32(4)}
-    settings = generation_settings(tmp_path, given)
+    settings = _settings(tmp_path, given)
     assert (settings.do_sample, settings.top_k, settings.eos_token_id) == (True, 3, [4])
     assert type(settings.temperature) is float
 
@@ -75,20 +80,20 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
 )
 def test_what_cannot_work_is_refused_with_a_remedy(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        generation_settings(tmp_path, arguments)
+        _settings(tmp_path, arguments)
 
 
 def test_greedy_generation_does_not_look_at_what_only_sampling_takes(tmp_path: Path) -> None:
-    assert generation_settings(tmp_path, {"temperature": 0.0, "top_k": -1, "top_p": 7}).temperature == 0
+    assert _settings(tmp_path, {"temperature": 0.0, "top_k": -1, "top_p": 7}).temperature == 0
 
 
 def test_a_file_that_cannot_work_is_refused_too(tmp_path: Path) -> None:
     write_json(tmp_path, "generation_config.json", {"do_sample": True, "temperature": -1.0})
     with pytest.raises(ConfigError, match="temperature must be a number above 0"):
-        generation_settings(tmp_path, {})
+        _settings(tmp_path, {})
     write_json(tmp_path, "generation_config.json", {"top_k": "many"})
     with pytest.raises(ShardError, match="damaged"):
-        generation_settings(tmp_path, {})
+        _settings(tmp_path, {})
 
 
 @pytest.mark.parametrize(
@@ -113,10 +118,10 @@ def test_arguments_of_the_call_are_checked(arguments: dict[str, Any], message: s
 
 def test_guesses_that_only_a_file_asks_for_are_for_calls_that_can_have_them(tmp_path: Path) -> None:
     write_json(tmp_path, "generation_config.json", {"prompt_lookup_num_tokens": 5})
-    settings = generation_settings(tmp_path, {})
+    settings = _settings(tmp_path, {})
     assert lookup_tokens(settings, {}, 1) == 5
     assert lookup_tokens(settings, {}, 2) == 0
     off: GenerationOptions = {"prompt_lookup_num_tokens": 0}
-    assert lookup_tokens(generation_settings(tmp_path, off), off, 1) == 0
+    assert lookup_tokens(_settings(tmp_path, off), off, 1) == 0
     asked: GenerationOptions = {"prompt_lookup_num_tokens": 3}
-    assert lookup_tokens(generation_settings(tmp_path, asked), asked, 2) == 3
+    assert lookup_tokens(_settings(tmp_path, asked), asked, 2) == 3
