@@ -15,6 +15,7 @@ measuring/  machine, process and model -> Profile
 inputs      arrays, joined and taken apart
 decode      KV caches between steps
 tasks/      embed, classify, generate, chat
+opening     the process measured, the first plan made, the agents started
 model       the facade
 bench/      pipeload beside other ways to run a model
 cli/        the commands

@@ -7,26 +7,23 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.decode import CAPACITY_STEP, DecodeState, Decoding, Step
-from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
+from pipeload.decode import DecodeState, Decoding, Step
+from pipeload.errors import ClosedError, ConfigError, LoadError, RunError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
-from pipeload.machine.memory import FreeMemory
 from pipeload.machine.sizes import parse_budget
-from pipeload.measuring import profile_store, profiler
-from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
+from pipeload.opening import Options, open_pipeline
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
@@ -35,10 +32,7 @@ from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.planning import needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
-from pipeload.planning.replanner import Replanner
 from pipeload.storage.model_files import ModelFiles
-from pipeload.storage.stamps import stamps_of
-from pipeload.storage.weights import Storage
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.embed.embed import embed
@@ -48,6 +42,8 @@ from pipeload.tasks.images import image_sizes
 from pipeload.tasks.text.tokenizer import tokenizer_of
 from pipeload.tracing.stats import Stats
 from pipeload.tracing.trace import Progress, Trace
+
+_Sizes: TypeAlias = tuple[tuple[str, int], ...]
 
 __all__ = ["Model", "load"]
 
@@ -117,13 +113,15 @@ def load(
         return Model(
             directory,
             manifest,
-            budget_bytes=budget,
-            loaders=loaders,
-            threads=threads,
-            dims=needs.planning_dims(manifest, image_sizes(files, manifest) | dict(sizes or {})),
-            verify=verify,
-            profile=profile,
-            progress=progress,
+            Options(
+                budget_bytes=budget,
+                loaders=loaders,
+                threads=threads,
+                dims=needs.planning_dims(manifest, image_sizes(files, manifest) | dict(sizes or {})),
+                verify=verify,
+                profile=profile,
+                progress=progress,
+            ),
         )
 
 
@@ -136,51 +134,20 @@ class Model:
         files: its own files, such as `config.json`; each is checked when it is read.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        *,
-        budget_bytes: int | None,
-        loaders: int | None,
-        threads: int | None,
-        dims: Mapping[str, int],
-        verify: bool,
-        profile: Profile | None,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, options: Options) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.files = ModelFiles(directory, manifest, verify=verify)
+        self.files = ModelFiles(directory, manifest, verify=options.verify)
         self._graph_inputs = GraphInputs(manifest)
         self._decoding = Decoding(manifest)
+        self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
-        stamps = stamps_of(directory, manifests.content(directory)) if verify else None
-        storage = Storage(directory, manifest, verify=verify, stamps=stamps)
-        self._profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(dims)
-        kept = profile or profile_store.find(directory, self._profile_dims)
-        with OPEN_PIPELINES.lock:
-            # The tokenizer takes tens of megabytes: it has to be there when the process is measured.
-            with suppress(ConfigError):
-                tokenizer_of(self)
-            process = profiler.measure()
-            # Other models of the process may have read nothing yet of what they are going to keep.
-            process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
-            self._replanner = Replanner(
-                manifest,
-                replace(kept or process, process_bytes=process_bytes, cores=process.cores),
-                budget_bytes=budget_bytes,
-                free_bytes=FreeMemory(),
-                loaders=loaders,
-                threads=threads,
-            )
-            plan = self._first_plan(dims)
-            self._pipeline = Pipeline(manifest, storage, plan, self._replanner, progress)
-            OPEN_PIPELINES.add(self._pipeline)
-        # Absolute, since the host may change its working directory; and nothing here may keep the model alive.
-        keep = partial(_keep_learned, directory.absolute(), self._profile_dims, self._replanner)
-        # Also runs when the interpreter ends: onnxruntime must not be torn down under running agents.
-        self._finalizer = weakref.finalize(self, _end_in, self._pid, self._pipeline, keep if profile is None else None)
+        opened = open_pipeline(directory, manifest, self._decoding, options, self._bring_in)
+        self._pipeline, self._replanner = opened.pipeline, opened.replanner
+        self._profile_dims = opened.profile_dims
+        # Nothing here may keep the model alive. It also runs when the interpreter ends: onnxruntime must not be torn
+        # down under running agents.
+        self._finalizer = weakref.finalize(self, _end_in, self._pid, self._pipeline, opened.keep)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -391,13 +358,10 @@ class Model:
         decoding.end(state, step, outputs)
         return outputs
 
-    def _first_plan(self, dims: Mapping[str, int]) -> Plan:
-        pass_bytes = needs.pass_bytes(self.manifest, dims, positions=1 if self._decoding.caches else None)
-        if self._decoding.caches:
-            # The caller of a decoder will decode: room for the first caches now saves another plan, and reading, then.
-            with suppress(BudgetError):
-                return self._replanner.first_plan(pass_bytes, self._decoding.full_cache_bytes(1, CAPACITY_STEP))
-        return self._replanner.first_plan(pass_bytes, 0)
+    def _bring_in(self) -> None:
+        """The tokenizer takes tens of megabytes: it has to be there when the process is measured."""
+        with suppress(ConfigError):
+            tokenizer_of(self)
 
     def _logits(self, outputs: Mapping[str, Value], positions: int) -> NDArray[Any]:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
@@ -428,7 +392,7 @@ class Model:
         elif state:
             feed.caches = state.caches
         feed.pieces = values
-        pass_bytes, held_bytes = needs.pass_needs(self.manifest, piece_dims, positions=feed.positions, top=feed.top > 0)
+        pass_bytes, held_bytes = self._pass_needs(tuple(piece_dims.items()), feed.positions, feed.top > 0)
         # Pieces that wait for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         # How much is in the caches makes no other kind of pass.
@@ -456,13 +420,18 @@ class Model:
             raise ClosedError("The model is closed. Load it again.")
 
 
+def _pass_needs_of(manifest: Manifest) -> Callable[[_Sizes, int | None, bool], tuple[int, int]]:
+    """`needs.pass_needs` of one model, which remembers the latest sizes: nearly all steps of a text have the same."""
+
+    @lru_cache(maxsize=16)
+    def pass_needs(dims: _Sizes, positions: int | None, top: bool) -> tuple[int, int]:
+        return needs.pass_needs(manifest, dict(dims), positions=positions, top=top)
+
+    return pass_needs
+
+
 def _end_in(pid: int, pipeline: Pipeline, keep: Callable[[], None] | None = None) -> None:
     if os.getpid() == pid:
         pipeline.close()
         if keep:
             keep()
-
-
-def _keep_learned(directory: Path, dims: dict[str, int], replanner: Replanner) -> None:
-    if learned := replanner.learned:
-        profile_store.keep(directory, replace(learned, dims=dims))

@@ -33,7 +33,13 @@ CORES = 2
 PROFILE = Profile(process_bytes=PROCESS_BYTES, cores=CORES)
 """What `pipeload.load` finds out about the process."""
 
-_ENGINE = ("pipeload.model", "pipeload.decode", "pipeload.planning", "pipeload.pipeline", "pipeload.measuring.profiler")
+_ENGINE = (
+    "pipeload.opening",
+    "pipeload.decode",
+    "pipeload.planning",
+    "pipeload.pipeline",
+    "pipeload.measuring.profiler",
+)
 """Modules that measure on behalf of a model; those that measure on behalf of a user go on doing so."""
 
 
@@ -44,7 +50,7 @@ def stand_still(patch: pytest.MonkeyPatch, *, memory: bool = True, times: bool =
         _replace(patch, cores, lambda: CORES)
         _replace(patch, FreeMemory, lambda: lambda: FREE_BYTES)
     if times:
-        patch.setattr(pipeload.model, "Replanner", _UnlearningReplanner)
+        patch.setattr(pipeload.opening, "Replanner", _UnlearningReplanner)
         patch.setattr(loop, "DraftLength", _SteadyDraftLength)
 
 

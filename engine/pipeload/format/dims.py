@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from pipeload.errors import ConfigError
 from pipeload.format.records import TensorSpec
@@ -14,7 +15,8 @@ def evaluate_dim(dim: int | str, dims: Mapping[str, int]) -> int:
     """The size of a dimension, given the sizes of the symbols. Raises KeyError for an unbound symbol."""
     if isinstance(dim, int):
         return dim
-    return sum(int(part) if part.isdecimal() else dims[part] for part in parts(dim))
+    names, constant = _terms(dim)
+    return sum([dims[name] for name in names], constant)
 
 
 def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -49,13 +51,13 @@ def match_dims(
     ]
     dims: dict[str, int] = dict(known or {})
     for _, dim, size in pairs:
-        if isinstance(dim, str) and parts(dim) == [dim]:
+        if isinstance(dim, str) and _terms(dim) == ((dim,), 0):
             dims.setdefault(dim, size)
     solved = True
     while solved:
         solved = False
         for _, dim, size in pairs:
-            if len(unbound := set(symbols(dim)) - dims.keys()) == 1:
+            if isinstance(dim, str) and len(unbound := set(symbols(dim)) - dims.keys()) == 1:
                 symbol = unbound.pop()
                 rest = size - evaluate_dim(dim, {**dims, symbol: 0})
                 # Where no size fits, the comparison below finds the contradiction.
@@ -76,9 +78,16 @@ def match_dims(
 
 def symbols(dim: int | str) -> list[str]:
     """The symbols in a dimension: none for an int, several for a sum."""
-    return [] if isinstance(dim, int) else [part for part in parts(dim) if not part.isdecimal()]
+    return [] if isinstance(dim, int) else list(_terms(dim)[0])
 
 
 def parts(dim: str) -> list[str]:
     """The symbols and numbers that a dimension is the sum of."""
     return [part.strip() for part in dim.split("+")]
+
+
+@lru_cache(maxsize=1024)
+def _terms(dim: str) -> tuple[tuple[str, ...], int]:
+    """The symbols in a sum, and what its numbers come to. Each pass asks for those of every cache."""
+    found = parts(dim)
+    return tuple(part for part in found if not part.isdecimal()), sum(int(part) for part in found if part.isdecimal())

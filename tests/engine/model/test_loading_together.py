@@ -9,7 +9,7 @@ import pytest
 from tests.engine.harness import Background, Gate
 from tests.engine.model.loading import load, no_subprocess
 
-from pipeload import model as models
+from pipeload.measuring import profiler
 from pipeload.pipeline.open_pipelines import OPEN_PIPELINES, _OpenPipelines
 from pipeload.planning.profile import Profile
 
@@ -25,7 +25,7 @@ def test_of_two_models_that_are_loaded_at_once_the_second_counts_the_first(
             gate.stop_here()
         return Profile(process_bytes=10**8, cores=2)
 
-    monkeypatch.setattr(models.profiler, "measure", measure)
+    monkeypatch.setattr(profiler, "measure", measure)
     first = Background(lambda: load(toy_large))
     gate.wait_reached()
     second = Background(lambda: load(toy_large))
