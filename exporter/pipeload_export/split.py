@@ -172,7 +172,8 @@ def _output_spec(value: ValueInfoProto, writer: ShardWriter, dims: Sequence[str]
     )
     if head and value.name == head.output:
         found = writer.edge(head.input)
-        shape = declared if is_known else (*found.shape[:-1], head.rows[-1][1]) if found.shape else ()
+        # Like its slices, whose shapes the sampler saw: they must agree but for the last dimension.
+        shape = (*found.shape[:-1], head.rows[-1][1]) if found.shape else ()
         return TensorSpec(name=value.name, dtype=dtype_name(value.type.tensor_type.elem_type), shape=shape)
     found = writer.edge(value.name)
     return TensorSpec(name=value.name, dtype=found.dtype, shape=declared if is_known else found.shape)

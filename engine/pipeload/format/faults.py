@@ -188,7 +188,9 @@ def _head_faults(m: Manifest) -> Iterator[str]:
         widths = [shape[-1] for shape in made if shape and isinstance(shape[-1], int)]
         if len(widths) == len(slices) and whole and sum(widths) != whole[-1]:
             yield f"the slices of the head make {sum(widths)} values of '{m.head.output}', which has {whole[-1]}"
-        if len(widths) != len(slices) or not whole or any(shape[:-1] != whole[:-1] for shape in made):
+        # A tensor without dimensions is one whose shape the exporter does not know; then it knows none of them.
+        is_known = bool(whole) or any(made)
+        if is_known and (len(widths) != len(slices) or not whole or any(shape[:-1] != whole[:-1] for shape in made)):
             yield f"the slices of the head do not have the shape of '{m.head.output}' but for its last dimension"
 
 
