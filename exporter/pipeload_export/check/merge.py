@@ -15,13 +15,13 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from pipeload.errors import ExportError
 from pipeload.format.caches import length_input
+from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload.format.manifest import LENGTH_AXIS, Lookup, Manifest, Shard, TensorSpec, read
 from pipeload_export.graph.external_data import set_place
-from pipeload_export.graph.graph import DTYPES
 
 __all__ = ["merge"]
 
-_NUMBERS = {name: number for number, name in DTYPES.items()}
+_NUMBERS = {name: number for number, name in ONNX_DTYPES.items()}
 
 
 def merge(directory: Path, target: Path) -> Path:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from pipeload_export.graph.graph import DTYPES, Constant, Graph, attribute, node_inputs
+from pipeload.format.dtypes import ONNX_DTYPES
+from pipeload_export.graph.graph import Constant, Graph, attribute, node_inputs
 
 __all__ = ["Lift", "lift_tables"]
 
@@ -132,7 +133,7 @@ class _Rows:
         """Whether the table can be lifted; then `lifts` and `nodes` replace the Gather."""
         if self._table in self._graph.constants:
             constant = self._graph.constants[self._table]
-            if len(constant.shape) < 2 or constant.dtype not in DTYPES:
+            if len(constant.shape) < 2 or constant.dtype not in ONNX_DTYPES:
                 return False
             self.lifts = [Lift(table=self._table, indices=self._indices, output=self._output)]
             return True
@@ -176,7 +177,7 @@ class _Rows:
         return name if len(constant.shape) < len(self._shape) or constant.shape[0] == 1 else None
 
     def _lookup(self, name: str, constant: Constant) -> str | None:
-        if constant.dtype not in DTYPES:
+        if constant.dtype not in ONNX_DTYPES:
             return None
         output = f"{self._output}.{name}"
         if all(lift.output != output for lift in self.lifts):

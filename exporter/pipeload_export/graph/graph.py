@@ -5,7 +5,7 @@ A constant's values are read on demand, so a graph takes memory for its structur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from pipeload.errors import ExportError
+from pipeload.format.dtypes import ONNX_DTYPES
 
 __all__ = [
-    "DTYPES",
     "FLOATS",
     "PACKED",
     "SUBGRAPHS",
@@ -32,23 +32,6 @@ __all__ = [
     "tensor_proto",
     "sort_nodes",
 ]
-
-DTYPES: Mapping[int, str] = {
-    TensorProto.BOOL: "bool",
-    TensorProto.INT8: "int8",
-    TensorProto.UINT8: "uint8",
-    TensorProto.INT16: "int16",
-    TensorProto.UINT16: "uint16",
-    TensorProto.INT32: "int32",
-    TensorProto.UINT32: "uint32",
-    TensorProto.INT64: "int64",
-    TensorProto.UINT64: "uint64",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.FLOAT: "float32",
-    TensorProto.DOUBLE: "float64",
-}
-"""ONNX's number of an element type -> its name in the manifest. Other types cannot travel between shards."""
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 PACKED = frozenset(
@@ -175,10 +158,10 @@ def dtype_name(elem_type: int) -> str:
     Raises:
         ExportError: tensors of this type cannot travel between shards.
     """
-    if elem_type not in DTYPES:
+    if elem_type not in ONNX_DTYPES:
         name = TensorProto.DataType.Name(elem_type) if elem_type else "unknown"
         raise ExportError(f"Tensors of type {name} cannot be inputs, outputs or edges of shards.")
-    return DTYPES[elem_type]
+    return ONNX_DTYPES[elem_type]
 
 
 def known_constant(array: NDArray[Any]) -> Constant:

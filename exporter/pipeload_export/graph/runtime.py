@@ -10,7 +10,7 @@ import onnxruntime as ort
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line
 
-__all__ = ["open_session", "session_options"]
+__all__ = ["dtype_of", "open_session", "session_options"]
 
 
 def session_options() -> ort.SessionOptions:
@@ -52,3 +52,8 @@ def open_session(
             # It names a file that may be temporary; the message's reader knows it as `what`.
             reason = reason.replace(f"{graph.parent}/", "")
         raise ExportError(f"onnxruntime does not open {what}: {reason}. Fetch or export it again.") from error
+
+
+def dtype_of(name: str) -> str:
+    """NumPy's name of an element type that onnxruntime calls `name`."""
+    return {"float": "float32", "double": "float64"}.get(name, name)

@@ -9,8 +9,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from pipeload.errors import ExportError
-from pipeload_export.graph.graph import DTYPES, Graph, tensor_proto
-from pipeload_export.graph.runtime import open_session
+from pipeload.format.dtypes import ONNX_DTYPES
+from pipeload_export.graph.graph import Graph, tensor_proto
+from pipeload_export.graph.runtime import dtype_of, open_session
 
 __all__ = ["SMALL_BYTES", "elem_type_of", "infer_types", "plain_model", "type_of"]
 
@@ -51,14 +52,10 @@ def _ask_session(model: ModelProto, names: list[str]) -> dict[str, int]:
     return {name: types[name] for name in names if types.get(name)}
 
 
-_RUNTIME_TYPES = {"float": "float32", "double": "float64"}
-
-
 def elem_type_of(text: str) -> int:
     """ONNX's number for onnxruntime's name of a tensor type, such as "tensor(float)"."""
-    name = text.removeprefix("tensor(").removesuffix(")")
-    name = _RUNTIME_TYPES.get(name, name)
-    return next((number for number, known in DTYPES.items() if known == name), 0)
+    name = dtype_of(text.removeprefix("tensor(").removesuffix(")"))
+    return next((number for number, known in ONNX_DTYPES.items() if known == name), 0)
 
 
 def plain_model(

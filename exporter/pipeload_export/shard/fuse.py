@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
+from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload_export.graph.external_data import external_initializer, without_external_data
-from pipeload_export.graph.graph import DTYPES, FLOATS, Constant, tensor_proto
+from pipeload_export.graph.graph import FLOATS, Constant, tensor_proto
 from pipeload_export.graph.runtime import open_session, session_options
 from pipeload_export.graph.types import elem_type_of
 
@@ -80,7 +81,7 @@ class Fused:
 
 def is_external(constant: Constant) -> bool:
     """Whether a constant's values go into the weights file instead of the graph's file."""
-    if constant.dtype not in DTYPES:
+    if constant.dtype not in ONNX_DTYPES:
         return False
     # Scales and biases of any length: otherwise small ones would make every layer's graph a different one.
     return constant.nbytes >= INLINE_BYTES or (constant.dtype in FLOATS and prod(constant.shape) > 1)

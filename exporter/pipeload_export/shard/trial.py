@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from pipeload.foreign import first_line
+from pipeload.format.dtypes import ITEM_BYTES
 from pipeload_export.graph.external_data import external_initializer
-from pipeload_export.graph.runtime import open_session, session_options
+from pipeload_export.graph.runtime import dtype_of, open_session, session_options
 from pipeload_export.shard.fuse import Fused
 
 __all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
@@ -116,7 +117,7 @@ def _events(records: Sequence[Mapping[str, Any]]) -> list[list[Event]]:
             made = [item for entry in details.get("output_type_shape", []) for item in entry.items()]
             event = Event(
                 node=int(details["node_index"]),
-                output_bytes=tuple(int(np.prod(shape)) * _ITEM_BYTES.get(dtype, 8) for dtype, shape in made),
+                output_bytes=tuple(int(np.prod(shape)) * ITEM_BYTES.get(dtype_of(dtype), 8) for dtype, shape in made),
                 output_shapes=tuple(tuple(shape) for _, shape in made),
             )
             current.append(event)
@@ -124,11 +125,6 @@ def _events(records: Sequence[Mapping[str, Any]]) -> list[list[Event]]:
             runs.append(current)
             current = []
     return runs
-
-
-_ITEM_BYTES = {"float": 4, "double": 8, "bool": 1, "float16": 2, "bfloat16": 2} | {
-    f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)
-}
 
 
 def agree(wanted: Sequence[Sequence[NDArray[Any]]], found: Sequence[Sequence[NDArray[Any]]]) -> bool:

@@ -14,18 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.format.dtypes import ONNX_DTYPES, SAFETENSORS_DTYPES
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
-from pipeload_export.graph.graph import DTYPES, Constant
+from pipeload_export.graph.graph import Constant
 from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["WeightsFile", "in_order", "write_weights"]
 
 _PIECE_BYTES = 16 << 20
 _ALIGNED_BYTES = 64
-_SAFETENSORS_NAMES = {
-    "bool": "BOOL", "int8": "I8", "uint8": "U8", "int16": "I16", "uint16": "U16", "int32": "I32", "uint32": "U32",
-    "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
-}  # fmt: skip
+_SAFETENSORS_NAMES = {name: short for short, name in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +73,7 @@ def write_weights(
     entries: dict[str, dict[str, Any]] = {}
     position = 0
     for name, constant in constants:
-        dtype = _SAFETENSORS_NAMES[DTYPES[constant.dtype]]
+        dtype = _SAFETENSORS_NAMES[ONNX_DTYPES[constant.dtype]]
         end = position + constant.nbytes
         entries[name] = {"dtype": dtype, "shape": list(constant.shape), "data_offsets": [position, end]}
         position = end
@@ -109,7 +107,7 @@ def write_weights(
         tensors=tuple(
             WeightSpec(
                 name=name,
-                dtype=DTYPES[constant.dtype],
+                dtype=ONNX_DTYPES[constant.dtype],
                 shape=constant.shape,
                 offset=begin + entries[name]["data_offsets"][0],
             )
