@@ -139,7 +139,7 @@ def test_a_slice_of_a_head_lies_within_a_tensor_of_its_file(
     assert read_shard(storage, head) == expected_of(directory, head)
     assert head.weights is not None
     damage(directory / head.weights.path)
-    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is not the file"):
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' (is not the file|has a damaged .* header)"):
         read_shard(Storage(directory, manifest, verify=False), head)
 
 
