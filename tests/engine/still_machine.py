@@ -67,8 +67,8 @@ class _SteadyDraftLength(DraftLength):
     def drafted(self, tokens: int, seconds: float) -> None:
         super().drafted(tokens, 0.0)
 
-    def checked(self, drafts: int, accepted: int, *, read_s: float, computed_s: float) -> None:
-        super().checked(drafts, accepted, read_s=1.0, computed_s=1e-3 * (drafts + 1))
+    def timed(self, tokens: int, *, read_s: float, computed_s: float) -> None:
+        super().timed(tokens, read_s=1.0, computed_s=1e-3 * tokens)
 
 
 def _replace(patch: pytest.MonkeyPatch, measuring: Callable[..., Any], still: Callable[..., Any]) -> None:

@@ -25,9 +25,9 @@ class Ledger:
         self._last: PassStats | None = None
         self._unsettled_s: float | None = None
 
-    def add(self, begin_s: float, end_s: float, bound_s: float | None) -> None:
-        """A pass has ended. Times are those of `time.perf_counter`; for `bound_s` see `PassStats`."""
-        self._last = pass_stats(self._trace.spans_since(begin_s), begin_s, end_s, bound_s)
+    def add(self, begin_s: float, end_s: float, bound_s: float | None, calls: int = 1) -> None:
+        """A pass has ended. Times are those of `time.perf_counter`; for the others see `PassStats`."""
+        self._last = pass_stats(self._trace.spans_since(begin_s), begin_s, end_s, bound_s, calls)
         self._unsettled_s = begin_s
         self._first_pass_s = self._first_pass_s or self._last.seconds
         self.passes += 1

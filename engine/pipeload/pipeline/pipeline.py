@@ -218,7 +218,7 @@ class Pipeline:
                 keep_rows_cached=not self.plan.streamed_bytes,
             )
             end_s = time.perf_counter()
-            self._ledger.add(begin_s, end_s, self._bound_s(cold))
+            self._ledger.add(begin_s, end_s, self._bound_s(cold), len(calls))
             if self.plan.streamed_bytes:
                 self._exchange.calls.expect(len(calls), _GATHER_SHARE * (end_s - begin_s))
         except BaseException as error:

@@ -21,6 +21,7 @@ class PassStats:
         bound_s: T*, the least that such a pass could take: the first one cold, later ones with these resident shards.
             None where no profile says so, and for passes that still load shards which will stay.
         agents: what each agent did meanwhile.
+        calls: how many calls it served.
     """
 
     seconds: float
@@ -28,6 +29,7 @@ class PassStats:
     read_s: float
     bound_s: float | None
     agents: Mapping[str, AgentTimes]
+    calls: int = 1
 
     @property
     def read_bytes_per_s(self) -> float:
@@ -64,7 +66,7 @@ class Stats:
     last: PassStats | None = field(default=None)
 
 
-def pass_stats(spans: Sequence[Span], begin_s: float, end_s: float, bound_s: float | None) -> PassStats:
+def pass_stats(spans: Sequence[Span], begin_s: float, end_s: float, bound_s: float | None, calls: int = 1) -> PassStats:
     """The figures of one pass.
 
     Args:
@@ -72,6 +74,7 @@ def pass_stats(spans: Sequence[Span], begin_s: float, end_s: float, bound_s: flo
         begin_s: when it began, by `time.perf_counter`.
         end_s: when it ended.
         bound_s: T* of such a pass, if it is known.
+        calls: how many calls it served.
     """
     nbytes, reads = 0.0, []
     for span in spans:
@@ -86,4 +89,5 @@ def pass_stats(spans: Sequence[Span], begin_s: float, end_s: float, bound_s: flo
         read_s=busy_s(reads),
         bound_s=bound_s,
         agents=agent_times(spans, begin_s, end_s),
+        calls=calls,
     )

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from tests.engine.tasks.fakes import manifest, write_gpt_tokenizer, write_json
+from tests.engine.tasks.fakes import WithFiles, manifest, write_gpt_tokenizer, write_json
 from typer.testing import CliRunner, Result
 
 import pipeload
@@ -34,7 +34,7 @@ BYTES = 3_000_000
 Event = str | BaseException
 
 
-class Talker:
+class Talker(WithFiles):
     """A model and its session. Each answer is a list of pieces; an exception in it is raised there."""
 
     def __init__(self, directory: Path, answers: Sequence[Sequence[Event]]) -> None:

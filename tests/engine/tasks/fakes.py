@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError
-from pipeload.format.manifest import Cache, Manifest, TensorSpec
+from pipeload.format.manifest import MANIFEST_NAME, Cache, Manifest, TensorSpec
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tracing.stats import Stats
@@ -192,9 +192,15 @@ def files_in(directory: Path) -> ModelFiles:
 
 
 def write_json(directory: Path, name: str, value: object) -> None:
+    """Write a file of a model directory; in a copy of an exported one, it is no exported file any more."""
     path = directory / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value))
+    listing = directory / MANIFEST_NAME
+    if listing.exists():
+        listed = json.loads(listing.read_text())
+        listed["files"] = [record for record in listed["files"] if record["path"] != name]
+        listing.write_text(json.dumps(listed))
 
 
 def write_bert_tokenizer(directory: Path, **settings: object) -> None:

@@ -26,6 +26,8 @@ __all__ = ["Assistant", "DraftLength", "Drafter", "PromptLookup"]
 
 _FADING = 0.9
 """What earlier sweeps count against the latest one: texts change."""
+_MOST = 128
+"""Longer drafts are not weighed, whatever a model's file asks for: weighing them would take longer than a pass."""
 _FIRST_SLOPE = 0.25
 """Of the time that one token computes, what each further one takes, until it was measured: weights are read once."""
 
@@ -126,7 +128,7 @@ class DraftLength:
             tokens = sum(acceptance**place for place in range(drafts + 1))
             return tokens / max(self.sweep_s(drafts + 1) + drafts * self._draft_s, 1e-9)
 
-        return max(range(most + 1), key=tokens_per_s, default=0)
+        return max(range(min(most, _MOST) + 1), key=tokens_per_s, default=0)
 
     def sweep_s(self, tokens: int) -> float:
         """What a sweep over so many tokens will take."""
@@ -144,20 +146,27 @@ class DraftLength:
         # Without drafts it is slowly forgotten how long they took.
         self._draft_s = _faded(self._draft_s, seconds / tokens) if tokens else self._draft_s * _FADING
 
-    def checked(self, drafts: int, accepted: int, *, read_s: float, computed_s: float) -> None:
-        """A sweep has checked so many drafts, of which the first so many were right.
+    def checked(self, drafts: int, accepted: int) -> None:
+        """A sweep has checked drafts.
 
         Args:
             drafts: tokens that were drafted.
             accepted: those before the first wrong one.
-            read_s: seconds for which the storage has read.
-            computed_s: seconds for which the model has computed.
         """
         # Without drafts it is slowly forgotten that they were wrong, so that they get another chance.
         self._right = 1 + (self._right - 1) * _FADING + accepted
         self._wrong = 1 + (self._wrong - 1) * _FADING + (accepted < drafts)
+
+    def timed(self, tokens: int, *, read_s: float, computed_s: float) -> None:
+        """A sweep for this text alone was timed.
+
+        Args:
+            tokens: that it computed.
+            read_s: seconds for which the storage has read.
+            computed_s: seconds for which the model has computed.
+        """
         self._read_s = _faded(self._read_s, read_s)
-        self._computed_s[drafts + 1] = _faded(self._computed_s.get(drafts + 1, 0.0), computed_s)
+        self._computed_s[tokens] = _faded(self._computed_s.get(tokens, 0.0), computed_s)
 
 
 def _faded(before: float, now: float) -> float:

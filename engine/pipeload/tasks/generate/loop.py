@@ -47,13 +47,18 @@ def extend_with_drafts(
         # The first pass of either model also reads the prompt.
         if sequence.sweeps:
             length.drafted(len(draft), time.perf_counter() - begin_s)
+        passes = reading.decoder.stats.passes
         (scores,) = reading.scores(
             [[*sequence.ids, *draft]], padding=[0], positions=len(draft) + 1, top=sequence.chooser.top
         )
         accepted = _push(sequence, scores, draft, streamer)
-        if sequence.sweeps > 1 and (last := reading.decoder.stats.last):
-            computed_s = last.agents["inference"].kinds.get("run", 0.0)
-            length.checked(len(draft), accepted, read_s=last.read_s, computed_s=computed_s)
+        if sequence.sweeps > 1:
+            length.checked(len(draft), accepted)
+            stats = reading.decoder.stats
+            # A sweep of other callers, or one that served them too, says nothing about this text alone.
+            if (last := stats.last) and stats.passes == passes + 1 and last.calls == 1:
+                computed_s = last.agents["inference"].kinds.get("run", 0.0)
+                length.timed(len(draft) + 1, read_s=last.read_s, computed_s=computed_s)
 
 
 def _push(sequence: GrowingSequence, scores: Sequence[Scores], draft: Sequence[int], streamer: Streamer | None) -> int:

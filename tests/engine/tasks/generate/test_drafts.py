@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.engine.tasks.fakes import ToyDecoder
 
+from pipeload.tasks.generate import loop
 from pipeload.tasks.generate.drafts import DraftLength, PromptLookup
+from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.generate.sampling import TokenChooser
 from pipeload.tasks.model_files import GenerationConfig
+from pipeload.tracing.stats import PassStats, Stats
+from pipeload.tracing.trace import AgentTimes
 
 CHOOSER = TokenChooser(GenerationConfig(), prompt_tokens=1, eos_ids=[])
 
@@ -40,7 +47,8 @@ def test_a_text_that_grows_is_looked_up_as_a_new_one(ids: list[int], ngram: int)
 def _length(*sweeps: tuple[int, int], read_s: float, token_s: float, further_s: float) -> DraftLength:
     length = DraftLength()
     for drafts, accepted in sweeps:
-        length.checked(drafts, accepted, read_s=read_s, computed_s=token_s + drafts * further_s)
+        length.checked(drafts, accepted)
+        length.timed(drafts + 1, read_s=read_s, computed_s=token_s + drafts * further_s)
     return length
 
 
@@ -62,7 +70,8 @@ def test_drafts_that_were_wrong_get_another_chance() -> None:
     length = _length((0, 0), *[(5, 0)] * 10, read_s=0.0, token_s=0.1, further_s=0.03)
     assert length.choose(10) == 0
     for _ in range(100):
-        length.checked(0, 0, read_s=0.0, computed_s=0.1)
+        length.checked(0, 0)
+        length.timed(1, read_s=0.0, computed_s=0.1)
     assert length.choose(10) > 0
 
 
@@ -86,3 +95,28 @@ def test_the_time_that_drafts_took_once_is_forgotten() -> None:
     for _ in range(100):
         length.drafted(0, 0.0)
     assert length.choose(10) > 0
+
+
+@pytest.mark.parametrize(("calls", "others", "timed"), [(1, 0, [2, 3, 4]), (2, 0, []), (1, 1, [])])
+def test_only_sweeps_for_the_text_alone_teach_how_long_sweeps_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int, others: int, timed: list[int]
+) -> None:
+    class Shared(ToyDecoder):
+        """A decoder whose sweeps serve several calls, or come between those of others."""
+
+        @property
+        def stats(self) -> Stats:
+            agents = {"inference": AgentTimes(kinds={"run": 1.0}, busy_s=1.0, wait_s=0.0)}
+            last = PassStats(seconds=1.0, read_bytes=0, read_s=0.5, bound_s=None, agents=agents, calls=calls)
+            return Stats(passes=len(self.steps) * (1 + others), last=last)
+
+    found: list[int] = []
+    monkeypatch.setattr(loop.DraftLength, "timed", lambda *_, **__: found.append(len(decoder.steps)))  # type: ignore[attr-defined]
+    decoder = Shared(tmp_path)
+    generate(decoder, [1, 2, 3], max_new_tokens=4, prompt_lookup_num_tokens=2)
+    assert found == timed[: len(decoder.steps) - 1]
+
+
+def test_a_file_cannot_ask_for_drafts_without_end() -> None:
+    length = _length((0, 0), *[(8, 8)] * 9, read_s=9.0, token_s=0.1, further_s=0.0)
+    assert length.choose(10**12) <= 128
