@@ -37,6 +37,8 @@ class DecodeState:
         caches: graph input -> value, as the latest step made it.
     """
 
+    __module__ = "pipeload"
+
     def __init__(
         self,
         capacity: int,

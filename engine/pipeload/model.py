@@ -125,6 +125,9 @@ def load(
         )
 
 
+load.__module__ = "pipeload"
+
+
 class Model:
     """A model that runs under a memory budget. Made by `load`; safe to call from several threads.
 
@@ -133,6 +136,8 @@ class Model:
         manifest: what it consists of.
         files: its own files, such as `config.json`; each is checked when it is read.
     """
+
+    __module__ = "pipeload"
 
     def __init__(self, directory: Path, manifest: Manifest, options: Options) -> None:
         self.directory = directory

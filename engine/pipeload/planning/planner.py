@@ -87,6 +87,8 @@ class Plan:
         first_pass_s, steady_pass_s: predicted seconds; None when the profile was not measured.
     """
 
+    __module__ = "pipeload"
+
     budget_bytes: int
     loaders: int
     buffers: int

@@ -1,7 +1,7 @@
 """What the planner has to know about the machine, the process, and the model's speed on it."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: msgspec would look up annotations that are text in the module that a class
+# names, and Profile names the package.
 from dataclasses import dataclass, field
 
 __all__ = ["Profile", "ShardTimes"]
@@ -44,6 +44,8 @@ class Profile:
         activation_bytes: what a pass was seen to occupy beside weights and caches.
         cache_bytes_per_token: bytes that a token adds to the KV caches of one sequence.
     """
+
+    __module__ = "pipeload"
 
     process_bytes: int
     cores: int

@@ -37,6 +37,8 @@ class Generation:
         accepted_tokens: the ones among them that were right.
     """
 
+    __module__ = "pipeload"
+
     text: str | None
     token_ids: tuple[int, ...]
     prompt_tokens: int

@@ -32,6 +32,8 @@ class Session(Generic[State]):
         ' Rome.'
     """
 
+    __module__ = "pipeload"
+
     def __init__(self, runner: Decoder[State], capacity: int = 0) -> None:
         check_model(runner)
         self._runner = runner

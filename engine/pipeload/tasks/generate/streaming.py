@@ -34,6 +34,8 @@ class TextStream:
         [' Paris', '.']
     """
 
+    __module__ = "pipeload"
+
     def __init__(self) -> None:
         self.closed = False
         self._taken = False
