@@ -10,7 +10,13 @@ from pathlib import Path
 
 import typer
 
+from pipeload.machine.files import read_stream
+
 __all__ = ["is_typed", "read_lines", "read_text", "read_turns", "refuse_images"]
+
+
+_MOST_BYTES = 1 << 30
+"""Of a file of texts; all of them are in memory together."""
 
 
 def read_text(path: Path = Path("-")) -> str:
@@ -21,7 +27,7 @@ def read_text(path: Path = Path("-")) -> str:
     """
     name = "stdin" if path == Path("-") else str(path)
     try:
-        text = (sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()).decode()
+        text = (sys.stdin.buffer.read() if path == Path("-") else read_stream(path, most_bytes=_MOST_BYTES)).decode()
     except OSError as error:
         raise typer.BadParameter(f"{name} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

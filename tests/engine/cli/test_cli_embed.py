@@ -12,6 +12,8 @@ from tests.engine.cli.toy_models import Call, encoder_in
 
 pytest.importorskip("tokenizers")
 
+from pipeload.cli import texts
+
 
 def test_embed_shows_the_figures_of_one_text(tmp_path: Path, call: Call) -> None:
     result = call(encoder_in(tmp_path), "embed", "the cat")
@@ -75,3 +77,10 @@ def test_the_budget_goes_to_load_and_the_statistics_to_stderr(
     assert result.stderr.startswith("2 passes, 0 B read, peak 123.0 MB of 256.0 MB\nplan: 1 Loading Agent, 0 buffers")
     call(encoder_in(tmp_path), "embed", "cat")
     assert loads[1][1] == "auto"
+
+
+def test_embed_reads_no_file_without_end(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "_MOST_BYTES", 1000)
+    result = call(encoder_in(tmp_path), "embed", "--file=/dev/zero")
+    assert result.exit_code == 2
+    assert "/dev/zero cannot be read: it holds more than the 1.0 kB" in result.stderr

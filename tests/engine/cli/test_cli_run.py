@@ -114,3 +114,22 @@ def test_run_opens_no_pickles_and_no_archives(tmp_path: Path, call: Call) -> Non
         assert result.exit_code == 2
         assert "numpy.save" in result.stderr or "its own .npy file" in result.stderr
         assert "allow_pickle" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["{'descr': '<f4', 'fortran_order': False, 'shape': (" + "9" * 17 + ",)}", "(" * 500, "{'descr': [(", "{}"],
+)
+def test_run_names_an_array_that_numpy_cannot_read(tmp_path: Path, call: Call, header: str) -> None:
+    text = f"{header:<1000}\n".encode()
+    (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    result = call(_summer(tmp_path), "run", f"--input=input_ids={tmp_path / 'x.npy'}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "cannot be read as .npy" in result.stderr
+
+
+def test_run_says_how_long_a_text_may_be(tmp_path: Path, call: Call) -> None:
+    write_json(tmp_path, "config.json", {"max_position_embeddings": 5})
+    result = call(_summer(tmp_path), "run", "--random", "--size=batch_size=1", "--size=sequence_length=6")
+    assert result.exit_code == 1
+    assert "input_ids has 6 tokens, and the model has positions for at most 5. Shorten it" in str(result.exception)

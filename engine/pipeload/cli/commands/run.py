@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 import pipeload
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, in_folder, open_model, pairs, read_sizes
 from pipeload.cli.report import print_json
+from pipeload.errors import ConfigError
 from pipeload.format.manifest import bind_dims
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.planning.needs import planning_dims
@@ -59,6 +59,7 @@ def run(
         if random:
             shapes = {name: array.shape for name, array in given.items()}
             given = _random_inputs(model, bind_dims(model.inputs, shapes) | dims) | given
+        _check_length(model, given)
         seconds = []
         outputs: Arrays = {}
         for _ in chunks(range(passes), 1, "Running"):
@@ -85,8 +86,9 @@ def _read_array(name: str, file: str) -> NDArray[Any]:
         array = np.load(file, allow_pickle=False)
     except OSError as error:
         raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error.strerror or error}.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        # NumPy takes whatever it does not know for a pickle, and then says how to load it all the same.
+    except Exception as error:
+        # Its parser raises what it likes. NumPy takes what it does not know for a pickle, and says how to load it all
+        # the same.
         why = "" if "pickle" in str(error) else f" ({error})"
         raise typer.BadParameter(
             f"{file} for {name} cannot be read as .npy{why}. Save an array of numbers with numpy.save."
@@ -95,6 +97,16 @@ def _read_array(name: str, file: str) -> NDArray[Any]:
         array.close()
         raise typer.BadParameter(f"{file} for {name} holds several arrays. Save each as its own .npy file.")
     return array
+
+
+def _check_length(model: pipeload.Model, given: Arrays) -> None:
+    """Refuse texts that are longer than the model: onnxruntime only says that some arrays do not go together."""
+    most, ids = config_of(model).max_positions, given.get("input_ids")
+    if most is not None and ids is not None and ids.ndim > 1 and ids.shape[1] > most:
+        raise ConfigError(
+            f"input_ids has {ids.shape[1]} tokens, and the model has positions for at most {most}. Shorten it, or "
+            "lower the --size of its length."
+        )
 
 
 def _random_inputs(model: pipeload.Model, sizes: dict[str, int]) -> Arrays:
