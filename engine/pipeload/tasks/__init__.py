@@ -1,21 +1,20 @@
 """From texts and images to answers: what a task does before and after the passes through the model.
 
 ```
-texts, images --> text.py, vision.py --> arrays --> Runner.run or Decoder.step --> arrays
-                                                                                      |
-              embed.py (pooling.py), classify.py (labels.py, entities.py), generate.py
-                                                                                      |
-                                                     vectors, labels, entities, texts <
+arguments    what callers pass, checked
+model_files  the settings in a model's own files
+runner       what a task asks of the engine
+text/        texts <-> token ids
+images       images -> pixel values
+embed/       texts -> vectors
+classify/    texts, images -> labels; tokens -> entities
+chat/        messages -> prompt
+generate/    prompts -> texts
 ```
 
-Generation has modules of its own: `options.py` is what a call asks for, `prompts.py` what it is given, `reading.py`
-what the decoder has in its caches, `decoding.py` the loop of passes, `speculation.py` guesses tokens for them,
-`sampling.py` chooses tokens, `stopping.py` finds stop strings, `sequence.py` is one text while it grows,
-`streaming.py` hands text to another thread. `chat.py` makes a prompt of messages, with the model's chat template,
-which `template.py` runs in Jinja's sandbox. `batch.py` makes rectangles of sequences, `config.py` reads the model
-directory's own files (`config.json` ...), and `runner.py` says what a task asks of the engine. The semantics are those
-of transformers and sentence-transformers; neither is imported. The tokenizers library, Pillow and Jinja (extras
-`text`, `vision` and `chat`) are imported at the first call that needs them.
+The semantics are those of transformers and sentence-transformers; neither is imported. The tokenizers library, Pillow
+and Jinja (extras `text`, `vision` and `chat`) are imported at the first call that needs them. What they raise is an
+error of pipeload; what a caller's own function raises (a streamer, a logits processor) comes back as it is.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Messages -> a prompt.
 
 ```
-template   the model's chat template, in Jinja's sandbox
+sandbox    bounds for what a template does
+template   the model's chat template
 chat       messages -> token ids
 ```
 """
