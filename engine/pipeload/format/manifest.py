@@ -72,8 +72,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "pipeload.json"
-_MOST_BYTES = 64 << 20
-"""A manifest of a hundred layers has about 200 kB."""
+_MOST_BYTES = 16 << 20
+"""A manifest of a hundred layers has about 500 kB, and one of 16 MiB takes some seconds to check."""
 _MOST_FAULTS, _FAULT_CHARACTERS = 20, 400
 """A message lists this many faults at most, each with this many characters."""
 

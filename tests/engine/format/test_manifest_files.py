@@ -30,10 +30,10 @@ def test_a_manifest_that_is_a_link_to_itself_is_refused(tmp_path: Path) -> None:
         manifests.read(tmp_path)
 
 
-def test_a_manifest_over_64_mb_is_refused_unread(tmp_path: Path) -> None:
+def test_a_manifest_over_its_limit_is_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / MANIFEST_NAME).open("wb") as file:
-        file.truncate((64 << 20) + 1)
-    with pytest.raises(ManifestError, match=r"holds more than the 67\.1 MB that are read of it"):
+        file.truncate((16 << 20) + 1)
+    with pytest.raises(ManifestError, match=r"holds more than the 16\.8 MB that are read of it"):
         manifests.read(tmp_path)
 
 
