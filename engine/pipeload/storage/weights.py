@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import LoadError, ShardError
+from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
 from pipeload.format.safetensors import check_header
@@ -28,7 +29,7 @@ from pipeload.machine.files import open_file
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.model_files import ModelFiles, unreadable
 from pipeload.storage.ranges import OpenFile, read_range, set_direct, wrong_size
-from pipeload.storage.stamps import Stamps, is_fresh, stamp_of
+from pipeload.storage.stamps import Stamp, Stamps, is_fresh, stamp_of
 from pipeload.storage.tied import TiedTable
 
 __all__ = ["Storage"]
@@ -61,6 +62,7 @@ class Storage:
         self._stamps = stamps if stamps is not None else Stamps(None)
         self._tied: dict[str, TiedTable] = {}
         self._headers: dict[str, bytes] = {}
+        self._graphs: dict[str, Stamp] = {}
         self._tensors: dict[str, list[WeightSpec]] = {}
         self._slices: dict[str, list[WeightSpec]] = {}
         heads: dict[str, list[str]] = {}
@@ -93,12 +95,16 @@ class Storage:
                 "Export the model again."
             )
         with self._open(record) as file:
-            if self._verify and not self._stamps.has(record.path, file.stamp):
+            hashed = not self._verify or self._stamps.has(record.path, file.stamp)
+            if not hashed or self._graphs.get(shard.name) != file.stamp:
                 with _named(record.path):
                     data = os.pread(file.descriptor, record.nbytes, 0)
-                if hashlib.sha256(data).hexdigest() != record.sha256:
+                if not hashed and hashlib.sha256(data).hexdigest() != record.sha256:
                     raise ShardError(_damaged(record.path))
-                self._stamps.add(record.path, file.stamp, file.stamp_now())
+                check_graph(shard, data)
+                self._graphs[shard.name] = file.stamp
+                if not hashed:
+                    self._stamps.add(record.path, file.stamp, file.stamp_now())
             path = self._files.path(record.path)
             failure: LoadError | None = None
             try:

@@ -1,0 +1,164 @@
+"""What a shard's `.onnx` file takes from other files, and what it makes, held against the manifest. Pure.
+
+ONNX Runtime loads by itself whatever the graph takes from a file and the session is not given: that would be in no
+plan and under no hash. A graph is a protobuf message, of which only the few fields are looked at that can name a file.
+Source: onnx.proto (https://github.com/onnx/onnx), and "Encoding" of Protocol Buffers (https://protobuf.dev).
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pipeload.errors import ShardError
+from pipeload.format.dtypes import ONNX_DTYPES
+from pipeload.format.manifest import Shard
+
+__all__ = ["check_graph"]
+
+_CHILDREN = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "initializer", 11: "input", 12: "output", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"""Kind of a message -> number of a field -> kind of the messages in it."""
+_MOST_DEPTH = 100
+_EXTERNAL = 1
+
+_Place = tuple[str | None, str, str, str, tuple[int, ...]]
+"""dtype, location, offset, length and shape of a tensor that lies in another file."""
+
+
+@dataclass(slots=True)
+class _Found:
+    taken: list[tuple[str, _Place]] = field(default_factory=list)
+    hidden: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+
+
+def check_graph(shard: Shard, data: bytes) -> None:
+    """The graph takes from files exactly the shard's tensors, and makes exactly its outputs.
+
+    Args:
+        shard: the shard, of a validated manifest.
+        data: its `.onnx` file.
+
+    Raises:
+        ShardError: it is no ONNX graph, or another shard's.
+    """
+    name, found = shard.graph.path, _Found()
+    try:
+        _collect("model", memoryview(data), 0, found)
+    except (ValueError, IndexError) as error:
+        raise ShardError(f"'{name}' is no ONNX graph: {error}. Copy or export the model again.") from error
+    expected: dict[str, _Place] = {}
+    if shard.weights is not None:
+        location = posixpath.relpath(shard.weights.path, posixpath.dirname(name) or ".")
+        for spec in shard.tensors:
+            expected[spec.name] = (spec.dtype, location, str(spec.offset), str(spec.nbytes), spec.shape)
+    faults = [f"it takes '{key}' from a file in the middle of the graph" for key in found.hidden]
+    faults += [
+        f"it takes '{key}' from {place}, the manifest says {expected.get(key, 'nothing of it')}"
+        for key, place in found.taken
+        if expected.get(key) != place
+    ]
+    faults += [f"it does not take '{key}'" for key in sorted(expected.keys() - {key for key, _ in found.taken})]
+    if set(found.outputs) != set(shard.outputs):
+        faults.append(f"it makes {sorted(found.outputs)}, the manifest says {sorted(shard.outputs)}")
+    if faults:
+        raise ShardError(
+            f"'{name}' is not the graph that the manifest describes: {faults[0][:1000]}"
+            f"{f'; and {len(faults) - 1} more' if faults[1:] else ''}. Export the model again."
+        )
+
+
+def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:
+    """Note what a message, and all within it, takes from files; and the outputs of the outermost graph."""
+    if depth > _MOST_DEPTH:
+        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
+    outermost = kind == "graph" and depth == 1
+    for number, value in _fields(data):
+        child = _CHILDREN[kind].get(number)
+        if child is None or isinstance(value, int):
+            continue
+        if child in ("initializer", "tensor"):
+            name, place = _tensor(value)
+            if place and outermost and child == "initializer":
+                found.taken.append((name, place))
+            elif place:
+                found.hidden.append(name)
+        elif child in ("input", "output"):
+            if outermost and child == "output":
+                found.outputs.append(_text(dict(_fields(value)).get(1, b"")))
+        else:
+            _collect(child, value, depth + 1, found)
+
+
+def _tensor(data: memoryview) -> tuple[str, _Place | None]:
+    """A tensor's name, and where it lies, if that is in another file."""
+    name, dtype, dims, external, entries = "", None, [], False, {}
+    for number, value in _fields(data):
+        if number == 1:
+            dims += [value] if isinstance(value, int) else _packed(value)
+        elif number == 2 and isinstance(value, int):
+            dtype = ONNX_DTYPES.get(value)
+        elif number == 8:
+            name = _text(value)
+        elif number == 13 and not isinstance(value, int):
+            entry = dict(_fields(value))
+            entries[_text(entry.get(1, b""))] = _text(entry.get(2, b""))
+        elif number == 14:
+            external = value == _EXTERNAL
+    if not external and not entries:
+        return name, None
+    place = (entries.get("location", ""), entries.get("offset", "0"), entries.get("length", ""))
+    return name, (dtype, *place, tuple(dims))
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(number, value) of each field of a protobuf message: an int, or the bytes of a text, a message or a float."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value
+            continue
+        if wire == 2:
+            size, at = _varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"a field has the unknown kind {wire}")
+        if at + size > len(data):
+            raise ValueError("it ends in the middle of a field")
+        yield number, data[at : at + size]
+        at += size
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+    raise ValueError("a number has more than ten bytes")
+
+
+def _packed(data: memoryview) -> list[int]:
+    values, at = [], 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        values.append(value)
+    return values
+
+
+def _text(value: int | bytes | memoryview) -> str:
+    return "" if isinstance(value, int) else bytes(value).decode("utf-8", "replace")
