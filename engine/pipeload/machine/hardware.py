@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeload.machine.cgroups import cpu_quota
+
 __all__ = ["cores", "cpu_name", "device_of", "memory_bytes"]
 
 _ROUND_BYTES = 100_000_000
@@ -17,19 +19,9 @@ _ROUND_BYTES = 100_000_000
 
 
 def cores() -> int:
-    """Processors by affinity, and by the cgroup's quota where there is one (v2 `cpu.max`, v1 `cpu.cfs_quota_us`)."""
+    """Processors by affinity, and by the quota of this process's cgroup and its parents, where there is one."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return count
-    if quota in ("max", "-1"):
-        return count
-    return max(1, min(count, math.ceil(int(quota) / int(period))))
+    return max(1, math.ceil(min(count, cpu_quota())))
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -23,7 +23,8 @@ def user_cache(name: str) -> Path | None:
         return Path(own) / name
     try:
         return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload" / name
-    except RuntimeError:
+    except (RuntimeError, KeyError):
+        # Where HOME is not set, Python asks the user database, in which a container's user need not be.
         return None
 
 

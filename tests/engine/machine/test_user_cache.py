@@ -42,6 +42,16 @@ def test_a_user_without_a_home_has_no_cache_and_can_still_load(monkeypatch: pyte
     assert profile_store.find(toy, {}) is None
 
 
+def test_a_user_whom_the_system_does_not_know_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: type[Path]) -> Path:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    for name in ("PIPELOAD_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(unknown))
+    assert user_cache("verified") is None
+
+
 def test_tests_do_not_write_into_the_users_own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     assert tmp_path_factory.getbasetemp() in user_cache("x").parents
 
