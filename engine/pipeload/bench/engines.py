@@ -98,8 +98,7 @@ class Engine(ABC):
         outputs = self._pass(self._with_caches({**inputs, **state.caches}), positions=positions)
         state.caches = {cache.input: outputs[cache.output] for cache in self.manifest.caches}
         state.length += next(iter(inputs.values())).shape[1]
-        made = {cache.output for cache in self.manifest.caches}
-        name = next(spec.name for spec in self.manifest.outputs if spec.name not in made)
+        name = self.manifest.free_outputs[0].name
         logits: NDArray[np.float32] = outputs[name][:, -positions:, :]
         return logits
 

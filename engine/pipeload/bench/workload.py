@@ -23,7 +23,7 @@ from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.images import image_sizes
 from pipeload.tasks.model_files import ModelConfig, read_settings
-from pipeload.tasks.runner import Decoder, free_inputs
+from pipeload.tasks.runner import Decoder
 
 __all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]
 
@@ -115,7 +115,7 @@ class Work:
         """What the first pass takes, without caches."""
         rows = read_settings(ModelFiles(self.directory, self.manifest), "config.json", ModelConfig).vocab_size
         made = example_inputs(self.manifest, input_dims(self.manifest, self.directory, self.sizes), rows)
-        return {spec.name: made[spec.name] for spec in free_inputs(self.manifest)}
+        return {spec.name: made[spec.name] for spec in self.manifest.free_inputs}
 
     def _laps(self, work: Callable[[], Arrays], begin_s: float, answer: Callable[[Arrays], Any]) -> Measured:
         outputs = work()

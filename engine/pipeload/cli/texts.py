@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mimetypes
 import sys
 from collections.abc import Iterable, Iterator
@@ -11,12 +12,12 @@ from pathlib import Path
 import typer
 
 from pipeload.machine.files import read_stream
+from pipeload.machine.sizes import format_bytes
 
 __all__ = ["is_typed", "read_lines", "read_text", "read_turns", "refuse_images"]
 
 
-_MOST_BYTES = 1 << 30
-"""Of a file of texts; all of them are in memory together."""
+_MOST_BYTES = 256 << 20
 
 
 def read_text(path: Path = Path("-")) -> str:
@@ -27,7 +28,7 @@ def read_text(path: Path = Path("-")) -> str:
     """
     name = "stdin" if path == Path("-") else str(path)
     try:
-        text = (sys.stdin.buffer.read() if path == Path("-") else read_stream(path, most_bytes=_MOST_BYTES)).decode()
+        text = _bytes_of(path).decode()
     except OSError as error:
         raise typer.BadParameter(f"{name} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -35,6 +36,15 @@ def read_text(path: Path = Path("-")) -> str:
     if not text.strip():
         raise typer.BadParameter(f"{name} has no text.")
     return text
+
+
+def _bytes_of(path: Path) -> bytes:
+    if path != Path("-"):
+        return read_stream(path, most_bytes=_MOST_BYTES)
+    data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it holds more than the {format_bytes(_MOST_BYTES)} that are read of it")
+    return data
 
 
 def read_lines(path: Path = Path("-")) -> list[str]:

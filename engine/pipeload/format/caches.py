@@ -10,13 +10,12 @@ __all__ = ["can_be_cut", "growth", "length_input", "past_symbols"]
 
 def length_input(manifest: Manifest) -> tuple[str, int]:
     """A graph input, and its axis, that is as long as the cached tokens and the new ones together."""
-    cached = {cache.input for cache in manifest.caches}
     _, grown = growth(manifest)
     return next(
         (spec.name, axis)
-        for spec in manifest.inputs
+        for spec in manifest.free_inputs
         for axis, dim in enumerate(spec.shape)
-        if spec.name not in cached and sorted(symbols(dim)) == sorted(symbols(grown))
+        if sorted(symbols(dim)) == sorted(symbols(grown))
     )
 
 
@@ -46,7 +45,6 @@ def _growth(manifest: Manifest, cache: Cache) -> tuple[int, int | str] | None:
 
 def past_symbols(manifest: Manifest) -> set[str]:
     """Symbols of the cached tokens: those of the caches that no other input has as a dimension of its own."""
-    cached = {cache.input for cache in manifest.caches}
-    dims = {spec.name: {s for dim in spec.shape for s in symbols(dim)} for spec in manifest.inputs}
-    fed = {dim for spec in manifest.inputs if spec.name not in cached for dim in spec.shape}
-    return {symbol for name in cached for symbol in dims[name]} - fed
+    caches = [spec for spec in manifest.inputs if spec.name in manifest.cache_inputs]
+    fed = {dim for spec in manifest.free_inputs for dim in spec.shape}
+    return {symbol for spec in caches for dim in spec.shape for symbol in symbols(dim)} - fed

@@ -221,3 +221,25 @@ class Manifest:
     def weight_bytes(self) -> int:
         """Bytes that one pass needs when nothing is resident (tables that are read by row not included)."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def cache_inputs(self) -> frozenset[str]:
+        """Names of the graph inputs that are caches."""
+        return frozenset(cache.input for cache in self.caches)
+
+    @property
+    def cache_outputs(self) -> frozenset[str]:
+        """Names of the graph outputs that are caches."""
+        return frozenset(cache.output for cache in self.caches)
+
+    @property
+    def free_inputs(self) -> tuple[TensorSpec, ...]:
+        """The graph inputs that are no caches, in the order of the graph."""
+        caches = self.cache_inputs
+        return tuple(spec for spec in self.inputs if spec.name not in caches)
+
+    @property
+    def free_outputs(self) -> tuple[TensorSpec, ...]:
+        """The graph outputs that are no caches, in the order of the graph."""
+        caches = self.cache_outputs
+        return tuple(spec for spec in self.outputs if spec.name not in caches)

@@ -28,7 +28,7 @@ def example_inputs(
         vocabulary: number of token ids, for a model that does not say it by tables which are read by row.
     """
     random = np.random.default_rng(0)
-    cached = {cache.input for cache in manifest.caches}
+    cached = manifest.cache_inputs
     past = sum(dims[symbol] for symbol in past_symbols(manifest))
     shared: dict[tuple[object, ...], NDArray[Any]] = {}
     made: dict[str, NDArray[Any]] = {}

@@ -108,5 +108,5 @@ def _cache_bytes_per_token(manifest: Manifest, dims: Mapping[str, int]) -> int:
     # The first dimension is the batch.
     one = {**dims, **dict.fromkeys(symbols(spec.shape[0]), 1)}
     more = one | {past: one[past] + 1}
-    outputs = [spec for spec in manifest.outputs if spec.name in {cache.output for cache in manifest.caches}]
+    outputs = [spec for spec in manifest.outputs if spec.name in manifest.cache_outputs]
     return sum(needs.tensor_bytes(spec, more) - needs.tensor_bytes(spec, one) for spec in outputs)

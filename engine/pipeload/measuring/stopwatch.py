@@ -68,7 +68,7 @@ class Stopwatch:
         self._seen: dict[tuple[str, int, str], list[float]] = defaultdict(list)
         self._chosen = _chosen(manifest.shards)
         used = {name for shard in manifest.shards for name in shard.inputs}
-        self._unused = {cache.output for cache in manifest.caches} - used
+        self._unused = manifest.cache_outputs - used
 
     def run(self, inputs: Mapping[str, Value]) -> dict[int, dict[str, ShardTimes]]:
         """Intra-op threads -> shard name -> seconds. May be called once.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.foreign import foreign_errors
-from pipeload.format.manifest import Manifest, TensorSpec
+from pipeload.format.manifest import Manifest
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_settings
@@ -32,7 +32,6 @@ __all__ = [
     "Decoder",
     "Runner",
     "config_of",
-    "free_inputs",
     "generation_config_of",
     "graph_inputs",
     "made_by_model",
@@ -110,19 +109,13 @@ class Decoder(Runner, Protocol[State]):
         """An empty state. `capacity` says how many tokens it will hold, so that the engine can plan for them."""
 
 
-def free_inputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
-    """The graph inputs that are no caches, in the order of the graph."""
-    caches = {cache.input for cache in manifest.caches}
-    return tuple(spec for spec in manifest.inputs if spec.name not in caches)
-
-
 def graph_inputs(runner: Runner, offered: Mapping[str, Array]) -> dict[str, Array]:
     """Those of the offered arrays that the graph takes, in the dtypes that it takes.
 
     Raises:
         ConfigError: the graph takes an input that is not offered.
     """
-    specs = free_inputs(runner.manifest)
+    specs = runner.manifest.free_inputs
     if missing := [spec.name for spec in specs if spec.name not in offered]:
         raise ConfigError(
             f"The model takes {_quoted(missing)}, and this call makes only {_quoted(offered)}. "

@@ -14,7 +14,6 @@ from typer.testing import Result
 from pipeload.format.manifest import TensorSpec
 from pipeload.tasks.classify import classify
 from pipeload.tasks.embed import embed
-from pipeload.tasks.runner import free_inputs
 from pipeload.tracing.stats import Stats
 
 
@@ -34,7 +33,7 @@ class ToyModel:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return free_inputs(self.manifest)
+        return self.manifest.free_inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:

@@ -9,7 +9,7 @@ import pytest
 from tests.engine.tasks.fakes import ToyRunner, manifest
 
 from pipeload.errors import ConfigError
-from pipeload.tasks.runner import Runner, free_inputs, graph_inputs, once_per_runner
+from pipeload.tasks.runner import Runner, graph_inputs, once_per_runner
 
 
 def _runner(dtype: str = "int64") -> ToyRunner:
@@ -17,7 +17,7 @@ def _runner(dtype: str = "int64") -> ToyRunner:
 
 
 def test_caches_are_no_free_inputs() -> None:
-    assert [spec.name for spec in free_inputs(_runner().manifest)] == ["input_ids"]
+    assert [spec.name for spec in _runner().manifest.free_inputs] == ["input_ids"]
 
 
 def test_inputs_are_chosen_and_cast_as_the_graph_wants_them() -> None:

@@ -72,7 +72,7 @@ def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _tensors(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:
     """A row for each tensor; the caches, of which there are many, share one for each type and shape."""
-    caches = {name for cache in manifest.caches for name in (cache.input, cache.output)}
+    caches = manifest.cache_inputs | manifest.cache_outputs
     for spec in specs:
         if spec.name not in caches:
             yield spec.name, f"{spec.dtype}{_shape(spec)}"

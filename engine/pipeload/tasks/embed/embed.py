@@ -14,7 +14,7 @@ from pipeload.format.manifest import TensorSpec
 from pipeload.tasks.arguments import check_several
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_settings
-from pipeload.tasks.runner import Runner, free_inputs, graph_inputs, made_by_model, once_per_runner
+from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
 from pipeload.tasks.text.padding import WINDOW, in_batches
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -166,12 +166,12 @@ def _output(runner: Runner) -> TensorSpec:
     """The graph output that the vectors come from."""
     manifest = runner.manifest
     outputs = {spec.name: spec for spec in manifest.outputs}
-    if "input_ids" in {spec.name for spec in free_inputs(manifest)}:
+    if "input_ids" in {spec.name for spec in manifest.free_inputs}:
         for name in ("sentence_embedding", "last_hidden_state", "token_embeddings"):
             if name in outputs:
                 return outputs[name]
     raise ConfigError(
         f"embed takes a text model with the output 'last_hidden_state'; this one, for {manifest.task}, takes "
-        f"{', '.join(spec.name for spec in free_inputs(manifest))} and makes {', '.join(list(outputs)[:4])}. "
+        f"{', '.join(spec.name for spec in manifest.free_inputs)} and makes {', '.join(list(outputs)[:4])}. "
         "Export it with --task feature-extraction."
     )

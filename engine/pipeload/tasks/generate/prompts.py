@@ -12,7 +12,7 @@ from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.machine.heap import trim
 from pipeload.tasks.model_files import GenerationConfig
-from pipeload.tasks.runner import Decoder, Runner, State, config_of, free_inputs, once_per_runner
+from pipeload.tasks.runner import Decoder, Runner, State, config_of, once_per_runner
 from pipeload.tasks.text.tokenizer import Tokenizer, tokenizer_of
 
 __all__ = [
@@ -104,7 +104,7 @@ def check_rows(runner: Decoder[State], rows: Sequence[Sequence[int]], max_new_to
     limit = config.vocab_size or np.iinfo(np.int32).max
     if outside := [token for row in rows for token in row if not 0 <= token < limit]:
         raise ConfigError(f"Token id {outside[0]} is outside the model's vocabulary of {limit}.")
-    inputs = {spec.name for spec in free_inputs(runner.manifest)}
+    inputs = {spec.name for spec in runner.manifest.free_inputs}
     if shortest < longest and (missing := {"attention_mask", "position_ids"} - inputs):
         raise ConfigError(
             f"The prompts have different lengths, and the model has no input '{min(missing)}' to tell padding "
@@ -137,8 +137,7 @@ def _vocabulary_of(runner: Runner) -> object:
 
 def _logits_of(manifest: Manifest) -> TensorSpec | None:
     """The first graph output that is no cache."""
-    made = {cache.output for cache in manifest.caches}
-    return next((spec for spec in manifest.outputs if spec.name not in made), None)
+    return next(iter(manifest.free_outputs), None)
 
 
 def _are_ids(prompt: object) -> TypeGuard[Sequence[int]]:
