@@ -18,7 +18,7 @@ import pytest
 
 import pipeload.model  # all that measures for a model has to be there before it is replaced
 from pipeload.machine.hardware import cores
-from pipeload.machine.memory import FreeMemory, rss_bytes
+from pipeload.machine.memory import FreeMemory, rss_bytes, warm_rss_bytes
 from pipeload.planning.profile import Profile
 from pipeload.planning.replanner import Replanner
 from pipeload.tasks.generate import loop
@@ -47,6 +47,8 @@ def stand_still(patch: pytest.MonkeyPatch, *, memory: bool = True, times: bool =
     """Let the engine find the figures above instead of measuring."""
     if memory:
         _replace(patch, rss_bytes, lambda: PROCESS_BYTES)
+        _replace(patch, warm_rss_bytes, lambda: PROCESS_BYTES)
+        patch.setattr(Replanner, "correct", lambda *_, **__: None)
         _replace(patch, cores, lambda: CORES)
         _replace(patch, FreeMemory, lambda: lambda: FREE_BYTES)
     if times:

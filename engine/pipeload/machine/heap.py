@@ -9,7 +9,7 @@ from functools import cache
 
 __all__ = ["limit_heap", "trim", "widen_heap"]
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
 
 
@@ -23,10 +23,12 @@ def trim() -> None:
 def limit_heap() -> None:
     """Keep the C library's heap from piling up freed memory, where it can be told to (glibc's `mallopt`).
 
-    By default glibc keeps up to 64 MB in each of several arenas once large blocks were freed. From this call on, for
-    the rest of the process, blocks from 128 KiB on go back to the system when freed, and an arena keeps 1 MiB.
+    By default glibc has eight arenas for each core, and keeps up to 64 MB in each of them once large blocks were freed.
+    From this call on, for the rest of the process, blocks from 128 KiB on go back to the system when freed, an arena
+    keeps 1 MiB, and threads that have no arena yet share the first: the heap grows no further with their number.
     """
     _set_heap(mapped_from_bytes=128 << 10, kept_bytes=1 << 20)
+    _set_option(_M_ARENA_MAX, 1)
 
 
 def widen_heap() -> None:
@@ -39,10 +41,13 @@ def widen_heap() -> None:
 
 
 def _set_heap(*, mapped_from_bytes: int, kept_bytes: int) -> None:
+    _set_option(_M_MMAP_THRESHOLD, mapped_from_bytes)
+    _set_option(_M_TRIM_THRESHOLD, kept_bytes)
+
+
+def _set_option(option: int, value: int) -> None:
     with suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, mapped_from_bytes)
-        mallopt(_M_TRIM_THRESHOLD, kept_bytes)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 @cache

@@ -7,13 +7,23 @@ import resource
 import sys
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from pipeload.machine.cgroups import memory_limits
 
-__all__ = ["FreeMemory", "auto_budget_bytes", "peak_rss_bytes", "reset_peak_rss", "rss_bytes"]
+__all__ = [
+    "FreeMemory",
+    "Peak",
+    "PeakWatch",
+    "auto_budget_bytes",
+    "peak_rss_bytes",
+    "reset_peak_rss",
+    "rss_bytes",
+    "warm_rss_bytes",
+]
 
 _AUTO_SHARE, _AUTO_SPARE_BYTES = 0.995, 2_000_000
 """What "auto" takes is this part of the free memory less the spare bytes: the kernel charges some beside RSS."""
@@ -24,15 +34,31 @@ _PRESSURE_PERCENT = 10.0
 _SCARCE_SHARE = 0.1
 _PRESSED_SHARE = 0.95
 _PAGE_BYTES = resource.getpagesize()
+_STATM = "/proc/self/statm"
+_LIBRARY_BYTES = 25_000_000
+"""At least this much of the interpreter's and the libraries' files is in memory once a process uses them (x86-64)."""
 
 
 def rss_bytes() -> int:
     """Memory that the whole process occupies now."""
     try:
-        with open("/proc/self/statm", "rb") as file:
+        with open(_STATM, "rb") as file:
             return int(file.read().split()[1]) * _PAGE_BYTES
     except OSError:
         return int(psutil.Process().memory_info().rss)
+
+
+def warm_rss_bytes() -> int:
+    """`rss_bytes` of a process that has used its libraries.
+
+    A forked child has hardly any pages of its parent's libraries: they come back one by one, when they are used.
+    """
+    try:
+        with open(_STATM, "rb") as file:
+            _, resident, of_files, *_ = (int(pages) * _PAGE_BYTES for pages in file.read().split())
+    except OSError:
+        return rss_bytes()
+    return resident + max(0, _LIBRARY_BYTES - of_files)
 
 
 def peak_rss_bytes() -> int:
@@ -44,6 +70,44 @@ def peak_rss_bytes() -> int:
         # Elsewhere; on Linux this would count what a parent process occupied before it started this program.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that the process has occupied during some time, which lies between these bytes."""
+
+    least_bytes: int
+    most_bytes: int
+
+
+class PeakWatch:
+    """Tells what the process has occupied at most, from one `take` to the next.
+
+    Args:
+        peak_bytes: what it has occupied at most since it began.
+    """
+
+    def __init__(self, peak_bytes: int) -> None:
+        self._seen_bytes = 0
+        self._peak_bytes = peak_bytes
+
+    def note(self, rss: int) -> None:
+        """It occupies this much now. Any thread may say so."""
+        self._seen_bytes = max(self._seen_bytes, rss)
+
+    def take(self, peak_bytes: int, unseen_bytes: int) -> Peak:
+        """The peak since the last `take`.
+
+        Args:
+            peak_bytes: what the process has occupied at most since it began.
+            unseen_bytes: by this much it may have grown between two notes.
+        """
+        seen, self._seen_bytes = self._seen_bytes, 0
+        before, self._peak_bytes = self._peak_bytes, peak_bytes
+        if peak_bytes > before:
+            # A new one, which the system has seen.
+            return Peak(peak_bytes, peak_bytes)
+        return Peak(seen, min(before, seen + unseen_bytes))
 
 
 def reset_peak_rss() -> bool:

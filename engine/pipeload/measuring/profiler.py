@@ -10,7 +10,7 @@ from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest, symbols
 from pipeload.machine.hardware import cores
 from pipeload.machine.heap import trim
-from pipeload.machine.memory import rss_bytes
+from pipeload.machine.memory import warm_rss_bytes
 from pipeload.measuring.bandwidth import measure_bandwidth
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.measuring.stopwatch import Stopwatch
@@ -29,7 +29,7 @@ _PAST_TOKENS = 128
 def measure() -> Profile:
     """The profile of this process as it is now; takes less than a millisecond."""
     trim()
-    return Profile(process_bytes=rss_bytes(), cores=cores())
+    return Profile(process_bytes=warm_rss_bytes(), cores=cores())
 
 
 def profile_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -317,6 +317,7 @@ class Pipeline:
         residents = self._exchange.residents
         if ended is not None and not residents.packing:
             spans, seconds = ended
+            self._room.learn_peak(complete=self._coldness() == "steady")
             if self._replanner.after_pass(self.plan, spans, seconds, self._kind):
                 with suppress(BudgetError):  # the next call meets it again
                     self._prepare()

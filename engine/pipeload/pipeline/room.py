@@ -62,6 +62,16 @@ class Room:
         if self._exchange.stopped:
             self.start(next_pass)
 
+    def learn_peak(self, *, complete: bool) -> None:
+        """After a pass: let the replanner compare the peak of the process with the plan.
+
+        Args:
+            complete: all shards and parts that stay were in memory.
+        """
+        pass_bytes = self._needs[0] + self._lent.nbytes
+        peak = self._memory.take_peak(pass_bytes)
+        self._replanner.correct(self._memory.plan, peak, pass_bytes, complete=complete and self._memory.complete)
+
     def start(self, next_pass: int) -> None:
         """Let the Loading Agents begin at the first shard of a pass."""
         plan = self._memory.plan

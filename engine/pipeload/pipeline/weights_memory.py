@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from pipeload.machine.heap import limit_heap, trim, widen_heap
-from pipeload.machine.memory import rss_bytes
+from pipeload.machine.memory import Peak, PeakWatch, peak_rss_bytes, rss_bytes
 from pipeload.pipeline.messages import LoadedShard
 from pipeload.pipeline.reservations import Reservations
 from pipeload.pipeline.session import shrink_arena
@@ -40,6 +40,7 @@ class WeightsMemory:
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._trace = trace
         self._in_arena = in_arena
+        self._watch = PeakWatch(peak_rss_bytes())
         _bound_heap(plan)
 
     @property
@@ -61,6 +62,15 @@ class WeightsMemory:
         weights = self.occupied_bytes + (self.plan.packing_bytes if packing else 0)
         return rss_bytes() - weights - self.plan.cache_bytes
 
+    @property
+    def complete(self) -> bool:
+        """Whether all buffers of the plan were in use."""
+        return self._pool.complete
+
+    def take_peak(self, unseen_bytes: int) -> Peak:
+        """The most that the process has occupied since the last call; see `PeakWatch.take`."""
+        return self._watch.take(peak_rss_bytes(), unseen_bytes)
+
     def take_buffer(self) -> Buffer:
         """A buffer for a streamed shard; its bytes are reserved."""
         return self._pool.take()
@@ -80,7 +90,7 @@ class WeightsMemory:
                     self._pool.give(buffer)
                 else:
                     buffer.close()
-            if rss_bytes() > self.plan.peak_bytes:
+            if self._rss_bytes() > self.plan.peak_bytes:
                 signal_memory(True)
                 try:
                     self.give_back()
@@ -118,7 +128,12 @@ class WeightsMemory:
         """Note the figures in the trace."""
         self._trace.sample("buffers", self._pool.used)
         self._trace.sample("reserved_bytes", self.reservations.reserved_bytes)
-        self._trace.sample("rss_bytes", rss_bytes())
+        self._trace.sample("rss_bytes", self._rss_bytes())
+
+    def _rss_bytes(self) -> int:
+        rss = rss_bytes()
+        self._watch.note(rss)
+        return rss
 
     def close(self) -> None:
         """Give the buffers that wait for their next use back, and what the heap keeps."""

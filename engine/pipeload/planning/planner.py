@@ -42,17 +42,20 @@ from pipeload.planning.rates import Speed
 from pipeload.planning.schedule import Schedule, ShardWork, simulate
 
 __all__ = [
+    "LEAST_RUNTIME_BYTES",
     "Plan",
     "budget_for_latency",
     "make_plan",
     "predict",
     "process_bytes",
+    "runtime_bytes",
     "times_of",
     "with_needs",
 ]
 
-_RUNTIME_BYTES = 18_000_000
-"""onnxruntime's code pages, thread stacks and heap, which appear with the first pass."""
+_RUNTIME_BYTES, LEAST_RUNTIME_BYTES = 18_000_000, 6_000_000
+"""onnxruntime's code pages, thread stacks, heap and the trace, which appear with the first passes: before they were
+measured. A smaller figure than the second one was measured where a model had run before, and tells nothing."""
 _ROUND_BYTES = 1_000_000
 _SPARE_SHARE = 0.005
 """Part of the memory for weights that is not planned for: what the heap keeps beside it is known that well."""
@@ -192,7 +195,12 @@ def make_plan(
 
 def process_bytes(profile: Profile) -> int:
     """What the process occupies beside weights, passes and caches once onnxruntime runs."""
-    return profile.process_bytes + _RUNTIME_BYTES
+    return profile.process_bytes + runtime_bytes(profile)
+
+
+def runtime_bytes(profile: Profile) -> int:
+    """What the process will occupy beyond `Profile.process_bytes`: measured, or else assumed."""
+    return profile.runtime_bytes if profile.runtime_bytes >= LEAST_RUNTIME_BYTES else _RUNTIME_BYTES
 
 
 def with_needs(plan: Plan, profile: Profile, pass_bytes: int, cache_bytes: int, budget_bytes: int) -> Plan:

@@ -40,7 +40,8 @@ class Profile:
             two were measured with 8 MiB, with which the engine begins.
         dims: sizes of the symbolic dimensions that `times` are for.
         times: intra-op threads -> shard name -> seconds.
-        runtime_bytes: what onnxruntime was seen to occupy beside weights and activations.
+        runtime_bytes: what the process was seen to occupy beyond `process_bytes`, beside weights, caches and what the
+            plan counts for a pass, once it ran; 0 when it is not known.
         activation_bytes: what a pass was seen to occupy beside weights and caches.
         cache_bytes_per_token: bytes that a token adds to the KV caches of one sequence.
     """

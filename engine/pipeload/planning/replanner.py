@@ -17,6 +17,7 @@ from typing import Literal
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest
+from pipeload.machine.memory import Peak
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning import planner
 from pipeload.planning.learning import learn
@@ -30,16 +31,26 @@ _WINDOW = 16
 """Passes whose needs count: giving memory back and forth would reload resident shards."""
 _PATIENCE = 8
 """Passes before room that appeared is taken."""
+_MOST_PATIENCE = 256
+"""Room that had to be given back is taken after twice as many passes the next time, up to this number."""
 _ROOM_SHARE = 0.05
-"""Part of the budget that must have become free before it is taken."""
+"""Part of the free memory that must have appeared before "auto" takes it."""
+_UNUSED_SHARE = 0.015
+"""Part of the budget that may stay unused: more of it is taken when it was left for some passes."""
 _GAIN = {"first": 0.98, "learned": 0.9, "asked": 1.0}
 """A plan that is not forced must promise this part of the time that passes take now, or less: why it is made."""
+_AS_FAST = 1.001
+"""Predicted times of two plans that differ by less are equal."""
 _MARGIN = 0.15
 """Measured passes that leave the prediction by more than this make the profile learn."""
 _SWING_SHARE = 0.02
 """Part of the budget by which free memory swings all the time."""
 _HEADROOM_SHARE = 0.01
 """Part of the budget that later plans leave: what grows with every pass must not force one each time."""
+_SLACK_SHARE = 0.005
+"""Part of the budget that corrected figures keep: the next passes may take a little more than the latest did."""
+_GUARD_SHARE = 0.0025
+"""Part of the budget that a process which outgrew its plan must have left, or else another plan is made."""
 _WRONG_PASSES = 2
 """So many of them in a row; one may be chance."""
 
@@ -80,7 +91,13 @@ class Replanner:
         self._reason: Literal["first", "learned", "asked"] | None = None
         self._ran = False
         self._patience = 0
+        self._most_patience = _PATIENCE
+        self._took_room = False
         self._room_bytes = 0
+        self._slacks: deque[int] = deque(maxlen=_PATIENCE)
+        self._outgrown = False
+        self._corrected = False
+        self._given = profile
         self._kind: object = _NO_KIND
         self._known_kind: object = None
         self._learned: Profile | None = None
@@ -93,8 +110,9 @@ class Replanner:
 
     @property
     def learned(self) -> Profile | None:
-        """What steady passes of the profile's own sizes have taught; None when they have not."""
-        return self._learned
+        """What steady passes of the profile's own sizes have taught, and all passes about memory; or None."""
+        found = self._learned or (self._given if self._corrected else None)
+        return replace(found, runtime_bytes=self._profile.runtime_bytes) if found else None
 
     def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
         """The best plan for passes that need so much beside weights.
@@ -182,20 +200,68 @@ class Replanner:
         most_pass, most_cache = (max(need) for need in zip(*self._needs, strict=True))
         kept = planner.with_needs(current, self._profile, most_pass, most_cache, limit)
         room = limit - kept.peak_bytes
-        self._patience = self._patience + 1 if room > self._room_bytes + limit * _ROOM_SHARE else 0
-        enough = self._patience >= _PATIENCE
-        if room >= 0 and self._reason is None and not enough:
+        self._patience = self._patience + 1 if room > self._room_bytes + limit * _UNUSED_SHARE else 0
+        enough = self._patience >= self._most_patience
+        forced = room < (limit * _GUARD_SHARE if self._outgrown else 0)
+        self._outgrown = False
+        if not forced and self._reason is None and not enough:
             return kept
-        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=room < 0, strict=strict)
-        gain = _GAIN[self._reason or "learned"]
-        self._reason, self._patience = None, 0
-        if room >= 0:
+        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=forced, strict=strict)
+        if not forced:
             now = planner.predict(self._manifest, self._profile, kept)
+            # Room is used also where it only saves reading: others may need the disk.
+            saves = enough and self._reason is None and best.streamed_bytes < kept.streamed_bytes
+            gain = _AS_FAST if saves else _GAIN[self._reason or "learned"]
+            self._reason, self._patience = None, 0
             if now is None or (best.steady_pass_s or 0.0) >= now.steady_s * gain:
                 self._room_bytes = room
                 return replace(kept, first_pass_s=now.first_s, steady_pass_s=now.steady_s) if now else kept
-        self._room_bytes = limit - best.peak_bytes
+        elif self._took_room and limit >= current.budget_bytes:
+            self._most_patience = min(2 * self._most_patience, _MOST_PATIENCE)
+        self._reason, self._patience = None, 0
+        self._took_room = enough and not forced
+        self._room_bytes = max(0, limit - best.peak_bytes)
         return best
+
+    def correct(self, current: Plan, peak: Peak, pass_bytes: int, *, complete: bool) -> None:
+        """Compare the peak of the process during a pass with the plan, and correct `Profile.runtime_bytes`.
+
+        Args:
+            current: the plan in force.
+            peak: what the process has occupied at most.
+            pass_bytes: what the plan counted for the pass beside weights and caches.
+            complete: all weights that the plan has room for were in memory, and nothing was being packed.
+        """
+        more = min(peak.least_bytes - current.peak_bytes, int(current.budget_bytes * _SWING_SHARE))
+        if more > 0:
+            self._slacks.clear()
+            self._grow(more, current)
+            return
+        if not complete:
+            return
+        # Caches may be empty yet, so nothing is expected of them.
+        planned = current.process_bytes + pass_bytes + current.weights_bytes
+        self._slacks.append(planned - peak.most_bytes)
+        least = min(self._slacks)
+        if len(self._slacks) == _PATIENCE and least > 2 * current.budget_bytes * _SLACK_SHARE:
+            self._slacks.clear()
+            least -= int(current.budget_bytes * _SLACK_SHARE)
+            self._set_runtime(planner.runtime_bytes(self._profile) - least)
+
+    def _grow(self, more_bytes: int, current: Plan) -> None:
+        before = self._profile
+        self._set_runtime(planner.runtime_bytes(before) + more_bytes)
+        try:
+            self.plan(current.pass_bytes, current.cache_bytes)
+        except BudgetError:
+            # No other plan would do with less memory than the one in force.
+            self._profile = before
+        else:
+            self._outgrown = True
+
+    def _set_runtime(self, nbytes: int) -> None:
+        self._profile = replace(self._profile, runtime_bytes=max(nbytes, planner.LEAST_RUNTIME_BYTES))
+        self._corrected = True
 
     def growth_bytes(self, current: Plan, pass_bytes: int, occupied_bytes: int) -> int:
         """By how much the host's own data have grown, or become less; 0 for what free memory swings by all the time.
@@ -256,8 +322,8 @@ class Replanner:
     ) -> Plan:
         if forced:
             with suppress(BudgetError):
-                roomy = self.plan(*most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
-                return planner.with_needs(roomy, self._profile, *most, limit_bytes)
+                found = self.plan(*most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
+                return planner.with_needs(found, self._profile, *most, limit_bytes)
         try:
             return self.plan(*most, limit_bytes)
         except BudgetError:

@@ -130,6 +130,11 @@ class BufferPool:
         with self._lock:
             return self._count - len(self._idle)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all buffers that are kept have been made."""
+        return self._count >= self._keep
+
     def take(self) -> Buffer:
         """An idle buffer, or a new one. Its content is undefined."""
         with self._lock:

@@ -78,6 +78,30 @@ def test_pressure_is_waiting_for_memory_while_little_is_free(
     assert memory._pressed() is pressed
 
 
+def test_a_peak_is_what_the_system_saw_where_it_is_a_new_one_and_else_lies_between_what_was_noted_and_that() -> None:
+    watch = memory.PeakWatch(100)
+    watch.note(90)
+    watch.note(80)
+    assert watch.take(150, unseen_bytes=5) == memory.Peak(150, 150)
+    watch.note(120)
+    assert watch.take(150, unseen_bytes=5) == memory.Peak(120, 125)
+    watch.note(148)
+    assert watch.take(150, unseen_bytes=5) == memory.Peak(148, 150)
+
+
+def test_a_process_with_few_pages_of_its_libraries_is_counted_with_those_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = memory._PAGE_BYTES
+    few, many = 5_000_000 // page, 60_000_000 // page
+    for of_files in (few, many):
+        (tmp_path / "statm").write_text(f"99999 {of_files + 1000} {of_files} 1 0 1 0\n")
+        monkeypatch.setattr(memory, "_STATM", tmp_path / "statm")
+        assert memory.warm_rss_bytes() == max(of_files * page, memory._LIBRARY_BYTES) + 1000 * page
+    monkeypatch.setattr(memory, "_STATM", tmp_path / "none")
+    assert memory.warm_rss_bytes() >= memory.rss_bytes() - (8 << 20)
+
+
 @pytest.mark.skipif(not memory.reset_peak_rss(), reason="the system does not let a process forget its peak")
 def test_a_peak_that_was_reset_begins_with_what_is_occupied_now() -> None:
     held = np.ones(50_000_000, np.uint8)

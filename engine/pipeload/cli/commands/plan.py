@@ -126,7 +126,8 @@ def plan(
 
 def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Path | None) -> Profile:
     found = profile_store.read(file) if file else profile_store.find(directory, dims)
-    if found is None:
+    if found is None or not (file or found.measured):
+        # Short runs leave nothing behind but how much memory the process takes.
         with progress_bars() as progress:
             found = measure_model(directory, manifest, dims=dims, progress=progress)
         profile_store.keep(directory, found)
