@@ -50,6 +50,8 @@ _SPANS = 10_000
 """Kept in the trace, and as many samples: some tens of passes, in 0.6 MB that the plan counts with the runtime."""
 _GATHER_SHARE = 0.02
 """The next sweep waits up to this fraction of the last one's duration for the same callers to return."""
+_CALLER_BYTES = 300_000
+"""The stack of a thread that calls, and its own data: tokens, inputs, what it makes of the outputs."""
 _PLAN_FACT = "No room could be made for the pass"
 _MEMORY_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
 _THREADS_REMEDY = "Raise the limit of processes and threads (ulimit -u), or end other programs."
@@ -249,6 +251,7 @@ class Pipeline:
             self._kind = kind
             largest = max(calls, key=lambda one: one.pass_bytes - one.held_bytes)
             pass_bytes = largest.pass_bytes + sum(one.held_bytes for one in calls if one is not largest)
+            pass_bytes += (len(calls) - 1) * _CALLER_BYTES
             try:
                 with foreign_errors(RunError, _PLAN_FACT, _MEMORY_REMEDY):
                     self._prepare((pass_bytes, max(one.cache_bytes for one in calls)), strict=len(calls) > 1)

@@ -1,0 +1,1 @@
+"""Peak of the process against its budget, in every way in which a process may begin."""
