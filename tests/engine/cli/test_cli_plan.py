@@ -149,3 +149,15 @@ def test_a_profile_without_figures_is_named(toy_large: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(app, ["plan", str(toy_large), f"--profile={file}"])
     assert isinstance(result.exception, ConfigError)
     assert str(file) in str(result.exception)
+
+
+def test_the_process_is_measured_with_the_tokenizer_that_commands_load(
+    toy_large: Path, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    alive: list[object] = []
+    monkeypatch.setattr("pipeload.cli.commands.plan.tokenizer_of", lambda model: alive.append(model.files) or object())
+    process = Profile(process_bytes=rss_bytes(), cores=2)
+    monkeypatch.setattr("pipeload.cli.commands.plan.measure", lambda: alive.append("measured") or process)
+    assert call("--budget", "1GB").exit_code == 0
+    assert len(alive) == 2
+    assert alive[1] == "measured"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,7 @@ from pipeload.planning.profile import Profile
 from pipeload.planning.schedule import roofline
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import image_sizes
+from pipeload.tasks.text.tokenizer import tokenizer_of
 
 __all__ = ["plan"]
 
@@ -125,6 +127,8 @@ def plan(
 
 
 def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Path | None) -> Profile:
+    # Before a model was run here: a process that opens this one has not run any.
+    process = _process(directory, manifest)
     found = profile_store.read(file) if file else profile_store.find(directory, dims)
     if found is None or not (file or found.measured):
         # Short runs leave nothing behind but how much memory the process takes.
@@ -133,8 +137,27 @@ def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Pa
         profile_store.keep(directory, found)
     if not found.measured:
         raise ConfigError(f"{file} has no bandwidths or no times. Measure it again with `pipeload profile -o {file}`.")
-    process = measure()
     return replace(found, process_bytes=process.process_bytes, cores=process.cores)
+
+
+@dataclass(frozen=True, eq=False)
+class _Unopened:
+    """As much of a model as its tokenizer looks at."""
+
+    directory: Path
+    manifest: Manifest
+    files: ModelFiles
+
+
+def _process(directory: Path, manifest: Manifest) -> Profile:
+    """The process as it is when a command has opened the model: with its tokenizer, which takes tens of megabytes."""
+    model: Any = _Unopened(directory, manifest, ModelFiles(directory, manifest, verify=False))
+    tokenizer = None
+    with suppress(ConfigError):
+        tokenizer = tokenizer_of(model)
+    process = measure()
+    del tokenizer
+    return process
 
 
 def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
