@@ -117,11 +117,12 @@ def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> R
 
     Args:
         manifest: the model.
-        profile: a measured one: the best bandwidth of any number of Loading Agents, and for each shard the shortest
+        profile: a measured one: the best bandwidth of any number of Loading Agents, past the page cache or through
+            it, and for each shard the shortest
             compute time that was seen with everything in memory.
         resident_bytes: R.
     """
-    bandwidth = max(profile.read_bytes_per_s.values())
+    bandwidth = max((*profile.read_bytes_per_s.values(), *profile.cached_read_bytes_per_s.values()))
     compute = [
         min(min(times[shard.name].run_s, times[shard.name].packed_run_s) for times in profile.times.values())
         for shard in manifest.shards

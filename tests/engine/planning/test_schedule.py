@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,11 @@ def _profile(bandwidth: dict[int, float], *times: tuple[float, float]) -> Profil
         for k, (run, packed) in enumerate(times)
     }
     return Profile(process_bytes=0, cores=1, read_bytes_per_s=bandwidth, times={1: shards})
+
+
+def test_the_bound_reads_through_the_page_cache_where_that_is_faster_as_plans_do() -> None:
+    profile = replace(_profile({1: 2.0}, (3, 1), (2, 4)), cached_read_bytes_per_s={1: 5.0, 2: 6.0})
+    assert roofline(manifest_of([10], [20]), profile).steady_s == pytest.approx(5)
 
 
 def test_a_steady_pass_reads_or_computes_whatever_takes_longer() -> None:
