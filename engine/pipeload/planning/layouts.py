@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from pipeload.format.manifest import Shard
 from pipeload.format.pages import page_ceil, room_bytes
-from pipeload.planning.rates import Speed
+from pipeload.planning.rates import Rates
 
 __all__ = ["Layout", "Range", "layouts", "session_bytes", "staying"]
 
@@ -72,7 +72,7 @@ def staying(shard: Shard, streamed: Range) -> list[Range]:
     return [part for part in ((0, begin), (end, shard.nbytes)) if part[0] < part[1]]
 
 
-def layouts(shards: Sequence[Shard], free: int, speed: Speed, loaders: int | None) -> Iterator[Layout]:
+def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | None) -> Iterator[Layout]:
     """Every layout that is worth a look and fits into `free` bytes."""
     order = _residence_order(shards)
     counts = [loaders] if loaders else speed.loaders

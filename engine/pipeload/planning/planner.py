@@ -38,7 +38,7 @@ from pipeload.format.pages import page_ceil
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning.layouts import Layout, Range, layouts, session_bytes
 from pipeload.planning.profile import Profile, ShardTimes
-from pipeload.planning.rates import Speed
+from pipeload.planning.rates import Rates
 from pipeload.planning.schedule import Schedule, ShardWork, simulate
 
 __all__ = [
@@ -150,7 +150,7 @@ def make_plan(
     """
     process = process_bytes(profile)
     fixed = process + pass_bytes + cache_bytes
-    speed = Speed.of(manifest, profile, threads)
+    speed = Rates.of(manifest, profile, threads)
     free = budget_bytes - fixed
     free -= max(0, int(free * _SPARE_SHARE))
     found: list[tuple[Layout, Schedule]] = []
@@ -219,14 +219,14 @@ def with_needs(plan: Plan, profile: Profile, pass_bytes: int, cache_bytes: int, 
 
 def times_of(manifest: Manifest, profile: Profile, threads: int) -> Mapping[str, ShardTimes]:
     """Times of every shard with so many threads, measured or assumed."""
-    return Speed.of(manifest, profile, threads).times[threads]
+    return Rates.of(manifest, profile, threads).times[threads]
 
 
 def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None:
     """What a measured profile says about the passes of a plan that was made by another one; None without."""
     if not profile.measured:
         return None
-    speed = Speed.of(manifest, profile, plan.threads)
+    speed = Rates.of(manifest, profile, plan.threads)
     work = [_work(shard, plan, speed.times[plan.threads][shard.name]) for shard in manifest.shards]
     bandwidth = speed.bandwidth(plan.loaders)
     return simulate(work, loaders=plan.loaders, buffers=plan.buffers, read_bytes_per_s=bandwidth)
@@ -252,7 +252,7 @@ def budget_for_latency(
         )
 
     # Above this everything is resident and packed, and more memory is of no use.
-    each = session_bytes(max(Speed.of(manifest, profile, options.get("threads")).times))
+    each = session_bytes(max(Rates.of(manifest, profile, options.get("threads")).times))
     most = process_bytes(profile) + pass_bytes + cache_bytes
     most += 2 * sum(page_ceil(shard.nbytes) + each for shard in manifest.shards)
     try:

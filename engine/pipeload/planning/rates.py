@@ -9,7 +9,7 @@ from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.planning.profile import Profile, ShardTimes
 
-__all__ = ["ASSUMED_READ_BYTES_PER_S", "LOADERS", "Speed"]
+__all__ = ["ASSUMED_READ_BYTES_PER_S", "LOADERS", "Rates"]
 
 LOADERS = (1, 2, 4)
 """Numbers of Loading Agents that are tried. More were never faster on a disk that is read in large pieces."""
@@ -24,7 +24,7 @@ _ASSUMED_SESSION_S = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
+class Rates:
     """The figures that plans are made from.
 
     Attributes:
@@ -38,7 +38,7 @@ class Speed:
     times: Mapping[int, Mapping[str, ShardTimes]]
 
     @classmethod
-    def of(cls, manifest: Manifest, profile: Profile, threads: int | None) -> Speed:
+    def of(cls, manifest: Manifest, profile: Profile, threads: int | None) -> Rates:
         """What the profile says about so many threads, or about all that were measured.
 
         Raises:
