@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 
-__all__ = ["limit_heap", "trim", "widen_heap"]
+__all__ = ["limit_heap", "trim"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
@@ -27,22 +27,9 @@ def limit_heap() -> None:
     From this call on, for the rest of the process, blocks from 128 KiB on go back to the system when freed, an arena
     keeps 1 MiB, and threads that have no arena yet share the first: the heap grows no further with their number.
     """
-    _set_heap(mapped_from_bytes=128 << 10, kept_bytes=1 << 20)
+    _set_option(_M_MMAP_THRESHOLD, 128 << 10)
+    _set_option(_M_TRIM_THRESHOLD, 1 << 20)
     _set_option(_M_ARENA_MAX, 1)
-
-
-def widen_heap() -> None:
-    """Let the C library's heap keep what is freed, where it can be told to: passes are some percent faster.
-
-    By default glibc gives a few megabytes back after each operator, and the next one has to have its pages made anew.
-    From this call on, for the rest of the process, each arena may keep 256 MB.
-    """
-    _set_heap(mapped_from_bytes=32 << 20, kept_bytes=256 << 20)
-
-
-def _set_heap(*, mapped_from_bytes: int, kept_bytes: int) -> None:
-    _set_option(_M_MMAP_THRESHOLD, mapped_from_bytes)
-    _set_option(_M_TRIM_THRESHOLD, kept_bytes)
 
 
 def _set_option(option: int, value: int) -> None:

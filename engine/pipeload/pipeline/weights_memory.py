@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from pipeload.machine.heap import limit_heap, trim, widen_heap
+from pipeload.machine.heap import limit_heap, trim
 from pipeload.machine.memory import Peak, PeakWatch, peak_rss_bytes, rss_bytes
 from pipeload.pipeline.messages import LoadedShard
 from pipeload.pipeline.reservations import Reservations
@@ -17,8 +17,6 @@ __all__ = ["WeightsMemory"]
 
 _HEAP_SLACK_BYTES = 256_000_000
 """More than a heap was ever seen to keep beside the tensors in it."""
-_HEAP_PLENTY_BYTES = 1_000_000_000
-"""More than all arenas of a heap that may grow will keep."""
 
 
 class WeightsMemory:
@@ -142,9 +140,6 @@ class WeightsMemory:
 
 
 def _bound_heap(plan: Plan) -> None:
-    """Keep the heap small where freed memory in it could break the budget, and fast where there is plenty."""
-    spare_bytes = plan.budget_bytes - plan.peak_bytes
-    if spare_bytes < _HEAP_SLACK_BYTES:
+    """Keep the heap small where freed memory in it could break the budget."""
+    if plan.budget_bytes - plan.peak_bytes < _HEAP_SLACK_BYTES:
         limit_heap()
-    elif spare_bytes > _HEAP_PLENTY_BYTES:
-        widen_heap()
