@@ -5,6 +5,7 @@ Packages and modules, from what all use to what uses all:
 ```
 errors      the exception tree
 foreign     what libraries raise -> an error of the tree
+notify      what a caller is told while something takes long
 format/     what a model directory says: manifest, symbolic dimensions, safetensors headers, caches
 machine/    this computer: memory, heap, cgroups, processors, files
 storage/    shard files -> memory

@@ -136,7 +136,7 @@ class SingleSession(Engine):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(unsplit.folder))
         if mapped:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        self._session = ort.InferenceSession(str(unsplit.graph), options, providers=_PROVIDERS)
+        self._session = ort.InferenceSession(str(unsplit.graph), options, providers=_PROVIDERS, enable_fallback=0)
 
     def _pass(self, feed: Arrays, *, positions: int | None) -> Arrays:
         del positions  # an unsplit graph computes all positions
@@ -241,7 +241,7 @@ class _Session:
 
     def __init__(self, graph: Path, shard: Shard, threads: int) -> None:
         self._outputs = list(shard.outputs)
-        self._session = ort.InferenceSession(str(graph), _options(threads), providers=_PROVIDERS)
+        self._session = ort.InferenceSession(str(graph), _options(threads), providers=_PROVIDERS, enable_fallback=0)
 
     def run(
         self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None

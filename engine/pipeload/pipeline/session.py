@@ -37,6 +37,7 @@ Value: TypeAlias = ort.OrtValue
 
 _BFLOAT16 = 16
 """ONNX's number for an element type that NumPy does not have."""
+_PROVIDERS = ["CPUExecutionProvider"]
 _SPIN_US = 50
 _ARENA_LOCK = threading.Lock()
 _SAME_AS_REQUESTED = 1
@@ -116,7 +117,7 @@ def _shrinker() -> ort.InferenceSession:
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     _use_arena(options)
-    return ort.InferenceSession(_CONSTANT_GRAPH, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(_CONSTANT_GRAPH, options, providers=_PROVIDERS, enable_fallback=0)
 
 
 @cache
@@ -182,7 +183,8 @@ class ShardSession:
             for spec, value in zip(shard.tensors, weights, strict=True):
                 options.add_initializer(spec.name, value)
         try:
-            self._session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            # Without a fallback: it would try once more, and print "EP Error" to stdout.
+            self._session = ort.InferenceSession(str(graph), options, providers=_PROVIDERS, enable_fallback=0)
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
             raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {_first_line(error)}") from error
 
