@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from pathlib import Path, PurePosixPath
 
-from pipeload.errors import ShardError
+from pipeload.errors import LoadError, ShardError
 from pipeload.format.manifest import FileRecord, Manifest
 from pipeload.machine.files import read_file
 
 __all__ = ["ModelFiles", "unreadable"]
 
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_LIMITS_REMEDY = "Raise the limits of the process (ulimit -a), or close files and end other programs."
 _SETTINGS_BYTES = 16 << 20
 
 
@@ -79,6 +82,9 @@ class ModelFiles:
         return path
 
 
-def unreadable(name: str, error: OSError) -> ShardError:
-    """What is raised for a file of the model directory that the system does not let us read."""
+def unreadable(name: str, error: OSError) -> ShardError | LoadError:
+    """The error for a file of the model directory that the system does not let the engine read."""
+    if error.errno in _NO_ROOM:
+        # The file is as it was: the process has no room to read it.
+        return LoadError(f"'{name}' cannot be read: {error.strerror}. {_LIMITS_REMEDY}")
     return ShardError(f"'{name}' cannot be read: {error.strerror or error}. Copy or export the model again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable
@@ -10,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeload.errors import ShardError
+from pipeload.errors import LoadError, ShardError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import FileRecord
-from pipeload.storage.model_files import ModelFiles
+from pipeload.storage.model_files import ModelFiles, unreadable
 
 NAME, TEXT = "1_Pooling/config.json", b'{"a": 1}'
 
@@ -88,3 +89,11 @@ def test_what_is_no_small_regular_file_inside_is_refused(
 def test_a_name_that_leads_out_or_cannot_be_is_refused(open_files: Callable[..., ModelFiles], name: str) -> None:
     with pytest.raises(ShardError):
         open_files().read(name)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_process_at_its_limits_is_not_told_to_export_again(number: int) -> None:
+    error = unreadable("shards/block.000.onnx", OSError(number, os.strerror(number)))
+    assert isinstance(error, LoadError)
+    assert "ulimit" in str(error)
+    assert isinstance(unreadable("shards/block.000.onnx", OSError(errno.EIO, os.strerror(errno.EIO))), ShardError)
