@@ -63,21 +63,21 @@ def load(
 ) -> Model:
     """Open a sharded model directory under a memory budget for the whole process.
 
-    Nothing is read before the budget was found to work. Reading begins in the background at once.
+    Reading begins in the background at once, but only after the budget was found to work.
 
     Args:
         path: the directory that `pipeload export` made.
         memory_budget: the most memory that the process may use, in bytes or as `"256MB"` or `"1GiB"`; `"auto"` takes
-            what the cgroup (v1 or v2) and the machine leave free.
+            all memory that the cgroup (v1 or v2) and the machine leave free.
         loaders: number of Loading Agents; None chooses.
-        threads: intra-op threads; None chooses among those that the profile has, which are every core that the process
-            may use and one less where `pipeload profile` measured it. Without a profile it takes every core.
+        threads: intra-op threads; None chooses between the numbers that `pipeload profile` measured, every usable core
+            or one less. Without a profile it takes every core.
         sizes: sizes of symbolic dimensions to plan for, such as `{"sequence_length": 512}`; without it batch 1 and 128.
-            Larger inputs work as well, as long as they fit the budget: resident shards then make room for them.
-        verify: check the sha256 of each file that was not found right before, on this machine, and has not changed
-            since. Sizes and headers are always checked.
-        profile: what the machine can do with this model, as `pipeload profile` measures it; None takes the one that
-            was kept for this machine, and learns from the first passes where there is none.
+            Larger inputs also work if they fit the budget: resident shards then make room for them.
+        verify: check the sha256 of each file, except for files that passed this check on this machine before and have
+            not changed since. Sizes and headers are always checked.
+        profile: the measurements of this model on this machine, by `pipeload profile`; None takes the profile kept for
+            this machine, or learns from the first passes if there is none.
         progress: called after each shard of each pass, in a thread of the engine.
 
     Returns:
@@ -87,9 +87,9 @@ def load(
         ManifestError: the directory holds no valid model.
         ShardError: a file of the directory is missing, damaged or foreign; for shards, which are read later, `run`
             raises it.
-        BudgetError: the budget cannot work; names the smallest that can.
-        ConfigError: an argument cannot be used.
-        LoadError: the system starts no more threads.
+        BudgetError: the budget is too small; the message names the smallest that works.
+        ConfigError: an argument is invalid.
+        LoadError: the system refused to start another thread.
 
     Example:
         >>> with pipeload.load("models/exported/minilm", memory_budget="128MB") as model:
@@ -132,8 +132,8 @@ class Model:
     """A model that runs under a memory budget. Made by `load`; safe to call from several threads.
 
     Attributes:
-        directory: where it lies.
-        manifest: what it consists of.
+        directory: its path.
+        manifest: its shards, inputs and outputs.
         files: its own files, such as `config.json`; each is checked when it is read.
     """
 
@@ -150,18 +150,18 @@ class Model:
         opened = open_pipeline(directory, manifest, self._decoding, options, self._bring_in)
         self._pipeline, self._replanner = opened.pipeline, opened.replanner
         self._profile_dims = opened.profile_dims
-        # Nothing here may keep the model alive. It also runs when the interpreter ends: onnxruntime must not be torn
-        # down under running agents.
+        # The finalizer must not refer to the model. It also runs when the interpreter exits: onnxruntime must not be
+        # torn down under running agents.
         self._finalizer = weakref.finalize(self, _end_in, self._pid, self._pipeline, opened.keep)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """Graph inputs that are no caches."""
+        """Graph inputs, without the caches."""
         return tuple(spec for spec in self.manifest.inputs if spec.name not in self._decoding.caches)
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        """Graph outputs that are no caches."""
+        """Graph outputs, without the caches."""
         made = set(self._decoding.caches.values())
         return tuple(spec for spec in self.manifest.outputs if spec.name not in made)
 
@@ -172,25 +172,25 @@ class Model:
 
     @property
     def profile(self) -> Profile:
-        """What is known about the machine; passes teach more."""
+        """The figures of the machine; passes refine them."""
         return self._replanner.profile
 
     @property
     def trace(self) -> Trace:
-        """What every agent did and when, of the latest passes."""
+        """The actions of every agent, with their times, in the latest passes."""
         return self._pipeline.trace
 
     @property
     def stats(self) -> Stats:
-        """What happened since the model was opened."""
+        """The figures of all passes since the model was opened."""
         return self._pipeline.stats
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """One pass over all shards.
 
         Args:
-            inputs: an array for each graph input; names, dtypes and shapes as in `inputs`. Caches may be left out, and
-                are then empty.
+            inputs: an array for each graph input; names, dtypes and shapes as in `inputs`. Caches that the caller
+                leaves out are empty.
 
         Returns:
             An array for each graph output, caches included.
@@ -198,7 +198,7 @@ class Model:
         Raises:
             ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
             BudgetError: inputs of this size do not fit the budget; nothing was read.
-            ShardError, LoadError, RunError: a shard could not be read, made or run; the next call starts afresh.
+            ShardError, LoadError, RunError: a shard could not be read, built or run; the next call starts afresh.
             ClosedError: the model was closed before or during the call.
         """
         return self._arrays(self._start(inputs).result())
@@ -206,14 +206,14 @@ class Model:
     def run_many(
         self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
     ) -> Iterator[dict[str, NDArray[Any]]]:
-        """A pass for each item, or for each batch of them, with the next one queued while one runs.
+        """A pass for each item, or for each batch of them, with the next pass queued while one runs.
 
-        One sweep over the shards serves all items of a batch, so with streamed shards larger batches take hardly more
-        time, as long as computing takes less than reading.
+        One sweep over the shards serves all items of a batch, so with streamed shards a larger batch takes hardly
+        longer while reading takes longer than computing.
 
         Args:
-            items: inputs as for `run`; taken as they are needed.
-            batch: items that are joined along the first dimension, as long as their other dimensions are equal.
+            items: inputs as for `run`, taken from the iterable on demand.
+            batch: the most items to join along the first dimension; items in a batch agree in all other dimensions.
 
         Yields:
             The outputs of each item, in order.
@@ -237,13 +237,13 @@ class Model:
                 call.withdraw()
 
     def set_budget(self, memory_budget: int | str) -> None:
-        """Another memory budget, from now on; memory beyond it is given back before this returns.
+        """Change the memory budget; this returns after the memory beyond it was given back.
 
         Args:
             memory_budget: as for `load`.
 
         Raises:
-            BudgetError: it cannot work; the old one stays.
+            BudgetError: the new budget is too small; the old one stays in force.
             ClosedError: the model is closed.
         """
         self._check_usable()
@@ -253,7 +253,7 @@ class Model:
         """An empty KV cache for `step`.
 
         Args:
-            capacity: tokens to plan for; more fit as long as the budget allows.
+            capacity: tokens to plan for; more fit while the budget has room.
 
         Raises:
             ConfigError: the model has no caches.
@@ -264,12 +264,12 @@ class Model:
         return self._decoding.new_state(capacity, self)
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, *, positions: int = 1) -> NDArray[Any]:
-        """One pass over new tokens of a decoder, after those that the state holds.
+        """One pass of a decoder over new tokens, which follow the tokens in the state.
 
         Args:
             inputs: as for `run`, without caches; an attention mask covers the cached tokens too.
-            state: caches; updated when the pass succeeded.
-            positions: for how many of the last new tokens logits are wanted.
+            state: the caches; a pass that succeeds updates them.
+            positions: return the logits of this many of the last new tokens.
 
         Returns:
             Logits of these positions, `[batch, positions, vocabulary]`.
@@ -282,12 +282,12 @@ class Model:
     def step_top(
         self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, top: int, *, positions: int = 1
     ) -> Sequence[Sequence[TopLogits]]:
-        """`step` that keeps only the largest logits of each position: the slices of a head are never put together.
+        """`step` that keeps only the largest logits of each position: the slices of a head are never joined.
 
         Args:
             inputs: as for `step`.
-            state: likewise.
-            top: how many logits to keep for each position, 1 at least.
+            state: as for `step`.
+            top: logits to keep for each position, at least 1.
             positions: as for `step`.
 
         Returns:
@@ -307,10 +307,10 @@ class Model:
         return running.result
 
     def session(self, capacity: int = 0) -> Session[DecodeState]:
-        """A text that goes on: calls of its `generate` do not compute again what the text begins with.
+        """A growing text: its `generate` does not recompute the beginning that the caches already hold.
 
         Args:
-            capacity: tokens to plan for; more fit as long as the budget allows.
+            capacity: tokens to plan for; more fit while the budget has room.
 
         Raises:
             ConfigError: the model generates no text.
@@ -326,11 +326,11 @@ class Model:
     def close(self) -> None:
         """End running calls with ClosedError, join every thread, give all memory back. May be called again.
 
-        What passes have taught about the machine is kept for the next time, as it is when a model that nobody closed
-        is collected or the interpreter ends.
+        Stores the figures that passes have taught about the machine, for the next load. This also happens when an
+        unclosed model is garbage-collected, and when the interpreter exits.
         """
         self._finalizer()
-        # Somebody else may be closing it at this moment: then this waits until it is closed.
+        # Another thread may be closing it at this moment: then this waits until it is closed.
         _end_in(self._pid, self._pipeline)
 
     def __enter__(self) -> Model:
@@ -348,7 +348,7 @@ class Model:
         )
 
     def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
-        """A pass of a decoder. Returns the outputs that it made."""
+        """Run one pass of a decoder. Returns its outputs."""
         self._check_usable()
         state.check_usable_by(self)
         decoding = self._decoding
@@ -364,7 +364,7 @@ class Model:
         return outputs
 
     def _bring_in(self) -> None:
-        """The tokenizer takes tens of megabytes: it has to be there when the process is measured."""
+        """The tokenizer takes tens of megabytes: it must be loaded before the process is measured."""
         with suppress(ConfigError):
             tokenizer_of(self)
 
@@ -398,9 +398,9 @@ class Model:
             feed.caches = state.caches
         feed.pieces = values
         pass_bytes, held_bytes = self._pass_needs(tuple(piece_dims.items()), feed.positions, feed.top > 0)
-        # Pieces that wait for their turn in a shard are in memory too.
+        # Pieces waiting for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
-        # How much is in the caches makes no other kind of pass.
+        # The fill level of the caches does not change the kind of pass.
         past = past_symbols(self.manifest)
         sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
         profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
@@ -426,7 +426,7 @@ class Model:
 
 
 def _pass_needs_of(manifest: Manifest) -> Callable[[_Sizes, int | None, bool], tuple[int, int]]:
-    """`needs.pass_needs` of one model, which remembers the latest sizes: nearly all steps of a text have the same."""
+    """`needs.pass_needs` of one model, which remembers the latest sizes: nearly all steps of a text share them."""
 
     @lru_cache(maxsize=16)
     def pass_needs(dims: _Sizes, positions: int | None, top: bool) -> tuple[int, int]:

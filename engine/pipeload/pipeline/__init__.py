@@ -8,15 +8,15 @@ sweep          one pass over the shards
 reservations   bytes of the budget, in plan order
 messages       what the agents tell one another
 requests       the queue of calls
-residents      what stays between sweeps, and its packing
+residents      shards and parts kept between sweeps, and their packing
 exchange       where the agents meet
 agents         Loading, Inference and Daemon Agents: their loops
 weights_memory reservations, buffers, and freed memory
-loader         what a Loading Agent does with a task
-lent_outputs   outputs that callers still keep
+loader         a Loading Agent's work on a task
+lent_outputs   outputs still kept by callers
 room           the next pass: its plan, its memory, its loaders
 ledger         passes in figures
-pipeline       who starts and ends the agents, and plans between sweeps
+pipeline       starts and ends the agents, and plans between sweeps
 open_pipelines all of this process
 ```
 """

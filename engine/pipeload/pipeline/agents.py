@@ -1,8 +1,8 @@
-"""Loading, Inference and Daemon Agents: plain loops. Who runs them in threads is `pipeline.py`'s business.
+"""Loading, Inference and Daemon Agents: plain loops. `pipeline.py` runs them in threads.
 
 Each loop ends when the exchange is closed. A Loading Agent's failure travels as `Failed` to the Inference Agent, and
-the Inference Agent's to the caller; both go on. A failure of the Daemon closes the exchange, since nobody would free
-memory any more; callers get it as the cause of their ClosedError. A failed recovery does the same.
+the Inference Agent's to the caller; both go on. A failure of the Daemon closes the exchange, since no other agent frees
+memory; callers get it as the cause of their ClosedError. A failed recovery does the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
 
     Args:
         exchange: gives tasks and takes messages.
-        load: reserves budget, reads, makes the session; None when the task became stale on the way.
+        load: reserves budget, reads, makes the session; returns None when the task became stale meanwhile.
     """
     while (task := exchange.next_task()) is not None:
         message: Loaded | Failed | None = None
@@ -45,25 +45,25 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
 
     Args:
         exchange: gives calls.
-        recover: brings the pipeline back to the beginning of a pass after one failed that had taken shards.
-        settle: called after each that did not fail, when its caller has the answer.
+        recover: brings the pipeline back to the beginning of a pass, after a failed pass that had taken shards.
+        settle: called after each call that succeeded, once its caller has the answer.
     """
     while (call := exchange.next_call()) is not None:
         try:
             result = call.work(call)
         except BaseException as error:
             try:
-                # A call that was refused before it took a shard leaves what was loaded ahead for the next one.
+                # A call that was refused before it took a shard leaves the prefetched shards to the next call.
                 if exchange.broken:
                     recover()
-            except BaseException as failure:  # nobody can tell any more what is loaded
+            except BaseException as failure:  # the set of loaded shards is now unknown
                 exchange.close(failure)
             finally:
                 answer(exchange, call, error)
                 del error
         else:
             answer(exchange, call, result)
-            # What the caller does not keep must be free while the pipeline settles.
+            # The pipeline must not keep a result alive while it settles; only the caller may.
             call, result = None, None
             try:
                 settle()
@@ -76,13 +76,13 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
 def daemon_agent(
     exchange: Exchange, free: Callable[[LoadedShard], None], watch: Callable[[], None], watch_s: float
 ) -> None:
-    """Destroy what ran, give its memory back, and watch the budget.
+    """Destroy shards that ran, give their memory back, and watch the budget.
 
     Args:
         exchange: gives retired shards.
-        free: destroys one of them.
-        watch: called when nothing was retired for `watch_s` seconds.
-        watch_s: how long that is.
+        free: destroys one retired shard.
+        watch: called when no shard was retired for `watch_s` seconds.
+        watch_s: the interval, in seconds.
     """
     try:
         while (shard := exchange.next_retired(watch_s)) is not None or not exchange.closed:
@@ -103,7 +103,7 @@ def answer(exchange: Exchange, call: Call[Any], outcome: object) -> None:
         return
     if isinstance(outcome, ClosedError) and exchange.cause is not None:
         for link in _chain(exchange.cause):
-            # A recovery that failed was begun because of this very error: its chain must not lead back here.
+            # This very error started the recovery that failed: its chain must not lead back here.
             if link.__context__ is outcome:
                 link.__context__ = None
         outcome.__cause__ = exchange.cause

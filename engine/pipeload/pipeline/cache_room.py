@@ -15,7 +15,7 @@ __all__ = ["with_room"]
 
 
 def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:
-    """The cache, or a copy of it with room for so many tokens."""
+    """The cache, or a copy of it with room for this many tokens."""
     held = cache.shape[LENGTH_AXIS]
     if held >= tokens:
         return cache
@@ -25,9 +25,9 @@ def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Zeros, since whatever a mask of minus infinity hides must at least be a number; in pages of their own.
+    """Zeros in pages of their own: values hidden by a mask of minus infinity must still be numbers.
 
-    On the heap they would lie between activations that come and go, and keep these from being given back.
+    On the heap they would lie between short-lived activations, and keep freed memory from going back to the system.
     """
     memory = mmap.mmap(-1, max(prod(shape) * dtype.itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, dtype, prod(shape)).reshape(shape)

@@ -12,7 +12,7 @@
 
 Shards are drawn in plan order, round and round: after the last shard of a pass comes the first of the next. A shard
 that is planned to be resident is drawn once and then left out. Every draw has a ticket; inference consumes tickets in
-order. `reset` starts a new *epoch*: whatever was drawn or loaded before it is thrown away.
+order. `reset` starts a new *epoch*: shards that were drawn or loaded before it are thrown away.
 
 Calls (`requests`) and resident shards (`residents`) lie under the same lock, in objects of their own.
 """
@@ -36,8 +36,8 @@ class Exchange:
     """The state that the agents share. Every wait ends when it is closed.
 
     Attributes:
-        calls: those that wait, and those that are served.
-        residents: what stays in memory between sweeps.
+        calls: the waiting calls, and the calls being served.
+        residents: the shards and parts that stay in memory between sweeps.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Exchange:
     # Loading Agents
 
     def next_task(self) -> Task | None:
-        """The next shard to load, waiting while stopped or while nothing is to load; None when closed."""
+        """The next shard to load, waiting while stopped or while no shard is due; None when closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._may_pack() or self._may_draw())
             if self._closed:
@@ -92,7 +92,7 @@ class Exchange:
             return task
 
     def is_stale(self, task: Task) -> bool:
-        """Nobody wants this shard any more."""
+        """Whether this shard is no longer needed."""
         return self._closed or task.epoch != self._epoch
 
     def deliver(self, task: Task, message: Loaded | Failed | None) -> None:
@@ -118,11 +118,11 @@ class Exchange:
         return call
 
     def take(self, index: int, *calls: Call[Any]) -> tuple[Task, LoadedShard]:
-        """Wait until the shard is ready, which must be the next one in ticket order.
+        """Wait until the shard is ready. It must be the next one in ticket order.
 
         Raises:
             ClosedError: the exchange was closed, or all of the calls were withdrawn.
-            BaseException: whatever made the load fail.
+            BaseException: the error of the failed load.
         """
 
         def stopped() -> bool:
@@ -145,7 +145,7 @@ class Exchange:
             return message.task, message.shard
 
     def retire(self, shard: LoadedShard) -> None:
-        """The shard ran, and goes to the Daemon (signal `free`)."""
+        """Hand a shard that ran to the Daemon (signal `free`)."""
         with self._changed:
             self._retired.append(shard)
             self._changed.notify_all()
@@ -153,7 +153,7 @@ class Exchange:
     # Daemon Agent
 
     def next_retired(self, patience_s: float | None = None) -> LoadedShard | None:
-        """The next shard to destroy; None when closed and nothing is left, or when nothing came for so long."""
+        """The next shard to destroy; None when closed and empty, or when none came within `patience_s`."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._retired, patience_s)
             return self._retired.popleft() if self._retired else None
@@ -173,7 +173,7 @@ class Exchange:
 
     @property
     def cause(self) -> BaseException | None:
-        """What made an agent close it, if one did."""
+        """The error that made an agent close the exchange, if any."""
         return self._cause
 
     @property
@@ -183,8 +183,8 @@ class Exchange:
 
     @property
     def broken(self) -> bool:
-        """Whether the next sweep cannot begin with what is loaded: the call that is being served took a shard of it,
-        or a load has failed.
+        """Whether the next sweep cannot use the loaded shards: the call being served took one of them, or a load has
+        failed.
         """
         with self._changed:
             return self._broken or self._failed
@@ -194,8 +194,8 @@ class Exchange:
 
         Args:
             resident: for each shard, whether it stays in memory after it ran.
-            loaders: how many of them may load at the same time; one more may pack.
-            pass_number: of the pass that they begin with.
+            loaders: the number of agents that may load at the same time; one more may pack.
+            pass_number: the number of the pass that they begin with.
         """
         with self._changed:
             assert not self._outstanding, "reset before start"
@@ -208,10 +208,10 @@ class Exchange:
             self._changed.notify_all()
 
     def reset(self, wake: Callable[[], None]) -> None:
-        """Stop the Loading Agents, wait until none works, and hand all that is ready to the Daemon.
+        """Stop the Loading Agents, wait until none works, and hand all ready shards to the Daemon.
 
         Args:
-            wake: makes Loading Agents that wait for budget look whether they are stale.
+            wake: makes Loading Agents that wait for budget check whether their tasks are stale.
         """
         with self._changed:
             self._stopped = True
@@ -228,17 +228,17 @@ class Exchange:
             self._changed.notify_all()
 
     def wait_freed(self, freed: Callable[[], bool]) -> None:
-        """Wait until the Daemon has freed what was retired."""
+        """Wait until the Daemon has freed the retired shards."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or (not self._retired and freed()))
 
     def notify(self) -> None:
-        """Make every wait look at its condition again."""
+        """Make every wait check its condition again."""
         with self._changed:
             self._changed.notify_all()
 
     def close(self, cause: BaseException | None = None) -> None:
-        """End every wait; calls that wait or run end with ClosedError, because of `cause` if there is one."""
+        """End every wait; waiting and running calls end with ClosedError, raised from `cause` if there is one."""
         with self._changed:
             self._closed = True
             self._cause = self._cause or cause
@@ -257,13 +257,13 @@ class Exchange:
         return self.residents.may_pack and not self._stopped
 
     def _may_draw(self) -> bool:
-        # With nothing loaded ahead inference would wait for ever, so one shard may come even when memory is short.
+        # Without a prefetched shard inference would wait for ever, so one shard may come even when memory is short.
         ahead = self._outstanding or self._ready
         # After a failure inference starts anew: until then the agents would only fail again and again.
         held_back = self._stopped or self._failed or (self._short and ahead)
         busy = self._outstanding - self.residents.busy >= self._loaders
         if held_back or busy or len(self._held) >= len(self._resident):
             return False
-        # A shard that is still being loaded for the pass before is not begun for the next one.
+        # A shard that is still loading for one pass is not begun for the next.
         self._skip_held()
         return self._place not in self._loading

@@ -9,13 +9,13 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Counts passes, and keeps the figures of the first and the latest.
+    """Counts passes, and keeps the figures of the first and the latest pass.
 
     Args:
-        trace: what the agents did.
+        trace: the agents' spans.
 
     Attributes:
-        passes: finished passes.
+        passes: the number of finished passes.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -26,14 +26,14 @@ class Ledger:
         self._unsettled_s: float | None = None
 
     def add(self, begin_s: float, end_s: float, bound_s: float | None, calls: int = 1) -> None:
-        """A pass has ended. Times are those of `time.perf_counter`; for the others see `PassStats`."""
+        """Count a pass that has ended. Times are those of `time.perf_counter`; for the rest see `PassStats`."""
         self._last = pass_stats(self._trace.spans_since(begin_s), begin_s, end_s, bound_s, calls)
         self._unsettled_s = begin_s
         self._first_pass_s = self._first_pass_s or self._last.seconds
         self.passes += 1
 
     def take_unsettled(self) -> tuple[list[Span], float] | None:
-        """The spans and the seconds of the latest pass, once; None where no pass has ended since."""
+        """The spans and the seconds of the latest pass, once; None if no pass has ended since the last call."""
         begin_s, self._unsettled_s = self._unsettled_s, None
         if begin_s is None or self._last is None:
             return None
@@ -42,7 +42,7 @@ class Ledger:
     def stats(
         self, *, read_bytes: int, peak_bytes: int, budget_bytes: int, peak_read_bytes_per_s: float | None
     ) -> Stats:
-        """All figures, with those that only the pipeline knows."""
+        """All figures, including those that only the pipeline knows."""
         return Stats(
             passes=self.passes,
             read_bytes=read_bytes,

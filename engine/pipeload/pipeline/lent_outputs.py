@@ -1,4 +1,4 @@
-"""Outputs of former calls, which take memory as long as their callers keep them."""
+"""Outputs of earlier calls, which occupy memory while their callers keep them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class LentOutputs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all outputs that are kept now."""
-        # A copy, which one step of the interpreter makes: the sum takes many, and callers do not wait for it.
+        """Bytes of all outputs that callers keep now."""
+        # Sum a copy: the interpreter copies in one step, while callers may drop outputs between the steps of a sum.
         return sum(list(self._sizes.values()))
 
     def _forget(self, reference: weakref.ref[Value]) -> None:

@@ -1,4 +1,4 @@
-"""What a Loading Agent does with a task: reserve, read into a buffer, make the session over it; or pack a shard."""
+"""A Loading Agent's work on a task: reserve, read into a buffer, make the session over it; or pack a shard."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Loader:
     Args:
         manifest: the model.
         storage: its files.
-        exchange: has the resident shards, and tells which tasks are stale.
-        memory: has the plan, the reservations and the buffers.
+        exchange: holds the resident shards, and says which tasks are stale.
+        memory: holds the plan, the reservations and the buffers.
         trace: takes the agents' spans.
 
     Attributes:
@@ -54,14 +54,14 @@ class Loader:
 
     @property
     def read_bytes(self) -> int:
-        """Weights that were read, in all."""
+        """Bytes of weights read so far."""
         return self._read_bytes
 
     def run(self, task: Task) -> LoadedShard | None:
-        """Do a task. Returns the loaded shard; None when the task became stale on the way, or was to pack a shard.
+        """Do a task. Returns the loaded shard; None when the task became stale meanwhile, or was to pack a shard.
 
         Raises:
-            ShardError, LoadError: the shard cannot be had.
+            ShardError, LoadError: the shard cannot be loaded.
             ClosedError: the pipeline was closed meanwhile.
         """
         shard = self._manifest.shards[task.index]
@@ -88,7 +88,7 @@ class Loader:
         packed = plan.packed_streamed and not task.resident
         whole = 0, shard.nbytes
         begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
-        # No other agent loads this shard now, so its kept parts are there, or are this one's to load.
+        # No other agent loads this shard now, so its kept parts are in memory, or this agent loads them.
         kept = self._exchange.residents.parts.get(task.index, ())
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
@@ -155,7 +155,7 @@ class Loader:
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
         if self._exchange.residents.swap(task.index, packed, stale):
-            # The plan has room for one copy: the next may begin when the memory of this one's original is free.
+            # The plan has room for one copy: the next packing may begin when the original's memory is free.
             self._exchange.wait_freed(lambda: loaded.buffer is None)
         trim()
         self._memory.sample()

@@ -20,7 +20,7 @@ class Task:
         resident: it stays in memory after it ran.
         epoch: the epoch in which it was drawn.
         pass_number: the pass that it is for.
-        packing: not to load it, but to pack what is loaded; it has no place in the order of tickets.
+        packing: pack the loaded shard instead of loading it; such a task has no place in the order of tickets.
     """
 
     ticket: int
@@ -33,7 +33,7 @@ class Task:
 
 @dataclass(slots=True, kw_only=True)
 class LoadedShard:
-    """A shard in memory, and what must be given back for it."""
+    """A shard in memory, with the resources to give back after it."""
 
     index: int
     session: ShardSession | None
@@ -52,7 +52,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """A Loading Agent's message: the shard cannot be had, and why."""
+    """A Loading Agent's message: the shard could not be loaded, with the error."""
 
     task: Task
     error: BaseException

@@ -1,4 +1,4 @@
-"""The pipelines of all models of this process: a budget is the whole process's."""
+"""The pipelines of all models of this process: a budget covers the whole process."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["OPEN_PIPELINES"]
 
 
 class _OpenPipelines:
-    """Knows every pipeline that was not collected yet.
+    """Knows every pipeline that was not garbage-collected yet.
 
     Attributes:
-        lock: a loader of a model holds it from the moment when it measures the process until its own pipeline is added:
-            of two models that are loaded at the same time, the second one counts the first.
+        lock: a `load` holds it from measuring the process until its own pipeline is added: of two models that load at
+            the same time, the second counts the first.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class _OpenPipelines:
         self._pipelines.append(weakref.ref(pipeline))
 
     def to_come_bytes(self) -> int:
-        """Memory that these pipelines are going to occupy and do not yet. The caller holds the lock."""
+        """Memory that these pipelines will occupy but do not occupy yet. The caller holds the lock."""
         found = [known() for known in self._pipelines]
         return sum(pipeline.to_come_bytes for pipeline in found if pipeline is not None)
 
     def forget(self) -> None:
-        """In a forked child: it has none of its parent's pipelines, and a thread of the parent may hold the lock."""
+        """Start anew in a forked child: it has no pipelines, and a thread of the parent may hold the lock."""
         self.lock = threading.Lock()
         self._pipelines = []
 

@@ -7,8 +7,8 @@ inference:           | run 0 | run 1 | run 2 | ...    in order; the output of sh
 daemon:                      | free 0 | free 1 | ...  session destroyed, buffer back to the pool, budget released
 ```
 
-Prefetch goes on past the end of a pass: while the last shards run, and while nobody calls, the first streamed shards of
-the next pass are read, as far as the budget lets them.
+Prefetch goes on past the end of a pass: while the last shards run, and while no call waits, loaders read the first
+streamed shards of the next pass, within the budget.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ Coldness: TypeAlias = Literal["cold", "filling", "steady"]
 """A pass that reads everything, one that still loads shards that will stay, or one like all later ones."""
 
 _SPANS = 10_000
-"""Kept in the trace, and as many samples: some tens of passes, in 0.6 MB that the plan counts with the runtime."""
+"""The trace keeps this many spans and samples: some tens of passes, 0.6 MB that the plan counts with the runtime."""
 _GATHER_SHARE = 0.02
 """The next sweep waits up to this fraction of the last one's duration for the same callers to return."""
 _CALLER_BYTES = 300_000
-"""The stack of a thread that calls, and its own data: tokens, inputs, what it makes of the outputs."""
+"""A calling thread's stack and own data: tokens, inputs, and the results it makes from the outputs."""
 _PLAN_FACT = "No room could be made for the pass"
 _MEMORY_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
 _THREADS_REMEDY = "Raise the limit of processes and threads (ulimit -u), or end other programs."
 _WATCH_S = 1.0
-"""An idle model looks this often whether memory has become short."""
+"""An idle model checks at this interval whether memory has become short."""
 
 
 class Pipeline:
@@ -65,7 +65,7 @@ class Pipeline:
     Args:
         manifest: the model.
         storage: its files.
-        plan: how to begin.
+        plan: the first plan.
         replanner: plans anew between passes.
         progress: called after each shard of each pass, by the Inference Agent.
     """
@@ -110,7 +110,7 @@ class Pipeline:
 
     @property
     def to_come_bytes(self) -> int:
-        """Memory that the plan has for weights, caches and passes, and that weights do not occupy yet."""
+        """Memory that the plan grants to weights, caches and passes, minus the bytes that weights occupy already."""
         return 0 if self._exchange.closed else self._memory.to_come_bytes
 
     @property
@@ -127,14 +127,14 @@ class Pipeline:
     def submit(
         self, feed: Feed, *, pass_bytes: int = 0, held_bytes: int = 0, cache_bytes: int = 0, kind: object = None
     ) -> Call[dict[str, Value]]:
-        """Queue one pass; passes run in the order in which they were queued. For the arguments see `Call`.
+        """Queue one pass; passes run in the order of queueing. For the arguments see `Call`.
 
-        While shards are streamed, one sweep serves all passes that wait when it begins.
+        While shards are streamed, one sweep serves all passes that are queued when it begins.
 
         Returns:
-            The outputs by name, when the pass is over. Waiting for them raises BudgetError when it does not fit the
-            budget (nothing was read for it); ClosedError when the pipeline was closed before or during the pass; and
-            LoadError, ShardError or RunError when a shard failed: the next call starts afresh.
+            The outputs by name, when the pass is over. Waiting for them raises BudgetError when the pass does not fit
+            the budget (nothing was read for it); ClosedError when the pipeline was closed before or during the pass;
+            and LoadError, ShardError or RunError when a shard failed: the next call starts afresh.
 
         Raises:
             ClosedError: the pipeline is closed.
@@ -154,10 +154,10 @@ class Pipeline:
         return self._exchange.calls.submit(call)
 
     def set_budget(self, budget_bytes: int | None) -> None:
-        """Another budget, or None for what is free, from now on; memory beyond it is given back before this returns.
+        """Change the budget (None: all free memory); this returns after the memory beyond it was given back.
 
         Raises:
-            BudgetError: it cannot work; the old one stays.
+            BudgetError: the new budget is too small; the old one stays in force.
             ClosedError: the pipeline was closed.
         """
 
@@ -172,7 +172,7 @@ class Pipeline:
         self._exchange.close()
         self._memory.reservations.close()
         if threading.current_thread() in self._threads:
-            # The garbage collector may find an abandoned model in an agent, which cannot wait for itself.
+            # The garbage collector may run this in an agent's thread, which cannot wait for itself.
             threading.Thread(target=self.close, name="pipeload-closer").start()
             return
         with self._closing:
@@ -195,9 +195,9 @@ class Pipeline:
         self._threads.append(thread)
 
     def _spawn_loaders(self) -> None:
-        """As many Loading Agents as the plan has, and one more to pack while these wait for their turn to load.
+        """Start the plan's number of Loading Agents, and one more to pack while the others wait for their turn to load.
 
-        Those of an earlier plan that are too many find nothing to do.
+        Surplus agents of an earlier plan stay idle.
         """
         running = sum(thread.name.startswith("pipeload-loader") for thread in self._threads)
         for number in range(running, self.plan.loaders + self.plan.packed):
@@ -206,7 +206,7 @@ class Pipeline:
     # Inference Agent: calls
 
     def _serve(self, call: Call[dict[str, Value]]) -> dict[str, Value]:
-        """Serve a call, and those that wait behind it. Returns its outputs."""
+        """Serve a call, and the calls waiting behind it. Returns its outputs."""
         calls = [call]
         if self.plan.streamed_bytes:
             calls += self._exchange.calls.join()
@@ -228,7 +228,7 @@ class Pipeline:
                 answer(self._exchange, other, other.feed.error or error)
             own = call.feed.error
             if own is not None and own is not error:
-                # It ended this call before the sweep failed, and has a cause of its own.
+                # This error ended the call before the sweep failed, and has a cause of its own.
                 raise own  # noqa: B904
             raise
         for one in calls:
@@ -241,7 +241,7 @@ class Pipeline:
         return call.feed.outputs
 
     def _admit(self, calls: list[Call[dict[str, Value]]]) -> None:
-        """Make room for a sweep. Calls that do not fit into it together are taken out of the list, and wait."""
+        """Make room for a sweep. Calls that do not fit in together leave the list, and wait."""
         while True:
             kinds = tuple(one.kind for one in calls)
             kind = kinds[0] if len(kinds) == 1 else kinds
@@ -297,7 +297,7 @@ class Pipeline:
         return "steady" if complete and self._ledger.passes else "filling" if self._ledger.passes else "cold"
 
     def _bound_s(self, cold: Coldness) -> float | None:
-        """T* of the pass that has ended; None where it is not known."""
+        """T* of the pass that has ended; None if it is unknown."""
         if cold == "filling" or not self._replanner.knows(self._kind):
             return None
         bound = roofline(self._manifest, self._replanner.profile, self.plan.resident_bytes)
@@ -311,11 +311,11 @@ class Pipeline:
         self._spawn_loaders()
 
     def _settle(self) -> None:
-        """After a pass, when its caller has the answer: learn from it, and improve what stays in memory."""
+        """After a pass, when its caller has the answer: learn from it, and improve the choice of resident shards."""
         if not self._ledger.passes or self._exchange.stopped:
             return
         self._storage.save_stamps()
-        # Calls that ran no pass come here too, and under another plan its spans would be misread.
+        # Calls without a pass come here too, and another plan would misread the spans.
         ended = self._ledger.take_unsettled()
         residents = self._exchange.residents
         if ended is not None and not residents.packing:
@@ -330,7 +330,7 @@ class Pipeline:
     # Daemon Agent
 
     def _watch(self) -> None:
-        """While no call runs or waits: give back what the plan must when memory became short outside of the process."""
+        """While no call runs or waits: shrink the plan when memory became short outside the process."""
         idle = self._exchange.calls.idle
         if idle and self._replanner.limit_bytes(self.plan) < self.plan.budget_bytes:
             with suppress(ClosedError):

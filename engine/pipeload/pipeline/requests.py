@@ -1,4 +1,4 @@
-"""The queue of calls: each waits in it for the Inference Agent, and its caller waits for the call."""
+"""The queue of calls: calls wait here for the Inference Agent, and callers wait for their calls."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Call(Generic[Result]):
     """One call that is queued or runs.
 
     Args:
-        work: serves the call, and those that join it; the Inference Agent calls it with this call.
+        work: serves this call, and the calls that join it; the Inference Agent passes this call to it.
         feed: passes through the shards; without one the call runs no sweep, and no other call joins it.
         pass_bytes: memory that its sweep needs beside weights and caches.
-        held_bytes: the part of it that is in use all the time, also while the shards run for other feeds.
-        cache_bytes: memory of all caches that are open while it runs.
+        held_bytes: the part of it that stays in use even while the shards run for other feeds.
+        cache_bytes: memory of all caches open while it runs.
         kind: see `Replanner.after_pass`.
     """
 
@@ -46,7 +46,7 @@ class Call(Generic[Result]):
         self._queue: Calls | None = None
 
     def result(self) -> Result:
-        """Wait for the end of the call. A caller that is interrupted while it waits has withdrawn the call."""
+        """Wait for the end of the call. A caller that is interrupted while waiting withdraws the call."""
         try:
             return self.outcome.result()
         except BaseException:
@@ -54,13 +54,13 @@ class Call(Generic[Result]):
             raise
 
     def withdraw(self) -> None:
-        """The caller waits no longer: forget the call, or end it if it runs."""
+        """Stop waiting for the call: forget it, or end it if it runs."""
         if self._queue is not None:
             self._queue.forget(self)
 
 
 class Calls:
-    """The calls that wait, in order, and those that are being served.
+    """The waiting calls, in order, and the calls being served.
 
     Args:
         changed: the exchange's condition, under whose lock the queue lies too.
@@ -90,17 +90,17 @@ class Calls:
             self._served = []
             while not self._closed:
                 self._changed.wait_for(lambda: self._closed or self._waiting)
-                # Callers that were served together come back one by one.
+                # Callers served together come back one by one.
                 self._changed.wait_for(lambda: self._closed or len(self._waiting) >= self._expected, self._patience_s)
                 self._expected, self._patience_s = 1, 0.0
-                # Meanwhile all may have been withdrawn.
+                # The callers may have withdrawn all calls meanwhile.
                 if self._waiting and not self._closed:
                     self._served = [self._waiting.popleft()]
                     return self._served[0]
             return None
 
     def join(self) -> list[Call[Any]]:
-        """The calls behind the one that is being served that run a sweep too: they are then served with it."""
+        """Take the calls behind the current one that run a sweep too, to serve them together."""
         with self._changed:
             joined = []
             while self._waiting and self._waiting[0].runs_sweep:
@@ -115,7 +115,7 @@ class Calls:
             self._waiting.extendleft(reversed(joined))
 
     def expect(self, count: int, patience_s: float) -> None:
-        """Delay the next call by at most `patience_s`, until `count` calls more than now are queued."""
+        """Delay the next sweep by at most `patience_s` until `count` more calls are queued."""
         with self._changed:
             self._expected, self._patience_s = count + len(self._waiting), patience_s
 
@@ -126,7 +126,7 @@ class Calls:
             return not self._served and not self._waiting
 
     def close(self, cause: BaseException | None = None) -> None:
-        """End every call that waits or runs with ClosedError, because of `cause` if there is one."""
+        """End every waiting or running call with ClosedError, raised from `cause` if there is one."""
         with self._changed:
             self._closed = True
             self._cause = self._cause or cause
@@ -140,7 +140,7 @@ class Calls:
             call.outcome.set_exception(error)
 
     def forget(self, call: Call[Any]) -> None:
-        """Nothing waits for the call any longer: take it out, or end it if it runs."""
+        """The caller no longer waits for the call: take it out, or end it if it runs."""
         with self._changed:
             if call in self._waiting:
                 self._waiting.remove(call)

@@ -40,12 +40,12 @@ class Reservations:
         """Wait for the ticket's turn and for the bytes. Returns False, with nothing reserved, when cancelled.
 
         Args:
-            nbytes: what is needed.
+            nbytes: the bytes to reserve.
             ticket: 0, 1, 2 ...: every number is reserved exactly once.
-            cancelled: looked at whenever something changed; see `wake`.
+            cancelled: checked after every change; see `wake`.
 
         Raises:
-            LoadError: it is more than the limit, so no waiting would help.
+            LoadError: `nbytes` exceeds the limit, so waiting cannot help.
             ClosedError: the budget was closed.
         """
         with self._changed:
@@ -77,13 +77,13 @@ class Reservations:
             self._changed.notify_all()
 
     def set_limit(self, limit_bytes: int) -> None:
-        """Change the limit; what is reserved above it stays so until it is released."""
+        """Change the limit; bytes reserved above it stay reserved until they are released."""
         with self._changed:
             self._limit_bytes = limit_bytes
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Make every waiting reservation look at its `cancelled` again."""
+        """Make every waiting reservation check its `cancelled` again."""
         with self._changed:
             self._changed.notify_all()
 
@@ -94,7 +94,7 @@ class Reservations:
             self._changed.notify_all()
 
     def _skip(self, ticket: int) -> None:
-        """The ticket is done with: let the next one have its turn."""
+        """Finish this ticket: the next one has its turn."""
         self._skipped.add(ticket)
         while self._turn in self._skipped:
             self._skipped.remove(self._turn)

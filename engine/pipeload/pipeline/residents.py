@@ -1,6 +1,6 @@
-"""What stays in memory between sweeps: resident shards, kept parts of streamed ones, and the packing of the former.
+"""Memory kept between sweeps: resident shards, kept parts of streamed shards, and the packing of resident ones.
 
-Resident shards may be packed while sweeps run: one at a time, a Loading Agent makes the packed copy and swaps it in
+Resident shards may be packed while sweeps run, one at a time: a Loading Agent makes the packed copy and swaps it in
 while the shard does not run.
 """
 
@@ -17,7 +17,7 @@ __all__ = ["Residents"]
 
 
 class Residents:
-    """The shards and parts that stay.
+    """The shards and parts that stay in memory.
 
     Args:
         changed: the exchange's condition, under whose lock they lie too.
@@ -38,15 +38,15 @@ class Residents:
 
     @property
     def shards(self) -> dict[int, LoadedShard]:
-        """Place in the model -> the resident shard, of all that are in memory now."""
+        """Place in the model -> the resident shard, for all resident shards in memory now."""
         with self._changed:
             return dict(self._shards)
 
     def borrow(self, index: int) -> LoadedShard | None:
-        """The resident shard, which must be given back; None when it is not in memory.
+        """The resident shard, which the caller must give back; None when it is not in memory.
 
         Raises:
-            BaseException: whatever made packing a resident shard fail.
+            BaseException: the error of a failed packing of a resident shard.
         """
         with self._changed:
             if self._error is not None:
@@ -57,7 +57,7 @@ class Residents:
             return shard
 
     def give_back(self, index: int, shard: LoadedShard) -> None:
-        """The shard ran, and stays."""
+        """Give back a shard that ran; it stays."""
         with self._changed:
             self._running = None
             self._shards.setdefault(index, shard)
@@ -78,12 +78,12 @@ class Residents:
             return dict(self._parts)
 
     def keep(self, index: int, parts: Sequence[Part]) -> None:
-        """Parts of a streamed shard stay in memory from now on."""
+        """Keep these parts of a streamed shard in memory from now on."""
         with self._changed:
             self._parts[index] = parts
 
     def forget(self, index: int) -> Sequence[Part]:
-        """Parts that stay no longer: the caller closes and releases them; only while the Loading Agents are stopped."""
+        """Stop keeping parts; the caller closes and releases them. Only while the Loading Agents are stopped."""
         with self._changed:
             return self._parts.pop(index)
 
@@ -91,7 +91,7 @@ class Residents:
 
     @property
     def packing(self) -> bool:
-        """Whether resident shards are being packed or wait for it."""
+        """Whether a resident shard is being packed or waits for packing."""
         with self._changed:
             return self._busy or bool(self._to_pack)
 
@@ -112,22 +112,22 @@ class Residents:
         return bool(self._to_pack) and not self._busy
 
     def begin_packing(self) -> int:
-        """The shard that the caller is to pack. It ends with `end_packing`; the caller holds the lock."""
+        """The shard that the caller is to pack, until it calls `end_packing`; the caller holds the lock."""
         self._busy = True
         return self._to_pack.popleft()
 
     def end_packing(self, error: BaseException | None = None) -> None:
-        """A shard was packed or could not be: another one may begin. The next `borrow` raises the error."""
+        """The packing succeeded or failed: the next may begin. The next `borrow` raises the error."""
         with self._changed:
             self._busy = False
             self._error = error or self._error
             self._changed.notify_all()
 
     def swap(self, index: int, packed: LoadedShard, stale: Callable[[], bool]) -> bool:
-        """Put the packed shard in the place of the loaded one, while that does not run, and retire the other one.
+        """Replace the loaded shard by its packed copy while it does not run, and retire the shard that is replaced.
 
         Returns:
-            False when the packing had become stale: then it is the packed one that was retired.
+            False when the packing had become stale: then the packed copy was retired instead.
         """
         with self._changed:
             self._changed.wait_for(lambda: stale() or self._running != index)

@@ -1,4 +1,4 @@
-"""Room for the next sweep: its plan, the memory that the plan has, and Loading Agents that begin at its first shard."""
+"""Room for the next sweep: its plan, the plan's memory, and Loading Agents that begin at its first shard."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Room"]
 
 
 class Room:
-    """Makes room between sweeps. The Inference Agent's alone, apart from `start` and `stop`.
+    """Makes room between sweeps. Only the Inference Agent uses it, except for `start` and `stop`.
 
     Args:
         manifest: the model.
-        exchange: stops and starts the Loading Agents, and has the resident shards.
-        memory: has the plan in force.
+        exchange: stops and starts the Loading Agents, and holds the resident shards.
+        memory: holds the plan in force.
         replanner: plans anew.
-        lent: outputs of former calls, which take memory too.
+        lent: outputs of earlier calls, which occupy memory too.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Room:
         self._needs = memory.plan.pass_bytes, memory.plan.cache_bytes
 
     def prepare(self, next_pass: int, needs: tuple[int, int] | None = None, *, strict: bool = False) -> None:
-        """Plan a pass, make room for it, and see that the Loading Agents work.
+        """Plan a pass, make room for it, and start the Loading Agents if they are stopped.
 
         Args:
             next_pass: its number.
@@ -54,7 +54,7 @@ class Room:
             self._memory.give_back()
             beside = self._memory.beside_bytes(packing=packing)
         plan = self._replanner.before_pass(self._memory.plan, pass_bytes, cache_bytes, beside, strict=strict)
-        # A call that was refused is no measure for the next one.
+        # The needs of a refused call say nothing about the next one.
         self._needs = needs
         if plan.layout != self._memory.plan.layout:
             self._clear_for(plan)
@@ -66,7 +66,7 @@ class Room:
         """After a pass: let the replanner compare the peak of the process with the plan.
 
         Args:
-            complete: all shards and parts that stay were in memory.
+            complete: whether all resident shards and kept parts were in memory.
         """
         pass_bytes = self._needs[0] + self._lent.nbytes
         peak = self._memory.take_peak(pass_bytes)
@@ -79,16 +79,16 @@ class Room:
         self._exchange.start(resident, plan.loaders, next_pass)
 
     def stop(self) -> None:
-        """Stop the Loading Agents, and hand all that they have loaded ahead to the Daemon."""
+        """Stop the Loading Agents, and hand all prefetched shards to the Daemon."""
         self._exchange.reset(self._memory.reservations.wake)
 
     def recover(self) -> None:
-        """After a failed pass: throw away what was loaded ahead; the next call begins with its first shard."""
+        """After a failed pass: throw away prefetched shards; the next call begins with its first shard."""
         self.stop()
         self._wait_freed()
 
     def _clear_for(self, plan: Plan) -> None:
-        """Stop the Loading Agents, and free everything that has no place in another plan."""
+        """Stop the Loading Agents, and free all memory that has no place in the new plan."""
         self.stop()
         before, residents = self._memory.plan, self._exchange.residents
         for index, loaded in residents.shards.items():
@@ -105,7 +105,7 @@ class Room:
             raise ClosedError("The model was closed during the call.")
 
     def _wait_freed(self) -> None:
-        """Wait until nothing is reserved but for residents and kept parts."""
+        """Wait until only resident shards and kept parts hold reservations."""
         residents, reservations = self._exchange.residents, self._memory.reservations
         expected = sum(loaded.reserved_bytes for loaded in residents.shards.values())
         expected += sum(part.buffer.nbytes for parts in residents.parts.values() for part in parts)

@@ -1,16 +1,16 @@
 """One shard's ONNX Runtime session over borrowed buffers. The only module that imports onnxruntime.
 
 Shards are optimised when they are exported, so sessions are made with optimisation off. A streamed shard borrows
-its weights from buffers, without a copy and without prepacking, and is made in a millisecond or two. A packed session
-copies the weights and lays them out for the CPU, which costs far more and makes each run faster: it no longer needs
-the buffers.
+its weights from buffers, without a copy and without prepacking, and takes a millisecond or two to make. A packed
+session copies the weights and lays them out for the CPU, which costs far more and makes each run faster: it no longer
+needs the buffers.
 
-Sessions make and free activations at every operator. For models without caches they share one arena, which keeps what
-is freed for the next operator, of whatever shard: memory that goes back to the system has to be cleared again before
-its next use, which takes as long as a third of the computing. Caches grow by a token a pass, so that no piece of an
-arena would ever fit the next one: sessions of models with caches use the C library's heap.
+Sessions allocate and free activations at every operator. For models without caches they share one arena, which keeps
+freed memory for the next operator of any shard: the system must clear memory that went back to it before its next use,
+which takes a third of the computing time. Caches grow by a token a pass, so that no piece of an arena would ever fit
+the next pass: sessions of models with caches use the C library's heap.
 
-The arena is onnxruntime's process-wide one, which serves only sessions that ask for it. Nothing else here touches
+The arena is onnxruntime's process-wide one, which serves only sessions that ask for it. This module touches no other
 process-wide state: every session has its own threads.
 """
 
@@ -46,7 +46,7 @@ _CONSTANT_GRAPH = (
     b'\x08\x08\x12\x00:6\n$\x12\x01y"\x08Constant*\x15\n\x0bvalue_float\x15\x00\x00\x00\x00\xa0\x01\x01\x12'
     b"\x01gb\x0b\n\x01y\x12\x06\n\x04\x08\x01\x12\x00B\x04\n\x00\x10\x11"
 )
-"""An ONNX model (opset 17) that makes the number 0: a session is the only thing that can tell the arena to shrink."""
+"""An ONNX model (opset 17) that makes the number 0: only a session can tell the arena to shrink."""
 
 
 def to_value(array: NDArray[Any], dtype: str | None = None) -> Value:
@@ -58,13 +58,13 @@ def to_value(array: NDArray[Any], dtype: str | None = None) -> Value:
 
 
 def to_array(value: Value) -> NDArray[Any]:
-    """The value as an array over the same memory, which keeps the value alive as long as the array lives."""
+    """The value as an array over the same memory, which keeps the value alive while the array lives."""
     array: NDArray[Any] = np.asarray(_Owner(value))
     return array
 
 
 class _Owner:
-    """Base of an array over a value. onnxruntime's own arrays do not keep alive what a value has borrowed."""
+    """Base of an array over a value. onnxruntime's own arrays do not keep the memory alive that a value borrows."""
 
     def __init__(self, value: Value) -> None:
         self._value = value
@@ -72,7 +72,7 @@ class _Owner:
 
 
 class Stopper:
-    """Ends whatever session runs under it, from any thread."""
+    """Ends the session that runs under it, from any thread."""
 
     def __init__(self) -> None:
         self._options = ort.RunOptions()
@@ -86,13 +86,13 @@ class Stopper:
 
 
 def shrink_arena() -> None:
-    """Give those pieces of the shared arena back to the heap in which nothing lies; see `memory.trim`."""
+    """Give the unused pieces of the shared arena back to the heap; see `memory.trim`."""
     _shrinker().run(None, {}, _shrinking())
 
 
 @cache
 def _register_arena() -> None:
-    # Pieces of the sizes that are asked for: what grows by doubling would take up to twice as much.
+    # Pieces of exactly the requested sizes: an arena that grows by doubling would take up to twice as much.
     config = {
         "arena_extend_strategy": _SAME_AS_REQUESTED,
         "max_mem": 0,
@@ -104,10 +104,10 @@ def _register_arena() -> None:
 
 
 def _use_arena(options: ort.SessionOptions) -> None:
-    with _ARENA_LOCK:  # a second one would take the place of the first
+    with _ARENA_LOCK:  # a second arena would replace the first
         _register_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # Packed weights come and go with their session, and would leave holes in the arena.
+    # Packed weights live and die with their session, and would leave holes in the arena.
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
 
 
@@ -131,13 +131,13 @@ class ShardSession:
     """A shard that is ready to run.
 
     Args:
-        shard: what it is.
+        shard: its record in the manifest.
         graph: its `.onnx` file.
-        parts: memory that holds all of its weights. It must stay as it is until the session is gone; a packed session
-            needs it only while it is made.
+        parts: memory that holds all of its weights. It must stay unchanged until the session is gone; a packed session
+            needs it only during construction.
         threads: intra-op threads.
         packed: lay the weights out for the CPU, in memory of the session's own.
-        arena: keep activations in the arena that all such sessions share. What a run returns lies in it too.
+        arena: keep activations in the arena that all such sessions share. The outputs of a run lie in it too.
 
     Raises:
         LoadError: onnxruntime refused the graph.
@@ -157,17 +157,17 @@ class ShardSession:
         self._outputs = list(shard.outputs)
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4  # what goes wrong is raised
+        options.log_severity_level = 4  # errors are raised
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.enable_mem_pattern = False
         if arena:
             _use_arena(options)
         else:
-            # An arena per session would round every block of memory up and keep it.
+            # An arena per session would round up every block of memory and keep it.
             options.enable_cpu_mem_arena = False
-        # Threads that wait for the next operator do so awake, but not for long: other shards and the Loading Agents
-        # need the cores, and by default the threads of a new pool would keep one busy until its first run.
+        # Threads spin briefly while they wait for the next operator: other shards and the Loading Agents need the
+        # cores, and by default the threads of a new pool would keep one busy until its first run.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
         weights: list[Value] = []
         if shard.weights is not None:
@@ -175,7 +175,7 @@ class ShardSession:
             weights = [to_value(tensor_in(parts, spec, offset), spec.dtype) for spec in shard.tensors]
         self._borrowed: list[Value] = []
         if packed:
-            # onnxruntime copies these values: nothing of the buffers is needed once the session is made.
+            # onnxruntime copies these values: the session needs nothing of the buffers afterwards.
             options.add_external_initializers([spec.name for spec in shard.tensors], weights)
         else:
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -183,7 +183,7 @@ class ShardSession:
             for spec, value in zip(shard.tensors, weights, strict=True):
                 options.add_initializer(spec.name, value)
         try:
-            # Without a fallback: it would try once more, and print "EP Error" to stdout.
+            # Without onnxruntime's fallback, which would try once more, and print "EP Error" to stdout.
             self._session = ort.InferenceSession(str(graph), options, providers=_PROVIDERS, enable_fallback=0)
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
             raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {_first_line(error)}") from error
@@ -196,7 +196,7 @@ class ShardSession:
         Args:
             inputs: by name.
             stopper: ends the run when it is used.
-            in_place: outputs that are written over an input, by name; they are then that input's value.
+            in_place: outputs written over an input: their names, with that input's value.
 
         Raises:
             RunError: onnxruntime failed.

@@ -1,4 +1,4 @@
-"""One sweep: values of one or more feeds travel through the shards, in order, whoever provides the sessions."""
+"""One sweep: values of one or more feeds travel through the shards, in order; the caller provides the sessions."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _REMEDY = "The system may be out of memory: lower the memory budget, or end othe
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Feed:
-    """What one call passes through the shards, and what comes of it.
+    """The inputs that one call sends through the shards, and their results.
 
     Attributes:
-        pieces: every graph input, except for those that are in `caches`. A text may be cut into pieces, which run one
+        pieces: every graph input, except for the inputs in `caches`. A text may be cut into pieces, which run one
             after another in each shard, so that the activations are those of one piece; only the last one has outputs.
-        caches: those that are written in place, by graph input. One without room for the new tokens is replaced by a
-            larger copy. When a sweep fails, they still hold what they held.
+        caches: the caches written in place, by graph input. A larger copy replaces a cache without room for the new
+            tokens. After a failed sweep, they hold the same tokens as before.
         room: tokens that such a copy has room for, at least the tokens that the pass leaves in it.
         positions: run a cut head for only this many of the last positions, which its output then has; None for all.
         top: keep only this many of the largest logits per position, in `top_logits`; 0 keeps the whole output.
         stopper: ends it when it is used.
         outputs: all graph outputs, at the end.
         top_logits: see `top`.
-        error: what ended it before.
-        alive: on the way, the values of each piece that a later shard takes.
+        error: the error that ended this feed early.
+        alive: during the sweep, the values of each piece that a later shard takes.
     """
 
     pieces: Sequence[Mapping[str, Value]] = ()
@@ -58,10 +58,10 @@ class Feed:
     _running_top: RunningTop | None = field(init=False, default=None)
 
     def begin(self, in_place: Iterable[str], length: tuple[str, int]) -> None:
-        """Set out at the first shard.
+        """Begin at the first shard.
 
         Args:
-            in_place: graph inputs that are caches written in place.
+            in_place: names of the cache inputs that shards write in place.
             length: see `length_input`.
         """
         self.alive = [dict(piece) for piece in self.pieces]
@@ -75,14 +75,14 @@ class Feed:
             self.room = max(self.room, *(piece[name].shape()[axis] for piece in self.pieces))
 
     def take_slice(self, logits: NDArray[Any]) -> None:
-        """Keep of a slice of the head's output what the call wants."""
+        """Keep the part of a slice of the head's output that the call wants."""
         if self._running_top is not None:
             self._running_top.push(logits)
         else:
             self._slices.append(logits)
 
     def join_slices(self, output: str) -> None:
-        """The slices of the head are complete: they become an output, or `top_logits`."""
+        """Join the complete slices of the head into an output, or into `top_logits`."""
         if self._running_top is not None:
             self.top_logits = self._running_top.result
         else:
@@ -134,18 +134,18 @@ class Sweep:
         *,
         keep_rows_cached: bool = False,
     ) -> None:
-        """Run the shards once, each for every feed. A feed that fails hinders no other one.
+        """Run the shards once, each for every feed. A failing feed does not affect the others.
 
         Args:
-            feeds: they get their outputs, or what went wrong.
+            feeds: receive their outputs, or their error.
             borrow: gives shard i's session for the time that it runs; called once for each shard, in order.
-            keep_rows_cached: leave the table rows that were read in the page cache.
+            keep_rows_cached: leave the table rows in the page cache after reading them.
 
         Raises:
-            ConfigError: an index is beyond its table, in the first feed while no other one is left.
+            ConfigError: an index is beyond its table: the error of the first feed, raised when no feed is left.
             RunError: a shard failed, likewise.
             ClosedError: the stopper was used, likewise.
-            ShardError, LoadError: a shard could not be had.
+            ShardError, LoadError: a shard could not be loaded.
         """
         for feed in feeds:
             feed.begin(self._in_place.values(), self._length)
@@ -158,14 +158,14 @@ class Sweep:
                 for feed in _going_on(feeds):
                     with feed.noting_errors(shard):
                         self._run_shard(feed, index, shard, session)
-            # It must be gone before the next one comes.
+            # This session must be gone before the next one arrives.
             del session
             _check(feeds)
         for feed in _going_on(feeds):
             self._finish(feed)
 
     def _prepare(self, feed: Feed, index: int, shard: Shard, *, keep_rows_cached: bool) -> None:
-        """All that a shard takes beside what the shards before have made."""
+        """Add a shard's inputs that no earlier shard makes."""
         if feed.stopper.stopped:
             raise ClosedError("The call was ended.")
         for alive in self._pieces(feed, index):
@@ -198,13 +198,13 @@ class Sweep:
                 del alive[name]
 
     def _pieces(self, feed: Feed, index: int) -> Sequence[dict[str, Value]]:
-        """The pieces that a shard runs for: those before the last one only have to get into the caches."""
+        """The pieces that a shard runs for: all but the last only need to reach the caches."""
         return feed.alive if index <= self._last_cached else feed.alive[-1:]
 
     def _finish(self, feed: Feed) -> None:
         outputs = feed.outputs
         if self._in_arena:
-            # The caller may keep outputs for long, and the arena could not shrink.
+            # The arena could not shrink while the caller keeps an output that lies in it.
             outputs.update((name, to_value(to_array(value).copy())) for name, value in outputs.items())
         if self._head:
             feed.join_slices(self._head.output)

@@ -1,4 +1,4 @@
-"""The last logits of a decoder, from slices of the vocabulary that come one after the other."""
+"""The last logits of a decoder, from slices of the vocabulary that arrive one after another."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["RunningTop", "TopLogits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TopLogits:
-    """The largest logits of one position, without the other ones.
+    """The largest logits of one position, without the rest.
 
     Attributes:
-        token_ids: whose logits they are, ascending, int64 `[tokens]`.
+        token_ids: the tokens of these logits, ascending, int64 `[tokens]`.
         logits: float32 `[tokens]`.
         log_total: the logarithm of the sum of all exponentiated logits, which a log-probability needs.
     """
@@ -28,10 +28,10 @@ class TopLogits:
 
 
 class RunningTop:
-    """Keeps the largest logits of all slices, and the sum of all of them.
+    """Keeps the largest logits of all slices, and the sum over all logits.
 
     Args:
-        top: how many to keep for each position, and those that equal the last of them.
+        top: logits to keep for each position, plus any that equal the smallest of them.
     """
 
     def __init__(self, top: int) -> None:
@@ -41,7 +41,7 @@ class RunningTop:
 
     def push(self, logits: NDArray[Any]) -> None:
         """Take the next slice, `[batch, positions, tokens]`."""
-        # One position at a time: what is made meanwhile is hardly more than its logits.
+        # One position at a time: the temporary arrays are then hardly larger than its logits.
         made = [[_top(row, self._top, self._seen) for row in sequence] for sequence in logits]
         self._seen += logits.shape[-1]
         if self._made is not None:
@@ -53,7 +53,7 @@ class RunningTop:
 
     @property
     def result(self) -> Sequence[Sequence[TopLogits]]:
-        """Of all slices so far, one at least: each sequence's positions."""
+        """The positions of each sequence, from all slices so far; at least one slice must have come."""
         assert self._made is not None
         return self._made
 
@@ -78,7 +78,7 @@ def _joined(one: TopLogits, other: TopLogits, top: int) -> TopLogits:
 
 
 def _largest(row: NDArray[np.float32], top: int) -> NDArray[np.int64]:
-    """Places of the largest, ascending. What is no number counts as one of them: it must not get lost."""
+    """Places of the largest values, ascending. NaN counts as one of them: it must not get lost."""
     if top >= row.size:
         return np.arange(row.size)
     last = row.max() if top == 1 else np.partition(row, row.size - top)[row.size - top]

@@ -1,4 +1,4 @@
-"""Memory for weights under the plan in force: reservations, buffers, and freed memory that is given back."""
+"""Memory for weights under the plan in force: reservations, buffers, and the return of freed memory."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeload.tracing.trace import Trace
 __all__ = ["WeightsMemory"]
 
 _HEAP_SLACK_BYTES = 256_000_000
-"""More than a heap was ever seen to keep beside the tensors in it."""
+"""More than any measured heap kept beside its tensors."""
 
 
 class WeightsMemory:
-    """What shards in memory occupy, and what the process occupies beside them.
+    """Memory of the loaded shards, and of the process beside them.
 
     Args:
-        plan: how to begin.
-        in_arena: activations lie in the arena that sessions share, which can be shrunk.
+        plan: the first plan.
+        in_arena: whether activations lie in the arena that sessions share, which can be shrunk.
         trace: takes samples of the figures.
 
     Attributes:
         plan: the plan in force.
-        reservations: bytes of the plan that shards and parts have.
+        reservations: bytes of the plan that shards and parts hold.
     """
 
     def __init__(self, plan: Plan, trace: Trace, *, in_arena: bool) -> None:
@@ -43,19 +43,19 @@ class WeightsMemory:
 
     @property
     def occupied_bytes(self) -> int:
-        """Memory of all buffers, those that wait for their next use included, and of sessions."""
+        """Memory of all buffers, including those waiting for their next use, and of sessions."""
         return self.reservations.reserved_bytes + self._pool.idle_bytes
 
     @property
     def to_come_bytes(self) -> int:
-        """Memory that the plan has for weights, caches and passes, and that weights do not occupy yet."""
+        """Memory that the plan grants to weights, caches and passes, minus the bytes that weights occupy already."""
         return max(0, self.plan.peak_bytes - self.plan.process_bytes - self.occupied_bytes)
 
     def beside_bytes(self, *, packing: bool) -> int:
         """Memory of the process now, without weights and caches.
 
         Args:
-            packing: a packed copy of a shard is being made.
+            packing: whether a Loading Agent is making a packed copy of a shard.
         """
         weights = self.occupied_bytes + (self.plan.packing_bytes if packing else 0)
         return rss_bytes() - weights - self.plan.cache_bytes
@@ -74,10 +74,10 @@ class WeightsMemory:
         return self._pool.take()
 
     def free(self, shard: LoadedShard, signal_memory: Callable[[bool], None]) -> None:
-        """Destroy a shard's session, and give its memory back, whatever goes wrong meanwhile.
+        """Destroy a shard's session, and give its memory back, even if an error occurs meanwhile.
 
         Args:
-            shard: what ran, or could not be loaded.
+            shard: a shard that ran, or could not be loaded.
             signal_memory: called with True while more is occupied than planned, and then with False.
         """
         try:
@@ -98,7 +98,7 @@ class WeightsMemory:
             self.reservations.release(shard.reserved_bytes)
 
     def release(self, parts: Iterable[Part]) -> None:
-        """Give the memory of parts that stay no longer back."""
+        """Give back the memory of parts that are no longer kept."""
         for part in parts:
             try:
                 part.buffer.close()
@@ -106,7 +106,7 @@ class WeightsMemory:
                 self.reservations.release(part.buffer.nbytes)
 
     def follow(self, plan: Plan) -> None:
-        """Another plan is in force from now on; when its buffers are others, none is in use."""
+        """Put another plan in force; if its buffers differ, no buffer is in use."""
         before, self.plan = self.plan, plan
         self.reservations.set_limit(plan.weights_bytes)
         if (plan.budget_bytes, plan.peak_bytes) != (before.budget_bytes, before.peak_bytes):
@@ -134,7 +134,7 @@ class WeightsMemory:
         return rss
 
     def close(self) -> None:
-        """Give the buffers that wait for their next use back, and what the heap keeps."""
+        """Give back the idle buffers, and the free memory that the heap keeps."""
         self._pool.close()
         self.give_back()
 
