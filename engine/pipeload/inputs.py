@@ -47,6 +47,7 @@ class GraphInputs:
         Raises:
             ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
         """
+        _check_mapping(inputs)
         cached = cached or {}
         faults = [f"'{name}' is no input of the model" for name in inputs if name not in self.specs]
         faults += [f"'{spec.name}' is missing" for spec in self._free if spec.name not in inputs]
@@ -88,6 +89,7 @@ def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator
     """
     group: list[dict[str, NDArray[Any]]] = []
     for item in items:
+        _check_mapping(item)
         arrays = dict(item)
         if group and _form(arrays) != _form(group[0]):
             yield _join(group)
@@ -115,6 +117,11 @@ def split_batch(outputs: Mapping[str, NDArray[Any]], rows: Sequence[int]) -> Ite
     for count in rows:
         yield {name: array[begin : begin + count] for name, array in outputs.items()}
         begin += count
+
+
+def _check_mapping(inputs: object) -> None:
+    if not isinstance(inputs, Mapping):
+        raise ConfigError(f"Inputs are arrays by name, such as {{'input_ids': array}}, not {type(inputs).__name__}.")
 
 
 def _form(arrays: Mapping[str, Any]) -> object:

@@ -98,6 +98,10 @@ def load(
     with foreign_errors(ConfigError, f"{path!r} is no path of a directory", "Pass a str or a path."):
         directory = Path(path)
     manifest = manifests.read(directory)
+    if sizes is not None and not isinstance(sizes, Mapping):
+        raise ConfigError(f"sizes is {sizes!r}; it must be sizes by name, such as {{'sequence_length': 128}}.")
+    if profile is not None and not isinstance(profile, Profile):
+        raise ConfigError(f"profile is {profile!r}; it must be a pipeload.Profile.")
     unknown = set(sizes or {}) - set(manifest.dims)
     if unknown:
         raise ConfigError(f"The model has no dimension {sorted(unknown)}; it has {sorted(manifest.dims)}.")
@@ -221,8 +225,10 @@ class Model:
         Raises:
             As `run`; ConfigError also when batch is below 1.
         """
-        if batch < 1:
-            raise ConfigError(f"batch is {batch}; it must be at least 1.")
+        if not isinstance(batch, int | np.integer) or batch < 1:
+            raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
+        if not isinstance(items, Iterable):
+            raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
         queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
         try:
             for inputs, sizes in batches(items, batch):
@@ -350,6 +356,8 @@ class Model:
     def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
         """Run one pass of a decoder. Returns its outputs."""
         self._check_usable()
+        if not isinstance(state, DecodeState):
+            raise ConfigError(f"state is {state!r}; make one with model.new_state().")
         state.check_usable_by(self)
         decoding = self._decoding
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):

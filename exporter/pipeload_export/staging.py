@@ -170,13 +170,17 @@ class Staging:
             except BaseException:
                 os.close(descriptor)
                 raise
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
-                    os.ftruncate(descriptor, 0)
-                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                    self._lock = descriptor
-                    return
-            os.close(descriptor)
+            try:
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
+                        os.ftruncate(descriptor, 0)
+                        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                        self._lock = descriptor
+                        return
+            finally:
+                # A lock that nothing refers to would keep this process from its next try.
+                if self._lock != descriptor:
+                    os.close(descriptor)
 
     def _leftovers(self, kind: str) -> Iterator[Path]:
         pattern = re.compile(rf"\.{re.escape(self._target.name)}\.{kind}-\d+-[0-9a-f]{{8}}")

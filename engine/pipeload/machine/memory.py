@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import resource
 import sys
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,12 +89,14 @@ class PeakWatch:
     """
 
     def __init__(self, peak_bytes: int) -> None:
+        self._lock = threading.Lock()
         self._seen_bytes = 0
         self._peak_bytes = peak_bytes
 
     def note(self, rss: int) -> None:
         """It occupies this much now. Any thread may say so."""
-        self._seen_bytes = max(self._seen_bytes, rss)
+        with self._lock:
+            self._seen_bytes = max(self._seen_bytes, rss)
 
     def take(self, peak_bytes: int, unseen_bytes: int) -> Peak:
         """The peak since the last `take`.
@@ -102,7 +105,8 @@ class PeakWatch:
             peak_bytes: what the process has occupied at most since it began.
             unseen_bytes: by this much it may have grown between two notes.
         """
-        seen, self._seen_bytes = self._seen_bytes, 0
+        with self._lock:
+            seen, self._seen_bytes = self._seen_bytes, 0
         before, self._peak_bytes = self._peak_bytes, peak_bytes
         if peak_bytes > before:
             # A new one, which the system has seen.

@@ -67,7 +67,12 @@ class Loader:
         shard = self._manifest.shards[task.index]
         with foreign_errors(LoadError, f"Shard '{shard.name}' could not be loaded", _REMEDY):
             if not task.packing:
-                return self._load(task, shard)
+                try:
+                    return self._load(task, shard)
+                except BaseException:
+                    # A load that failed before it reserved must not keep later tickets waiting.
+                    self._memory.reservations.skip(task.ticket)
+                    raise
             try:
                 self._pack(task, shard)
             except BaseException:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any, Literal, TypeAlias
 
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
@@ -223,17 +224,18 @@ class Pipeline:
             self._ledger.add(begin_s, end_s, self._bound_s(cold), len(calls))
             if self.plan.streamed_bytes:
                 self._exchange.calls.expect(len(calls), _GATHER_SHARE * (end_s - begin_s))
+            for one in calls:
+                if one.feed.positions is None:
+                    self._lent.add(one.feed.outputs.values())
         except BaseException as error:
             for other in calls[1:]:
-                answer(self._exchange, other, other.feed.error or error)
+                # A copy for each caller: raising adds frames, and with them the caller's own arrays.
+                answer(self._exchange, other, other.feed.error or _copy_of(error))
             own = call.feed.error
             if own is not None and own is not error:
-                # This error ended the call before the sweep failed, and has a cause of its own.
+                # It ended this call before the sweep failed, and has a cause of its own.
                 raise own  # noqa: B904
             raise
-        for one in calls:
-            if one.feed.positions is None:
-                self._lent.add(one.feed.outputs.values())
         for other in calls[1:]:
             answer(self._exchange, other, other.feed.error or other.feed.outputs)
         if call.feed.error is not None:
@@ -322,7 +324,8 @@ class Pipeline:
             spans, seconds = ended
             self._room.learn_peak(complete=self._coldness() == "steady")
             if self._replanner.after_pass(self.plan, spans, seconds, self._kind):
-                with suppress(BudgetError):  # the next call meets it again
+                # The caller has its answer; where no room can be made now, the next call meets it again.
+                with suppress(BudgetError, LoadError), foreign_errors(LoadError, _PLAN_FACT, _MEMORY_REMEDY):
                     self._prepare()
         if self.plan.packed and not residents.packing and not self._loader.gave_up_packing:
             residents.pack(index for index, loaded in residents.shards.items() if loaded.buffer is not None)
@@ -335,3 +338,12 @@ class Pipeline:
         if idle and self._replanner.limit_bytes(self.plan) < self.plan.budget_bytes:
             with suppress(ClosedError):
                 self._exchange.calls.submit(Call(lambda _: self._prepare()))
+
+
+def _copy_of(error: BaseException) -> BaseException:
+    """An error with the same cause and without frames, or the error itself where it cannot be copied."""
+    with suppress(Exception):
+        found = copy(error)
+        found.__cause__ = error.__cause__ or error
+        return found
+    return error

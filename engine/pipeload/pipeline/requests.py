@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Generic
 
@@ -112,7 +112,10 @@ class Calls:
         """Put calls that were to join back to the front of the queue."""
         with self._changed:
             self._served = [call for call in self._served if call not in joined]
-            self._waiting.extendleft(reversed(joined))
+            if not self._closed:
+                self._waiting.extendleft(reversed(joined))
+                return
+        _end(joined, self._cause)
 
     def expect(self, count: int, patience_s: float) -> None:
         """Delay the next sweep by at most `patience_s` until `count` more calls are queued."""
@@ -134,10 +137,7 @@ class Calls:
             for call in self._served:
                 call.feed.stopper.stop()
             self._changed.notify_all()
-        for call in waiting:
-            error = ClosedError("The model was closed before the call began.")
-            error.__cause__ = cause
-            call.outcome.set_exception(error)
+        _end(waiting, cause)
 
     def forget(self, call: Call[Any]) -> None:
         """The caller no longer waits for the call: take it out, or end it if it runs."""
@@ -146,3 +146,10 @@ class Calls:
                 self._waiting.remove(call)
             call.feed.stopper.stop()
             self._changed.notify_all()
+
+
+def _end(calls: Iterable[Call[Any]], cause: BaseException | None) -> None:
+    for call in calls:
+        error = ClosedError("The model was closed before the call began.")
+        error.__cause__ = cause
+        call.outcome.set_exception(error)

@@ -93,6 +93,12 @@ class Reservations:
             self._closed = True
             self._changed.notify_all()
 
+    def skip(self, ticket: int) -> None:
+        """The ticket will not be reserved, if it was not: let the next one have its turn."""
+        with self._changed:
+            if ticket >= self._turn and ticket not in self._skipped:
+                self._skip(ticket)
+
     def _skip(self, ticket: int) -> None:
         """Finish this ticket: the next one has its turn."""
         self._skipped.add(ticket)

@@ -161,8 +161,11 @@ class Sweep:
             # This session must be gone before the next one arrives.
             del session
             _check(feeds)
+        last = self._manifest.shards[-1]
         for feed in _going_on(feeds):
-            self._finish(feed)
+            with feed.noting_errors(last):
+                self._finish(feed)
+        _check(feeds)
 
     def _prepare(self, feed: Feed, index: int, shard: Shard, *, keep_rows_cached: bool) -> None:
         """Add a shard's inputs that no earlier shard makes."""

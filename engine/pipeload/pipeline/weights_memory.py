@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from pipeload.machine.heap import limit_heap, trim
 from pipeload.machine.memory import Peak, PeakWatch, peak_rss_bytes, rss_bytes
@@ -88,7 +89,7 @@ class WeightsMemory:
                     self._pool.give(buffer)
                 else:
                     buffer.close()
-            if self._rss_bytes() > self.plan.peak_bytes:
+            if self._is_short():
                 signal_memory(True)
                 try:
                     self.give_back()
@@ -126,7 +127,14 @@ class WeightsMemory:
         """Note the figures in the trace."""
         self._trace.sample("buffers", self._pool.used)
         self._trace.sample("reserved_bytes", self.reservations.reserved_bytes)
-        self._trace.sample("rss_bytes", self._rss_bytes())
+        with suppress(OSError):  # a figure for people only
+            self._trace.sample("rss_bytes", self._rss_bytes())
+
+    def _is_short(self) -> bool:
+        """Whether the process occupies more than planned; not where the system does not tell."""
+        with suppress(OSError):
+            return self._rss_bytes() > self.plan.peak_bytes
+        return False
 
     def _rss_bytes(self) -> int:
         rss = rss_bytes()

@@ -249,13 +249,18 @@ class Replanner:
             self._set_runtime(planner.runtime_bytes(self._profile) - least)
 
     def _grow(self, more_bytes: int, current: Plan) -> None:
-        before = self._profile
-        self._set_runtime(planner.runtime_bytes(before) + more_bytes)
+        before, corrected = self._profile, self._corrected
+        # The runtime is kept for later processes, so it takes no more than it ever could; the host has the rest.
+        runtime = planner.runtime_bytes(before)
+        of_runtime = min(more_bytes, max(0, planner.MOST_RUNTIME_BYTES - runtime))
+        self._set_runtime(runtime + of_runtime)
+        of_host = self._profile.process_bytes + more_bytes - of_runtime
+        self._profile = replace(self._profile, process_bytes=of_host)
         try:
             self.plan(current.pass_bytes, current.cache_bytes)
         except BudgetError:
             # No other plan would do with less memory than the one in force.
-            self._profile = before
+            self._profile, self._corrected = before, corrected
         else:
             self._outgrown = True
 

@@ -39,7 +39,7 @@ _PIECE_BYTES, _MOST_PIECE_BYTES = 8 << 20, 64 << 20
 _CHECK_BYTES = 1 << 20
 """One read of a check: small, since the budget has no place for it."""
 _MAX_HEADER_BYTES = 100 << 20
-_MOST_GRAPH_BYTES = 256 << 20
+_MOST_GRAPH_BYTES = 16 << 20
 _ROW_ATTEMPTS = 3
 """A file that changes under its rows is opened this many times."""
 

@@ -74,3 +74,15 @@ def test_the_daemon_gets_nothing_when_its_patience_ends() -> None:
     exchange = started(False)
     assert exchange.next_retired(0.001) is None
     assert not exchange.closed
+
+
+def test_calls_that_part_from_a_sweep_after_the_close_are_ended() -> None:
+    exchange = started(False)
+    served, joined = Call(lambda _: None, Feed()), Call(lambda _: None, Feed())
+    exchange.calls.submit(served)
+    exchange.calls.submit(joined)
+    assert exchange.next_call() is served
+    assert exchange.calls.join() == [joined]
+    exchange.close(OSError("the Daemon"))
+    exchange.calls.part([joined])
+    assert isinstance(joined.outcome.exception(PATIENCE_S), ClosedError)

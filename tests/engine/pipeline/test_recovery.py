@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.harness import PATIENCE_S, Background, agents
+from tests.engine.harness import PATIENCE_S, Background, Gate, agents
 from tests.engine.pipeline.rig import NAMES, plan_by_hand, rigged
 
 from pipeload.errors import BudgetError, ClosedError, LoadError, RunError
@@ -159,3 +159,29 @@ def test_parts_that_stay_are_counted_while_loaders_add_more(toy_uneven: Path) ->
         sum(len(parts) for parts in exchange.residents.parts.values())
     adder.end()
     assert len(exchange.residents.parts) == 20_000
+
+
+def test_a_failure_behind_a_shared_sweep_reaches_all_of_its_callers(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined calls must not wait for ever when counting or joining the outputs fails."""
+    gate = Gate()
+    with rigged(toy) as rig:
+        rig.pipeline._progress = lambda _: gate.stop_here()
+        running = rig.submit()
+        gate.wait_reached()
+        rig.pipeline._progress = None
+        calls = [rig.submit() for _ in range(3)]
+        monkeypatch.setattr(rig.pipeline._lent, "add", lambda _: (_ for _ in ()).throw(MemoryError()))
+        gate.open()
+        for call in [running, *calls]:
+            assert call.outcome.exception(PATIENCE_S) is not None
+
+
+def test_a_load_that_fails_before_it_reserves_keeps_no_later_one_waiting(toy: Path) -> None:
+    with rigged(toy, loaders=1) as rig:
+        rig.check()
+        reservations = rig.pipeline._memory.reservations
+        turn = reservations._turn
+        reservations.skip(turn + 1)
+        reservations.skip(turn)
+        reservations.skip(turn)
+        assert reservations._turn == turn + 2
