@@ -1,9 +1,9 @@
-"""From texts and images to answers: what a task does before and after the passes through the model.
+"""From texts and images to answers: the work of a task before and after the passes through the model.
 
 ```
-arguments    what callers pass, checked
+arguments    checks of callers' arguments
 model_files  the settings in a model's own files
-runner       what a task asks of the engine
+runner       the engine's interface to a task
 text/        texts <-> token ids
 images       images -> pixel values
 embed/       texts -> vectors
@@ -13,8 +13,9 @@ generate/    prompts -> texts
 ```
 
 The semantics are those of transformers and sentence-transformers; neither is imported. The tokenizers library, Pillow
-and Jinja (extras `text`, `vision` and `chat`) are imported at the first call that needs them. What they raise is an
-error of pipeload; what a caller's own function raises (a streamer, a logits processor) comes back as it is.
+and Jinja (extras `text`, `vision` and `chat`) are imported at the first call that needs them. Their errors become
+pipeload's errors; an error raised by a caller's own function (a streamer, a logits processor) reaches the caller
+unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What callers pass to the tasks, checked before anything is done with it."""
+"""Checks of the arguments that callers pass to the tasks, before any use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Item = TypeVar("Item")
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Whether a value is a whole number, and not below `least`."""
+    """Whether a value is a whole number of at least `least`."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise ConfigError if an argument is no whole number from 1 on."""
+    """Raise ConfigError unless an argument is a whole number of at least 1."""
     if not isinstance(value, int | np.integer):
         raise ConfigError(f"{name} must be a whole number from 1 on, not {value!r:.80}.")
     if value < 1:
@@ -28,8 +28,8 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_several(texts: Sequence[Item]) -> None:
-    """Raise ConfigError if texts do not stand in a row, as those of a list do."""
-    # An array or a column of a table is no Sequence for Python, and serves as one.
+    """Raise ConfigError unless texts form a sequence, such as a list."""
+    # Python counts an array or a column of a table as no Sequence, but it serves as one.
     row = hasattr(texts, "__len__") and hasattr(texts, "__getitem__") and getattr(texts, "shape", None) != ()
     if not row or isinstance(texts, Mapping | bytes | bytearray):
         raise ConfigError(

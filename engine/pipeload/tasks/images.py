@@ -7,8 +7,8 @@ image is turned upright by its EXIF tag and made RGB, then
 resize -> centre crop -> rescale -> normalise -> [3, height, width]
 ```
 
-with every step as the file says. Without the file, an image is handled as `ViTImageProcessor` does by default:
-resized with bilinear filtering to the size in `config.json` (or 224), and scaled to -1 .. 1.
+with every step as the file sets it. Without the file, an image goes through `ViTImageProcessor`'s defaults: resized
+with bilinear filtering to the size in `config.json` (or 224), and scaled to -1 .. 1.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Image", "ImageProcessor", "image_processor_of", "image_sizes"]
 
 Image: TypeAlias = "str | Path | bytes | NDArray[np.uint8] | PillowImage"
-"""A path, the bytes of an image file, `[height, width, 3]` pixels, or what Pillow has opened."""
+"""A path, the bytes of an image file, `[height, width, 3]` pixels, or an image opened by Pillow."""
 
 _NAME = "preprocessor_config.json"
 
@@ -51,7 +51,7 @@ _MOST_PIXELS = 1 << 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Family:
-    """What a class of transformers does where the file is silent."""
+    """The defaults of a transformers class for settings that the file does not have."""
 
     size: _Size
     resample: int
@@ -75,7 +75,7 @@ _FAMILIES = {"ViT": _VIT, "DeiT": _DEIT, "CLIP": _CLIP, "Bit": _CLIP}
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True):
-    """`preprocessor_config.json`; null is the same as nothing."""
+    """`preprocessor_config.json`; null means the same as a missing field."""
 
     image_processor_type: str | None = None
     feature_extractor_type: str | None = None
@@ -159,7 +159,7 @@ class ImageProcessor:
 
 @once_per_runner
 def image_processor_of(runner: Runner) -> ImageProcessor:
-    """The model's image preprocessing. Raises ConfigError if it is of a kind that pipeload does not have."""
+    """The model's image preprocessing. Raises ConfigError if pipeload does not support its kind."""
     return ImageProcessor(runner.files, config_of(runner))
 
 
@@ -200,7 +200,7 @@ def _height_width(size: _Size) -> tuple[int, int]:
 
 
 def _target(height: int, width: int, edges: tuple[int, int] | int) -> tuple[int, int]:
-    """The height and width that an image of this size is brought to."""
+    """The height and width to which an image of this size is resized."""
     if isinstance(edges, tuple):
         return edges
     if width <= height:
@@ -217,7 +217,7 @@ def _check_pixels(height: int, width: int) -> None:
 
 
 def _center_crop(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """The middle of `[height, width, 3]`; where the image is too small, with zeros around it."""
+    """The middle of `[height, width, 3]`; a smaller image is padded with zeros."""
     for axis, wanted in enumerate(size):
         actual = pixels.shape[axis]
         if actual < wanted:
@@ -259,7 +259,7 @@ def _upright_rgb(image: Image) -> PillowImage:
         if isinstance(image, PIL.Image.Image):
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
         with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            # In place: a photo takes tens of megabytes, and each copy as many.
+            # In place: a photo takes tens of megabytes, and so does each copy.
             opened.load()
             PIL.ImageOps.exif_transpose(opened, in_place=True)
             return opened if opened.mode == "RGB" else opened.convert("RGB")

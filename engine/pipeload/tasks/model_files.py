@@ -1,7 +1,7 @@
 """The settings that a model brings along in its own JSON files.
 
-Only the fields that a task uses are looked at, and those are checked for their type. A file that is missing, and that
-the manifest does not list, means defaults, because a directory made from a bare `.onnx` file has none.
+Only the fields that a task uses are read, and their types are checked. A missing file that the manifest does not list
+means defaults, because a directory made from a bare `.onnx` file has no such files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MAX_NEW_TOKENS = 64
-"""Tokens to generate, unless the caller or the model says otherwise."""
+"""The number of tokens to generate, unless the caller or the model sets another."""
 
 _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text esm ibert longformer luke mpnet roberta xlm-roberta xlm-roberta-xl xmod".split()  # noqa: SIM905
@@ -35,7 +35,7 @@ Settings = TypeVar("Settings")
 
 
 class AddedToken(msgspec.Struct, frozen=True):
-    """A token in a tokenizer's files, where it is not just its text."""
+    """A token in a tokenizer's files, in the form that is not just its text."""
 
     content: str
 
@@ -46,7 +46,7 @@ def token_text(token: str | AddedToken) -> str:
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the tasks need from `config.json`."""
+    """The fields of `config.json` that the tasks need."""
 
     model_type: str | None = None
     problem_type: str | None = None
@@ -61,7 +61,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens, prompt and answer together, that the model has positions for; None if not said."""
+        """The most tokens, prompt and answer together, that the model has positions for; None if unknown."""
         rows = self.max_position_embeddings or self.n_positions
         if rows is not None and self.model_type in _POSITIONS_AFTER_PADDING:
             return rows - (self.pad_token_id if self.pad_token_id is not None else 1) - 1
@@ -69,7 +69,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def image_height_width(self) -> tuple[int, int] | None:
-        """The size of the images that the model was built for, or None if it is not said."""
+        """The size of the images that the model was built for, or None if unknown."""
         if self.image_size is None or self.image_size == []:
             return None
         if isinstance(self.image_size, int):
@@ -82,7 +82,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What generation takes from `generation_config.json`. Names, meanings and defaults are those of transformers.
+    """The settings of `generation_config.json` that generation uses. Names, meanings and defaults are transformers'
+    own.
 
     A null in the file switches a setting off, as there.
     """
@@ -104,7 +105,7 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def token_limit(self) -> int:
-        """Most new tokens of a text."""
+        """The most new tokens of a text."""
         return self.max_new_tokens or MAX_NEW_TOKENS
 
 
@@ -112,8 +113,8 @@ def read_settings(files: ModelFiles, name: str, kind: type[Settings]) -> Setting
     """The JSON file `name` of a model directory as a `kind`, or `kind()` if there is no such file.
 
     Raises:
-        ShardError: the file is not the one that was exported, cannot be read, is no JSON, has a field of another type
-            than it should have, or lies outside the directory.
+        ShardError: the file is not the one that was exported, cannot be read, is no JSON, has a field of the wrong
+            type, or lies outside the directory.
     """
     data = files.read(name)
     if data is None:

@@ -1,7 +1,7 @@
-"""What a task asks of the engine.
+"""The engine's interface to a task.
 
-The tasks see a model only through these protocols, so that they can be tested with a few lines of numpy, and
-so that the engine can change how it runs passes without touching them.
+The tasks see a model only through these protocols, so that tests need only a few lines of numpy, and the engine can
+change how it runs passes without changes to the tasks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DecodeState(Protocol):
         """Tokens per sequence that the caches hold, padding included."""
 
     def expect(self, tokens: int) -> None:
-        """Plan for so many tokens from now on."""
+        """Plan for this many tokens from now on."""
 
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
@@ -69,7 +69,7 @@ State = TypeVar("State", bound=DecodeState)
 
 
 class Runner(Protocol):
-    """A loaded model: what it is, and how to send arrays through it."""
+    """A loaded model: its description, and a way to send arrays through it."""
 
     @property
     def directory(self) -> Path:
@@ -92,7 +92,7 @@ class Decoder(Runner, Protocol[State]):
 
     @property
     def stats(self) -> Stats:
-        """What passes took so far."""
+        """The figures of all passes so far."""
 
     def step(self, inputs: Mapping[str, Array], state: State, *, positions: int = 1) -> NDArray[np.float32]:
         """Run the model over the new tokens and put their keys and values into the state.
@@ -106,11 +106,11 @@ class Decoder(Runner, Protocol[State]):
         """`step` that keeps only the largest logits of each sequence's positions."""
 
     def new_state(self, capacity: int = 0) -> State:
-        """An empty state. `capacity` says how many tokens it will hold, so that the engine can plan for them."""
+        """An empty state. `capacity` is the number of tokens that the engine plans for."""
 
 
 def graph_inputs(runner: Runner, offered: Mapping[str, Array]) -> dict[str, Array]:
-    """Those of the offered arrays that the graph takes, in the dtypes that it takes.
+    """The offered arrays that the graph takes, in the graph's dtypes.
 
     Raises:
         ConfigError: the graph takes an input that is not offered.
@@ -125,7 +125,7 @@ def graph_inputs(runner: Runner, offered: Mapping[str, Array]) -> dict[str, Arra
 
 
 def made_by_model(name: str, output: Array) -> AbstractContextManager[None]:
-    """Around what is done with an output: where its shape is not the task's, ConfigError says so."""
+    """Wraps the use of an output: raises ConfigError if its shape does not fit the task."""
     return foreign_errors(
         ConfigError,
         f"The model's output '{name}' has the shape {list(output.shape)}, which its task cannot use",
@@ -140,8 +140,8 @@ def once_per_runner(make: Callable[[Runner], Kept]) -> Callable[[Runner], Kept]:
 
     @wraps(make)
     def look_up(runner: Runner) -> Kept:
-        # One lock, also while making: two threads that start with the same model must not load a tokenizer
-        # twice, because its memory counts.
+        # One lock, held while making too: two threads that start with the same model must not load a tokenizer twice,
+        # because its memory counts.
         with lock:
             if runner not in kept:
                 kept[runner] = make(runner)

@@ -1,7 +1,7 @@
 """Messages -> a prompt.
 
 ```
-sandbox    bounds for what a template does
+sandbox    bounds on the work of a template
 template   the model's chat template
 chat       messages -> token ids
 ```

@@ -1,4 +1,4 @@
-"""Messages to the prompt that a chat model was trained to answer, by the chat template in its directory."""
+"""From messages to the prompt that a chat model was trained to answer, by the chat template in its directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Message", "chat_prompt", "find_template"]
 
 Message: TypeAlias = Mapping[str, Any]
-"""What somebody said: `role` (`system`, `user` or `assistant`) and `content`."""
+"""One turn of a conversation: `role` (`system`, `user` or `assistant`) and `content`."""
 
 _FILE = "chat_template.jinja"
 _DEFAULT = "default"
@@ -30,19 +30,19 @@ def chat_prompt(
 ) -> list[int]:
     """The token ids of a conversation, as the model's own chat template writes it.
 
-    They are those of `apply_chat_template` in transformers. Templates are looked for in `chat_template.jinja`, and then
-    in `tokenizer_config.json`; one of several is named `default`. They run in a sandbox.
+    They equal those of `apply_chat_template` in transformers. The template comes from `chat_template.jinja`, or else
+    from `tokenizer_config.json`; of several, the one named `default` is used. Templates run in a sandbox.
 
     Args:
         runner: a model with a chat template and a tokenizer.
         messages: the conversation so far, dicts with `role` (`system`, `user`, `assistant`) and `content`.
-        add_generation_prompt: end with what comes before an answer of the model.
-        **variables: what else the template knows, such as `enable_thinking=False`.
+        add_generation_prompt: end with the tokens that come before an answer of the model.
+        **variables: other variables of the template, such as `enable_thinking=False`.
 
     Raises:
         ConfigError: the model has no chat template or no tokenizer, jinja2 is not installed, or the template cannot
             take these messages.
-        ShardError: the template is damaged, or asks for what the sandbox does not give.
+        ShardError: the template is damaged, or uses a feature that the sandbox refuses.
 
     Example:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, model.session() as session:
@@ -58,7 +58,7 @@ def chat_prompt(
             raise ConfigError(f"A message must be a dict with 'role' and 'content', not {message!r:.80}.")
     template = _template_of(runner)
     text = template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-    # The template has put special tokens wherever they belong.
+    # The template has already added the special tokens.
     return list(tokenizer_of(runner).encode(text, add_special_tokens=False).ids)
 
 
@@ -94,7 +94,7 @@ def _text(files: ModelFiles, name: str) -> str | None:
 
 
 def _default(settings: _TokenizerConfig) -> str | None:
-    """The template in the settings; of several, which have names, the default one."""
+    """The template in the settings; of several named templates, the one named `default`."""
     if settings.chat_template is None or isinstance(settings.chat_template, str):
         return settings.chat_template
     named = {one.name: one.template for one in settings.chat_template}
@@ -112,7 +112,7 @@ def _template_of(runner: Runner) -> ChatTemplate:
 
 
 class _SpecialTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Special tokens by the names that templates have for them; null is the same as nothing."""
+    """Special tokens by their names in templates; null means the same as a missing field."""
 
     bos_token: str | AddedToken | None = None
     eos_token: str | AddedToken | None = None
@@ -138,7 +138,7 @@ def _special_tokens(files: ModelFiles, settings: _TokenizerConfig) -> dict[str, 
     """The special tokens that the tokenizer of transformers would have."""
     sources: list[_SpecialTokens] = [settings]
     if settings.added_tokens_decoder is None:
-        # Tokenizers from before it have their special tokens in a file that comes first.
+        # Tokenizers from before it have their special tokens in a file that takes precedence.
         sources.insert(0, read_settings(files, "special_tokens_map.json", _SpecialTokens))
     found: dict[str, str | list[str]] = {}
     for name in _SpecialTokens.__struct_fields__:

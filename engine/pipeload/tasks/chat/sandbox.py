@@ -1,4 +1,4 @@
-"""Where chat templates run: Jinja's sandbox, with bounds for what a template does and for the size of what it makes.
+"""The sandbox of chat templates: Jinja's own, with bounds on a template's work and on the size of its results.
 
 Jinja's own sandbox keeps a template from Python's internals. It bounds a single `range`, but neither loops in loops,
 nor `'x' * 10**10`, nor `x ~ x` in a loop, nor lists of lists that hold the same list twice.
@@ -8,8 +8,8 @@ loops, calls, operators, filters   a step each, of a limited number
 texts and lists that they make     a limited size each, and all together
 ```
 
-The syntax tree of a template is changed so that both are counted; what may multiply a size is measured before it is
-made. So a rendering ends within seconds, and within some hundred megabytes, whatever the template is.
+The sandbox changes the syntax tree of a template so that both are counted; it measures a result that may multiply a
+size before the result is made. So any rendering ends within seconds, and within some hundred megabytes.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["Sandbox"]
 
 _STEPS, _STEPS_PER_MESSAGE = 500_000, 1_000
 _LARGEST, _LARGEST_PER_INPUT = 1_000_000, 10
-"""A text that a template makes has at most `_LARGEST` characters, and `_LARGEST_PER_INPUT` for each that is given."""
+"""A text made by a template has at most `_LARGEST` characters, plus `_LARGEST_PER_INPUT` per character given."""
 _TOTAL = 20
-"""All of them together have at most this many times as many."""
+"""All texts together have at most this many times that size."""
 _COMPARED = 16
-"""Looking at this many characters costs as much as making one."""
+"""Reading this many characters costs as much as making one."""
 _VISITED = 10
-"""Looking at a value in a list costs as much as making this many characters."""
+"""Reading a value in a list costs as much as making this many characters."""
 _INTEGER_BITS = 4096
 _STEP, _TAKEN, _MADE, _JOIN = "(step)", "(taken)", "(made)", "(join)"
 """Filters that no template can name."""
@@ -47,13 +47,13 @@ _STEP, _TAKEN, _MADE, _JOIN = "(step)", "(taken)", "(made)", "(join)"
 _MULTIPLYING = frozenset(
     {"batch", "center", "format", "indent", "ljust", "rjust", "round", "slice", "tojson", "urlize", "wordwrap", "zfill"}
 )
-"""Filters and methods of texts whose result may be as large as the product of what they are given."""
+"""Filters and methods of texts whose result may be as large as the product of their arguments' sizes."""
 _FORBIDDEN = frozenset({"encode", "expandtabs", "from_bytes", "maketrans", "to_bytes", "translate"})
-"""Methods of texts and numbers that would need bounds as well, and that no template has been seen to use."""
+"""Methods of texts and numbers that would need bounds as well; no known template uses them."""
 
 
 class _Left(threading.local):
-    """What the rendering in this thread may still do."""
+    """The work left to the rendering in this thread."""
 
     steps = size = largest = 0
 
@@ -62,9 +62,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, with bounds. Safe to use from several threads.
 
     Args:
-        extensions: of the language.
-        filters: in place of Jinja's own of these names, or beside them.
-        functions: likewise.
+        extensions: extensions of the language.
+        filters: added to Jinja's own, or replacing those of the same name.
+        functions: likewise for functions.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -75,7 +75,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         filters: Mapping[str, Callable[..., Any]],
         functions: Mapping[str, Callable[..., Any]],
     ) -> None:
-        # Jinja would compute what is constant while it compiles, when nothing is counted yet.
+        # Jinja would evaluate constant expressions at compile time, before counting begins.
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         self.finalize = pass_context(lambda _context, value: self.made(value))
         self.concat = self.join  # type: ignore[method-assign]
@@ -94,11 +94,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return Template.from_code(self, self.compile(tree.set_environment(self)), {**self.globals})
 
     def begin(self, messages: Sequence[object], others: object) -> None:
-        """Grant a rendering in this thread as much as its size is worth.
+        """Grant the rendering in this thread an amount of work that grows with its inputs.
 
         Args:
-            messages: what it renders.
-            others: all else that it is given.
+            messages: the messages to render.
+            others: its other inputs.
         """
         given = _size((messages, others), 1 << 40)[0]
         self._left.steps = _STEPS + _STEPS_PER_MESSAGE * len(messages)
@@ -119,7 +119,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def taken(self, value: Any) -> Any:
-        """Count a value that the template looks at."""
+        """Count a value that the template reads."""
         self.step()
         size, visited = (len(value), 1) if type(value) is str else _size(value, self._left.largest)
         self._check(size)
@@ -127,7 +127,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return value
 
     def join(self, pieces: Iterable[object]) -> str:
-        """Values as one text: what `~` and blocks make, and in the end all that was printed."""
+        """Join values into one text: for `~`, for blocks, and for the whole output."""
         texts: list[str] = []
         size = 0
         for piece in pieces:
@@ -184,7 +184,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _bounded(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         """A filter whose work is counted."""
-        # Some take Jinja's own context before the value.
+        # Some filters take Jinja's own context before the value.
         first = 1 if hasattr(run, "jinja_pass_arg") else 0
 
         @wraps(run)
@@ -230,7 +230,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._check((1 + self._size(value)) * max(1, factor))
 
     def _check_format(self, text: str, fields: Sequence[str], given: Any) -> None:
-        """Refuse fields whose width is large, or an argument of its own, and values that are printed too often."""
+        """Refuse fields with a large width or with a width from an argument, and values printed too many times."""
         if any(re.search(r"\*|\{|\d{4}", field) for field in fields):
             raise SecurityError("it formats a text to a width without bounds")
         self._check(len(text) + len(fields) * self._size(given))
@@ -241,10 +241,10 @@ def _refuse(*_: object, **__: object) -> NoReturn:
 
 
 class _Counting(NodeTransformer):
-    """Lets a syntax tree count: each round of a loop, what is compared, and what expressions make."""
+    """Adds counting to a syntax tree: of rounds of loops, of compared values, and of the results of expressions."""
 
     def visit(self, node: nodes.Node, *_: Any, **__: Any) -> Any:
-        """The node with its counting, and that of all below it."""
+        """The node with counting added to it and to all nodes below it."""
         self.generic_visit(node)
         match node:
             case nodes.For():
@@ -265,12 +265,12 @@ class _Counting(NodeTransformer):
 
 
 def _through(name: str, value: Any) -> nodes.Filter:
-    """A value that passes through one of the sandbox's own functions; filters are called without a detour."""
+    """A value passed through one of the sandbox's own functions, as a filter: Jinja calls filters directly."""
     return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
 
 
 def _size(value: Any, most: int) -> tuple[int, int]:
-    """How large the text of a value is, about, and how many values are in it. Counting ends at `most`."""
+    """The approximate size of a value's text, and the number of values in it. Counting ends at `most`."""
     size = visited = 0
     waiting = [value]
     while waiting and size <= most:

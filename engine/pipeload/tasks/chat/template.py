@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs that a model brings along, which turn messages into one text.
 
-They run in Jinja's sandbox, with what `apply_chat_template` of transformers gives them, and the texts equal its. Jinja
-(extra `chat`) is imported with this module, so whoever needs it imports it late.
+They run in Jinja's sandbox, with the functions and variables of transformers' `apply_chat_template`, and give the same
+texts. Jinja (extra `chat`) is imported with this module, so callers import the module late.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _EXPORT = "Export the model again."
 class ChatTemplate:
     """A chat template, compiled. Safe to use from several threads.
 
-    The sandbox keeps it from Python's internals, from files and from changing what it is given, and bounds its work.
+    The sandbox keeps it from Python's internals, from files and from changing its inputs, and bounds its work.
 
     Args:
         source: the Jinja program.
-        where: what messages call its file.
-        tokens: special tokens by the names that templates have for them, such as `bos_token`.
+        where: the name of its file in error messages.
+        tokens: special tokens by their names in templates, such as `bos_token`.
 
     Raises:
         ShardError: it is no Jinja program.
@@ -60,13 +60,13 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-            messages: dicts with `role` and `content`, and what else the template knows.
-            add_generation_prompt: end with what comes before an answer.
+            messages: dicts with `role` and `content`, and any other keys that the template reads.
+            add_generation_prompt: end with the text that comes before an answer.
             **variables: for the template.
 
         Raises:
-            ConfigError: the template refuses the messages, or cannot work with them.
-            ShardError: the template asks for what the sandbox does not give.
+            ConfigError: the template refuses the messages, or fails on them.
+            ShardError: the template uses a feature that the sandbox refuses.
         """
         given = {"tools": None, "documents": None, **self._tokens, **variables}
         try:
@@ -85,7 +85,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """The block `{% generation %}`, with which training marks answers: what is in it, and nothing else."""
+    """The block `{% generation %}`, with which training marks answers; it renders only its content."""
 
     tags = {"generation"}  # noqa: RUF012 - as the class above has it
 
@@ -101,7 +101,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes what is special in HTML.
+    # Jinja's own filter escapes characters that are special in HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""Labels for texts and images, and entities within texts, by what the model was exported for."""
+"""Labels for texts and images, and entities within texts, depending on the model's task."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 __all__ = ["BATCH_SIZE", "TOP_K", "classify"]
 
 BATCH_SIZE = 32
-"""Most texts or images in one pass, unless the caller says otherwise."""
+"""The most texts or images in one pass, unless the caller sets another number."""
 
 TOP_K = 5
-"""Labels for each text or image, unless the caller says otherwise."""
+"""The number of labels for each text or image, unless the caller sets another."""
 
 Input = TypeVar("Input", bound=Image)
 
@@ -47,17 +47,17 @@ def classify(
 ) -> list[Label] | list[list[Label]]:
     """The labels of each text or image, best first; for one input a list, for several a list of lists.
 
-    A token classifier returns the `Entity`s of a text in their order, instead of the best labels. Texts are cut to what
-    the model takes, and a TruncationWarning says so.
+    A token classifier returns the `Entity`s of a text in their order, instead of the best labels. Texts longer than the
+    model accepts are cut, with a TruncationWarning.
 
     Args:
         runner: a model exported for text-classification, token-classification or image-classification.
         inputs: texts; or images: a path, the bytes of a file, a Pillow image, or uint8 `[height, width, 3]`.
-        top_k: most labels for each input, None for all. A token classifier ignores it.
-        batch_size: most inputs in one pass; fewer are taken where the memory budget cannot hold so many.
+        top_k: the most labels for each input, None for all. A token classifier ignores it.
+        batch_size: the most inputs in one pass; a pass takes fewer if the memory budget cannot hold this many.
 
     Raises:
-        ConfigError: the model is no classifier, or an input or argument cannot be used.
+        ConfigError: the model is no classifier, or an input or argument is invalid.
         ShardError: a file of the tokenizer or of the image processor is damaged.
         BudgetError: not even a single input fits into the memory budget.
 

@@ -46,7 +46,7 @@ class _Token:
 
     @property
     def tag(self) -> str:
-        """The label without the prefix that says whether an entity begins here or goes on."""
+        """The label without the prefix that says whether an entity begins or continues here."""
         return self.label[2:] if self.label.startswith(("B-", "I-")) else self.label
 
 
@@ -59,7 +59,7 @@ def entities(
         logits: `[tokens, labels]`, without padding.
         text: the text.
         encoded: its tokens.
-        tokenizer: what made them.
+        tokenizer: the tokenizer that made them.
         config: names the labels.
     """
     groups: list[list[_Token]] = []
@@ -85,7 +85,7 @@ def _tokens(
                 _Token(
                     label=config.label(int(best[index])),
                     score=float(probabilities[index, best[index]]),
-                    # What the vocabulary does not have is shown as it stands in the text.
+                    # Text outside the vocabulary is shown as it stands in the text.
                     word=text[start:end] if id_ == tokenizer.unknown_id else tokenizer.token(id_),
                     start=start,
                     end=end,

@@ -14,7 +14,7 @@ __all__ = ["Label", "scores", "softmax", "top_labels"]
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A class and how much the model is for it.
+    """A class and its score.
 
     Attributes:
         label: the name of the class.

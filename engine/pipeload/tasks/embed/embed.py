@@ -21,20 +21,20 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 __all__ = ["BATCH_SIZE", "embed"]
 
 BATCH_SIZE = 32
-"""Most texts in one pass, unless the caller says otherwise: a batch shares one reading of the weights."""
+"""The most texts in one pass, unless the caller sets another number: a batch shares one reading of the weights."""
 
 
 def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
     """The embedding of each text: `[len(texts), hidden]` float32, or `[hidden]` for a single string.
 
-    Texts are cut to what the model takes (and a TruncationWarning says so), pooled and normalised as the model
-    directory's files of sentence-transformers say (`modules.json`, `1_Pooling/config.json`,
-    `sentence_bert_config.json`); without them, the mean of the token vectors is returned as it is.
+    Texts longer than the model accepts are cut (with a TruncationWarning). Pooling and normalisation follow the model
+    directory's files of sentence-transformers (`modules.json`, `1_Pooling/config.json`, `sentence_bert_config.json`);
+    without them, the result is the mean of the token vectors.
 
     Args:
         runner: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
-        texts: one text or several; they are sorted by length for the passes and returned in their order.
-        batch_size: most texts in one pass; fewer are taken where the memory budget cannot hold so many.
+        texts: one text or several; passes take them sorted by length, and the result has their original order.
+        batch_size: the most texts in one pass; a pass takes fewer if the memory budget cannot hold this many.
 
     Raises:
         ConfigError: the model makes no text embeddings, has no tokenizer or a module that pipeload lacks, the texts
@@ -77,7 +77,7 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Recipe:
-    """How texts become vectors, put together from the files of sentence-transformers."""
+    """The steps from texts to vectors, assembled from the files of sentence-transformers."""
 
     modes: tuple[str, ...]
     normalize: bool
@@ -143,7 +143,7 @@ class _Prompts(msgspec.Struct, frozen=True):
 def _recipe_of(runner: Runner) -> _Recipe:
     files = runner.files
     modules = {module.type.rpartition(".")[2]: module for module in read_settings(files, "modules.json", list[_Module])}
-    # A module that is left out would silently change every vector.
+    # Leaving a module out would silently change every vector.
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ConfigError(
             f"The model's modules.json has the module '{min(unknown)}', which pipeload does not run. "

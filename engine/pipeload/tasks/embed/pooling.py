@@ -18,8 +18,8 @@ Mask = NDArray[np.int64]
 def pool(tokens: Floats, mask: Mask, modes: Sequence[str]) -> Floats:
     """Pool `[batch, length, hidden]` under a mask `[batch, length]`.
 
-    Returns `[batch, hidden * len(modes)]` float32: the results of the modes side by side. Padding counts for
-    nothing, and every row must have a token that is not padding.
+    Returns `[batch, hidden * len(modes)]` float32: the results of the modes side by side. Padding is ignored, and every
+    row must have a token that is not padding.
 
     Raises:
         ConfigError: an unknown mode.
@@ -36,7 +36,7 @@ def normalized(vectors: Floats) -> Floats:
 
 
 def _sum(tokens: Floats, weights: Floats) -> Floats:
-    # einsum and not a product, which would be a second array as large as the hidden states.
+    # einsum instead of a product, which would be a second array as large as the hidden states.
     total: Floats = np.einsum("blh,bl->bh", tokens, weights)
     return total
 

@@ -1,16 +1,16 @@
 """Prompts -> texts.
 
 ```
-options       what a call asks for
-prompts       what it is given
-cached_text   what the decoder has in its caches
+options       the arguments of a call
+prompts       the prompts of a call
+cached_text   texts in the decoder's caches
 drafts        guessed tokens
 sampling      logits -> tokens
 stopping      stop strings
-sequence      one text while it grows
+sequence      one growing text
 loop          sweep after sweep
 streaming     text as it appears, in another thread
 generate      from prompts to texts
-session       a text that goes on
+session       a text that grows from call to call
 ```
 """

@@ -1,4 +1,4 @@
-"""What a decoder has read of a batch of growing texts, and what it says comes next."""
+"""A decoder's cached part of a batch of growing texts, and its scores for the next tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Reading"]
 
 
 class Reading(Generic[State]):
-    """Texts that are in the KV caches of a decoder. Whatever begins as they do is not computed again.
+    """Texts that are in the KV caches of a decoder. A text that begins as they do does not compute its beginning again.
 
     Args:
         decoder: reads.
-        state: an empty one of its; whoever made it closes it.
+        state: an empty state of the decoder; its maker closes it.
     """
 
     def __init__(self, decoder: Decoder[State], state: State) -> None:
@@ -35,12 +35,12 @@ class Reading(Generic[State]):
     def scores(
         self, rows: Sequence[Sequence[int]], *, padding: Sequence[int], positions: int, top: int | None
     ) -> list[list[Scores]]:
-        """What each text's last positions are followed by: one pass over all tokens that are not in the caches.
+        """Score the tokens after each text's last positions: one pass over all tokens that are not in the caches.
 
         Args:
-            rows: the texts. Those that have ended are carried along, because caches are one array for the whole batch.
-            padding: tokens before each text that are none, so that texts of different lengths end together.
-            positions: how many of the last positions are looked at.
+            rows: the texts. Texts that have ended stay in, because caches are one array for the whole batch.
+            padding: the number of padding tokens before each text, so that texts of different lengths end together.
+            positions: score this many of the last positions.
             top: see `TokenChooser`.
         """
         padded_rows = [[0] * before + list(row) for before, row in zip(padding, rows, strict=True)]
@@ -68,7 +68,7 @@ class Reading(Generic[State]):
 
 
 def _common_length(one: TokenIds, other: TokenIds) -> int:
-    """How many leading columns are the same."""
+    """The number of leading columns that are the same."""
     if len(one) != len(other):
         return 0
     length = min(one.shape[1], other.shape[1])

@@ -1,12 +1,12 @@
-"""Several tokens of one sweep: guesses of what comes next, which one pass checks all at once.
+"""Several tokens from one sweep: guesses of the next tokens, which one pass checks all at once.
 
 ```
 text ..a b c | draft d e f      one pass over c d e f chooses what follows c, d, e and f
                d e x            d and e were chosen as guessed, x was not: three tokens, f is forgotten
 ```
 
-Each token is chosen by the same rule, and with the same random number, as without drafts; a draft only decides how much
-of a pass is of use. So the text stays the same, greedy or sampled (about rounding see docs/adr/0010).
+Each token is chosen by the same rule, and with the same random number, as without drafts; a draft only decides how many
+tokens of a pass are useful. So the text stays the same, greedy or sampled (about rounding see docs/adr/0010).
 
 Prompt lookup: Saxena 2023 (github.com/apoorvumang/prompt-lookup-decoding). Draft models: Leviathan et al. 2023
 (arXiv 2211.17192), with draws that share their random numbers instead of a rejection.
@@ -25,25 +25,25 @@ from pipeload.tasks.runner import Decoder, State, config_of
 __all__ = ["Assistant", "DraftLength", "Drafter", "PromptLookup"]
 
 _FADING = 0.9
-"""What earlier sweeps count against the latest one: texts change."""
+"""The weight of earlier sweeps against the latest one: texts change."""
 _MOST = 128
-"""Longer drafts are not weighed, whatever a model's file asks for: weighing them would take longer than a pass."""
+"""Longer drafts are not considered, even if a model's file asks for them: weighing them would outlast a pass."""
 _FIRST_SLOPE = 0.25
-"""Of the time that one token computes, what each further one takes, until it was measured: weights are read once."""
+"""Assumed cost of each further token, relative to the first, until it is measured: weights are read once."""
 
 
 class Drafter(Protocol):
     """Guesses tokens."""
 
     def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
-        """Up to so many tokens that may follow the ids; `chooser` chooses those that do."""
+        """At most `count` tokens that may follow the ids; `chooser` chooses the tokens that do."""
 
 
 class PromptLookup:
-    """Guesses that what followed the same tokens before follows them again.
+    """Guesses that the same tokens have the same continuation as before.
 
     Args:
-        max_ngram: most tokens that have to be the same; fewer count after them.
+        max_ngram: match at most this many tokens; shorter matches count only if no longer one exists.
     """
 
     def __init__(self, max_ngram: int) -> None:
@@ -52,9 +52,9 @@ class PromptLookup:
         self._ends: dict[int, list[int]] = {}
 
     def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
-        """What followed the latest of the longest matches."""
+        """The continuation of the latest of the longest matches."""
         del chooser
-        # The last token is what is looked for, so it is not indexed yet.
+        # The last token is the one to look up, so it is not indexed yet.
         for place in range(self._indexed, len(ids) - 1):
             self._ends.setdefault(ids[place], []).append(place)
         self._indexed = max(self._indexed, len(ids) - 1)
@@ -66,23 +66,23 @@ class PromptLookup:
                 break
         if best is None:
             return []
-        # At the end of the text it goes on with the draft: what repeats itself once may do so again.
+        # At the end of the text the copy goes on into the draft: a text that repeats itself once may do so again.
         distance, text = len(ids) - 1 - best, list(ids)
         for _ in range(count):
             text.append(text[-distance])
         return text[len(ids) :]
 
     def _same(self, ids: Sequence[int], end: int) -> int:
-        """How many tokens up to a place are those at the end of the text."""
+        """The number of tokens up to a place that equal the tokens at the end of the text."""
         most = min(self._max_ngram, end + 1)
         return next((size for size in range(1, most) if ids[end - size] != ids[-1 - size]), most)
 
 
 class Assistant(Generic[State]):
-    """Guesses what another, smaller model would say.
+    """Guesses the next tokens with another, smaller model.
 
     Args:
-        reading: of one text, by the smaller model.
+        reading: the smaller model's reading of one text.
         runner: the model whose tokens it guesses.
     """
 
@@ -90,11 +90,11 @@ class Assistant(Generic[State]):
         self._reading = reading
         mine, other = config_of(reading.decoder), config_of(runner)
         self._positions = mine.max_positions or sys.maxsize
-        # Models of one family have the same tokens, and tables that are rounded up to different sizes.
+        # Models of one family share their tokens, but round their tables up to different sizes.
         self._known = min(mine.vocab_size or sys.maxsize, other.vocab_size or sys.maxsize)
 
     def propose(self, ids: Sequence[int], count: int, chooser: TokenChooser) -> list[int]:
-        """What it says, by the rules and random numbers of the sequence itself; nothing where it cannot go on."""
+        """The smaller model's choices, by the sequence's own rules and random numbers; empty if it cannot continue."""
         if max(ids) >= self._known:
             return []
         chooser, text = chooser.ahead(), list(ids)
@@ -108,10 +108,10 @@ class Assistant(Generic[State]):
 
 
 class DraftLength:
-    """How many tokens to draft: as many as promise the most tokens a second, by what sweeps have shown.
+    """Chooses the number of tokens to draft that promises the most tokens a second, by the measured sweeps.
 
     A sweep that checks n tokens takes `max(R, c(n))`: R is the time for which the storage reads, and c the time for
-    which the model computes, a straight line through what was measured. While the storage takes longer, checking more
+    which the model computes, a straight line through the measured times. While the storage takes longer, checking more
     tokens costs nothing. With drafts that are right with probability a, k of them make `1 + a + .. + a^k` tokens.
     """
 
@@ -121,7 +121,7 @@ class DraftLength:
         self._computed_s: dict[int, float] = {}
 
     def choose(self, most: int) -> int:
-        """How many tokens to draft, `most` at most."""
+        """The number of tokens to draft, at most `most`."""
         acceptance = self._right / (self._right + self._wrong)
 
         def tokens_per_s(drafts: int) -> float:
@@ -131,7 +131,7 @@ class DraftLength:
         return max(range(min(most, _MOST) + 1), key=tokens_per_s, default=0)
 
     def sweep_s(self, tokens: int) -> float:
-        """What a sweep over so many tokens will take."""
+        """The expected seconds of a sweep over this many tokens."""
         if not self._computed_s:
             return 1.0
         fewest, most = min(self._computed_s), max(self._computed_s)
@@ -142,26 +142,26 @@ class DraftLength:
         return max(self._read_s, least_s + slope * (tokens - fewest))
 
     def drafted(self, tokens: int, seconds: float) -> None:
-        """So many tokens were drafted, and it took so long."""
-        # Without drafts it is slowly forgotten how long they took.
+        """Learn the seconds that drafting this many tokens took."""
+        # Without drafts, their measured time slowly fades.
         self._draft_s = _faded(self._draft_s, seconds / tokens) if tokens else self._draft_s * _FADING
 
     def checked(self, drafts: int, accepted: int) -> None:
-        """A sweep has checked drafts.
+        """Learn from a sweep that has checked drafts.
 
         Args:
-            drafts: tokens that were drafted.
-            accepted: those before the first wrong one.
+            drafts: the number of drafted tokens.
+            accepted: the number of tokens before the first wrong one.
         """
-        # Without drafts it is slowly forgotten that they were wrong, so that they get another chance.
+        # Without drafts, their errors slowly fade, so that they get another chance.
         self._right = 1 + (self._right - 1) * _FADING + accepted
         self._wrong = 1 + (self._wrong - 1) * _FADING + (accepted < drafts)
 
     def timed(self, tokens: int, *, read_s: float, computed_s: float) -> None:
-        """A sweep for this text alone was timed.
+        """Learn from a timed sweep for this text alone.
 
         Args:
-            tokens: that it computed.
+            tokens: the number of tokens that it computed.
             read_s: seconds for which the storage has read.
             computed_s: seconds for which the model has computed.
         """

@@ -72,50 +72,51 @@ def generate(
     """Continue a prompt, or each of a list of prompts.
 
     A list is run as one batch, which reads the weights once per token for all of its prompts; padding changes no text.
-    Names and meanings are those of transformers. What is None is taken from the model's `generation_config.json`, and
-    where that says nothing from transformers: greedy, or with `do_sample` temperature 1 and the 50 likeliest tokens.
-    Other settings in that file (beams, bad words ...) are not looked at.
+    Names and meanings are those of transformers. An option that is None comes from the model's
+    `generation_config.json`, or else from transformers' defaults: greedy, or with `do_sample` temperature 1 and the 50
+    likeliest tokens. Other settings in that file (beams, bad words ...) are ignored.
 
     Args:
         runner: a model exported for text-generation with KV caches.
         prompt: a text, its token ids, or a list of either.
-        max_new_tokens: most tokens to make for each prompt; 64 if the file has none.
-        min_new_tokens: no end-of-text token before so many.
+        max_new_tokens: the most tokens to make for each prompt; 64 if the file sets none.
+        min_new_tokens: the text does not end before this many new tokens.
         do_sample: draw each token by its probability, instead of taking the likeliest.
-        temperature: what logits are divided by before drawing. This and the next three have no effect without
+        temperature: the divisor of the logits before drawing. This and the next three have no effect without
             `do_sample`.
-        top_k: draw from so many of the likeliest tokens; 0 from all.
-        top_p: draw from the fewest of the likeliest tokens whose probabilities add up to this; 1 from all.
+        top_k: draw from this many of the likeliest tokens; 0 from all.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities add up to this; 1 from all.
         min_p: draw from tokens at least this many times as likely as the likeliest.
-        repetition_penalty: what positive logits of tokens that are in prompt or text already are divided by, and
+        repetition_penalty: for tokens that are already in prompt or text, positive logits are divided by this, and
             negative ones multiplied; 1 changes nothing.
-        no_repeat_ngram_size: no so many tokens in a row come twice, prompt included; 0 allows it.
+        no_repeat_ngram_size: no n-gram of this size may occur twice, prompt included; 0 turns the rule off.
         stop_strings: texts that end a sequence as soon as the new text contains one, wherever it lies in the tokens.
-            The text keeps it. Special tokens such as `<|im_end|>` can be given too, though the text does not show them.
+            The text keeps it. Special tokens such as `<|im_end|>` work too, though the text does not show them.
             min_new_tokens does not hold stop strings back.
         eos_token_id: tokens that end the text, instead of those that the model names; an empty list for none.
-        num_return_sequences: sequences for each prompt, as a list, those of the first prompt first; more than one need
+        num_return_sequences: sequences for each prompt, as a list, those of the first prompt first; more than one needs
             `do_sample`. None gives one, not in a list of its own.
-        prompt_lookup_num_tokens: guess up to so many tokens from what followed the same tokens before, in prompt or
-            text, and check them in one pass; 0 for none. This and the next three change no choice, only how many passes
-            it takes; for a single sequence. How many tokens are guessed follows from what was measured.
-        max_matching_ngram_size: most tokens that are compared for that; 2 if nobody says otherwise.
+        prompt_lookup_num_tokens: guess at most this many tokens from earlier continuations of the same tokens, in
+            prompt or text, and check them in one pass; 0 for none. This and the next three change only the number of
+            passes, not the text; for a single sequence. The number of guessed tokens follows from measurements.
+        max_matching_ngram_size: compare at most this many tokens for that; 2 if neither the caller nor a file sets it.
         assistant_model: another open model, with the same vocabulary, to guess the tokens.
-        num_assistant_tokens: most tokens that it guesses for a pass; otherwise what its own `generation_config.json`
-            says, or 20.
+        num_assistant_tokens: it guesses at most this many tokens for a pass; None takes the number from its own
+            `generation_config.json`, or 20.
         seed: makes draws repeatable; None draws anew each time. Each sequence has random numbers of its own, from the
-            seed, the index of its prompt and its index among those of the prompt: what else is in the batch changes
-            nothing.
+            seed, the index of its prompt and its index among the sequences of that prompt: the rest of the batch
+            changes nothing.
         logits_processor: called for each token, after the penalties and before the temperature, with
             `token_ids` int64 `[batch, length]`, prompt and text, and `logits` float32 `[batch, vocabulary]`; returns
-            logits of that shape. The sequences of a batch come one by one, so that there is no padding: batch is 1.
-        logprobs: give the log-probabilities of the new tokens.
-        streamer: called with each piece of new text as soon as it is known, or a `TextStream`; for a single sequence.
+            logits of that shape. The sequences of a batch come one by one, without padding: batch is 1.
+        logprobs: return the log-probabilities of the new tokens.
+        streamer: called with each piece of new text as soon as it is complete, or a `TextStream`; for a single
+            sequence.
 
     Raises:
         ConfigError: the model generates no text, a prompt is empty, has ids outside the vocabulary or is too
-            long together with `max_new_tokens`, texts are wanted where there is no tokenizer, an argument cannot
-            work, or no token is left that could come.
+            long together with `max_new_tokens`, the call needs a tokenizer and the model has none, an argument is
+            invalid, or the rules leave no token to choose.
         RunError: the model computed no numbers (NaN).
 
     Examples:
@@ -133,7 +134,7 @@ def generate(
 
 
 def called(options: GenerationOptions) -> AbstractContextManager[None]:
-    """What a call goes on in: its stream, if it has one, ends with it."""
+    """The context of a call: its stream, if it has one, ends with it."""
     if unknown := options.keys() - GenerationOptions.__annotations__.keys():
         raise TypeError(f"generate() got an unexpected keyword argument '{min(unknown)}'")
     streamer = options.get("streamer")

@@ -32,7 +32,7 @@ def extend(reading: Reading[State], sequences: Sequence[GrowingSequence], stream
 def extend_with_drafts(
     reading: Reading[State], sequence: GrowingSequence, drafter: Drafter, most: int, streamer: Streamer | None
 ) -> None:
-    """The same for one sequence, whose passes check drafts of up to so many tokens."""
+    """The same for one sequence, whose passes check drafts of at most this many tokens."""
     length = DraftLength()
     while sequence.finish_reason is None and not _closed(streamer):
         begin_s = time.perf_counter()
@@ -41,7 +41,7 @@ def extend_with_drafts(
         try:
             draft = drafter.propose(sequence.ids, count, sequence.chooser) if count else []
         except PipeloadError as error:
-            # It should have made the text faster, and cannot be the end of it.
+            # A draft only speeds the text up: its failure must not end the text.
             warnings.warn(f"The text goes on without drafts, since the draft model failed: {error}", stacklevel=2)
             most = 0
         # The first pass of either model also reads the prompt.
@@ -55,14 +55,14 @@ def extend_with_drafts(
         if sequence.sweeps > 1:
             length.checked(len(draft), accepted)
             stats = reading.decoder.stats
-            # A sweep of other callers, or one that served them too, says nothing about this text alone.
+            # A sweep of other callers, or one shared with them, says nothing about this text alone.
             if (last := stats.last) and stats.passes == passes + 1 and last.calls == 1:
                 computed_s = last.agents["inference"].kinds.get("run", 0.0)
                 length.timed(len(draft) + 1, read_s=last.read_s, computed_s=computed_s)
 
 
 def _push(sequence: GrowingSequence, scores: Sequence[Scores], draft: Sequence[int], streamer: Streamer | None) -> int:
-    """Choose tokens as long as they are as drafted, and one more; their text goes to the streamer."""
+    """Choose tokens while they match the draft, and one more; their text goes to the streamer."""
     sequence.sweeps += 1
     sequence.drafted += len(draft)
     accepted = 0

@@ -1,6 +1,6 @@
-"""What a call of `generate` may ask for: its arguments, then `generation_config.json`, then what transformers does.
+"""The settings of a `generate` call: its arguments, then `generation_config.json`, then transformers' defaults.
 
-Values that cannot work are refused here, each with an error of its own, before anything is run.
+Invalid values are refused here, each with an error of its own, before any pass runs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pipeload.tasks.runner import Decoder, generation_config_of
 __all__ = ["GenerationOptions", "check_call", "generation_settings"]
 
 _ASSISTANT_TOKENS = 20
-"""What transformers lets a draft model guess, unless somebody says otherwise."""
+"""Transformers' default for the number of tokens that a draft model guesses."""
 
 
 class GenerationOptions(TypedDict, total=False):
-    """The keywords of `generate`, for its overloads; `generate` says what they mean."""
+    """The keywords of `generate`, for its overloads; `generate` documents them."""
 
     max_new_tokens: int | None
     min_new_tokens: int | None
@@ -53,11 +53,11 @@ def generation_settings(written: GenerationConfig, options: GenerationOptions) -
     """The settings of a model, with the options that are not None in their place; checked.
 
     Args:
-        written: what the model's `generation_config.json` says; see `generation_config_of`.
+        written: the settings of the model's `generation_config.json`; see `generation_config_of`.
         options: as the caller gave them.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
     values = msgspec.structs.asdict(written)
     for name, value in options.items():
@@ -79,14 +79,14 @@ def generation_settings(written: GenerationConfig, options: GenerationOptions) -
 
 
 def lookup_tokens(settings: GenerationConfig, options: GenerationOptions, sequences: int) -> int:
-    """How many tokens to look up for a pass; what only a file says is for calls that can do it."""
+    """The number of tokens to look up for a pass; a number from a file applies only to calls that support lookup."""
     if options.get("prompt_lookup_num_tokens") is None and (sequences > 1 or options.get("assistant_model")):
         return 0
     return settings.prompt_lookup_num_tokens or 0
 
 
 def drafted_tokens(assistant: Decoder[Any], settings: GenerationConfig, options: GenerationOptions) -> int:
-    """How many tokens a draft model may guess for a pass: as the caller says, or else its own file."""
+    """The most tokens that a draft model guesses for a pass: set by the caller, or else by its own file."""
     if options.get("num_assistant_tokens") is not None:
         return settings.num_assistant_tokens or _ASSISTANT_TOKENS
     return generation_settings(generation_config_of(assistant), {}).num_assistant_tokens or _ASSISTANT_TOKENS
@@ -99,17 +99,17 @@ def check_call(
     sequences: int,
     lookup: int,
 ) -> None:
-    """Check the arguments that no file has.
+    """Check the arguments that no file can set.
 
     Args:
-        settings: the ones that a file may have.
+        settings: the settings that a file can set.
         options: as the caller gave them.
-        num_return_sequences: likewise.
-        sequences: how many there are in all.
+        num_return_sequences: as the caller gave it.
+        sequences: the number of sequences in all.
         lookup: see `lookup_tokens`.
 
     Raises:
-        ConfigError: a value cannot work.
+        ConfigError: a value is invalid.
     """
     seed, streamer = options.get("seed"), options.get("streamer")
     logits_processor, assistant = options.get("logits_processor", ()), options.get("assistant_model")
@@ -174,7 +174,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_matching_ngram_size": (lambda value: is_whole(value, 1), "a whole number from 1 on"),
     "num_assistant_tokens": (lambda value: is_whole(value, 1), "a whole number from 1 on"),
 }
-"""Field -> whether a value works, and what would."""
+"""Field -> a check of its value, and a description of valid values."""
 
 _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (
@@ -185,4 +185,4 @@ _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_p": (_is_share, "a number from 0 to 1 (1 keeps all tokens)"),
     "min_p": (_is_share, "a number from 0 to 1 (0 keeps all tokens)"),
 }
-"""The same for fields that only sampling looks at, as in transformers."""
+"""The same for fields that only sampling uses, as in transformers."""

@@ -1,4 +1,4 @@
-"""From what a caller of `generate` passes as prompts to token ids that the model can take."""
+"""From the prompts that a caller passes to `generate`, to token ids that the model accepts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_model(runner: Decoder[State]) -> None:
 
 
 def listed(prompt: Prompt | Sequence[str] | Sequence[Sequence[int]]) -> tuple[list[Prompt], bool]:
-    """The prompts, and whether there was only one that was not in a list."""
+    """The prompts as a list, and whether the caller passed a single one outside a list."""
     if isinstance(prompt, np.ndarray):
         prompt = prompt.tolist()
     if isinstance(prompt, str) or _are_ids(prompt):
@@ -72,7 +72,7 @@ def token_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
 
 
 def tokenizer_if_any(runner: Decoder[State], *, required: bool) -> Tokenizer | None:
-    """The model's tokenizer. Token ids go without one, and then only the text of the answer is missing."""
+    """The model's tokenizer. Token ids need none; without one, only the text of the answer is missing."""
     try:
         return tokenizer_of(runner)
     except ConfigError:
@@ -125,7 +125,7 @@ def check_assistant(runner: Decoder[Any], assistant: Decoder[Any]) -> None:
 
 @once_per_runner
 def _vocabulary_of(runner: Runner) -> object:
-    """Something that is equal for models whose token ids mean the same."""
+    """A value that is equal for models whose token ids mean the same."""
     try:
         digest = tokenizer_of(runner).vocabulary_digest()
     except ConfigError:
@@ -136,7 +136,7 @@ def _vocabulary_of(runner: Runner) -> object:
 
 
 def _logits_of(manifest: Manifest) -> TensorSpec | None:
-    """The first graph output that is no cache."""
+    """The first graph output that is not a cache."""
     return next(iter(manifest.free_outputs), None)
 
 

@@ -1,11 +1,11 @@
-"""From logits to the next token: what changes them, and how a token is drawn.
+"""From logits to the next token: rules that change the logits, and the draw of a token.
 
 ```
 logits --> penalties, bans --> the caller's own processors --> temperature, top k, top p, min p --> draw
            '---------------------------- or the likeliest -----------------------------------------'
 ```
 
-Where nothing looks at single tokens, the largest logits are enough: the others of a large vocabulary are not kept.
+If no rule looks at single tokens, the largest logits are enough: the others of a large vocabulary are not kept.
 Order and meaning are those of transformers 4.57 (`generation/logits_process.py`, `generation/utils.py`). Logits are
 float32 as there; probabilities are float64, so that sums over a large vocabulary lose nothing.
 """
@@ -48,13 +48,13 @@ __all__ = [
 ]
 
 TokenIds: TypeAlias = NDArray[np.int64]
-"""Prompts and what followed, `[batch, length]`."""
+"""Prompts and their continuations, `[batch, length]`."""
 
 Logits: TypeAlias = NDArray[np.float32]
-"""Of the next token, `[batch, vocabulary]`; minus infinity for tokens that cannot come."""
+"""Of the next token, `[batch, vocabulary]`; minus infinity for tokens that are ruled out."""
 
 LogitsProcessor: TypeAlias = Callable[[TokenIds, Logits], Logits]
-"""Takes what there is and the logits of what comes next; returns other logits of the same shape."""
+"""Takes the tokens so far and the logits of the next token; returns other logits of the same shape."""
 
 
 _NO_TOKENS: TokenIds = np.zeros((1, 0), np.int64)
@@ -94,7 +94,7 @@ class TokenChooser:
         generator: random numbers, one for each token; None takes the likeliest.
 
     Attributes:
-        top: so many of the largest logits are enough to choose from; None needs all of them.
+        top: this many of the largest logits are enough to choose from; None needs all of them.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class TokenChooser:
         Raises:
             ConfigError: no token can be chosen.
         """
-        # An array of a long text takes longer than all the rest: it is made for what looks at the text.
+        # The array of a long text takes longer than all the rest: it is made only for rules that read the text.
         token_ids = np.array([ids], np.int64) if self._penalties or self._custom else _NO_TOKENS
         logits = scores.logits
         with foreign_errors(ConfigError, f"No token can be chosen from {logits.shape[1]} logits", _LOOSEN):
@@ -136,7 +136,7 @@ class TokenChooser:
             return draw(logits, self._generator) if self._generator else likeliest(logits)
 
     def ahead(self) -> TokenChooser:
-        """What guesses its next choices: the same rules and random numbers, without the caller's own processors."""
+        """A copy for drafting: same rules and random state, without the caller's processors."""
         other = copy(self)
         other._custom = ()
         other._generator = deepcopy(self._generator)
@@ -146,7 +146,7 @@ class TokenChooser:
 def penalties(
     settings: GenerationConfig, *, prompt_tokens: int, eos_ids: Collection[int]
 ) -> tuple[LogitsProcessor, ...]:
-    """What changes the logits of certain tokens, in the order of transformers; what changes nothing is left out.
+    """The rules that change the logits of certain tokens, in the order of transformers, without rules that change none.
 
     Args:
         settings: checked; see `pipeload.tasks.generate.options`.
@@ -164,7 +164,7 @@ def penalties(
 
 
 def warpers(settings: GenerationConfig) -> tuple[LogitsProcessor, ...]:
-    """What shapes the probabilities that tokens are drawn by, in the order of transformers."""
+    """The rules that shape the probabilities of a draw, in the order of transformers."""
     made: list[LogitsProcessor] = []
     if settings.temperature is not None and settings.temperature != 1:
         made.append(partial(scale, temperature=settings.temperature))
@@ -178,7 +178,7 @@ def warpers(settings: GenerationConfig) -> tuple[LogitsProcessor, ...]:
 
 
 def penalize_repetition(token_ids: TokenIds, logits: Logits, *, penalty: float) -> Logits:
-    """Make tokens that are there already less likely: their logits are divided by `penalty`, or multiplied below 0."""
+    """Make tokens that occurred already less likely: divide their logits by `penalty`, or multiply logits below 0."""
     seen = np.take_along_axis(logits, token_ids, axis=1)
     processed = logits.copy()
     np.put_along_axis(processed, token_ids, np.where(seen < 0, seen * penalty, seen / penalty), axis=1)
@@ -186,7 +186,7 @@ def penalize_repetition(token_ids: TokenIds, logits: Logits, *, penalty: float) 
 
 
 def ban_ngrams(token_ids: TokenIds, logits: Logits, *, size: int) -> Logits:
-    """Rule out each token that would complete a sequence of `size` tokens that is there already."""
+    """Rule out each token that would complete a sequence of `size` tokens that occurred already."""
     length = token_ids.shape[1]
     if length < size:
         return logits
@@ -198,7 +198,7 @@ def ban_ngrams(token_ids: TokenIds, logits: Logits, *, size: int) -> Logits:
 
 
 def ban_tokens(token_ids: TokenIds, logits: Logits, *, banned: Sequence[int], until_length: int) -> Logits:
-    """Rule out tokens until there are `until_length` tokens: a text that may not end yet."""
+    """Rule out tokens until the text has `until_length` tokens, so that it does not end earlier."""
     if token_ids.shape[1] >= until_length:
         return logits
     # A model may name an end-of-text token that its logits do not have.
@@ -218,7 +218,7 @@ def keep_top_k(_token_ids: TokenIds, logits: Logits, *, top_k: int) -> Logits:
 
 
 def keep_top_p(_token_ids: TokenIds, logits: Logits, *, top_p: float) -> Logits:
-    """Keep the fewest of the likeliest tokens whose probabilities add up to `top_p`; one at least."""
+    """Keep the smallest set of likeliest tokens whose probabilities add up to `top_p`; at least one."""
     ascending = logits.argsort(axis=1, kind="stable")
     # Sums in float64 and compared in float32, as torch does it: the same tokens stay.
     sums = np.take_along_axis(_probabilities(logits), ascending, axis=1).cumsum(axis=1).astype(np.float32)
@@ -273,13 +273,13 @@ def sequence_generator(seed: int, prompt: int, copy: int) -> np.random.Generator
     Args:
         seed: of the whole call, not below 0.
         prompt: index of the prompt.
-        copy: index among the sequences that are made of this prompt.
+        copy: index among the sequences of this prompt.
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(prompt, copy))))
 
 
 def _call(processor: LogitsProcessor, place: int, token_ids: TokenIds, logits: Logits) -> Logits:
-    """Call the caller's processor and check what comes back."""
+    """Call the caller's processor and check its result."""
     # A copy, since changing the array in place is usual.
     returned = processor(token_ids, logits.copy())
     with foreign_errors(ConfigError, f"logits_processor[{place}] returned what is no array", "Return logits."):

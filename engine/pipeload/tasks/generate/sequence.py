@@ -1,4 +1,4 @@
-"""One prompt and what becomes of it."""
+"""One prompt and its continuation."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ FinishReason: TypeAlias = Literal["eos", "stop", "length", "abort"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What the model made of one prompt.
+    """The model's continuation of one prompt.
 
     Attributes:
         text: the new text as it follows the prompt, without special tokens; None if the prompt was token ids and
-            the model has no tokenizer. It keeps the stop string that ended it, and what else the last token has.
+            the model has no tokenizer. It keeps the stop string that ended it, and the rest of the last token.
         token_ids: the new tokens, the one that ended the text included.
-        prompt_tokens: how many tokens the prompt has.
+        prompt_tokens: the number of tokens in the prompt.
         finish_reason: `eos` if the model ended the text, `stop` if a stop string did, `length` if it reached
             `max_new_tokens`, `abort` if the reader of a `TextStream` closed it.
-        logprobs: for each new token the natural logarithm of its probability by the model's own logits, before
-            anything changed them; None unless `logprobs=True`.
-        sweeps: passes over the weights that it took, the prompt's included.
-        drafted_tokens: tokens that were guessed, and checked by these passes.
-        accepted_tokens: the ones among them that were right.
+        logprobs: for each new token the natural logarithm of its probability by the model's own logits, before any rule
+            changed them; None unless `logprobs=True`.
+        sweeps: the number of passes over the weights, including the prompt's.
+        drafted_tokens: guessed tokens that these passes checked.
+        accepted_tokens: the drafted tokens that were right.
     """
 
     __module__ = "pipeload"
@@ -50,12 +50,12 @@ class Generation:
 
 
 class GrowingSequence:
-    """A prompt and what follows it, while it grows.
+    """A prompt and its growing continuation.
 
     Attributes:
         ids: prompt and text.
         chooser: chooses its tokens.
-        finish_reason: None while it goes on.
+        finish_reason: None while it grows.
         sweeps, drafted, accepted: see `Generation`.
     """
 
@@ -84,7 +84,7 @@ class GrowingSequence:
 
     @property
     def tokens_left(self) -> int:
-        """How many tokens may still come."""
+        """The most tokens that may still come."""
         return self._length - len(self.ids)
 
     def push(self, scores: Scores) -> str:
@@ -110,7 +110,7 @@ class GrowingSequence:
         return self._pieces[-1] if self._pieces else ""
 
     def result(self) -> Generation:
-        """What it has become. Sequences that have no end yet were aborted."""
+        """The finished sequence. A sequence without a finish reason was aborted."""
         return Generation(
             text="".join(self._pieces) + self._detokenizer.flush() if self._detokenizer else None,
             token_ids=tuple(self.ids[self._prompt_tokens :]),

@@ -23,7 +23,7 @@ class Session(Generic[State]):
 
     Args:
         runner: a model exported for text-generation with KV caches.
-        capacity: tokens to plan for; more fit as long as the budget allows.
+        capacity: tokens to plan for; more fit while the budget has room.
 
     Example:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, model.session() as session:
@@ -38,7 +38,7 @@ class Session(Generic[State]):
         check_model(runner)
         self._runner = runner
         self._reading = Reading(runner, runner.new_state(capacity))
-        # What draft models have read of the text stays as well.
+        # The draft models' caches of the text stay as well.
         self._drafting: WeakKeyDictionary[Decoder[Any], Reading[Any]] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._closed = False
@@ -49,12 +49,12 @@ class Session(Generic[State]):
         return tuple(self._reading.tokens.ravel().tolist())
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Generation:
-        """Continue a text that may begin as the one before did: that beginning is not computed again.
+        """Continue a text. A beginning that it shares with the previous text is not computed again.
 
-        After an error, or Ctrl-C, the cache holds what was computed by then.
+        After an error, or Ctrl-C, the cache holds the tokens computed up to then.
 
         Args:
-            prompt: the whole text, or its token ids. For a conversation, that is all turns so far.
+            prompt: the whole text, or its token ids; for a conversation, all turns so far.
             options: as for `generate`.
 
         Raises:
@@ -74,7 +74,7 @@ class Session(Generic[State]):
                 (result,) = generate_prompts(self._runner, prompts, options, None, self._reading_by)
                 return result
         finally:
-            # What the text might have become is no longer planned for.
+            # The session no longer plans for tokens that did not come.
             for reading in (self._reading, *self._drafting.values()):
                 reading.state.expect(0)
             self._lock.release()

@@ -12,8 +12,8 @@ __all__ = ["StopStrings"]
 class StopStrings:
     """Looks for stop strings in the text of one growing sequence, wherever they lie in its tokens.
 
-    The text is looked at with and without special tokens, so `<|im_end|>` can be a stop string. Only new text counts: a
-    stop string that begins in the prompt is none.
+    It searches the text with and without special tokens, so `<|im_end|>` can be a stop string. Only new text counts: a
+    stop string that begins in the prompt does not.
 
     Args:
         texts: the stop strings, none of them empty.
@@ -26,7 +26,7 @@ class StopStrings:
 
     def push(self, id_: int) -> bool:
         """Whether the text contains a stop string, now that this token has come."""
-        # Each of them has to see the token.
+        # Each search must see the token.
         found = [reader.push(id_) for reader in self._readers]
         return any(found)
 
@@ -41,6 +41,6 @@ class _Reader:
     def push(self, id_: int) -> bool:
         text = self._end + self._detokenizer.push(id_)
         whole = text + self._detokenizer.held
-        # Of text that was looked at before, only what a stop string may have begun in.
+        # Of text that was searched before, keep only the part in which a stop string may have begun.
         self._end = text[max(len(text) - self._overlap, 0) :]
         return any(stop in whole for stop in self._texts)

@@ -17,12 +17,11 @@ Streamer: TypeAlias = Callable[[str], None]
 
 
 class TextStream:
-    """New text as an iterator, for another thread than the one that generates it.
+    """New text as an iterator, for a thread other than the one that generates it.
 
     Pass it to one call of `generate` as `streamer`, in a thread of your own, and iterate. The pieces together are the
-    text. The iteration ends with the generation, and an error there is raised here as well. Who stops iterating before
-    the end, or closes the stream, ends the generation: its result has what was made until then, with the
-    `finish_reason` `abort`.
+    text. The iteration ends with the generation, and raises its error, if any. A reader that stops iterating early, or
+    closes the stream, ends the generation: its result has the text up to then, with the `finish_reason` `abort`.
 
     Example:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, pipeload.TextStream() as stream:
@@ -49,9 +48,9 @@ class TextStream:
         """The pieces as they come, once: a second iteration finds nothing.
 
         Raises:
-            PipeloadError: what the generation raised.
+            PipeloadError: the error of the generation.
         """
-        # Also runs when the loop over this generator is left early.
+        # Also runs when the reader leaves the loop over this generator early.
         try:
             while not self.closed:
                 item = self._pieces.get()
@@ -67,7 +66,7 @@ class TextStream:
     def close(self) -> None:
         """End the generation before its next token, and the iteration. May be called again, from any thread."""
         self.closed = True
-        # Somebody may be waiting for a piece.
+        # The reader may be waiting for a piece.
         self._pieces.put(_End())
 
     def __enter__(self) -> TextStream:
@@ -80,7 +79,7 @@ class TextStream:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """For `generate`: the iteration ends with this context, and raises what it raised.
+        """For `generate`: the iteration ends with this context, and raises its error.
 
         Raises:
             ConfigError: another generation has had this stream.
@@ -97,7 +96,7 @@ class TextStream:
 
 
 class _End:
-    """What comes after the last piece, and the error that made it the last."""
+    """The mark after the last piece, with the error that ended the generation, if any."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error

@@ -1,8 +1,9 @@
-"""How much a tokenizer's own rules may let a text grow.
+"""Bounds on the growth of a text by a tokenizer's own rules.
 
-The tokenizers library does what `tokenizer.json` says, and one that says "replace each letter by a million" ends the
-process, since a Rust library has no error for memory that is not there. So the rules are read before the library gets
-the file: each character of a text may become at most `MOST` on its way to tokens, and each of a token on its way back.
+The tokenizers library obeys `tokenizer.json`, and a rule such as "replace each letter by a million" ends the process,
+since a Rust library raises no error when memory runs out. So this module reads the rules before the library gets the
+file: each character of a text may become at most `MOST` characters on its way to tokens, and each character of a token
+on its way back.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _LONGEST_WORD = 1000
 
 
 class _Model(msgspec.Struct, frozen=True, kw_only=True):
-    """What a tokenizer's model puts around pieces of words; its vocabulary is not looked at."""
+    """The texts that a tokenizer's model puts around pieces of words; its vocabulary is not checked."""
 
     continuing_subword_prefix: str | None = None
     end_of_word_suffix: str | None = None
@@ -43,10 +44,10 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """A step of text on its way.
+    """A step that transforms text.
 
     Attributes:
-        growth: characters that it makes of one, at most.
+        growth: at most this many characters come out for each character that goes in.
         taken: the only characters that it changes; None for any.
         made: the only characters that it makes; None for any.
     """
@@ -56,7 +57,7 @@ class _Rule:
     made: frozenset[str] | None = None
 
     def may_take_from(self, other: _Rule) -> bool:
-        """Whether it may change what another has made."""
+        """Whether it may change the output of another rule."""
         return self.taken is None or other.made is None or bool(self.taken & other.made)
 
 
@@ -64,7 +65,7 @@ def check_growth(data: bytes, where: str) -> None:
     """Raise ShardError if a tokenizer's rules let texts grow too much, or if the file is damaged.
 
     Args:
-        data: what `tokenizer.json` holds.
+        data: the bytes of `tokenizer.json`.
         where: its path, for messages.
     """
     with foreign_errors(ShardError, f"{where} is damaged", "Export the model again."):
@@ -90,7 +91,7 @@ def check_growth(data: bytes, where: str) -> None:
 
 
 def _growth(rules: list[_Rule]) -> int:
-    """Characters that one may become by all rules: the most along those that may take what others before have made."""
+    """The most characters that one may become: the product along the worst chain of rules that feed each other."""
     reached: list[int] = []
     for place, rule in enumerate(rules):
         before = [reached[i] for i in range(place) if rule.may_take_from(rules[i])]
@@ -99,7 +100,7 @@ def _growth(rules: list[_Rule]) -> int:
 
 
 def _rules(part: Any) -> Iterator[_Rule]:
-    """The rules of a part of the file, in the order of the file; known by their fields, as the library knows them."""
+    """The rules in a part of the file, in its order; recognised by their fields, as the library recognises them."""
     if isinstance(part, list):
         for one in part:
             yield from _rules(one)
@@ -123,7 +124,7 @@ def _rules(part: Any) -> Iterator[_Rule]:
 
 
 def _replacements(charsmap: str) -> list[str]:
-    """What SentencePiece's compiled rules put in place of something: texts behind an index, with zeros between."""
+    """The replacement texts in SentencePiece's compiled rules: they follow an index, separated by zeros."""
     data = base64.b64decode(charsmap)
     index_bytes = int.from_bytes(data[:4], "little")
     return [text.decode(errors="replace") for text in data[4 + index_bytes :].split(b"\0")]

@@ -16,11 +16,11 @@ __all__ = ["WINDOW", "Side", "in_batches", "padded", "position_ids"]
 Side = Literal["left", "right"]
 
 WINDOW = 1024
-"""Texts whose tokens are in memory together: those of all texts have no place in the budget."""
+"""The tokens of at most this many texts are in memory together: the budget has no room for those of all texts."""
 
 
 def padded(rows: Sequence[Sequence[int]], *, fill: int, side: Side) -> NDArray[np.int64]:
-    """The rows as int64 `[len(rows), longest]`, shorter ones filled up on the given side."""
+    """The rows as int64 `[len(rows), longest]`, shorter ones padded on the given side."""
     longest = max(len(row) for row in rows)
     array = np.full((len(rows), longest), fill, np.int64)
     for target, row in zip(array, rows, strict=True):
@@ -35,15 +35,15 @@ def position_ids(mask: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def in_batches(lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], None]) -> None:
-    """Call `run` with the indices of one batch after the other, until every index had its turn.
+    """Call `run` with the indices of one batch after another, until every index had its turn.
 
-    The longest come first, so that little of a batch is padding, and so that the largest batch is the first.
-    One that the memory budget cannot hold is made smaller, and so are all that follow: the refusal costs
-    nothing, because it comes before anything is read.
+    The longest items come first, so that a batch has little padding, and the largest batch runs first. If the memory
+    budget cannot hold a batch, it and all later ones are made smaller: the refusal costs nothing, because it comes
+    before any read.
 
     Args:
         lengths: tokens of each item.
-        batch_size: most items in a batch.
+        batch_size: the most items in a batch.
         run: runs the items of these indices.
 
     Raises:

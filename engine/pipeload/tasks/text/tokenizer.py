@@ -64,7 +64,7 @@ class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def usual_padding_side(self) -> Side:
-        """Where the tokenizer class of transformers pads if nobody says otherwise."""
+        """The padding side of the transformers tokenizer class, unless a setting overrides it."""
         name = (self.tokenizer_class or "").removesuffix("Fast").removesuffix("Tokenizer")
         return "left" if name in ("CodeLlama", "Cohere", "Gemma", "Llama", "XLNet") else "right"
 
@@ -77,12 +77,12 @@ class Tokenizer:
     """The tokenizer of one model. Safe to use from several threads: nothing changes after it is made.
 
     Attributes:
-        max_length: texts are cut to so many tokens; None for text generation, where nothing may be cut, and
+        max_length: texts are cut to at most this many tokens; None for text generation, where no text may be cut, and
             for tokenizers and models without a limit.
-        pad_id: the id that fills up shorter texts of a batch.
-        unknown_id: the id of what the vocabulary does not have, or None.
+        pad_id: the id that pads shorter texts of a batch.
+        unknown_id: the id for text outside the vocabulary, or None.
         eos_id: the id of the end-of-text token that the tokenizer names, or None.
-        padding_side: where a batch is filled up.
+        padding_side: the side on which a batch is padded.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -99,13 +99,13 @@ class Tokenizer:
         padding, truncation = backend.padding or {}, backend.truncation or {}
         self.padding_side: Side = settings.padding_side or padding.get("direction") or settings.usual_padding_side
         side = settings.truncation_side or truncation.get("direction", "right")
-        # What tokenizer.json says about lengths is left over from training; transformers ignores it as well.
+        # The lengths in tokenizer.json are left over from training; transformers ignores them as well.
         backend.no_padding()
         backend.no_truncation()
         self.max_length = None
         if fixed:
             limits = (settings.model_max_length, config.max_positions, sentence.max_seq_length)
-            # Tokenizers without a limit say 1e30.
+            # Tokenizers without a limit give 1e30.
             known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
             self.max_length = min(known, default=None)
         if self.max_length is not None:
@@ -113,7 +113,7 @@ class Tokenizer:
         _set_prefix_space(backend, settings.add_prefix_space)
         self.unknown_id = self._id(settings.unk_token)
         self.eos_id = self._id(settings.eos_token)
-        # Padding is masked, so any valid id serves where a model has none of its own.
+        # Padding is masked, so any valid id serves if a model has no padding token.
         ids = (self._id(settings.pad_token), config.pad_token_id, self.eos_id)
         self.pad_id = next((id_ for id_ in ids if id_ is not None and id_ >= 0), 0)
 
@@ -121,8 +121,8 @@ class Tokenizer:
         """The tokens of one text, cut to `max_length`.
 
         Args:
-            text: what to encode.
-            add_special_tokens: put those around it that the tokenizer has for a text of its own.
+            text: the text.
+            add_special_tokens: add the special tokens that the tokenizer puts around a single text.
 
         Raises:
             ConfigError: the text is no string, or no valid Unicode.
@@ -135,7 +135,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ConfigError(f"The text is no valid Unicode: {error.reason} at {error.start}.") from error
         with self._library("cannot turn a text into tokens"):
-            # One text at a time: encode_batch starts threads that stay for as long as the process.
+            # One text at a time: encode_batch starts threads that live until the process ends.
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
             return Encoded(
                 ids=tuple(encoding.ids),
@@ -146,10 +146,10 @@ class Tokenizer:
             )
 
     def encode_all(self, texts: Iterable[str]) -> list[Encoded]:
-        """The tokens of each text, as `encode` has them, with one TruncationWarning if any of them was cut."""
+        """The tokens of each text, as `encode` has them, with one TruncationWarning if any text was cut."""
         rows = [self.encode(text) for text in texts]
         if any(row.cut for row in rows):
-            # The same words each time: then Python shows it once.
+            # The same words each time, so that Python shows the warning once.
             warnings.warn(
                 f"Texts with more than the {self.max_length} tokens that the model takes were cut there. "
                 "Split them, so that all of it counts.",
@@ -159,7 +159,7 @@ class Tokenizer:
         return rows
 
     def batch(self, rows: Sequence[Encoded]) -> dict[str, NDArray[np.int64]]:
-        """The arrays that a text model may take, `[len(rows), longest]`, filled up on the padding side.
+        """The arrays that a text model may take, `[len(rows), longest]`, padded on the padding side.
 
         They are `input_ids`, `attention_mask`, `token_type_ids` and `position_ids`.
 
@@ -183,24 +183,24 @@ class Tokenizer:
             return text
 
     def vocabulary_digest(self) -> bytes:
-        """The same for tokenizers whose ids stand for the same tokens."""
+        """A digest that is equal for tokenizers whose ids stand for the same tokens."""
         with self._library("has no vocabulary that can be listed"):
             known = sorted(self._backend.get_vocab(with_added_tokens=True).items())
         return sha256(repr(known).encode()).digest()
 
     def token(self, id_: int) -> str:
-        """The vocabulary entry of an id, empty if there is none."""
+        """The vocabulary entry of an id; empty if the id has none."""
         with self._library("cannot tell a token by its id"):
             return self._backend.id_to_token(id_) or ""
 
     def join(self, tokens: Sequence[str]) -> str:
-        """The text of some vocabulary entries that follow each other."""
+        """The text of consecutive vocabulary entries."""
         with self._library("cannot join tokens"):
             decoder = self._backend.decoder
             return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
     def _library(self, fact: str) -> AbstractContextManager[None]:
-        """Around each use of the library: it believes its file and raises what it likes, panics included."""
+        """Wraps each use of the library, which trusts its file and raises errors of any type, panics included."""
         return foreign_errors(ShardError, f"{self._file} {fact}", "Export the model again.")
 
     def _id(self, token: str | AddedToken | None) -> int | None:
@@ -214,18 +214,18 @@ _CONTEXT = 8
 """Tokens before a text that say whether it begins with a space."""
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What bytes decode to that are no character yet."""
+"""The decoded text of bytes that do not form a complete character yet."""
 
 
 class Detokenizer:
-    """The text of a growing sequence, in pieces that can be shown at once.
+    """The text of a growing sequence, in pieces that can be shown immediately.
 
     A piece is held back while it ends inside a character: byte-level tokens may carry a part of one. The
     pieces together are the text of the whole sequence.
 
     Args:
         tokenizer: decodes.
-        before: the tokens that the sequence continues; the first piece then begins with a space if the text does.
+        before: the tokens that the sequence continues; with them, the first piece begins with a space if the text does.
         special: whether special tokens are part of the text.
     """
 
@@ -235,7 +235,7 @@ class Detokenizer:
         self._shown: list[int] = list(before)[-_CONTEXT:]
 
     def push(self, id_: int) -> str:
-        """The text that this token completes; empty if it completes none."""
+        """The text that this token completes; empty if it completes no character."""
         self._ids.append(id_)
         piece = self._rest()
         if not piece or piece.endswith(_UNFINISHED):
@@ -244,16 +244,16 @@ class Detokenizer:
 
     @property
     def held(self) -> str:
-        """What is held back, but for the character that is not complete."""
+        """The text held back, without the incomplete character."""
         return self._rest().rstrip(_UNFINISHED)
 
     def flush(self) -> str:
-        """What is still held back, at the end of the sequence."""
+        """The text still held back at the end of the sequence."""
         return self._show(self._rest())
 
     def _rest(self) -> str:
-        # Decoded together with the tokens of the last piece, because some decoders treat the first token of a
-        # text in a special way (they drop its leading space).
+        # Decoded together with the tokens of the last piece, because some decoders treat the first token of a text
+        # specially (they drop its leading space).
         return self._decode(self._shown + self._ids)[len(self._decode(self._shown)) :]
 
     def _show(self, piece: str) -> str:
@@ -267,10 +267,10 @@ def tokenizer_of(runner: Runner) -> Tokenizer:
 
     Raises:
         ConfigError: the model has none, or the tokenizers library is not installed.
-        ShardError: one of its files is damaged, or lets a text grow without measure.
+        ShardError: one of its files is damaged, or lets a text grow without limit.
     """
     tokenizer = Tokenizer(runner)
-    # Parsing the file leaves a few times its size on the heap, which the budget has better uses for.
+    # Parsing leaves several times the file's size on the heap, memory that the budget can use better.
     trim()
     return tokenizer
 
