@@ -1,12 +1,12 @@
-"""What a sharded model directory says about itself; all that the exporter shares with the engine.
+"""The description of a sharded model directory; the only code that exporter and engine share.
 
 ```
-records       what a manifest consists of
+records       the parts of a manifest
 pages         sizes in whole pages
 dims          symbolic dimensions -> sizes
-faults        what is wrong with a manifest
+faults        inconsistencies of a manifest
 manifest      pipeload.json: read, written, checked
-safetensors   what a weights file says about itself, held against the manifest
-caches        which inputs and outputs are KV caches, and how they grow
+safetensors   the header of a weights file, checked against the manifest
+caches        the inputs and outputs that are KV caches, and their growth
 ```
 """

@@ -1,4 +1,4 @@
-"""KV caches that shards write in place: `[batch, heads, tokens, size]`, with room behind the tokens that are there."""
+"""KV caches that shards write in place: `[batch, heads, tokens, size]`, with room behind the tokens present."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["can_be_cut", "growth", "length_input", "past_symbols"]
 
 
 def length_input(manifest: Manifest) -> tuple[str, int]:
-    """A graph input, and its axis, that is as long as the cached tokens and the new ones together."""
+    """A graph input and its axis whose length is that of the cached and the new tokens together."""
     _, grown = growth(manifest)
     return next(
         (spec.name, axis)
@@ -20,7 +20,7 @@ def length_input(manifest: Manifest) -> tuple[str, int]:
 
 
 def growth(manifest: Manifest) -> tuple[int, int | str]:
-    """The axis of a cache along which its tokens lie, and the dimension that says how many those are after a pass.
+    """The axis of a cache along which its tokens lie, and the dimension that gives their number after a pass.
 
     Raises:
         ConfigError: the model's caches do not grow.
@@ -32,7 +32,7 @@ def growth(manifest: Manifest) -> tuple[int, int | str]:
 
 
 def can_be_cut(manifest: Manifest) -> bool:
-    """Whether everything that is kept between steps grows by the tokens of a step, along the same axis."""
+    """Whether all caches kept between steps grow by the tokens of a step, along the same axis."""
     return len({_growth(manifest, cache) for cache in manifest.caches} | {None}) == 2
 
 

@@ -20,7 +20,7 @@ def evaluate_dim(dim: int | str, dims: Mapping[str, int]) -> int:
 
 
 def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Sizes of all symbolic dimensions, from the shapes of the arrays that were passed.
+    """Sizes of all symbolic dimensions, from the shapes of the caller's arrays.
 
     A symbol that occurs only inside a sum is solved from it; contradictions are an error.
 
@@ -36,7 +36,7 @@ def bind_dims(specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]]
 def match_dims(
     specs: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]], known: Mapping[str, int] | None = None
 ) -> tuple[dict[str, int], list[str]]:
-    """As `bind_dims`, but gives the faults instead of raising them; `known` are sizes that are given beforehand."""
+    """As `bind_dims`, but returns the faults instead of raising them; `known` holds the sizes given beforehand."""
     specs = [spec for spec in specs if spec.name in shapes]
     faults = [
         f"'{s.name}' has {len(shapes[s.name])} dimensions {shapes[s.name]}, the model takes {len(s.shape)} {s.shape}"
@@ -82,12 +82,12 @@ def symbols(dim: int | str) -> list[str]:
 
 
 def parts(dim: str) -> list[str]:
-    """The symbols and numbers that a dimension is the sum of."""
+    """The symbols and numbers whose sum is the dimension."""
     return [part.strip() for part in dim.split("+")]
 
 
 @lru_cache(maxsize=1024)
 def _terms(dim: str) -> tuple[tuple[str, ...], int]:
-    """The symbols in a sum, and what its numbers come to. Each pass asks for those of every cache."""
+    """The symbols in a sum, and the total of its numbers. Each pass asks for those of every cache."""
     found = parts(dim)
     return tuple(part for part in found if not part.isdecimal()), sum(int(part) for part in found if part.isdecimal())

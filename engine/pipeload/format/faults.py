@@ -1,7 +1,7 @@
-"""Is a manifest consistent? Everything is checked that would make the engine misbehave, or work for minutes, later.
+"""Is a manifest consistent? The checks find every fault that would later make the engine misbehave or work for minutes.
 
-A manifest comes from somebody else: its numbers and names are bounded before anything is computed from them, and each
-check takes time in proportion to the manifest.
+A manifest comes from a stranger: the checks bound its numbers and names before they compute anything from them, and
+each takes time in proportion to the manifest.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _head_faults(m: Manifest) -> Iterator[str]:
         widths = [shape[-1] for shape in made if shape and isinstance(shape[-1], int)]
         if len(widths) == len(slices) and whole and sum(widths) != whole[-1]:
             yield f"the slices of the head make {sum(widths)} values of '{m.head.output}', which has {whole[-1]}"
-        # A tensor without dimensions is one whose shape the exporter does not know; then it knows none of them.
+        # No dimensions: the exporter does not know the tensor's shape, and so none of its dimensions.
         is_known = bool(whole) or any(made)
         if is_known and (len(widths) != len(slices) or not whole or any(shape[:-1] != whole[:-1] for shape in made)):
             yield f"the slices of the head do not have the shape of '{m.head.output}' but for its last dimension"

@@ -1,7 +1,8 @@
-"""What a shard's `.onnx` file takes from other files, and what it makes, held against the manifest. Pure.
+"""A shard's `.onnx` file: its outputs, and its references to other files, checked against the manifest. Pure.
 
-ONNX Runtime loads by itself whatever the graph takes from a file and the session is not given: that would be in no
-plan and under no hash. A graph is a protobuf message, of which only the few fields are looked at that can name a file.
+ONNX Runtime itself loads every tensor that the graph takes from a file and the session is not given: no plan would
+count these bytes, and no hash would cover them. A graph is a protobuf message; only the few fields that can name a
+file are read.
 Source: onnx.proto (https://github.com/onnx/onnx), and "Encoding" of Protocol Buffers (https://protobuf.dev).
 """
 
@@ -41,7 +42,7 @@ class _Found:
 
 
 def check_graph(shard: Shard, data: bytes) -> None:
-    """The graph takes from files exactly the shard's tensors, and makes exactly its outputs.
+    """Check that the graph takes exactly the shard's tensors from files, and makes exactly its outputs.
 
     Args:
         shard: the shard, of a validated manifest.
@@ -77,7 +78,7 @@ def check_graph(shard: Shard, data: bytes) -> None:
 
 
 def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:
-    """Note what a message, and all within it, takes from files; and the outputs of the outermost graph."""
+    """Note the tensors that a message and all within it take from files, and the outputs of the outermost graph."""
     if depth > _MOST_DEPTH:
         raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
     outermost = kind == "graph" and depth == 1
@@ -99,7 +100,7 @@ def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:
 
 
 def _tensor(data: memoryview) -> tuple[str, _Place | None]:
-    """A tensor's name, and where it lies, if that is in another file."""
+    """A tensor's name, and its place if that is in another file."""
     name, dtype, dims, external, entries = "", None, [], False, {}
     for number, value in _fields(data):
         if number == 1:

@@ -1,13 +1,13 @@
 """The contract between exporter and engine: `pipeload.json`, format 1.
 
-The exporter builds a `Manifest` and calls `write`; the engine calls `read` and trusts nothing that
+The exporter builds a `Manifest` and calls `write`; the engine calls `read`, which refuses whatever
 `write` would refuse. Every path is relative to the model directory and stays inside it.
 
 A model is a list of shards in running order. Tensors that travel between shards are *edges*; an edge has one
 name in the whole model, which is also the name of the input or output in the shard's own graph.
 
-The records are defined in `records`, their symbolic dimensions in `dims`, what may be wrong with them in
-`faults`; this module has all that the rest of pipeload uses of them.
+`records` defines the records, `dims` their symbolic dimensions, `faults` their inconsistencies; this module has
+everything that the rest of pipeload uses of them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MANIFEST_NAME = "pipeload.json"
 _MOST_BYTES = 16 << 20
 """A manifest of a hundred layers has about 500 kB, and one of 16 MiB takes some seconds to check."""
 _MOST_FAULTS, _FAULT_CHARACTERS = 20, 400
-"""A message lists this many faults at most, each with this many characters."""
+"""A message lists at most this many faults, each with at most this many characters."""
 
 
 def read(directory: Path) -> Manifest:
@@ -113,8 +113,8 @@ def parse(data: bytes, path: Path) -> Manifest:
     """The validated manifest that the bytes of a `pipeload.json` hold.
 
     Args:
-        data: what `content` read.
-        path: where it lies; only for messages.
+        data: the bytes that `content` returned.
+        path: the file that they come from; only for messages.
 
     Raises:
         ManifestError: it is no JSON of this format, its version is unknown, or it is inconsistent.
@@ -157,7 +157,7 @@ def _check(manifest: Manifest) -> None:
 
 
 def _shortened(fault: str) -> str:
-    """A fault without the middle, where it names something that is very long."""
+    """A fault, without its middle where it is very long."""
     if len(fault) <= _FAULT_CHARACTERS:
         return fault
     return f"{fault[: _FAULT_CHARACTERS // 2]} ... {fault[-_FAULT_CHARACTERS // 2 :]}"

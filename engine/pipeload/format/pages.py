@@ -18,5 +18,5 @@ def page_floor(nbytes: int) -> int:
 
 
 def room_bytes(begin: int, end: int) -> int:
-    """Memory that the bytes `begin` to `end` of a shard are read into: all pages in which they lie."""
+    """Bytes of memory for the bytes `begin` to `end` of a shard: all pages in which they lie."""
     return page_ceil(end) - page_floor(begin)

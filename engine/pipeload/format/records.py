@@ -1,6 +1,6 @@
-"""What `pipeload.json` consists of: a record for each kind of thing that it lists.
+"""The parts of `pipeload.json`: a record for each kind of entry.
 
-All of pipeload but the modules beside this one takes them from `pipeload.format.manifest`, which lists their names.
+The modules beside this one import them from here, all others from `pipeload.format.manifest`, which lists their names.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """One file of the model directory: where it is, how large, and what it contains."""
+    """One file of the model directory: its path, size and content's hash."""
 
     path: str
     nbytes: int
@@ -71,7 +71,7 @@ class WeightsRange:
         path: the weights file; several head slices share one.
         offset: first byte; a multiple of `PAGE_BYTES`, so that direct I/O can read it.
         nbytes: length; the end need not be aligned.
-        sha256: of just these bytes, so that a loader can check what it read.
+        sha256: of just these bytes, so that a loader can check the bytes that it read.
     """
 
     path: str
@@ -100,9 +100,9 @@ class Shard:
 
     Attributes:
         name: `prologue`, `block.000`, `epilogue`, `head.000` ...
-        role: what it is in the model.
+        role: its part in the model.
         graph: the `.onnx` file.
-        weights: what is read to load it; None for a graph without large initializers.
+        weights: the range that a loader reads; None for a graph without large initializers.
         tensors: the initializers that lie in that range.
         inputs: edges and graph inputs that it takes, in the order of its graph.
         outputs: edges and graph outputs that it makes.
@@ -136,7 +136,7 @@ class ByteTerm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What shards of one structure have in common.
+    """The properties that shards of one structure share.
 
     Attributes:
         activations: upper bound of the intermediate tensors that are alive together while the shard runs,
@@ -160,11 +160,11 @@ class Cache:
     Attributes:
         input: its name in the graph.
         output: its name in the graph.
-        in_place: the shard writes the new tokens into the cache that it gets. `[batch, heads, tokens, size]`; what the
-            shard takes must have room for the new tokens, and may have more; what it makes is as large. Otherwise the
+        in_place: the shard writes the new tokens into the cache that it gets. `[batch, heads, tokens, size]`; the
+            input must have room for the new tokens, and may have more; the output has the input's size. Otherwise the
             shard makes a longer copy.
-        scale: of a cache of int8, the input of the cache that holds its scales, `[batch, heads, tokens, 1]`: their
-            product is what the model keeps.
+        scale: of a cache of int8, the input of the cache that holds its scales, `[batch, heads, tokens, 1]`: the
+            model's cache is their product.
     """
 
     input: str
@@ -189,7 +189,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What the exporter found when it compared the chain of shards with the unsplit graph."""
+    """The exporter's findings when it compared the chain of shards with the unsplit graph."""
 
     output: str
     max_abs_error: float
@@ -199,7 +199,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All that the engine knows about a model before it opens a shard; `manifest.py` says how the parts fit."""
+    """Everything that the engine knows of a model before it opens a shard; `manifest.py` tells how the parts fit."""
 
     format: int = FORMAT_VERSION
     exporter: str

@@ -1,4 +1,4 @@
-"""What the header of a weights file says, held against the manifest. Pure.
+"""The header of a weights file, checked against the manifest. Pure.
 
 A safetensors file begins with the length of its header, 8 bytes, and the header, JSON: for each tensor its dtype, shape
 and place, counted from the header's end. Source: "Safetensors" (https://github.com/huggingface/safetensors), Format.
@@ -18,12 +18,12 @@ __all__ = ["check_header"]
 
 
 def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices: Sequence[WeightSpec]) -> None:
-    """Every tensor that the manifest expects in a file is where, and what, the file's header says.
+    """Check that the file's header gives each expected tensor the place, dtype and shape that the manifest gives it.
 
     Args:
         name: the file, as the manifest names it.
         header: its JSON.
-        tensors: what must be in the file under the same names.
+        tensors: the tensors that the file must have under the same names.
         slices: slices of a head, which have no names of their own in the header: each lies within one of its tensors.
 
     Raises:
