@@ -3,9 +3,9 @@
 ```
 sizes         "256MB" <-> bytes
 files         opened and read in one place; written whole or not at all
-user_cache    what is kept between processes, and where
+user_cache    files that outlast the process
 cgroups       limits on memory and reading
-memory        RSS, its peak, and what is left
+memory        RSS, its peak, and free memory
 heap          the C library's heap
 hardware      processors, memory, storage device
 threads       jobs at the same time

@@ -19,7 +19,7 @@ _MOST_BYTES = 1 << 20
 
 
 def read_limits(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> str:
-    """Rules by which cgroups (v1 blkio, v2 `io.max`) slow down what this process reads; empty when there are none.
+    """Rules by which cgroups (v1 blkio, v2 `io.max`) throttle this process's reads; empty when there are none.
 
     All devices' rules: a partition is throttled by its disk's, under another number than its own.
     """

@@ -1,11 +1,11 @@
 """Files: the one place where pipeload opens them to read, and where they are written whole or not at all.
 
-A directory that comes from somebody else may hold anything under a file's name: a pipe that no program writes to, a
-link to `/dev/zero`, a socket. What is opened here is a regular file, and the descriptor is what is checked and read:
-between a look at a path and the opening of it, another file could take its place.
+A stranger's directory may hold anything under a file's name: a pipe that no program writes to, a link to `/dev/zero`,
+a socket. This module opens only regular files, and checks and reads the open descriptor: between a check of the path
+and its opening, another file could take its place.
 
-Whatever is wrong with a file is an `OSError` whose `strerror` states the fact and whose `filename` is the path; the
-caller adds the remedy.
+Every fault of a file is an `OSError` whose `strerror` states the fact and whose `filename` is the path; the caller
+adds the remedy.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def open_file(path: Path) -> Iterator[int]:
 
 
 def read_file(path: Path, *, most_bytes: int) -> bytes:
-    """All that a regular file holds.
+    """The content of a regular file.
 
     Args:
         path: the file.
-        most_bytes: a file that holds more is refused, before more is read.
+        most_bytes: at most this many bytes are read; a larger file is refused.
 
     Raises:
         OSError: the file is missing, cannot be read, is no regular file, or holds more.
@@ -68,10 +68,10 @@ def read_file(path: Path, *, most_bytes: int) -> bytes:
 
 
 def read_stream(path: Path, *, most_bytes: int) -> bytes:
-    """All that a file, pipe or device brings that the user named, such as `/dev/stdin`; it waits as `cat` does.
+    """The content of a file, pipe or device that the user named, such as `/dev/stdin`; it waits as `cat` does.
 
     Args:
-        path: what to read.
+        path: the file, pipe or device.
         most_bytes: a stream that brings more is refused.
 
     Raises:
@@ -85,13 +85,13 @@ def read_stream(path: Path, *, most_bytes: int) -> bytes:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, readable as any that this process makes; whatever goes wrong leaves what was there, and no rest.
+    """Write a file with the process's usual permissions; a failure keeps the older file, and leaves no partial one.
 
     A device or a pipe, such as `/dev/stdout`, cannot be replaced: it is written to.
 
     Args:
-        path: the file, in a folder that is there; an older one is replaced.
-        data: all of it.
+        path: the file, in an existing folder; an older file is replaced.
+        data: its whole content.
 
     Raises:
         OSError: it cannot be written; its `filename` is `path`.

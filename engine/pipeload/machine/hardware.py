@@ -25,7 +25,7 @@ def cores() -> int:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What the processor calls itself: its model name, or on Arm the numbers of its designs, big and little."""
+    """The processor's own name: its model name, or on Arm the numbers of its designs, big and little."""
     try:
         text = cpuinfo.read_text(errors="replace")
     except OSError:

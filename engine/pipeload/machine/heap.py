@@ -1,4 +1,4 @@
-"""The C library's heap: give freed memory back, and bound what the heap keeps."""
+"""The C library's heap: give freed memory back, and bound the memory that it keeps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def trim() -> None:
 
 
 def limit_heap() -> None:
-    """Keep the C library's heap from piling up freed memory, where it can be told to (glibc's `mallopt`).
+    """Keep the C library's heap from piling up freed memory, where it offers a setting (glibc's `mallopt`).
 
     By default glibc has eight arenas for each core, and keeps up to 64 MB in each of them once large blocks were freed.
     From this call on, for the rest of the process, blocks from 128 KiB on go back to the system when freed, an arena

@@ -1,4 +1,4 @@
-"""What the process uses and what it may use, in bytes: RSS, its peak, and what cgroup and machine leave free."""
+"""Memory of the process and its limits, in bytes: RSS, its peak, and the memory that cgroup and machine leave free."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 _AUTO_SHARE, _AUTO_SPARE_BYTES = 0.995, 2_000_000
-"""What "auto" takes is this part of the free memory less the spare bytes: the kernel charges some beside RSS."""
+"""The budget "auto" takes this fraction of free memory, less the spare bytes: the kernel charges some beside RSS."""
 _LOOK_S = 0.25
 _PRESSURE = Path("/proc/pressure/memory")
 _PRESSURE_PERCENT = 10.0
-"""Share of time in which some process waited for memory."""
+"""Percentage of the time in which some process waited for memory."""
 _SCARCE_SHARE = 0.1
 _PRESSED_SHARE = 0.95
 _PAGE_BYTES = resource.getpagesize()
@@ -68,24 +68,24 @@ def peak_rss_bytes() -> int:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
-        # Elsewhere; on Linux this would count what a parent process occupied before it started this program.
+        # Elsewhere; on Linux this would count the memory of the parent process before it started this program.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The most that the process has occupied during some time, which lies between these bytes."""
+    """Bounds on the process's peak memory during some time: the peak lies between these bytes."""
 
     least_bytes: int
     most_bytes: int
 
 
 class PeakWatch:
-    """Tells what the process has occupied at most, from one `take` to the next.
+    """Tells the process's peak memory from one `take` to the next.
 
     Args:
-        peak_bytes: what it has occupied at most since it began.
+        peak_bytes: the process's peak since it began.
     """
 
     def __init__(self, peak_bytes: int) -> None:
@@ -94,7 +94,7 @@ class PeakWatch:
         self._peak_bytes = peak_bytes
 
     def note(self, rss: int) -> None:
-        """It occupies this much now. Any thread may say so."""
+        """Note the memory that the process occupies now. May be called from any thread."""
         with self._lock:
             self._seen_bytes = max(self._seen_bytes, rss)
 
@@ -102,14 +102,14 @@ class PeakWatch:
         """The peak since the last `take`.
 
         Args:
-            peak_bytes: what the process has occupied at most since it began.
-            unseen_bytes: by this much it may have grown between two notes.
+            peak_bytes: the process's peak since it began.
+            unseen_bytes: the most that the process may have grown by, unseen, between two notes.
         """
         with self._lock:
             seen, self._seen_bytes = self._seen_bytes, 0
         before, self._peak_bytes = self._peak_bytes, peak_bytes
         if peak_bytes > before:
-            # A new one, which the system has seen.
+            # A new peak, which the system has seen.
             return Peak(peak_bytes, peak_bytes)
         return Peak(seen, min(before, seen + unseen_bytes))
 
@@ -124,7 +124,7 @@ def reset_peak_rss() -> bool:
 
 
 def auto_budget_bytes() -> int:
-    """The budget that `"auto"` stands for: what the cgroup (v1 or v2) and the machine leave to this process."""
+    """The budget that `"auto"` stands for: the memory that cgroup (v1 or v2) and machine leave to this process."""
     rss = rss_bytes()
     free = [psutil.virtual_memory().available + rss]
     for limit, used_by_all in memory_limits():
@@ -134,10 +134,10 @@ def auto_budget_bytes() -> int:
 
 
 class FreeMemory:
-    """What cgroup and machine leave to this process, looked up no more often than it changes.
+    """The memory that cgroup and machine leave to this process, looked up no more often than it changes.
 
-    Where the kernel reports that processes wait for memory (PSI), while little of the machine's memory is free, it is
-    less than what the process occupies.
+    Where the kernel reports that processes wait for memory (PSI) while little of the machine's memory is free, the
+    result is below the memory that the process occupies.
     """
 
     def __init__(self) -> None:

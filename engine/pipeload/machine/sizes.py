@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them.
+"""Sizes in bytes, as users write them.
 
 `MB` is 1000 * 1000 bytes and `MiB` is 1024 * 1024, as in the SI and as `docker` does not.
 """
@@ -16,7 +16,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 _LIKELY_MEGABYTES = 10**6
-"""A text without a unit below it was meant in megabytes: no process runs in less than this number of bytes."""
+"""A number below this, without a unit, was meant in megabytes: no process runs in that few bytes."""
 
 
 def parse_bytes(size: int | str) -> int:

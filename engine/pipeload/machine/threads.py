@@ -19,7 +19,7 @@ def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
     started. All have ended when this returns or raises, unless it is interrupted twice.
 
     Raises:
-        BaseException: whatever the first of the jobs that failed has raised.
+        BaseException: the exception of the first job that failed.
     """
     begin = threading.Event()
     futures: list[Future[Result]] = [Future() for _ in jobs]

@@ -1,4 +1,4 @@
-"""Where pipeload keeps what it found out about this machine and the models on it: in the user's cache."""
+"""The user's cache, where pipeload keeps its findings about this machine and the models on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def user_cache(name: str) -> Path | None:
     """`${PIPELOAD_CACHE}/name`, else `${XDG_CACHE_HOME:-~/.cache}/pipeload/name`; nothing is made there.
 
     Returns:
-        None for a user without a home, as the one of many containers is: then nothing is kept.
+        None for a user without a home, as in many containers: then nothing is kept.
     """
     own, base = (os.environ.get(variable, "") for variable in ("PIPELOAD_CACHE", "XDG_CACHE_HOME"))
     # The XDG rules say that a relative path is to be ignored.
@@ -24,7 +24,7 @@ def user_cache(name: str) -> Path | None:
     try:
         return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "pipeload" / name
     except (RuntimeError, KeyError):
-        # Where HOME is not set, Python asks the user database, in which a container's user need not be.
+        # Where HOME is not set, Python asks the user database, which may lack a container's user.
         return None
 
 
