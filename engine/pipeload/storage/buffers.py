@@ -27,7 +27,7 @@ class Buffer:
     then all zeros, never a dangling pointer.
 
     Raises:
-        LoadError: the system refuses to map so many bytes.
+        LoadError: the system refuses to map `nbytes`.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -68,17 +68,17 @@ class Buffer:
         try:
             self._map.close()
         except BufferError:
-            # Somebody still holds an array over it: drop the pages now, the address range goes with the array.
+            # An array over it still exists: drop the pages now, the address range goes with the array.
             self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a shard's weights in memory.
+    """A part of a shard's weights in memory; it begins and ends with whole tensors.
 
     Attributes:
-        begin: first byte, counted from the beginning of the shard's range; where a tensor begins.
-        end: the byte after the last one; where a tensor ends.
+        begin: first byte, counted from the beginning of the shard's range.
+        end: the byte after the last one.
         buffer: memory that begins with the page in which `begin` lies.
     """
 
@@ -101,14 +101,14 @@ def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDA
 
 
 class BufferPool:
-    """Equal buffers that are used again and again, so that their pages are made only once.
+    """Buffers of equal size that are reused, so that their pages are made only once.
 
-    How many are in use is the budget's business: whoever takes one has reserved its bytes. Idle ones are reserved by
-    nobody, so the pool keeps no more of them than the plan has buffers.
+    The budget limits the number of buffers in use: the loader reserves a buffer's bytes before it takes one. Idle
+    buffers have no reservation, so the pool keeps at most as many as the plan has.
 
     Args:
         buffer_bytes: size of each.
-        keep: buffers, idle ones and used ones together, up to which a buffer that comes back is kept.
+        keep: a returned buffer is kept while at most this many exist, idle and used ones together.
     """
 
     def __init__(self, buffer_bytes: int, keep: int) -> None:
@@ -120,13 +120,13 @@ class BufferPool:
 
     @property
     def idle_bytes(self) -> int:
-        """Memory of the buffers that nobody uses now."""
+        """Memory of the idle buffers."""
         with self._lock:
             return len(self._idle) * self._buffer_bytes
 
     @property
     def used(self) -> int:
-        """How many buffers somebody uses now."""
+        """The number of buffers in use."""
         with self._lock:
             return self._count - len(self._idle)
 

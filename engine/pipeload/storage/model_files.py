@@ -1,4 +1,4 @@
-"""The files of a model directory: each lies inside it, and each listed one is what was exported."""
+"""The files of a model directory: each lies inside it, and each listed one is as exported."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ModelFiles:
         self.records: dict[str, FileRecord] = {record.path: record for record in manifest.files}
 
     def read(self, name: str, *, most_bytes: int = _SETTINGS_BYTES) -> bytes | None:
-        """What a file holds, or None when neither the manifest lists it nor the directory has it.
+        """The content of a file, or None when neither the manifest lists it nor the directory has it.
 
         Args:
             name: path below the directory, with slashes.
@@ -64,7 +64,7 @@ class ModelFiles:
         return data
 
     def path(self, name: str) -> Path:
-        """Where a file is: inside the directory, even through symbolic links.
+        """The path of a file, resolved: inside the directory, even through symbolic links.
 
         Raises:
             ShardError: the name, or a link, leads out of the directory or in a circle.
@@ -83,7 +83,7 @@ class ModelFiles:
 
 
 def unreadable(name: str, error: OSError) -> ShardError | LoadError:
-    """The error for a file of the model directory that the system does not let the engine read."""
+    """The error for a file of the model directory that the engine fails to read."""
     if error.errno in _NO_ROOM:
         # The file is as it was: the process has no room to read it.
         return LoadError(f"'{name}' cannot be read: {error.strerror}. {_LIMITS_REMEDY}")

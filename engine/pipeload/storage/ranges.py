@@ -32,8 +32,8 @@ class OpenFile:
     Attributes:
         name: as the manifest names it.
         nbytes: its size by the manifest.
-        descriptor: what is checked is what is read.
-        stamp: what the file system said about it when it was opened.
+        descriptor: checks and reads both go through it, so they meet the same file.
+        stamp: the file system's record of it when it was opened.
     """
 
     name: str
@@ -42,7 +42,7 @@ class OpenFile:
     stamp: Stamp
 
     def stamp_now(self) -> Stamp:
-        """What the file system says about it now: another stamp means that it may have changed since it was opened."""
+        """The file system's record of it now: another stamp means that it may have changed since it was opened."""
         return stamp_of(self.descriptor)
 
 
@@ -59,20 +59,20 @@ def read_range(
     """Read a range, piece by piece.
 
     Args:
-        file: what to read.
-        offset: where the range begins, a multiple of the page size.
+        file: the open file.
+        offset: first byte of the range, a multiple of the page size.
         nbytes: its length.
         place: (begin, end) within the range -> page-aligned memory for these bytes.
         piece_bytes: bytes of the first read.
-        most_bytes: where reads are fast, they grow up to this size.
+        most_bytes: fast reads grow to at most this size.
         direct: past the page cache where the file system can.
 
     Yields:
-        What each read brought, without what lies behind the range.
+        The bytes of each read, without those behind the range.
 
     Raises:
         ShardError: the file ends before the range does.
-        LoadError: the system could not read it.
+        LoadError: the system cannot read it.
     """
     direct = set_direct(file.descriptor, direct)
     position = 0
@@ -104,11 +104,11 @@ def read_range(
 
 
 def wrong_size(file: OpenFile, place: int) -> ShardError:
-    """What is raised when a file has another size than the manifest says, or a read brought less than it should.
+    """The error for a file whose size differs from the manifest's, or for a read that returned too few bytes.
 
     Args:
-        file: which one.
-        place: the first byte that a read did not bring.
+        file: the open file.
+        place: the first byte that a read did not return.
     """
     size = os.fstat(file.descriptor).st_size
     if size != file.nbytes:

@@ -1,9 +1,9 @@
-"""Which files were checked against their sha256 before, on this machine: so that a cold start need not hash them again.
+"""The files whose sha256 this machine has checked before: a cold start need not hash them again.
 
-A stamp is what the file system says about a file that was read whole and found right: device, inode, size, time of the
+A stamp is the file system's record of a file that was read whole and found right: device, inode, size, time of the
 last change of content and of the last change of anything. A program that changes, replaces or copies a file makes
-another stamp. Stamps are looked at whenever a file is read, and a file with another stamp is hashed again, in the same
-process too. Damage that the disk does silently, later, keeps the stamp: `pipeload verify` reads everything.
+another stamp. Every read compares stamps, and a file with another stamp is hashed again, in the same process too.
+Later silent damage on the disk keeps the stamp: `pipeload verify` reads everything.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def stamps_of(directory: Path, manifest_bytes: bytes) -> Stamps:
     """The kept stamps of a sharded model directory.
 
     Args:
-        directory: where it lies.
-        manifest_bytes: its manifest, which says what each file's sha256 must be.
+        directory: the sharded model directory.
+        manifest_bytes: its manifest, which gives each file's sha256.
     """
     identity = hashlib.sha256(str(directory.resolve()).encode() + b"\0" + manifest_bytes).hexdigest()
     folder = user_cache("verified")
@@ -41,7 +41,7 @@ def stamps_of(directory: Path, manifest_bytes: bytes) -> Stamps:
 
 
 class Stamps:
-    """What was checked: in this process, and in earlier ones. May be used from any thread.
+    """The stamps of checked files, from this process and earlier ones. May be used from any thread.
 
     Args:
         path: the file that keeps the stamps; None keeps nothing beyond this process.
@@ -59,18 +59,18 @@ class Stamps:
                 self._kept = {}
 
     def has(self, key: str, stamp: Stamp) -> bool:
-        """Whether what `key` names was read and found right in a file with this stamp."""
+        """Whether the file or range `key` was read and found right in a file with this stamp."""
         with self._lock:
             return self._kept.get(key) == stamp
 
     def add(self, key: str, before: Stamp, after: Stamp) -> None:
-        """What `key` names was read and found right.
+        """Remember that the file or range `key` was read and found right.
 
         Args:
             key: a file, or a range of one.
             before: the file's stamp when reading began.
-            after: its stamp when all was read. A file that changed meanwhile, or so short a time ago that it could
-                change again under the same stamp, is not remembered: it is hashed again when it is read next.
+            after: its stamp when all was read. A file that changed meanwhile, or too recently for its next change to
+                make another stamp, is not remembered: the next read hashes it again.
         """
         if before != after or is_fresh(before):
             return
@@ -97,6 +97,6 @@ def stamp_of(file: int | Path) -> Stamp:
 def is_fresh(stamp: Stamp) -> bool:
     """Whether a file with this stamp changed so recently that it could change again and keep the stamp.
 
-    The time of the last change of anything decides: no program can set it, and whatever is written moves it on.
+    The time of the last change of anything decides: no program can set it, and every write moves it on.
     """
     return time.time_ns() - stamp[4] <= _FRESH_NS

@@ -1,8 +1,8 @@
 """Tables whose file is checked by the slices of a tied head.
 
-The prologue takes rows of such a table before the head is loaded. Reading all of the file first would cost a pass as
-much as the head itself, and each slice of the head is checked before the pass has an answer: so rows may be taken
-unchecked, provided that the slices are then read from the very file that the rows came from.
+The prologue takes rows of such a table before the head is loaded. Reading the whole file first would cost a pass the
+same time as the head itself, and the loaders check each slice of the head before the pass has an answer. So the
+prologue may take unchecked rows, provided that the slices are then read from the very file that the rows came from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["TiedTable"]
 
 
 class TiedTable:
-    """What was read of one such file. May be used from any thread.
+    """The rows and slices that were read of one such file. May be used from any thread.
 
     Args:
         name: the file, as the manifest names it.
@@ -33,7 +33,7 @@ class TiedTable:
     def may_take_rows(self, stamp: Stamp) -> bool:
         """Whether every slice was read, and found right, from the file with this stamp, or is yet to be read.
 
-        If so, a slice that is read from a changed file later is an error: rows were taken from what nobody checked.
+        If so, a slice that is later read from a changed file is an error: the rows came from an unchecked file.
         """
         with self._lock:
             if any(read not in (None, stamp) for read in self._read.values()):
@@ -42,7 +42,7 @@ class TiedTable:
             return True
 
     def slice_was_read(self, key: str, stamp: Stamp) -> None:
-        """A slice was read, and found right, from the file with this stamp.
+        """Note that a slice was read, and found right, from the file with this stamp.
 
         Raises:
             ShardError: rows were taken from the file as it was before.

@@ -3,9 +3,9 @@
 A weights file is a safetensors file whose data begins at a multiple of 4096 bytes. A shard's weights are one
 contiguous range of it.
 
-Files are opened for each load and closed after it. What is looked at (size, header, stamp) and what is read is the open
-file, so nothing can take its place in between; and bytes are used only if they were hashed on their way into memory, or
-if the file's stamp, before and after reading, is one under which all of the range was found right.
+Each load opens its files and closes them. Checks (size, header, stamp) and reads both use the open file, so nothing can
+take its place in between. A load uses bytes only if they were hashed on their way into memory, or if the file's stamp,
+before and after reading, is one under which all of the range was found right.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CHECK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MOST_GRAPH_BYTES = 16 << 20
 _ROW_ATTEMPTS = 3
-"""A file that changes under its rows is opened this many times."""
+"""A file that changes while its rows are read is opened at most this many times."""
 
 
 class Storage:
@@ -51,7 +51,7 @@ class Storage:
         directory: the sharded model directory.
         manifest: its validated manifest.
         verify: check the sha256 of a file or range when it is read, unless it has a stamp.
-        stamps: what was checked before; None remembers only what this storage checked.
+        stamps: the files checked before; None remembers only this storage's own checks.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Storage:
 
     @contextmanager
     def graph(self, shard: Shard) -> Iterator[Path]:
-        """The shard's graph file, checked; what opens it must be done with it when the context ends.
+        """The shard's graph file, checked; its reader must be done with it when the context ends.
 
         Raises:
             ShardError: it is missing, or not the file that was exported, or it changed while it was open.
@@ -123,12 +123,12 @@ class Storage:
     ) -> bool:
         """Fill the parts with their bytes of the shard's weights. Returns False when `cancelled` became true meanwhile.
 
-        Where the file is not known to be right, all of the shard is read and hashed, even if the parts are not all.
+        Where the file is not known to be right, the whole shard is read and hashed, even if the parts do not cover it.
 
         Args:
-            shard: what to read.
-            parts: where to; in the order of the file.
-            cancelled: looked at between pieces.
+            shard: the shard to read.
+            parts: the memory to fill; in the order of the file.
+            cancelled: called between pieces.
             direct: read past the page cache where the file system can.
 
         Raises:
@@ -156,7 +156,7 @@ class Storage:
         return True
 
     def save_stamps(self) -> None:
-        """Remember for later processes what was checked."""
+        """Remember the checked files for later processes."""
         self._stamps.save()
 
     def forget_cached(self, shard: Shard) -> None:
@@ -171,8 +171,8 @@ class Storage:
         """Read the shard's weights without keeping them: each read fills `scratch` and replaces the one before.
 
         Args:
-            shard: what to read.
-            scratch: where to.
+            shard: the shard to read.
+            scratch: the memory that each read fills.
             direct: past the page cache, where the file system can; else through it.
 
         Yields:
@@ -248,11 +248,11 @@ class Storage:
         *,
         direct: bool,
     ) -> bool:
-        """Read parts of a range; add what lies in them to the digest. Returns False when it was cancelled."""
+        """Read parts of a range, and add their bytes to the digest. Returns False when it was cancelled."""
         for part in parts:
             begin = page_floor(part.begin)
             skip = part.begin - begin
-            # What is only hashed goes through a small buffer, piece by piece.
+            # Bytes that are only hashed go through a small buffer, piece by piece.
             small = part.buffer.nbytes < part.end - begin
             pieces = read_range(
                 file,
@@ -304,7 +304,7 @@ class Storage:
             yield file
 
     def _check_header(self, file: OpenFile) -> None:
-        """The header is parsed once and compared as bytes from then on."""
+        """Check the header: parsed at the first load, compared as bytes at later ones."""
         known = self._headers.get(file.name)
         with _named(file.name):
             if known is not None:
@@ -327,12 +327,12 @@ def _key(span: WeightsRange) -> str:
 
 
 def _over(scratch: Buffer) -> Callable[[int, int], memoryview]:
-    """A place for pieces that each replace the one before."""
+    """A `place` for `read_range` where each piece replaces the one before."""
     return lambda begin, end: scratch.piece(0, end - begin)
 
 
 def _with_gaps(parts: Sequence[Part], nbytes: int) -> list[Part]:
-    """The parts, and what lies between them in the range, in a small buffer that is filled again and again."""
+    """The parts, and others for the bytes between them, which share a small buffer that each piece refills."""
     ends = [0, *(part.end for part in parts)]
     begins = [*(part.begin for part in parts), nbytes]
     gaps = [(end, begin) for end, begin in zip(ends, begins, strict=True) if end < begin]
@@ -361,7 +361,7 @@ def _read_rows(
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """What the system refuses is a ShardError that names the file."""
+    """Turn the system's refusal into a ShardError that names the file."""
     try:
         yield
     except OSError as error:
