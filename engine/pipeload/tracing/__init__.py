@@ -1,9 +1,9 @@
-"""What happened, and when.
+"""A record of every agent's work over time.
 
 ```
-trace      what every agent did
-stats      in figures
-chrome     to a file, and back
-timeline   as a picture
+trace      spans and counters
+stats      the record in figures
+chrome     in a file, and back
+timeline   in a picture
 ```
 """

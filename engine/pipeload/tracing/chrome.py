@@ -27,7 +27,7 @@ __all__ = [
 
 
 TRACE_FORMAT = 1
-"""Version of what pipeload adds to the Chrome trace: names of lanes, kinds, counters and arguments."""
+"""Version of pipeload's additions to the Chrome trace: names of lanes, kinds, counters and arguments."""
 _MOST_BYTES = 256 << 20
 
 
@@ -36,8 +36,8 @@ class Recording:
     """A trace that was read from a file. Times are seconds since its first event.
 
     Attributes:
-        spans, samples: what the agents did, and the counters.
-        facts: what the writer said about model and plan.
+        spans, samples: the agents' work, and the counters.
+        facts: the writer's facts about model and plan.
     """
 
     spans: list[Span]
@@ -47,7 +47,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
-    """The time from the first to the last thing that the Inference Agent did for one pass."""
+    """The time from the beginning of the Inference Agent's first span for one pass to the end of its last one."""
 
     number: int
     begin_s: float
@@ -88,7 +88,7 @@ class _CounterArguments(msgspec.Struct):
 
 
 def read(path: str | os.PathLike[str]) -> Recording:
-    """Read what `write_chrome` wrote.
+    """Read a file of `write_chrome`.
 
     Raises:
         ConfigError: the file cannot be read, or is no trace of pipeload.
@@ -163,9 +163,9 @@ def write_chrome(trace: Trace, path: str | os.PathLike[str], facts: Mapping[str,
     The file appears when it is complete. Times are microseconds since the first span. Source: "Trace Event Format".
 
     Args:
-        trace: what to write.
+        trace: the spans and samples to write.
         path: the file; an older one is replaced.
-        facts: what the reader should know of model and plan, such as `model`, `budget_bytes`, `loaders`, `buffers`.
+        facts: facts about model and plan for the reader, such as `model`, `budget_bytes`, `loaders`, `buffers`.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""What happened, in figures: in all, and in the latest pass."""
+"""The trace in figures: totals, and the latest pass."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class PassStats:
 
     Attributes:
         seconds: from its first shard to its last one.
-        read_bytes: weights that were read meanwhile.
+        read_bytes: bytes of weights read during the pass.
         read_s: seconds in which at least one Loading Agent read.
-        bound_s: T*, the least that such a pass could take: the first one cold, later ones with these resident shards.
-            None where no profile says so, and for passes that still load shards which will stay.
-        agents: what each agent did meanwhile.
-        calls: how many calls it served.
+        bound_s: T*, the shortest time that such a pass could take: the first one cold, later ones with these resident
+            shards. None without a measured profile, and for passes that still load shards which will stay.
+        agents: how each agent spent the pass.
+        calls: number of calls that it served.
     """
 
     seconds: float
@@ -33,7 +33,7 @@ class PassStats:
 
     @property
     def read_bytes_per_s(self) -> float:
-        """Bandwidth while somebody read."""
+        """Bandwidth while at least one Loading Agent read."""
         return self.read_bytes / self.read_s if self.read_s else 0.0
 
     @property
@@ -44,14 +44,14 @@ class PassStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """What the pipeline did so far.
+    """The pipeline's work so far.
 
     Attributes:
-        passes: finished passes.
-        read_bytes: weights that were read, in all.
+        passes: number of finished passes.
+        read_bytes: bytes of weights read in all.
         first_pass_s, last_pass_s: seconds that the first and the latest pass took; None before.
         peak_bytes: the most memory that the process has occupied since it began.
-        budget_bytes: the most that it may.
+        budget_bytes: the most memory that the process may occupy.
         peak_read_bytes_per_s: the best bandwidth that the profile knows; None without one.
         last: the latest pass; None before.
     """
@@ -70,11 +70,11 @@ def pass_stats(spans: Sequence[Span], begin_s: float, end_s: float, bound_s: flo
     """The figures of one pass.
 
     Args:
-        spans: what the agents did.
-        begin_s: when it began, by `time.perf_counter`.
-        end_s: when it ended.
+        spans: the agents' spans.
+        begin_s: its begin, by `time.perf_counter`.
+        end_s: its end.
         bound_s: T* of such a pass, if it is known.
-        calls: how many calls it served.
+        calls: number of calls that it served.
     """
     nbytes, reads = 0.0, []
     for span in spans:

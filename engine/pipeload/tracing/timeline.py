@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "draw", "save"]
 
 SUFFIXES = (".png", ".svg")
-"""What a picture's name may end with."""
+"""Endings that a picture's name may have."""
 _INK, _FAINT = "#333333", "#bbbbbb"
 
 _COLOURS: dict[Kind, tuple[str, str]] = {
@@ -85,10 +85,10 @@ _THIN_POINTS = 2.5
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a picture as .png or .svg, as the name says.
+    """Write a picture as .png or .svg, by the ending of its name.
 
     Raises:
-        ConfigError: the name ends otherwise.
+        ConfigError: the name has another ending.
         OSError: it cannot be written.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
@@ -97,7 +97,7 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 
 
 def draw(recording: Recording, shown: list[Pass]) -> Figure:
-    """Draw neighbouring passes, or all that was recorded when there are none.
+    """Draw neighbouring passes, or the whole record when there are none.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -131,7 +131,7 @@ def draw(recording: Recording, shown: list[Pass]) -> Figure:
 
 
 class _Scale:
-    """Seconds of the trace -> what the axis of time shows: seconds or milliseconds since the picture's beginning."""
+    """Seconds of the trace -> values on the axis of time: seconds or milliseconds since the picture's beginning."""
 
     def __init__(self, begin_s: float, end_s: float) -> None:
         self.begin_s, self.end_s = begin_s, max(end_s, begin_s + 1e-6)
@@ -221,7 +221,7 @@ def _draw_bars(panel: Axes, bars: list[tuple[int, Span]], kind: Kind, parity: in
     collection = PolyCollection(
         corners, facecolors=_COLOURS[kind][parity], linewidths=edges, edgecolors=_EDGES.get(kind, "white")
     )
-    # Rounded to whole pixels, thin bars would vanish; so they are as pale as they are thin.
+    # Rounded to whole pixels, thin bars would vanish; instead, the thinner a bar, the paler it is.
     collection.set_snap(False)
     if kind in _HATCHES:
         collection.set_hatch(_HATCHES[kind])
@@ -235,7 +235,7 @@ def _shard_number(span: Span) -> int:
 
 
 def _draw_passes(panels: list[Axes], spans: list[Span], shown: list[Pass], scale: _Scale) -> None:
-    """A line where each pass begins and ends, and over it what it took."""
+    """A line where each pass begins and ends, with its duration above."""
     points = (scale.end_s - scale.begin_s) * scale.points_per_s / max(len(shown), 1)
     thickness = min(0.9, points / 50)  # many passes must not end up as nothing but lines
     reads: dict[int, list[Span]] = defaultdict(list)

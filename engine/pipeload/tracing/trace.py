@@ -1,13 +1,13 @@
-"""What every agent did, and when: spans and counters -> times per agent, and a Chrome trace.
+"""Every agent's work over time: spans and counters -> times per agent, and a Chrome trace.
 
 ```
                  begin_s                                   end_s
-inference   ....| wait |### run 0 ###|### run 1 ###|..wait..|...      wait_s = window - union of what is no waiting
+inference   ....| wait |### run 0 ###|### run 1 ###|..wait..|...      wait_s = window - union of spans without waiting
 loader-0    | read 0 |..reserve..|#### read 2 ####|#session#|...      a span that crosses the window's edge is cut there
 daemon      .........................|free 0|......|free 1|.....
 ```
 
-Recording is on always, so it is cheap in time and in memory: a span takes a few microseconds and 41 bytes of a ring
+Recording is always on, so it is cheap in time and memory: a span takes a few microseconds and 41 bytes of a ring
 that is allocated once. A trace therefore occupies the same memory after a million passes as after a hundred.
 """
 
@@ -49,14 +49,14 @@ _LATE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something that one agent did from one moment to another.
+    """One activity of one agent, from one moment to another.
 
     Attributes:
         agent: "inference", "loader-0" ... or "daemon".
-        kind: what it did.
-        shard: with which shard; empty where there is none.
+        kind: the activity.
+        shard: name of the shard that it was for; empty where there is none.
         begin_s, end_s: `time.perf_counter`.
-        nbytes: weights that were read.
+        nbytes: bytes of weights that it read.
         pass_number: the pass that it was for, from 1; 0 when it was for none.
     """
 
@@ -80,14 +80,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a pass is, told once for each shard, when it has run.
+    """Progress of a pass, reported once for each shard, when it has run.
 
     Attributes:
         shard: its name.
-        index: how many shards of the pass have run, this one included.
-        count: shards of the pass.
-        elapsed_s: since the pass began.
-        eta_s: until the pass ends, as far as it can be told.
+        index: number of the pass's shards that have run, this one included.
+        count: number of shards of the pass.
+        elapsed_s: seconds since the pass began.
+        eta_s: estimated seconds until the pass ends; None without an estimate.
     """
 
     shard: str
@@ -101,8 +101,8 @@ class _Ring:
     """The newest records, all of one size, in memory that is allocated once.
 
     Args:
-        record: how the fields of a record are laid out.
-        limit: number of records that are kept.
+        record: layout of a record's fields.
+        limit: at most this many records are kept.
     """
 
     def __init__(self, record: Struct, limit: int) -> None:
@@ -119,7 +119,7 @@ class _Ring:
             self._count += 1
 
     def backwards(self) -> Iterator[tuple[Any, ...]]:
-        """The records that are kept at this moment, the newest first, but for those that are overwritten meanwhile."""
+        """The records, the newest first, without those that another thread overwrites meanwhile."""
         newest = self._count
         for number in range(newest - 1, max(newest - self._limit, 0) - 1, -1):
             with self._lock:
@@ -139,7 +139,8 @@ class Trace:
     """The newest spans and samples of all agents. Every method may be called from any thread.
 
     Args:
-        limit: how many spans, and how many samples, are kept; the oldest are dropped. One of each takes 61 bytes.
+        limit: at most this many spans, and this many samples, are kept; the oldest are dropped. One of each takes 61
+            bytes together.
     """
 
     def __init__(self, limit: int = 100_000) -> None:
@@ -177,7 +178,7 @@ class Trace:
 
     @contextmanager
     def span(self, agent: str, kind: Kind, shard: str, nbytes: int = 0, pass_number: int = 0) -> Iterator[None]:
-        """Add the time that the body takes, also when it raises."""
+        """Add a span over the time that the body takes, also when it raises."""
         begin_s = time.perf_counter()
         try:
             yield
@@ -195,14 +196,14 @@ class Trace:
             )
 
     def sample(self, counter: str, value: float) -> None:
-        """Say what a counter's value is from now on."""
+        """Set a counter's value from now on."""
         self._samples.append(self._number(counter), time.perf_counter(), value)
 
     def spans_since(self, begin_s: float) -> list[Span]:
         """The spans that ended after a moment, in the order in which they were added.
 
-        Takes time in proportion to what it returns, not to what is kept. A span that was added more than a second
-        after its end may be missed.
+        Takes time in proportion to the spans that it returns, not to those that are kept. A span that was added more
+        than a second after its end may be missed.
         """
         newest = takewhile(lambda span: span.end_s > begin_s - _LATE_S, self._backwards())
         return [span for span in newest if span.end_s > begin_s][::-1]
@@ -237,7 +238,7 @@ class AgentTimes:
 
     Attributes:
         kinds: seconds of each kind of span that occurs, waiting included.
-        busy_s: seconds in which it did anything but wait.
+        busy_s: seconds in which it did not wait.
         wait_s: the rest of the window.
     """
 
