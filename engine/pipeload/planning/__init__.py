@@ -1,13 +1,13 @@
-"""How a model is going to run. Pure: no I/O, no threads.
+"""Plans: how a model is going to run. Pure: no I/O, no threads.
 
 ```
-profile     what is known about machine, process and model
-needs       what a pass needs beside weights
-rates       what a profile says, or what is assumed without one
+profile     measured facts about machine, process and model
+needs       memory of a pass beside weights
+rates       speeds from a profile, or assumed without one
 layouts     ways to use the memory that is left for weights
-schedule    how long a pass takes, and the least that it could
+schedule    duration of a pass, and its lower bound
 planner     manifest + profile + budget -> Plan
-learning    what a pass has shown -> profile
-replanner   another plan when needs, memory or what is known change
+learning    trace of a pass -> better profile
+replanner   another plan when needs, memory or the profile change
 ```
 """

@@ -1,8 +1,8 @@
-"""Ways to use the memory that is left for weights: what stays, what is streamed, through how many buffers. Pure.
+"""Ways to use the memory that is left for weights: resident shards, streamed ranges, number of buffers. Pure.
 
 Resident shards are spread evenly among the streamed ones, so that reading never pauses: in the order of van der
-Corput's sequence, small ones first. Of the others some tensors stay, as far as memory goes: those before and behind the
-range that is streamed.
+Corput's sequence, small ones first. Of the others, the tensors before and behind the streamed range stay, as far as
+memory allows.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ Range: TypeAlias = tuple[int, int]
 _SESSION_BYTES = 300_000
 _THREAD_BYTES = 50_000
 _SMALL_SHARE = 0.1
-"""A shard below this part of the largest is made resident first: it saves a session, and costs next to nothing."""
+"""A shard below this fraction of the largest becomes resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
-"""What is streamed of a shard, and what is kept before or behind it, are at least this part of it."""
+"""The streamed range of a shard, and each kept part before or behind it, are at least this fraction of the shard."""
 _BUFFER_SIZES = 12
-"""Most sizes of a buffer that are tried."""
+"""At most this many sizes of a buffer are tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What may be streamed of a shard: bytes of a buffer that it needs, and of memory for what stays."""
+    """A range of a shard that may be streamed: bytes of the buffer for it, and of memory for the kept parts."""
 
     streamed: Range
     buffer_bytes: int
@@ -62,12 +62,12 @@ class Layout:
 
 
 def session_bytes(threads: int) -> int:
-    """One session with so many intra-op threads, beside its weights: graph, kernels, thread pool."""
+    """Bytes of one session with this many intra-op threads, beside its weights: graph, kernels, thread pool."""
     return _SESSION_BYTES + _THREAD_BYTES * threads
 
 
 def staying(shard: Shard, streamed: Range) -> list[Range]:
-    """What of a shard's weights stays in memory while a range of them is streamed."""
+    """The parts of a shard's weights that stay in memory while a range of them is streamed."""
     begin, end = streamed
     return [part for part in ((0, begin), (end, shard.nbytes)) if part[0] < part[1]]
 
@@ -82,7 +82,7 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     slots += [(count, 0, 0) for count in counts]
     for threads in sorted(speed.times, reverse=True):
         each = session_bytes(threads)
-        # Where it pays there may yet be no memory for the packed copies.
+        # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
         for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
@@ -105,11 +105,11 @@ def _fill(
     packed: bool,
     pack_streamed: bool,
 ) -> Layout | None:
-    """Fill the memory beside the buffers with what need not be read again; None when the layout does not fit."""
+    """Fill the memory beside the buffers with weights that stay; None when the layout does not fit."""
     packing = max(_packing_bytes(shard) for shard in shards) + session_bytes if packed else 0
     copy_bytes = buffer_bytes if pack_streamed else 0
     used = packing + buffers * (buffer_bytes + copy_bytes + session_bytes)
-    # No more may be streamed of a shard than a buffer holds. The packed copy of one takes memory for all of it.
+    # A shard's streamed range must fit into a buffer. The packed copy of a shard takes memory for the whole shard.
     count = 1 if pack_streamed else None
     fitting = {
         name: [choice for choice in found[:count] if buffers and choice.buffer_bytes <= buffer_bytes]
@@ -151,10 +151,10 @@ def _fill(
 
 
 def _choices(shard: Shard) -> list[_Choice]:
-    """What may be streamed of a shard while the rest stays: tensors that lie side by side; the largest range first."""
+    """Ranges of a shard that may be streamed while the rest stays: adjacent tensors; the largest range first."""
     if shard.weights is None:
         return [_Choice.of(shard, (0, 0))]
-    # Tiny tensors are not worth a place of their own.
+    # Tiny tensors are not worth a part of their own.
     step = shard.nbytes * _TINY_SHARE
     places = [0]
     for spec in shard.tensors:
@@ -172,7 +172,7 @@ def _choices(shard: Shard) -> list[_Choice]:
 
 
 def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choice]]) -> list[int]:
-    """Sizes of a buffer worth a try: what can be streamed of the largest shards."""
+    """Sizes of a buffer worth a try: those of the ranges of the largest shards that can be streamed."""
     largest = max(shard.nbytes for shard in shards)
     sizes = {c.buffer_bytes for s in shards for c in choices[s.name] if s.nbytes > largest * _SMALL_SHARE}
     ordered = sorted(sizes or {page_ceil(largest)}, reverse=True)
@@ -181,7 +181,7 @@ def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choic
 
 
 def _packing_bytes(shard: Shard) -> int:
-    """What packing one shard takes beside buffer and session: the packed copy, and once more the tensor in work."""
+    """Memory to pack one shard, beside buffer and session: the packed copy, and a second copy of the tensor in work."""
     largest = max((spec.nbytes for spec in shard.tensors), default=shard.nbytes)
     return page_ceil(shard.nbytes) + page_ceil(largest)
 

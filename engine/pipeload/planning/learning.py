@@ -1,4 +1,4 @@
-"""What a pass has shown about the machine, put into the profile. Pure."""
+"""Updates the profile from the trace of a pass. Pure."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ __all__ = ["learn"]
 _LEAST_READ_BYTES = 16 << 20
 
 _BUSY_SHARE = 0.7
-"""A pass that reads less, or for a smaller part of its time, says nothing about the bandwidth."""
+"""A pass that reads less, or for a smaller fraction of its time, tells nothing about the bandwidth."""
 
 
 def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span]) -> Profile:
-    """The profile with what a pass has shown: bandwidth, and times of sessions and runs. Pure.
+    """The profile, updated from a pass: bandwidth, and times of sessions and runs. Pure.
 
     Args:
         manifest: the model.
-        profile: what was known before.
-        plan: how the pass ran.
-        spans: what the agents did meanwhile.
+        profile: the profile before the pass.
+        plan: the plan of the pass.
+        spans: the agents' spans during the pass.
     """
     reads = [span for span in spans if span.kind == "read"]
     read_bytes, reading_s = sum(span.nbytes for span in reads), busy_s(reads)
     known = profile.read_bytes_per_s if plan.direct else profile.cached_read_bytes_per_s
     inference = [span for span in spans if span.agent == "inference"]
     pass_s = max(s.end_s for s in inference) - min(s.begin_s for s in inference) if inference else 0.0
-    # A disk that may rest between reads can be faster, for a while, than it is when nobody lets it.
+    # A disk that rests between reads can be faster, for a while, than one under constant load.
     if not known or (read_bytes >= _LEAST_READ_BYTES and reading_s > pass_s * _BUSY_SHARE):
         seen = read_bytes / reading_s if reading_s else ASSUMED_READ_BYTES_PER_S
         if known:
-            # What one number of Loading Agents shows about the storage holds for the others too.
+            # A change of the storage that one number of Loading Agents shows holds for the other numbers too.
             before = known.get(plan.loaders) or max(known.values())
             known = {number: bandwidth * seen / before for number, bandwidth in known.items()}
         else:
@@ -69,7 +69,7 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
 
 
 def _slower(times: ShardTimes, ratio: float) -> ShardTimes:
-    """Times of a shard when every run takes so many times as long."""
+    """Times of a shard when every run takes `ratio` times as long."""
     return replace(
         times,
         run_s=times.run_s * ratio,

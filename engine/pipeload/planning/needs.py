@@ -1,4 +1,4 @@
-"""What a pass needs beside weights, in bytes, from the manifest and the sizes of its inputs. Pure."""
+"""Bytes that a pass needs beside weights, from the manifest and the sizes of its inputs. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _ARENA_FACTOR = 1.8
 _MAPPED_BYTES = 128 << 10
 """Tensors from this size on are given back to the system when they are freed (`memory.limit_heap`)."""
 _HOLES_FACTOR, _HOLES_BYTES = 1.5, 40 * _MAPPED_BYTES
-"""Smaller ones leave holes that the next ones seldom fit, since their addresses are rounded: so much of a pass, or that
-many of them. SmolLM2 with prompts of 8 to 500 tokens was never above the plan with it, and 14 MB above without."""
+"""Fragmentation by smaller tensors: this fraction of the pass, capped at this many bytes. Their holes seldom fit the
+next tensors, since addresses are rounded. SmolLM2 with prompts of 8 to 500 tokens was never above the plan with it, and
+14 MB above without."""
 _PINNED_FACTOR = 3
 _ROUND_BYTES = 1_000_000
 
@@ -29,7 +30,7 @@ def planning_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) ->
     """
     later = {part for spec in manifest.inputs for dim in spec.shape[1:] for part in symbols(dim)}
     dims = {symbol: (128 if symbol in later else 1) for symbol in manifest.dims}
-    # Caches start empty; what they grow to is reserved when they grow.
+    # Caches start empty; the memory for their growth is reserved when they grow.
     cached = {cache.input for cache in manifest.caches}
     fed = {p for spec in manifest.inputs if spec.name not in cached for d in spec.shape for p in symbols(d) if p == d}
     return dims | {symbol: 0 for symbol in dims if cached and symbol not in fed} | dict(sizes or {})
@@ -44,13 +45,13 @@ def in_arena(manifest: Manifest) -> bool:
 
 
 def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, positions: int | None = None) -> int:
-    """What one pass needs beside weights and caches: its inputs, and the most that everything made takes together.
+    """Bytes that one pass needs beside weights and caches: its inputs, and the peak of all the tensors that it makes.
 
     Args:
         manifest: the model.
         dims: sizes of the symbolic dimensions.
-        positions: of a step that decodes: the head runs for so many of the last ones. None for a whole pass, whose
-            caches are inputs and outputs as all others are.
+        positions: of a step that decodes: the head runs for this many of the last positions. None for a whole pass,
+            whose caches are inputs and outputs as all others are.
     """
     return pass_needs(manifest, dims, positions=positions)[0]
 
@@ -58,7 +59,7 @@ def pass_bytes(manifest: Manifest, dims: Mapping[str, int], *, positions: int | 
 def pass_needs(
     manifest: Manifest, dims: Mapping[str, int], *, positions: int | None = None, top: bool = False
 ) -> tuple[int, int]:
-    """`pass_bytes`, and the part of it that is in use all through a pass: inputs and outputs, and what travels.
+    """`pass_bytes`, and the part of it that is in use all through a pass: inputs, outputs and edges.
 
     With `top`, only the largest logits of a cut head are kept.
     """
@@ -87,7 +88,7 @@ def pass_needs(
         spec = next(spec for spec in manifest.outputs if spec.name == manifest.head.output)
         peak += 2 * tensor_bytes(spec, head_dims)
     if in_arena(manifest):
-        # What the caller gets is a copy.
+        # The caller gets a copy.
         needed = int(peak * _ARENA_FACTOR) + sum(sizes[name] for name in kept)
     else:
         # Small outputs that stay lie between the pieces that come and go, and keep these from being given back.

@@ -5,7 +5,7 @@ Memory of the process, from the bottom:
 ```
 budget  ------------------------------------------------------------
         | packing        a copy of one shard while it is packed     |
-        | buffers        what is streamed of a shard, in each       |
+        | buffers        the streamed range of a shard, in each     |
         | resident       shards that stay between passes            |
         | kept           parts of other shards that stay            |
         | caches         KV caches of open decode states            |
@@ -22,7 +22,7 @@ there is no cliff between a model that fits and one that does not. Resident shar
 ones, so that reading never pauses. There is no LRU: a cyclic scan that is larger than a cache hits nothing in it.
 
 The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
-CPU); fills what memory is left with shards in their order of residence; simulates the schedule of each
+CPU); fills the remaining memory with shards in their order of residence; simulates the schedule of each layout
 (`pipeload.planning.schedule`); and takes the fastest.
 """
 
@@ -55,17 +55,17 @@ __all__ = [
 ]
 
 _RUNTIME_BYTES, LEAST_RUNTIME_BYTES, MOST_RUNTIME_BYTES = 18_000_000, 6_000_000, 36_000_000
-"""onnxruntime's code pages, thread stacks, heap and the trace, which appear with the first passes: before they were
-measured. A smaller figure than the second one was measured where a model had run before, and tells nothing."""
+"""onnxruntime's code pages, thread stacks, heap and the trace, which appear with the first passes: assumed until they
+are measured. A measured figure below the second comes from a process that had run a model before, and tells nothing."""
 _ROUND_BYTES = 1_000_000
 _SPARE_SHARE = 0.005
-"""Part of the memory for weights that is not planned for: what the heap keeps beside it is known that well."""
+"""Plans leave this fraction of the memory for weights free: the heap's own use is known only that precisely."""
 _CLOSE = 0.005
 """Plans whose predicted times differ by less are equal: the one that reads less, with fewer agents, wins."""
 _FEWER_THREADS = 1.1
-"""Fewer threads than there are cores must be faster by this factor: what was measured may have met other work."""
+"""Fewer threads than cores must be faster by this factor: other work may have disturbed the measurement."""
 _LATE = 0.02
-"""A first pass that is longer by more than this counts, when steady passes are equal."""
+"""Where steady passes are equal, a first pass that is longer by more than this fraction loses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,12 +115,12 @@ class Plan:
 
     @property
     def weights_bytes(self) -> int:
-        """What all weights may occupy together: resident shards, kept parts of others, and buffers."""
+        """Bytes that all weights may occupy together: resident shards, kept parts of others, and buffers."""
         return self.peak_bytes - self.process_bytes - self.pass_bytes - self.cache_bytes - self.packing_bytes
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """What cannot change while shards are loaded."""
+        """The fields that cannot change while shards are loaded."""
         streaming = self.loaders, self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
         return self.resident, self.partly_resident, self.packed, self.threads, streaming
 
@@ -141,8 +141,8 @@ def make_plan(
         manifest: the model.
         profile: the machine and the process.
         budget_bytes: the most memory that the whole process may use.
-        pass_bytes: what one pass needs beside weights (`footprint.pass_bytes`).
-        cache_bytes: what open decode states need.
+        pass_bytes: bytes that one pass needs beside weights (`needs.pass_bytes`).
+        cache_bytes: bytes that open decode states need.
         loaders: number of Loading Agents; None chooses.
         threads: intra-op threads; None chooses.
 
@@ -195,12 +195,12 @@ def make_plan(
 
 
 def process_bytes(profile: Profile) -> int:
-    """What the process occupies beside weights, passes and caches once onnxruntime runs."""
+    """Bytes that the process occupies beside weights, passes and caches once onnxruntime runs."""
     return profile.process_bytes + runtime_bytes(profile)
 
 
 def runtime_bytes(profile: Profile) -> int:
-    """What the process will occupy beyond `Profile.process_bytes`: measured, or else assumed."""
+    """Bytes that the process will occupy beyond `Profile.process_bytes`: measured, or else assumed."""
     return profile.runtime_bytes if profile.runtime_bytes >= LEAST_RUNTIME_BYTES else _RUNTIME_BYTES
 
 
@@ -219,12 +219,12 @@ def with_needs(plan: Plan, profile: Profile, pass_bytes: int, cache_bytes: int, 
 
 
 def times_of(manifest: Manifest, profile: Profile, threads: int) -> Mapping[str, ShardTimes]:
-    """Times of every shard with so many threads, measured or assumed."""
+    """Times of every shard with this many threads, measured or assumed."""
     return Rates.of(manifest, profile, threads).times[threads]
 
 
 def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None:
-    """What a measured profile says about the passes of a plan that was made by another one; None without."""
+    """The forecast of a measured profile for a plan that was made from another one; None without measurements."""
     if not profile.measured:
         return None
     speed = Rates.of(manifest, profile, plan.threads)
@@ -252,7 +252,7 @@ def budget_for_latency(
             manifest, profile, budget_bytes=budget_bytes, pass_bytes=pass_bytes, cache_bytes=cache_bytes, **options
         )
 
-    # Above this everything is resident and packed, and more memory is of no use.
+    # Above this budget everything is resident and packed, and more memory is of no use.
     each = session_bytes(max(Rates.of(manifest, profile, options.get("threads")).times))
     most = process_bytes(profile) + pass_bytes + cache_bytes
     most += 2 * sum(page_ceil(shard.nbytes) + each for shard in manifest.shards)
@@ -276,7 +276,7 @@ def _work(shard: Shard, layout: Layout | Plan, times: ShardTimes) -> ShardWork:
     resident = shard.name in layout.resident
     begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
     packed = layout.packed if resident else layout.packed_streamed
-    # A resident shard has a computer to itself while nothing is streamed; what slows computing down is the reading.
+    # A resident shard has the computer to itself while nothing is streamed; only reading slows computing down.
     slowdown = times.loading_run_s / times.run_s if times.run_s else 1.0
     run_s = times.packed_run_s if packed else times.run_s
     return ShardWork(

@@ -1,4 +1,4 @@
-"""What the planner has to know about the machine, the process, and the model's speed on it."""
+"""The planner's facts about the machine, the process, and the model's speed on it."""
 
 # No `from __future__ import annotations`: msgspec would look up annotations that are text in the module that a class
 # names, and Profile names the package.
@@ -32,7 +32,7 @@ class Profile:
 
     Attributes:
         process_bytes: memory that the whole process occupies before anything is loaded: interpreter, libraries, and
-            whatever a host application keeps. It is this process's, so files do not have it.
+            the host application's data. It is this process's, so files do not have it.
         cores: processors that the process may use at the same time.
         read_bytes_per_s: number of Loading Agents -> bandwidth past the page cache.
         cached_read_bytes_per_s: number of Loading Agents -> bandwidth through a cold page cache.
@@ -40,9 +40,9 @@ class Profile:
             two were measured with 8 MiB, with which the engine begins.
         dims: sizes of the symbolic dimensions that `times` are for.
         times: intra-op threads -> shard name -> seconds.
-        runtime_bytes: what the process was seen to occupy beyond `process_bytes`, beside weights, caches and what the
-            plan counts for a pass, once it ran; 0 when it is not known.
-        activation_bytes: what a pass was seen to occupy beside weights and caches.
+        runtime_bytes: measured memory of the running process beyond `process_bytes`, beside weights, caches and the
+            plan's figure for a pass; 0 when it is not known.
+        activation_bytes: measured memory of a pass beside weights and caches.
         cache_bytes_per_token: bytes that a token adds to the KV caches of one sequence.
     """
 
@@ -61,5 +61,5 @@ class Profile:
 
     @property
     def measured(self) -> bool:
-        """Whether it tells how fast reading and running are."""
+        """Whether it has the speeds of reading and running."""
         return bool(self.times and self.read_bytes_per_s)

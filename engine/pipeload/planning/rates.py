@@ -1,4 +1,4 @@
-"""How fast reading and running are: what a profile says, or what is assumed without one. Pure."""
+"""Speeds of reading and running: from a profile, or assumed without one. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipeload.planning.profile import Profile, ShardTimes
 __all__ = ["ASSUMED_READ_BYTES_PER_S", "LOADERS", "Rates"]
 
 LOADERS = (1, 2, 4)
-"""Numbers of Loading Agents that are tried. More were never faster on a disk that is read in large pieces."""
+"""Numbers of Loading Agents to try. More were never faster on a disk that is read in large pieces."""
 _CACHED_SHARE = 0.9
-"""Reading through the page cache must be faster by more than this: it takes processor time."""
+"""The page cache is used only where direct reads are below this fraction of its speed: it costs processor time."""
 ASSUMED_READ_BYTES_PER_S = 1e9
 _ASSUMED_RUN_BYTES_PER_S = 4e9
 _ASSUMED_PACK_BYTES_PER_S = 0.7e9
@@ -39,7 +39,7 @@ class Rates:
 
     @classmethod
     def of(cls, manifest: Manifest, profile: Profile, threads: int | None) -> Rates:
-        """What the profile says about so many threads, or about all that were measured.
+        """The profile's rates with this many threads, or with every measured number of them.
 
         Raises:
             ConfigError: the profile was measured with another model.
@@ -49,7 +49,7 @@ class Rates:
         bandwidth = cached if prefer_cached else direct
         times: Mapping[int, Mapping[str, ShardTimes]] = profile.times
         if times and threads is not None:
-            # Nobody measured with so many threads: the nearest number tells at least what is fast and what is slow.
+            # This number of threads was not measured: the nearest one at least tells fast shards from slow ones.
             nearest = min(times, key=lambda number: abs(number - threads))
             times = {threads: times[nearest]}
         for shard in manifest.shards:
@@ -69,11 +69,11 @@ class Rates:
 
     @property
     def loaders(self) -> list[int]:
-        """Numbers of Loading Agents worth a try: those of `LOADERS` that were measured, or else all that were."""
+        """Numbers of Loading Agents worth a try: those of `LOADERS` that were measured, or else all measured ones."""
         return [number for number in self.read_bytes_per_s if number in LOADERS] or list(self.read_bytes_per_s)
 
     def bandwidth(self, loaders: int) -> float:
-        """Bytes per second of so many Loading Agents together."""
+        """Bytes per second of this many Loading Agents together."""
         # More agents never read more slowly; where they seem to, the disk had something else to do meanwhile.
         known = [number for number in self.read_bytes_per_s if number <= loaders] or [min(self.read_bytes_per_s)]
         return max(self.read_bytes_per_s[number] for number in known)

@@ -1,10 +1,10 @@
-"""Decides between passes whether to go on as planned: what a call needs, what was measured, what memory is left.
+"""Decides between passes whether to keep the plan: by a call's needs, the measurements and the memory left.
 
-- Memory is given back at once and taken slowly: a smaller budget, a smaller limit of the cgroup, less free memory or a
-  host that has grown make a new plan before the next pass; room that appears must stay for some passes and promise a
-  good deal of time. A layout that still fits is kept, since shards would have to be read again for another one.
-- The profile learns: when passes take another time than was predicted, or none was known, bandwidth and times are
-  taken from what the agents did, and the plan is made anew.
+- The replanner gives memory back at once and takes it slowly: a smaller budget, a smaller limit of the cgroup, less
+  free memory or a host that has grown make a new plan before the next pass; room that appears must stay for some
+  passes and promise a good deal of time. A layout that still fits is kept, since another one would read shards again.
+- The profile learns: when passes take another time than was predicted, or no prediction existed, the replanner takes
+  bandwidth and times from the agents' spans, and plans anew.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from pipeload.tracing.trace import Span
 __all__ = ["Replanner"]
 
 _WINDOW = 16
-"""Passes whose needs count: giving memory back and forth would reload resident shards."""
+"""The needs of this many latest passes count: giving memory back and forth would reload resident shards."""
 _PATIENCE = 8
-"""Passes before room that appeared is taken."""
+"""Room that appeared is taken after this many passes."""
 _MOST_PATIENCE = 256
-"""Room that had to be given back is taken after twice as many passes the next time, up to this number."""
+"""Room that had to be given back is taken after twice as many passes the next time, at most this many."""
 _ROOM_SHARE = 0.05
-"""Part of the free memory that must have appeared before "auto" takes it."""
+"""The budget "auto" takes room only when free memory exceeds the budget in force by more than this fraction."""
 _UNUSED_SHARE = 0.015
-"""Part of the budget that may stay unused: more of it is taken when it was left for some passes."""
+"""At most this fraction of the budget may stay unused: more is taken when it was left for some passes."""
 _GAIN = {"first": 0.98, "learned": 0.9, "asked": 1.0}
-"""A plan that is not forced must promise this part of the time that passes take now, or less: why it is made."""
+"""Reason for a plan that is not forced -> it must promise at most this fraction of the time that passes take now."""
 _AS_FAST = 1.001
-"""Predicted times of two plans that differ by less are equal."""
+"""Predicted times of two plans that differ by less than this factor are equal."""
 _MARGIN = 0.15
-"""Measured passes that leave the prediction by more than this make the profile learn."""
+"""The profile learns from measured passes that differ from the prediction by more than this fraction."""
 _SWING_SHARE = 0.02
-"""Part of the budget by which free memory swings all the time."""
+"""Free memory swings by this fraction of the budget all the time."""
 _HEADROOM_SHARE = 0.01
-"""Part of the budget that later plans leave: what grows with every pass must not force one each time."""
+"""Replans leave this fraction of the budget free, so that slow growth does not force a replan on every pass."""
 _SLACK_SHARE = 0.005
-"""Part of the budget that corrected figures keep: the next passes may take a little more than the latest did."""
+"""Corrected figures add this fraction of the budget: the next passes may take a little more than the latest did."""
 _GUARD_SHARE = 0.0025
-"""Part of the budget that a process which outgrew its plan must have left, or else another plan is made."""
+"""A process that outgrew its plan gets another one unless at least this fraction of the budget is left."""
 _WRONG_PASSES = 2
-"""So many of them in a row; one may be chance."""
+"""The profile learns after this many wrong predictions in a row; one may be chance."""
 
 
 _NO_KIND = object()
@@ -64,8 +64,8 @@ class Replanner:
     Args:
         manifest: the model.
         profile: the machine and the process.
-        budget_bytes: what was asked for; None takes what is free.
-        free_bytes: what cgroup and machine leave to this process now; looked at between passes.
+        budget_bytes: the caller's budget; None takes the free memory.
+        free_bytes: gives the memory that cgroup and machine leave to this process; called between passes.
         loaders: number of Loading Agents; None chooses.
         threads: intra-op threads; None chooses.
     """
@@ -105,17 +105,17 @@ class Replanner:
 
     @property
     def profile(self) -> Profile:
-        """What is known by now."""
+        """The profile as passes have improved it."""
         return self._profile
 
     @property
     def learned(self) -> Profile | None:
-        """What steady passes of the profile's own sizes have taught, and all passes about memory; or None."""
+        """The profile as improved by steady passes of its own sizes, and in its memory by all passes; or None."""
         found = self._learned or (self._given if self._corrected else None)
         return replace(found, runtime_bytes=self._profile.runtime_bytes) if found else None
 
     def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
-        """The best plan for passes that need so much beside weights.
+        """The best plan for passes with these needs beside weights.
 
         Raises:
             BudgetError: the budget cannot work.
@@ -131,10 +131,10 @@ class Replanner:
         )
 
     def first_plan(self, pass_bytes: int, cache_bytes: int) -> Plan:
-        """The plan to begin with: loading begins at once, so it keeps to what is free even below the budget.
+        """The first plan: loading begins at once, so the plan keeps to the free memory even below the budget.
 
         Raises:
-            BudgetError: the budget cannot work, or so little memory is free that nothing can.
+            BudgetError: the budget cannot work, or too little memory is free for any plan.
         """
         free = self._free_bytes()
         if self._budget_bytes is None or free >= self._budget_bytes * (1 - _SWING_SHARE):
@@ -153,7 +153,7 @@ class Replanner:
 
     @contextmanager
     def trying(self, budget_bytes: int | None) -> Iterator[None]:
-        """Another budget, or None for what is free: it stays if the body plans a pass under it, or else the old one."""
+        """Try another budget (None: the free memory): it stays if the body plans a pass under it, else the old one."""
         before = self._budget_bytes, self._reason
         self._budget_bytes, self._reason = budget_bytes, "asked"
         try:
@@ -163,9 +163,9 @@ class Replanner:
             raise
 
     def limit_bytes(self, current: Plan) -> int:
-        """What the process may use now: the budget, or less when less memory is left."""
+        """Bytes that the process may use now: the budget, or less when less memory is left."""
         free = self._free_bytes()
-        # A little less or more than what is in force is no reason to load shards again.
+        # A small difference from the limit in force is no reason to load shards again.
         if self._budget_bytes is None:
             held = current.budget_bytes
             return held if held * (1 - _SWING_SHARE) <= free <= held * (1 + _ROOM_SHARE) else free
@@ -183,14 +183,14 @@ class Replanner:
             pass_bytes: memory that the pass needs beside weights and caches.
             cache_bytes: memory of all caches that are open while it runs.
             occupied_bytes: memory of the process now, without weights and caches.
-            strict: refuse a pass that does not fit what is free now, even where no other one could do better.
+            strict: refuse a pass that does not fit the memory free now, even where no other plan could do better.
 
         Raises:
             BudgetError: the pass does not fit the budget.
         """
         limit = self.limit_bytes(current)
         if self._reason is not None and self._budget_bytes is None:
-            # A plan is made in any case: it may use what is free, but for what swings.
+            # A plan is made in any case: it may use the free memory, but for the part that swings.
             limit = max(limit, int(self._free_bytes() * (1 - _HEADROOM_SHARE)))
         growth = self.growth_bytes(current, pass_bytes, occupied_bytes)
         if growth:
@@ -228,8 +228,8 @@ class Replanner:
 
         Args:
             current: the plan in force.
-            peak: what the process has occupied at most.
-            pass_bytes: what the plan counted for the pass beside weights and caches.
+            peak: bounds on the process's peak memory.
+            pass_bytes: the plan's figure for the pass beside weights and caches.
             complete: all weights that the plan has room for were in memory, and nothing was being packed.
         """
         more = min(peak.least_bytes - current.peak_bytes, int(current.budget_bytes * _SWING_SHARE))
@@ -239,7 +239,7 @@ class Replanner:
             return
         if not complete:
             return
-        # Caches may be empty yet, so nothing is expected of them.
+        # Caches may still be empty, so they count as nothing.
         planned = current.process_bytes + pass_bytes + current.weights_bytes
         self._slacks.append(planned - peak.most_bytes)
         least = min(self._slacks)
@@ -269,7 +269,7 @@ class Replanner:
         self._corrected = True
 
     def growth_bytes(self, current: Plan, pass_bytes: int, occupied_bytes: int) -> int:
-        """By how much the host's own data have grown, or become less; 0 for what free memory swings by all the time.
+        """Growth of the host's own data, negative when they shrank; 0 within the usual swing of free memory.
 
         Args:
             current: the plan in force.
@@ -278,12 +278,12 @@ class Replanner:
         """
         swing = current.budget_bytes * _SWING_SHARE
         beside = occupied_bytes - planner.process_bytes(self._profile)
-        # What passes leave behind in the heap is no growth.
+        # Memory that passes leave behind in the heap is no growth.
         growth = beside - max(pass_bytes, current.pass_bytes)
         return growth if growth > swing else beside if beside < -swing else 0
 
     def knows(self, kind: object) -> bool:
-        """Whether what is known was measured with passes of this kind; None stands for the profile's own sizes."""
+        """Whether the profile was measured with passes of this kind; None stands for the profile's own sizes."""
         return self._profile.measured and kind == self._known_kind
 
     def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
@@ -291,17 +291,17 @@ class Replanner:
 
         Args:
             current: the plan in force.
-            spans: what the agents did meanwhile.
-            seconds: how long it took.
-            kind: tells passes of one kind from others; one that follows another kind has been read ahead for that.
-                None stands for the sizes that the profile is kept for.
+            spans: the agents' spans during the pass.
+            seconds: its duration.
+            kind: tells passes of one kind from others; a pass after one of another kind used shards that were read
+                ahead for that kind. None stands for the sizes that the profile is kept for.
 
         Returns:
             Whether there is a reason to plan anew.
         """
         first, self._ran = not self._ran, True
         if first and self._budget_bytes is None:
-            # Pages of libraries that the first pass has touched may be charged to nobody: they have left memory free.
+            # Pages of libraries that the first pass touched may be charged to no cgroup: they have left memory free.
             self._reason = self._reason or "first"
         if _settling(current, spans):
             self._kind = _NO_KIND
@@ -310,7 +310,7 @@ class Replanner:
         predicted_s = current.steady_pass_s
         if predicted_s is not None:
             wrong = alike and abs(seconds - predicted_s) > _MARGIN * predicted_s
-            # Once may be chance: somebody else has used the disk or a core.
+            # Once may be chance: another process has used the disk or a core.
             self._wrong = self._wrong + 1 if wrong else 0
             if self._wrong < _WRONG_PASSES:
                 return self._reason is not None
@@ -338,10 +338,10 @@ class Replanner:
             return self.plan(*now, limit_bytes)
         except BudgetError as error:
             if strict or (self._budget_bytes is not None and limit_bytes >= self._budget_bytes):
-                # It was refused, so nothing needs to be kept free for it.
+                # The pass was refused, so nothing needs to be kept free for it.
                 self._needs.clear()
                 raise
-            # Memory is short outside of this process: the least that works is the best that can be done.
+            # Memory is short outside this process: the smallest plan that works is the best.
             return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
 
 

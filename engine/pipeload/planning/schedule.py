@@ -1,7 +1,7 @@
-"""How long a pass takes: a simulation of the agents, and the least that any schedule could take. Pure.
+"""Duration of a pass: a simulation of the agents, and a lower bound over all schedules. Pure.
 
 The schedule in one recurrence. Shard j of those that are loaded is read by the Loading Agent that is free first, into
-the buffer that the (j - buffers)-th streamed shard has left, after whatever the storage has to deliver before it:
+the buffer that the (j - buffers)-th streamed shard has left, after the reads that the storage has to finish before it:
 
 ```
 read_j    = max(agent free, buffer free = end of run_(j - buffers), read_(j - 1)) + bytes_j / bandwidth
@@ -12,8 +12,8 @@ run_j     = max(run_(j - 1), loaded_j) + compute_j    resident shards are always
 Passes follow each other without a pause, so reading goes on for the next pass while the last shards of this one run.
 The steady pass is the mean distance between the ends of later ones.
 
-The roofline T* is the least that a pass can take on this machine, whatever the schedule: W bytes of weights, R of them
-resident, bandwidth B, compute time c_i of shard i and its size s_i:
+The roofline T* is the shortest time that a pass can take on this machine under any schedule: W bytes of weights, R of
+them resident, bandwidth B, compute time c_i of shard i and its size s_i:
 
 ```
 steady pass       max(sum c_i, (W - R) / B)
@@ -38,15 +38,15 @@ _PASSES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardWork:
-    """What one shard costs under a plan.
+    """The cost of one shard under a plan.
 
     Attributes:
-        cold_bytes: read for the first pass.
-        steady_bytes: read for every later pass; 0 also for a resident shard.
+        cold_bytes: bytes read for the first pass.
+        steady_bytes: bytes read for every later pass; 0 also for a resident shard.
         streamed: loaded for every pass, into a buffer.
-        session_s: making its session.
-        run_s: running it while nothing is read.
-        loading_run_s: running it while Loading Agents read.
+        session_s: seconds to make its session.
+        run_s: seconds to run it while nothing is read.
+        loading_run_s: seconds to run it while Loading Agents read.
     """
 
     cold_bytes: int
@@ -80,11 +80,11 @@ def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_byte
         work: the shards, in order.
         loaders: number of Loading Agents.
         buffers: streamed shards that are in memory together.
-        read_bytes_per_s: bandwidth of so many Loading Agents together.
+        read_bytes_per_s: bandwidth of this many Loading Agents together.
     """
     steady_bytes = sum(shard.steady_bytes for shard in work)
     alone_s = sum(shard.run_s for shard in work)
-    # Computing is slower while somebody reads: by the part of the pass in which reading goes on.
+    # Computing is slower while Loading Agents read: in proportion to the part of the pass in which they read.
     reading_s = steady_bytes / read_bytes_per_s
     share = min(1.0, reading_s / max(reading_s, alone_s)) if reading_s else 0.0
     agents = [0.0] * loaders
@@ -106,8 +106,8 @@ def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_byte
             if shard.streamed:
                 slots.append(inference_s)
         ends.append(inference_s)
-    # What was made ready during a long first pass may still be used up: no pass for ever takes less than its reading,
-    # and its sessions.
+    # The simulation may still use up shards that a long first pass made ready: in the long run, no pass takes less
+    # time than its reading and its sessions.
     sessions_s = sum(shard.session_s for shard in work if shard.streamed) / loaders
     return Schedule(first_s=ends[0], steady_s=max((ends[-1] - ends[1]) / (_PASSES - 2), reading_s, sessions_s))
 
@@ -118,8 +118,7 @@ def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> R
     Args:
         manifest: the model.
         profile: a measured one: the best bandwidth of any number of Loading Agents, past the page cache or through
-            it, and for each shard the shortest
-            compute time that was seen with everything in memory.
+            it, and for each shard the shortest compute time that was measured with everything in memory.
         resident_bytes: R.
     """
     bandwidth = max((*profile.read_bytes_per_s.values(), *profile.cached_read_bytes_per_s.values()))
