@@ -1,9 +1,9 @@
-"""How fast this machine reads and runs a model.
+"""Measures the speed at which this machine reads and runs a model.
 
 ```
 example_inputs   made-up inputs
-bandwidth        how fast files are read
-stopwatch        how long shards take
+bandwidth        bytes per second of reading
+stopwatch        seconds of each shard
 profiler         machine, process and model -> Profile
 profile_store    profiles in files
 ```

@@ -1,4 +1,4 @@
-"""How fast a model's files are read: by agents, by size of the requests, past the page cache and through it."""
+"""Bandwidth of a model's files: by agents, by size of the requests, past the page cache and through it."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from pipeload.storage.weights import Storage
 __all__ = ["REQUEST_BYTES", "Bandwidth", "filled_buffer", "measure_bandwidth"]
 
 REQUEST_BYTES = (8 << 20, 1 << 20)
-"""Sizes of one read; the first is the one that the engine begins with."""
+"""Sizes of one read; the engine begins with the first."""
 _AGENTS = (1, 2, 4, 8)
 _WARM_S = 0.2
-"""Not counted: a throttled disk gives what it has saved up while nobody read."""
+"""Reads of this time are not counted: a throttled disk first grants the credit that it has saved while idle."""
 _ENOUGH_S, _ENOUGH_BYTES = 0.8, 64_000_000
 _FEW_READS = 4
-"""Fewer say too little about the time between them."""
+"""Fewer reads tell too little about the time between them."""
 _ROUNDS = 2
-"""Each number of agents reads so often, in turns: what else the disk does changes from second to second."""
+"""Each number of agents reads this many times, in turns: the disk's other load changes from second to second."""
 _SLOW_S = 3.0
-"""A disk on which the bytes above take longer is measured with fewer."""
+"""A disk that takes longer for the bytes above is measured with fewer."""
 _SMALL_MODEL_S = 0.1
-"""A model that is read sooner is read again and again."""
+"""A model that is read in less time is read repeatedly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Bandwidth:
 
 
 def measure_bandwidth(storage: Storage, shards: Sequence[Shard], progress: Notify) -> Bandwidth:
-    """Read the shards' weights in many ways, for a second or so each; nothing is kept.
+    """Read the shards' weights in several ways, for about a second each; nothing is kept.
 
     Raises:
         ShardError, LoadError: a file could not be read.
@@ -79,7 +79,7 @@ def filled_buffer(nbytes: int) -> Buffer:
 
 
 def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_bytes: int, direct: bool) -> float:
-    """Bytes per second of agents that each read the next shard which nobody has begun, until that is enough."""
+    """Bytes per second of agents that each read the next shard that no agent has begun, until they have read enough."""
     for shard in shards:
         storage.forget_cached(shard)
     model_bytes = sum(shard.nbytes for shard in shards)
@@ -102,7 +102,7 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
                         over.set()
                         break
         finally:
-            # One that fails ends the others too.
+            # An agent that fails ends the others too.
             over.set()
 
     scratches = [filled_buffer(request_bytes) for _ in range(agents)]

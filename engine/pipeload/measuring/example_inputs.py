@@ -1,4 +1,4 @@
-"""Made-up inputs of any size, to measure and try with: what each means where its name tells, else seeded noise."""
+"""Made-up inputs of any size, to measure and try with: meaningful where the input's name tells, else seeded noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def example_inputs(
     Args:
         manifest: the model.
         dims: sizes of the symbolic dimensions.
-        vocabulary: number of token ids, for a model that does not say it by tables which are read by row.
+        vocabulary: number of token ids, for a model without tables that are read by row, whose sizes would give it.
     """
     random = np.random.default_rng(0)
     cached = manifest.cache_inputs
@@ -59,7 +59,7 @@ def _table_rows(manifest: Manifest, spec: TensorSpec) -> int | None:
     """Rows of the smallest table that the input may be an index of; None when no table is read by row."""
     inputs = {each.name for each in manifest.inputs}
     rows = {(lookup.indices, lookup.table.shape[0]) for shard in manifest.shards for lookup in shard.lookups}
-    # What a shard makes of its inputs may be made of any of them.
+    # A shard's output may depend on any of its inputs.
     own = [count for name, count in rows if name == spec.name] or [count for name, count in rows if name not in inputs]
     return min(own, default=None)
 

@@ -37,10 +37,10 @@ _SOFTWARE = ("numpy", "onnxruntime", "pipeload")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a profile was measured with.
+    """The machine, software and model that a profile was measured with.
 
     Attributes:
-        architecture, cpu, cores, memory_bytes: the machine, and what of it the process may use.
+        architecture, cpu, cores, memory_bytes: the machine, and the part of it that the process may use.
         device: the storage device of the model directory, `major:minor`.
         read_limits: cgroup rules that throttle reading.
         software: package -> version.
@@ -67,7 +67,7 @@ class _File:
 
 
 def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
-    """What a profile that is measured here and now, of the model in `directory`, is measured with.
+    """The identity of a profile of the model in `directory` that is measured here and now.
 
     Raises:
         ManifestError: the directory's manifest cannot be read.
@@ -89,13 +89,13 @@ def write(profile: Profile, path: Path, identity: Identity | None = None) -> Non
     """Write a profile as indented JSON, all of it or nothing.
 
     Raises:
-        OSError: the file cannot be written; what was there before is still there.
+        OSError: the file cannot be written; an older one is still there.
     """
     write_whole(path, _encode(profile, identity))
 
 
 def read(path: Path) -> Profile:
-    """The profile in a file that `write` made, with what this process occupies now.
+    """The profile in a file that `write` made, with the memory that this process occupies now.
 
     Raises:
         ConfigError: the file cannot be read, or holds no profile.
@@ -106,7 +106,7 @@ def read(path: Path) -> Profile:
 def find(directory: Path, dims: Mapping[str, int]) -> Profile | None:
     """The kept profile of the model in `directory` at these sizes, measured as things are now; None without one.
 
-    A file that is damaged, or that was put there from elsewhere, is as good as none.
+    A file that is damaged, or was copied there from elsewhere, counts as none.
     """
     with suppress(PipeloadError):
         identity = identify(directory, dims)
@@ -154,7 +154,7 @@ def _read(path: Path, read_bytes: Callable[..., bytes]) -> tuple[Profile, Identi
 
 
 def _fault(profile: Profile) -> str | None:
-    """The first figure that nobody can have measured."""
+    """The first figure that no measurement can have given."""
     bandwidths = (profile.read_bytes_per_s, profile.cached_read_bytes_per_s, profile.read_bytes_per_s_by_request)
     for key, value in (item for found in bandwidths for item in found.items()):
         if key < 1 or value <= 0:

@@ -33,9 +33,10 @@ def measure() -> Profile:
 
 
 def profile_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """Sizes of the symbolic dimensions that a profile is measured with; `sizes` have the last word.
+    """Sizes of the symbolic dimensions that a profile is measured with; `sizes` override the defaults.
 
-    Without caches those that a plan is made for. With caches those of one decode step after 128 tokens.
+    Defaults without caches: the sizes that the first plan is made for. With caches: those of one decode step after 128
+    tokens.
 
     Raises:
         ConfigError: the model has no such dimension.
@@ -56,7 +57,7 @@ def measure_model(
     threads: Sequence[int] | None = None,
     progress: Notify | None = None,
 ) -> Profile:
-    """How fast the model's files are read and its shards run; takes some seconds, and reads the model several times.
+    """Measure the reading of the model's files and the runs of its shards, in some seconds and several reads of them.
 
     The process should be as it is when it runs the model, and nothing else should go on. The model's files are dropped
     from the page cache, and the peak of the process's memory, as the system counts it, begins anew.

@@ -37,14 +37,14 @@ __all__ = ["Stopwatch"]
 
 _RUNS = 3
 _CHOSEN_RUNS, _CHOSEN_S = 10, 0.15
-"""What only a few shards are timed for goes on until it took so long, or so often, but no less than `_RUNS`."""
+"""Timings taken on sample shards only repeat until either limit is reached, and at least `_RUNS` times."""
 
 _PACKING_FACTOR = 2.5
-"""While a packed session is made it takes up to so many times the shard's bytes, beside the buffer."""
+"""Making a packed session takes up to this many times the shard's bytes, beside the buffer."""
 
 
 class Stopwatch:
-    """Runs the shards one after another, each on what those before it have made, and times it on the way.
+    """Runs the shards one after another, each on the outputs of those before it, and times them.
 
     Args:
         storage: the model's files.
@@ -55,7 +55,7 @@ class Stopwatch:
     Attributes:
         activation_bytes: the most that a shard was seen to need beside weights, its inputs and outputs included; None
             where the system does not tell.
-        settled_bytes: what the process occupied beside weights and tensors when it had run the largest shard once.
+        settled_bytes: memory of the process, beside weights and tensors, after it had run the largest shard once.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest, threads: Sequence[int], progress: Notify) -> None:
@@ -78,7 +78,7 @@ class Stopwatch:
 
         Raises:
             ConfigError: an index is beyond its table.
-            ShardError, LoadError, RunError: a shard could not be read, made or run.
+            ShardError, LoadError, RunError: a shard cannot be read, made or run.
         """
         sweep = Sweep(self._manifest, self._storage)
         try:
@@ -110,7 +110,7 @@ class Stopwatch:
     def _borrow(self, index: int) -> Iterator[ShardSession]:
         shard = self._manifest.shards[index]
         self._storage.read_weights(shard, [Part(0, shard.nbytes, self._buffer)], lambda: False)
-        # All that a pass does with a session is to run it once.
+        # A pass runs each session only once.
         yield cast(ShardSession, SimpleNamespace(run=partial(self._measure, shard)))
         self._progress("Running", index + 1, len(self._manifest.shards))
 
@@ -120,7 +120,7 @@ class Stopwatch:
         def run(session: ShardSession) -> list[Value]:
             return list(session.run(inputs, stopper, in_place))
 
-        # What happens only the first time, such as loading code, is no part of any time.
+        # Work of the first run only, such as loading code, is no part of any time.
         results = run(self._open(shard, self._threads[0]))
         passed_bytes = sum(to_array(value).nbytes for value in inputs.values())
         if shard.name == self._largest:
@@ -128,7 +128,7 @@ class Stopwatch:
             made_bytes = sum(to_array(value).nbytes for value in results)
             self.settled_bytes = rss_bytes() - self._buffer.nbytes - passed_bytes - made_bytes
         if shard.name in self._chosen:
-            # What an arena keeps for the next run would not be seen.
+            # Memory that an arena keeps for the next run would not be seen.
             self._watch_memory(passed_bytes, lambda: run(self._open(shard, self._threads[0], arena=False)))
         for threads in self._threads:
             for session_s, run_s in self._stream(shard, threads, run, 0.0):
@@ -142,7 +142,7 @@ class Stopwatch:
                     pack_s, runs = self._pack(shard, threads, run)
                     self._seen["pack_s", threads, shard.structure].append(pack_s)
                     self._seen["packed_run_s", threads, shard.structure].extend(runs)
-        # New caches of all blocks together may be larger than a shard, and nobody wants them.
+        # New caches of all blocks together may be larger than a shard, and no later shard takes them.
         empty = to_value(np.zeros(0, np.float32))
         return [empty if name in self._unused else value for name, value in zip(shard.outputs, results, strict=True)]
 
@@ -224,7 +224,7 @@ def _go_on(seconds: Sequence[float], enough_s: float) -> bool:
 
 
 def _chosen(shards: Sequence[Shard]) -> set[str]:
-    """Names of the first, middle and last shard of each structure: a moment of noise meets only one of them."""
+    """Names of the first, middle and last shard of each structure: a moment of noise affects only one of them."""
     alike: dict[str, list[str]] = defaultdict(list)
     for shard in shards:
         alike[shard.structure].append(shard.name)
