@@ -1,17 +1,17 @@
 """pipeload runs transformer models that do not fit into memory, on CPUs, from standard ONNX shards.
 
-Packages and modules, from what all use to what uses all:
+Packages and modules, each above the ones that use it:
 
 ```
 errors      the exception tree
-foreign     what libraries raise -> an error of the tree
-notify      what a caller is told while something takes long
-format/     what a model directory says: manifest, symbolic dimensions, safetensors headers, caches
+foreign     exceptions of libraries -> errors of the tree
+notify      progress of long work, for its caller
+format/     description of a model directory: manifest, symbolic dimensions, safetensors headers, caches
 machine/    this computer: memory, heap, cgroups, processors, files
 storage/    shard files -> memory
-tracing/    what every agent did, and when
+tracing/    record of every agent's work over time
 planning/   manifest + profile + budget -> Plan; pure
-pipeline/   Loading, Inference and Daemon Agents, and what they pass to one another
+pipeline/   Loading, Inference and Daemon Agents, and the messages between them
 measuring/  machine, process and model -> Profile
 inputs      arrays, joined and taken apart
 decode      KV caches between steps
@@ -83,7 +83,7 @@ _HOMES = {
     "TextStream": "tasks.generate.streaming",
     "load": "model",
 }
-"""Modules of what is imported when it is first used: with onnxruntime and NumPy that takes up to seconds, in which
+"""Name -> module, imported at the name's first use: with onnxruntime and NumPy an import takes up to seconds, in which
 `__main__` already has to answer Ctrl-C."""
 
 

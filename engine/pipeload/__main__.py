@@ -1,4 +1,4 @@
-"""Where `pipeload` and `python -m pipeload` begin: with few imports, for the others take seconds on a small board."""
+"""Entry of `pipeload` and `python -m pipeload`: few imports, because the others take seconds on a small board."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; Ctrl-C during the imports ends it as it does later, with one line and exit code 130."""
-    # Not where somebody has it ignored, as a shell does for commands in the background.
+    # Not where the parent has it ignored, as a shell does for commands in the background.
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:
         signal.signal(signal.SIGINT, _leave)
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:
-    # Nothing is held yet. An exception would be taken by some library for an import that failed.
+    # The process holds nothing yet. Some library would take an exception here for a failed import.
     os.write(2, b"error: interrupted.\n")
     os._exit(130)
 

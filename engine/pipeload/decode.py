@@ -1,4 +1,4 @@
-"""Decoding step by step: the KV caches that are kept between steps, and how a step goes through the shards."""
+"""Decoding step by step: the KV caches kept between steps, and the way of a step through the shards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["CAPACITY_STEP", "DecodeState", "Decoding", "Step"]
 CAPACITY_STEP = 128
 """Caches grow by this number of tokens, so that they are seldom copied and the plan changes seldom."""
 _PIECE_TOKENS = 256
-"""A longer text passes through each shard in pieces of this number of tokens, those of all sequences together."""
+"""A longer text passes through each shard in pieces of this many tokens, counted over all sequences."""
 
 
 class DecodeState:
@@ -55,7 +55,7 @@ class DecodeState:
         self._on_close = on_close
         self._length_axis = length_axis
         self._in_place = in_place
-        # Weak: a state that is kept must not keep a model that nobody else has.
+        # Weak: a state that the caller keeps must not keep alive a model that the caller has dropped.
         self._maker = weakref.ref(maker)
         self.closed = False
 
@@ -78,7 +78,7 @@ class DecodeState:
         return max((value.shape()[self._length_axis] for value in [*self.caches.values()]), default=0)
 
     def expect(self, tokens: int) -> None:
-        """The next steps will need so many tokens; they are planned for when one of them is taken."""
+        """Tell that the next steps will need this many tokens; the next step plans for them."""
         self.expected = tokens
         self.capacity = min(self.capacity, max(tokens, self._first_capacity, self.room))
 
@@ -98,7 +98,7 @@ class DecodeState:
                 "forgotten. Generate without drafts, and with a new state for each text."
             )
         elif not self._in_place and self._length_axis is not None:
-            # Also when the length is right: whoever was interrupted may have kept longer caches.
+            # Also when the length is right: an interrupted step may have left longer caches.
             kept = (slice(None),) * self._length_axis + (slice(length),)
             self.caches = {name: _cut(value, kept) for name, value in self.caches.items()}
         self.length = length
@@ -204,23 +204,23 @@ class Decoding:
         return Step(length=length, capacity=wanted, batch=max(state.batch, rows))
 
     def end(self, state: DecodeState, step: Step, outputs: Mapping[str, Value]) -> None:
-        """A step has succeeded: its caches are the state's."""
+        """Settle a step that succeeded: its caches become the state's."""
         if not self.in_place:
             state.caches = {name: outputs[made] for name, made in self.caches.items()}
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
 
     def abandon(self, state: DecodeState) -> None:
-        """A step has failed, or was withdrawn."""
+        """Settle a step that failed or was withdrawn."""
         if not state.length:
             # A pass that was withdrawn may still write into the old ones.
             state.caches = {}
-        # What was not granted is not counted, but some caches may have grown before the pass failed.
+        # Memory that was not granted is not counted, but some caches may have grown before the pass failed.
         state.capacity = max(state.capacity, state.room)
 
     def pieces(
         self, arrays: Arrays, dims: Mapping[str, int], positions: int, room: int
     ) -> tuple[list[Arrays], Mapping[str, int]]:
-        """A long text in pieces, and the sizes by which their activations are counted: one piece, and full caches.
+        """A long text in pieces, and the sizes that determine their activations: those of one piece with full caches.
 
         The last piece has all positions whose logits are wanted. Without caches in place there is one piece.
         """
@@ -232,7 +232,7 @@ class Decoding:
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
         size = min(length, max(positions, _PIECE_TOKENS // max(1, rows)))
         pieces: list[Arrays] = []
-        # The first one is the rest, and the last one whole.
+        # The first piece takes the remainder, so that the last one is whole.
         for end in range((length - 1) % size + 1, length + 1, size):
             begin = max(end - size, 0)
             cuts = {(text,): slice(begin, end), tuple(sorted((past, text))): slice(0, before + end)}
@@ -248,7 +248,7 @@ class Decoding:
     def cache_bytes(self, state: DecodeState | None = None, step: Step | None = None) -> int:
         """Memory of the caches of all open states, with those of one state as they will be after its next step."""
         with self._lock:
-            # What other states expect is not theirs yet.
+            # Tokens that other states expect are not counted yet.
             sizes = [(one.batch, one.capacity) for one in self._states if one is not state]
         if step:
             sizes.append((step.batch, step.capacity))

@@ -12,12 +12,12 @@ PipeloadError
  '- ClosedError     the model was closed before or during the call
 ```
 
-Beside it there is one warning, `TruncationWarning`: texts were cut to what the model takes.
+Beside it there is one warning, `TruncationWarning`: texts were cut to the number of tokens that the model takes.
 
 A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
 
-No exception of a library or of the system crosses the API: where one may come up, `foreign.foreign_errors` stands
-around it. Exceptions of the caller's own functions (a progress callback, a streamer, a logits processor) pass.
+No exception of a library or of the system crosses the API: `foreign.foreign_errors` wraps every call that may raise
+one. Exceptions of the caller's own functions (a progress callback, a streamer, a logits processor) pass.
 """
 
 from __future__ import annotations

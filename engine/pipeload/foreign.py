@@ -1,4 +1,4 @@
-"""The boundary to libraries and the system: what they raise becomes an error of pipeload."""
+"""The boundary to libraries and the system: their exceptions become errors of pipeload."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["first_line", "foreign_errors"]
 
 @contextmanager
 def foreign_errors(kind: Callable[[str], PipeloadError], fact: str, remedy: str) -> Iterator[None]:
-    """Raise what a library or the system raises inside as one of pipeload's errors, with the original as its cause.
+    """Turn an exception of a library or the system into one of pipeload's errors, with the original as its cause.
 
     Errors of pipeload pass as they are; so do KeyboardInterrupt, SystemExit and GeneratorExit.
 
     Args:
-        kind: makes the error of its message; a class of `errors`, as a rule.
-        fact: what failed, without a full stop; the first line of the original follows it.
-        remedy: what the reader can do, as a sentence.
+        kind: makes the error from its message; a class of `errors`, as a rule.
+        fact: the failure, without a full stop; the first line of the original follows it.
+        remedy: a sentence that tells the reader how to mend it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Arrays for the graph's inputs: held against the manifest, joined along the first dimension, and taken apart again."""
+"""Arrays for the graph's inputs: checked against the manifest, joined along the first dimension, and split again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GraphInputs:
         manifest: the model.
 
     Attributes:
-        specs: name -> what the graph takes.
+        specs: name -> the graph input.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -35,7 +35,7 @@ class GraphInputs:
     def check(
         self, inputs: Mapping[str, NDArray[Any]], cached: Mapping[str, tuple[int, ...]] | None = None
     ) -> tuple[Arrays, dict[str, int]]:
-        """Hold arrays against the manifest.
+        """Check arrays against the manifest.
 
         Args:
             inputs: by name. Caches may be left out, and are then empty.
@@ -85,7 +85,7 @@ def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator
     """Items joined along the first dimension, up to `count` of them, as long as their other dimensions are equal.
 
     Yields:
-        The joined arrays, and how many rows each item has.
+        The joined arrays, and the number of rows of each item.
     """
     group: list[dict[str, NDArray[Any]]] = []
     for item in items:
@@ -95,7 +95,7 @@ def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator
             yield _join(group)
             group = []
         group.append(arrays)
-        # Not only when the next item comes: that may take a while.
+        # Now, without waiting for the next item: that may take a while.
         if len(group) == count:
             yield _join(group)
             group = []
@@ -108,7 +108,7 @@ def split_batch(outputs: Mapping[str, NDArray[Any]], rows: Sequence[int]) -> Ite
 
     Args:
         outputs: arrays whose first dimension is the batch.
-        rows: how many rows each item has.
+        rows: the number of rows of each item.
     """
     if len(rows) == 1:
         yield dict(outputs)
@@ -127,7 +127,7 @@ def _check_mapping(inputs: object) -> None:
 def _form(arrays: Mapping[str, Any]) -> object:
     rows = {len(a) if isinstance(a, np.ndarray) and a.ndim else None for a in arrays.values()}
     if len(rows) != 1 or None in rows:
-        # What is no array, or has other rows than the rest, goes alone: the model says what is wrong with it.
+        # An item that is no array, or has other rows than the rest, goes alone: the model names its fault.
         return object()
     return {name: (array.dtype, array.shape[1:]) for name, array in arrays.items()}
 

@@ -1,4 +1,4 @@
-"""What long work tells its caller on the way: the step, how much of it is done, and how much there is."""
+"""Progress of long work, reported to its caller: the step, the part of it that is done, and the whole."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ Notify = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Takes the place of a caller's function where there is none."""
+    """The default where the caller passes no function."""

@@ -1,4 +1,4 @@
-"""How a model is opened: the process measured, the first plan made, the agents started."""
+"""Opening a model: measure the process, make the first plan, start the agents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Options:
     """The arguments of `load`, checked.
 
     Attributes:
-        budget_bytes: the most memory that the process may use; None takes what is free.
+        budget_bytes: the most memory that the process may use; None takes the free memory.
         loaders, threads: see `load`.
         dims: sizes of the symbolic dimensions to plan for.
         verify, profile, progress: see `load`.
@@ -55,7 +55,7 @@ class Opened:
         pipeline: the agents.
         replanner: makes their plans.
         profile_dims: sizes of the symbolic dimensions that the profile is for.
-        keep: puts what passes have taught into the user's cache; None where the caller gave the profile.
+        keep: writes the profile that passes have improved to the user's cache; None where the caller gave the profile.
     """
 
     pipeline: Pipeline
@@ -88,7 +88,7 @@ def open_pipeline(
     with OPEN_PIPELINES.lock:
         bring_in()
         process = profiler.measure()
-        # Other models of the process may have read nothing yet of what they are going to keep.
+        # Other models of the process may not have read anything yet of the weights that they will keep.
         process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
         replanner = Replanner(
             manifest,
