@@ -56,7 +56,8 @@ __all__ = [
 
 _RUNTIME_BYTES, LEAST_RUNTIME_BYTES, MOST_RUNTIME_BYTES = 18_000_000, 6_000_000, 36_000_000
 """onnxruntime's code pages, thread stacks, heap and the trace, which appear with the first passes: assumed until they
-are measured. A measured figure below the second comes from a process that had run a model before, and tells nothing."""
+are measured. A measured figure below the second comes from a process that had run a model before, and tells nothing;
+above the third, the host has grown, which is no figure to keep for other processes."""
 _ROUND_BYTES = 1_000_000
 _SPARE_SHARE = 0.005
 """Plans leave this fraction of the memory for weights free: the heap's own use is known only that precisely."""
