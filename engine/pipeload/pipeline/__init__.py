@@ -6,7 +6,7 @@ top_logits     the largest logits of a head's slices
 cache_room     KV caches with room for more tokens
 sweep          one pass over the shards
 reservations   bytes of the budget, in plan order
-messages       what the agents tell one another
+messages       tasks and results that pass between the agents
 requests       the queue of calls
 residents      shards and parts kept between sweeps, and their packing
 exchange       where the agents meet

@@ -1,4 +1,4 @@
-"""What the agents tell one another: tasks, loaded shards, failures."""
+"""The messages between the agents: tasks, loaded shards, failures."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ class Pipeline:
                 answer(self._exchange, other, other.feed.error or _copy_of(error))
             own = call.feed.error
             if own is not None and own is not error:
-                # It ended this call before the sweep failed, and has a cause of its own.
+                # This error ended the call before the sweep failed, and has a cause of its own.
                 raise own  # noqa: B904
             raise
         for other in calls[1:]:

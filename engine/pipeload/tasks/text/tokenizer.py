@@ -1,6 +1,6 @@
 """Texts to token ids and back, with the model directory's own `tokenizer.json`.
 
-Ids equal those of transformers' fast tokenizers. Decoded text is exactly what the tokens spell: the
+Ids equal those of transformers' fast tokenizers. Decoded text is exactly the text of the tokens: the
 `clean_up_tokenization_spaces` of transformers, which also removes spaces that belong there, is not applied.
 """
 
