@@ -1,7 +1,7 @@
 """The bound T*: no engine can be faster than the disk and the cores are.
 
 `python -m pipeload.bench.bound ORDER.json` profiles a model in a process of its own, so that it runs under the same
-throttle of the disk as the contenders; `bounds` computes T* from what it wrote.
+throttle of the disk as the contenders; `bounds` computes T* from its output.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["Bounds", "Order", "Profiles", "bounds", "main"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What to profile.
+    """The order for one profiling process.
 
     Attributes:
         directory: the sharded model directory.
         dims: sizes of all symbolic dimensions of the first pass.
         threads: intra-op threads; None measures several numbers.
-        target: where the `Profiles` go, as JSON.
+        target: the JSON file for the `Profiles`.
     """
 
     directory: Path
@@ -41,7 +41,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profiles:
-    """The same model at the sizes of the first pass, and at those of a steady one (which are others for a decoder)."""
+    """One model at the sizes of the first pass, and of a steady pass (which differ for a decoder)."""
 
     first: Profile
     steady: Profile
@@ -67,7 +67,7 @@ def main() -> int:
 
 
 def bounds(manifest: Manifest, profiles: Profiles, resident_bytes: int) -> Bounds:
-    """T* with so many bytes of weights resident between the passes."""
+    """T* with `resident_bytes` of weights resident between the passes."""
     return Bounds(
         first_s=roofline(manifest, profiles.first).first_s,
         steady_s=roofline(manifest, profiles.steady, resident_bytes).steady_s,

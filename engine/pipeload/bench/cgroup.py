@@ -1,7 +1,7 @@
-"""Limits for a child process: memory and disk bandwidth by cgroups v1 or v2, where this process may make them.
+"""Limits for a child process: memory and disk bandwidth by cgroups v1 or v2, if this process may make them.
 
 A limit counts everything that the kernel charges: anonymous memory and page cache alike. Files should be evicted from
-the page cache before a measurement (`evict`): pages that were read by somebody else are charged to somebody else.
+the page cache before a measurement (`evict`): pages that another process read are charged to that process.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pipeload.errors import ConfigError
 __all__ = ["READ_COUNTER", "Outcome", "disk_number", "evict", "permitted", "read_bytes", "run"]
 
 READ_COUNTER = "PIPELOAD_BENCH_READ_COUNTER"
-"""Environment variable of the child: the file that counts what its cgroup read from disks."""
+"""Environment variable of the child: the file that counts its cgroup's reads from disks."""
 _ROOT = Path("/sys/fs/cgroup")
 _ENTER = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1" || exit 126; shift; n=$((n - 1)); done; exec "$@"'
 _SAMPLE_S = 0.05
 _UNTHROTTLED_BYTES_PER_S = 1 << 60
-"""v1 counts the bytes of a group only on disks for which it has a rule."""
+"""v1 counts a group's bytes only on disks for which the group has a rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class Outcome:
 
     Attributes:
         returncode: as `subprocess` gives it; -9 when the kernel killed it.
-        stdout, stderr: what it printed.
+        stdout, stderr: its output.
         peak_bytes: the cgroup's highest usage, page cache included; None without a cgroup.
         oom_kills: processes that the kernel killed for memory; None without a cgroup.
         samples: (seconds since the child began, bytes in use), about 20 a second; the cgroup's usage, or the RSS
@@ -81,17 +81,17 @@ def run(
     """Run a command to its end in a fresh cgroup.
 
     Args:
-        command: what to run.
+        command: the command to run.
         memory_bytes: the cap; None only measures.
         read_bytes_per_s: throttle reads from the disk that holds `disk_of`; None only counts them.
         disk_of: a path on that disk.
-        grouped: False runs it without a cgroup, and only the RSS is looked at.
-        timeout_s: the child is killed after so many seconds.
+        grouped: False runs it without a cgroup, and measures only the RSS.
+        timeout_s: the child is killed after this many seconds.
         env: its environment; None inherits.
 
     Raises:
         ConfigError: the disk cannot be throttled.
-        OSError: no right to make the cgroups; see `permitted`.
+        OSError: this process may not make the cgroups; see `permitted`.
         subprocess.TimeoutExpired: it took too long.
     """
     if not grouped:
@@ -120,9 +120,9 @@ def read_bytes() -> int:
 
 
 def disk_number(path: Path, system: Path = Path("/sys/dev/block")) -> str | None:
-    """`MAJOR:MINOR` of the whole disk that holds a path: of a partition's disk, since only that can be throttled.
+    """`MAJOR:MINOR` of the whole disk that holds a path; not of a partition, since only disks can be throttled.
 
-    None where the file system is not on one disk (tmpfs, overlay, network).
+    None if the file system is not on one disk (tmpfs, overlay, network).
     """
     device = path.stat().st_dev
     entry = system / f"{os.major(device)}:{os.minor(device)}"
@@ -138,7 +138,7 @@ class _MemoryGroup:
     unified: bool
 
     def peak_bytes(self) -> int | None:
-        """None with v2 before Linux 5.19."""
+        """The highest usage; None with v2 before Linux 5.19."""
         path = self.folder / ("memory.peak" if self.unified else "memory.max_usage_in_bytes")
         return int(path.read_text()) if path.exists() else None
 
@@ -219,7 +219,7 @@ def _memory_group(limit_bytes: int | None) -> Iterator[_MemoryGroup]:
 
 @contextmanager
 def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Path | None) -> Iterator[Path | None]:
-    """The group that counts and throttles reads: in v2 the one for memory, in v1 one of its own; None for neither."""
+    """The group that counts and throttles reads: in v2 the memory group, in v1 one of its own; None without either."""
     number = disk_number(disk_of) if disk_of else None
     if number is None:
         if read_bytes_per_s is not None:
@@ -257,7 +257,7 @@ def _group(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        # The kernel needs a moment after the last process left.
+        # The kernel needs a moment after the last process has left.
         for _ in range(50):
             try:
                 folder.rmdir()

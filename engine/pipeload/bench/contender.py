@@ -40,7 +40,7 @@ def main() -> int:
 
 
 def run(spec: Spec) -> Result:
-    """Open the model as the spec says, ask it, and check nothing: that is for whoever has the reference."""
+    """Open the model as the spec says and run its work. The harness, which has the reference, checks the answers."""
     manifest = manifests.read(spec.directory)
     weights = spec.weight_files()
     work = Work(
@@ -56,7 +56,7 @@ def run(spec: Spec) -> Result:
     begin = time.perf_counter()
     plan = None
     with _opened(spec, manifest) as runner:
-        # What was predicted, before anything could be learned from the passes that it is compared with.
+        # The prediction, taken before the plan learns from the passes that it is compared with.
         predicted = runner.plan if isinstance(runner, Model) else None
         measured = ask(runner, begin)
         if isinstance(runner, Model) and predicted is not None:
@@ -75,7 +75,7 @@ def run(spec: Spec) -> Result:
 
 
 def _question(spec: Spec, work: Work) -> Callable[[Decoder[Any], float], Measured]:
-    """What is asked; inputs are made now, outside the time of the first answer."""
+    """The work as a function; inputs are made now, outside the time of the first answer."""
     if spec.task == "embed":
         return lambda runner, begin: work.embed(list(spec.texts), runner, begin)
     if spec.task == "generate":

@@ -1,7 +1,7 @@
 """The contenders behind the interface of a pipeload model, so that only the engine differs.
 
-This module starts a thread, which in the engine only `pipeline.py` may: the usual pipeline that pipeload is compared
-with has a loading thread of its own, and must not borrow ours.
+This module starts a thread, which in the engine only `pipeline.py` may do: the usual pipeline, which pipeload is
+compared with, has a loading thread of its own, and must not borrow pipeload's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ArrayState:
         self.caches: Arrays = {}
 
     def expect(self, tokens: int) -> None:
-        """Nothing is planned here."""
+        """Does nothing: this state needs no plan."""
 
     def truncate(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
@@ -51,7 +51,7 @@ class ArrayState:
         self.length = length
 
     def close(self) -> None:
-        """Drop them."""
+        """Drop the arrays."""
         self.caches.clear()
 
     def __enter__(self) -> Self:
@@ -64,7 +64,7 @@ class ArrayState:
 
 
 class Engine(ABC):
-    """A model that is run in another way than pipeload's.
+    """A model run by an engine other than pipeload's.
 
     Args:
         directory: the sharded model directory.
@@ -81,7 +81,7 @@ class Engine(ABC):
 
     @property
     def stats(self) -> Stats:
-        """Nothing is counted here: the harness measures all contenders alike."""
+        """Empty figures: the harness measures all contenders alike."""
         return Stats()
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
@@ -105,7 +105,7 @@ class Engine(ABC):
     def step_top(
         self, inputs: Mapping[str, NDArray[Any]], state: ArrayState, top: int, *, positions: int = 1
     ) -> Sequence[Sequence[TopLogits]]:
-        """`step`, of whose logits only the largest are kept."""
+        """`step` that keeps only the largest logits."""
         running = RunningTop(top)
         running.push(self.step(inputs, state, positions=positions))
         return running.result
@@ -149,7 +149,7 @@ class ShardChain(Engine):
 
     Args:
         directory: the sharded model directory.
-        sessions: who makes the sessions of a pass.
+        sessions: makes the sessions of a pass.
         threads: intra-op threads.
     """
 
@@ -176,7 +176,7 @@ class ShardChain(Engine):
 
 @contextmanager
 def one_after_the_other(makers: Sequence[Callable[[], _Session]]) -> Iterator[Borrow]:
-    """No pipeline: a session is made when it is needed, and destroyed before the next one is made."""
+    """No pipeline: makes a session on demand, and destroys it before it makes the next one."""
 
     @contextmanager
     def borrow(index: int) -> Iterator[_Session]:
@@ -189,7 +189,7 @@ def one_ahead(*, keep: bool) -> Callable[[Sequence[Callable[[], _Session]]], Abs
     """The usual pipeline: a thread makes the session of the next shard while one runs.
 
     Args:
-        keep: sessions stay until the end of the pass (PipeSwitch), instead of until they ran.
+        keep: sessions live until the end of the pass (PipeSwitch), instead of only until they ran.
     """
 
     @contextmanager
@@ -256,7 +256,7 @@ def _maker(directory: Path, shard: Shard, threads: int) -> Callable[[], _Session
 
 
 def _options(threads: int) -> ort.SessionOptions:
-    """All defaults, but for the number of threads, which is the same for every contender."""
+    """All defaults except the number of threads, which is the same for every contender."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

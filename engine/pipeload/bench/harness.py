@@ -1,7 +1,7 @@
 """Contenders x budgets x disks x rounds: each run in a process of its own, under its limits, its answers checked.
 
 ```
-reference:   single, without limits -> outputs; pipeload once, which remembers files that it found right
+reference:   single, without limits -> outputs; pipeload once, which remembers the files that it verified
 per round:   disk 1:  profile under the throttle -> T*
                       budget 1:  pipeload  single  mmap ...      interleaved, so that a slow minute of the
                       budget 2:  pipeload  single  mmap ...      machine does not meet one contender alone
@@ -40,20 +40,20 @@ __all__ = ["Report", "Settings", "compare"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to compare.
+    """The settings of a comparison.
 
     Attributes:
         directory: the sharded model directory.
         unsplit: the same model as one graph.
-        contenders: who.
+        contenders: their names.
         budgets: memory limits in bytes; None for no limit.
         disks: bytes per second to which reads are throttled; None for no throttle.
         settling: passes of pipeload after the first that do not count, while it packs and learns. Other contenders
-            settle in one, but decode as many tokens.
-        passes: steady passes of each run after those.
-        rounds: how often everything is run.
+            settle in one pass, but decode as many tokens.
+        passes: the number of steady passes of each run after those.
+        rounds: the number of runs of each contender in each setting.
         sizes: sizes of symbolic dimensions; without it batch 1 and 128 tokens, or one image.
-        threads: intra-op threads of every contender; None takes every core, or what pipeload finds best.
+        threads: intra-op threads of every contender; None takes every core, or lets pipeload choose.
         loaders: numbers of Loading Agents to try pipeload with; empty lets it choose.
         cold: evict the weights from the page cache before every pass, as when other models ran in between.
         timeout_s: a run that takes longer is ended, and has no result.
@@ -76,14 +76,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was measured.
+    """The results of a comparison.
 
     Attributes:
-        machine: what it ran on.
-        settings: as given.
+        machine: the facts about the machine.
+        settings: the settings of the comparison.
         records: one for each contender in each setting.
         runs: each record's runs, with their memory over time.
-        refusal: why there were no cgroups; None when there were.
+        refusal: the reason for missing cgroups; None if cgroups were used.
     """
 
     machine: dict[str, Any]
@@ -101,9 +101,9 @@ def compare(settings: Settings, progress: Notify | None = None, warn: Callable[[
     """Run every contender in every setting, and check every answer.
 
     Args:
-        settings: what to compare.
-        progress: called with what is being done, the part done, and the whole.
-        warn: called with what cannot be measured here.
+        settings: the contenders, and their settings.
+        progress: called with the name of the current step, the part done, and the whole.
+        warn: called with a message about each measurement that is impossible here.
 
     Raises:
         ConfigError: the disk cannot be throttled.
@@ -132,7 +132,7 @@ def compare(settings: Settings, progress: Notify | None = None, warn: Callable[[
             profiles[disk].append(bench.profile(disk))
             for job in at_disk:
                 notify("Comparing", done, total)
-                # What was killed or refused once would be again.
+                # A contender that was killed or refused once would be again.
                 if all(run.result is not None and run.result.error is None for run in runs[job]):
                     runs[job].append(bench.run(job))
                 done += 1
@@ -151,7 +151,7 @@ def compare(settings: Settings, progress: Notify | None = None, warn: Callable[[
 
 
 class _Bench:
-    """One comparison: where its files are, and what its children are told."""
+    """One comparison: its files, and the orders to its children."""
 
     def __init__(self, settings: Settings, manifest: Manifest, folder: Path, *, grouped: bool) -> None:
         self._settings = settings
@@ -223,7 +223,8 @@ class _Bench:
             directory=self._settings.directory,
             unsplit=self._settings.unsplit,
             task=self._task,
-            # In a cgroup there is nothing to say; and it may be charged less than RSS, which a number means.
+            # In a cgroup pipeload finds the limit itself; a number would limit the RSS, and the cgroup may be charged
+            # less.
             budget="auto" if job.budget_bytes is None or self._grouped else job.budget_bytes,
             profile=self._profiles.get(job.disk_bytes_per_s),
             loaders=job.loaders,
@@ -237,7 +238,7 @@ class _Bench:
 
 
 def _jobs(settings: Settings, disks: Sequence[int | None], *, capped: bool) -> list[Job]:
-    """In running order. Without caps the others feel no budget, so they run once; so does `single` without a limit."""
+    """All jobs in running order. Without caps no budget limits the others: they run once, like unlimited `single`."""
     jobs: dict[Job, None] = {}
     for disk in disks:
         if "single" in settings.contenders:
@@ -251,7 +252,7 @@ def _jobs(settings: Settings, disks: Sequence[int | None], *, capped: bool) -> l
 
 
 def _bounds(manifest: Manifest, profiles: Sequence[Profiles], job: Job, runs: Mapping[Job, Sequence[Run]]) -> Bounds:
-    """T* with what pipeload keeps resident in this setting, without a limit everything: the median of the rounds."""
+    """T* with the weights that pipeload keeps in this setting (all of them without a limit): the median of rounds."""
     resident_bytes = _resident_bytes(manifest, job, runs)
     found = [bounds(manifest, each, resident_bytes) for each in profiles]
     return Bounds(first_s=median(each.first_s for each in found), steady_s=median(each.steady_s for each in found))

@@ -32,18 +32,18 @@ def run_contender(
     """Run one contender; its outputs are not checked.
 
     Args:
-        spec: its work.
+        spec: the contender's work.
         memory_bytes: the cgroup's limit.
         read_bytes_per_s: the throttle of the disk that holds the model.
-        grouped: False when this process may make no cgroups.
-        timeout_s: it is ended when it takes longer.
-        cache: where pipeload keeps what it finds out, instead of the user's cache.
+        grouped: False if this process may not make cgroups.
+        timeout_s: the contender is ended after this many seconds.
+        cache: a folder that pipeload uses instead of the user's cache.
 
     Raises:
         ConfigError: the disk cannot be throttled.
     """
     files = spec.weight_files()
-    # A default session holds the weights three times for a while: as file, loaded, and packed.
+    # A default session briefly holds the weights three times: as file, loaded, and packed.
     back_memory(min(3 * sum(file.stat().st_size for file in files), memory_bytes or sys.maxsize))
     cgroup.evict(files)
     with tempfile.TemporaryDirectory(prefix="pipeload-bench-") as folder:
@@ -75,22 +75,22 @@ def run_contender(
 
 
 def back_memory(nbytes: int) -> None:
-    """Use so much memory once, as far as half of what is free allows, so that it comes from this machine alone.
+    """Touch `nbytes` once (at most half of what is free), so that the machine has backed these pages before timing.
 
-    A page that a virtual machine uses for the first time, or that it has given back, has to be found by its host:
-    2 s/GB were seen, fifteen times as long as for any other page, and who pays for it would be chance.
+    A virtual machine's host must first find memory for a page that is new to the machine or was given back: this took
+    two seconds per GB, fifteen times as long as any other page, and chance would decide which contender pays for it.
     """
-    # In large pages, as buffers are: these are what others are given first when they are free again.
+    # In large pages, like buffers: the kernel hands out freed large pages first.
     filled_buffer(min(nbytes, psutil.virtual_memory().available // 2)).close()
 
 
 def last_words(outcome: cgroup.Outcome) -> str:
-    """What a child said before it ended."""
+    """The last output of a child before it ended."""
     return (outcome.stderr.strip().splitlines() or [f"It ended with exit code {outcome.returncode}."])[-1]
 
 
 def child_environment(cache: Path | None) -> dict[str, str]:
-    """Variables of a child: it imports the same pipeload as this process, and keeps what it finds out in `cache`."""
+    """Variables of a child: it imports this process's pipeload, and uses `cache` instead of the user's cache."""
     root = str(Path(pipeload.__file__).resolve().parents[1])
     known = os.environ.get("PYTHONPATH")
     variables = os.environ | {"PYTHONPATH": os.pathsep.join([root, known] if known else [root])}

@@ -1,4 +1,4 @@
-"""What it all ran on, stored beside the figures."""
+"""Facts about the machine of a benchmark, stored beside its figures."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Records as pictures: latency over budget, memory over time, speed-up over the number of Loading Agents.
 
-matplotlib is imported when a picture is drawn: it is in the extra [plot].
+matplotlib (extra [plot]) is imported when a picture is drawn.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _STYLES: dict[str, tuple[str, str]] = {
     "single": ("#4a4a4a", "P"),
     "pipeswitch": ("#8a6fb0", "v"),
 }
-"""Colour and marker; told apart by people who see colours in another way, and in print."""
+"""Colour and marker; they can be told apart by colour-blind readers, and in print."""
 _GREY = "#8d99ae"
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Every picture that the report has figures for. Returns the files.
+    """Draw every picture for which the report has figures. Returns the files.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -47,9 +47,9 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
 
 def draw_latency(records: Sequence[Record], target: Path) -> Path:
-    """Seconds of a steady pass over the budget, a panel for each model and disk, with T* below them.
+    """Draw the seconds of a steady pass over the budget, a panel for each model and disk, with T* below them.
 
-    A cross on the upper edge is a budget at which the contender was killed, or refused to run.
+    A cross on the upper edge marks a budget at which the contender was killed, or refused to run.
     """
     panels = list(dict.fromkeys((record.model, record.disk_bytes_per_s) for record in records))
     figure, axes = _figure(len(panels), width=4.6, height=3.9)
@@ -86,7 +86,7 @@ def draw_latency(records: Sequence[Record], target: Path) -> Path:
 
 
 def draw_memory(report: Report, target: Path) -> Path:
-    """Memory in use over time at the smallest budget, a panel for each contender, with the limit."""
+    """Draw memory in use over time at the smallest budget, a panel for each contender, with the limit."""
     pairs = [
         (record, run)
         for record, runs in zip(report.records, report.runs, strict=True)
@@ -121,7 +121,7 @@ def draw_memory(report: Report, target: Path) -> Path:
 
 
 def draw_agents(records: Sequence[Record], target: Path) -> Path:
-    """Speed with n Loading Agents as a multiple of the standard pipeline's, a line for each model and disk."""
+    """Draw the speed with n Loading Agents as a multiple of the standard pipeline's, a line for each model and disk."""
     figure, (axis,) = _figure(1, width=5.6, height=3.9)
     numbers = sorted({record.loaders for record in records if record.loaders})
     groups = list(dict.fromkeys((record.model, record.disk_bytes_per_s) for record in records))

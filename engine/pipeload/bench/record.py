@@ -1,4 +1,4 @@
-"""The runs of one contender in one setting -> one record; and whether its answers are right."""
+"""The runs of one contender in one setting -> one record, with a check of its answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeload.bench.spec import ContenderName, Result
 __all__ = ["TOLERANCE", "Job", "Record", "Run", "max_error", "summarise"]
 
 TOLERANCE = 1e-4
-"""Largest error of a right answer, as a part of the reference's range."""
+"""The largest error of a right answer, as a fraction of the reference's range."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,10 +24,10 @@ class Job:
     """One contender in one setting.
 
     Attributes:
-        contender: who.
+        contender: its name.
         budget_bytes: the cgroup's limit, or pipeload's memory budget where there are no cgroups; None for no limit.
-        disk_bytes_per_s: to what reads are throttled; None when they are not.
-        loaders: Loading Agents that pipeload is told to use; None when it chooses.
+        disk_bytes_per_s: the throttle of reads; None for no throttle.
+        loaders: the number of Loading Agents set for pipeload; None lets it choose.
     """
 
     contender: ContenderName
@@ -41,11 +41,11 @@ class Run:
     """One process of a contender.
 
     Attributes:
-        result: what it told; None when it did not live to tell.
+        result: its report; None if it ended before it could report.
         peak_bytes: the cgroup's peak, page cache included; without a cgroup the peak RSS.
         killed: the kernel ended it for memory.
-        message: why there is no result.
-        error: of its outputs, as a part of the reference's range; None without outputs.
+        message: the reason for a missing result.
+        error: the worst error of its outputs, as a fraction of the reference's range; None without outputs.
         samples: (seconds, bytes in use) while it ran.
     """
 
@@ -59,26 +59,27 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What one contender did in one setting; times in seconds, None where there are none.
+    """The figures of one contender in one setting; times in seconds, None if there are none.
 
     Attributes:
         contender, loaders, budget_bytes, disk_bytes_per_s: see `Job`.
         model: name of the model's directory.
         first_s: from opening the model to its first answer, files cold: median over the rounds.
         steady_s: median over all steady passes.
-        passes_s: all of them.
-        first_bound_s, bound_s: T* of the first and of a steady pass, with what pipeload keeps resident at this budget.
+        passes_s: the seconds of all steady passes.
+        first_bound_s, bound_s: T* of the first and of a steady pass, with the weights that pipeload keeps at this
+            budget.
         first_efficiency, efficiency: T* / measured.
         read_bytes: from the disk, per steady pass.
         peak_bytes: the cgroup's peak, page cache included; without a cgroup the peak RSS.
         peak_rss_bytes: of the process; counts shared libraries that may be charged to another cgroup.
-        predicted_first_s, predicted_steady_s, predicted_peak_bytes: what pipeload's plan said.
-        resident_bytes: weights that pipeload kept between the passes.
-        max_error: the worst difference from the reference, as a part of its range.
-        ok: it answered, and the answers are right.
+        predicted_first_s, predicted_steady_s, predicted_peak_bytes: the predictions of pipeload's plan.
+        resident_bytes: bytes of weights that pipeload kept between the passes.
+        max_error: the worst difference from the reference, as a fraction of its range.
+        ok: whether it answered, and the answers are right.
         killed: the kernel ended it for memory.
-        message: why it has no answer.
-        answer: what it answered, for a task that has a short answer.
+        message: the reason for a missing answer.
+        answer: its answer, for a task that has a short one.
     """
 
     contender: ContenderName
@@ -147,7 +148,7 @@ def summarise(model: str, job: Job, runs: Sequence[Run], limits: Bounds | None) 
 
 
 def max_error(reference: Path, outputs: Path) -> float:
-    """The worst difference over all outputs, as a part of the output's range; for integers 0 or infinity."""
+    """The worst difference over all outputs, as a fraction of the output's range; for integers 0 or infinity."""
     worst = 0.0
     with np.load(reference) as wanted, np.load(outputs) as found:
         if set(wanted.files) != set(found.files):

@@ -1,4 +1,4 @@
-"""What a contender's process is told, and what it tells: two records that travel as JSON."""
+"""The order to a contender's process, and its report: two records that travel as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENDERS: dict[ContenderName, str] = {
     "standard": "the same with one thread that loads one shard ahead; a shard that ran is freed",
     "pipeswitch": "the same, but shards are freed at the end of the pass, as PipeSwitch does",
 }
-"""Everything that can be compared, and what it is."""
+"""All contenders, with their descriptions."""
 
 Task = Literal["pass", "decode", "embed", "generate"]
 """`pass`: seeded arrays through the graph; `decode`: a seeded prompt, then a token a pass; else a task of pipeload."""
@@ -33,7 +33,7 @@ class Unsplit:
 
     Attributes:
         graph: the `.onnx` file.
-        folder: where the locations of its external data begin.
+        folder: the folder to which the locations of its external data are relative.
     """
 
     graph: Path
@@ -45,21 +45,21 @@ class Spec:
     """One contender's work.
 
     Attributes:
-        contender: who.
+        contender: its name.
         directory: the sharded model directory.
         unsplit: the same model as one graph; for `single` and `mmap`.
-        task: what it does.
-        budget: what pipeload gets as `memory_budget`; the others only feel the cgroup.
-        profile: a JSON file with the profile that pipeload plans with; None lets it look for one itself.
-        loaders: Loading Agents of pipeload; None lets it choose.
-        threads: intra-op threads; None takes every core, or what pipeload finds best.
-        settling: passes after the first that do not count: pipeload lays resident weights out for the CPU meanwhile.
-        passes: steady passes after those.
+        task: the work; see `Task`.
+        budget: pipeload's `memory_budget`; only the cgroup limits the others.
+        profile: a JSON file with the profile for pipeload's plan; None lets pipeload look for one itself.
+        loaders: the number of pipeload's Loading Agents; None lets it choose.
+        threads: intra-op threads; None takes every core, or lets pipeload choose.
+        settling: passes after the first that do not count: during them, pipeload lays resident weights out for the CPU.
+        passes: the number of steady passes after those.
         cold: evict the weights from the page cache before every pass.
         sizes: sizes of symbolic dimensions.
-        texts: what `embed` embeds, or `generate` continues.
+        texts: the texts that `embed` embeds, or `generate` continues.
         prompt: token ids for `generate`, instead of a text.
-        outputs: where the outputs go, as `.npz`.
+        outputs: the `.npz` file for the outputs.
     """
 
     contender: ContenderName
@@ -79,24 +79,24 @@ class Spec:
     outputs: Path | None = None
 
     def weight_files(self) -> list[Path]:
-        """Files that hold weights, which have to leave the page cache before a cold run."""
+        """Files that hold weights, to evict from the page cache before a cold run."""
         files = [*(self.directory / "shards").iterdir()]
         if self.unsplit:
-            # An unsplit graph's external data lie beside it, unless they are the shards'.
+            # An unsplit graph's external data lie beside it, unless it shares the shards' files.
             files += [self.unsplit.graph, *self.unsplit.graph.parent.glob(f"{self.unsplit.graph.stem}*data*")]
         return files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFacts:
-    """What pipeload planned, for the comparison with what was measured.
+    """The figures of pipeload's plan, for comparison with the measurements.
 
     Attributes:
         budget_bytes, peak_bytes: for the whole process.
         first_s, steady_s: predicted times of a cold and a steady pass; None when the machine was not measured.
         resident_bytes: weights that stay between passes.
         loaders, buffers, threads: of the pipeline.
-        packed: resident shards were laid out for the CPU.
+        packed: whether resident shards were laid out for the CPU.
     """
 
     budget_bytes: int
@@ -112,7 +112,7 @@ class PlanFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one contender's process found.
+    """The measurements of one contender's process.
 
     Attributes:
         first_s: from opening the model to its first answer, imports left out; None when there is an error.
@@ -120,8 +120,8 @@ class Result:
         read_bytes: from the disk, per steady pass.
         before_bytes: RSS before the model was opened.
         peak_rss_bytes: of the process.
-        answer: what a human would look at: token ids, a text, similarities.
-        plan: for pipeload.
+        answer: a result for a human reader: token ids, a text, similarities.
+        plan: pipeload's plan; None for other contenders.
         error: the message, when pipeload refused.
     """
 

@@ -31,7 +31,7 @@ def table(records: Sequence[Record]) -> Table:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The same for a page."""
+    """The same table in Markdown, for a page."""
     columns = list(_columns(records))
     lines = [[name for name, _ in columns], ["---"] + ["---:"] * (len(columns) - 1)]
     lines += [[cell(record) for _, cell in columns] for record in records]
@@ -39,7 +39,7 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def _columns(records: Sequence[Record]) -> Iterable[Column]:
-    """Columns that would say the same in every row are left out."""
+    """The columns, without those that would repeat one value in every row."""
     yield "contender", _contender
     for name, cell in (("model", lambda r: r.model), ("disk", _disk), ("budget", _budget)):
         if len({cell(record) for record in records}) > 1:

@@ -1,4 +1,4 @@
-"""What a contender is asked, the same for each: seeded inputs, and how passes over them are timed."""
+"""The work of a contender, the same for each: seeded inputs, and timed passes over them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipeload.tasks.runner import Decoder
 __all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]
 
 PROMPT_TOKENS = 16
-"""Length of the prompt that a decoder starts from."""
+"""The number of tokens in the prompt that a decoder starts from."""
 
 Arrays = dict[str, NDArray[Any]]
 AnyDecoder = Decoder[Any]
@@ -47,14 +47,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What to ask of a model. Each method asks an opened model, whose opening began at `begin_s` (perf_counter).
+    """The work for a model. Each method runs it on an opened model, whose opening began at `begin_s` (perf_counter).
 
     Attributes:
         manifest: the model.
         directory: where it lies.
         sizes: sizes of symbolic dimensions.
         settling: passes after the first that do not count.
-        passes: steady passes after those.
+        passes: the number of steady passes after those.
         before_pass: called before each pass but the first, outside its time.
     """
 
@@ -66,11 +66,11 @@ class Work:
     before_pass: Callable[[], None]
 
     def run(self, inputs: Arrays, runner: AnyDecoder, begin_s: float) -> Measured:
-        """The same inputs in every pass."""
+        """Run the same inputs in every pass."""
         return self._laps(lambda: runner.run(inputs), begin_s, lambda _: None)
 
     def decode(self, inputs: Arrays, runner: AnyDecoder, begin_s: float) -> Measured:
-        """A pass over the prompt, then greedily one token a pass with its KV caches kept."""
+        """Run one pass over the prompt, then decode greedily one token per pass with the KV caches kept."""
         tokens: list[int] = []
         with runner.new_state(PROMPT_TOKENS + self.settling + self.passes + 1) as state:
             texts: list[list[int]] = inputs["input_ids"].tolist()
@@ -87,7 +87,7 @@ class Work:
             return self._laps(step, begin_s, lambda _: list(tokens))
 
     def embed(self, texts: list[str], runner: AnyDecoder, begin_s: float) -> Measured:
-        """Sentences; the answer is their similarity."""
+        """Embed sentences; the answer is their similarity."""
 
         def similarity(made: Arrays) -> Any:
             return np.round(made["vectors"] @ made["vectors"].T, 4).tolist()
@@ -95,7 +95,7 @@ class Work:
         return self._laps(lambda: {"vectors": embed(runner, texts)}, begin_s, similarity)
 
     def generate(self, prompt: str | list[int], runner: AnyDecoder, begin_s: float) -> Measured:
-        """One token, then as many as there are passes; the answer is the text, or the ids without a tokenizer."""
+        """Generate one token, then one per pass; the answer is the text, or the ids without a tokenizer."""
         first = generate(runner, prompt, max_new_tokens=1, do_sample=False)
         first_s = time.perf_counter() - begin_s
         before, lap = read_bytes(), time.perf_counter()
@@ -112,7 +112,7 @@ class Work:
         )
 
     def inputs(self) -> Arrays:
-        """What the first pass takes, without caches."""
+        """The inputs of the first pass, without caches."""
         rows = read_settings(ModelFiles(self.directory, self.manifest), "config.json", ModelConfig).vocab_size
         made = example_inputs(self.manifest, input_dims(self.manifest, self.directory, self.sizes), rows)
         return {spec.name: made[spec.name] for spec in self.manifest.free_inputs}
@@ -140,7 +140,7 @@ class Work:
 
 
 def input_dims(manifest: Manifest, directory: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes of all symbolic dimensions of the first pass: given, the image's, a decoder's prompt, or the usual."""
+    """Sizes of all symbolic dimensions of the first pass: given, the image's, a prompt's, or the default."""
     known = image_sizes(ModelFiles(directory, manifest), manifest)
     if manifest.caches:
         known |= dict.fromkeys(_new_symbols(manifest), PROMPT_TOKENS)
@@ -157,6 +157,6 @@ def step_dims(manifest: Manifest, dims: Mapping[str, int]) -> dict[str, int]:
 
 
 def _new_symbols(manifest: Manifest) -> set[str]:
-    """Symbols of the tokens that a decoder is given."""
+    """Symbols of the lengths of a decoder's new tokens."""
     prompt = next((spec for spec in manifest.inputs if spec.name == "input_ids"), None)
     return set(symbols(prompt.shape[-1])) if prompt else set()

@@ -1,4 +1,4 @@
-"""The command `pipeload`: one module a subcommand, each with a function of the same name."""
+"""The command `pipeload`: one module for each subcommand, with a function of the same name."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ app.command()(bench.bench)
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done; 1 a PipeloadError, as one line on stderr, or a reader of the output that went away; 2 wrong
-    usage; 130 Ctrl-C; 143 SIGTERM, after which nothing half-made is left.
+    Exit codes: 0 done; 1 a PipeloadError, as one line on stderr, or a reader that closed the output; 2 wrong usage; 130
+    Ctrl-C; 143 SIGTERM, which leaves no half-made files.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:
-    # An exception, so that whoever holds files and processes lets go of them.
+    # An exception, so that every owner of files and processes releases them.
     sys.exit(128 + number)
 
 

@@ -17,14 +17,14 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-"""The base of all wrong usage, which typer has in different places from version to version."""
+"""The base class of wrong usage, whose place in typer depends on the version."""
 
 
 class Commands(TyperGroup):
     """The commands, without the boxes that typer draws around wrong usage."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """As typer has it."""
+        """Run the commands as typer does, but end every failure with one line on stderr."""
         alone = options.get("standalone_mode", True)
         options["standalone_mode"] = False
         if not alone:
@@ -49,9 +49,9 @@ def print_error(text: object) -> None:
 
 
 def _end_wrong_usage(error: Any) -> NoReturn:
-    # Typer says that a value is invalid, and of which option if it knows; a message of our own says all by itself.
+    # Typer's message names the invalid value, and its option if known; a message of our own is complete by itself.
     whole = type(error) is typer.BadParameter and error.param is None
-    # Without a message it was asked for nothing, and has printed the help.
+    # Without a message, the user gave no command, and typer has printed the help.
     if message := error.message if whole else error.format_message():
         print_error(f"{message.rstrip('.')}.")
         if error.ctx is not None and not whole:

@@ -1,4 +1,4 @@
-"""The options of the commands that generate text. What is None is as the model has it."""
+"""The options of the commands that generate text. None takes the model's own setting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that run a model have in common: their options, and what these do."""
+"""Shared by the commands that run a model: their options, and the code behind these options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def in_folder(path: Path | None) -> Path | None:
-    """The path of a file to write, whose folder must be there: better said before the work than after it."""
+    """The path of a file to write, whose folder must be there: checked before the work, not after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise typer.BadParameter(f"{path} cannot be written: name a file in a folder that exists.")
     return path
@@ -67,21 +67,21 @@ Stats = Annotated[
 Item = TypeVar("Item")
 
 _CONSOLE = Console(stderr=True)
-"""One for all that is drawn: displays on one console stack, those on several garble each other."""
+"""One console for all displays: displays on one console stack, displays on several garble each other."""
 
 
 @contextmanager
 def open_model(
     directory: Path, budget: str, *, stats: bool, trace: Path | None, quiet: bool = False, **options: Any
 ) -> Iterator[pipeload.Model]:
-    """The loaded model, with a bar for each long pass; at the end what `--stats` and `--trace` want.
+    """The loaded model, with a bar for each long pass; at the end it writes the output of `--stats` and `--trace`.
 
     Args:
         directory: the sharded model directory.
         budget: as `pipeload.load` takes it.
         stats: print figures on stderr.
-        trace: where the trace goes.
-        quiet: no bar, since something else is written to the terminal.
+        trace: the file for the trace; None writes none.
+        quiet: draw no bar, since the command itself writes to the terminal.
         **options: for `pipeload.load`.
     """
     with ExitStack() as stack:
@@ -103,19 +103,19 @@ def open_model(
 
 
 def status(text: str) -> AbstractContextManager[object]:
-    """A sign of life on stderr while something runs; nothing where stderr is no terminal."""
+    """A sign of life on stderr while something runs; nothing if stderr is not a terminal."""
     return _CONSOLE.status(text)
 
 
 def chunks(items: Sequence[Item], size: int, text: str) -> Iterator[Sequence[Item]]:
-    """The items in groups of `size`, with a progress bar on stderr where that is a terminal."""
+    """The items in groups of `size`, with a progress bar on stderr if that is a terminal."""
     begins = range(0, len(items), size)
     for begin in track(begins, text, console=_CONSOLE, transient=True, disable=not _CONSOLE.is_terminal):
         yield items[begin : begin + size]
 
 
 def pairs(values: list[str] | None, option: str) -> dict[str, str]:
-    """The values of an option that is written as NAME=VALUE, once for each name."""
+    """The values of an option that is repeated as NAME=VALUE."""
     split = [value.partition("=") for value in values or []]
     for name, equals, value in split:
         if not (name and equals and value):

@@ -1,4 +1,4 @@
-"""What passes look like from outside: a bar on stderr while a long one runs, and the text of `--stats` at the end."""
+"""Passes as the user sees them: a bar on stderr while a long one runs, and the text of `--stats` at the end."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipeload.tracing.trace import KINDS, WAITING, Progress
 __all__ = ["pass_progress", "stats_lines"]
 
 _LONG_PASS_S = 1.0
-"""Passes that are over sooner need no bar."""
+"""Shorter passes need no bar."""
 
 
 @contextmanager
 def pass_progress(console: Console | None = None) -> Iterator[Callable[[Progress], None] | None]:
     """A function for `pipeload.load(progress=...)` that draws a bar for each long pass; None without a terminal.
 
-    The bar appears when a pass has taken more than a second, and goes away when the pass ends. It is drawn by whoever
-    calls the function, not by a thread of its own.
+    The bar appears when a pass has taken more than a second, and goes away when the pass ends. The calling thread draws
+    it; it has no thread of its own.
 
     Args:
-        console: where; None takes stderr.
+        console: where to draw; None takes stderr.
     """
     console = console or Console(stderr=True)
     if not console.is_terminal:
@@ -49,7 +49,7 @@ class _PassBar:
         self._done = 0
 
     def show(self, progress: Progress) -> None:
-        if progress.index <= self._done:  # another pass, and the one before never came to its end
+        if progress.index <= self._done:  # another pass, and the last one never ended
             self.hide()
         self._done = progress.index
         if progress.index >= progress.count:
@@ -73,7 +73,7 @@ class _PassBar:
                 console=self._console,
                 auto_refresh=False,
                 transient=True,
-                # The answers on stdout must not take the way over stderr.
+                # rich must not redirect the answers on stdout to stderr.
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
@@ -99,8 +99,8 @@ def stats_lines(stats: Stats, plan: Plan) -> list[str]:
     """The text of `--stats`.
 
     Args:
-        stats: of the model, when its work is done.
-        plan: in force.
+        stats: the model's figures, after its work is done.
+        plan: the plan in force.
     """
     first = "" if stats.first_pass_s is None else f", first {stats.first_pass_s:.3f} s"
     last = "" if stats.last_pass_s is None or stats.passes < 2 else f", last {stats.last_pass_s:.3f} s"

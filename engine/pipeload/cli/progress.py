@@ -1,4 +1,4 @@
-"""How the export's and the verification's progress looks: bars on stderr, and only on a terminal."""
+"""Progress of the export and the verification: bars on stderr, only on a terminal."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pipeload.notify import Notify
 __all__ = ["progress_bars"]
 
 _FEW = 10_000
-"""Totals below this are counts of things, not bytes."""
+"""A total below this counts items, not bytes."""
 
 
 @contextmanager
 def progress_bars() -> Iterator[Notify]:
     """A function `progress(what, done, total)` that draws a bar for each `what`; silent without a terminal.
 
-    A total of 0 means that nobody knows: the bar then only shows that something is going on, and for how long.
+    A total of 0 means unknown: the bar then only shows that work goes on, and the time it has taken.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -47,7 +47,7 @@ def progress_bars() -> Iterator[Notify]:
 
     def progress(what: str, done: int, total: int) -> None:
         if what not in tasks:
-            # What comes next has begun, so what came before is over, even if nobody knew how long it would take.
+            # The next step has begun, so the earlier ones are over, even those whose total was unknown.
             for task in bars.tasks:
                 bars.update(task.id, total=task.total or 1, completed=task.total or 1)
             bars.start()

@@ -1,4 +1,4 @@
-"""What export, inspect and verify print about a sharded model directory."""
+"""The reports of export, inspect and verify about a sharded model directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def print_json(value: Any) -> None:
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """The model in a few facts; sizes have keys that end with `_bytes`."""
+    """A few facts about the model; keys of sizes end with `_bytes`."""
     return {
         "source": manifest.source,
         "model_type": manifest.model_type,
@@ -45,7 +45,7 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def differences(found: Iterable[Verification]) -> str:
-    """The worst differences from the unsplit model; outputs that differ only by a number in the name share a line."""
+    """The worst differences from the unsplit model; outputs whose names differ only in a number share a line."""
     worst: dict[str, list[Verification]] = {}
     for result in found:
         worst.setdefault(re.sub(r"\d+", "*", result.output), []).append(result)
@@ -60,7 +60,7 @@ def differences(found: Iterable[Verification]) -> str:
 
 
 def table(rows: Iterable[Iterable[str]]) -> str:
-    """Columns of text, each as wide as its widest cell; plain, so that it can be read by grep and awk as well."""
+    """Columns of text, each as wide as its widest cell; plain, so that grep and awk can read it as well."""
     cells = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     return "\n".join(

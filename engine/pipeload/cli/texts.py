@@ -24,7 +24,7 @@ def read_text(path: Path = Path("-")) -> str:
     """All of a file, or of stdin for `-`.
 
     Raises:
-        typer.BadParameter: it cannot be read, is no UTF-8, or has nothing but white space.
+        typer.BadParameter: it cannot be read, is not UTF-8, or has only white space.
     """
     name = "stdin" if path == Path("-") else str(path)
     try:
@@ -53,15 +53,15 @@ def read_lines(path: Path = Path("-")) -> list[str]:
 
 
 def is_typed() -> bool:
-    """Whether stdin is somebody at a terminal."""
+    """Whether stdin is a terminal, where a user types."""
     return sys.stdin.isatty()
 
 
 def read_turns() -> Iterator[str]:
-    """What the user says, a line each, as it comes, without empty ones, until the input ends. A terminal is prompted.
+    """The user's lines as they come, without empty ones, until the input ends. A terminal shows a prompt.
 
     Raises:
-        typer.BadParameter: a line is no UTF-8.
+        typer.BadParameter: a line is not UTF-8.
     """
     lines = _typed() if is_typed() else (line.decode() for line in sys.stdin.buffer)
     try:
@@ -72,7 +72,7 @@ def read_turns() -> Iterator[str]:
 
 def _typed() -> Iterator[str]:
     with suppress(ImportError):
-        import readline  # noqa: F401 - gives input() a line to edit, and the lines before it
+        import readline  # noqa: F401 - gives input() line editing and a history
     try:
         while True:
             yield input("> " if sys.stdout.isatty() else "")
@@ -81,10 +81,10 @@ def _typed() -> Iterator[str]:
 
 
 def refuse_images(texts: Iterable[str], taker: str) -> None:
-    """Raise typer.BadParameter if one of the texts names an image file: it would be read as the text that it is."""
+    """Raise typer.BadParameter if one of the texts names an image file: the model would get the name as a text."""
     for text in texts:
         kind = mimetypes.guess_type(text, strict=False)[0] or ""
-        # A long text is no name of a file, and asking for it would be an error.
+        # A long text is not a file name, and looking it up would be an error.
         if kind.startswith("image/") and len(text) < 1024 and Path(text).is_file():
             raise typer.BadParameter(
                 f"{text} is an image file, and {taker} takes texts. "

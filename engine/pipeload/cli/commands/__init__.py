@@ -1,1 +1,1 @@
-"""One module a subcommand, each with a function of the same name."""
+"""One module for each subcommand, with a function of the same name."""

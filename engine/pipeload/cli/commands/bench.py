@@ -106,7 +106,7 @@ def bench(
         typer.echo(to_json(report.records).decode())
         return
     console = Console()
-    # A file or a pipe is as wide as the table.
+    # For a file or a pipe, the output is as wide as the table.
     Console(width=console.width if console.is_terminal else _WIDTH).print(table(report.records))
     for record in report.records:
         if record.message:

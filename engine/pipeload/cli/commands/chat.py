@@ -39,7 +39,7 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 __all__ = ["chat"]
 
 _MAX_NEW_TOKENS = 256
-"""Tokens of an answer, unless the user or the model says otherwise; transformers' chat has as many."""
+"""The most tokens of an answer, unless the user or the model sets another number; transformers' chat has as many."""
 
 
 def chat(
@@ -80,7 +80,7 @@ def chat(
         printf 'What is the capital of France?\nAnd of Italy?\n' | pipeload chat models/exported/smollm2-135m
     """
     files = ModelFiles(directory, manifests.read(directory))
-    # What cannot work is said before the model is loaded; some templates have no place for a system message.
+    # Invalid arguments are reported before the model is loaded; some templates have no place for a system message.
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     find_template(files).render([*opening, {"role": "user", "content": "Hello"}])
     written = read_settings(files, "generation_config.json", GenerationConfig)
@@ -115,14 +115,14 @@ def _answer(conversation: _Conversation, line: str) -> None:
     try:
         conversation.answer(line)
     except PipeloadError as error:
-        # Somebody who types can say it in another way.
+        # A user at a terminal can rephrase the line.
         if isinstance(error, ClosedError) or not is_typed():
             raise
         print_error(error)
 
 
 class _Conversation:
-    """What was said, and what answering took."""
+    """The messages so far, and the cost of answering."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class _Conversation:
 
     @property
     def summary(self) -> str:
-        """Tokens and bytes, in all and for each second of answering."""
+        """Tokens and bytes, in all and per second of answering."""
         seconds = max(self._seconds, 1e-9)
         return (
             f"{self._tokens} tokens in {seconds:.1f} s, {self._tokens / seconds:.1f} tokens/s; "
@@ -149,7 +149,7 @@ class _Conversation:
         )
 
     def answer(self, line: str) -> None:
-        """Print the model's answer as it comes; Ctrl-C ends it, and what came is the answer."""
+        """Print the model's answer as it comes; Ctrl-C ends it, and the answer is the text up to then."""
         asked = [*self._messages, {"role": "user", "content": line}]
         pieces: list[str] = []
 
@@ -176,13 +176,13 @@ class _Conversation:
             self._read_bytes += self._model.stats.read_bytes - read_bytes
         typer.echo()
         if pieces:
-            # Templates want questions and answers in turns: a question without an answer is forgotten.
+            # Templates require questions and answers in turn: a question without an answer is dropped.
             self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         if made and made.finish_reason == "length":
             self._say_cut(len(made.token_ids))
 
     def _room(self, prompt: Sequence[int]) -> int:
-        """Most tokens of the answer to a prompt."""
+        """The most tokens of the answer to a prompt."""
         positions = config_of(self._model).max_positions
         if positions is None:
             return self._max_new_tokens

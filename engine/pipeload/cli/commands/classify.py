@@ -16,7 +16,7 @@ from pipeload.tasks.classify.labels import Label
 __all__ = ["classify"]
 
 _CHUNK = 32
-"""Inputs between two steps of the progress bar."""
+"""The number of inputs per step of the progress bar."""
 
 
 def classify(
@@ -60,7 +60,7 @@ def classify(
 
 
 def _read(inputs: list[str], *, images: bool) -> list[tuple[str, str | bytes]]:
-    """Pairs of what to call an input and what to pass to the model."""
+    """Pairs of an input's name for the output and its value for the model."""
     wanted: list[tuple[str, str | bytes]] = []
     for value in inputs:
         if value != "-":

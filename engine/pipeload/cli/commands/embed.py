@@ -17,10 +17,10 @@ from pipeload.tasks.embed.pooling import normalized
 __all__ = ["embed"]
 
 _CHUNK = 256
-"""Texts between two steps of the progress bar."""
+"""The number of texts per step of the progress bar."""
 
 _FIGURES = 8
-"""How many figures of a single vector are shown."""
+"""The number of figures shown of a single vector."""
 
 
 def embed(
@@ -59,7 +59,7 @@ def embed(
             np.save(target, vectors)
     if as_json:
         rows = [{"text": text, "embedding": vector.tolist()} for text, vector in zip(wanted, vectors, strict=True)]
-        # In one line: a figure a line, as print_json does it, would be thousands of lines.
+        # In one line: print_json would print one figure per line, thousands of lines.
         typer.echo(json.dumps(rows))
     elif not output:
         typer.echo(_summary(wanted, vectors))

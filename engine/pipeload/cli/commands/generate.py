@@ -96,7 +96,7 @@ def generate(
     }
     with ExitStack() as stack:
         if draft is not None:
-            # First, so that it stays in memory: the other one counts what it occupies.
+            # Opened first, so that it stays in memory: the other model counts the memory it occupies.
             options["assistant_model"] = stack.enter_context(pipeload.load(draft, budget))
         model = stack.enter_context(open_model(directory, budget, stats=stats, trace=trace, quiet=True))
         if num_return_sequences is not None:
@@ -115,7 +115,7 @@ def generate(
         started = False
 
         def show(piece: str) -> None:
-            # The prompt only now, so that an error leaves nothing on stdout.
+            # Print the prompt only now, so that an error leaves nothing on stdout.
             nonlocal started
             typer.echo(piece if started else text + piece, nl=False)
             started = True

@@ -1,4 +1,4 @@
-"""`pipeload inspect`: what is in a sharded model directory."""
+"""`pipeload inspect`: the contents of a sharded model directory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _tensors(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:
-    """A row for each tensor; the caches, of which there are many, share one for each type and shape."""
+    """A row for each tensor; the many caches share one row for each type and shape."""
     caches = manifest.cache_inputs | manifest.cache_outputs
     for spec in specs:
         if spec.name not in caches:
@@ -102,7 +102,7 @@ def _row(shard: Shard) -> tuple[str, ...]:
 
 
 def _names(names: tuple[str, ...]) -> str:
-    """The first name, or the end of it, since ONNX names are long paths, and how many follow."""
+    """The first name, cut to its end since ONNX names are long paths, and the number of names that follow."""
     if not names:
         return ""
     first = names[0] if len(names[0]) <= _NAME_CHARACTERS else f"...{names[0][3 - _NAME_CHARACTERS :]}"

@@ -1,4 +1,4 @@
-"""`pipeload plan`: what a budget buys, before anything is loaded."""
+"""`pipeload plan`: the predicted speed in a budget, before any load."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 __all__ = ["plan"]
 
 _STEPS = 10
-"""Rows of a sweep between the smallest budget and the one that keeps everything."""
+"""The number of rows of a sweep between the smallest budget and the one that keeps all weights."""
 
 
 def plan(
@@ -91,7 +91,7 @@ def plan(
     except BudgetError as error:
         if target_s is None and not sweep:
             raise
-        # The answers about other budgets are what is needed now, so they come before the error.
+        # The user needs the answers about other budgets now, so they come before the error.
         refusal = error
     smallest = _smallest(make)
     facts: dict[str, Any] = {
@@ -127,11 +127,11 @@ def plan(
 
 
 def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Path | None) -> Profile:
-    # Before a model was run here: a process that opens this one has not run any.
+    # Measured before this process runs a model: a process that opens this model has not run one either.
     process = _process(directory, manifest)
     found = profile_store.read(file) if file else profile_store.find(directory, dims)
     if found is None or not (file or found.measured):
-        # Short runs leave nothing behind but how much memory the process takes.
+        # A profile from short runs holds only the memory of the process.
         with progress_bars() as progress:
             found = measure_model(directory, manifest, dims=dims, progress=progress)
         profile_store.keep(directory, found)
@@ -142,7 +142,7 @@ def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Pa
 
 @dataclass(frozen=True, eq=False)
 class _Unopened:
-    """As much of a model as its tokenizer looks at."""
+    """The part of a model that its tokenizer uses."""
 
     directory: Path
     manifest: Manifest
@@ -150,7 +150,7 @@ class _Unopened:
 
 
 def _process(directory: Path, manifest: Manifest) -> Profile:
-    """The process as it is when a command has opened the model: with its tokenizer, which takes tens of megabytes."""
+    """The process as a command has it after opening the model: with the tokenizer, which takes tens of megabytes."""
     model: Any = _Unopened(directory, manifest, ModelFiles(directory, manifest, verify=False))
     tokenizer = None
     with suppress(ConfigError):
@@ -214,13 +214,13 @@ def _names(manifest: Manifest, chosen: Collection[str]) -> str:
 
 
 def _split(shard: Shard) -> tuple[str, str]:
-    """("block", "003") of "block.003"; the number is empty where there is none."""
+    """("block", "003") of "block.003"; the number is empty if the name has none."""
     stem, _, number = shard.name.partition(".")
     return stem, number
 
 
 def _weights(facts: dict[str, Any], kind: Literal["resident", "streamed"]) -> str:
-    """How many bytes of weights, and whether they are laid out for the CPU once they are in memory."""
+    """The bytes of weights, and whether they are laid out for the CPU once they are in memory."""
     packed = {"resident": ", packed" * facts["packed"], "streamed": ", then packed" * facts["packed_streamed"]}
     return f"{format_bytes(facts[f'{kind}_bytes'])}{packed[kind]}"
 
@@ -247,7 +247,7 @@ def _smallest(make: Any) -> int:
 
 
 def _sweep(manifest: Manifest, make: Any, smallest: int) -> list[int]:
-    """Budgets from the smallest to one that keeps everything packed in memory."""
+    """Budgets from the smallest to one that keeps all weights packed in memory."""
     largest = smallest + manifest.weight_bytes
     while make(largest).streamed_bytes:
         largest += manifest.weight_bytes // _STEPS + 1

@@ -95,7 +95,7 @@ def _print_reading(found: Profile) -> None:
 
 
 def _rows(manifest: Manifest, times: Mapping[str, ShardTimes], bandwidth: float) -> Iterator[tuple[str, ...]]:
-    """A line for all shards of a structure, with their means, and one for the sums."""
+    """A line for each structure, with the means of its shards, and one line for the sums."""
     yield "shards", "number", "bytes of each", "read", *_TIMES
     alike: dict[str, list[Shard]] = {}
     for shard in manifest.shards:

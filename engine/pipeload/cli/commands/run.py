@@ -87,8 +87,8 @@ def _read_array(name: str, file: str) -> NDArray[Any]:
     except OSError as error:
         raise typer.BadParameter(f"{file} for {name} cannot be read as .npy: {error.strerror or error}.") from error
     except Exception as error:
-        # Its parser raises what it likes. NumPy takes what it does not know for a pickle, and says how to load it all
-        # the same.
+        # NumPy's parser raises errors of any type. It takes unknown data for a pickle, and its message explains how to
+        # load it all the same.
         why = "" if "pickle" in str(error) else f" ({error})"
         raise typer.BadParameter(
             f"{file} for {name} cannot be read as .npy{why}. Save an array of numbers with numpy.save."
@@ -100,7 +100,7 @@ def _read_array(name: str, file: str) -> NDArray[Any]:
 
 
 def _check_length(model: pipeload.Model, given: Arrays) -> None:
-    """Refuse texts that are longer than the model: onnxruntime only says that some arrays do not go together."""
+    """Refuse texts that are longer than the model: onnxruntime's message only names arrays that do not fit together."""
     most, ids = config_of(model).max_positions, given.get("input_ids")
     if most is not None and ids is not None and ids.ndim > 1 and ids.shape[1] > most:
         raise ConfigError(
@@ -110,7 +110,7 @@ def _check_length(model: pipeload.Model, given: Arrays) -> None:
 
 
 def _random_inputs(model: pipeload.Model, sizes: dict[str, int]) -> Arrays:
-    """An array for each graph input that is no cache."""
+    """An array for each graph input that is not a cache."""
     config = config_of(model)
     height, width = config.image_height_width or (224, 224)
     image = {"num_channels": config.num_channels or 3, "height": height, "width": width}

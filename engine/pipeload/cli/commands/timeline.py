@@ -1,4 +1,4 @@
-"""`pipeload timeline`: a trace -> a picture of what every agent did."""
+"""`pipeload timeline`: a trace -> a picture of every agent's work."""
 
 from __future__ import annotations
 
