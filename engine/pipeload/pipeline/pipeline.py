@@ -1,4 +1,4 @@
-"""The pipeline of agents. The only module that starts threads: it spawns, cancels and joins them.
+"""The pipeline of agents: it starts, cancels and joins their threads.
 
 ```
 loader 0:   | read 0 | read 2 | read 4 |  ...         reserve -> read into a buffer -> session over the buffer
