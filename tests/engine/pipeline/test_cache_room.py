@@ -132,6 +132,7 @@ def test_an_assistant_whose_cache_does_not_fit(wide_toy: Path, toy_decoder: Path
 def test_a_process_with_growing_caches_never_occupied_more_than_its_budget(exported_llama: Path, more: int) -> None:
     """Until they do not fit, truncated after that, and with drafts: in a process of its own."""
     program = f"""
+from contextlib import suppress
 import numpy as np
 import pipeload
 try:
@@ -152,9 +153,11 @@ with pipeload.load({str(exported_llama)!r}, budget, threads=1) as model:
                 step(state)
         except pipeload.BudgetError:
             tokens = state.length
-        state.truncate(60)
-        step(state, positions=5)
-    with model.session() as session:
+        # The peak may have corrected the plan meanwhile: a step may then be refused, but never be above the budget.
+        with suppress(pipeload.BudgetError):
+            state.truncate(60)
+            step(state, positions=5)
+    with model.session() as session, suppress(pipeload.BudgetError):
         text = [5, 6, 7] * 20
         for turn in range(5):
             text += [*session.generate(text, max_new_tokens=4, prompt_lookup_num_tokens=4).token_ids, turn] * 20
