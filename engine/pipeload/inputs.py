@@ -30,7 +30,7 @@ class GraphInputs:
         self._manifest = manifest
         self.specs = {spec.name: spec for spec in manifest.inputs}
         self._caches = [cache.input for cache in manifest.caches]
-        self._free = [spec for spec in manifest.inputs if spec.name not in set(self._caches)]
+        self._free = manifest.free_inputs
 
     def check(
         self, inputs: Mapping[str, NDArray[Any]], cached: Mapping[str, tuple[int, ...]] | None = None

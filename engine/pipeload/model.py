@@ -161,13 +161,12 @@ class Model:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Graph inputs, without the caches."""
-        return tuple(spec for spec in self.manifest.inputs if spec.name not in self._decoding.caches)
+        return self.manifest.free_inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Graph outputs, without the caches."""
-        made = set(self._decoding.caches.values())
-        return tuple(spec for spec in self.manifest.outputs if spec.name not in made)
+        return self.manifest.free_outputs
 
     @property
     def plan(self) -> Plan:

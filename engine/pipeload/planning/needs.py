@@ -31,7 +31,7 @@ def planning_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) ->
     later = {part for spec in manifest.inputs for dim in spec.shape[1:] for part in symbols(dim)}
     dims = {symbol: (128 if symbol in later else 1) for symbol in manifest.dims}
     # Caches start empty; the memory for their growth is reserved when they grow.
-    cached = {cache.input for cache in manifest.caches}
+    cached = manifest.cache_inputs
     fed = {p for spec in manifest.inputs if spec.name not in cached for d in spec.shape for p in symbols(d) if p == d}
     return dims | {symbol: 0 for symbol in dims if cached and symbol not in fed} | dict(sizes or {})
 
