@@ -30,6 +30,7 @@ from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.planning import needs
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.model_files import ModelFiles
@@ -229,10 +230,12 @@ class Model:
         if not isinstance(items, Iterable):
             raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
         queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
+        lent_bytes = self._pipeline.lent_bytes
         try:
             for inputs, sizes in batches(items, batch):
-                # The next batch waits in memory while this one runs.
-                queue.append((self._start(inputs, beside_bytes=sum(a.nbytes for a in inputs.values())), sizes))
+                # The next batch waits in memory while this one runs, and the caller has the outputs of the one before.
+                waiting_bytes = sum(a.nbytes for a in inputs.values())
+                queue.append((self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes), sizes))
                 if len(queue) > 1:
                     yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
             while queue:
@@ -378,11 +381,23 @@ class Model:
     def _logits(self, outputs: Mapping[str, Value], positions: int) -> NDArray[Any]:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
 
-    def _start(self, inputs: Mapping[str, NDArray[Any]], beside_bytes: int = 0) -> Call[dict[str, Value]]:
+    def _start(
+        self, inputs: Mapping[str, NDArray[Any]], *, beside_bytes: int = 0, lent_bytes: int | None = None
+    ) -> Call[dict[str, Value]]:
+        """Queue one pass.
+
+        Args:
+            inputs: as for `run`.
+            beside_bytes: memory that the caller needs meanwhile.
+            lent_bytes: outputs that callers keep already; the caller will also keep those of one pass like this while
+                it runs. None when it keeps none.
+        """
         self._check_usable()
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs)
-            return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes)
+            if lent_bytes is not None:
+                lent_bytes += sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)
+            return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes, lent_bytes=lent_bytes or 0)
 
     def _submit(
         self,
@@ -391,6 +406,7 @@ class Model:
         dims: Mapping[str, int],
         *,
         beside_bytes: int = 0,
+        lent_bytes: int = 0,
         state: DecodeState | None = None,
         step: Step | None = None,
     ) -> Call[dict[str, Value]]:
@@ -413,9 +429,12 @@ class Model:
         profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
         return self._pipeline.submit(
             feed,
-            pass_bytes=pass_bytes + beside_bytes,
-            held_bytes=held_bytes + beside_bytes,
-            cache_bytes=self._decoding.cache_bytes(state, step),
+            Needs(
+                pass_bytes=pass_bytes + beside_bytes,
+                held_bytes=held_bytes + beside_bytes,
+                lent_bytes=lent_bytes,
+                cache_bytes=self._decoding.cache_bytes(state, step),
+            ),
             kind=None if profiled else sizes,
         )
 

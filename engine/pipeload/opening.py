@@ -17,6 +17,7 @@ from pipeload.measuring import profile_store, profiler
 from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.planning import needs
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.planning.replanner import Replanner
@@ -113,11 +114,12 @@ def open_pipeline(
 
 def _first_plan(manifest: Manifest, replanner: Replanner, decoding: Decoding, dims: Mapping[str, int]) -> Plan:
     pass_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
+    needed = Needs(pass_bytes=pass_bytes)
     if manifest.caches:
         # The caller of a decoder will decode: room for the first caches now saves another plan, and reading, then.
         with suppress(BudgetError):
-            return replanner.first_plan(pass_bytes, decoding.full_cache_bytes(1, CAPACITY_STEP))
-    return replanner.first_plan(pass_bytes, 0)
+            return replanner.first_plan(replace(needed, cache_bytes=decoding.full_cache_bytes(1, CAPACITY_STEP)))
+    return replanner.first_plan(needed)
 
 
 def _keep_learned(directory: Path, dims: Mapping[str, int], replanner: Replanner) -> None:

@@ -34,7 +34,7 @@ from pipeload.pipeline.room import Room
 from pipeload.pipeline.session import ShardSession, Value, shrink_arena
 from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.pipeline.weights_memory import WeightsMemory
-from pipeload.planning.needs import in_arena
+from pipeload.planning.needs import Needs, in_arena
 from pipeload.planning.planner import Plan
 from pipeload.planning.replanner import Replanner
 from pipeload.planning.schedule import roofline
@@ -115,6 +115,11 @@ class Pipeline:
         return 0 if self._exchange.closed else self._memory.to_come_bytes
 
     @property
+    def lent_bytes(self) -> int:
+        """Bytes of the outputs that callers keep now."""
+        return self._lent.nbytes
+
+    @property
     def stats(self) -> Stats:
         """The figures of all passes so far."""
         bandwidths = self._replanner.profile.read_bytes_per_s.values()
@@ -125,9 +130,7 @@ class Pipeline:
             peak_read_bytes_per_s=max(bandwidths, default=None),
         )
 
-    def submit(
-        self, feed: Feed, *, pass_bytes: int = 0, held_bytes: int = 0, cache_bytes: int = 0, kind: object = None
-    ) -> Call[dict[str, Value]]:
+    def submit(self, feed: Feed, needs: Needs, *, kind: object = None) -> Call[dict[str, Value]]:
         """Queue one pass; passes run in the order of queueing. For the arguments see `Call`.
 
         While shards are streamed, one sweep serves all passes that are queued when it begins.
@@ -140,8 +143,7 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
         """
-        call = Call(self._serve, feed, pass_bytes=pass_bytes, held_bytes=held_bytes, cache_bytes=cache_bytes, kind=kind)
-        return self.call(call)
+        return self.call(Call(self._serve, feed, needs, kind=kind))
 
     def call(self, call: Call[Any]) -> Call[Any]:
         """Queue a call, and return it.
@@ -251,12 +253,10 @@ class Pipeline:
                 # Its pieces have the sizes of the latest passes.
                 shrink_arena()
             self._kind = kind
-            largest = max(calls, key=lambda one: one.pass_bytes - one.held_bytes)
-            pass_bytes = largest.pass_bytes + sum(one.held_bytes for one in calls if one is not largest)
-            pass_bytes += (len(calls) - 1) * _CALLER_BYTES
+            needs = _joint([one.needs for one in calls])
             try:
                 with foreign_errors(RunError, _PLAN_FACT, _MEMORY_REMEDY):
-                    self._prepare((pass_bytes, max(one.cache_bytes for one in calls)), strict=len(calls) > 1)
+                    self._prepare(needs, strict=len(calls) > 1)
                 return
             except BudgetError:
                 if len(calls) == 1:
@@ -307,7 +307,7 @@ class Pipeline:
 
     # Inference Agent: between passes
 
-    def _prepare(self, needs: tuple[int, int] | None = None, *, strict: bool = False) -> None:
+    def _prepare(self, needs: Needs | None = None, *, strict: bool = False) -> None:
         """Make room for the next pass; see `Room.prepare`. Another plan may have more Loading Agents."""
         self._room.prepare(self._ledger.passes + 1, needs, strict=strict)
         self._spawn_loaders()
@@ -338,6 +338,18 @@ class Pipeline:
         if idle and self._replanner.limit_bytes(self.plan) < self.plan.budget_bytes:
             with suppress(ClosedError):
                 self._exchange.calls.submit(Call(lambda _: self._prepare()))
+
+
+def _joint(needs: Sequence[Needs]) -> Needs:
+    """What one sweep needs that serves all of these: the shards run for one feed at a time."""
+    running = max(one.pass_bytes - one.held_bytes for one in needs)
+    held_bytes = sum(one.held_bytes for one in needs) + (len(needs) - 1) * _CALLER_BYTES
+    return Needs(
+        pass_bytes=running + held_bytes,
+        held_bytes=held_bytes,
+        lent_bytes=max(one.lent_bytes for one in needs),
+        cache_bytes=max(one.cache_bytes for one in needs),
+    )
 
 
 def _copy_of(error: BaseException) -> BaseException:

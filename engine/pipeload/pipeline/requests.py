@@ -11,8 +11,11 @@ from typing import Any, Generic
 from pipeload.errors import ClosedError
 from pipeload.machine.threads import Result
 from pipeload.pipeline.sweep import Feed
+from pipeload.planning.needs import Needs
 
 __all__ = ["Call", "Calls"]
+
+_NONE = Needs()
 
 
 class Call(Generic[Result]):
@@ -21,9 +24,7 @@ class Call(Generic[Result]):
     Args:
         work: serves this call, and the calls that join it; the Inference Agent passes this call to it.
         feed: passes through the shards; without one the call runs no sweep, and no other call joins it.
-        pass_bytes: memory that its sweep needs beside weights and caches.
-        held_bytes: the part of it that stays in use even while the shards run for other feeds.
-        cache_bytes: memory of all caches open while it runs.
+        needs: memory that its sweep needs beside weights.
         kind: see `Replanner.after_pass`.
     """
 
@@ -31,16 +32,14 @@ class Call(Generic[Result]):
         self,
         work: Callable[[Call[Result]], Result],
         feed: Feed | None = None,
+        needs: Needs = _NONE,
         *,
-        pass_bytes: int = 0,
-        held_bytes: int = 0,
-        cache_bytes: int = 0,
         kind: object = None,
     ) -> None:
         self.work = work
         self.runs_sweep = feed is not None
         self.feed = feed or Feed()
-        self.pass_bytes, self.held_bytes, self.cache_bytes = pass_bytes, held_bytes, cache_bytes
+        self.needs = needs
         self.kind = kind
         self.outcome: Future[Result] = Future()
         self._queue: Calls | None = None

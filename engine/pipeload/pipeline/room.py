@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeload.errors import ClosedError
 from pipeload.format.manifest import Manifest
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.lent_outputs import LentOutputs
 from pipeload.pipeline.weights_memory import WeightsMemory
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.replanner import Replanner
 
@@ -32,28 +35,28 @@ class Room:
         self._memory = memory
         self._replanner = replanner
         self._lent = lent
-        self._needs = memory.plan.pass_bytes, memory.plan.cache_bytes
+        self._needs = Needs(pass_bytes=memory.plan.pass_bytes, cache_bytes=memory.plan.cache_bytes)
 
-    def prepare(self, next_pass: int, needs: tuple[int, int] | None = None, *, strict: bool = False) -> None:
+    def prepare(self, next_pass: int, needs: Needs | None = None, *, strict: bool = False) -> None:
         """Plan a pass, make room for it, and start the Loading Agents if they are stopped.
 
         Args:
             next_pass: its number.
-            needs: bytes of the pass and of all caches; None for another pass like the latest one.
+            needs: of the pass; None for another pass like the latest one.
             strict: see `Replanner.before_pass`.
 
         Raises:
             BudgetError: the pass does not fit the budget.
             ClosedError: the exchange was closed meanwhile.
         """
-        pass_bytes, cache_bytes = needs = needs or self._needs
-        pass_bytes += self._lent.nbytes
+        needs = needs or self._needs
+        wanted = replace(needs, pass_bytes=self._pass_bytes(needs))
         packing = self._exchange.residents.packing
         beside = self._memory.beside_bytes(packing=packing)
-        if self._replanner.growth_bytes(self._memory.plan, pass_bytes, beside) > 0:
+        if self._replanner.growth_bytes(self._memory.plan, wanted.pass_bytes, beside) > 0:
             self._memory.give_back()
             beside = self._memory.beside_bytes(packing=packing)
-        plan = self._replanner.before_pass(self._memory.plan, pass_bytes, cache_bytes, beside, strict=strict)
+        plan = self._replanner.before_pass(self._memory.plan, wanted, beside, strict=strict)
         # The needs of a refused call say nothing about the next one.
         self._needs = needs
         if plan.layout != self._memory.plan.layout:
@@ -68,7 +71,7 @@ class Room:
         Args:
             complete: whether all resident shards and kept parts were in memory.
         """
-        pass_bytes = self._needs[0] + self._lent.nbytes
+        pass_bytes = self._pass_bytes(self._needs)
         peak = self._memory.take_peak(pass_bytes)
         self._replanner.correct(self._memory.plan, peak, pass_bytes, complete=complete and self._memory.complete)
 
@@ -86,6 +89,10 @@ class Room:
         """After a failed pass: throw away prefetched shards; the next call begins with its first shard."""
         self.stop()
         self._wait_freed()
+
+    def _pass_bytes(self, needs: Needs) -> int:
+        """Memory of a pass beside weights and caches, with the outputs that callers keep meanwhile."""
+        return needs.pass_bytes + max(self._lent.nbytes, needs.lent_bytes)
 
     def _clear_for(self, plan: Plan) -> None:
         """Stop the Loading Agents, and free all memory that has no place in the new plan."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 from pipeload.format.manifest import Manifest, TensorSpec, dtype_bytes, evaluate_dim, symbols
 
-__all__ = ["cache_bytes", "in_arena", "pass_bytes", "pass_needs", "planning_dims", "tensor_bytes"]
+__all__ = ["Needs", "cache_bytes", "in_arena", "pass_bytes", "pass_needs", "planning_dims", "tensor_bytes"]
 
 _HEAP_FACTOR = 1.2
 """The heap occupies more than the tensors in it: freed pieces lie between living ones."""
@@ -21,6 +22,23 @@ next tensors, since addresses are rounded. SmolLM2 with prompts of 8 to 500 toke
 14 MB above without."""
 _PINNED_FACTOR = 3
 _ROUND_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Memory that a pass needs beside weights.
+
+    Attributes:
+        pass_bytes: its inputs, and all tensors that it makes.
+        held_bytes: the part of `pass_bytes` that stays in use even while the shards run for other feeds.
+        lent_bytes: outputs of earlier passes that the caller keeps during this one, at least.
+        cache_bytes: all caches that are open while it runs.
+    """
+
+    pass_bytes: int = 0
+    held_bytes: int = 0
+    lent_bytes: int = 0
+    cache_bytes: int = 0
 
 
 def planning_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) -> dict[str, int]:

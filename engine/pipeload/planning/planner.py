@@ -37,6 +37,7 @@ from pipeload.format.manifest import Manifest, Shard
 from pipeload.format.pages import page_ceil
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning.layouts import Layout, Range, layouts, session_bytes
+from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
 from pipeload.planning.schedule import Schedule, ShardWork, simulate
@@ -131,8 +132,7 @@ def make_plan(
     profile: Profile,
     *,
     budget_bytes: int,
-    pass_bytes: int,
-    cache_bytes: int = 0,
+    needs: Needs,
     loaders: int | None = None,
     threads: int | None = None,
 ) -> Plan:
@@ -142,8 +142,7 @@ def make_plan(
         manifest: the model.
         profile: the machine and the process.
         budget_bytes: the most memory that the whole process may use.
-        pass_bytes: bytes that one pass needs beside weights (`needs.pass_bytes`).
-        cache_bytes: bytes that open decode states need.
+        needs: of one pass, beside weights.
         loaders: number of Loading Agents; None chooses.
         threads: intra-op threads; None chooses.
 
@@ -151,7 +150,7 @@ def make_plan(
         BudgetError: not even one buffer for the largest shard fits.
     """
     process = process_bytes(profile)
-    fixed = process + pass_bytes + cache_bytes
+    fixed = process + needs.pass_bytes + needs.cache_bytes
     speed = Rates.of(manifest, profile, threads)
     free = budget_bytes - fixed
     free -= max(0, int(free * _SPARE_SHARE))
@@ -170,7 +169,7 @@ def make_plan(
         fastest_s = min(fastest_s, schedule.steady_s)
         found.append((layout, schedule))
     if not found:
-        raise _too_small(manifest, budget_bytes, process, pass_bytes, cache_bytes, session_bytes(min(speed.times)))
+        raise _too_small(manifest, budget_bytes, process, needs, session_bytes(min(speed.times)))
     layout, schedule = _preferred([pair for pair in found if pair[1].steady_s <= fastest_s * (1 + _CLOSE)])
     return Plan(
         budget_bytes=budget_bytes,
@@ -184,8 +183,8 @@ def make_plan(
         direct=speed.direct,
         threads=layout.threads,
         process_bytes=process,
-        pass_bytes=pass_bytes,
-        cache_bytes=cache_bytes,
+        pass_bytes=needs.pass_bytes,
+        cache_bytes=needs.cache_bytes,
         packing_bytes=layout.packing_bytes,
         resident_bytes=manifest.weight_bytes - layout.streamed_bytes,
         streamed_bytes=layout.streamed_bytes,
@@ -205,17 +204,17 @@ def runtime_bytes(profile: Profile) -> int:
     return profile.runtime_bytes if profile.runtime_bytes >= LEAST_RUNTIME_BYTES else _RUNTIME_BYTES
 
 
-def with_needs(plan: Plan, profile: Profile, pass_bytes: int, cache_bytes: int, budget_bytes: int) -> Plan:
+def with_needs(plan: Plan, profile: Profile, needs: Needs, budget_bytes: int) -> Plan:
     """The same layout for passes with other needs; its peak may be above the budget."""
     process = process_bytes(profile)
-    needs = process + pass_bytes + cache_bytes
+    beside = process + needs.pass_bytes + needs.cache_bytes
     return replace(
         plan,
         budget_bytes=budget_bytes,
         process_bytes=process,
-        pass_bytes=pass_bytes,
-        cache_bytes=cache_bytes,
-        peak_bytes=needs + plan.packing_bytes + plan.weights_bytes,
+        pass_bytes=needs.pass_bytes,
+        cache_bytes=needs.cache_bytes,
+        peak_bytes=beside + plan.packing_bytes + plan.weights_bytes,
     )
 
 
@@ -235,7 +234,7 @@ def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None
 
 
 def budget_for_latency(
-    manifest: Manifest, profile: Profile, latency_s: float, *, pass_bytes: int, cache_bytes: int = 0, **options: Any
+    manifest: Manifest, profile: Profile, latency_s: float, *, needs: Needs, **options: Any
 ) -> Plan | None:
     """The plan with the smallest budget whose steady pass takes no longer than `latency_s`; None when none does.
 
@@ -243,19 +242,16 @@ def budget_for_latency(
         manifest: the model.
         profile: a measured one.
         latency_s: the target.
-        pass_bytes: as for `make_plan`.
-        cache_bytes: as for `make_plan`.
+        needs: as for `make_plan`.
         **options: `loaders` and `threads` of `make_plan`.
     """
 
     def plan(budget_bytes: int) -> Plan:
-        return make_plan(
-            manifest, profile, budget_bytes=budget_bytes, pass_bytes=pass_bytes, cache_bytes=cache_bytes, **options
-        )
+        return make_plan(manifest, profile, budget_bytes=budget_bytes, needs=needs, **options)
 
     # Above this budget everything is resident and packed, and more memory is of no use.
     each = session_bytes(max(Rates.of(manifest, profile, options.get("threads")).times))
-    most = process_bytes(profile) + pass_bytes + cache_bytes
+    most = process_bytes(profile) + needs.pass_bytes + needs.cache_bytes
     most += 2 * sum(page_ceil(shard.nbytes) + each for shard in manifest.shards)
     try:
         least = plan(1).budget_bytes
@@ -304,16 +300,17 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
 
 
 def _too_small(
-    manifest: Manifest, budget_bytes: int, process_bytes: int, pass_bytes: int, cache_bytes: int, session_bytes: int
+    manifest: Manifest, budget_bytes: int, process_bytes: int, needs: Needs, session_bytes: int
 ) -> BudgetError:
-    fixed = process_bytes + pass_bytes + cache_bytes
+    fixed = process_bytes + needs.pass_bytes + needs.cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.nbytes)
     needed = fixed + int((page_ceil(largest.nbytes) + session_bytes) / (1 - _SPARE_SHARE))
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
-        f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + {format_bytes(pass_bytes)} "
-        f"activations + {format_bytes(cache_bytes)} caches + the largest shard '{largest.name}' with "
+        f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + "
+        f"{format_bytes(needs.pass_bytes)} activations + "
+        f"{format_bytes(needs.cache_bytes)} caches + the largest shard '{largest.name}' with "
         f"{format_bytes(largest.nbytes)} ({format_bytes(max(0, budget_bytes - fixed))} were left for it), rounded up. "
         f"Raise the budget to at least {needed} bytes, or pass smaller inputs.",
         needed_bytes=needed,

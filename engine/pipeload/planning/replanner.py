@@ -21,6 +21,7 @@ from pipeload.machine.memory import Peak
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning import planner
 from pipeload.planning.learning import learn
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.tracing.trace import Span
@@ -87,7 +88,7 @@ class Replanner:
         self._free_bytes = free_bytes
         self._loaders = loaders
         self._threads = threads
-        self._needs: deque[tuple[int, int]] = deque(maxlen=_WINDOW)
+        self._needs: deque[Needs] = deque(maxlen=_WINDOW)
         self._reason: Literal["first", "learned", "asked"] | None = None
         self._ran = False
         self._patience = 0
@@ -114,8 +115,8 @@ class Replanner:
         found = self._learned or (self._given if self._corrected else None)
         return replace(found, runtime_bytes=self._profile.runtime_bytes) if found else None
 
-    def plan(self, pass_bytes: int, cache_bytes: int, limit_bytes: int | None = None) -> Plan:
-        """The best plan for passes with these needs beside weights.
+    def plan(self, needs: Needs, limit_bytes: int | None = None) -> Plan:
+        """The best plan for passes with these needs.
 
         Raises:
             BudgetError: the budget cannot work.
@@ -124,13 +125,12 @@ class Replanner:
             self._manifest,
             self._profile,
             budget_bytes=limit_bytes or self._budget_bytes or self._free_bytes(),
-            pass_bytes=pass_bytes,
-            cache_bytes=cache_bytes,
+            needs=needs,
             loaders=self._loaders,
             threads=self._threads,
         )
 
-    def first_plan(self, pass_bytes: int, cache_bytes: int) -> Plan:
+    def first_plan(self, needs: Needs) -> Plan:
         """The first plan: loading begins at once, so the plan keeps to the free memory even below the budget.
 
         Raises:
@@ -138,10 +138,10 @@ class Replanner:
         """
         free = self._free_bytes()
         if self._budget_bytes is None or free >= self._budget_bytes * (1 - _SWING_SHARE):
-            return self.plan(pass_bytes, cache_bytes)
-        self.plan(pass_bytes, cache_bytes)
+            return self.plan(needs)
+        self.plan(needs)
         try:
-            return self.plan(pass_bytes, cache_bytes, free)
+            return self.plan(needs, free)
         except BudgetError as error:
             raise BudgetError(
                 f"The budget of {format_bytes(self._budget_bytes)} would do, but cgroup and machine leave only "
@@ -173,15 +173,12 @@ class Replanner:
         held = min(current.budget_bytes, self._budget_bytes)
         return held if held * (1 - _SWING_SHARE) <= limit < held else limit
 
-    def before_pass(
-        self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int, *, strict: bool = False
-    ) -> Plan:
+    def before_pass(self, current: Plan, needs: Needs, occupied_bytes: int, *, strict: bool = False) -> Plan:
         """The plan for the next pass: the one in force, as long as nothing speaks against it.
 
         Args:
             current: the plan in force.
-            pass_bytes: memory that the pass needs beside weights and caches.
-            cache_bytes: memory of all caches that are open while it runs.
+            needs: of the pass.
             occupied_bytes: memory of the process now, without weights and caches.
             strict: refuse a pass that does not fit the memory free now, even where no other plan could do better.
 
@@ -192,13 +189,16 @@ class Replanner:
         if self._reason is not None and self._budget_bytes is None:
             # A plan is made in any case: it may use the free memory, but for the part that swings.
             limit = max(limit, int(self._free_bytes() * (1 - _HEADROOM_SHARE)))
-        growth = self.growth_bytes(current, pass_bytes, occupied_bytes)
+        growth = self.growth_bytes(current, needs.pass_bytes, occupied_bytes)
         if growth:
             process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)
             self._profile = replace(self._profile, process_bytes=process_bytes)
-        self._needs.append((pass_bytes, cache_bytes))
-        most_pass, most_cache = (max(need) for need in zip(*self._needs, strict=True))
-        kept = planner.with_needs(current, self._profile, most_pass, most_cache, limit)
+        self._needs.append(needs)
+        most = Needs(
+            pass_bytes=max(one.pass_bytes for one in self._needs),
+            cache_bytes=max(one.cache_bytes for one in self._needs),
+        )
+        kept = planner.with_needs(current, self._profile, most, limit)
         room = limit - kept.peak_bytes
         self._patience = self._patience + 1 if room > self._room_bytes + limit * _UNUSED_SHARE else 0
         enough = self._patience >= self._most_patience
@@ -206,7 +206,7 @@ class Replanner:
         self._outgrown = False
         if not forced and self._reason is None and not enough:
             return kept
-        best = self._best(limit, (most_pass, most_cache), (pass_bytes, cache_bytes), forced=forced, strict=strict)
+        best = self._best(limit, most, needs, forced=forced, strict=strict)
         if not forced:
             now = planner.predict(self._manifest, self._profile, kept)
             # Room is used also where it only saves reading: others may need the disk.
@@ -257,7 +257,7 @@ class Replanner:
         of_host = self._profile.process_bytes + more_bytes - of_runtime
         self._profile = replace(self._profile, process_bytes=of_host)
         try:
-            self.plan(current.pass_bytes, current.cache_bytes)
+            self.plan(Needs(pass_bytes=current.pass_bytes, cache_bytes=current.cache_bytes))
         except BudgetError:
             # No other plan would do with less memory than the one in force.
             self._profile, self._corrected = before, corrected
@@ -322,27 +322,25 @@ class Replanner:
         self._reason = self._reason or ("first" if first else "learned")
         return True
 
-    def _best(
-        self, limit_bytes: int, most: tuple[int, int], now: tuple[int, int], *, forced: bool, strict: bool
-    ) -> Plan:
+    def _best(self, limit_bytes: int, most: Needs, now: Needs, *, forced: bool, strict: bool) -> Plan:
         if forced:
             with suppress(BudgetError):
-                found = self.plan(*most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
-                return planner.with_needs(found, self._profile, *most, limit_bytes)
+                found = self.plan(most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
+                return planner.with_needs(found, self._profile, most, limit_bytes)
         try:
-            return self.plan(*most, limit_bytes)
+            return self.plan(most, limit_bytes)
         except BudgetError:
             self._needs.clear()
             self._needs.append(now)
         try:
-            return self.plan(*now, limit_bytes)
+            return self.plan(now, limit_bytes)
         except BudgetError as error:
             if strict or (self._budget_bytes is not None and limit_bytes >= self._budget_bytes):
                 # The pass was refused, so nothing needs to be kept free for it.
                 self._needs.clear()
                 raise
             # Memory is short outside this process: the smallest plan that works is the best.
-            return self.plan(*now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
+            return self.plan(now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
 
 
 def _settling(plan: Plan, spans: Sequence[Span]) -> bool:

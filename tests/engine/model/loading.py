@@ -40,10 +40,10 @@ def budget_kinds(directory: Path) -> dict[str, int]:
     manifest = manifests.read(directory)
     dims = needs.planning_dims(manifest) | {d: 32 for d in ("height", "width") if d in manifest.dims}
     # Of a whole pass: caches are then outputs, and take more than a step's.
-    need = needs.pass_bytes(manifest, dims)
+    need = needs.Needs(pass_bytes=needs.pass_bytes(manifest, dims))
 
     def plan(budget: int) -> Plan:
-        return planner.make_plan(manifest, PROFILE, budget_bytes=budget, pass_bytes=need, threads=THREADS)
+        return planner.make_plan(manifest, PROFILE, budget_bytes=budget, needs=need, threads=THREADS)
 
     with pytest.raises(pipeload.BudgetError) as caught:
         plan(1)

@@ -119,3 +119,25 @@ def test_closing_ends_many_inputs(toy: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert isinstance(call.wait(), pipeload.ClosedError)
     gate.open()
     closing.end()
+
+
+@pytest.mark.parametrize("kept_before", [False, True], ids=["nothing kept", "outputs kept"])
+def test_the_budget_that_the_first_batch_names_holds_for_all_later_ones(toy_large: Path, kept_before: bool) -> None:
+    """A caller that looks at one batch's outputs has them in memory while the next batch runs."""
+
+    def needed(budget: int) -> int | None:
+        with load(toy_large, budget) as model:
+            kept = model.run(toys.inputs(1, 64)) if kept_before else None
+            items = (toys.inputs(2, 256, seed=seed) for seed in range(8))
+            try:
+                for _ in model.run_many(items, batch=2):
+                    pass
+            except pipeload.BudgetError as error:
+                return error.needed_bytes
+            finally:
+                del kept
+        return None
+
+    named = needed(smallest_budget(toy_large) + 2_000_000)
+    assert named is not None
+    assert needed(named) is None

@@ -26,6 +26,7 @@ from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import ShardSession, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.layouts import Range, session_bytes, staying
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.planning.replanner import Replanner
@@ -130,11 +131,9 @@ class Scripted(Replanner):
     def growth_bytes(self, current: Plan, pass_bytes: int, occupied_bytes: int) -> int:
         return 0
 
-    def before_pass(
-        self, current: Plan, pass_bytes: int, cache_bytes: int, occupied_bytes: int, *, strict: bool = False
-    ) -> Plan:
+    def before_pass(self, current: Plan, needs: Needs, occupied_bytes: int, *, strict: bool = False) -> Plan:
         # Outputs that the test keeps count too.
-        return self._replan(pass_bytes // SCALE, cache_bytes)
+        return self._replan(needs.pass_bytes // SCALE, needs.cache_bytes)
 
     def after_pass(self, current: Plan, spans: Sequence[Span], seconds: float, kind: object) -> bool:
         self.taught.append((current, list(spans), seconds))
@@ -166,7 +165,7 @@ class Rig:
     def submit(self, *, pass_bytes: int = 0, cache_bytes: int = 0) -> Call[dict[str, Value]]:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         pass_bytes *= SCALE if isinstance(self.replanner, Scripted) else 1
-        return self.pipeline.submit(Feed(pieces=[values]), pass_bytes=pass_bytes, cache_bytes=cache_bytes)
+        return self.pipeline.submit(Feed(pieces=[values]), Needs(pass_bytes=pass_bytes, cache_bytes=cache_bytes))
 
     def run(self, **needs: int) -> dict[str, Any]:
         return {name: to_array(value) for name, value in self.submit(**needs).result().items()}

@@ -31,6 +31,7 @@ from pipeload.machine.memory import rss_bytes
 from pipeload.pipeline import pipeline as pipelines
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import to_value
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, make_plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.replanner import Replanner
@@ -64,7 +65,7 @@ def _budgets(manifest: Manifest, profile: Profile) -> list[int]:
     """From one buffer to everything resident, nothing packed."""
 
     def plan(budget: int) -> Plan:
-        return make_plan(manifest, profile, budget_bytes=budget, pass_bytes=10**6)
+        return make_plan(manifest, profile, budget_bytes=budget, needs=Needs(pass_bytes=10**6))
 
     with pytest.raises(BudgetError) as caught:
         plan(1)
@@ -83,7 +84,7 @@ def _budgeted(directory: Path, which: int) -> Iterator[tuple[Rig, list[int], lis
 
     def replanner(manifest: Manifest) -> tuple[Plan, Replanner]:
         made = _Unlearning(manifest, profile, budget_bytes=budgets[which], free_bytes=lambda: free[0])
-        return made.plan(10**6, 0), made
+        return made.plan(Needs(pass_bytes=10**6)), made
 
     with rigged(directory, replanner=replanner) as rig:
         yield rig, budgets, free
@@ -163,7 +164,7 @@ def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, se
         made = Replanner(
             manifest, Profile(process_bytes=PROCESS_BYTES, cores=1), budget_bytes=budgets[2], free_bytes=lambda: free[0]
         )
-        return made.plan(10**6, 0), made
+        return made.plan(Needs(pass_bytes=10**6)), made
 
     with rigged(toy_large, replanner=replanner) as rig:
 

@@ -32,6 +32,7 @@ from pipeload.format.manifest import Shard
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 
 
@@ -57,7 +58,7 @@ def _while_one_runs(rig: Rig, then: Callable[[Shard], None] = nothing) -> Iterat
 def test_calls_that_wait_are_served_by_one_sweep(toy: Path) -> None:
     with rigged(toy) as rig:
         with _while_one_runs(rig) as running:
-            calls = [rig.pipeline.submit(Feed(pieces=[_values(seed, batch=1 + seed)])) for seed in range(4)]
+            calls = [rig.pipeline.submit(Feed(pieces=[_values(seed, batch=1 + seed)]), Needs()) for seed in range(4)]
         assert_same({name: to_array(value) for name, value in running.result().items()}, rig.expected)
         for seed, call in enumerate(calls):
             found = {name: to_array(value) for name, value in call.result().items()}
@@ -80,7 +81,7 @@ def test_a_call_that_fails_hinders_none_of_the_others_in_its_sweep(toy: Path) ->
         wrong = _values()
         wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
         with _while_one_runs(rig):
-            calls = [rig.submit(), rig.pipeline.submit(Feed(pieces=[wrong])), rig.submit(), rig.submit()]
+            calls = [rig.submit(), rig.pipeline.submit(Feed(pieces=[wrong]), Needs()), rig.submit(), rig.submit()]
         calls[3].withdraw()
         for call in (calls[0], calls[2]):
             assert_same({name: to_array(value) for name, value in call.result().items()}, rig.expected)
@@ -94,7 +95,7 @@ def test_the_first_call_of_a_sweep_may_fail_too(toy: Path) -> None:
         wrong = _values()
         wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
         with _while_one_runs(rig):
-            calls = [rig.pipeline.submit(Feed(pieces=[wrong])), rig.submit()]
+            calls = [rig.pipeline.submit(Feed(pieces=[wrong]), Needs()), rig.submit()]
         with pytest.raises(ConfigError, match="out of range"):
             calls[0].result()
         assert_same({name: to_array(value) for name, value in calls[1].result().items()}, rig.expected)
@@ -129,9 +130,9 @@ def test_a_sweep_that_does_not_fit_is_halved_until_it_does(toy: Path, fitting: i
         return plan
 
     with rigged(toy, replan=replan) as rig:
-        values = _values()
+        values, needs = _values(), Needs(pass_bytes=SCALE, held_bytes=SCALE)
         with _while_one_runs(rig):
-            calls = [rig.pipeline.submit(Feed(pieces=[values]), pass_bytes=SCALE, held_bytes=SCALE) for _ in range(8)]
+            calls = [rig.pipeline.submit(Feed(pieces=[values]), needs) for _ in range(8)]
         for call in calls:
             assert_same({name: to_array(value) for name, value in call.result().items()}, rig.expected)
         assert rig.pipeline.stats.passes == 1 + sweeps
@@ -148,7 +149,7 @@ def test_the_first_calls_own_error_is_not_replaced_by_a_later_one_of_its_sweep(t
         wrong = _values()
         wrong["input_ids"] = to_value(np.full((2, 5), 10**6))
         with _while_one_runs(rig, fail) as running:
-            calls = [rig.pipeline.submit(Feed(pieces=[wrong])), rig.submit()]
+            calls = [rig.pipeline.submit(Feed(pieces=[wrong]), Needs()), rig.submit()]
         running.result()
         with pytest.raises(ConfigError, match="out of range"):
             calls[0].result()

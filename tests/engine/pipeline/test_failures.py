@@ -31,6 +31,7 @@ from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_value
 from pipeload.pipeline.sweep import Feed
+from pipeload.planning.needs import Needs
 from pipeload.storage.buffers import Buffer
 from pipeload.tracing.trace import Progress
 
@@ -160,7 +161,7 @@ def test_a_shard_that_onnxruntime_refuses_is_named(toy_copy: Path) -> None:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         for _ in range(2):
             with pytest.raises(LoadError, match=r"refused shard 'block\.001'"):
-                pipeline.submit(Feed(pieces=[values])).result()
+                pipeline.submit(Feed(pieces=[values]), Needs()).result()
     finally:
         pipeline.close()
     assert pipeline._memory.reservations.reserved_bytes == 0

@@ -31,6 +31,7 @@ from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_value
 from pipeload.pipeline.sweep import Feed
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, make_plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.weights import Storage
@@ -46,7 +47,7 @@ def test_the_smallest_budget_for_packing_does_not_hang(toy: Path, loaders: int, 
     profile = Profile(process_bytes=10**6, cores=1)
 
     def plan(budget_bytes: int) -> Plan:
-        return make_plan(manifest, profile, budget_bytes=budget_bytes, pass_bytes=0, loaders=loaders)
+        return make_plan(manifest, profile, budget_bytes=budget_bytes, needs=Needs(), loaders=loaders)
 
     # Two megabytes are not planned for.
     exact = plan(plan(10**10).peak_bytes + 2 * 10**6)
@@ -55,7 +56,7 @@ def test_the_smallest_budget_for_packing_does_not_hang(toy: Path, loaders: int, 
     try:
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         for _ in range(3):
-            pipeline.submit(Feed(pieces=[values])).result()
+            pipeline.submit(Feed(pieces=[values]), Needs()).result()
         assert pipeline._memory.reservations.reserved_bytes <= pipeline._memory.reservations._limit_bytes
     finally:
         pipeline.close()

@@ -26,6 +26,7 @@ from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.layouts import Range, session_bytes
+from pipeload.planning.needs import Needs
 from pipeload.tracing.trace import read_bytes
 
 LAST, FIRST, MIDDLE = slice(-1, None), slice(None, -1), slice(1, -1)
@@ -127,7 +128,7 @@ def test_a_damaged_part_is_found_when_it_is_read_the_first_time(toy_copy: Path, 
         values = {name: to_value(array) for name, array in toys.inputs().items()}
         for _ in range(2):
             with pytest.raises(ShardError, match=r"'shards/block\.002\.safetensors' is damaged"):
-                pipeline.submit(Feed(pieces=[values])).result()
+                pipeline.submit(Feed(pieces=[values]), Needs()).result()
     finally:
         pipeline.close()
 

@@ -20,6 +20,7 @@ from tests.engine.pipeline.rig import (
 
 from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.session import ShardSession
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 
 
@@ -60,9 +61,9 @@ def test_outputs_are_counted_as_long_as_somebody_keeps_them(toy: Path) -> None:
         asked: list[int] = []
         before_pass = rig.replanner.before_pass
 
-        def noting(current: Plan, pass_bytes: int, *others: int, **options: bool) -> Plan:
-            asked.append(pass_bytes)
-            return before_pass(current, pass_bytes, *others, **options)
+        def noting(current: Plan, needs: Needs, *others: int, **options: bool) -> Plan:
+            asked.append(needs.pass_bytes)
+            return before_pass(current, needs, *others, **options)
 
         rig.replanner.before_pass = noting
         outputs = rig.run()

@@ -14,6 +14,7 @@ from pipeload.format.manifest import Manifest
 from pipeload.format.pages import page_ceil, room_bytes
 from pipeload.planning import planner
 from pipeload.planning.layouts import session_bytes, staying
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.planning.profile import Profile, ShardTimes
 
@@ -59,7 +60,7 @@ def _measured(
 
 
 def _plan(manifest: Manifest, budget_bytes: int, profile: Profile = PROFILE, **options: Any) -> Plan:
-    return make_plan(manifest, profile, budget_bytes=budget_bytes, **{"pass_bytes": MB, **options})
+    return make_plan(manifest, profile, budget_bytes=budget_bytes, **{"needs": Needs(pass_bytes=MB), **options})
 
 
 def _needed(manifest: Manifest, profile: Profile = PROFILE, **options: Any) -> int:
@@ -79,8 +80,7 @@ _SHARDS = st.one_of(
 )
 _OPTIONS = st.fixed_dictionaries(
     {
-        "pass_bytes": st.integers(0, 100 * MB),
-        "cache_bytes": st.integers(0, 100 * MB),
+        "needs": st.builds(Needs, pass_bytes=st.integers(0, 100 * MB), cache_bytes=st.integers(0, 100 * MB)),
         "loaders": st.sampled_from([None, 1, 2, 3, 8]),
         "threads": st.sampled_from([None, 1, 3]),
     }
@@ -150,8 +150,9 @@ def test_a_plan_adds_up(
     weights += sum(room_bytes(*part) for shard in streamed for part in staying(shard, ranges[shard.name]))
     assert plan.weights_bytes == weights
     assert plan.process_bytes == process_bytes(profile)
-    needs = options["pass_bytes"] + options["cache_bytes"]
-    assert plan.peak_bytes == plan.process_bytes + needs + plan.packing_bytes + weights
+    needs = options["needs"]
+    beside = plan.process_bytes + needs.pass_bytes + needs.cache_bytes
+    assert plan.peak_bytes == beside + plan.packing_bytes + weights
     assert (plan.packing_bytes > 0) == plan.packed
     # Weights.
     assert plan.streamed_bytes == sum(end - begin for begin, end in ranges.values())
@@ -241,7 +242,7 @@ def test_other_needs_keep_the_layout(
     needed = _needed(manifest, profile, **options)
     plan = _plan(manifest, needed + int(share * manifest.weight_bytes), profile, **options)
     grown = replace(profile, process_bytes=profile.process_bytes + 7)
-    other = with_needs(plan, grown, pass_bytes, cache_bytes, budget)
+    other = with_needs(plan, grown, Needs(pass_bytes=pass_bytes, cache_bytes=cache_bytes), budget)
     assert other.layout == plan.layout
     assert other.weights_bytes == plan.weights_bytes
     assert (other.pass_bytes, other.cache_bytes, other.budget_bytes) == (pass_bytes, cache_bytes, budget)
@@ -301,7 +302,7 @@ def test_the_smallest_budget_holds_one_buffer_for_the_largest_shard() -> None:
 def test_too_small_a_budget_names_what_it_is_made_of() -> None:
     manifest = manifest_of([MB], [80 * MB], [3 * MB])
     with pytest.raises(BudgetError) as caught:
-        _plan(manifest, 100 * MB, pass_bytes=7 * MB, cache_bytes=9 * MB)
+        _plan(manifest, 100 * MB, needs=Needs(pass_bytes=7 * MB, cache_bytes=9 * MB))
     assert caught.value.budget_bytes == 100 * MB
     for words in ("100.0 MB", "'s1'", "80.0 MB", "7.0 MB activations", "9.0 MB caches", str(caught.value.needed_bytes)):
         assert words in str(caught.value)
@@ -409,7 +410,7 @@ def test_the_smallest_budget_for_a_latency_is_found(share: float) -> None:
     slowest = _plan(manifest, _needed(manifest, profile), profile).steady_pass_s or 0.0
     fastest = _plan(manifest, 5000 * MB, profile).steady_pass_s or 0.0
     target = fastest + share * (slowest - fastest)
-    plan = budget_for_latency(manifest, profile, target * 1.006, pass_bytes=MB)
+    plan = budget_for_latency(manifest, profile, target * 1.006, needs=Needs(pass_bytes=MB))
     assert plan is not None
     assert plan.steady_pass_s is not None
     assert plan.steady_pass_s <= target * 1.006
@@ -422,13 +423,14 @@ def test_the_smallest_budget_for_a_latency_is_found(share: float) -> None:
 def test_a_latency_that_no_budget_reaches_is_none() -> None:
     manifest = manifest_of(*BLOCKS)
     profile = _measured(manifest)
-    assert budget_for_latency(manifest, profile, 1e-6, pass_bytes=MB) is None
+    assert budget_for_latency(manifest, profile, 1e-6, needs=Needs(pass_bytes=MB)) is None
 
 
 def test_a_latency_that_is_always_met_takes_the_smallest_budget() -> None:
     manifest = manifest_of(*BLOCKS)
     profile = _measured(manifest)
-    plan = budget_for_latency(manifest, profile, 1e6, pass_bytes=MB, cache_bytes=3 * MB, loaders=2, threads=4)
+    needs = Needs(pass_bytes=MB, cache_bytes=3 * MB)
+    plan = budget_for_latency(manifest, profile, 1e6, needs=needs, loaders=2, threads=4)
     assert plan is not None
-    assert plan.budget_bytes == _needed(manifest, profile, cache_bytes=3 * MB)
+    assert plan.budget_bytes == _needed(manifest, profile, needs=needs)
     assert (plan.loaders, plan.threads, plan.cache_bytes) == (2, 4, 3 * MB)

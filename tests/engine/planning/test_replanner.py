@@ -14,6 +14,7 @@ from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import Peak
 from pipeload.planning import planner
 from pipeload.planning.learning import learn
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.replanner import Replanner
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.measures("memory", "times")
 
 MB = 1_000_000
 PROCESS = 50 * MB
-NEEDS = 10 * MB, 0
+NEEDS = Needs(pass_bytes=10 * MB)
 MANIFEST = manifest_of(*[[20 * MB, 20 * MB]] * 10)
 PATIENCE = 8
 WINDOW = 16
@@ -51,15 +52,15 @@ class _Case:
         self.replanner = Replanner(
             MANIFEST, profile or _profile(), budget_bytes=budget, free_bytes=lambda: self.free, **options
         )
-        self.plan = self.replanner.plan(*NEEDS)
+        self.plan = self.replanner.plan(NEEDS)
 
     @property
     def quiet(self) -> int:
         """Memory of the process, without weights and caches, as planned."""
         return planner.process_bytes(self.replanner.profile)
 
-    def pass_(self, needs: tuple[int, int] = NEEDS, occupied: int | None = None) -> Plan:
-        self.plan = self.replanner.before_pass(self.plan, *needs, self.quiet if occupied is None else occupied)
+    def pass_(self, needs: Needs = NEEDS, occupied: int | None = None) -> Plan:
+        self.plan = self.replanner.before_pass(self.plan, needs, self.quiet if occupied is None else occupied)
         return self.plan
 
     def ask(self, budget: int | None) -> Plan:
@@ -136,7 +137,7 @@ def test_free_memory_that_cannot_work_is_refused_and_the_old_budget_stays() -> N
     case = _Case()
     first, case.free = case.plan, 60 * MB
     with pytest.raises(BudgetError), case.replanner.trying(None):
-        case.replanner.before_pass(case.plan, *NEEDS, case.quiet, strict=True)
+        case.replanner.before_pass(case.plan, NEEDS, case.quiet, strict=True)
     case.free = 10**12
     assert case.pass_() == first
 
@@ -243,7 +244,7 @@ def test_room_that_had_to_be_given_back_is_taken_later_the_next_time() -> None:
     case = _Case(budget=400 * MB)
 
     def passes_until_room_is_taken() -> int:
-        large = case.pass_((100 * MB, 0))
+        large = case.pass_(Needs(pass_bytes=100 * MB))
         return next(number for number in range(1, 200) if case.pass_().layout != large.layout)
 
     first, second, third = (passes_until_room_is_taken() for _ in range(3))
@@ -259,7 +260,7 @@ def test_less_than_the_least_that_works_is_answered_with_the_least_that_works() 
     assert plan.buffers == 1
     assert plan.budget_bytes <= 400 * MB
     with pytest.raises(BudgetError) as caught:
-        planner.make_plan(MANIFEST, _profile(), budget_bytes=1, pass_bytes=NEEDS[0])
+        planner.make_plan(MANIFEST, _profile(), budget_bytes=1, needs=NEEDS)
     assert plan.peak_bytes <= caught.value.needed_bytes
 
 
@@ -270,25 +271,25 @@ def test_a_strict_pass_is_refused_where_another_one_would_be_answered_with_the_l
     case = _Case(budget=None, free=300 * MB)
     case.free = 60 * MB
     with pytest.raises(BudgetError):
-        case.replanner.before_pass(case.plan, *NEEDS, case.quiet, strict=True)
+        case.replanner.before_pass(case.plan, NEEDS, case.quiet, strict=True)
     assert case.pass_().budget_bytes > case.free
 
 
 def test_a_host_that_grows_gets_its_memory() -> None:
     case = _Case(budget=400 * MB)
     before = case.plan
-    plan = case.pass_(occupied=case.quiet + NEEDS[0] + 100 * MB)
+    plan = case.pass_(occupied=case.quiet + NEEDS.pass_bytes + 100 * MB)
     assert plan.peak_bytes <= 400 * MB
     assert plan.process_bytes == before.process_bytes + 100 * MB
     assert plan.streamed_bytes > before.streamed_bytes
     # It is counted once.
-    assert case.pass_(occupied=case.quiet + NEEDS[0]).process_bytes == plan.process_bytes
+    assert case.pass_(occupied=case.quiet + NEEDS.pass_bytes).process_bytes == plan.process_bytes
 
 
 def test_what_a_host_gives_back_is_used_again_but_never_what_the_process_began_with() -> None:
     case = _Case(budget=400 * MB)
     before, quiet = case.plan, case.quiet
-    case.pass_(occupied=quiet + NEEDS[0] + 100 * MB)
+    case.pass_(occupied=quiet + NEEDS.pass_bytes + 100 * MB)
     for _ in range(2 * PATIENCE):
         case.pass_(occupied=quiet + 5 * MB)
     assert case.plan.process_bytes == before.process_bytes + 5 * MB
@@ -300,8 +301,8 @@ def test_what_a_host_gives_back_is_used_again_but_never_what_the_process_began_w
 def test_what_a_pass_left_in_the_heap_is_no_growth() -> None:
     case = _Case()
     first = case.plan
-    assert case.pass_(occupied=case.quiet + NEEDS[0]) == first
-    assert case.pass_(occupied=case.quiet + NEEDS[0] + MB) == first
+    assert case.pass_(occupied=case.quiet + NEEDS.pass_bytes) == first
+    assert case.pass_(occupied=case.quiet + NEEDS.pass_bytes + MB) == first
 
 
 # The peak of the process
@@ -312,7 +313,7 @@ def _peaks(case: _Case, beyond: int, passes: int, *, complete: bool = True) -> i
     before = planner.runtime_bytes(case.replanner.profile)
     for _ in range(passes):
         peak = case.plan.peak_bytes + beyond
-        case.replanner.correct(case.plan, Peak(peak, peak), NEEDS[0], complete=complete)
+        case.replanner.correct(case.plan, Peak(peak, peak), NEEDS.pass_bytes, complete=complete)
     return planner.runtime_bytes(case.replanner.profile) - before
 
 
@@ -372,7 +373,7 @@ def test_a_measured_runtime_takes_the_place_of_the_assumed_one() -> None:
 def test_a_pass_that_needs_more_makes_shards_leave_and_they_stay_away_for_a_while() -> None:
     case = _Case(budget=300 * MB)
     before = case.plan
-    large = case.pass_((100 * MB, 0))
+    large = case.pass_(Needs(pass_bytes=100 * MB))
     assert large.streamed_bytes > before.streamed_bytes
     assert large.pass_bytes == 100 * MB
     for _ in range(WINDOW - 1):
@@ -387,15 +388,15 @@ def test_a_pass_that_needs_more_makes_shards_leave_and_they_stay_away_for_a_whil
 
 def test_needs_of_different_kinds_are_planned_for_together_while_they_fit() -> None:
     case = _Case(budget=300 * MB)
-    case.pass_((80 * MB, 0))
-    plan = case.pass_((10 * MB, 60 * MB))
+    case.pass_(Needs(pass_bytes=80 * MB))
+    plan = case.pass_(Needs(pass_bytes=10 * MB, cache_bytes=60 * MB))
     assert (plan.pass_bytes, plan.cache_bytes) == (80 * MB, 60 * MB)
 
 
 def test_what_was_needed_once_gives_way_when_it_is_in_the_way() -> None:
     case = _Case(budget=300 * MB)
-    case.pass_((150 * MB, 0))
-    plan = case.pass_((10 * MB, 100 * MB))
+    case.pass_(Needs(pass_bytes=150 * MB))
+    plan = case.pass_(Needs(pass_bytes=10 * MB, cache_bytes=100 * MB))
     assert (plan.pass_bytes, plan.cache_bytes) == (10 * MB, 100 * MB)
     assert plan.peak_bytes <= 300 * MB
 
@@ -405,7 +406,7 @@ def test_a_pass_that_does_not_fit_is_refused_and_hinders_nobody() -> None:
     first = case.plan
     for _ in range(3):
         with pytest.raises(BudgetError) as caught:
-            case.pass_((1000 * MB, 0))
+            case.pass_(Needs(pass_bytes=1000 * MB))
         assert caught.value.needed_bytes > 1000 * MB
         assert case.pass_() == first
 

@@ -23,6 +23,7 @@ from pipeload.machine.sizes import format_bytes, parse_budget
 from pipeload.measuring import profile_store
 from pipeload.measuring.profiler import measure, measure_model, profile_dims
 from pipeload.planning import needs, planner
+from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.planning.schedule import roofline
@@ -75,8 +76,10 @@ def plan(
     prompt = needs.planning_dims(manifest, given)
     positions = 1 if manifest.caches else None
     wanted: dict[str, Any] = {
-        "pass_bytes": max(needs.pass_bytes(manifest, sizes, positions=positions) for sizes in (dims, prompt)),
-        "cache_bytes": max(needs.cache_bytes(manifest, sizes) for sizes in (dims, prompt)),
+        "needs": Needs(
+            pass_bytes=max(needs.pass_bytes(manifest, sizes, positions=positions) for sizes in (dims, prompt)),
+            cache_bytes=max(needs.cache_bytes(manifest, sizes) for sizes in (dims, prompt)),
+        ),
         "loaders": loaders,
         "threads": threads,
     }
