@@ -126,11 +126,13 @@ class Step:
     Attributes:
         length: tokens in the caches when it has succeeded.
         capacity: tokens that the budget has room for from then on.
+        expected: tokens that the next steps will need in the end.
         batch: sequences.
     """
 
     length: int
     capacity: int
+    expected: int
     batch: int
 
 
@@ -151,6 +153,7 @@ class Decoding:
         self.in_place = any(cache.in_place for cache in manifest.caches)
         self._shapes = {spec.name: spec.shape for spec in manifest.inputs}
         self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
+        self._lengths = _lengths(manifest, self._grown)
         self._can_be_cut = can_be_cut(manifest)
         self._lock = threading.Lock()
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
@@ -201,7 +204,7 @@ class Decoding:
         # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
         feed.room = min(room, wanted)
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
-        return Step(length=length, capacity=wanted, batch=max(state.batch, rows))
+        return Step(length=length, capacity=wanted, expected=max(state.expected, length), batch=max(state.batch, rows))
 
     def end(self, state: DecodeState, step: Step, outputs: Mapping[str, Value]) -> None:
         """Settle a step that succeeded: its caches become the state's."""
@@ -218,17 +221,20 @@ class Decoding:
         state.capacity = max(state.capacity, state.room)
 
     def pieces(
-        self, arrays: Arrays, dims: Mapping[str, int], positions: int, room: int
-    ) -> tuple[list[Arrays], Mapping[str, int]]:
-        """A long text in pieces, and the sizes that determine their activations: those of one piece with full caches.
+        self, arrays: Arrays, dims: Mapping[str, int], positions: int, step: Step
+    ) -> tuple[list[Arrays], list[Mapping[str, int]]]:
+        """A long text in pieces, and the sizes to plan for: those of a piece, and of later steps, with full caches.
 
         The last piece has all positions whose logits are wanted. Without caches in place there is one piece.
         """
-        if not self.in_place:
-            return [arrays], dims
-        (past,) = past_symbols(self._manifest)
-        (text,) = (symbol for symbol in symbols(self._grown) if symbol != past)
+        if self._lengths is None:
+            return [arrays], [dims]
+        past, text = self._lengths
         before, length = dims[past], dims[text]
+        if not self.in_place:
+            # The last of the expected steps goes over all tokens: what does not fit then is refused now.
+            size = min(length, positions)
+            return [arrays], [dims, {**dims, text: size, past: max(before, step.expected - size)}]
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
         size = min(length, max(positions, _PIECE_TOKENS // max(1, rows)))
         pieces: list[Arrays] = []
@@ -243,7 +249,7 @@ class Decoding:
                 }
             )
         # Attention goes over all the room in the caches, whatever a mask hides.
-        return pieces, {**dims, text: size, past: room - size}
+        return pieces, [{**dims, text: size, past: step.capacity - size}]
 
     def cache_bytes(self, state: DecodeState | None = None, step: Step | None = None) -> int:
         """Memory of the caches of all open states, with those of one state as they will be after its next step."""
@@ -263,6 +269,13 @@ class Decoding:
         # "past + new": one of the symbols stands for all tokens, the others are 0.
         dims[next(symbol for symbol in symbols(self._grown) if symbol in dims)] = capacity
         return needs.cache_bytes(self._manifest, dims)
+
+
+def _lengths(manifest: Manifest, grown: int | str) -> tuple[str, str] | None:
+    """The symbols of the tokens in the caches and of the new ones; None where caches have no such lengths."""
+    past = past_symbols(manifest)
+    new = set(symbols(grown)) - past
+    return (min(past), min(new)) if len(past) == len(new) == 1 else None
 
 
 def _symbols(dim: int | str) -> tuple[str, ...]:

@@ -410,9 +410,9 @@ class Model:
         state: DecodeState | None = None,
         step: Step | None = None,
     ) -> Call[dict[str, Value]]:
-        pieces, piece_dims = [arrays], dims
+        pieces, planned = [arrays], [dims]
         if step:
-            pieces, piece_dims = self._decoding.pieces(arrays, dims, feed.positions or 1, step.capacity)
+            pieces, planned = self._decoding.pieces(arrays, dims, feed.positions or 1, step)
         specs = self._graph_inputs.specs
         values = [{name: to_value(array, specs[name].dtype) for name, array in piece.items()} for piece in pieces]
         if state and not self._decoding.in_place:
@@ -420,7 +420,8 @@ class Model:
         elif state:
             feed.caches = state.caches
         feed.pieces = values
-        pass_bytes, held_bytes = self._pass_needs(tuple(piece_dims.items()), feed.positions, feed.top > 0)
+        found = [self._pass_needs(tuple(sizes.items()), feed.positions, feed.top > 0) for sizes in planned]
+        pass_bytes, held_bytes = (max(figures) for figures in zip(*found, strict=True))
         # Pieces waiting for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
         # The fill level of the caches does not change the kind of pass.

@@ -105,6 +105,22 @@ def test_a_cache_that_grows_while_a_text_is_made_is_refused_in_time(wide_toy: Pa
         assert_same(model.generate(PROMPT, max_new_tokens=2), expected)
 
 
+@pytest.mark.parametrize("kind", ["in place", "made anew"])
+def test_the_budget_named_for_a_text_holds_until_its_last_token(
+    wide_toy: Path, exported_llama: Path, kind: str
+) -> None:
+    """Also where attention's activations grow with the caches."""
+    directory, rows = (exported_llama, 16) if kind == "in place" else (wide_toy, 1)
+    texts = [PROMPT] * rows
+    with load(directory, 2_000_000) as model:
+        with pytest.raises(pipeload.BudgetError) as caught:
+            model.generate(texts, max_new_tokens=300)
+        assert model.stats.passes == 0
+        model.set_budget(caught.value.needed_bytes)
+        made = model.generate(texts, max_new_tokens=300, min_new_tokens=300)
+        assert [len(one.token_ids) for one in made] == [300] * rows
+
+
 def test_a_session_refuses_in_time_what_will_not_fit(wide_toy: Path) -> None:
     """As `generate` does, not in the middle of the text."""
     with load(wide_toy, 12_000_000) as model:

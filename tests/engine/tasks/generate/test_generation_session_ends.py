@@ -259,7 +259,7 @@ def test_what_a_session_was_refused_hinders_nobody(toy_decoder: Path) -> None:
 
 
 def test_what_a_text_might_have_become_is_not_kept_free_for_it(toy_decoder: Path) -> None:
-    with load(toy_decoder, 40_000_000) as model, model.session() as session:
+    with load(toy_decoder, 100_000_000) as model, model.session() as session:
         first = model.generate(PROMPT, max_new_tokens=1).token_ids
         session.generate(PROMPT, max_new_tokens=20_000, eos_token_id=first)
         for turn in range(20):
