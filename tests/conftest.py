@@ -1,4 +1,4 @@
-"""What all tests need from the process that they run in."""
+"""The settings of the process that all tests need."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIBLINGS = frozenset(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is tested with several architectures is slow with the siblings of the first ones."""
+    """Tests over several architectures are slow with the siblings of the first ones."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec and any(isinstance(value, str) and value in _SIBLINGS for value in callspec.params.values()):
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def users_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What fixtures of a whole session do must not reach the user's own cache either."""
+    """Fixtures of a whole session must not write into the user's own cache either."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIPELOAD_CACHE", str(tmp_path_factory.getbasetemp() / "caches" / "session"))
         yield
@@ -41,6 +41,6 @@ def users_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iter
 def users_cache(
     users_cache_of_the_session: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty cache for each test: none writes into the user's own, and none finds what another one kept."""
+    """An empty cache for each test: none writes into the user's own, and none finds files of another one."""
     folder = tmp_path_factory.getbasetemp() / "caches" / str(next(_NUMBERS))
     monkeypatch.setenv("PIPELOAD_CACHE", str(folder))

@@ -1,4 +1,4 @@
-"""What transformers itself generates greedily: the reference for pipeload's own generation.
+"""The greedy texts of transformers itself: the reference for pipeload's own generation.
 
     python -m tests.greedy FOLDER FILE.gguf OUT.npz
 
@@ -53,7 +53,7 @@ def main() -> int:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     folder, name, out = sys.argv[1:]
-    # What from_pretrained does, which wants the package accelerate.
+    # As from_pretrained does, which needs the package accelerate.
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name)).eval()
     tensors = load_gguf_checkpoint(str(Path(folder, name)), return_tensors=True, model_to_load=model)["tensors"]
     model.load_state_dict(tensors, strict=False)

@@ -3,9 +3,9 @@
     python -m tests.models                    all of them, in a cache that every test run shares; prints the folder
     python -m tests.models OUT bert gpt2      some of them
 
-Each directory of an architecture also holds `reference.npz`: inputs, and what the unsplit model answers to them, as
+Each directory of an architecture also holds `reference.npz`: inputs, and the unsplit model's answers to them, as
 `input.0.input_ids`, `output.0.last_hidden_state`, `input.1.input_ids` ... Those of models for text generation also hold
-`greedy.npz`: what transformers itself generates, as `tests/greedy.py` has it, and the folder `int8`: the same model
+`greedy.npz`: the texts of transformers itself, as `tests/greedy.py` has it, and the folder `int8`: the same model
 with KV caches of int8. Directories named `toy...` are those of `tests/engine/toy.py`. Tests find the folder in the
 environment variable PIPELOAD_TEST_MODELS; a machine without torch gets it from one that has it.
 """
@@ -89,7 +89,7 @@ _SIZES = ((1, 1), (1, 7), (2, 12))
 
 
 def make(out: Path, name: str) -> Path:
-    """Write one model into a folder; what is there already stays. Returns the model's directory."""
+    """Write one model into a folder; files that are there already stay. Returns the model's directory."""
 
     def write(directory: Path) -> None:
         if name in TOYS:

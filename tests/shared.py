@@ -23,7 +23,7 @@ def folder_of_the_run(factory: pytest.TempPathFactory) -> Path:
 def made_by_one(directory: Path, make: Callable[[Path], object]) -> Path:
     """The directory; `make` is called with a place beside it where no process has made it before, and fills that.
 
-    A directory that is there is complete: what a process makes gets its name at the end.
+    A directory that is there is complete: a process gives it its name at the end.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(f"{directory.name}.lock"), "w") as lock:

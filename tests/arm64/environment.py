@@ -96,7 +96,7 @@ def cache_folder() -> Path:
 
 
 def prepare() -> Path:
-    """Return an aarch64 Python that can import what the engine and its tests need.
+    """Return an aarch64 Python that can import the packages of the engine and its tests.
 
     On an aarch64 machine it is the running interpreter. Elsewhere it is made in `cache_folder()`: what is
     there and was made from the same recipe is kept, and an interrupted attempt leaves nothing half made.
@@ -142,7 +142,7 @@ def prepare() -> Path:
 
 
 def _requirements() -> list[str]:
-    """Return what the engine declares in pyproject.toml, and what its tests need besides."""
+    """Return the requirements that pyproject.toml declares for the engine, and those of its tests."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     requirements = [*project["dependencies"], *TEST_REQUIREMENTS]
     for extra in EXTRAS:
@@ -267,7 +267,7 @@ def _extract_emulator(package: Path, target: Path) -> None:
 
 
 def _check(interpreter: Path) -> None:
-    """Import under the emulator what everything else rests on."""
+    """Import, under the emulator, the library on which all the rest depends."""
     program = "import platform, numpy, onnxruntime, psutil, tokenizers; print(platform.machine())"
     remedy = f"remove {cache_folder()} and run it again"
     machine = _run([str(interpreter), "-c", program], what="importing onnxruntime under qemu", remedy=remedy)

@@ -29,11 +29,11 @@ from tests.models import TOYS
 
 ENGINE_TESTS = REPOSITORY / "tests" / "engine"
 
-# What differs most on another architecture: system calls and alignment, and kernels. All of it together, threads
+# Parts that differ most on another architecture: system calls and alignment, and kernels. All of it together, threads
 # included, is in the comparison of outputs.
 SHORT_SELECTION = ("storage", "pipeline/test_session.py")
 
-# onnxruntime chooses its kernels by what the CPU has. One CPU a choice: Raspberry Pi 4 (plain NEON) and
+# onnxruntime chooses its kernels by the features of the CPU. One CPU a choice: Raspberry Pi 4 (plain NEON) and
 # 5 (dot products), AWS Graviton 3 (SVE, bfloat16, int8 matrices), all that qemu knows (SVE2, SME).
 CPUS = ("cortex-a72", "cortex-a76", "neoverse-v1", "max")
 TEST_CPU = "cortex-a76"
@@ -47,7 +47,7 @@ RUN_TIMEOUT_S = 3600
 
 
 class UsageError(Exception):
-    """The command line asks for what cannot be done; the message is one line."""
+    """The command line asks for an impossible run; the message is one line."""
 
 
 def difference(expected: NDArray[Any], actual: NDArray[Any]) -> float:
@@ -176,7 +176,7 @@ def compare(
 
 
 def main() -> int:
-    """Parse the command line and run what it asks for."""
+    """Parse the command line and run the parts that it names."""
     with ExitStack() as stack:
         return _run(stack)
 

@@ -1,4 +1,4 @@
-"""The emulated environment has what the tests that run in it import."""
+"""The emulated environment has the packages that the tests in it import."""
 
 from __future__ import annotations
 

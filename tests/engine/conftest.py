@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def still_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the engine would measure is fixed, but for what the test is marked to measure."""
+    """The engine's measurements are fixed, but for those that the test is marked to measure."""
     measured = {what for mark in request.node.iter_markers("measures") for what in mark.args}
     assert measured <= {"memory", "times"}
     stand_still(monkeypatch, memory="memory" not in measured, times="times" not in measured)

@@ -1,4 +1,4 @@
-"""What the engine's tests share: gates, the sequential reference, budgets that are known to work."""
+"""Shared by the engine's tests: gates, the sequential reference, budgets that are known to work."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def agents() -> list[str]:
 
 
 def run_python(program: str, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own that imports what this one does; it must end with that exit code."""
+    """Run a program in a process of its own, with this one's import path; it must end with that exit code."""
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

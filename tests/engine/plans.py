@@ -1,4 +1,4 @@
-"""Manifests of any sizes, for the tests of what plans: no files, no weights."""
+"""Manifests of any sizes, for the tests of planning: no files, no weights."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A machine that stands still: what the engine would measure is the same at every moment and beside any other work.
+"""A machine that stands still: the engine's measurements are the same at every moment and beside any other work.
 
-Plans depend on the memory of the process, on what else leaves free, and on how long passes took; how callers share
+Plans depend on the memory of the process, on free memory, and on how long passes took; how callers share
 sweeps and how many tokens are drafted depends on times too. A test that lets the engine measure these asserts something
 about the machine of today. So all tests of the engine run with the figures below, unless they are marked as
 
-    @pytest.mark.measures("memory")    what the process occupies and what is free is measured
+    @pytest.mark.measures("memory")    occupied and free memory are measured
     @pytest.mark.measures("times")     the engine learns from passes, and drafts as many tokens as these promise
 """
 
@@ -31,7 +31,7 @@ PROCESS_BYTES = 200_000_000
 FREE_BYTES = 10**12
 CORES = 2
 PROFILE = Profile(process_bytes=PROCESS_BYTES, cores=CORES)
-"""What `pipeload.load` finds out about the process."""
+"""The process as `pipeload.load` finds it."""
 
 _ENGINE = (
     "pipeload.opening",
@@ -64,7 +64,7 @@ class _UnlearningReplanner(Replanner):
 
 
 class _SteadyDraftLength(DraftLength):
-    """Drafts cost nothing, and the storage takes longer than computing: only what is accepted decides."""
+    """Drafts cost nothing, and the storage takes longer than computing: only accepted drafts decide."""
 
     def drafted(self, tokens: int, seconds: float) -> None:
         super().drafted(tokens, 0.0)

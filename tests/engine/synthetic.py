@@ -25,7 +25,7 @@ class _Clock(Trace):
 
 
 def synthetic_trace(passes: int = 2) -> Trace:
-    """What the recurrence of the schedule gives, with some noise: the same at every call."""
+    """The times that the recurrence of the schedule gives, with some noise: the same at every call."""
     noise = random.Random(3)
     trace = _Clock()
     loader_free = [1000.0] * LOADERS
@@ -48,7 +48,7 @@ def synthetic_trace(passes: int = 2) -> Trace:
         )
 
     for number in range(1, passes + 2):
-        ahead = number > passes  # nobody asked for this pass: what fits is read for it
+        ahead = number > passes  # a pass without a caller: shards that fit are read for it
         for shard in SHARDS:
             nbytes = BLOCK_BYTES if shard.startswith("block") else 3_000_000
             ready = 0.0

@@ -1,4 +1,4 @@
-"""What `import pipeload` gives, and what it does not pull in."""
+"""The names that `import pipeload` gives, and the modules that it does not pull in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a library raises becomes an error of pipeload, with its cause."""
+"""An exception of a library becomes an error of pipeload, with its cause."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeload.foreign import first_line, foreign_errors
 
 
 class PanicException(BaseException):
-    """What a panic of a library written in Rust looks like."""
+    """The exception of a panic in a library written in Rust."""
 
 
 PanicException.__module__ = "pyo3_runtime"

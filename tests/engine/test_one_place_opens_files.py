@@ -11,7 +11,7 @@ import pipeload
 _OPENING = {"open", "read_bytes", "read_text", "memmap", "fromfile", "from_file", "safe_open"}
 _PACKAGE = Path(pipeload.__file__).parent
 _ALLOWED = {
-    # What the user's own benchmarks write and read.
+    # Files that the user's own benchmarks write and read.
     "bench",
     # The kernel's own files.
     "machine/memory.py",

@@ -1,4 +1,4 @@
-"""Users see the public names where they import them from, and what holds only figures can be pickled and kept."""
+"""Users see the public names where they import them from, and classes of figures only can be pickled and kept."""
 
 from __future__ import annotations
 

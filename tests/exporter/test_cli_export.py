@@ -1,4 +1,4 @@
-"""The commands export, inspect and verify: what they print where, and how they end."""
+"""The commands export, inspect and verify: their output, its stream, and their exit codes."""
 
 from __future__ import annotations
 

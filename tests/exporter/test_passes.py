@@ -26,7 +26,7 @@ class EnoughError(Exception):
 
 
 def faults(graph: Graph, given: Collection[str], gone: Collection[str]) -> Iterator[str]:
-    """What is wrong with a graph.
+    """The faults of a graph.
 
     Args:
         graph: between two passes.

@@ -1,4 +1,4 @@
-"""The chain of shards computes what the unsplit graph computes, and every shard is a proper model of its own."""
+"""The chain of shards computes the outputs of the unsplit graph, and every shard is a proper model of its own."""
 
 from __future__ import annotations
 

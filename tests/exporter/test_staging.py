@@ -1,4 +1,4 @@
-"""The target appears whole or not at all, and what an interrupted export leaves behind goes away."""
+"""The target appears whole or not at all, and the leftovers of an interrupted export go away."""
 
 from __future__ import annotations
 

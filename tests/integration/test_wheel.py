@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """The interpreter of a virtual environment that holds the wheel and what it requires, and nothing else."""
+    """The interpreter of a virtual environment that holds the wheel and its requirements, and nothing else."""
     folder = tmp_path_factory.mktemp("bare") / "venv"
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
@@ -73,7 +73,7 @@ def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
 def test_it_runs_a_sharded_directory_given_arrays(bare: Path, tmp_path: Path) -> None:
     model = toys.make_toy(tmp_path / "model", blocks=6, width=256)
     np.savez(tmp_path / "asked.npz", **toys.inputs())
-    # -I: neither this folder nor PYTHONPATH, so that nothing but what was installed can be imported.
+    # -I: neither this folder nor PYTHONPATH, so that only installed packages can be imported.
     done = subprocess.run(
         [bare, "-I", "-c", _PROGRAM, model, tmp_path / "asked.npz", tmp_path / "answers.npz"],
         cwd=tmp_path,

@@ -1,6 +1,6 @@
-"""What users see of pipeload, as text: public names, signatures, help. The files in `pinned/` hold what it was.
+"""The interface of pipeload, as text: public names, signatures, help. The files in `pinned/` hold its earlier state.
 
-    python -m tests.interface.pins      write the files anew, when a change is meant: the diff is what users notice
+    python -m tests.interface.pins      write the files anew, when a change is meant: users notice all of the diff
 
 Each file is compared without spaces and frames, which depend on the versions of the libraries that draw them.
 """
@@ -37,7 +37,7 @@ _WIDTH = 100
 
 
 def help_of(command: str) -> str:
-    """What `pipeload COMMAND --help` prints, 100 columns wide."""
+    """The output of `pipeload COMMAND --help`, 100 columns wide."""
     from typer.testing import CliRunner
 
     from pipeload.cli import app
@@ -49,7 +49,7 @@ def help_of(command: str) -> str:
 
 
 def signatures_of(package: Any) -> str:
-    """The public names of a package: how functions are called, and what callers use of the classes."""
+    """The public names of a package: how functions are called, and the members of classes that callers use."""
     lines: list[str] = []
     for name in package.__all__:
         value = getattr(package, name)
@@ -75,7 +75,7 @@ def _members(kind: type) -> set[str]:
 
 
 def _call(function: Any, *, method: bool = False) -> inspect.Signature:
-    """How it is called: names, order and defaults. The types are mypy's concern, and their names nobody's."""
+    """How it is called: names, order and defaults. mypy checks the types."""
     parameters = [
         each.replace(annotation=inspect.Parameter.empty) for each in inspect.signature(function).parameters.values()
     ]

@@ -1,4 +1,4 @@
-"""What users see stays as it was: names, signatures, help, exit codes."""
+"""The interface of users stays as it was: names, signatures, help, exit codes."""
 
 from __future__ import annotations
 

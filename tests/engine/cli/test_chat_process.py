@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(EMULATED, reason="subprocesses do not work under
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}assistant:"
 SUMMARY = r"\d+ tokens in \d+\.\d s, \d+\.\d tokens/s; .* read, \d+\.\d\d GB/s"
 
-# The command, which says what each pass computes, and stops inside of one until it is released.
+# The command, which reports the tokens of each pass, and stops inside of one until it is released.
 _PROGRAM = """
 import fcntl, json, os, sys, termios
 from concurrent.futures import Future
@@ -98,7 +98,7 @@ def talker(exported_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 class Chat:
-    """A running `pipeload chat`, and what it notes."""
+    """A running `pipeload chat`, and its notes."""
 
     def __init__(self, directory: Path, folder: Path, gated_pass: int, stdin: Any, stdout: Any, stderr: Any) -> None:
         self._log, self._gate = folder / "log", folder / "gate"
@@ -239,7 +239,7 @@ class Terminal:
         os.write(self._here, text.encode())
 
     def wait_for(self, pattern: str) -> str:
-        """What comes until this, which is included."""
+        """The output up to this text, which is included."""
         seen = ""
         while not re.search(pattern, seen):
             assert self._comes(PATIENCE_S), f"{pattern} does not come after {seen!r}"

@@ -1,4 +1,4 @@
-"""`pipeload chat`: turns, Ctrl-C, what is refused, and what it says at the end."""
+"""`pipeload chat`: turns, Ctrl-C, refused options, and the line at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant: {% endif %}"
 )
 BYTES = 3_000_000
-"""What each answer reads."""
+"""The bytes that each answer reads."""
 
 Event = str | BaseException
 
@@ -101,7 +101,7 @@ Talk = Callable[..., tuple[Result, Talker]]
 
 
 def _types(monkeypatch: pytest.MonkeyPatch, *events: Event) -> None:
-    """Somebody at a terminal, who types lines; an exception is what comes instead of one."""
+    """A user at a terminal who types lines; an exception among them is raised in the place of a line."""
     coming: Iterator[Event] = iter(events)
 
     def typed() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`pipeload plan`: what it prints for a budget, and what it still answers when that cannot work."""
+"""`pipeload plan`: its output for a budget, and its answers when that budget cannot work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKED = replace(TIMES, run_s=1.0, loading_run_s=1.0)
 
 @pytest.fixture(autouse=True)
 def fixed_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans that do not depend on what other tests left in memory."""
+    """Plans that do not depend on the memory that other tests left occupied."""
     process = Profile(process_bytes=rss_bytes(), cores=2)
     monkeypatch.setattr("pipeload.cli.commands.plan.measure", lambda: process)
 

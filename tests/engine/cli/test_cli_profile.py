@@ -1,4 +1,4 @@
-"""`pipeload profile`: what it prints, what it keeps, what it refuses."""
+"""`pipeload profile`: its output, the profile that it keeps, the options that it refuses."""
 
 from __future__ import annotations
 

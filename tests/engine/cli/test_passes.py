@@ -20,14 +20,14 @@ from pipeload.tracing.trace import AgentTimes, Progress
 
 
 class Terminal(Console):
-    """A terminal that remembers what was written to it."""
+    """A terminal that remembers the text written to it."""
 
     def __init__(self, *, terminal: bool = True) -> None:
         self.written = io.StringIO()
         super().__init__(file=self.written, force_terminal=terminal, width=100, _environ={"TERM": "xterm"})
 
     def seen(self) -> str:
-        """What was written since the last look, without colours."""
+        """The text written since the last look, without colours."""
         text = self.written.getvalue()
         self.written.seek(0)
         self.written.truncate()

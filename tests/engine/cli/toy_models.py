@@ -18,7 +18,7 @@ from pipeload.tracing.stats import Stats
 
 
 class ToyModel:
-    """A runner with what `pipeload.Model` has beside: tasks as methods, statistics, a context."""
+    """A runner with the further parts of `pipeload.Model`: tasks as methods, statistics, a context."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner

@@ -1,7 +1,7 @@
 """Directories of format 1 that an earlier version exported still load and answer as they did.
 
 `tests/data/format-1` holds a tiny BERT and a tiny GPT-2 with caches, a lifted table and a head in slices, as the commit
-9123a3b exported them; `reference.npz` what the unsplit graphs answered, `greedy.npy` what transformers continued.
+9123a3b exported them; `reference.npz` has the unsplit graphs' answers, `greedy.npy` transformers' continuations.
 They are never exported anew: a change that needs that is another format.
 """
 

@@ -1,4 +1,4 @@
-"""What the machine says about itself, on x86 and Arm, in and outside of containers."""
+"""The machine's description of itself, on x86 and Arm, in and outside of containers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the process occupies, and what the cgroup and the machine leave free."""
+"""The memory that the process occupies, and that the cgroup and the machine leave free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_rss_follows_what_the_process_touches() -> None:
 def test_auto_takes_less_than_the_smallest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     rss = 100_000_000
     monkeypatch.setattr(memory, "rss_bytes", lambda: rss)
-    # Of a limit of 400 MB others use 150 MB: 250 MB are left to this process, what it uses already included.
+    # Of a limit of 400 MB others use 150 MB: 250 MB are left to this process, its own use included.
     monkeypatch.setattr(memory, "memory_limits", lambda *_: iter([(400_000_000, rss + 150_000_000), (10**12, 10**9)]))
     assert 225_000_000 <= memory.auto_budget_bytes() < 250_000_000
 

@@ -1,4 +1,4 @@
-"""Where the cache lies, and what is kept in it."""
+"""The cache's folder, and the files kept in it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_file_is_made_with_its_folders_and_replaced(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(tmp_path: Path) -> None:
-    # Root may write everywhere, but nobody can make a folder in a file.
+    # Root may write everywhere, but not even root can make a folder in a file.
     (tmp_path / "file").write_bytes(b"one")
     keep_file(tmp_path / "file" / "deeper", b"two")
     assert (tmp_path / "file").read_bytes() == b"one"

@@ -44,7 +44,7 @@ def test_a_model_without_weights_has_no_bandwidth(toy: Path) -> None:
 
 
 class _Noting:
-    """Storage that tells who reads what, and lets a test come in between."""
+    """Storage that notes each read and its thread, and lets a test come in between."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage

@@ -165,7 +165,7 @@ def test_a_damaged_file_in_the_store_is_ignored_and_replaced(toy: Path) -> None:
 def test_a_store_that_cannot_be_written_harms_nobody(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Root may write everywhere, but nobody can make a folder in a file.
+    # Root may write everywhere, but not even root can make a folder in a file.
     (tmp_path / "cache").write_text("a file")
     assert keep(toy, PROFILE) is None
     assert find(toy, DIMS) is None

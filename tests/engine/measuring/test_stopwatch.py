@@ -1,4 +1,4 @@
-"""Every shard is timed on what the shards before it have made, and nothing stays behind."""
+"""Every shard is timed on the outputs of the shards before it, and nothing stays behind."""
 
 from __future__ import annotations
 

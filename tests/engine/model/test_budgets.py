@@ -144,7 +144,7 @@ def test_a_closed_model_gives_its_memory_back(toy_large: Path, packed: bool) -> 
         assert plan.packed is packed
         exchange = model._pipeline._exchange
         if not packed:
-            # What is read ahead for the next pass is there.
+            # The shards read ahead for the next pass are there.
             with exchange._changed:
                 assert exchange._changed.wait_for(lambda: len(exchange._ready) == plan.buffers, 30)
         held = rss_bytes()

@@ -75,7 +75,7 @@ def test_a_damaged_shard_is_named_and_never_used(toy_copy: Path, damage: Callabl
             with pytest.raises(pipeload.ShardError, match=r"'shards/block\.003\.safetensors'"):
                 model.run(toys.inputs())
         path.write_bytes(whole)
-        # What was tried ahead may have failed once more before the file was whole.
+        # A load that was tried ahead may have failed once more before the file was whole.
         answers = [Background(model.run, toys.inputs()) for _ in range(2)]
         answers[0].wait()
         assert_close(answers[1].end(), run_sequentially(toy_copy, toys.inputs(), threads=THREADS), 1e-5)

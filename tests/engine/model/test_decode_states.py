@@ -183,7 +183,7 @@ def test_a_state_that_does_not_fit_is_refused_and_hinders_nobody(toy_decoder: Pa
         long = np.zeros((1, 60_000), np.int64)
         with pytest.raises(pipeload.BudgetError):
             model.step(_decoder_inputs(model, long, 0), state)
-        # Neither the others nor the state itself: what it did not get it does not hold.
+        # Neither the others nor the state itself: it does not hold memory that it did not get.
         model.run(toys.inputs(1, 3))
         model.step(_decoder_inputs(model, long[:, :3], 0), state)
 
@@ -213,7 +213,7 @@ def test_open_states_are_counted_until_they_are_closed_or_forgotten(toy_decoder:
         two = model.plan.cache_bytes
         assert two >= 2 * 4 * 10_000 * 64 * 4
         state.close()
-        # What was needed lately may be needed again soon: the plan counts it for some more passes.
+        # Memory that was needed lately may be needed again soon: the plan counts it for some more passes.
         for _ in range(20):
             model.run(toys.inputs(1, 1))
         assert model.plan.cache_bytes == two // 2

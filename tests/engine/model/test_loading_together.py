@@ -29,7 +29,7 @@ def test_of_two_models_that_are_loaded_at_once_the_second_counts_the_first(
     first = Background(lambda: load(toy_large))
     gate.wait_reached()
     second = Background(lambda: load(toy_large))
-    # The second one waits before it measures: what the first is going to keep is not known yet.
+    # The second one waits before it measures: the memory that the first will keep is not known yet.
     assert OPEN_PIPELINES.lock.locked()
     assert len(measured) == 1
     gate.open()

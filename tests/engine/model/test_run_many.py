@@ -1,4 +1,4 @@
-"""Many inputs give what each gives alone, are taken as they are needed, and may be left at any time."""
+"""Many inputs give the answers that each gives alone, are taken as they are needed, and may be left at any time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the caller tells the engine is used, and what the engine tells and learns is true."""
+"""The engine uses the caller's figures, and the figures that it reports and learns are true."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_profile_is_used_as_it_is(toy_large: Path) -> None:
         assert plan.steady_pass_s == pytest.approx(plan.streamed_bytes / 1e9, rel=0.2)
         assert plan.first_pass_s is not None
         assert model.profile.times == given.times
-        # What the process and the machine are is measured always.
+        # The process and the machine are always measured.
         assert model.profile.process_bytes > 10_000_000
         assert model.profile.cores < 99
         assert model.stats.peak_read_bytes_per_s == 1e9

@@ -1,4 +1,4 @@
-"""What the tests of the exchange do in the place of agents."""
+"""Steps that the tests of the exchange take in the place of agents."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def holds_back(exchange: Exchange) -> bool:
 
 
 def retired(exchange: Exchange) -> list[int]:
-    """What the Daemon would get, by closing the exchange."""
+    """The shards that the Daemon would get, by closing the exchange."""
     exchange.close()
     found = []
     while (shard := exchange.next_retired()) is not None:

@@ -1,4 +1,4 @@
-"""A pipeline over a toy: its storage notes what it reads, the test makes its plans, and waits for its agents."""
+"""A pipeline over a toy: its storage notes its reads, the test makes its plans, and waits for its agents."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def raising(error: BaseException, kind: type[PipeloadError]) -> Iterator[None]:
 
 
 class NotingStorage(Storage):
-    """Notes what is read, and lets a test stand in the way."""
+    """Notes each read, and lets a test stand in the way."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         super().__init__(directory, manifest)
@@ -117,7 +117,7 @@ def _staying_bytes(shard: Shard, streamed: Range) -> int:
 
 
 SCALE = 10**12
-"""Tells what a test says from the bytes of outputs that it keeps."""
+"""Tells the bytes that a test names from those of outputs that it keeps."""
 
 
 class Scripted(Replanner):

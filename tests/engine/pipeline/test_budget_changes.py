@@ -77,7 +77,7 @@ def _budgets(manifest: Manifest, profile: Profile) -> list[int]:
 
 @contextmanager
 def _budgeted(directory: Path, which: int) -> Iterator[tuple[Rig, list[int], list[int]]]:
-    """A rig under one of the budgets; the budgets, and what is free, which the test may change."""
+    """A rig under one of the budgets; the budgets and the free memory, which the test may change."""
     profile = _profile(manifests.read(directory))
     budgets = _budgets(manifests.read(directory), profile)
     free = [10**12]
@@ -237,7 +237,7 @@ def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch
 
 
 def test_a_budget_that_fails_for_outputs_that_a_caller_keeps_is_refused_and_the_old_one_stays(toy_large: Path) -> None:
-    """The new budget would do for a pass alone, but not beside what callers still hold."""
+    """The new budget is enough for a pass alone, but not beside the outputs that callers still hold."""
     with _budgeted(toy_large, 2) as (rig, budgets, _):
         rig.check()
         rig.pipeline.set_budget(budgets[0])

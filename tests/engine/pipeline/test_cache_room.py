@@ -1,4 +1,4 @@
-"""Caches that grow: resident shards leave for them, and what does not fit at all is refused with figures."""
+"""Caches that grow: resident shards leave for them, and a text that does not fit at all is refused with figures."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_what_fits_no_more_is_refused_with_figures(wide_toy: Path) -> None:
 
 
 def test_a_cache_that_grows_while_a_text_is_made_is_refused_in_time(wide_toy: Path) -> None:
-    """Nothing is read for a text whose last token would not fit, and what was there stays."""
+    """Nothing is read for a text whose last token would not fit, and the shards in memory stay."""
     with load(wide_toy, 12_000_000) as model:
         expected = model.generate(PROMPT, max_new_tokens=2)
         with pytest.raises(pipeload.BudgetError):

@@ -1,4 +1,4 @@
-"""Failures, resets and closing end every wait, and what comes too late is thrown away."""
+"""Failures, resets and closing end every wait, and sessions that come too late are thrown away."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_shards_before_a_failed_one_can_still_be_taken() -> None:
 
 
 def test_after_a_failure_nothing_more_is_drawn_until_the_reset() -> None:
-    # Otherwise Loading Agents would fail again and again while nobody calls.
+    # Otherwise Loading Agents would fail again and again without a caller.
     exchange = started(False, False)
     tell(exchange, Failed(task=draw(exchange), error=OSError("disk")))
     waiting = Background(exchange.next_task)

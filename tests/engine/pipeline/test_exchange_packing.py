@@ -42,7 +42,7 @@ def test_residents_are_packed_one_after_another() -> None:
     packed.reserved_bytes, old.reserved_bytes = 0, 7
     swap(exchange, task, packed)
     assert exchange.residents.shards[2] is packed
-    # The packed one stands for the bytes; what is retired gives none back.
+    # The packed one stands for the bytes; the retired one gives none back.
     assert (packed.reserved_bytes, old.reserved_bytes) == (7, 0)
     assert holds_back(exchange), "one at a time: the packed copy takes memory until the old one is gone"
     exchange.deliver(task, None)

@@ -94,7 +94,7 @@ def test_a_model_that_vanished_is_not_tried_again_until_somebody_calls(toy_copy:
                 rig.check(passes=3)
         (toy_copy / "away").rename(toy_copy / "shards")
         with suppress(ShardError):
-            # What was tried ahead, before the files came back, may fail once more.
+            # A load that was tried ahead, before the files came back, may fail once more.
             rig.check()
         rig.check()
     assert len(tries) < 60

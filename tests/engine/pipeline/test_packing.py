@@ -79,7 +79,7 @@ def test_residents_are_packed_behind_the_passes_from_memory(toy: Path, resident:
             rig.wait_packed()
             for _ in range(3):
                 assert_close(rig.run(), rig.expected, 1e-5)
-            # The packed copies stand for the bytes, and the memory of what was read is given back.
+            # The packed copies stand for the bytes, and the memory of the buffers is given back.
             rig.wait(lambda: all(buffer is not None and buffer._map.closed for buffer in buffers))
             if len(resident) == len(NAMES):
                 assert rig.pipeline._memory.reservations.reserved_bytes == reserved

@@ -34,7 +34,7 @@ LAST, FIRST, MIDDLE = slice(-1, None), slice(None, -1), slice(1, -1)
 
 
 def _halves(manifest: Manifest, *names: str, streamed: slice = LAST) -> dict[str, Range]:
-    """Some tensors of each shard are streamed, and what lies before and behind them is kept."""
+    """Some tensors of each shard are streamed, and the tensors before and behind them are kept."""
     shards = [shard for shard in manifest.shards if shard.name in names and len(shard.tensors) > 1]
     return {shard.name: _range_of(shard, streamed) for shard in shards}
 

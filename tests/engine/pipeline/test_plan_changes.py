@@ -121,7 +121,7 @@ def test_loading_agents_come_when_a_plan_wants_more_and_wait_when_it_wants_fewer
         assert {name for name in agents() if "loader" in name} == {"pipeload-loader-0"}
         rig.storage.before_read = before
         real_start, rig.exchange.start = rig.exchange.start, start  # type: ignore[method-assign]
-        # All that may read at the same time do, and nobody else, until they are let go on.
+        # All agents that may read at the same time do, and no others, until the gate opens.
         for number, loaders in ((1, 3), (2, 2), (0, 1), (1, 3)):
             call = rig.submit(pass_bytes=number)
             assert started.acquire(timeout=PATIENCE_S)
@@ -183,7 +183,7 @@ def test_a_lesson_may_change_the_plan_before_the_next_call(toy: Path) -> None:
 
     with rigged(toy, replanner=replanner) as rig:
         rig.check()
-        # Nobody calls: the agents begin to read what is to stay.
+        # Without a caller, the agents begin to read the shards that will stay.
         rig.wait(lambda: rig.pipeline.plan is plans[1])
         rig.check(passes=2)
         assert set(rig.exchange.residents.shards) == set(range(1, 7))

@@ -1,4 +1,4 @@
-"""What a failed call leaves behind: nothing hangs, nothing leaks, and no prefetch is thrown away without need."""
+"""After a failed call nothing hangs, nothing leaks, and no prefetch is thrown away without need."""
 
 from __future__ import annotations
 

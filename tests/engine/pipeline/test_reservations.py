@@ -40,7 +40,7 @@ def _waiting(budget: Reservations, nbytes: int, ticket: int) -> tuple[Background
     cancelled = _Waiting()
     call = Background(budget.reserve, nbytes, ticket, cancelled)
     cancelled.wait_looked()
-    # Whoever holds the lock now knows that the other thread gave it up to wait.
+    # Holding the lock proves that the other thread gave it up to wait.
     budget.wake()
     return call, cancelled
 

@@ -1,4 +1,4 @@
-"""Statistics, trace and progress tell what happened."""
+"""Statistics, trace and progress tell the events of a pass."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_trace_tells_what_every_agent_did(toy: Path) -> None:
         rig.check(passes=3)
         rig.wait(lambda: not rig.exchange._retired)
         spans = rig.pipeline.trace.spans
-        # The last shard of a pass that nobody called for may be on its way.
+        # The last shard of a pass without a caller may be on its way.
         known = [span for span in spans if span.pass_number <= 3]
         assert {span.agent for span in known} <= {"inference", "loader-0", "loader-1", "daemon"}
         reads = [span for span in known if span.kind == "read"]

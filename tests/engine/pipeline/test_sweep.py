@@ -1,4 +1,4 @@
-"""One pass: shards in order, values only as long as somebody needs them, whoever provides the sessions."""
+"""One pass: shards in order, values only until their last reader has run, for any provider of sessions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeload.storage.weights import Storage
 
 
 class _Pass:
-    """Plain sessions, and notes about what happened."""
+    """Plain sessions, and notes about each event."""
 
     def __init__(self, directory: Path) -> None:
         self.manifest = manifests.read(directory)
@@ -88,7 +88,7 @@ def test_the_slices_of_a_head_are_put_together(toy_decoder: Path) -> None:
     only = last.run(inputs, positions=1)["logits"]
     assert only.shape == (2, 1, 96)
     np.testing.assert_allclose(only[:, 0], every[:, -1], atol=1e-5)
-    # Only the head runs for one position: its work and memory are what is saved.
+    # Only the head runs for one position: the other positions' work and memory are saved.
     assert {shape for index in (6, 7) for shape in last.given[index].values()} == {(2, 1, 64)}
     assert last.given[5]["hidden.4"] == (2, 5, 64)
 

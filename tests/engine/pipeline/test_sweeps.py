@@ -1,4 +1,4 @@
-"""Streamed passes equal sequential ones; what is read when, and how much of it is in memory at a time."""
+"""Streamed passes equal sequential ones; the order of reads, and the bytes in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass needs beside weights: edges, activations, the caller's arrays, caches."""
+"""The needs of a pass beside weights: edges, activations, the caller's arrays, caches."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def test_a_plan_adds_up(
         assert room_bytes(*part) <= plan.buffer_bytes
     assert (plan.buffers == 0) == (not streamed)
     assert plan.buffers <= min(len(streamed), plan.loaders + 1)
-    # What is streamed of a shard begins and ends where a tensor does, and something is left and something is kept.
+    # The streamed range of a shard begins and ends where a tensor does, and neither it nor the rest is empty.
     assert set(plan.partly_resident) <= {shard.name for shard in streamed}
     for shard in streamed:
         if shard.name in plan.partly_resident:
@@ -266,7 +266,7 @@ def test_every_byte_of_budget_saves_reading_until_nothing_is_read() -> None:
     assert {plan.buffers for plan in plans} >= {0, 1, 2}
     assert any(plan.partly_resident for plan in plans)
     assert not plans[-1].streamed_bytes
-    # No cliff: between two budgets a pass never gets faster by more than twice what the bytes between them take.
+    # No cliff: between two budgets a pass never gets faster by more than twice the time of reading their difference.
     reading = [seconds[k] - seconds[k + 1] for k in range(len(seconds) - 1) if plans[k + 1].streamed_bytes]
     assert max(reading[3:]) <= 0.15 * seconds[0]
 

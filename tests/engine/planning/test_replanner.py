@@ -43,7 +43,7 @@ def _profile(manifest: Manifest = MANIFEST, *, run_s: float = 1e-3, bandwidth: f
 
 
 class _Case:
-    """A replanner, the plan in force, and what is free."""
+    """A replanner, the plan in force, and the free memory."""
 
     def __init__(
         self, budget: int | None = 300 * MB, profile: Profile | None = None, *, free: int = 10**12, **options: Any
@@ -208,7 +208,7 @@ def test_memory_that_comes_back_in_part_is_taken_in_part() -> None:
 
 
 def test_memory_that_the_first_pass_has_left_free_is_taken_once() -> None:
-    """Pages of libraries may be charged to nobody: what is free then grows when the first pass touches them."""
+    """Pages of libraries may be charged to no process: the free memory then grows when the first pass touches them."""
     case = _Case(budget=None, free=316 * MB)
     before = case.plan
 
@@ -377,7 +377,7 @@ def test_a_pass_that_needs_more_makes_shards_leave_and_they_stay_away_for_a_whil
     assert large.streamed_bytes > before.streamed_bytes
     assert large.pass_bytes == 100 * MB
     for _ in range(WINDOW - 1):
-        # What was needed once may be needed again.
+        # Memory that was needed once may be needed again.
         assert case.pass_().layout == large.layout
         assert case.plan.pass_bytes == 100 * MB
     for _ in range(2 * PATIENCE):
@@ -443,7 +443,7 @@ def test_bandwidth_is_what_was_read_while_anybody_read() -> None:
         _span("read", "s2", 1.0, 1.05, 80 * MB, "loader-1"),
     ]
     profile = learn(MANIFEST, replace(_profile(), read_bytes_per_s={1: 1e9, 2: 2e9}), replace(plan, loaders=2), spans)
-    # What was seen with two holds for one as well.
+    # Times seen with two agents hold for one as well.
     assert profile.read_bytes_per_s == pytest.approx({1: 0.8e9, 2: 1.6e9})
     assert profile.cached_read_bytes_per_s == {}
 

@@ -1,4 +1,4 @@
-"""The simulated schedule: what small cases give by hand, and nothing that beats the least possible time."""
+"""The simulated schedule: small cases give the times computed by hand, and none beats the least possible time."""
 
 from __future__ import annotations
 

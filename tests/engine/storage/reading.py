@@ -58,7 +58,7 @@ def read_shard(storage: Storage, shard: Shard, *cuts: int, direct: bool = True) 
 
 
 def open_graph(storage: Storage, shard: Shard, during: Callable[[Path], object] = str) -> bytes:
-    """What onnxruntime would read, after something else was done with the path."""
+    """The bytes that onnxruntime would read, after the path was changed."""
     with storage.graph(shard) as path:
         content = path.read_bytes()
         during(path)

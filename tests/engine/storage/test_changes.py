@@ -114,7 +114,7 @@ def test_a_file_that_changed_since_it_was_found_right_is_named_and_right_again_w
 
 
 def test_a_file_whose_damage_lies_before_the_part_that_is_read_is_named(toy_copy: Path) -> None:
-    # What stays in memory was right; but nobody can know that of a changed file's other bytes without its whole hash.
+    # The bytes in memory were right; only a hash of the whole changed file can tell whether its other bytes are.
     storage, shard, path = open_storage(toy_copy)
     read_shard(storage, shard, CUT)
     flip(path, -shard.nbytes)

@@ -147,7 +147,7 @@ def test_a_file_that_vanishes_after_it_was_opened_fails_by_name_or_not_at_all(
         return real(*arguments)
 
     monkeypatch.setattr(os, "preadv", vanish)
-    # What was read is whole: only the next load can notice.
+    # The bytes that were read are whole: only the next load can notice.
     assert len(read_shard(storage, shard)) == shard.nbytes
     with pytest.raises(ShardError, match="cannot be read: No such file"):
         read_shard(storage, shard)

@@ -1,4 +1,4 @@
-"""A graph takes from files what the manifest lists, and makes what it lists: nothing is loaded that is in no plan."""
+"""A graph takes from files, and makes, the tensors that the manifest lists: nothing is loaded that is in no plan."""
 
 from __future__ import annotations
 

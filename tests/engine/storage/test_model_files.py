@@ -1,4 +1,4 @@
-"""Every file that the manifest lists is checked when it is read; what the user adds is read as it is."""
+"""Every file that the manifest lists is checked when it is read; files that the user adds are read as they are."""
 
 from __future__ import annotations
 

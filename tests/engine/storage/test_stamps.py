@@ -1,4 +1,4 @@
-"""What was checked once need not be hashed again, and whatever changed is."""
+"""A file that was checked once is not hashed again until it changes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _touch(path: Path) -> None:
 
 
 def _touch_back(path: Path) -> None:
-    """The time of the last change is set back to what it was: only the inode's own time tells."""
+    """The time of the last change is set back to the old one: only the inode's own time tells."""
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.write_bytes(path.read_bytes())
     os.utime(path, ns=times)

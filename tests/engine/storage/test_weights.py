@@ -192,7 +192,7 @@ def test_a_cancelled_read_stops_at_the_next_piece(toy: Path, monkeypatch: pytest
         # The first piece was there, and the one on the way when it was cancelled.
         assert content_of(parts)[2 * PAGE_BYTES :] == b"\xaa" * (shard.nbytes - 2 * PAGE_BYTES)
         assert next(answers, None) is None
-    # What was not read to the end does not count as verified.
+    # A range that was not read to the end does not count as verified.
     assert read_shard(storage, shard) == expected_of(toy, shard)
 
 

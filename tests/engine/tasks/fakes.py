@@ -32,7 +32,7 @@ def manifest(
     dtype: str = "int64",
     cached: bool = False,
 ) -> Manifest:
-    """A manifest with just what the tasks look at."""
+    """A manifest with just the fields that the tasks look at."""
     specs = [TensorSpec(name=name, dtype=dtype, shape=("batch_size", "sequence_length")) for name in inputs]
     caches = (Cache(input="past.0", output="present.0"),) if cached else ()
     if cached:
@@ -67,7 +67,7 @@ class WithFiles:
 
 
 class ToyRunner(WithFiles):
-    """Runs a Python function instead of a model, and keeps what it was called with."""
+    """Runs a Python function instead of a model, and keeps the arguments of each call."""
 
     def __init__(
         self, directory: Path, manifest: Manifest, function: Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -120,7 +120,7 @@ class ToyState:
 class ToyDecoder(WithFiles):
     """A decoder whose next token depends on every token before it, on its position, and on the mask.
 
-    So a padding token that is not masked, or a position that is wrong, changes what it says.
+    So a padding token that is not masked, or a position that is wrong, changes its answer.
     """
 
     vocabulary = 20
@@ -179,7 +179,7 @@ class ToyDecoder(WithFiles):
 
 
 def toy_continuation(prompt: list[int], count: int, vocabulary: int = ToyDecoder.vocabulary) -> list[int]:
-    """What a `ToyDecoder` says after a prompt, computed without caches, batches or padding."""
+    """The answer of a `ToyDecoder` to a prompt, computed without caches, batches or padding."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(sum((token + 1) * (place + 2) for place, token in enumerate(ids)) % vocabulary)

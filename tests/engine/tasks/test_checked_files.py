@@ -1,4 +1,4 @@
-"""A model's own files are those that were exported: what is missing or changed is an error, and no other answer."""
+"""A model's own files are those that were exported: a missing or changed file is an error, and no other answer."""
 
 from __future__ import annotations
 

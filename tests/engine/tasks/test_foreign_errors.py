@@ -1,4 +1,4 @@
-"""What callers get wrong, and what libraries raise about a model's files, is an error of pipeload with its cause."""
+"""Mistakes of callers, and exceptions of libraries about a model's files, are errors of pipeload with their cause."""
 
 from __future__ import annotations
 

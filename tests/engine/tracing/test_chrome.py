@@ -1,4 +1,4 @@
-"""Traces read back from their files: what was written comes back, and what is no trace is refused with one line."""
+"""Traces read back from their files: every event comes back, and a file that is no trace is refused with one line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_was_written_comes_back(path: Path) -> None:
 
 def test_a_pass_is_what_the_inference_agent_did_for_it(path: Path) -> None:
     spans = chrome.read(path).spans
-    # Shards were read for a third pass, but nobody ran it.
+    # Shards were read for a third pass, but it never ran.
     assert {span.pass_number for span in spans} == {1, 2, 3}
     first, second = chrome.passes(spans)
     assert (first.number, second.number) == (1, 2)

@@ -1,4 +1,4 @@
-"""Merged shards are one valid graph over the same files, and compute what the chain of shards computes."""
+"""Merged shards are one valid graph over the same files, and compute the outputs of the chain of shards."""
 
 from __future__ import annotations
 

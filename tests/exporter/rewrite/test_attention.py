@@ -98,7 +98,7 @@ def test_every_decoder_writes_its_caches_in_place(
             graph = onnx.load(sharded.directory / shard.graph.path, load_external_data=False).graph
             kinds = [node.op_type for node in graph.node]
             assert (kinds.count("TensorScatter"), kinds.count("Attention"), kinds.count("Softmax")) == (2, 1, 0)
-    # What a caller passes and gets has the shapes of the unsplit graph.
+    # Arrays that a caller passes and gets have the shapes of the unsplit graph.
     unsplit = onnx.load(architecture(name), load_external_data=False).graph
     declared = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in unsplit.input}
     assert {spec.name: list(spec.shape) for spec in sharded.manifest.inputs} == declared

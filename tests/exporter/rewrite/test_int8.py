@@ -166,7 +166,7 @@ def test_their_bytes_are_those_of_int8_and_a_scale(both: tuple[Sharded, Sharded]
     dims = dict.fromkeys(plain.dims, 7)
     size = int(plain.outputs[1].shape[-1])
     assert cache_bytes(rounded, dims) * 4 * size == cache_bytes(plain, dims) * (size + 4)
-    # What attention reads are floats, for the time of one block.
+    # Attention reads floats, for the time of one block.
     few, many = ({**dims, "sequence_length": 1, "past_sequence_length": past} for past in (1000, 2000))
     block = next(shard.structure for shard in rounded.shards if shard.role == "block")
     grown = rounded.structures[block].activation_bytes(many) - rounded.structures[block].activation_bytes(few)

@@ -1,4 +1,4 @@
-"""The bounds on intermediate tensors are exact where the sizes are polynomials, and never below what a run needs."""
+"""The bounds on intermediate tensors are exact where the sizes are polynomials, and never below the needs of a run."""
 
 from __future__ import annotations
 

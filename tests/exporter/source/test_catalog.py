@@ -1,4 +1,4 @@
-"""The catalog is complete, and only what it pins gets out of a package."""
+"""The catalog is complete, and only pinned files get out of a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of the hub: what is fetched from it, and what is said when that is not possible. The hub here is a fake."""
+"""Models of the hub: the files fetched from it, and the messages when that is not possible. The hub here is a fake."""
 
 from __future__ import annotations
 

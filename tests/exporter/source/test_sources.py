@@ -1,4 +1,4 @@
-"""What SOURCE may be, what is refused and how, and that a checkpoint becomes the graph that it should."""
+"""The kinds of SOURCE, refused ones with their messages, and that a checkpoint becomes the right graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong in the child that traces a checkpoint reaches the parent as one clear line."""
+"""A failure in the child that traces a checkpoint reaches the parent as one clear line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REQUEST = Request(name="'toy'", task="feature-extraction", weight_bytes=1000, fo
 
 @pytest.fixture
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which the child works; its export is what a test says by `raise_in_child`."""
+    """The folder in which the child works; a test makes its export fail by `raise_in_child`."""
     monkeypatch.setattr(tracing, "_POLL_S", 0.01)
     (tmp_path / "work").mkdir()
     return tmp_path / "work" / "onnx"

@@ -1,4 +1,4 @@
-"""Weights files open with the safetensors library, begin at a page, and hold what was given, read piece by piece."""
+"""Weights files open with the safetensors library, begin at a page, and hold the given bytes, read piece by piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: the texts and tokens of transformers, and nothing beyond what a template needs."""
+"""Chat templates: the texts and tokens of transformers, and nothing beyond a template's needs."""
 
 from __future__ import annotations
 

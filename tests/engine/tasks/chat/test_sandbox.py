@@ -1,4 +1,4 @@
-"""What a chat template may do: as much as any template of a model does, and no more than a process can bear."""
+"""The limits of chat templates: all that a model's template does is allowed, and nothing that a process cannot bear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of drafts and sessions share: texts that repeat themselves, tokenizers, and what may not differ."""
+"""Shared by the tests of drafts and sessions: texts that repeat themselves, tokenizers, and comparisons."""
 
 from __future__ import annotations
 

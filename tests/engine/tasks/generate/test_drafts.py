@@ -1,4 +1,4 @@
-"""Drafts come from what was there, and their length from what was measured."""
+"""Drafts come from the text so far, and their length from measured times."""
 
 from __future__ import annotations
 

@@ -356,7 +356,7 @@ def test_processors_see_each_sequence_without_padding(tmp_path: Path) -> None:
     assert {shape for _, shape, _ in seen} == {(1, 20)}
     assert seen[0][2] == (np.int64, np.float32)
     assert [one.token_ids for one in results] == [(5, 5), (5, 5)]
-    # Of the model's own logits: five was not what it said.
+    # Of the model's own logits: it did not choose five.
     assert results[0].logprobs == pytest.approx([-np.log(19 + np.e)] * 2)
 
 

@@ -1,4 +1,4 @@
-"""Generation with real models: token for token what transformers generates."""
+"""Generation with real models: token for token as transformers generates."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_real_smollm2_equals_transformers(tmp_path: Path) -> None:
         _python("pipeload", "export", f"catalog:{_REAL_NAME}", str(directory))
     source = folder / recipe.model
     _python("tests.greedy", str(source.parent), source.name, str(tmp_path / GREEDY_NAME))
-    # A part of the weights is streamed, but not so much that the test takes minutes.
+    # A part of the weights is streamed, but little enough for a test of seconds.
     with pipeload.load(directory, smallest_budget(directory) + 300_000_000) as model:
         for options, expected in _reference(tmp_path / GREEDY_NAME):
             assert [one.token_ids for one in model.generate(_PROMPTS, **options)] == expected, options

@@ -1,4 +1,4 @@
-"""Many callers of one streamed model: each gets what it would get alone, and they share the sweeps."""
+"""Many callers of one streamed model: each gets the answer that it would get alone, and they share the sweeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What drafts save, what is told about them, and what cannot be asked for."""
+"""The savings of drafts, the figures about them, and the options that are refused."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_the_other_way_round_a_larger_vocabulary_is_refused_too(
     with load(exported_gpt2) as model, load(toy_decoder, _ROOMY_BYTES) as other:
         with pytest.raises(pipeload.ConfigError, match="vocabular"):
             model.generate(PROMPT, assistant_model=other, max_new_tokens=4)
-    # The same vocabulary, another model: that is what an assistant is for.
+    # The same vocabulary, another model: that is an assistant's purpose.
     deeper = make_toy(tmp_path / "deeper", blocks=5, width=48, decoder=True, seed=3)
     with load(deeper) as model, load(toy_decoder, _ROOMY_BYTES) as other:
         made = model.generate(PROMPT, assistant_model=other, max_new_tokens=12)

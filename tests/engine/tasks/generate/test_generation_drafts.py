@@ -1,4 +1,4 @@
-"""Drafts change no token: what a prompt lookup or an assistant guesses, the model alone decides."""
+"""Drafts change no token: a prompt lookup or an assistant guesses, the model alone decides."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def test_stop_strings_and_pieces_of_text(speaking: Path) -> None:
 
 
 def test_a_reader_that_leaves_ends_the_text_with_what_it_has(speaking: Path) -> None:
-    """What comes out is the beginning of the text, however many of its tokens one sweep gave."""
+    """The output is the beginning of the text, for any number of tokens that one sweep gave."""
     with load(speaking) as model:
         options = {"max_new_tokens": 25, "logits_processor": [_text_processor(speaking)]}
         plain = model.generate(_TEXT, **options)

@@ -1,4 +1,4 @@
-"""How sessions end, and what they survive: errors, Ctrl-C, readers that leave, prompts that cannot work."""
+"""How sessions end, and that they survive errors, Ctrl-C, readers that leave, prompts that cannot work."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_step_that_failed_is_taken_again(decoder: Path, monkeypatch: pytest.Mo
 
 @contextmanager
 def _interrupted_at(gate: Gate) -> Iterator[None]:
-    """Ctrl-C, once, when somebody has come to the gate."""
+    """Ctrl-C, once, when a thread has come to the gate."""
     heard = threading.Event()
 
     def hear(number: int, frame: Any) -> None:
@@ -101,7 +101,7 @@ def _interrupted_at(gate: Gate) -> Iterator[None]:
 @pytest.mark.skipif(EMULATED, reason="signals do not interrupt waits reliably under qemu")
 @pytest.mark.parametrize("turn", [0, 1])
 def test_a_session_lives_on_after_ctrl_c(decoder: Path, monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
-    """While a shard runs that goes on afterwards, for a text that nobody waits for any more."""
+    """While a shard runs that goes on afterwards, for a text without a reader."""
     run, gate, block = ShardSession.run, Gate(), "block.001"
     with load(decoder) as model, model.session() as session:
         text = list(PROMPT)
@@ -214,7 +214,7 @@ def test_the_caches_of_sessions_are_counted_until_they_are_closed(toy_decoder: P
         both = model.plan.cache_bytes
         assert both >= 2 * 4 * 10_000 * 64 * 4
         sessions[0].close()
-        # What was needed lately may be needed again soon: the plan counts it for some more passes.
+        # Memory that was needed lately may be needed again soon: the plan counts it for some more passes.
         for turn in range(20):
             sessions[1].generate([turn], max_new_tokens=1)
         assert both // 2 <= model.plan.cache_bytes < 0.6 * both
@@ -272,5 +272,5 @@ def test_a_draft_model_reads_a_conversation_once(toy_decoder: Path, computed: li
         text = list(PROMPT)
         for _ in range(3):
             text += [*session.generate(text, max_new_tokens=4, assistant_model=twin).token_ids, 3]
-        # Both models have read the prompt, and after it little more than what was new.
+        # Both models have read the prompt, and after it little more than the new tokens.
         assert sum(computed) < 2 * (len(text) + 40)

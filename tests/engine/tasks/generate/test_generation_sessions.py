@@ -1,4 +1,4 @@
-"""Sessions: what was computed before is not computed again, and nobody can tell from the answers."""
+"""Sessions: tokens that were computed before are not computed again, and the answers do not show it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROOMY_BYTES = 30_000_000
 
 
 def _check_holds(session: Any, text: list[int]) -> None:
-    """It holds a text, all but the last token at least. What comes behind may be drafts that were wrong."""
+    """It holds a text, all but the last token at least. The tokens behind it may be drafts that were wrong."""
     held = list(session.token_ids)
     assert held[: len(text) - 1] == text[:-1]
 
@@ -123,7 +123,7 @@ def test_a_prompt_that_is_there_already_computes_its_last_token(decoder: Path, c
         _turn(model, session, long, computed)
         assert _turn(model, session, long, computed) == 1
         assert _turn(model, session, long[:9], computed) == 1
-        # What came behind it is forgotten: the answer of the turn before stands there.
+        # The tokens behind it are forgotten: the answer of the turn before stands there.
         made = model.generate(long[:9], max_new_tokens=5)
         assert _turn(model, session, [*long[:9], *made.token_ids], computed) == 1
         assert _turn(model, session, long[:1], computed) == 1

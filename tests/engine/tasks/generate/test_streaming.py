@@ -1,4 +1,4 @@
-"""Text that one thread generates and another one reads. Gates say who is where; nobody sleeps."""
+"""Text that one thread generates and another one reads. Gates say which thread is where; none sleeps."""
 
 from __future__ import annotations
 
