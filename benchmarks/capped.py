@@ -14,7 +14,7 @@ __all__ = ["CappedCase"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CappedCase:
-    """A model, a cap, and what to run.
+    """A model, a cap, and the work.
 
     Attributes:
         name: its recipe in models/catalog.toml.
@@ -32,7 +32,7 @@ class CappedCase:
     sizes: dict[str, int] = field(default_factory=dict)
 
     def work(self, contender: ContenderName, console: Console) -> Spec:
-        """What one contender does, on two threads; the model is exported first if it is missing."""
+        """The work of one contender, on two threads; the model is exported first if it is missing."""
         directory, unsplit = exported(self.name, console)
         return Spec(
             contender=contender,

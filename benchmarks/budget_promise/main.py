@@ -36,7 +36,7 @@ class Case:
     Attributes:
         name: of its rows.
         options: of `program.py`, by model, and "" for all.
-        warm: runs begin with what the runs before them have kept; otherwise nothing is kept.
+        warm: runs begin with the cache of the runs before them; otherwise with an empty one.
         python: the interpreter's place among those that were given.
     """
 
@@ -79,7 +79,7 @@ def evict(directory: Path) -> None:
 
 
 def run(case: Case, model: str, directory: Path, python: str, cache: Path) -> dict[str, Any]:
-    """One process of a case; what it prints."""
+    """Run one process of a case, and return the figures that it prints."""
     task, budget, sizes = _MODELS[model]
     evict(directory)
     options = [*sizes, *case.options.get("", []), *case.options.get(model, [])]

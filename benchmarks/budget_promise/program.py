@@ -1,4 +1,4 @@
-"""One process that keeps one budget, or does not: loads a model, works, and prints what it has occupied as JSON.
+"""One process that keeps one budget, or does not: loads a model, works, and prints its memory as JSON.
 
 It imports nothing but the engine, so that any environment with the engine's dependencies can run it.
 """
@@ -22,7 +22,7 @@ PROMPT = "The capital of France is"
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: its peak, and what is resident now."""
+    """Bytes of this process: its peak, and its resident bytes now."""
     status = Path("/proc/self/status").read_text()
     names = ("VmHWM", "VmRSS", "RssAnon", "RssFile", "RssShmem")
     found = {name: re.search(rf"{name}:\s*(\d+) kB", status) for name in names}
@@ -100,13 +100,13 @@ def main() -> None:
 
 
 def figures(plan: pipeload.Plan) -> dict[str, int]:
-    """What the plan counts."""
+    """The figures of the plan."""
     names = ("process_bytes", "pass_bytes", "cache_bytes", "packing_bytes", "weights_bytes", "peak_bytes")
     return {name: getattr(plan, name) for name in names}
 
 
 def preload() -> None:
-    """Import what a server imports before it forks."""
+    """Import the libraries that a server imports before it forks."""
     import onnxruntime
     import tokenizers
 

@@ -32,7 +32,7 @@ from pipeload.machine.sizes import format_bytes
 RESULTS = Path(__file__).with_name("results")
 _RUNS = 3
 _KERNEL_BYTES = 4_000_000
-"""What the kernel charges to a cgroup beside the memory of its processes."""
+"""Bytes that the kernel charges to a cgroup beside the memory of its processes."""
 _MEASURED = """\
 First answer: from opening the model, its files on the disk and not in the page cache, to its first answer.
 Peak memory: what the cgroup was charged, or the RSS where that is more: it counts libraries in any case.
@@ -44,7 +44,7 @@ class Case(CappedCase):
     """One model of the demo.
 
     Attributes:
-        title: what it is called in the output.
+        title: its name in the output.
     """
 
     title: str

@@ -27,13 +27,13 @@ PROMPTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was measured.
+    """The measurement.
 
     Attributes:
-        machine: what it ran on.
+        machine: the one that it ran on.
         cap_bytes, disk_bytes_per_s: the limits.
         tokens: for each caller.
-        alone, at_once: what `programs/texts.py` told of the prompts one after another, and all at once.
+        alone, at_once: the reports of `programs/texts.py`, prompts one after another and all at once.
     """
 
     machine: dict[str, Any]
@@ -45,7 +45,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Every caller got what it gets alone."""
+        """Every caller got the tokens that it gets alone."""
         return [text["token_ids"] for text in self.alone["texts"]] == [
             text["token_ids"] for text in self.at_once["texts"]
         ]

@@ -26,7 +26,7 @@ class Done:
     """How a program ended.
 
     Attributes:
-        answer: what it told; None when it did not live to tell.
+        answer: its report; None when it ended without one.
         peak_bytes: the cgroup's peak, page cache included.
         killed: the kernel ended it for memory.
         message: why there is no answer.
@@ -53,12 +53,12 @@ def run_program(
 
     Args:
         name: of the program.
-        order: what it is told.
-        files: what it reads: evicted from the page cache before.
+        order: its argument.
+        files: those that it reads, evicted from the page cache before.
         python: the interpreter of its virtual environment.
         memory_bytes: the cgroup's limit.
         read_bytes_per_s: the throttle of the disk that holds the files.
-        cache: where pipeload keeps what it finds out, instead of the user's cache.
+        cache: pipeload's cache folder, instead of the user's.
         timeout_s: it is ended when it takes longer.
     """
     files = list(files)

@@ -22,10 +22,10 @@ _PARTS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was measured.
+    """The measurement.
 
     Attributes:
-        machine: what it ran on.
+        machine: the one that it ran on.
         cap_bytes, disk_bytes_per_s: the limits.
         peak_bytes: the cgroup's peak, page cache included.
         tokens_s, rss_bytes: of each token.
@@ -52,7 +52,7 @@ class Report:
 
 
 def measure(model: SmallModel, tokens: int) -> Report:
-    """Write so many tokens."""
+    """Write a text of this number of tokens."""
     told = model.run("long_text", {"prompt": PROMPT, "tokens": tokens})
     return Report(machine=machine_facts(), cap_bytes=model.cap_bytes, disk_bytes_per_s=model.disk_bytes_per_s, **told)
 

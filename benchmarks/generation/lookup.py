@@ -1,4 +1,4 @@
-"""Guessed tokens: prompts whose answers repeat what they say, with and without `prompt_lookup_num_tokens`."""
+"""Guessed tokens: prompts whose answers repeat parts of them, with and without `prompt_lookup_num_tokens`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROMPTS = {path.stem: path for path in sorted(Path(__file__).with_name("prompts"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What was measured.
+    """The measurement.
 
     Attributes:
-        machine: what it ran on.
+        machine: the one that it ran on.
         cap_bytes, disk_bytes_per_s: the limits.
         lookup: most tokens that are guessed in a sweep.
         names: of the prompts.
-        plain, guessed: what `programs/texts.py` told without and with guesses.
+        plain, guessed: the reports of `programs/texts.py`, without and with guesses.
     """
 
     machine: dict[str, Any]

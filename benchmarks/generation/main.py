@@ -35,7 +35,7 @@ PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "callers": (callers_part.Report, callers_part.rows),
     "long": (long_part.Report, long_part.rows),
 }
-"""What a part's results are, and its table."""
+"""The class of a part's results, and its table."""
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
 Cap = Annotated[str, typer.Option(metavar="SIZE", help="Limit of the memory cgroup.")]

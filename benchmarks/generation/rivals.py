@@ -42,8 +42,8 @@ class Contender:
     Attributes:
         program: in `programs/`.
         environment: its virtual environment; None for pipeload's own.
-        spare_bytes: what it is told to leave of the cap; None for an engine that is told nothing.
-        copied: what stays is copied out of its memory-mapped file.
+        spare_bytes: bytes of the cap that it is told to leave; None for an engine that is told nothing.
+        copied: weights that stay are copied out of its memory-mapped file.
     """
 
     program: str
@@ -67,18 +67,18 @@ CONTENDERS: dict[str, Contender] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What one contender did under one cap; None where there is no answer.
+    """One contender's figures under one cap; None where there is no answer.
 
     Attributes:
-        contender, cap_bytes: who, and the cgroup's limit.
-        library: what it is, with versions.
+        contender, cap_bytes: its name, and the cgroup's limit.
+        library: its name, with versions.
         first_s: from opening the model to its first token, imports left out.
-        settling_s: seconds of each token after that which does not count.
+        settling_s: seconds of each later token that does not count.
         tokens_s, token_s: of each token that counts, and their median.
         read_bytes: from the disk, per token that counts.
         peak_bytes: the cgroup's peak, page cache included.
         resident_bytes, bound_s: weights that pipeload kept, and the seconds in which the disk gives the others.
-        token_ids, max_error: what it answered, and the worst difference of a log-probability.
+        token_ids, max_error: its answer, and the worst difference of a log-probability.
         ok: the answer is right.
         killed, message: why there is no answer.
     """
@@ -106,9 +106,9 @@ class Report:
     """One run of the comparison.
 
     Attributes:
-        machine: what it ran on.
+        machine: the one that it ran on.
         weight_bytes: of the model.
-        disk_bytes_per_s: to what reads were throttled.
+        disk_bytes_per_s: the throttle of reads.
         settling: tokens after the first that do not count.
         records: one for each contender and cap.
     """
@@ -122,7 +122,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nobody answered wrongly, and pipeload answered everywhere."""
+        """No contender answered wrongly, and pipeload answered under every cap."""
         return all(record.ok or (record.contender != "pipeload" and not record.token_ids) for record in self.records)
 
 
@@ -145,7 +145,7 @@ def compare(
         settling: tokens between the first one and those.
         disk_bytes_per_s: the throttle.
         environments: the folder with the virtual environments.
-        console: says what is being done.
+        console: names each step.
 
     Raises:
         RunError: pipeload did not run without a cap, so that answers cannot be checked; or an engine is not installed.

@@ -22,13 +22,13 @@ MODEL = "smollm2-135m"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallModel:
-    """The model, and what it may use.
+    """The model, and its limits.
 
     Attributes:
         directory: the sharded model directory.
         cap_bytes: limit of the memory cgroup, page cache included.
         disk_bytes_per_s: throttle of the disk; None for none.
-        cache: where pipeload keeps what it finds out.
+        cache: pipeload's cache folder.
     """
 
     directory: Path
@@ -37,7 +37,7 @@ class SmallModel:
     cache: Path
 
     def run(self, program: str, order: Mapping[str, Any]) -> dict[str, Any]:
-        """What a program tells. Raises RunError if it does not live to tell."""
+        """The report of a program. Raises RunError if the program ends without one."""
         done = run_program(
             program,
             {"model": str(self.directory), **order},

@@ -77,7 +77,7 @@ def airllm_layers(console: Console, environments: Path) -> Path:
 
 
 def _made(target: Path, write: Callable[[Path], None], console: Console) -> Path:
-    """The target; written under another name first, so that what is there is complete."""
+    """The target; written under another name first, so that a target that exists is complete."""
     if not target.exists():
         console.print(f"Writing {target.relative_to(ROOT)} ...")
         part = target.with_name(f"{target.name}.part")

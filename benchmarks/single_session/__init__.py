@@ -1,1 +1,1 @@
-"""Single session: what pipeload costs when the whole model fits."""
+"""Single session: the cost of pipeload when the whole model fits."""

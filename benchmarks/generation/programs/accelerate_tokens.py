@@ -1,4 +1,4 @@
-"""transformers with what accelerate offloads to the disk: all of the weights, or those that are not told to stay."""
+"""transformers with weights that accelerate offloads to the disk: all, or those that are not told to stay."""
 
 from __future__ import annotations
 

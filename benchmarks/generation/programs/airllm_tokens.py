@@ -17,7 +17,7 @@ class GPT2(AirLLMBaseModel):
     """GPT-2 in AirLLM's terms."""
 
     def set_layer_names_dict(self) -> None:
-        """Where what is streamed, and what is not, is found in the checkpoint."""
+        """The names, in the checkpoint, of the modules that are streamed and of those that are not."""
         self.layer_names_dict = {
             "embed": "transformer.wte",
             "layer_prefix": "transformer.h",

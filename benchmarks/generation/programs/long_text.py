@@ -1,4 +1,4 @@
-"""pipeload writes a long text; it tells the seconds of each token, and what the process occupied then."""
+"""pipeload writes a long text; it reports the seconds of each token, and the memory of the process then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeload.tracing.trace import Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongOrder:
-    """What to write: so many tokens after a prompt."""
+    """The text to write: a number of tokens after a prompt."""
 
     model: str
     prompt: str

@@ -1,4 +1,4 @@
-"""What a program is told, how it times its tokens, and what it tells. Standard library only: see the package."""
+"""The order that a program gets, the times of its tokens, and its report. Standard library only: see the package."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pipeload.bench.cgroup import read_bytes
 __all__ = ["Order", "Step", "decode", "read_order", "tell"]
 
 Step = Callable[[list[int]], tuple[int, float]]
-"""New token ids -> the likeliest next one, and its log-probability. What came before is remembered."""
+"""New token ids -> the likeliest next one, and its log-probability. It remembers the ids before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a contender is asked for.
+    """The work of a contender.
 
     Attributes:
         model: its own form of the weights.
         prompt: token ids to begin with.
-        tokens: how many to generate; 0 only opens the model.
+        tokens: number to generate; 0 only opens the model.
         threads: that compute.
         resident_bytes: weights to keep in memory, for an engine that has to be told.
         copied: those weights are copied out of their memory-mapped files.
@@ -66,7 +66,7 @@ def tell(facts: dict[str, Any]) -> None:
 
 
 def decode(order: Order, open_model: Callable[[], Step], library: str) -> dict[str, Any]:
-    """Open a model and continue the prompt greedily: what to tell. Opening counts for the first token."""
+    """Open a model and continue the prompt greedily, and return the report. Opening counts for the first token."""
     laps = _Laps()
     step = open_model()
     token_ids: list[int] = []

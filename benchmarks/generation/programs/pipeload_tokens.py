@@ -1,4 +1,4 @@
-"""pipeload, a session that goes on token by token; its budget is what the cgroup leaves ("auto")."""
+"""pipeload, a session that goes on token by token; its budget is the memory that the cgroup leaves ("auto")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pipeload continues prompts, one after another or all at once from a thread each, and tells what that took."""
+"""pipeload continues prompts, one after another or all at once from a thread each, and reports times and bytes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeload.bench.cgroup import read_bytes
 from pipeload.bench.spec import from_json
 
 _WARM_TOKENS = 4
-"""Tokens before what counts: the resident shards are laid out for the CPU meanwhile."""
+"""Tokens before those that count: the resident shards are laid out for the CPU meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextsOrder:
-    """What to continue.
+    """The prompts to continue.
 
     Attributes:
         model: the sharded model directory.
