@@ -1,4 +1,4 @@
-"""The bound T*: no engine can be faster than the disk and the cores are.
+"""The bound T*: the least time of a pass in a model of the disk and the cores, from rates measured here.
 
 `python -m pipeload.bench.bound ORDER.json` profiles a model in a process of its own, so that it runs under the same
 throttle of the disk as the contenders; `bounds` computes T* from its output.
