@@ -18,6 +18,7 @@ from rich.console import Console
 
 from benchmarks.models import ROOT, exported
 from benchmarks.study import markdown_table
+from pipeload.bench.cgroup import evict
 from pipeload.machine.sizes import format_bytes
 
 _FOLDER = Path(__file__).parent
@@ -66,22 +67,10 @@ CASES = (
 )
 
 
-def evict(directory: Path) -> None:
-    """Drop the model's files from the page cache."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
-
-
 def run(case: Case, model: str, directory: Path, python: str, cache: Path) -> dict[str, Any]:
     """Run one process of a case, and return the figures that it prints."""
     task, budget, sizes = _MODELS[model]
-    evict(directory)
+    evict(path for path in directory.rglob("*") if path.is_file())
     options = [*sizes, *case.options.get("", []), *case.options.get(model, [])]
     command = [python, str(_FOLDER / "program.py"), str(directory), task, str(budget), *options]
     environment = {**os.environ, "PIPELOAD_CACHE": str(cache), "PYTHONPATH": str(ROOT / "engine")}

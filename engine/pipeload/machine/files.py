@@ -87,7 +87,8 @@ def read_stream(path: Path, *, most_bytes: int) -> bytes:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file with the process's usual permissions; a failure keeps the older file, and leaves no partial one.
 
-    A device or a pipe, such as `/dev/stdout`, cannot be replaced: it is written to.
+    A device or a pipe cannot be replaced: it is written to. So is what `/dev` and `/proc` name, such as `/dev/stdout`,
+    even where it leads to a file: other output goes there too.
 
     Args:
         path: the file, in an existing folder; an older file is replaced.
@@ -97,12 +98,19 @@ def write_whole(path: Path, data: bytes) -> None:
         OSError: it cannot be written; its `filename` is `path`.
     """
     try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
+        if path.exists() and not (path.is_file() and _is_own_file(path)):
+            with path.open("ab") as file:
+                file.write(data)
             return
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     replace_file(path, data)
+
+
+def _is_own_file(path: Path) -> bool:
+    """Whether the path names a file, and not an open descriptor of a process."""
+    folder = path.absolute().parent
+    return folder != Path("/dev") and not folder.is_relative_to("/dev/fd") and not folder.is_relative_to("/proc")
 
 
 def replace_file(path: Path, data: bytes) -> None:

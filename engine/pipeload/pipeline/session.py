@@ -27,6 +27,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeload.errors import ClosedError, LoadError, RunError
+from pipeload.foreign import first_line
 from pipeload.format.manifest import Shard
 from pipeload.storage.buffers import Part, tensor_in
 
@@ -186,7 +187,7 @@ class ShardSession:
             # Without onnxruntime's fallback, which would try once more, and print "EP Error" to stdout.
             self._session = ort.InferenceSession(str(graph), options, providers=_PROVIDERS, enable_fallback=0)
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
-            raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {_first_line(error)}") from error
+            raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {first_line(error)}") from error
 
     def run(
         self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None
@@ -209,7 +210,7 @@ class ShardSession:
         except Exception as error:
             if stopper.stopped:
                 raise ClosedError(f"The call was ended while shard '{self._name}' ran.") from error
-            raise RunError(f"Shard '{self._name}' failed: {_first_line(error)}") from error
+            raise RunError(f"Shard '{self._name}' failed: {first_line(error)}") from error
         return result
 
     def _run_in_place(
@@ -226,7 +227,3 @@ class ShardSession:
         self._session.run_with_iobinding(binding, stopper._options)
         made = zip(self._outputs, binding.get_outputs(), strict=True)
         return [in_place.get(name, value) for name, value in made]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -93,3 +93,16 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path: Path) -> None:
     finally:
         os.close(reader)
     assert path.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors have no names here")
+def test_an_open_descriptor_is_written_to_and_never_replaced(tmp_path: Path) -> None:
+    """`--output /dev/stdout > file`: the shell's other commands write there too."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(b"before ")
+        file.flush()
+        write_whole(Path(f"/proc/self/fd/{file.fileno()}"), b"one")
+        file.seek(0, os.SEEK_END)
+        file.write(b" after")
+    assert path.read_bytes() == b"before one after"
