@@ -59,7 +59,7 @@ CASES = (
         options={
             "minilm": ["--calls", "2000"],
             "smollm2-135m": ["--calls", "250"],
-            "bert-large": ["--calls", "200", "--size", "8"],
+            "bert-large": ["--calls", "2000", "--size", "8"],
         },
     ),
     Case(name="onnxruntime 1.32", options=_MANY, python="latest"),
