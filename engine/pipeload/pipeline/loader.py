@@ -20,9 +20,9 @@ from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
 from pipeload.tracing.trace import Kind, Trace
 
-__all__ = ["Loader"]
+__all__ = ["MEMORY_REMEDY", "Loader"]
 
-_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
+MEMORY_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
 
 
 class Loader:
@@ -65,7 +65,7 @@ class Loader:
             ClosedError: the pipeline was closed meanwhile.
         """
         shard = self._manifest.shards[task.index]
-        with foreign_errors(LoadError, f"Shard '{shard.name}' could not be loaded", _REMEDY):
+        with foreign_errors(LoadError, f"Shard '{shard.name}' could not be loaded", MEMORY_REMEDY):
             if not task.packing:
                 try:
                     return self._load(task, shard)
@@ -110,7 +110,6 @@ class Loader:
             index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
         )
         begun: list[Part] = []
-        complete = False
         try:
             loaded.buffer = self._memory.take_buffer() if loaded.pooled else Buffer(shard.nbytes)
             begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
@@ -126,12 +125,10 @@ class Loader:
                     self._read_bytes += nbytes
             self._memory.sample()
         except BaseException:
-            complete = False
+            self._abandon(loaded, begun, keep_bytes)
             raise
-        finally:
-            if not complete:
-                self._abandon(loaded, begun, keep_bytes)
         if not complete:
+            self._abandon(loaded, begun, keep_bytes)
             return None
         if begun:
             self._exchange.residents.keep(task.index, begun)

@@ -28,7 +28,7 @@ from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, load
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.ledger import Ledger
 from pipeload.pipeline.lent_outputs import LentOutputs
-from pipeload.pipeline.loader import Loader
+from pipeload.pipeline.loader import MEMORY_REMEDY, Loader
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.room import Room
 from pipeload.pipeline.session import ShardSession, Value, shrink_arena
@@ -54,7 +54,6 @@ _GATHER_SHARE = 0.02
 _CALLER_BYTES = 300_000
 """A calling thread's stack and own data: tokens, inputs, and the results it makes from the outputs."""
 _PLAN_FACT = "No room could be made for the pass"
-_MEMORY_REMEDY = "Lower the memory budget, raise the limits of the process (ulimit -a), or end other programs."
 _THREADS_REMEDY = "Raise the limit of processes and threads (ulimit -u), or end other programs."
 _WATCH_S = 1.0
 """An idle model checks at this interval whether memory has become short."""
@@ -165,7 +164,7 @@ class Pipeline:
         """
 
         def work(_: Call[None]) -> None:
-            with foreign_errors(LoadError, _PLAN_FACT, _MEMORY_REMEDY), self._replanner.trying(budget_bytes):
+            with foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY), self._replanner.trying(budget_bytes):
                 self._prepare(strict=budget_bytes is None)
 
         self.call(Call(work)).result()
@@ -255,7 +254,7 @@ class Pipeline:
             self._kind = kind
             needs = _joint([one.needs for one in calls])
             try:
-                with foreign_errors(RunError, _PLAN_FACT, _MEMORY_REMEDY):
+                with foreign_errors(RunError, _PLAN_FACT, MEMORY_REMEDY):
                     self._prepare(needs, strict=len(calls) > 1)
                 return
             except BudgetError:
@@ -325,7 +324,7 @@ class Pipeline:
             self._room.learn_peak(complete=self._coldness() == "steady")
             if self._replanner.after_pass(self.plan, spans, seconds, self._kind):
                 # The caller has its answer; where no room can be made now, the next call meets it again.
-                with suppress(BudgetError, LoadError), foreign_errors(LoadError, _PLAN_FACT, _MEMORY_REMEDY):
+                with suppress(BudgetError, LoadError), foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY):
                     self._prepare()
         if self.plan.packed and not residents.packing and not self._loader.gave_up_packing:
             residents.pack(index for index, loaded in residents.shards.items() if loaded.buffer is not None)
