@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
+from tests.models import SIBLINGS
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every program that they start inherits it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NUMBERS = count()
-_SIBLINGS = frozenset(
-    {"bert-answers", "bert-masked", "bert-mlm", "bert-qa", "deit", "distilbert", "gpt-j", "gpt-neo", "gptj", "gptneo"}
-    | {"roberta"}
-)
-"""Architectures that differ little from one that is tested beside them: BERT, ViT, GPT-2 and Llama."""
+_SLOW_NAMES = SIBLINGS | {"bert-answers", "bert-masked", "gptj", "gptneo"}
+"""Siblings under the names of the engine's tests and of the exporter's."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -25,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests over several architectures are slow with the siblings of the first ones."""
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec and any(isinstance(value, str) and value in _SIBLINGS for value in callspec.params.values()):
+        if callspec and any(isinstance(value, str) and value in _SLOW_NAMES for value in callspec.params.values()):
             item.add_marker(pytest.mark.slow)
 
 

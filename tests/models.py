@@ -20,12 +20,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 from tests.greedy import GREEDY_NAME, write_continuations
 from tests.shared import made_by_one
+
+if TYPE_CHECKING:
+    from pipeload_export.source.tracing import Request
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 REFERENCE_NAME = "reference.npz"
@@ -84,6 +88,9 @@ TOYS: Mapping[str, Mapping[str, Any]] = {
     "toy-decoder": {"blocks": 4, "width": 64, "decoder": True},
     "toy-large": {"blocks": 8, "width": 1024},
 }
+SIBLINGS = frozenset({"bert-mlm", "bert-qa", "deit", "distilbert", "gpt-j", "gpt-neo", "roberta"})
+"""Architectures that differ little from one that is tested beside them: BERT, ViT, GPT-2 and Llama."""
+
 _SIZES = ((1, 1), (1, 7), (2, 12))
 """Batch and length of the reference inputs."""
 
@@ -102,10 +109,11 @@ def make(out: Path, name: str) -> Path:
     return made_by_one(out / name, write)
 
 
-def made_once() -> Path:
-    """The models as the exporter of this tree makes them, from the cache where they are there already.
+def made_once(*names: str) -> Path:
+    """The folder of the cache with the named models, or with all, as the exporter of this tree makes them.
 
-    In a process of its own: torch would stay in this one, and in its memory.
+    In a process of its own: torch would stay in this one, and in its memory. One process makes all that the fast
+    tests need, since it imports torch once for all of them; siblings are made when a slow test asks for one.
     """
     digest = hashlib.sha256()
     tests = REPOSITORY / "tests"
@@ -119,14 +127,20 @@ def made_once() -> Path:
     for path in sorted([*sources, *contract.glob("*.py")]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir()) / f"pipeload-test-models-{os.getuid()}-{digest.hexdigest()[:16]}"
-    return made_by_one(cache, _make_all)
-
-
-def _make_all(folder: Path) -> None:
-    roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
-    command = [sys.executable, "-m", "tests.models", str(folder), *ARCHITECTURES, *TOYS]
-    variables = os.environ | {"PYTHONPATH": roots}
-    subprocess.run(command, cwd=REPOSITORY, env=variables, check=True, timeout=600, stdout=subprocess.DEVNULL)
+    wanted = dict.fromkeys(names or [*ARCHITECTURES, *TOYS])
+    if not SIBLINGS.issuperset(wanted):
+        wanted |= dict.fromkeys(name for name in ARCHITECTURES if name not in SIBLINGS)
+    if missing := [name for name in wanted if not (cache / name).exists()]:
+        roots = os.pathsep.join(str(REPOSITORY / name) for name in ("engine", "exporter"))
+        subprocess.run(
+            [sys.executable, "-m", "tests.models", str(cache), *missing],
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONPATH": roots},
+            check=True,
+            timeout=600,
+            stdout=subprocess.DEVNULL,
+        )
+    return cache
 
 
 def _make_architecture(directory: Path, name: str) -> None:
@@ -134,6 +148,7 @@ def _make_architecture(directory: Path, name: str) -> None:
     import transformers
 
     from pipeload_export import export
+    from pipeload_export.source import sources
 
     task, model_class, config_class, options = ARCHITECTURES[name]
     torch.manual_seed(sum(name.encode()))
@@ -142,11 +157,21 @@ def _make_architecture(directory: Path, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="pipeload-models-") as folder:
         checkpoint, unsplit = Path(folder) / "checkpoint", Path(folder) / "unsplit"
         model.save_pretrained(checkpoint)
-        export(checkpoint, directory, task=task, keep_onnx=unsplit)
+        with mock.patch.object(sources, "export_checkpoint", _traced_here):
+            export(checkpoint, directory, task=task, keep_onnx=unsplit)
         np.savez(directory / REFERENCE_NAME, **_reference(unsplit / "model.onnx", task))
         if task == "text-generation":
             write_continuations(model, directory / GREEDY_NAME)
             export(unsplit / "model.onnx", directory / INT8_NAME, task=task, kv_cache="int8")
+
+
+def _traced_here(request: Request, folder: Path, progress: object) -> Path:
+    """Trace in this process: a child process would import torch and transformers again for each model."""
+    from pipeload_export.source.tracer import _export
+
+    folder.mkdir(parents=True)
+    _export(request, folder)
+    return folder / "model.onnx"
 
 
 def _reference(path: Path, task: str) -> dict[str, NDArray[Any]]:

@@ -137,7 +137,7 @@ def _architecture(name: str) -> Path:
         return _given(given, name)
     if missing := [name for name in ("onnx", "torch", "transformers") if importlib.util.find_spec(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}, or {name} in PIPELOAD_TEST_MODELS")
-    return made_once() / name
+    return made_once(name) / name
 
 
 def _given(folder: str | None, name: str) -> Path:

@@ -31,7 +31,7 @@ needs_cgroups = pytest.mark.skipif(cgroup.permitted() is not None, reason=str(cg
 
 @pytest.fixture(scope="module")
 def models() -> Path:
-    return made_once()
+    return made_once("bert", "gpt2")
 
 
 def _bench(directory: Path, *arguments: str) -> Result:

@@ -33,7 +33,7 @@ def _record(name: str, done: Done) -> rivals.Record:
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    return made_once() / "gpt2"
+    return made_once("gpt2") / "gpt2"
 
 
 def test_only_tokens_after_the_settling_ones_count() -> None:
