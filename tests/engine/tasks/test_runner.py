@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.engine.harness import PATIENCE_S
 from tests.engine.tasks.fakes import ToyRunner, manifest
 
 from pipeload.errors import ConfigError
@@ -64,14 +65,14 @@ def test_two_threads_do_not_make_it_twice() -> None:
     results: list[int] = []
 
     def work() -> None:
-        gate.wait(10)
+        gate.wait(PATIENCE_S)
         results.append(make(runner))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert results == [1, 1]
 
 

@@ -351,6 +351,6 @@ class TestCheckpoint:
         parent = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=False)
         assert parent.returncode == -signal.SIGKILL
         with suppress(psutil.NoSuchProcess):
-            _, alive = psutil.wait_procs([psutil.Process(int(parent.stdout))], timeout=10)
+            _, alive = psutil.wait_procs([psutil.Process(int(parent.stdout))], timeout=60)
             assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
         assert not (tmp_path / "result.json").exists()
