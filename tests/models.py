@@ -18,7 +18,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -148,7 +150,6 @@ def _make_architecture(directory: Path, name: str) -> None:
     import transformers
 
     from pipeload_export import export
-    from pipeload_export.source import sources
 
     task, model_class, config_class, options = ARCHITECTURES[name]
     torch.manual_seed(sum(name.encode()))
@@ -157,7 +158,7 @@ def _make_architecture(directory: Path, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix="pipeload-models-") as folder:
         checkpoint, unsplit = Path(folder) / "checkpoint", Path(folder) / "unsplit"
         model.save_pretrained(checkpoint)
-        with mock.patch.object(sources, "export_checkpoint", _traced_here):
+        with traced_here():
             export(checkpoint, directory, task=task, keep_onnx=unsplit)
         np.savez(directory / REFERENCE_NAME, **_reference(unsplit / "model.onnx", task))
         if task == "text-generation":
@@ -165,13 +166,19 @@ def _make_architecture(directory: Path, name: str) -> None:
             export(unsplit / "model.onnx", directory / INT8_NAME, task=task, kv_cache="int8")
 
 
-def _traced_here(request: Request, folder: Path, progress: object) -> Path:
-    """Trace in this process: a child process would import torch and transformers again for each model."""
-    from pipeload_export.source.tracer import _export
+@contextmanager
+def traced_here() -> Iterator[None]:
+    """Trace in this process what the exporter traces in a child, which would import torch and transformers again."""
+    from pipeload_export.source import sources, tracer
 
-    folder.mkdir(parents=True)
-    _export(request, folder)
-    return folder / "model.onnx"
+    def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
+        folder.mkdir(parents=True)
+        with warnings.catch_warnings():
+            tracer._export(request, folder)
+        return folder / "model.onnx"
+
+    with mock.patch.object(sources, "export_checkpoint", export_checkpoint):
+        yield
 
 
 def _reference(path: Path, task: str) -> dict[str, NDArray[Any]]:

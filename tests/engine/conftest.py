@@ -15,6 +15,7 @@ from tests.models import ARCHITECTURES, TOYS, made_once, make
 from tests.shared import folder_of_the_run
 
 _GENERATORS = [name for name, (task, *_) in ARCHITECTURES.items() if task == "text-generation"]
+_OTHERS = [name for name in _GENERATORS if name != "llama"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -107,9 +108,12 @@ def exported_generator(request: pytest.FixtureRequest) -> Path:
     return _architecture(request.param)
 
 
-@pytest.fixture(scope="session", params=[*_GENERATORS, "toy-decoder"])
+@pytest.fixture(scope="session", params=[pytest.param("llama", marks=pytest.mark.slow), *_OTHERS, "toy-decoder"])
 def decoder(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
-    """A model with KV caches: those of architectures are written in place, those of the toy are not."""
+    """A model with KV caches: those of architectures are written in place, those of the toy are not.
+
+    Llama is slow beside GPT-2 here; that it generates what transformers does is tested fast, as for GPT-2.
+    """
     return made_toys(request.param) if request.param in TOYS else _architecture(request.param)
 
 

@@ -38,7 +38,7 @@ def _bench(directory: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["bench", str(directory), "--threads", "1", "--passes", "2", *arguments])
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("bert", marks=pytest.mark.slow), "gpt2"])
 @pytest.mark.cgroup
 @needs_cgroups
 def test_every_contender_answers_right_under_a_limit(models: Path, tmp_path: Path, name: str) -> None:

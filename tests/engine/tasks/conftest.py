@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.shared import folder_of_the_run, made_by_one
 
 
 def _package_folder(name: str) -> tuple[Path, str]:
@@ -29,8 +30,10 @@ def smollm2_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers = pytest.importorskip("transformers")
     folder, model = _package_folder("smollm2-135m")
     path = folder / model
-    target = tmp_path_factory.mktemp("smollm2")
-    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
-    # Nothing but a copy of the GGUF file.
-    (target / "tokenizer.model").unlink(missing_ok=True)
-    return target
+
+    def write(target: Path) -> None:
+        transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
+        # Nothing but a copy of the GGUF file.
+        (target / "tokenizer.model").unlink(missing_ok=True)
+
+    return made_by_one(folder_of_the_run(tmp_path_factory) / "smollm2", write)

@@ -16,6 +16,8 @@ import onnx
 import pytest
 from tests.engine.toy import make_toy
 from tests.exporter.models import ROWS, write_gpt2, write_onnx
+from tests.models import traced_here
+from tests.shared import folder_of_the_run, made_by_one
 
 from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadError, ShardError
 from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, read, write
@@ -258,9 +260,11 @@ class TestAnswers:
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("decoder")
-    export(write_gpt2(folder / "checkpoint"), folder / "gpt2", keep_onnx=folder / "onnx")
-    return folder
+    def write(folder: Path) -> None:
+        with traced_here():
+            export(write_gpt2(folder / "checkpoint"), folder / "gpt2", keep_onnx=folder / "onnx")
+
+    return made_by_one(folder_of_the_run(tmp_path_factory) / "decoder-to-verify", write)
 
 
 class TestDecoder:

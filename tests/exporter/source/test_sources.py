@@ -17,6 +17,7 @@ import onnxruntime
 import psutil
 import pytest
 from tests.exporter.models import write_bert, write_gguf, write_gpt2, write_json, write_onnx
+from tests.models import traced_here
 
 from pipeload.errors import ConfigError, ExportError
 from pipeload_export import extra
@@ -260,7 +261,8 @@ class TestCheckpoint:
     def test_decoder_has_caches(self, tmp_path: Path) -> None:
         found = find(write_gpt2(tmp_path / "gpt2"))
         assert isinstance(found, Checkpoint)
-        unsplit = found.to_onnx(tmp_path, silent)
+        with traced_here():
+            unsplit = found.to_onnx(tmp_path, silent)
         inputs = [value.name for value in onnx.load(unsplit.path).graph.input]
         assert [name for name in inputs if "past" in name] == [
             f"past_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")
@@ -272,7 +274,8 @@ class TestCheckpoint:
         write_json(path.with_name("config.json"), {"model_type": "something else"})
         found = find(path)
         assert isinstance(found, Checkpoint)
-        unsplit = found.to_onnx(tmp_path, silent)
+        with traced_here():
+            unsplit = found.to_onnx(tmp_path, silent)
         assert (unsplit.model_type, unsplit.task) == ("llama", "text-generation")
         assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= set(unsplit.side_files)
         names = {tensor.name for tensor in onnx.load(unsplit.path).graph.initializer}
