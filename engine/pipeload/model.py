@@ -233,7 +233,7 @@ class Model:
         lent_bytes = self._pipeline.lent_bytes
         try:
             for inputs, sizes in batches(items, batch):
-                # The next batch waits in memory while this one runs, and the caller has the outputs of the one before.
+                # The next batch waits in memory while this one runs; the caller has outputs of the two before.
                 waiting_bytes = sum(a.nbytes for a in inputs.values())
                 queue.append((self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes), sizes))
                 if len(queue) > 1:
@@ -389,14 +389,14 @@ class Model:
         Args:
             inputs: as for `run`.
             beside_bytes: memory that the caller needs meanwhile.
-            lent_bytes: outputs that callers keep already; the caller will also keep those of one pass like this while
-                it runs. None when it keeps none.
+            lent_bytes: outputs that callers keep already; the caller will also have those of two passes like this while
+                it runs. None when it has none.
         """
         self._check_usable()
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs)
             if lent_bytes is not None:
-                lent_bytes += sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)
+                lent_bytes += 2 * sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)
             return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes, lent_bytes=lent_bytes or 0)
 
     def _submit(

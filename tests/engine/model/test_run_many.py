@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import (
+    PATIENCE_S,
     Background,
     assert_close,
     assert_same,
@@ -24,6 +26,7 @@ from tests.engine.model.loading import (
 )
 
 import pipeload
+from pipeload.tracing.trace import Progress
 
 _MIXED = [(1, 5), (1, 5), (2, 5), (1, 7), (1, 7), (1, 5), (3, 5)]
 
@@ -123,15 +126,27 @@ def test_closing_ends_many_inputs(toy: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("kept_before", [False, True], ids=["nothing kept", "outputs kept"])
 def test_the_budget_that_the_first_batch_names_holds_for_all_later_ones(toy_large: Path, kept_before: bool) -> None:
-    """A caller that looks at one batch's outputs has them in memory while the next batch runs."""
+    """A caller has a batch's outputs while the next batch runs, and until it takes those of the next one."""
 
     def needed(budget: int) -> int | None:
-        with load(toy_large, budget) as model:
+        made = threading.Semaphore(0)
+
+        def count(progress: Progress) -> None:
+            if progress.index == progress.count:
+                made.release()
+
+        with load(toy_large, budget, progress=count) as model:
             kept = model.run(toys.inputs(1, 64)) if kept_before else None
-            items = (toys.inputs(2, 256, seed=seed) for seed in range(8))
+            items = [toys.inputs(2, 256, seed=seed) for seed in range(8)]
+            seen = -1 if kept_before else 0
             try:
-                for _ in model.run_many(items, batch=2):
-                    pass
+                for number, outputs in enumerate(model.run_many(items)):
+                    # The slowest caller: all that is queued has run before it asks for more.
+                    while seen < min(number + 2, len(items)):
+                        assert made.acquire(timeout=PATIENCE_S)
+                        seen += 1
+                    held = outputs
+                del held
             except pipeload.BudgetError as error:
                 return error.needed_bytes
             finally:
