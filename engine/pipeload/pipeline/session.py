@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.foreign import first_line
@@ -206,12 +207,12 @@ class ShardSession:
         try:
             if in_place:
                 return self._run_in_place(inputs, stopper, in_place)
-            result: Sequence[Value] = self._session.run_with_ort_values(self._outputs, dict(inputs), stopper._options)
+            made = self._session.run_with_ort_values(self._outputs, dict(inputs), stopper._options)
         except Exception as error:
             if stopper.stopped:
                 raise ClosedError(f"The call was ended while shard '{self._name}' ran.") from error
             raise RunError(f"Shard '{self._name}' failed: {first_line(error)}") from error
-        return result
+        return _apart(made)
 
     def _run_in_place(
         self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value]
@@ -225,5 +226,15 @@ class ShardSession:
             else:
                 binding.bind_output(name)
         self._session.run_with_iobinding(binding, stopper._options)
-        made = zip(self._outputs, binding.get_outputs(), strict=True)
+        made = zip(self._outputs, _apart(binding.get_outputs()), strict=True)
         return [in_place.get(name, value) for name, value in made]
+
+
+def _apart(values: Sequence[Value]) -> list[Value]:
+    """The same values, each in a list of its own: all values of onnxruntime's list stay in memory while one is used."""
+    apart = []
+    for value in values:
+        alone = OrtValueVector()
+        alone.push_back(value._get_c_value())
+        apart.append(ort.OrtValue(alone[0]))
+    return apart

@@ -110,8 +110,13 @@ def pass_needs(
         needed = int(peak * _ARENA_FACTOR) + sum(sizes[name] for name in kept)
     else:
         # Small outputs that stay lie between the pieces that come and go, and keep these from being given back.
-        small = [n for n in kept if sizes[n] < _MAPPED_BYTES and (n not in cache_names or not decodes)]
-        pinned = _PINNED_FACTOR * sum(sizes[name] for name in small)
+        small = {name for name in kept if sizes[name] < _MAPPED_BYTES}
+        pinned = _PINNED_FACTOR * sum(sizes[name] for name in small if name not in cache_names or not decodes)
+        if decodes:
+            # A step's new caches are counted apart; those in place are not made in it.
+            pinned += sum(
+                sizes[cache.output] for cache in manifest.caches if cache.output in small and not cache.in_place
+            )
         needed = int((peak + pinned) * _HEAP_FACTOR) + min(int(peak * _HOLES_FACTOR), _HOLES_BYTES)
     # The caller's arrays. Caches that the engine keeps itself are counted by `cache_bytes`.
     passed = sum(sizes[spec.name] for spec in manifest.inputs if spec.name not in cache_names or not decodes)

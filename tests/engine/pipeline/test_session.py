@@ -17,7 +17,7 @@ from tests.engine.harness import Background
 
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.format import manifest as manifests
-from pipeload.format.manifest import Shard
+from pipeload.format.manifest import FileRecord, Shard
 from pipeload.machine.heap import limit_heap, trim
 from pipeload.machine.memory import rss_bytes
 from pipeload.pipeline import session as sessions
@@ -344,3 +344,41 @@ def test_toys_are_the_same_for_the_same_seed(toy: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     again = toys.make_toy(tmp_path / "again", blocks=6, width=64)
     assert (again / "pipeload.json").read_bytes() == (toy / "pipeload.json").read_bytes()
+
+
+@pytest.mark.measures("memory")
+@pytest.mark.parametrize("in_place", [False, True], ids=["run", "in place"])
+def test_an_output_that_is_kept_keeps_no_other_one_in_memory(tmp_path: Path, in_place: bool) -> None:
+    """A text's caches stay from step to step; the hidden states made with them must not."""
+    onnx = pytest.importorskip("onnx")
+    nbytes = 128 << 20
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    names = ["cache", "hidden"]
+    graph = helper.make_graph(
+        [helper.make_node("Neg", ["one"], ["cache"]), helper.make_node("Expand", ["one", "shape"], ["hidden"])],
+        "block",
+        [helper.make_tensor_value_info("one", floats, [1]), helper.make_tensor_value_info("shape", 7, [1])],
+        [helper.make_tensor_value_info(name, floats, ["n"]) for name in names],
+    )
+    path = tmp_path / "block.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    file = FileRecord(path=path.name, nbytes=path.stat().st_size, sha256="0" * 64)
+    shard = Shard(
+        name="block",
+        role="block",
+        graph=file,
+        weights=None,
+        tensors=(),
+        structure="",
+        inputs=("one", "shape"),
+        outputs=tuple(names),
+    )
+    session = ShardSession(shard, path, [], 1)
+    values = {"one": to_value(np.ones(1, np.float32)), "shape": to_value(np.array([nbytes // 4]))}
+    place = {"cache": to_value(np.zeros(1, np.float32))} if in_place else None
+    cache, hidden = session.run(values, Stopper(), place)
+    before = rss_bytes()
+    del hidden
+    trim()
+    assert before - rss_bytes() > nbytes // 2
+    assert to_array(cache).tolist() == [-1.0]
