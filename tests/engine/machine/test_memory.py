@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from pipeload.machine import memory
+from pipeload.planning import replanner
 
 
 def test_rss_follows_what_the_process_touches() -> None:
@@ -117,3 +118,11 @@ def test_a_peak_that_cannot_be_reset_is_no_failure(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "write_text", refuse)
     assert memory.reset_peak_rss() is False
+
+
+def test_auto_leaves_more_than_the_swing_that_plans_outlast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight callers under "auto" were killed by the kernel: free memory had fallen by less than makes a new plan."""
+    limit, used = 250_000_000, 100_000_000
+    monkeypatch.setattr(memory, "rss_bytes", lambda: used)
+    monkeypatch.setattr(memory, "memory_limits", lambda: [(limit, used)])
+    assert limit - memory.auto_budget_bytes() > limit * replanner._SWING_SHARE
