@@ -45,6 +45,7 @@ def export(
     kv_cache: KvCache = "model",
     force: bool = False,
     trust_remote_code: bool = False,
+    allow_missing: bool = False,
     keep_onnx: str | Path | None = None,
     verify: bool = True,
     progress: Notify | None = None,
@@ -65,6 +66,8 @@ def export(
             leaves them as they are.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the checkpoint's own Python code. Read it first.
+        allow_missing: where weights of a checkpoint do not fit the model, leave those out that it has no place for, and
+            put random numbers where some are missing. The manifest names them.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
         verify: check all files, and compare the shards with the unsplit model.
         progress: called with the name of the step, its bytes done, and its bytes in total (0 where that is not known).
@@ -98,6 +101,7 @@ def export(
             revision=revision,
             opset=opset,
             trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing,
             progress=notify,
         )
         _check_space(staging.disk, found)
@@ -149,6 +153,8 @@ def _build(
         structures=model.structures,
         files=(*(_record(result, name) for name in sorted({*unsplit.side_files, *unsplit.side_json})), *model.files),
         dims=model.dims,
+        missing_weights=unsplit.missing_weights,
+        unused_weights=unsplit.unused_weights,
     )
     write(manifest, result)
     if verify:

@@ -22,6 +22,7 @@ def print_json(value: Any) -> None:
 
 def summary(manifest: Manifest) -> dict[str, Any]:
     """A few facts about the model; keys of sizes end with `_bytes`."""
+    missing = {"missing_weights": len(manifest.missing_weights)} if manifest.missing_weights else {}
     return {
         "source": manifest.source,
         "model_type": manifest.model_type,
@@ -31,6 +32,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "pass_bytes": manifest.weight_bytes,
         "largest_shard_bytes": max(shard.nbytes for shard in manifest.shards),
         "directory_bytes": sum(record.nbytes for record in manifest.files),
+        **missing,
     }
 
 

@@ -216,6 +216,8 @@ class Manifest:
     files: tuple[FileRecord, ...]
     verification: tuple[Verification, ...] = ()
     dims: tuple[str, ...] = field(default=())
+    missing_weights: tuple[str, ...] = ()
+    unused_weights: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -8,5 +8,7 @@ folder    the files of a checkpoint folder
 sources   SOURCE -> a checkpoint, or an ONNX graph with its side files
 tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process
+gaps      weights of a checkpoint that do not fit its model
+refused   what that process refuses
 ```
 """

@@ -24,7 +24,7 @@ from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files
 from pipeload_export.source.hub import fetch_checkpoint
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
-from pipeload_export.source.tracing import Request, export_checkpoint
+from pipeload_export.source.tracing import GAPS_NAME, Request, export_checkpoint
 
 __all__ = ["Checkpoint", "Unsplit", "find_source"]
 
@@ -46,6 +46,8 @@ class Unsplit:
         model_type: as in `config.json`, or "unknown".
         task: one of `TASKS`.
         files: the `.onnx` file, and those with its external data.
+        missing_weights: names of the weights that are random, since the checkpoint lacks them.
+        unused_weights: names of the checkpoint's weights that the model does not use.
     """
 
     path: Path
@@ -55,6 +57,8 @@ class Unsplit:
     model_type: str
     task: str
     files: tuple[Path, ...]
+    missing_weights: tuple[str, ...] = ()
+    unused_weights: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +88,7 @@ class Checkpoint:
         path = export_checkpoint(self.request, folder, progress)
         # The checkpoint's own files win over those that the libraries wrote, which are the same in other words.
         files = side_files(folder) | dict(self.side_files)
+        gaps = read_json(folder / GAPS_NAME) if self.request.allow_missing else {}
         return Unsplit(
             path=path,
             side_files=files,
@@ -92,6 +97,8 @@ class Checkpoint:
             model_type=str(read_json(folder / "config.json").get("model_type", "unknown")),
             task=self.request.task,
             files=(path, *sorted(folder.glob("model.onnx_data*"))),
+            missing_weights=tuple(gaps.get("missing", ())),
+            unused_weights=tuple(gaps.get("unused", ())),
         )
 
 
@@ -102,6 +109,7 @@ def find_source(
     revision: str | None = None,
     opset: int | None = None,
     trust_remote_code: bool = False,
+    allow_missing: bool = False,
     progress: Notify,
 ) -> Checkpoint | Unsplit:
     """Find the model that SOURCE names, fetch it if it is elsewhere, and check all that is cheap to check.
@@ -121,19 +129,22 @@ def find_source(
     is_hub = not source.startswith(_CATALOG) and not path.exists()
     if revision is not None and not is_hub:
         raise ConfigError(f"A revision belongs to a model of the hub, and '{source}' is none. Leave --revision out.")
+    if allow_missing and (source.startswith(_CATALOG) or path.suffix in (".onnx", ".gguf")):
+        raise ConfigError(f"--allow-missing is for checkpoints, and '{source}' is none. Leave it out.")
     if source.startswith(_CATALOG):
         return _from_catalog(source, task, opset, progress)
     if path.is_file() and path.suffix == ".onnx":
         return _from_onnx(path, source, task, opset, side_files(path.parent))
     require_modules(*_LIBRARIES)
+    allowed = {"trust_remote_code": trust_remote_code, "allow_missing": allow_missing}
     if path.is_file():
-        return _from_folder(path.parent, path.name, source, task, opset, trust_remote_code=trust_remote_code)
+        return _from_folder(path.parent, path.name, source, task, opset, **allowed)
     if path.is_dir():
-        return _from_folder(path, None, source, task, opset, trust_remote_code=trust_remote_code)
+        return _from_folder(path, None, source, task, opset, **allowed)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) or source.startswith(".") or path.suffix in (".onnx", ".gguf"):
         raise ConfigError(f"'{source}' does not exist. Pass a folder, an .onnx file, catalog:NAME or a hub id.")
     folder, commit = fetch_checkpoint(source, revision, with_code=trust_remote_code)
-    return _from_folder(folder, None, f"{source}@{commit}", task, opset, trust_remote_code=trust_remote_code)
+    return _from_folder(folder, None, f"{source}@{commit}", task, opset, **allowed)
 
 
 def _from_catalog(source: str, task: str | None, opset: int | None, progress: Notify) -> Checkpoint | Unsplit:
@@ -146,7 +157,7 @@ def _from_catalog(source: str, task: str | None, opset: int | None, progress: No
             return _from_onnx(path, source, task, opset, _side_files_of(found, path.parent))
         require_modules(*_LIBRARIES)
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-        return _from_folder(folder, file, source, task, opset, trust_remote_code=False)
+        return _from_folder(folder, file, source, task, opset)
     if task != found.task:
         raise ConfigError(f"'{source}' is made for {found.task}. Leave --task out.")
     require_modules(*_LIBRARIES)
@@ -164,7 +175,7 @@ def _side_files_of(found: PackageRecipe, folder: Path) -> dict[str, Path]:
 
 
 def _from_folder(
-    folder: Path, file: str | None, source: str, task: str | None, opset: int | None, *, trust_remote_code: bool
+    folder: Path, file: str | None, source: str, task: str | None, opset: int | None, **allowed: Any
 ) -> Checkpoint:
     weights = choose_weights([file] if file else (path.name for path in folder.iterdir()), f"'{source}'")
     # Config and tokenizer of a GGUF file are inside; other files of the same folder belong to other models.
@@ -176,7 +187,7 @@ def _from_folder(
         folder=str(folder.resolve()),
         gguf=weights[0] if is_gguf else None,
         opset=opset,
-        trust_remote_code=trust_remote_code,
+        **allowed,
     )
     files = {} if is_gguf else side_files(folder)
     return Checkpoint(request=request, source=source, side_files=files, side_json={})

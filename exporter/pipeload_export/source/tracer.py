@@ -16,8 +16,10 @@ from typing import Any
 
 import msgspec
 
+from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
+from pipeload_export.source.refused import Refused
 from pipeload_export.source.task import TASKS
-from pipeload_export.source.tracing import Request, Seeded
+from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 
 __all__ = ["run_child", "seeded_model"]
 
@@ -27,10 +29,6 @@ _LEAST_DISK_BYTES = 1 << 20
 """With less than this the disk is full, whatever a library calls that."""
 _CACHED = {"text-generation": "text-generation-with-past"}
 """A decoder without a cache would run the whole text again for every token."""
-
-
-class _Refused(Exception):  # noqa: N818
-    """The model cannot be exported, for a reason that needs no traceback."""
 
 
 def run_child(request_path: str, folder: str, parent: str) -> None:
@@ -44,7 +42,7 @@ def run_child(request_path: str, folder: str, parent: str) -> None:
     error, number = None, None
     try:
         _export(request, Path(folder))
-    except _Refused as refusal:
+    except Refused as refusal:
         error = str(refusal)
     except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
         logging.getLogger("pipeload_export").exception("export failed")
@@ -78,6 +76,9 @@ def _export(request: Request, folder: Path) -> None:
     model.config.use_cache = request.task in _CACHED
     task = _CACHED.get(request.task, request.task)
     onnx_export_from_model(model, output=folder, task=task, opset=request.opset, do_validation=False)
+    if (gaps := folder / GAPS_NAME).exists() and not request.allow_missing:
+        found = msgspec.json.decode(gaps.read_bytes(), type=Gaps)
+        refuse_missing(folder.glob("*.onnx"), found, type(model).__name__, request.task, Path(str(request.folder)))
 
 
 def _check_supported(model_type: str, task: str) -> None:
@@ -87,11 +88,11 @@ def _check_supported(model_type: str, task: str) -> None:
     try:
         known = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
     except KeyError:
-        raise _Refused(
+        raise Refused(
             f"optimum does not know models of type '{model_type}'. Export it to one .onnx file yourself and pass that."
         ) from None
     if _CACHED.get(task, task) not in known:
-        raise _Refused(
+        raise Refused(
             f"optimum does not export models of type '{model_type}' for {task}, only for "
             f"{', '.join(sorted(name for name in known if name in TASKS))}."
         )
@@ -103,7 +104,7 @@ def _load(request: Request, folder: Path) -> Any:
     assert request.folder is not None
     if request.gguf:
         return _gguf_model(Path(request.folder, request.gguf), folder)
-    return _checkpoint_model(request)
+    return _checkpoint_model(request, folder)
 
 
 def seeded_model(seeded: Seeded) -> Any:
@@ -132,11 +133,12 @@ def _gguf_model(path: Path, folder: Path) -> Any:
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
     if missing:
-        raise _Refused(f"the file lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+        raise Refused(f"the file lacks {len(missing)} of the model's weights, such as {min(missing)}.")
     return model
 
 
-def _checkpoint_model(request: Request) -> Any:
+def _checkpoint_model(request: Request, folder: Path) -> Any:
+    """The model in a checkpoint folder; what the checkpoint lacks is written into `folder`."""
     import torch
     import transformers
 
@@ -146,15 +148,23 @@ def _checkpoint_model(request: Request) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(request.folder, **options)
         _check_supported(config.model_type, request.task)
-        model = getattr(transformers, TASKS[request.task]).from_pretrained(
-            request.folder, config=config, dtype=torch.float32, use_safetensors=True, **options
+        model, gaps = load_whole(
+            getattr(transformers, TASKS[request.task]),
+            Path(str(request.folder)),
+            allow_missing=request.allow_missing,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            **options,
         )
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise _Refused(
+        raise Refused(
             "it brings Python code of its own. Read that code, and if you trust it, export with --trust-remote-code."
         ) from error
+    if gaps != Gaps():
+        (folder / GAPS_NAME).write_bytes(msgspec.json.encode(gaps))
     if request.task == "text-classification" and model.config.pad_token_id is None:
         # Without it such a model cannot tell where a text ends, and transformers traces it for batches of one only.
         with suppress(OSError, TypeError, ValueError):
@@ -162,5 +172,5 @@ def _checkpoint_model(request: Request) -> Any:
                 request.folder, **options
             ).pad_token_id
         if model.config.pad_token_id is None:
-            raise _Refused("its config has no pad_token_id, and its tokenizer no pad token. Set one in config.json.")
+            raise Refused("its config has no pad_token_id, and its tokenizer no pad token. Set one in config.json.")
     return model

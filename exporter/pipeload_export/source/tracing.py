@@ -27,7 +27,10 @@ from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 
-__all__ = ["Request", "Seeded", "export_checkpoint", "needed_memory_bytes"]
+__all__ = ["GAPS_NAME", "Request", "Seeded", "export_checkpoint", "needed_memory_bytes"]
+
+GAPS_NAME = "gaps.json"
+"""File beside the graph that tells which weights did not fit, if any."""
 
 _INLINE_BYTES = 2 << 30
 """From here on torch writes the weights beside the graph, tensor by tensor."""
@@ -59,6 +62,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         seeded: the model, if it is made here.
         opset: version of the ONNX operators; None for the library's choice.
         trust_remote_code: run the checkpoint's own Python files.
+        allow_missing: go on with random numbers where the checkpoint lacks weights.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     seeded: Seeded | None = None
     opset: int | None = None
     trust_remote_code: bool = False
+    allow_missing: bool = False
 
 
 def needed_memory_bytes(weight_bytes: int) -> int:

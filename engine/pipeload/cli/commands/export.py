@@ -39,6 +39,9 @@ def export(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code that the checkpoint brings along.")
     ] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Put random numbers where the checkpoint lacks weights.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the libraries print.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +74,7 @@ def export(
             kv_cache=kv_cache,
             force=force,
             trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing,
             keep_onnx=keep_onnx,
             progress=progress,
         )
