@@ -8,6 +8,8 @@ folder    the files of a checkpoint folder
 sources   SOURCE -> a checkpoint, or an ONNX graph with its side files
 tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process
+older_form    a checkpoint folder as the installed transformers reads it
+config_keys   which keys of config.json have a meaning
 gaps      weights of a checkpoint that do not fit its model
 refused   what that process refuses
 ```

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
+from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.task import TASKS
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
@@ -143,14 +144,15 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
     import transformers
 
     trusted = request.trust_remote_code
+    source = view_of(Path(str(request.folder)), folder.with_name("checkpoint"))
     # All files are here by now; only a model's own code may be in another repository.
     options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": not trusted}
     try:
-        config = transformers.AutoConfig.from_pretrained(request.folder, **options)
+        config = transformers.AutoConfig.from_pretrained(source, **options)
         _check_supported(config.model_type, request.task)
         model, gaps = load_whole(
             getattr(transformers, TASKS[request.task]),
-            Path(str(request.folder)),
+            source,
             allow_missing=request.allow_missing,
             config=config,
             dtype=torch.float32,
@@ -168,9 +170,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
     if request.task == "text-classification" and model.config.pad_token_id is None:
         # Without it such a model cannot tell where a text ends, and transformers traces it for batches of one only.
         with suppress(OSError, TypeError, ValueError):
-            model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(
-                request.folder, **options
-            ).pad_token_id
+            model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(source, **options).pad_token_id
         if model.config.pad_token_id is None:
             raise Refused("its config has no pad_token_id, and its tokenizer no pad token. Set one in config.json.")
     return model
