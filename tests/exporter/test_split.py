@@ -240,6 +240,17 @@ def test_branches_that_use_tensors_around_them(shard: Callable[..., Sharded]) ->
     answers_agree(sharded)
 
 
+def test_scales_that_onnxruntime_reads_at_once_stay_in_the_graph(shard: Callable[..., Sharded]) -> None:
+    builder = Builder()
+    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
+    for _ in range(3):
+        x = builder.layer(builder.op("Resize", x, "", builder.constant([1, 2, 1], np.float32), mode="nearest"))
+    builder.output(x, "hidden", ["batch", "longer", WIDTH])
+    sharded = shard(builder.model())
+    assert sharded.blocks == 3
+    answers_agree(sharded)
+
+
 def test_a_length_that_is_the_sum_of_two_others_is_discovered(shard: Callable[..., Sharded]) -> None:
     builder = Builder()
     ids = builder.input("input_ids", ["batch", "length"])

@@ -9,11 +9,9 @@ from google.protobuf.message import DecodeError
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import Shard
-from pipeload_export.graph.external_data import without_external_data
+from pipeload_export.graph.validity import check_model
 
 __all__ = ["check_graph"]
-
-_STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 def check_graph(directory: Path, shard: Shard) -> None:
@@ -23,15 +21,11 @@ def check_graph(directory: Path, shard: Shard) -> None:
         ExportError: the graph is not valid, or its external data is not what the manifest says; all faults of the
             shard are named.
     """
-    path = directory / shard.graph.path
     try:
-        model = onnx.load(path, load_external_data=False)
-        # Types and shapes can only be checked through operators whose schema the checker has.
-        standard = all(node.domain in _STANDARD_DOMAINS for node in model.graph.node)
-        # Not the path: the checker would refuse weights files with a second name (hard links), which load and run.
-        onnx.checker.check_model(without_external_data(model), full_check=standard)
-    except (DecodeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses shard '{shard.name}' ({path}): {error}") from error
+        model = onnx.load(directory / shard.graph.path, load_external_data=False)
+        check_model(model)
+    except (DecodeError, ExportError) as error:
+        raise ExportError(f"onnx.checker refuses shard '{shard.name}' ({shard.graph.path}): {error}") from error
     if faults := _external_faults(model, shard):
         raise ExportError(f"Shard '{shard.name}' is inconsistent: {'; '.join(faults)}. Export the model again.")
 

@@ -5,6 +5,7 @@ graph           nodes, and constants whose values stay where they are
 runtime         a plain onnxruntime session
 external_data   initializers that refer to a file
 types           element types and shapes of every tensor
+validity        is it valid ONNX?
 load            a file -> a graph
 normalise       constants folded, names resolved
 ```

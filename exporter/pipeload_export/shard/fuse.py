@@ -10,6 +10,7 @@ kind of CPU.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,11 +24,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
+from pipeload.errors import ExportError
 from pipeload.format.dtypes import ONNX_DTYPES
-from pipeload_export.graph.external_data import external_initializer, without_external_data
+from pipeload_export.graph.external_data import external_initializer
 from pipeload_export.graph.graph import FLOATS, Constant, tensor_proto
 from pipeload_export.graph.runtime import open_session, session_options
 from pipeload_export.graph.types import elem_type_of
+from pipeload_export.graph.validity import check_model, runtime_ops, version_of
 
 __all__ = ["INLINE_BYTES", "Fused", "fuse", "is_external"]
 
@@ -52,7 +55,8 @@ _USES_VALUES = (
 _SUSPECTS = ("SimplifiedLayerNormFusion", "LayerNormFusion", "GeluFusionL1", "GeluFusionL2")
 """Optimisers that may use an operator in a version of ONNX that does not have it; switched off one after another."""
 
-
+_RMS_NORM_OPSET = 23
+"""The first version of ONNX that has RMSNormalization."""
 _WEIGHT_OPS = frozenset(
     {
         *("Conv", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul"),
@@ -60,6 +64,8 @@ _WEIGHT_OPS = frozenset(
     }
 )
 """Operators that never become constant, because an activation goes into them."""
+_RESIZE_OPS = frozenset({"Resize", "Upsample"})
+"""Operators whose sizes and scales onnxruntime reads when it makes a session."""
 _MOST_BYTES = 64 << 20
 """Constants of other operators up to this size are given to onnxruntime with their values."""
 
@@ -101,7 +107,8 @@ def fuse(
     Returns:
         The graph as it was, and the optimised one, or None where onnxruntime's is not valid ONNX.
     """
-    external = {name: constant for name, constant in constants.items() if is_external(constant)}
+    inside = _read_early(model)
+    external = {name: constant for name, constant in constants.items() if name not in inside and is_external(constant)}
     valued = set() if computes_constants else _valued(model, external)
     folds = not computes_constants and sum(external[name].nbytes for name in valued) <= _MOST_BYTES
     zeros = {name: constant for name, constant in external.items() if not folds or name not in valued}
@@ -113,16 +120,22 @@ def fuse(
         places = _add_zeros(given, zeros, Path(folder))
         onnx.save(given, f"{folder}/given.onnx")
         dtypes = _optimise(Path(folder), what, ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ())
-        # A user's graph may not be valid ONNX itself: onnxruntime has operators of its own in ONNX's name.
-        strict = _is_valid(given)
         off = [*_USES_VALUES, *([] if folds else ["ConstantFolding"])]
         for count in range(len(_SUSPECTS) + 1):
-            _optimise(Path(folder), what, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, [*off, *_SUSPECTS[:count]])
-            fused = _read(Path(folder) / "optimised.onnx", given, places, constants, dtypes, strict=strict)
+            with suppress(ExportError):
+                _optimise(
+                    Path(folder), what, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, [*off, *_SUSPECTS[:count]]
+                )
+                fused = _read(Path(folder) / "optimised.onnx", given, places, constants, dtypes)
             if fused is not None:
                 break
     _empty(given, external)
     return Fused(model=given, external=external, dtypes=dtypes), fused
+
+
+def _read_early(model: ModelProto) -> set[str]:
+    """Constants whose values onnxruntime wants when it makes a session; they stay inside the graph."""
+    return {name for node in model.graph.node if node.op_type in _RESIZE_OPS for name in node.input[1:]}
 
 
 def _valued(model: ModelProto, external: Collection[str]) -> set[str]:
@@ -160,12 +173,18 @@ def _read(
     places: Mapping[int, str],
     constants: Mapping[str, Constant],
     dtypes: dict[str, int],
-    *,
-    strict: bool,
 ) -> Fused | None:
-    """The optimised graph, or None if an exporter may not write it."""
+    """The optimised graph, or None if an exporter may not write it.
+
+    Raises:
+        ExportError: it is not valid ONNX.
+    """
     model = onnx.load(str(path), load_external_data=False)
+    _rename_norms(model)
+    if not runtime_ops(model) <= runtime_ops(plain):
+        return None
     external: dict[str, Constant] = {}
+    inside = _read_early(model)
     for proto in model.graph.initializer:
         if proto.data_location == TensorProto.EXTERNAL:
             external[proto.name] = constants[places[ExternalDataInfo(proto).offset or 0]]
@@ -173,7 +192,7 @@ def _read(
             return None  # computed from zeros
         else:
             constant = Constant(proto.data_type, tuple(proto.dims), partial(numpy_helper.to_array, proto))
-            if is_external(constant):
+            if proto.name not in inside and is_external(constant):
                 array = constant.load()
                 external[proto.name] = Constant(proto.data_type, array.shape, partial(_same, array))
     for given, kept in ((plain.graph.input, model.graph.input), (plain.graph.output, model.graph.output)):
@@ -186,8 +205,7 @@ def _read(
     model.ir_version = plain.ir_version
     del model.metadata_props[:], model.graph.value_info[:]
     _empty(model, external)
-    if strict and not _is_valid(model):
-        return None
+    check_model(model)
     return Fused(model=model, external=external, dtypes=dtypes)
 
 
@@ -195,13 +213,13 @@ def _same(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
-def _is_valid(model: ModelProto) -> bool:
-    """Whether the model is valid ONNX; the values of large weights are not looked at."""
-    try:
-        onnx.checker.check_model(without_external_data(model))
-    except onnx.checker.ValidationError:
-        return False
-    return True
+def _rename_norms(model: ModelProto) -> None:
+    """Give an operator ONNX's name instead of onnxruntime's, from the version on that has it."""
+    if version_of(model) < _RMS_NORM_OPSET:
+        return
+    for node in model.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization" and node.domain == "" and len(node.output) == 1:
+            node.op_type = "RMSNormalization"
 
 
 def _empty(model: ModelProto, external: Mapping[str, Constant]) -> None:

@@ -154,6 +154,7 @@ class ShardWriter:
         lookups: tuple[Lookup, ...],
     ) -> None:
         places = {spec.name: spec for spec in tensors}
+        self._declare(fused)
         for proto in fused.model.graph.initializer:
             if proto.name in fused.external:
                 assert weights is not None
@@ -181,6 +182,16 @@ class ShardWriter:
             )
         )
 
+    def _declare(self, fused: Fused) -> None:
+        """Give types and shapes to those outputs of a shard that have none: ONNX wants them declared."""
+        for value in fused.model.graph.output:
+            if not value.type.tensor_type.HasField("shape"):
+                ranks = {len(shape) for shape in self._sampler.shapes[value.name]}
+                shape: tuple[int | str | None, ...] | None = self._sampler.shape(value.name)
+                if shape is None and len(ranks) == 1:
+                    shape = (None,) * ranks.pop()
+                value.CopyFrom(helper.make_tensor_value_info(value.name, fused.dtypes[value.name], shape))
+
     def _lookup(self, lift: Lift) -> Lookup:
         assert self._tables is not None
         table = next(spec for spec in self._tables.tensors if spec.name == lift.table)
@@ -192,7 +203,8 @@ class ShardWriter:
         dtype, shape = self._graph.types.get(name, (0, None))
         if not dtype:
             return helper.make_empty_tensor_value_info(name)
-        return helper.make_tensor_value_info(name, dtype, self._sampler.shape(name) or shape)
+        found = self._sampler.shape(name)
+        return helper.make_tensor_value_info(name, dtype, shape if found is None else found)
 
     def _model(self, graph: GraphProto) -> ModelProto:
         domains = {node.domain for node in graph.node} | {""}
