@@ -1,7 +1,7 @@
 """Run the shards one after another, or the unsplit graph, in plain onnxruntime with nothing of the engine's tricks.
 
-Optimisation and prepacking are off. So the unsplit graph's external weights are mapped, not copied, and a model that
-is larger than memory can be verified, slowly.
+Optimisation and prepacking are off, unless it is asked for. So the unsplit graph's external weights are mapped, not
+copied, and a model that is larger than memory can be verified, slowly.
 """
 
 from __future__ import annotations
@@ -22,20 +22,33 @@ from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
-from pipeload_export.graph.runtime import open_session
+from pipeload_export.graph.runtime import open_session, session_options
+from pipeload_export.shard.fuse import LEVEL, NOT_APPLIED
 
 __all__ = ["run_shards", "run_unsplit"]
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def run_unsplit(path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Notify) -> list[Arrays]:
+def run_unsplit(
+    path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Notify, *, optimised: bool = False
+) -> list[Arrays]:
     """The outputs `wanted` of the unsplit graph for each case.
+
+    Args:
+        path: its file.
+        wanted: names of outputs.
+        cases: the inputs.
+        progress: called with the number of cases that are done.
+        optimised: optimise it first, as the exporter optimises shards.
 
     Raises:
         ExportError: it does not open or run, or takes or makes something else than the cases have.
     """
-    session = open_session(path, f"the unsplit graph {path}")
+    options = session_options()
+    if optimised:
+        options.graph_optimization_level = LEVEL
+    session = open_session(path, f"the unsplit graph {path}", options, disabled=NOT_APPLIED if optimised else ())
     names = [output.name for output in session.get_outputs()]
     given = {name for case in cases for name in case.inputs}
     _check_names(path, "takes", {value.name for value in session.get_inputs()} ^ given, given)

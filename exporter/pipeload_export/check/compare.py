@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ output is the end of many operations whose fused forms round at other places."""
 _INT8_LIMIT = 0.1
 """The same where caches are int8: each of their values is off by up to 1 / 254 of the largest one of its head, and each
 layer passes the rest of that on. Over 3 layers 0.004 was seen, over 30 layers 0.03."""
+_OWN_LIMIT = 0.1
+"""The most that onnxruntime's own optimisation of the unsplit graph, where it changes answers by more than the limit,
+allows the shards. Over static int8 with seeded weights 0.5 was seen: there the shards must be like one of the two."""
+
+Arrays = dict[str, NDArray[Any]]
 
 
 def compare(
@@ -43,23 +48,23 @@ def compare(
         cases = _with_own_caches(directory, manifest, cases, progress)
     # Sessions are made one after another, and the first is gone before the second comes.
     plain = [replace(case, inputs=_dequantised(case.inputs, given)) for case in cases]
-    wanted = run_unsplit(against, [spec.name for spec in specs], plain, progress)
+    names = [spec.name for spec in specs]
+    wanted = run_unsplit(against, names, plain, progress)
     found = run_shards(directory, manifest, cases, progress)
     _check_caches(manifest, cases, found)
     found = [_dequantised(arrays, made) for arrays in found]
-    # A cache also holds the sample that went in; its range is that of the values that the model puts there.
-    pasts = {cache.output: cache.input for cache in manifest.caches}
-    worst = tuple(
-        _difference(
-            spec.name,
-            [one[spec.name] for one in wanted],
-            [one[spec.name] for one in found],
-            cases,
-            [n for n, case in enumerate(cases) if spec.name not in pasts or not case.inputs[pasts[spec.name]].size],
-            rounded=bool(made),
-        )
+    inner = _inner(manifest)
+    limits = {
+        spec.name: max(limit_of(spec.dtype, inner), _INT8_LIMIT if made and limit_of(spec.dtype) else 0)
         for spec in specs
-    )
+    }
+    worst = _differences(manifest, cases, limits, wanted, found)
+    if any(not result.max_rel_error <= result.limit for result in worst):
+        # onnxruntime's own optimisation changes the answers where they are rounded coarsely: like with like.
+        optimised = run_unsplit(against, names, plain, progress, optimised=True)
+        own = _differences(manifest, cases, limits, wanted, optimised)
+        alike = _differences(manifest, cases, limits, optimised, found)
+        worst = tuple(map(_best, worst, alike, own))
     for result in worst:
         if not result.max_rel_error <= result.limit:
             raise ExportError(
@@ -70,9 +75,33 @@ def compare(
     return worst
 
 
-def limit_of(dtype: str) -> float:
-    """The largest allowed difference of an output of that element type, in parts of its range; 0 for integers."""
-    return _LIMITS.get(dtype, 0.0)
+def limit_of(dtype: str, inner: Iterable[str] = ()) -> float:
+    """The largest allowed difference of an output of that element type, in parts of its range; 0 for integers.
+
+    Args:
+        dtype: of the output.
+        inner: of the tensors that it is made from; the coarsest of them counts.
+    """
+    return max(_LIMITS[name] for name in (dtype, *inner) if name in _LIMITS) if dtype in _LIMITS else 0.0
+
+
+def _inner(manifest: Manifest) -> set[str]:
+    """Element types of weights and edges."""
+    weights = {spec.dtype for shard in manifest.shards for spec in shard.tensors}
+    tables = {lookup.table.dtype for shard in manifest.shards for lookup in shard.lookups}
+    return weights | tables | {spec.dtype for spec in manifest.edges}
+
+
+def _best(one: Verification, alike: Verification, own: Verification) -> Verification:
+    """The smaller of two differences, and a limit that onnxruntime's own levels keep.
+
+    Args:
+        one: from the graph as it is.
+        alike: from the graph as onnxruntime optimises it.
+        own: between these two.
+    """
+    best = min(one, alike, key=lambda result: result.max_rel_error)
+    return replace(best, limit=max(best.limit, min(own.max_rel_error, _OWN_LIMIT)) if best.limit else 0.0)
 
 
 def _with_own_caches(directory: Path, manifest: Manifest, cases: list[Case], progress: Notify) -> list[Case]:
@@ -120,14 +149,36 @@ def _check_caches(manifest: Manifest, cases: list[Case], found: list[dict[str, N
                 )
 
 
+def _differences(
+    manifest: Manifest,
+    cases: list[Case],
+    limits: Mapping[str, float],
+    wanted: list[Arrays],
+    found: list[Arrays],
+) -> tuple[Verification, ...]:
+    """For each output that has a limit, the worst difference over all cases."""
+    # A cache also holds the sample that went in; its range is that of the values that the model puts there.
+    pasts = {cache.output: cache.input for cache in manifest.caches}
+    return tuple(
+        _difference(
+            name,
+            [one[name] for one in wanted],
+            [one[name] for one in found],
+            cases,
+            [n for n, case in enumerate(cases) if name not in pasts or not case.inputs[pasts[name]].size],
+            limit,
+        )
+        for name, limit in limits.items()
+    )
+
+
 def _difference(
     name: str,
     wanted: list[NDArray[Any]],
     found: list[NDArray[Any]],
     cases: list[Case],
     ranged: list[int],
-    *,
-    rounded: bool = False,
+    limit: float,
 ) -> Verification:
     """The worst difference over all cases, and as a part of the range that the output has over the `ranged` ones."""
     for one, other, case in zip(wanted, found, cases, strict=True):
@@ -137,7 +188,6 @@ def _difference(
                 f"model makes {one.dtype} {list(one.shape)}. Please report the model."
             )
     a, b = (np.concatenate([array.astype(np.float64).ravel() for array in arrays]) for arrays in (wanted, found))
-    limit = max(limit_of(wanted[0].dtype.name), _INT8_LIMIT if rounded else 0)
     # Where the unsplit model gives NaN or infinity, the shards must give the same.
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     if same.all():

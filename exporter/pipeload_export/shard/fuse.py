@@ -32,11 +32,11 @@ from pipeload_export.graph.runtime import open_session, session_options
 from pipeload_export.graph.types import elem_type_of
 from pipeload_export.graph.validity import check_model, runtime_ops, version_of
 
-__all__ = ["INLINE_BYTES", "Fused", "fuse", "is_external"]
+__all__ = ["INLINE_BYTES", "LEVEL", "NOT_APPLIED", "Fused", "fuse", "is_external"]
 
 INLINE_BYTES = 1024
 """Smaller constants stay in the graph's file, unless they are weights."""
-_USES_VALUES = (
+NOT_APPLIED = (
     "AttentionFusion",
     "ConvAddFusion",
     "ConvBNFusion",
@@ -52,6 +52,7 @@ _USES_VALUES = (
     "WeightBiasQuantization",
 )
 """Optimisers that make new weights from old ones, which are zeros here."""
+LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 _SUSPECTS = ("SimplifiedLayerNormFusion", "LayerNormFusion", "GeluFusionL1", "GeluFusionL2")
 """Optimisers that may use an operator in a version of ONNX that does not have it; switched off one after another."""
 
@@ -120,12 +121,10 @@ def fuse(
         places = _add_zeros(given, zeros, Path(folder))
         onnx.save(given, f"{folder}/given.onnx")
         dtypes = _optimise(Path(folder), what, ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ())
-        off = [*_USES_VALUES, *([] if folds else ["ConstantFolding"])]
+        off = [*NOT_APPLIED, *([] if folds else ["ConstantFolding"])]
         for count in range(len(_SUSPECTS) + 1):
             with suppress(ExportError):
-                _optimise(
-                    Path(folder), what, ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, [*off, *_SUSPECTS[:count]]
-                )
+                _optimise(Path(folder), what, LEVEL, [*off, *_SUSPECTS[:count]])
                 fused = _read(Path(folder) / "optimised.onnx", given, places, constants, dtypes)
             if fused is not None:
                 break

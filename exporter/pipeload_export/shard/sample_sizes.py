@@ -24,6 +24,12 @@ _EDGE_SIZES = (1, 3, 4)
 """Sizes for kernels that take some dimensions only where another is one. Never zero, on which kernels may crash."""
 _MOST_POINTS = 30
 _MOST_PATCHES = 64
+_CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
+"""Operators that take images first -> the place of their weights."""
+_POINTWISE = frozenset(
+    {"Add", "Cast", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Mul", "QuantizeLinear", "Sub"}
+)
+"""Operators that images may pass on their way there, as their first input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +99,15 @@ def _relations(names: Sequence[str], count: int) -> Iterator[dict[str, tuple[str
 
 def _images(graph: Graph, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
     """For each input that a convolution takes: its channels, and the steps in which its extents may grow."""
+    makers = graph.producers()
     for node in graph.nodes:
-        spec = specs.get(node.input[0]) if node.op_type == "Conv" else None
-        weight = graph.types.get(node.input[1], (0, None))[1] if spec else None
+        if node.op_type not in _CONVOLUTIONS:
+            continue
+        image = node.input[0]
+        while image not in specs and image in makers and makers[image].op_type in _POINTWISE:
+            image = makers[image].input[0]
+        spec = specs.get(image)
+        weight = graph.types.get(node.input[_CONVOLUTIONS[node.op_type]], (0, None))[1] if spec else None
         if spec is None or weight is None or not isinstance(weight[1], int):
             continue
         strides = attribute(node, "strides", [1] * (len(spec.shape) - 2))

@@ -18,8 +18,9 @@ from onnx import ModelProto, TensorProto
 from pipeload.foreign import first_line
 from pipeload.format.dtypes import ITEM_BYTES
 from pipeload_export.graph.external_data import external_initializer
+from pipeload_export.graph.graph import tensor_proto
 from pipeload_export.graph.runtime import dtype_of, open_session, session_options
-from pipeload_export.shard.fuse import Fused
+from pipeload_export.shard.fuse import LEVEL, NOT_APPLIED, Fused
 
 __all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
 
@@ -53,9 +54,16 @@ class Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
 
 
 def run_trial(
-    fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str], work: Path
+    fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str], work: Path, *, optimised: bool = False
 ) -> tuple[list[list[NDArray[Any]]], list[list[Event]]]:
-    """Run a shard in a session as the engine makes it, with temporary files in the folder `work`.
+    """Run a shard in a session as the engine makes it.
+
+    Args:
+        fused: its graph.
+        inputs: for each run.
+        outputs: their names.
+        work: a folder for temporary files.
+        optimised: let onnxruntime optimise the graph first, with its weights at hand.
 
     Returns:
         For each set of inputs the outputs, and the nodes in the order in which they ran.
@@ -66,10 +74,13 @@ def run_trial(
     """
     with TemporaryDirectory(prefix=".trial-", dir=work) as folder:
         options = session_options()
+        if optimised:
+            options.graph_optimization_level = LEVEL
         options.enable_profiling = True
         options.profile_file_prefix = f"{folder}/profile"
-        values = _add_weights(fused, Path(folder), options)
-        session = open_session(Path(folder, "shard.onnx"), f"shard '{fused.model.graph.name}'", options)
+        values = _add_weights(fused, Path(folder), options, in_file=optimised)
+        what, left_out = f"shard '{fused.model.graph.name}'", NOT_APPLIED if optimised else ()
+        session = open_session(Path(folder, "shard.onnx"), what, options, disabled=left_out)
         results, failed = [], dict[int, str]()
         for place, arrays in enumerate(inputs):
             try:
@@ -83,10 +94,19 @@ def run_trial(
     return results, events
 
 
-def _add_weights(fused: Fused, folder: Path, options: ort.SessionOptions) -> list[ort.OrtValue]:
-    """Write the graph into the folder, and give its weights to the session; they must live as long as it does."""
+def _add_weights(fused: Fused, folder: Path, options: ort.SessionOptions, *, in_file: bool) -> list[ort.OrtValue]:
+    """Write the graph into the folder, and give its weights to the session; they must live as long as it does.
+
+    With `in_file` they are inside the graph's file: some optimisers look there, and not at what a session is given.
+    """
     model = ModelProto()
     model.CopyFrom(fused.model)
+    if in_file:
+        for proto in model.graph.initializer:
+            if proto.name in fused.external:
+                proto.CopyFrom(tensor_proto(proto.name, fused.external[proto.name]))
+        onnx.save(model, folder / "shard.onnx")
+        return []
     values = []
     for index, proto in enumerate(model.graph.initializer):
         constant = fused.external.get(proto.name)

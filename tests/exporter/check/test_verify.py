@@ -20,11 +20,11 @@ from tests.models import traced_here
 from tests.shared import folder_of_the_run, made_by_one
 
 from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadError, ShardError
-from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, read, write
+from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, Verification, read, write
 from pipeload_export import export, verify
 from pipeload_export.check import cases as samples_module
 from pipeload_export.check.cases import Case, index_limits, sample_cases
-from pipeload_export.check.compare import _difference, limit_of
+from pipeload_export.check.compare import _best, _difference, limit_of
 
 WEIGHTS = "shards/block.001.safetensors"
 GRAPH = "shards/block.001.onnx"
@@ -238,11 +238,25 @@ class TestAnswers:
         assert limit_of("float32") < limit_of("float16") < limit_of("bfloat16")
         assert limit_of("int64") == 0
 
+    def test_the_coarsest_type_inside_counts(self) -> None:
+        assert limit_of("float32", {"int64", "float32", "float16"}) == limit_of("float16")
+        assert limit_of("int64", {"float16"}) == 0
+
+    def test_what_onnxruntimes_own_levels_change_is_allowed_up_to_a_tenth(self) -> None:
+        def found(error: float) -> Verification:
+            return Verification(output="logits", max_abs_error=error, max_rel_error=error, limit=1e-4)
+
+        assert _best(found(0.5), found(0.0), found(0.5)) == replace(found(0.0), limit=0.1)
+        assert _best(found(0.004), found(0.02), found(0.018)) == replace(found(0.004), limit=0.018)
+        assert _best(found(0.5), found(0.4), found(1e-6)) == found(0.4)
+        exact = Verification(output="ids", max_abs_error=1.0, max_rel_error=0.1, limit=0.0)
+        assert _best(exact, exact, exact) == exact
+
     def test_range_is_that_of_all_cases(self) -> None:
         # One case alone may have next to no range, as a classifier's two logits for one text.
         wanted = [np.array([[1.0, 1.0]], np.float32), np.array([[1.0, 3.0]], np.float32)]
         found = [wanted[0] + np.float32(2**-20), wanted[1]]
-        result = _difference("logits", wanted, found, [Case(name="", inputs={})] * 2, [0, 1])
+        result = _difference("logits", wanted, found, [Case(name="", inputs={})] * 2, [0, 1], 1e-4)
         assert (result.max_abs_error, result.max_rel_error) == (2**-20, 2**-21)
 
     def test_nan_must_be_nan(self, exported: Path, tmp_path: Path) -> None:
