@@ -12,8 +12,9 @@ from pipeload.errors import ExportError
 from pipeload.format.manifest import Cache, FileRecord, Head, Shard, Structure, TensorSpec, symbols
 from pipeload.notify import Notify, silent
 from pipeload_export.cut.blocks import find_cuts
+from pipeload_export.cut.caches import find_caches
 from pipeload_export.cut.head import HeadCut, cut_head
-from pipeload_export.cut.placement import Piece, find_caches, place
+from pipeload_export.cut.placement import Piece, place
 from pipeload_export.cut.tables import Lift, lift_tables
 from pipeload_export.graph.graph import Graph, dtype_name
 from pipeload_export.graph.load import load
@@ -85,15 +86,6 @@ def split(
     ends = [head.input, head.table, *([head.bias] if head.bias else [])] if head else []
     drop_dead(graph, [*ends, *tables, *(lift.indices for lift in lifts)])
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
-    caches = tuple(
-        replace(
-            cache,
-            in_place=in_place.get(cache.input) == cache.output,
-            scale=scales[cache.input][0] if cache.input in scales else None,
-        )
-        for cache in find_caches(graph, pieces)
-    )
-
     taken = tuple(_input_spec(value, graph) for value in graph.inputs)
     sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir)
     writer = ShardWriter(graph, shards_dir, sampler, progress or silent)
@@ -108,9 +100,18 @@ def split(
     known = {*graph.output_names, *(spec.name for spec in inputs)}
     edges = dict.fromkeys(name for shard in writer.shards for name in (*shard.inputs, *shard.outputs))
     slices = tuple(shard.name for shard in writer.shards if shard.role == "head")
+    outputs = tuple(_output_spec(value, writer, dims, head) for value in graph.outputs)
+    caches = tuple(
+        replace(
+            cache,
+            in_place=in_place.get(cache.input) == cache.output,
+            scale=scales[cache.input][0] if cache.input in scales else None,
+        )
+        for cache in find_caches(graph, pieces, inputs, outputs)
+    )
     return SplitModel(
         inputs=inputs,
-        outputs=tuple(_output_spec(value, writer, dims, head) for value in graph.outputs),
+        outputs=outputs,
         edges=tuple(writer.edge(name) for name in edges if name not in known),
         caches=caches,
         head=Head(input=head.input, output=head.output, shards=slices) if head else None,

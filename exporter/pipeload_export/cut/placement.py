@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pipeload.format.manifest import Cache, Role
+from pipeload.format.manifest import Role
 from pipeload_export.cut.blocks import Cuts
 from pipeload_export.cut.tables import Lift
 from pipeload_export.graph.graph import Graph, node_inputs
 
-__all__ = ["Piece", "find_caches", "place"]
+__all__ = ["SHAPE_OPS", "Piece", "place"]
 
 _LARGE = 1.5
 """A prologue or epilogue with more weights than this many blocks is cut as well."""
-_SHAPE_OPS = ("Shape", "Size")
+SHAPE_OPS = ("Shape", "Size")
+"""Operators that read a tensor's shape, and not its values."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,45 +71,6 @@ def place(graph: Graph, cuts: Cuts, lifts: Sequence[Lift], *, kept: Iterable[str
         if own:
             pieces.append((role, _piece(graph, sorted(own), constant, leaving)))
     return _named(pieces)
-
-
-def find_caches(graph: Graph, pieces: Sequence[Piece]) -> tuple[Cache, ...]:
-    """Pairs of a graph input and the graph output that takes its place at the next step, made in the same shard."""
-    values = {value.name: value.type.tensor_type for value in (*graph.inputs, *graph.outputs)}
-    users: dict[str, set[str]] = {}
-    for piece in pieces:
-        for index in piece.nodes:
-            if graph.nodes[index].op_type not in _SHAPE_OPS:
-                for name in node_inputs(graph.nodes[index]):
-                    users.setdefault(name, set()).add(piece.name)
-    pairs: list[tuple[int, int, int, str, str]] = []
-    for place, value in enumerate(graph.inputs):
-        homes = users.get(value.name, set())
-        if len(homes) != 1:
-            continue
-        piece = next(piece for piece in pieces if piece.name in homes)
-        for output, distance in _reachable(graph, piece, value.name).items():
-            one, other = values[value.name], values[output]
-            if one.elem_type == other.elem_type and len(one.shape.dim) == len(other.shape.dim):
-                pairs.append((distance, place, graph.output_names.index(output), value.name, output))
-    caches: dict[str, str] = {}
-    for _, _, _, name, output in sorted(pairs):
-        if name not in caches and output not in caches.values():
-            caches[name] = output
-    return tuple(Cache(input=v.name, output=caches[v.name]) for v in graph.inputs if v.name in caches)
-
-
-def _reachable(graph: Graph, piece: Piece, begin: str) -> dict[str, int]:
-    """Graph outputs that the piece makes from a tensor's values -> nodes on the shortest way."""
-    distance = {begin: 0}
-    for index in piece.nodes:
-        node = graph.nodes[index]
-        if node.op_type in _SHAPE_OPS:
-            continue
-        before = [distance[name] for name in node_inputs(node) if name in distance]
-        if before:
-            distance.update((name, min(before) + 1) for name in node.output if name)
-    return {name: distance[name] for name in graph.output_names if name in distance and name != begin}
 
 
 def _roles(graph: Graph, cuts: Cuts, constant: dict[str, frozenset[str]]) -> tuple[list[Role], list[int]]:
@@ -185,14 +147,14 @@ def _shards(
         result[index] = shard
         for name in node_inputs(node):
             users.setdefault(name, set()).add(shard)
-            if node.op_type not in _SHAPE_OPS:
+            if node.op_type not in SHAPE_OPS:
                 active_users.setdefault(name, set()).add(shard)
     return dict(sorted(result.items()))
 
 
 def _is_better_early(op_type: str, inputs: Sequence[str], places: set[int], active_users: dict[str, set[int]]) -> bool:
     """Whether to make a shape where its tensor is made: the tensor itself does not travel to the shard that asks."""
-    return op_type in _SHAPE_OPS and not places <= active_users.get(inputs[0], set())
+    return op_type in SHAPE_OPS and not places <= active_users.get(inputs[0], set())
 
 
 def _piece(graph: Graph, nodes: list[int], constant: dict[str, frozenset[str]], leaving: set[str]) -> Piece:
