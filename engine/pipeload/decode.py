@@ -225,7 +225,8 @@ class Decoding:
     ) -> tuple[list[Arrays], list[Mapping[str, int]]]:
         """A long text in pieces, and the sizes to plan for: those of a piece, and of later steps, with full caches.
 
-        The last piece has all positions whose logits are wanted. Without caches in place there is one piece.
+        The last piece has all positions whose logits are wanted. Without caches in place there is one piece, and where
+        the pieces of a text would be quantised with scales of their own.
         """
         if self._lengths is None:
             return [arrays], [dims]
@@ -237,6 +238,8 @@ class Decoding:
             return [arrays], [dims, {**dims, text: size, past: max(before, step.expected - size)}]
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
         size = min(length, max(positions, _PIECE_TOKENS // max(1, rows)))
+        if self._manifest.quantised_dynamically:
+            size = length
         pieces: list[Arrays] = []
         # The first piece takes the remainder, so that the last one is whole.
         for end in range((length - 1) % size + 1, length + 1, size):

@@ -12,7 +12,8 @@ PipeloadError
  '- ClosedError     the model was closed before or during the call
 ```
 
-Beside it there is one warning, `TruncationWarning`: texts were cut to the number of tokens that the model takes.
+Beside it there are two warnings: `TruncationWarning`, texts were cut to the number of tokens that the model takes, and
+`QuantisationWarning`, the model's answers depend on what is computed together.
 
 A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
 
@@ -33,6 +34,7 @@ __all__ = [
     "LoadError",
     "ManifestError",
     "PipeloadError",
+    "QuantisationWarning",
     "RunError",
     "ShardError",
     "TruncationWarning",
@@ -92,3 +94,7 @@ class ClosedError(PipeloadError):
 
 class TruncationWarning(UserWarning):
     """Texts were cut to the tokens that the model takes. No error: `warnings.filterwarnings` silences it."""
+
+
+class QuantisationWarning(UserWarning):
+    """The model's answers depend on what is computed together. No error: `warnings.filterwarnings` silences it."""

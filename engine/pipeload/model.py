@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.decode import DecodeState, Decoding, Step
-from pipeload.errors import ClosedError, ConfigError, LoadError, RunError
+from pipeload.errors import ClosedError, ConfigError, LoadError, QuantisationWarning, RunError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
@@ -92,6 +93,9 @@ def load(
         ConfigError: an argument is invalid.
         LoadError: the system refused to start another thread.
 
+    Warns:
+        QuantisationWarning: answers depend on what is computed together.
+
     Example:
         >>> with pipeload.load("models/exported/minilm", memory_budget="128MB") as model:
         ...     vectors = model.embed(["a cat", "a dog"])
@@ -114,6 +118,14 @@ def load(
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
     budget = parse_budget(memory_budget)
     files = ModelFiles(directory, manifest, verify=verify)
+    if manifest.quantised_dynamically:
+        warnings.warn(
+            "This model quantises its activations with one scale for a whole tensor, so the answers for a text depend "
+            "on what is computed together with it. Its texts and images are computed one by one, and prompts whole, "
+            "without drafts; run and step compute what they are given together.",
+            QuantisationWarning,
+            stacklevel=2,
+        )
     with foreign_errors(LoadError, f"The model in {directory} could not be opened", "Check the limits of the process."):
         return Model(
             directory,
@@ -218,6 +230,7 @@ class Model:
         Args:
             items: inputs as for `run`, taken from the iterable on demand.
             batch: the most items to join along the first dimension; items in a batch agree in all other dimensions.
+                Items of a model that is quantised dynamically are not joined: they would share a scale.
 
         Yields:
             The outputs of each item, in order.
@@ -229,6 +242,8 @@ class Model:
             raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
         if not isinstance(items, Iterable):
             raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
+        if self.manifest.quantised_dynamically:
+            batch = 1
         queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
         lent_bytes = self._pipeline.lent_bytes
         try:

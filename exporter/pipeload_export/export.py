@@ -155,6 +155,7 @@ def _build(
         dims=model.dims,
         missing_weights=unsplit.missing_weights,
         unused_weights=unsplit.unused_weights,
+        quantised_dynamically=model.quantised_dynamically,
     )
     write(manifest, result)
     if verify:

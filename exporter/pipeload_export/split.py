@@ -16,7 +16,7 @@ from pipeload_export.cut.caches import find_caches
 from pipeload_export.cut.head import HeadCut, cut_head
 from pipeload_export.cut.placement import Piece, place
 from pipeload_export.cut.tables import Lift, lift_tables
-from pipeload_export.graph.graph import Graph, dtype_name
+from pipeload_export.graph.graph import Graph, dtype_name, operators
 from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import drop_dead, normalise
 from pipeload_export.rewrite.in_place import write_in_place
@@ -40,6 +40,7 @@ class SplitModel:
     structures: dict[str, Structure]
     dims: tuple[str, ...]
     files: tuple[FileRecord, ...]
+    quantised_dynamically: bool
 
 
 def split(
@@ -74,6 +75,7 @@ def split(
     graph = load(model_path)
     normalise(graph)
     inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
+    quantised_dynamically = any(kind.startswith("DynamicQuantize") for kind in operators(graph.nodes))
     in_place = write_in_place(graph)
     scales = quantise_caches(graph, in_place) if int8_caches else {}
     inputs = tuple(_with_scales(inputs, {name: given for name, (given, _) in scales.items()}))
@@ -119,6 +121,7 @@ def split(
         structures=writer.structures.known,
         dims=dims,
         files=tuple(writer.files),
+        quantised_dynamically=quantised_dynamically,
     )
 
 

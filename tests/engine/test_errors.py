@@ -21,6 +21,7 @@ def test_the_tree_is_pinned() -> None:
         "ManifestError": (errors.PipeloadError,),
         "PipeloadError": (Exception,),
         "RunError": (errors.PipeloadError,),
+        "QuantisationWarning": (UserWarning,),
         "ShardError": (errors.PipeloadError,),
         "TruncationWarning": (UserWarning,),
     }

@@ -31,6 +31,7 @@ def test_the_public_names_are_pinned() -> None:
         "PipeloadError",
         "Plan",
         "Profile",
+        "QuantisationWarning",
         "RunError",
         "Session",
         "ShardError",

@@ -9,12 +9,14 @@ from typing import Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from pipeload.errors import TruncationWarning
+from pipeload.errors import QuantisationWarning, TruncationWarning
 
 __all__ = ["INTERRUPTED", "Commands", "print_error"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
+
+_OURS = (QuantisationWarning, TruncationWarning)
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The base class of wrong usage, whose place in typer depends on the version."""
@@ -31,7 +33,8 @@ class Commands(TyperGroup):
             return super().main(*args, **options)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("default", TruncationWarning)
+                for kind in _OURS:
+                    warnings.simplefilter("default", kind)
                 warnings.showwarning = _show_warning
                 code = super().main(*args, **options)
         except _UsageError as error:
@@ -67,6 +70,6 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    ours = issubclass(category, TruncationWarning)
+    ours = issubclass(category, _OURS)
     text = f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     print(text, file=file or sys.stderr)

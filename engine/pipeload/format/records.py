@@ -199,7 +199,12 @@ class Verification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that the engine knows of a model before it opens a shard; `manifest.py` tells how the parts fit."""
+    """Everything that the engine knows of a model before it opens a shard; `manifest.py` tells how the parts fit.
+
+    Attributes:
+        quantised_dynamically: an activation is quantised with one scale for the whole tensor, chosen while it runs, so
+            a text's answers depend on what is computed together with it.
+    """
 
     format: int = FORMAT_VERSION
     exporter: str
@@ -218,6 +223,7 @@ class Manifest:
     dims: tuple[str, ...] = field(default=())
     missing_weights: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()
+    quantised_dynamically: bool = False
 
     @property
     def weight_bytes(self) -> int:

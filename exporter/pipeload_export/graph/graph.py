@@ -28,6 +28,7 @@ __all__ = [
     "is_pure",
     "known_constant",
     "node_inputs",
+    "operators",
     "storage_dtype",
     "tensor_proto",
     "sort_nodes",
@@ -141,6 +142,16 @@ def node_inputs(node: NodeProto) -> Iterator[str]:
         if item.type in SUBGRAPHS:
             for graph in (item.g, *item.graphs):
                 yield from _outer_names(graph)
+
+
+def operators(nodes: Iterable[NodeProto]) -> Iterator[str]:
+    """The operators of nodes, and of the nodes in their subgraphs."""
+    for node in nodes:
+        yield node.op_type
+        for item in node.attribute:
+            if item.type in SUBGRAPHS:
+                for graph in (item.g, *item.graphs):
+                    yield from operators(graph.node)
 
 
 def _outer_names(graph: GraphProto) -> Iterator[str]:

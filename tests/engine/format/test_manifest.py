@@ -72,7 +72,7 @@ def test_the_fields_are_pinned() -> None:
         "structures",
         "files",
     }
-    optional = {"format", "caches", "head", "verification", "dims"}
+    optional = {"format", "caches", "head", "verification", "dims", "quantised_dynamically"}
     assert {field.name for field in fields(Manifest)} == required | optional
 
 

@@ -103,7 +103,7 @@ def _texts(
                 for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
                     results[index] = top_labels(row, config, top_k)
 
-    in_batches([len(row.ids) for row in rows], batch_size, run)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=runner.manifest.quantised_dynamically)
     return [results[index] for index in range(len(rows))]
 
 
@@ -117,7 +117,7 @@ def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_si
             for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
                 results[index] = top_labels(row, config, top_k)
 
-    in_batches([0] * len(images), batch_size, run)
+    in_batches([0] * len(images), batch_size, run, alone=runner.manifest.quantised_dynamically)
     return [results[index] for index in range(len(images))]
 
 

@@ -68,7 +68,7 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
             pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])
             vectors.update(zip(indices, pooled, strict=True))
 
-    in_batches([len(row.ids) for row in rows], batch_size, run)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=runner.manifest.quantised_dynamically)
     if not vectors:
         width = output.shape[-1]
         return np.empty((0, width * len(recipe.modes) if isinstance(width, int) else 0), np.float32)

@@ -75,6 +75,7 @@ def generate(
     Names and meanings are those of transformers. An option that is None comes from the model's
     `generation_config.json`, or else from transformers' defaults: greedy, or with `do_sample` temperature 1 and the 50
     likeliest tokens. Other settings in that file (beams, bad words ...) are ignored.
+    The texts of a model that is quantised dynamically are made one after another, without drafts.
 
     Args:
         runner: a model exported for text-generation with KV caches.
@@ -195,7 +196,12 @@ def generate_prompts(
             return reading
 
         reading = read_by(runner)
-        if assistant is not None:
+        if runner.manifest.quantised_dynamically:
+            # Each text alone, and from its beginning: tokens that are computed together share scales.
+            for sequence in sequences:
+                reading.state.truncate(0)
+                extend(reading, [sequence], streamer)
+        elif assistant is not None:
             most = drafted_tokens(assistant, settings, options)
             extend_with_drafts(reading, sequences[0], Assistant(read_by(assistant), runner), most, streamer)
         elif lookup:

@@ -34,7 +34,9 @@ def position_ids(mask: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.where(mask == 0, 1, mask.cumsum(axis=-1) - 1)
 
 
-def in_batches(lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], None]) -> None:
+def in_batches(
+    lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], None], *, alone: bool = False
+) -> None:
     """Call `run` with the indices of one batch after another, until every index had its turn.
 
     The longest items come first, so that a batch has little padding, and the largest batch runs first. If the memory
@@ -45,12 +47,15 @@ def in_batches(lengths: Sequence[int], batch_size: int, run: Callable[[list[int]
         lengths: tokens of each item.
         batch_size: the most items in a batch.
         run: runs the items of these indices.
+        alone: each item is a batch of its own, since the others would change its answer.
 
     Raises:
         ConfigError: `batch_size` is not a positive number.
         BudgetError: not even a single item fits.
     """
     check_positive("batch_size", batch_size)
+    if alone:
+        batch_size = 1
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     begin = 0
     while begin < len(order):

@@ -25,6 +25,12 @@ def test_batches_are_sorted_by_length_and_keep_the_order_of_equals() -> None:
     assert batches == [[3, 1], [0, 2], [4]]
 
 
+def test_items_that_would_change_each_other_run_alone() -> None:
+    batches: list[list[int]] = []
+    in_batches([2, 5, 2], 2, batches.append, alone=True)
+    assert batches == [[1], [0], [2]]
+
+
 def test_a_batch_that_the_budget_refuses_is_made_smaller() -> None:
     batches: list[list[int]] = []
 
