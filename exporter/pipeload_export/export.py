@@ -120,6 +120,7 @@ def export(
 def _build(
     unsplit: Unsplit, result: Path, *, whole: bool, kv_cache: KvCache, verify: bool, progress: Notify
 ) -> Manifest:
+    from pipeload_export.check.padding import takes_left_padding
     from pipeload_export.split import split  # needs the extra [export], which importing this module does not
 
     shards = result / "shards"
@@ -157,6 +158,8 @@ def _build(
         unused_weights=unsplit.unused_weights,
         quantised_dynamically=model.quantised_dynamically,
     )
+    write(manifest, result)
+    manifest = replace(manifest, takes_left_padding=takes_left_padding(result, manifest, progress))
     write(manifest, result)
     if verify:
         report = verify_directory(result, unsplit.path, progress)

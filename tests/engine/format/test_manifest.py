@@ -72,7 +72,7 @@ def test_the_fields_are_pinned() -> None:
         "structures",
         "files",
     }
-    optional = {"format", "caches", "head", "verification", "dims", "quantised_dynamically"}
+    optional = {"format", "caches", "head", "verification", "dims", "quantised_dynamically", "takes_left_padding"}
     assert {field.name for field in fields(Manifest)} == required | optional
 
 

@@ -30,6 +30,7 @@ from pipeload.tasks.generate.prompts import (
     check_model,
     check_rows,
     eos_ids,
+    joined,
     listed,
     token_ids,
     tokenizer_if_any,
@@ -72,6 +73,7 @@ def generate(
     """Continue a prompt, or each of a list of prompts.
 
     A list is run as one batch, which reads the weights once per token for all of its prompts; padding changes no text.
+    Where a model cannot tell padding from text, only prompts of one length share passes.
     Names and meanings are those of transformers. An option that is None comes from the model's
     `generation_config.json`, or else from transformers' defaults: greedy, or with `do_sample` temperature 1 and the 50
     likeliest tokens. Other settings in that file (beams, bad words ...) are ignored.
@@ -196,17 +198,17 @@ def generate_prompts(
             return reading
 
         reading = read_by(runner)
-        if runner.manifest.quantised_dynamically:
-            # Each text alone, and from its beginning: tokens that are computed together share scales.
-            for sequence in sequences:
-                reading.state.truncate(0)
-                extend(reading, [sequence], streamer)
-        elif assistant is not None:
+        alone = runner.manifest.quantised_dynamically
+        if assistant is not None and not alone:
             most = drafted_tokens(assistant, settings, options)
             extend_with_drafts(reading, sequences[0], Assistant(read_by(assistant), runner), most, streamer)
-        elif lookup:
+        elif lookup and not alone:
             guesser = PromptLookup(settings.max_matching_ngram_size or 2)
             extend_with_drafts(reading, sequences[0], guesser, lookup, streamer)
         else:
-            extend(reading, sequences, streamer)
+            for indices in joined(runner.manifest, [len(one.ids) for one in sequences]):
+                if alone:
+                    # From its beginning: tokens that are computed together share scales.
+                    reading.state.truncate(0)
+                extend(reading, [sequences[index] for index in indices], streamer)
     return [sequence.result() for sequence in sequences]

@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "check_rows",
     "eos_ids",
+    "joined",
     "listed",
     "token_ids",
     "tokenizer_if_any",
@@ -104,12 +105,21 @@ def check_rows(runner: Decoder[State], rows: Sequence[Sequence[int]], max_new_to
     limit = config.vocab_size or np.iinfo(np.int32).max
     if outside := [token for row in rows for token in row if not 0 <= token < limit]:
         raise ConfigError(f"Token id {outside[0]} is outside the model's vocabulary of {limit}.")
-    inputs = {spec.name for spec in runner.manifest.free_inputs}
-    if shortest < longest and (missing := {"attention_mask", "position_ids"} - inputs):
-        raise ConfigError(
-            f"The prompts have different lengths, and the model has no input '{min(missing)}' to tell padding "
-            "from text. Pass the prompts one by one."
-        )
+
+
+def joined(manifest: Manifest, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts that share passes: all, or those of one length where the model cannot tell padding from text.
+
+    Args:
+        manifest: the model.
+        lengths: tokens of each text.
+    """
+    if manifest.quantised_dynamically:
+        return [[index] for index in range(len(lengths))]
+    inputs = {spec.name for spec in manifest.free_inputs}
+    if {"attention_mask", "position_ids"} <= inputs or manifest.takes_left_padding:
+        return [[*range(len(lengths))]]
+    return [[i for i, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]
 
 
 def check_assistant(runner: Decoder[Any], assistant: Decoder[Any]) -> None:

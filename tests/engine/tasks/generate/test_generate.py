@@ -113,8 +113,12 @@ def test_inputs_are_those_of_the_graph(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inputs", [("input_ids",), ("input_ids", "attention_mask"), ("input_ids", "position_ids")])
 def test_padding_needs_a_mask_and_positions(tmp_path: Path, inputs: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="different lengths, and the model has no input"):
-        generate(ToyDecoder(tmp_path, inputs), [[1, 2], [3]])
+    model = ToyDecoder(tmp_path, inputs)
+    prompts = [[1, 2], [3], [4, 5]]
+    results = generate(model, prompts, max_new_tokens=2)
+    assert [list(one.token_ids) for one in results] == [toy_continuation(prompt, 2) for prompt in prompts]
+    # Those of one length share passes, and no text is padded.
+    assert [step["input_ids"].shape for step in model.steps] == [(2, 2), (2, 1), (1, 1), (1, 1)]
 
 
 def test_texts_in_texts_out(tmp_path: Path) -> None:
