@@ -204,8 +204,8 @@ class Manifest:
     Attributes:
         quantised_dynamically: an activation is quantised with one scale for the whole tensor, chosen while it runs, so
             a text's answers depend on what is computed together with it.
-        takes_left_padding: a decoder that takes a mask and no positions answers for a text that is padded on the left
-            as it does for the text alone.
+        takes_left_padding: the model answers for a text that is padded on the left, behind a mask, as it does for the
+            text alone; None where this was not tried.
     """
 
     format: int = FORMAT_VERSION
@@ -226,7 +226,7 @@ class Manifest:
     missing_weights: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()
     quantised_dynamically: bool = False
-    takes_left_padding: bool = False
+    takes_left_padding: bool | None = None
 
     @property
     def weight_bytes(self) -> int:

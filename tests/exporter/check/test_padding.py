@@ -1,4 +1,4 @@
-"""A decoder that takes no positions is tried: texts share a batch only where padding changes no answer."""
+"""Padding on the left is tried: texts share a batch only where it changes no answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from tests.exporter.conftest import Sharded
-from tests.exporter.graphs import ROWS, WIDTH, Builder
+from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder, grouped_decoder
 
 import pipeload
 from pipeload.notify import silent
@@ -71,6 +71,49 @@ def test_positions_of_the_graph_are_tried(
     sharded = shard(decoder(positions).model())
     assert len(sharded.manifest.caches) == 3
     assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
+
+
+def fused_encoder(*, lengths: bool) -> Builder:
+    """An encoder as onnxruntime's optimiser writes it, whose attention takes lengths of texts, or the mask itself."""
+    builder = Builder()
+    ids = builder.input("input_ids", ["batch", "length"])
+    mask = builder.op("Cast", builder.input("attention_mask", ["batch", "length"]), to=TensorProto.INT32)
+    if lengths:
+        mask = builder.op("ReduceSum", mask, builder.constant([1]), keepdims=0)
+    x = builder.embed(ids)
+    for number in range(3):
+        weights = [builder.norm(x), builder.weight(WIDTH, 3 * WIDTH), builder.weight(3 * WIDTH), mask]
+        attention = helper.make_node("Attention", weights, [f"mixed.{number}"], domain="com.microsoft", num_heads=2)
+        builder.nodes.append(attention)
+        x = builder.op("Add", x, f"mixed.{number}")
+        x = builder.op("Add", x, builder.feed_forward(x))
+    builder.output(x, "hidden", ["batch", "length", WIDTH])
+    return builder
+
+
+@pytest.mark.parametrize(
+    ("builder", "wanted"),
+    [
+        (encoder(), True),
+        (fused_encoder(lengths=False), True),
+        (fused_encoder(lengths=True), False),
+        (grouped_decoder(), False),
+    ],
+    ids=["mask", "fused-mask", "lengths", "grouped"],
+)
+def test_kernels_that_count_tokens_are_tried(builder: Builder, wanted: bool, shard: Callable[..., Sharded]) -> None:
+    sharded = shard(builder.model())
+    assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
+
+
+def test_models_without_a_mask_are_not_tried(shard: Callable[..., Sharded]) -> None:
+    builder = Builder()
+    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
+    for _ in range(3):
+        x = builder.layer(x)
+    builder.output(x, "hidden", ["batch", "length", WIDTH])
+    sharded = shard(builder.model())
+    assert takes_left_padding(sharded.directory, sharded.manifest, silent) is None
 
 
 @pytest.mark.parametrize("positions", [by_mask, by_column])

@@ -14,7 +14,7 @@ from pipeload.tasks.classify.entities import entities
 from pipeload.tasks.classify.labels import Label, scores, top_labels
 from pipeload.tasks.images import Image, image_processor_of
 from pipeload.tasks.runner import Array, Runner, config_of, graph_inputs, made_by_model
-from pipeload.tasks.text.padding import WINDOW, in_batches
+from pipeload.tasks.text.padding import WINDOW, apart, in_batches
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
 __all__ = ["BATCH_SIZE", "TOP_K", "classify"]
@@ -103,7 +103,7 @@ def _texts(
                 for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
                     results[index] = top_labels(row, config, top_k)
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=runner.manifest.quantised_dynamically)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
     return [results[index] for index in range(len(rows))]
 
 

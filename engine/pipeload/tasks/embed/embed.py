@@ -15,7 +15,7 @@ from pipeload.tasks.arguments import check_several
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_settings
 from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
-from pipeload.tasks.text.padding import WINDOW, in_batches
+from pipeload.tasks.text.padding import WINDOW, apart, in_batches
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
 __all__ = ["BATCH_SIZE", "embed"]
@@ -68,7 +68,7 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
             pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])
             vectors.update(zip(indices, pooled, strict=True))
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=runner.manifest.quantised_dynamically)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
     if not vectors:
         width = output.shape[-1]
         return np.empty((0, width * len(recipe.modes) if isinstance(width, int) else 0), np.float32)

@@ -116,8 +116,10 @@ def joined(manifest: Manifest, lengths: Sequence[int]) -> list[list[int]]:
     """
     if manifest.quantised_dynamically:
         return [[index] for index in range(len(lengths))]
-    inputs = {spec.name for spec in manifest.free_inputs}
-    if {"attention_mask", "position_ids"} <= inputs or manifest.takes_left_padding:
+    pads = manifest.takes_left_padding
+    if pads is None:
+        pads = {"attention_mask", "position_ids"} <= {spec.name for spec in manifest.free_inputs}
+    if pads:
         return [[*range(len(lengths))]]
     return [[i for i, other in enumerate(lengths) if other == length] for length in dict.fromkeys(lengths)]
 

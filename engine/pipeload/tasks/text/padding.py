@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError
+from pipeload.format.manifest import Manifest
 from pipeload.tasks.arguments import check_positive
 
-__all__ = ["WINDOW", "Side", "in_batches", "padded", "position_ids"]
+__all__ = ["WINDOW", "Side", "apart", "in_batches", "padded", "position_ids"]
 
 Side = Literal["left", "right"]
 
@@ -32,6 +33,11 @@ def padded(rows: Sequence[Sequence[int]], *, fill: int, side: Side) -> NDArray[n
 def position_ids(mask: NDArray[np.int64]) -> NDArray[np.int64]:
     """Positions that count only real tokens, `[batch, length]`; 1 for padding, as in transformers."""
     return np.where(mask == 0, 1, mask.cumsum(axis=-1) - 1)
+
+
+def apart(manifest: Manifest, side: Side) -> bool:
+    """Whether other texts of a batch would change a text's answers."""
+    return manifest.quantised_dynamically or (side == "left" and manifest.takes_left_padding is False)
 
 
 def in_batches(

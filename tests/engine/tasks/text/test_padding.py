@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from pipeload.errors import BudgetError, ConfigError
-from pipeload.tasks.text.padding import in_batches, padded, position_ids
+from pipeload.format.manifest import read
+from pipeload.tasks.text.padding import Side, apart, in_batches, padded, position_ids
 
 
 def test_shorter_rows_are_filled_up_on_the_given_side() -> None:
@@ -29,6 +34,22 @@ def test_items_that_would_change_each_other_run_alone() -> None:
     batches: list[list[int]] = []
     in_batches([2, 5, 2], 2, batches.append, alone=True)
     assert batches == [[1], [0], [2]]
+
+
+@pytest.mark.parametrize(
+    ("known", "side", "wanted"),
+    [
+        ({"takes_left_padding": False}, "left", True),
+        ({"takes_left_padding": False}, "right", False),
+        ({"takes_left_padding": True}, "left", False),
+        ({"takes_left_padding": None}, "left", False),
+        ({"quantised_dynamically": True}, "right", True),
+    ],
+)
+def test_texts_stay_apart_where_padding_changes_answers(
+    toy: Path, known: dict[str, Any], side: Side, wanted: bool
+) -> None:
+    assert apart(replace(read(toy), **known), side) is wanted
 
 
 def test_a_batch_that_the_budget_refuses_is_made_smaller() -> None:
