@@ -18,6 +18,7 @@ from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
 from pipeload_export.shard.fuse import Fused, fuse
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.structure import Structures
+from pipeload_export.write.shared import SharedWeights, by_use
 from pipeload_export.write.weights import WeightsFile, in_order, write_weights
 
 __all__ = ["ShardWriter"]
@@ -52,6 +53,7 @@ class ShardWriter:
         self._outputs = {value.name: value for value in graph.outputs}
         self._tables: WeightsFile | None = None
         self._constant = graph.constant_sources()
+        self._shared = SharedWeights()
         self.shards: list[Shard] = []
         self.files: list[FileRecord] = []
         self.structures = Structures(sampler)
@@ -80,7 +82,11 @@ class ShardWriter:
         chosen, structure = self.structures.choose(len(self.shards), plain, fused)
         for name, dtype in chosen.dtypes.items():
             graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
-        written = self._write_weights(piece.name, in_order(chosen.external)) if chosen.external else None
+        written = self._write_weights(piece.name, in_order(by_use(chosen))) if chosen.external else None
+        if written and (stored := self._shared.share(written, chosen)):
+            self.files.remove(written.record)
+            (self._folder / f"{piece.name}.safetensors").unlink()
+            written = stored
         self._add(
             piece.name,
             piece.role,
