@@ -15,7 +15,7 @@ pipeline/   Loading, Inference and Daemon Agents, and the messages between them
 measuring/  machine, process and model -> Profile
 inputs      arrays, joined and taken apart
 decode      KV caches between steps
-tasks/      embed, classify, generate, chat
+tasks/      embed, classify, zero_shot, rerank, generate, chat
 opening     the process measured, the first plan made, the agents started
 model       the facade
 bench/      pipeload beside other ways to run a model
@@ -47,9 +47,14 @@ if TYPE_CHECKING:
     from pipeload.model import Model, load
     from pipeload.planning.planner import Plan
     from pipeload.planning.profile import Profile
+    from pipeload.tasks.classify.entities import Entity
+    from pipeload.tasks.classify.labels import Label
+    from pipeload.tasks.classify.rerank import Ranked
     from pipeload.tasks.generate.generate import Generation
     from pipeload.tasks.generate.session import Session
     from pipeload.tasks.generate.streaming import TextStream
+    from pipeload.tracing.stats import Stats
+    from pipeload.tracing.trace import Progress
 
 __version__ = "0.1.0"
 
@@ -58,18 +63,23 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "DecodeState",
+    "Entity",
     "ExportError",
     "Generation",
+    "Label",
     "LoadError",
     "ManifestError",
     "Model",
     "PipeloadError",
     "Plan",
     "Profile",
+    "Progress",
+    "Ranked",
     "QuantisationWarning",
     "RunError",
     "Session",
     "ShardError",
+    "Stats",
     "TextStream",
     "TruncationWarning",
     "load",
@@ -77,11 +87,16 @@ __all__ = [
 
 _HOMES = {
     "DecodeState": "decode",
+    "Entity": "tasks.classify.entities",
     "Generation": "tasks.generate.sequence",
+    "Label": "tasks.classify.labels",
     "Model": "model",
     "Plan": "planning.planner",
     "Profile": "planning.profile",
+    "Progress": "tracing.trace",
+    "Ranked": "tasks.classify.rerank",
     "Session": "tasks.generate.session",
+    "Stats": "tracing.stats",
     "TextStream": "tasks.generate.streaming",
     "load": "model",
 }

@@ -37,6 +37,8 @@ from pipeload.planning.profile import Profile
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
+from pipeload.tasks.classify.rerank import rerank
+from pipeload.tasks.classify.zero_shot import zero_shot
 from pipeload.tasks.embed.embed import embed
 from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.generate.session import Session
@@ -343,6 +345,8 @@ class Model:
     # Each is the task's own function, whose first argument is the model.
     embed = embed
     classify = classify
+    zero_shot = zero_shot
+    rerank = rerank
     generate = generate
     chat_prompt = chat_prompt
 

@@ -13,7 +13,7 @@ import pipeload
 from pipeload.measuring import profile_store
 from pipeload.tasks.generate.generate import generate
 
-NAMES = ["DecodeState", "Generation", "Model", "Plan", "Profile", "Session", "TextStream", "load"]
+NAMES = sorted(pipeload._HOMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,12 +27,11 @@ def check_positive(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be at least 1, not {value}.")
 
 
-def check_several(texts: Sequence[Item]) -> None:
-    """Raise ConfigError unless texts form a sequence, such as a list."""
+def check_several(
+    texts: Sequence[Item], name: str = "Texts", wanted: str = "a string or a sequence of strings"
+) -> None:
+    """Raise ConfigError unless the texts form a sequence, such as a list; a single string is none."""
     # Python counts an array or a column of a table as no Sequence, but it serves as one.
     row = hasattr(texts, "__len__") and hasattr(texts, "__getitem__") and getattr(texts, "shape", None) != ()
-    if not row or isinstance(texts, Mapping | bytes | bytearray):
-        raise ConfigError(
-            f"Texts must be a string or a sequence of strings, not {type(texts).__name__}: {texts!r:.80}. "
-            "Put them into a list."
-        )
+    if not row or isinstance(texts, Mapping | str | bytes | bytearray):
+        raise ConfigError(f"{name} must be {wanted}, not {type(texts).__name__}: {texts!r:.80}. Put them into a list.")

@@ -45,6 +45,10 @@ def token_text(token: str | AddedToken) -> str:
     return token if isinstance(token, str) else token.content
 
 
+class _CrossEncoder(msgspec.Struct, frozen=True, kw_only=True):
+    activation_fn: str | None = None
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The fields of `config.json` that the tasks need."""
 
@@ -58,6 +62,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_id: int | list[int] | None = None
     image_size: int | list[int] | None = None
     num_channels: int | None = None
+    sentence_transformers: _CrossEncoder | None = None
+    sbert_ce_default_activation_function: str | None = None
+
+    @property
+    def pair_activation(self) -> str:
+        """The class that sentence-transformers applies to the scores of pairs: `Sigmoid` where the file names none."""
+        named = self.sentence_transformers.activation_fn if self.sentence_transformers else None
+        return (named or self.sbert_ce_default_activation_function or "Sigmoid").rpartition(".")[2]
 
     @property
     def max_positions(self) -> int | None:

@@ -56,6 +56,8 @@ class Stats:
         last: the latest pass; None before.
     """
 
+    __module__ = "pipeload"
+
     passes: int = 0
     read_bytes: int = 0
     first_pass_s: float | None = None

@@ -90,6 +90,8 @@ class Progress:
         eta_s: estimated seconds until the pass ends; None without an estimate.
     """
 
+    __module__ = "pipeload"
+
     shard: str
     index: int
     count: int

@@ -86,6 +86,18 @@ class ToyRunner(WithFiles):
         return self.function(inputs)
 
 
+def run_by_torch(model: Any) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
+    """The function of a `ToyRunner` that runs a model of transformers."""
+    import torch
+
+    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        with torch.no_grad():
+            outputs = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    return run
+
+
 class ToyState:
     """All tokens that a `ToyDecoder` has seen."""
 

@@ -31,6 +31,8 @@ class Entity(Label):
         end: one past the last character.
     """
 
+    __module__ = "pipeload"
+
     word: str
     start: int
     end: int

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeload.tasks.model_files import ModelConfig
 
-__all__ = ["Label", "scores", "softmax", "top_labels"]
+__all__ = ["Label", "scores", "sigmoid", "softmax", "top_labels"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class Label:
         label: the name of the class.
         score: a probability; for a model that was trained for regression, the value.
     """
+
+    __module__ = "pipeload"
 
     label: str
     score: float
@@ -34,9 +36,13 @@ def scores(logits: NDArray[np.float32], problem_type: str | None) -> NDArray[np.
     if problem_type == "regression":
         return logits
     if problem_type == "multi_label_classification" or logits.shape[-1] == 1:
-        # The sigmoid in a form that does not overflow.
-        return np.exp(-np.logaddexp(np.float32(0), -logits))
+        return sigmoid(logits)
     return softmax(logits)
+
+
+def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The sigmoid of each logit, in a form that does not overflow."""
+    return np.exp(-np.logaddexp(np.float32(0), -logits))
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

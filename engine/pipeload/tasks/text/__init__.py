@@ -2,6 +2,7 @@
 
 ```
 growth      bounds for a tokenizer's rules
+pairs       one or two texts, as callers pass them
 tokenizer   the model's tokenizer
 padding     sequences of different lengths -> rectangles
 ```

@@ -26,6 +26,7 @@ from pipeload.tasks.model_files import AddedToken, ModelConfig, read_settings, t
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 from pipeload.tasks.text.growth import check_growth
 from pipeload.tasks.text.padding import Side, padded, position_ids
+from pipeload.tasks.text.pairs import TextOrPair, check_text
 
 __all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
 
@@ -117,26 +118,24 @@ class Tokenizer:
         ids = (self._id(settings.pad_token), config.pad_token_id, self.eos_id)
         self.pad_id = next((id_ for id_ in ids if id_ is not None and id_ >= 0), 0)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
-        """The tokens of one text, cut to `max_length`.
+    def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoded:
+        """The tokens of one text, or of two with a separator, cut to `max_length`: of two texts the longer one first.
 
         Args:
             text: the text.
-            add_special_tokens: add the special tokens that the tokenizer puts around a single text.
+            pair: the second text, or None.
+            add_special_tokens: add the special tokens that the tokenizer puts around a text or two.
 
         Raises:
-            ConfigError: the text is no string, or no valid Unicode.
+            ConfigError: a text is no string, or no valid Unicode.
             ShardError: `tokenizer.json` has no tokens for it.
         """
-        if not isinstance(text, str):
-            raise ConfigError(f"A text must be a string, not {type(text).__name__}: {text!r:.80}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"The text is no valid Unicode: {error.reason} at {error.start}.") from error
+        check_text(text)
+        if pair is not None:
+            check_text(pair)
         with self._library("cannot turn a text into tokens"):
             # One text at a time: encode_batch starts threads that live until the process ends.
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            encoding = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
             return Encoded(
                 ids=tuple(encoding.ids),
                 type_ids=tuple(encoding.type_ids),
@@ -145,9 +144,9 @@ class Tokenizer:
                 cut=bool(encoding.overflowing),
             )
 
-    def encode_all(self, texts: Iterable[str]) -> list[Encoded]:
-        """The tokens of each text, as `encode` has them, with one TruncationWarning if any text was cut."""
-        rows = [self.encode(text) for text in texts]
+    def encode_all(self, texts: Iterable[TextOrPair]) -> list[Encoded]:
+        """The tokens of each text or pair, as `encode` has them, with one TruncationWarning if any text was cut."""
+        rows = [self.encode(*text) if isinstance(text, tuple) else self.encode(text) for text in texts]
         if any(row.cut for row in rows):
             # The same words each time, so that Python shows the warning once.
             warnings.warn(

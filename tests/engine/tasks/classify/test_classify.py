@@ -3,11 +3,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.tasks.fakes import WORDS, Array, ToyRunner, manifest, write_bert_tokenizer, write_json
+from tests.engine.tasks.fakes import (
+    WORDS,
+    Array,
+    ToyRunner,
+    manifest,
+    run_by_torch,
+    write_bert_tokenizer,
+    write_json,
+)
 
 from pipeload.errors import ConfigError
 from pipeload.tasks.classify.classify import classify
@@ -41,7 +48,6 @@ def test_one_text_has_a_list_of_labels_and_a_list_a_list_of_lists(tmp_path: Path
     assert [label.label for label in one] == ["good", "fair", "bad"]
     assert sum(label.score for label in one) == pytest.approx(1)
     assert classify(runner, ["the cat"]) == [one]
-    assert classify(runner, ("the cat", "the cat")) == [one, one]
     assert classify(runner, []) == []
 
 
@@ -142,7 +148,7 @@ def test_entities_equal_those_of_transformers(tmp_path: Path) -> None:
     labels = {int(index): tag for index, tag in TAGS.items()}
     config = transformers.BertConfig(vocab_size=len(WORDS), id2label=labels, initializer_range=3.0, **shape)
     model = transformers.BertForTokenClassification(config).eval()
-    runner.function = _run_by_torch(model)
+    runner.function = run_by_torch(model)
     pipeline = transformers.TokenClassificationPipeline(
         model=model,
         tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path),
@@ -174,7 +180,7 @@ def test_labels_equal_those_of_transformers(tmp_path: Path, problem_type: str | 
         vocab_size=len(WORDS), id2label=labels, problem_type=problem_type, initializer_range=0.5, **shape
     )
     model = transformers.BertForSequenceClassification(config).eval()
-    runner.function = _run_by_torch(model)
+    runner.function = run_by_torch(model)
     pipeline = transformers.TextClassificationPipeline(
         model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path), framework="pt"
     )
@@ -182,14 +188,3 @@ def test_labels_equal_those_of_transformers(tmp_path: Path, problem_type: str | 
     for mine, theirs in zip(classify(runner, texts), pipeline(texts, top_k=None), strict=True):
         assert [label.label for label in mine] == [label["label"] for label in theirs]
         np.testing.assert_allclose([label.score for label in mine], [label["score"] for label in theirs], 1e-5)
-
-
-def _run_by_torch(model: Any) -> Any:
-    import torch
-
-    def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        with torch.no_grad():
-            outputs = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
-        return {"logits": outputs.logits.numpy()}
-
-    return run

@@ -1,0 +1,53 @@
+"""Logits of texts, and of pairs of texts, from a model for text-classification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import ConfigError
+from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
+from pipeload.tasks.text.padding import WINDOW, in_batches
+from pipeload.tasks.text.pairs import TextOrPair
+from pipeload.tasks.text.tokenizer import tokenizer_of
+
+__all__ = ["check_scores_texts", "logits_of", "text_logits"]
+
+
+def logits_of(runner: Runner, offered: Mapping[str, Array]) -> NDArray[np.float32]:
+    """The output `logits` of one pass over the offered arrays. Raises ConfigError if the graph has none."""
+    outputs = runner.run(graph_inputs(runner, offered))
+    if "logits" not in outputs:
+        raise ConfigError(f"The model makes no output 'logits', only {', '.join(outputs)}. Use model.run.")
+    return outputs["logits"].astype(np.float32, copy=False)
+
+
+def text_logits(runner: Runner, texts: Sequence[TextOrPair], batch_size: int) -> list[NDArray[np.float32]]:
+    """The logits `[classes]` of each text or pair; passes take them sorted by length."""
+    if len(texts) > WINDOW:
+        parts = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
+        return [row for part in parts for row in text_logits(runner, part, batch_size)]
+    tokenizer = tokenizer_of(runner)
+    rows = tokenizer.encode_all(texts)
+    results: dict[int, NDArray[np.float32]] = {}
+
+    def run(indices: list[int]) -> None:
+        logits = logits_of(runner, tokenizer.batch([rows[index] for index in indices]))
+        with made_by_model("logits", logits):
+            _, _ = logits.shape
+            results.update(zip(indices, logits, strict=True))
+
+    in_batches([len(row.ids) for row in rows], batch_size, run)
+    return [results[index] for index in range(len(rows))]
+
+
+def check_scores_texts(runner: Runner, caller: str) -> None:
+    """Raise ConfigError unless the model is for text-classification."""
+    task = runner.manifest.task
+    if task != "text-classification":
+        raise ConfigError(
+            f"{caller} takes a model for text-classification; this one is for {task}. "
+            "Export a model that was trained for it, or use model.run."
+        )
