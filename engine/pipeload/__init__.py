@@ -15,7 +15,7 @@ pipeline/   Loading, Inference and Daemon Agents, and the messages between them
 measuring/  machine, process and model -> Profile
 inputs      arrays, joined and taken apart
 decode      KV caches between steps
-tasks/      embed, classify, zero_shot, rerank, generate, chat
+tasks/      embed, classify, zero_shot, rerank, answer, fill_mask, generate, chat
 opening     the process measured, the first plan made, the agents started
 model       the facade
 bench/      pipeload beside other ways to run a model
@@ -47,9 +47,11 @@ if TYPE_CHECKING:
     from pipeload.model import Model, load
     from pipeload.planning.planner import Plan
     from pipeload.planning.profile import Profile
+    from pipeload.tasks.answer.spans import Answer
     from pipeload.tasks.classify.entities import Entity
     from pipeload.tasks.classify.labels import Label
     from pipeload.tasks.classify.rerank import Ranked
+    from pipeload.tasks.fill.fill_mask import FilledMask
     from pipeload.tasks.generate.generate import Generation
     from pipeload.tasks.generate.session import Session
     from pipeload.tasks.generate.streaming import TextStream
@@ -59,12 +61,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
     "BudgetError",
     "ClosedError",
     "ConfigError",
     "DecodeState",
     "Entity",
     "ExportError",
+    "FilledMask",
     "Generation",
     "Label",
     "LoadError",
@@ -86,8 +90,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "tasks.answer.spans",
     "DecodeState": "decode",
     "Entity": "tasks.classify.entities",
+    "FilledMask": "tasks.fill.fill_mask",
     "Generation": "tasks.generate.sequence",
     "Label": "tasks.classify.labels",
     "Model": "model",

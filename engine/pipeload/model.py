@@ -35,11 +35,13 @@ from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.model_files import ModelFiles
+from pipeload.tasks.answer.answer import answer
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.classify.rerank import rerank
 from pipeload.tasks.classify.zero_shot import zero_shot
 from pipeload.tasks.embed.embed import embed
+from pipeload.tasks.fill.fill_mask import fill_mask
 from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.generate.session import Session
 from pipeload.tasks.images import image_sizes
@@ -347,6 +349,8 @@ class Model:
     classify = classify
     zero_shot = zero_shot
     rerank = rerank
+    answer = answer
+    fill_mask = fill_mask
     generate = generate
     chat_prompt = chat_prompt
 

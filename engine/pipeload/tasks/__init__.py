@@ -7,7 +7,9 @@ runner       the engine's interface to a task
 text/        texts <-> token ids
 images       images -> pixel values
 embed/       texts -> vectors
-classify/    texts, images -> labels; tokens -> entities
+classify/    texts, pairs of texts, images -> labels; tokens -> entities
+answer/      questions and texts -> stretches of the texts
+fill/        texts with gaps -> tokens
 chat/        messages -> prompt
 generate/    prompts -> texts
 ```

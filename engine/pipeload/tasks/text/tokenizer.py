@@ -28,7 +28,7 @@ from pipeload.tasks.text.growth import check_growth
 from pipeload.tasks.text.padding import Side, padded, position_ids
 from pipeload.tasks.text.pairs import TextOrPair, check_text
 
-__all__ = ["Detokenizer", "Encoded", "Tokenizer", "tokenizer_of"]
+__all__ = ["Detokenizer", "Encoded", "Tokenizer", "Window", "tokenizer_of"]
 
 _FILE = "tokenizer.json"
 _MOST_BYTES = 256 << 20
@@ -53,6 +53,19 @@ class Encoded:
     cut: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window(Encoded):
+    """A text and a part of another one as tokens; the tuples have one entry per token.
+
+    Attributes:
+        sequences: 0 for tokens of the first text, 1 for those of the second, None for special tokens.
+        words: the index of the word within its text; None for special tokens, and where the tokenizer has no words.
+    """
+
+    sequences: tuple[int | None, ...]
+    words: tuple[int | None, ...]
+
+
 class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_class: str | None = None
     model_max_length: int | float | None = None
@@ -61,6 +74,8 @@ class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     pad_token: str | AddedToken | None = None
     eos_token: str | AddedToken | None = None
     unk_token: str | AddedToken | None = None
+    cls_token: str | AddedToken | None = None
+    mask_token: str | AddedToken | None = None
     add_prefix_space: bool | None = False
 
     @property
@@ -83,6 +98,8 @@ class Tokenizer:
         pad_id: the id that pads shorter texts of a batch.
         unknown_id: the id for text outside the vocabulary, or None.
         eos_id: the id of the end-of-text token that the tokenizer names, or None.
+        cls_id: the id of the token that stands for a whole text, or None.
+        mask_id: the id of the token in place of a missing one, or None.
         padding_side: the side on which a batch is padded.
     """
 
@@ -93,9 +110,9 @@ class Tokenizer:
         self._file = files.path(_FILE)
         self._backend = _load(runner)
         with self._library("is damaged"):
-            self._take(settings, sentence, config, fixed=runner.manifest.task != "text-generation")
+            self._take(settings, sentence, config, runner.manifest.task)
 
-    def _take(self, settings: _TokenizerConfig, sentence: _SentenceConfig, config: ModelConfig, *, fixed: bool) -> None:
+    def _take(self, settings: _TokenizerConfig, sentence: _SentenceConfig, config: ModelConfig, task: str) -> None:
         backend = self._backend
         padding, truncation = backend.padding or {}, backend.truncation or {}
         self.padding_side: Side = settings.padding_side or padding.get("direction") or settings.usual_padding_side
@@ -104,16 +121,19 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.max_length = None
-        if fixed:
+        if task != "text-generation":
             limits = (settings.model_max_length, config.max_positions, sentence.max_seq_length)
             # Tokenizers without a limit give 1e30.
             known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
             self.max_length = min(known, default=None)
-        if self.max_length is not None:
+        # Long texts that hold an answer become windows.
+        if self.max_length is not None and task != "question-answering":
             backend.enable_truncation(self.max_length, direction=side)
         _set_prefix_space(backend, settings.add_prefix_space)
         self.unknown_id = self._id(settings.unk_token)
         self.eos_id = self._id(settings.eos_token)
+        self.cls_id = self._id(settings.cls_token)
+        self.mask_id = self._id(settings.mask_token)
         # Padding is masked, so any valid id serves if a model has no padding token.
         ids = (self._id(settings.pad_token), config.pad_token_id, self.eos_id)
         self.pad_id = next((id_ for id_ in ids if id_ is not None and id_ >= 0), 0)
@@ -136,13 +156,41 @@ class Tokenizer:
         with self._library("cannot turn a text into tokens"):
             # One text at a time: encode_batch starts threads that live until the process ends.
             encoding = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
-            return Encoded(
-                ids=tuple(encoding.ids),
-                type_ids=tuple(encoding.type_ids),
-                special=tuple(bool(flag) for flag in encoding.special_tokens_mask),
-                offsets=tuple(encoding.offsets),
-                cut=bool(encoding.overflowing),
-            )
+            return Encoded(cut=bool(encoding.overflowing), **_tuples(encoding))
+
+    def windows(self, first: str, second: str, *, long: int, length: int, overlap: int) -> list[Window]:
+        """Both texts, the long one in overlapping parts, each with the whole of the other one; see `encode`.
+
+        Args:
+            first: the text that comes first.
+            second: the text after it.
+            long: the one that is cut, 0 or 1.
+            length: the most tokens of a window.
+            overlap: tokens that a part shares with the part before.
+
+        Raises:
+            ConfigError: a text is no valid string, or the short one leaves too little room for parts of the other.
+        """
+        for text in (first, second):
+            check_text(text)
+        with self._library("cannot turn a text into tokens"):
+            pair = [self._backend.encode(text, add_special_tokens=False) for text in (first, second)]
+            room = length - len(pair[1 - long].ids) - self._backend.num_special_tokens_to_add(True)
+            if room <= overlap < len(pair[long].ids):
+                raise ConfigError(
+                    f"The short text has {len(pair[1 - long].ids)} tokens, which leave {max(room, 0)} of {length} for "
+                    f"the long one, and a part needs more than {overlap}. Shorten it."
+                )
+            pair[long].truncate(max(room, 0), stride=overlap)
+            found = []
+            for part in (pair[long], *pair[long].overflowing):
+                parts = (pair[0], part) if long else (part, pair[1])
+                encoding = self._backend.post_process(*parts)
+                # The library's own sequence_ids get lost when a first text is cut.
+                own = iter([0] * len(parts[0].ids) + [1] * len(parts[1].ids))
+                sequences = tuple(None if special else next(own) for special in encoding.special_tokens_mask)
+                found.append(Window(sequences=sequences, words=tuple(encoding.word_ids), **_tuples(encoding)))
+            return found
 
     def encode_all(self, texts: Iterable[TextOrPair]) -> list[Encoded]:
         """The tokens of each text or pair, as `encode` has them, with one TruncationWarning if any text was cut."""
@@ -207,6 +255,15 @@ class Tokenizer:
             return None
         id_: int | None = self._backend.token_to_id(token_text(token))
         return id_
+
+
+def _tuples(encoding: Any) -> dict[str, Any]:
+    return {
+        "ids": tuple(encoding.ids),
+        "type_ids": tuple(encoding.type_ids),
+        "special": tuple(bool(flag) for flag in encoding.special_tokens_mask),
+        "offsets": tuple(encoding.offsets),
+    }
 
 
 _CONTEXT = 8
