@@ -19,6 +19,7 @@ __all__ = [
     "Budget",
     "Directory",
     "Json",
+    "JsonLines",
     "Stats",
     "Trace",
     "chunks",
@@ -44,10 +45,15 @@ Budget = Annotated[
     str,
     typer.Option(
         metavar="SIZE",
+        envvar="PIPELOAD_BUDGET",
         help="The most memory that this process may use, such as 256MB or 1.5GiB; auto takes what is free.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+JsonLines = Annotated[
+    bool,
+    typer.Option("--jsonl", help="Print JSON Lines: the result of each input as one line, as soon as it is there."),
+]
 Trace = Annotated[
     Path | None,
     typer.Option(

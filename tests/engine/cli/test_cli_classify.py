@@ -27,6 +27,12 @@ def test_classify_reads_lines_and_prints_json(tmp_path: Path, call: Call) -> Non
     assert rows[1]["labels"][0]["score"] == pytest.approx(0.8808, abs=1e-4)
 
 
+def test_classify_prints_a_line_of_json_for_each_text(tmp_path: Path, call: Call) -> None:
+    result = call(classifier_in(tmp_path), "classify", "the", "sat", "--jsonl", "--top-k=1")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(row["input"], row["labels"][0]["label"]) for row in rows] == [("the", "bad"), ("sat", "good")]
+
+
 def test_classify_without_a_text_is_refused(tmp_path: Path, call: Call) -> None:
     result = call(classifier_in(tmp_path), "classify", "-", stdin="\n")
     assert result.exit_code == 2

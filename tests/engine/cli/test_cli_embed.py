@@ -84,3 +84,41 @@ def test_embed_reads_no_file_without_end(tmp_path: Path, call: Call, monkeypatch
     result = call(encoder_in(tmp_path), "embed", "--file=/dev/zero")
     assert result.exit_code == 2
     assert "/dev/zero cannot be read: it holds more than the 1.0 kB" in result.stderr
+
+
+def test_embed_writes_the_same_figures_as_csv(tmp_path: Path, call: Call) -> None:
+    for name in ("v.csv", "v.npy"):
+        assert call(encoder_in(tmp_path), "embed", "cat", "the dog", f"--output={tmp_path / name}").exit_code == 0
+    np.testing.assert_array_equal(
+        np.loadtxt(tmp_path / "v.csv", delimiter=",", dtype=np.float32), np.load(tmp_path / "v.npy")
+    )
+
+
+def test_embed_writes_no_format_that_its_name_does_not_say(tmp_path: Path, call: Call) -> None:
+    result = call(encoder_in(tmp_path), "embed", "cat", f"--output={tmp_path / 'v.json'}")
+    assert result.exit_code == 2
+    assert "v.json is neither .npy nor .csv" in result.stderr
+
+
+def test_embed_of_many_texts_is_no_matrix_on_the_screen(tmp_path: Path, call: Call) -> None:
+    result = call(encoder_in(tmp_path), "embed", "-", stdin="the cat\n" * 200)
+    assert result.stdout == "200 vectors of 12 figures. --output FILE saves them, --jsonl prints them.\n"
+
+
+def test_embed_prints_a_line_of_json_for_each_text(tmp_path: Path, call: Call) -> None:
+    plain = [json.loads(line) for line in call(encoder_in(tmp_path), "embed", "the cat", "--jsonl").stdout.splitlines()]
+    options = ("--jsonl", "--prompt", "the ", "--normalize", "--truncate-dim", "3")
+    result = call(encoder_in(tmp_path), "embed", "cat", "dog", *options)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["text"] for row in rows] == ["cat", "dog"]
+    figures = np.array(plain[0]["embedding"][:3])
+    np.testing.assert_allclose(rows[0]["embedding"], figures / np.linalg.norm(figures), rtol=1e-5)
+
+
+def test_the_budget_may_come_from_the_environment(
+    tmp_path: Path, call: Call, loads: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELOAD_BUDGET", "96MB")
+    call(encoder_in(tmp_path), "embed", "cat")
+    call(encoder_in(tmp_path), "embed", "cat", "--budget", "1GB")
+    assert [load[1] for load in loads] == ["96MB", "1GB"]

@@ -39,8 +39,8 @@ class ToyModel:
     def outputs(self) -> tuple[TensorSpec, ...]:
         return tuple(self.manifest.outputs)
 
-    def embed(self, texts: Any) -> Any:
-        return embed.embed(self, texts)
+    def embed(self, texts: Any, **options: Any) -> Any:
+        return embed.embed(self, texts, **options)
 
     def classify(self, inputs: Any, *, top_k: int) -> Any:
         return classify.classify(self, inputs, top_k=top_k)

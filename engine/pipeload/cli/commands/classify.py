@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import msgspec
 import typer
 
-from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, open_model
+from pipeload.cli.options import Budget, Directory, Json, JsonLines, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
 from pipeload.cli.texts import read_lines, refuse_images
 from pipeload.tasks.classify.entities import Entity
@@ -28,6 +29,7 @@ def classify(
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each input.")] = 5,
     budget: Budget = "auto",
     as_json: Json = False,
+    json_lines: JsonLines = False,
     stats: Stats = False,
     trace: Trace = None,
 ) -> None:
@@ -47,8 +49,14 @@ def classify(
         wanted = _read(inputs, images=images)
         results: list[list[Label]] = []
         for chunk in chunks(wanted, _CHUNK, "Classifying"):
-            results.extend(model.classify([value for _, value in chunk], top_k=top_k))
+            found = model.classify([value for _, value in chunk], top_k=top_k)
+            results.extend(found)
+            if json_lines:
+                for (name, _), labels in zip(chunk, found, strict=True):
+                    typer.echo(msgspec.json.encode({"input": name, "labels": labels}).decode())
     names = [name for name, _ in wanted]
+    if json_lines:
+        return
     if as_json:
         print_json([{"input": name, "labels": labels} for name, labels in zip(names, results, strict=True)])
         return

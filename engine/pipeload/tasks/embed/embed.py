@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import TensorSpec
-from pipeload.tasks.arguments import check_several
+from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_settings
 from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
 from pipeload.tasks.text.padding import WINDOW, apart, in_batches
+from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
 __all__ = ["BATCH_SIZE", "embed"]
@@ -24,7 +25,16 @@ BATCH_SIZE = 32
 """The most texts in one pass, unless the caller sets another number: a batch shares one reading of the weights."""
 
 
-def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH_SIZE) -> NDArray[np.float32]:
+def embed(
+    runner: Runner,
+    texts: str | Sequence[str],
+    *,
+    batch_size: int = BATCH_SIZE,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    normalize: bool = False,
+    truncate_dim: int | None = None,
+) -> NDArray[np.float32]:
     """The embedding of each text: `[len(texts), hidden]` float32, or `[hidden]` for a single string.
 
     Texts longer than the model accepts are cut (with a TruncationWarning). Pooling and normalisation follow the model
@@ -35,10 +45,14 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
         runner: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
         texts: one text or several; passes take them sorted by length, and the result has their original order.
         batch_size: the most texts in one pass; a pass takes fewer if the memory budget cannot hold this many.
+        prompt: put before each text, such as `"query: "` for E5; None takes the model's own default, if it has one.
+        prompt_name: the name of one of the model's own prompts in `config_sentence_transformers.json` instead.
+        normalize: bring each vector to length 1, if the model does not do so anyway.
+        truncate_dim: keep this many of the first dimensions of each vector, before `normalize`.
 
     Raises:
-        ConfigError: the model makes no text embeddings, has no tokenizer or a module that pipeload lacks, the texts
-            are no sequence, a text is no string or has no tokens, or `batch_size` is no positive number.
+        ConfigError: the model makes no text embeddings, has no tokenizer, no such prompt or a module that pipeload
+            lacks, the texts are no sequence, a text is no string or has no tokens, or an argument is invalid.
         ShardError: a file of the tokenizer or of sentence-transformers is damaged.
         BudgetError: not even a single text fits into the memory budget.
 
@@ -48,16 +62,28 @@ def embed(runner: Runner, texts: str | Sequence[str], *, batch_size: int = BATCH
         (2, 384)
     """
     output = _output(runner)
-    if isinstance(texts, str):
-        vector: NDArray[np.float32] = embed(runner, [texts], batch_size=batch_size)[0]
-        return vector
-    check_several(texts)
-    if len(texts) > WINDOW:
-        parts = range(0, len(texts), WINDOW)
-        return np.concatenate([embed(runner, texts[i : i + WINDOW], batch_size=batch_size) for i in parts])
+    several = [texts] if isinstance(texts, str) else texts
+    check_several(several)
+    check_positive("batch_size", batch_size)
+    if truncate_dim is not None:
+        check_positive("truncate_dim", truncate_dim)
     recipe = _recipe_of(runner)
+    before = recipe.chosen_prompt(prompt, prompt_name)
+    parts = [several[i : i + WINDOW] for i in range(0, max(len(several), 1), WINDOW)]
+    vectors = np.concatenate([_embedded(runner, output, recipe, before, part, batch_size) for part in parts])
+    if truncate_dim is not None:
+        vectors = vectors[:, :truncate_dim].copy()
+    if normalize:
+        vectors = normalized(vectors)
+    single: NDArray[np.float32] = vectors[0] if isinstance(texts, str) else vectors
+    return single
+
+
+def _embedded(
+    runner: Runner, output: TensorSpec, recipe: _Recipe, prompt: str, texts: Sequence[str], batch_size: int
+) -> NDArray[np.float32]:
     tokenizer = tokenizer_of(runner)
-    rows = tokenizer.encode_all(recipe.prepare(text) for text in texts)
+    rows = tokenizer.encode_all(recipe.prepare(prompt, text) for text in texts)
     vectors: dict[int, NDArray[np.float32]] = {}
 
     def run(indices: list[int]) -> None:
@@ -82,12 +108,31 @@ class _Recipe:
     modes: tuple[str, ...]
     normalize: bool
     lower: bool
-    prompt: str
+    prompts: Mapping[str, str]
+    default_prompt: str
+    include_prompt: bool
 
-    def prepare(self, text: str) -> str:
-        if not isinstance(text, str):
-            raise ConfigError(f"A text must be a string, not {type(text).__name__}: {text!r:.80}.")
-        text = self.prompt + text.strip()
+    def chosen_prompt(self, prompt: str | None, name: str | None) -> str:
+        """The text that goes before each text: the caller's, or else the model's."""
+        if prompt is not None and name is not None:
+            raise ConfigError("prompt and prompt_name are both given. Pass one of them.")
+        if prompt is not None:
+            check_text(prompt)
+        if name is not None and name not in self.prompts:
+            known = ", ".join(f"'{each}'" for each in self.prompts) or "none"
+            raise ConfigError(f"The model has no prompt with the name {name!r:.80}; it has {known}. Or pass prompt.")
+        chosen = prompt if prompt is not None else self.default_prompt if name is None else self.prompts[name]
+        if chosen and not self.include_prompt:
+            raise ConfigError(
+                "The model puts a prompt before a text and leaves it out of the pooling, which pipeload does not do. "
+                "Take the token vectors from model.run and pool them yourself."
+            )
+        return chosen
+
+    def prepare(self, prompt: str, text: str) -> str:
+        check_text(text)
+        # In this order, as sentence-transformers.
+        text = (prompt + text).strip()
         return text.lower() if self.lower else text
 
     def finish(self, tokens: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -152,14 +197,15 @@ def _recipe_of(runner: Runner) -> _Recipe:
     folder = modules["Pooling"].path if "Pooling" in modules else "1_Pooling"
     pooling = read_settings(files, f"{folder}/config.json", _Pooling)
     prompts = read_settings(files, "config_sentence_transformers.json", _Prompts)
-    prompt = prompts.prompts.get(prompts.default_prompt_name or "", "")
-    if prompt and not pooling.include_prompt:
-        raise ConfigError(
-            "The model puts a prompt before every text and leaves it out of the pooling, which pipeload does "
-            "not do. Take the token vectors from model.run and pool them yourself."
-        )
     lower = read_settings(files, "sentence_bert_config.json", _Sentence).do_lower_case
-    return _Recipe(modes=pooling.modes(), normalize="Normalize" in modules, lower=bool(lower), prompt=prompt)
+    return _Recipe(
+        modes=pooling.modes(),
+        normalize="Normalize" in modules,
+        lower=bool(lower),
+        prompts=prompts.prompts,
+        default_prompt=prompts.prompts.get(prompts.default_prompt_name or "", ""),
+        include_prompt=pooling.include_prompt,
+    )
 
 
 def _output(runner: Runner) -> TensorSpec:
@@ -170,8 +216,11 @@ def _output(runner: Runner) -> TensorSpec:
         for name in ("sentence_embedding", "last_hidden_state", "token_embeddings"):
             if name in outputs:
                 return outputs[name]
+    remedy = "Take its outputs from model.run."
+    if manifest.task != "feature-extraction":
+        remedy = "Export it with --task feature-extraction."
     raise ConfigError(
         f"embed takes a text model with the output 'last_hidden_state'; this one, for {manifest.task}, takes "
         f"{', '.join(spec.name for spec in manifest.free_inputs)} and makes {', '.join(list(outputs)[:4])}. "
-        "Export it with --task feature-extraction."
+        f"{remedy}"
     )

@@ -153,10 +153,52 @@ def test_a_model_that_makes_no_text_vectors_is_refused(
         embed(runner, "dog")
 
 
-@pytest.mark.parametrize("texts", [[3], ["dog", None], [["dog"]]])
+def test_a_model_of_images_is_not_told_to_be_exported_as_it_was(tmp_path: Path) -> None:
+    shape: dict[str, tuple[int | str, ...]] = {"last_hidden_state": (1, 2, 3)}
+    runner = ToyRunner(tmp_path, manifest("feature-extraction", ("pixel_values",), shape), _hidden)
+    with pytest.raises(ConfigError, match=r"embed takes a text model.*Take its outputs from model\.run"):
+        embed(runner, "dog")
+
+
+@pytest.mark.parametrize("texts", [[3], ["dog", None], [["dog"]], None, 5, iter(["dog"]), {"a": 1}, {"dog"}, b"dog"])
 def test_only_strings_are_texts(tmp_path: Path, texts: Any) -> None:
     with pytest.raises(ConfigError, match="must be a string"):
         embed(_runner(tmp_path), texts)
+
+
+def test_a_prompt_stands_before_each_text(tmp_path: Path) -> None:
+    prompts = {"prompts": {"query": "the ", "other": "on "}, "default_prompt_name": "query"}
+    write_json(tmp_path, "config_sentence_transformers.json", prompts)
+    runner = _runner(tmp_path)
+    for given, text in (({}, "the dog"), ({"prompt": "in "}, "in dog"), ({"prompt": ""}, "dog")):
+        np.testing.assert_array_equal(embed(runner, ["dog"], **given), embed(runner, [text], prompt=""))
+    np.testing.assert_array_equal(embed(runner, "dog", prompt_name="other"), embed(runner, "on dog", prompt=""))
+
+
+def test_vectors_are_cut_and_then_brought_to_length_1(tmp_path: Path) -> None:
+    runner = _runner(tmp_path)
+    whole = embed(runner, TEXTS)
+    np.testing.assert_array_equal(embed(runner, TEXTS, truncate_dim=2), whole[:, :2])
+    cut = whole[:, :3] / np.linalg.norm(whole[:, :3], axis=1, keepdims=True)
+    np.testing.assert_allclose(embed(runner, TEXTS, truncate_dim=3, normalize=True), cut, rtol=1e-6)
+    np.testing.assert_allclose(embed(runner, TEXTS[0], truncate_dim=3, normalize=True), cut[0], rtol=1e-6)
+    assert embed(runner, [], truncate_dim=3).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": 5}, "must be a string, not int"),
+        ({"prompt_name": "query"}, "no prompt with the name 'query'; it has 'other'"),
+        ({"prompt": "a", "prompt_name": "other"}, "prompt and prompt_name are both given"),
+        ({"truncate_dim": 0}, "truncate_dim must be at least 1"),
+        ({"truncate_dim": "2"}, "truncate_dim must be a whole number"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    write_json(tmp_path, "config_sentence_transformers.json", {"prompts": {"other": "on "}})
+    with pytest.raises(ConfigError, match=message):
+        embed(_runner(tmp_path), "dog", **options)
 
 
 @pytest.mark.real
