@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,25 +20,42 @@ __all__ = [
     "Temperature",
     "TopK",
     "TopP",
+    "implied_sampling",
 ]
+
+
+def implied_sampling(do_sample: bool | None, **options: Any) -> bool | None:
+    """`--sample` where an option is given that only sampling uses; None leaves it to the model.
+
+    Raises:
+        typer.BadParameter: `--greedy` is given with such an option.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if not given or options.get("temperature") == 0:
+        return do_sample
+    if do_sample is False:
+        raise typer.BadParameter(
+            f"--{given[0].replace('_', '-')} samples, and --greedy does not. Leave one of them out."
+        )
+    return True
+
 
 MinNewTokens = Annotated[int | None, typer.Option(min=0, help="No end of the text before so many tokens.")]
 Sample = Annotated[
     bool | None, typer.Option("--sample/--greedy", help="Draw each token by its probability, or take the likeliest.")
 ]
 Temperature = Annotated[
-    float | None, typer.Option(help="With --sample: below 1 likely tokens become likelier, above 1 less so.")
+    float | None,
+    typer.Option(help="Sample; below 1 likely tokens become likelier, above 1 less so, 0 is --greedy."),
 ]
-TopK = Annotated[
-    int | None, typer.Option(min=0, help="With --sample: draw from so many of the likeliest tokens; 0 from all.")
-]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from the N likeliest tokens; 0 from all.", metavar="N")]
 TopP = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="With --sample: draw from the likeliest tokens that add up to this probability."),
+    typer.Option(min=0, max=1, help="Sample from the likeliest tokens that add up to this probability."),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="With --sample: draw from tokens this many times as likely as the likeliest."),
+    typer.Option(min=0, max=1, help="Sample from tokens this many times as likely as the likeliest."),
 ]
 RepetitionPenalty = Annotated[
     float | None, typer.Option(help="Above 1 tokens that were there already become less likely.")

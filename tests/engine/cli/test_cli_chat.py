@@ -254,7 +254,7 @@ def test_a_model_that_was_closed_is_the_end(talk: Talk, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sample", "--temperature=0"], "temperature must be a number above 0"),
+        (["--sample", "--temperature=nan"], "temperature must be a number from 0 on"),
         (["--min-new-tokens=300"], "min_new_tokens is 300, more than the 256 of max_new_tokens"),
         (["--repetition-penalty=0"], "repetition_penalty must be"),
         (["--system", "Be brief."], "cannot take these messages: System role not supported"),

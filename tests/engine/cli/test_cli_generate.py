@@ -11,7 +11,6 @@ import pytest
 from tests.engine.cli.toy_models import Call
 from tests.engine.tasks.fakes import ToyDecoder, write_bert_tokenizer, write_json
 
-from pipeload.errors import ConfigError
 from pipeload.tasks.generate.generate import Generation
 
 pytest.importorskip("tokenizers")
@@ -119,6 +118,7 @@ def test_generate_makes_several_texts(tmp_path: Path, call: Call) -> None:
     ("arguments", "message"),
     [
         (["--logprobs"], "--logprobs needs --json."),
+        (["--greedy", "--top-k=3"], "--top-k samples, and --greedy does not. Leave one of them out."),
         (["--top-p=1.5"], "Invalid value for '--top-p'"),
         (["--max-new-tokens=0"], "Invalid value for '--max-new-tokens'"),
         (["--num-return-sequences=0"], "Invalid value for '--num-return-sequences'"),
@@ -130,11 +130,19 @@ def test_generate_refuses_wrong_usage(tmp_path: Path, call: Call, arguments: lis
     assert message in result.stderr
 
 
-def test_generate_without_a_temperature_is_an_error(tmp_path: Path, call: Call) -> None:
+def test_an_option_of_sampling_samples(tmp_path: Path, call: Call) -> None:
+    """`--temperature 5 --seed 1` without `--sample` gave the greedy text without a word."""
     write_bert_tokenizer(tmp_path)
-    result = call(ToyDecoder(tmp_path), "generate", "the cat", "--sample", "--temperature=0")
-    assert isinstance(result.exception, ConfigError)
-    assert result.stdout == ""
+    arguments = ("generate", "the cat", "--seed=1", "--max-new-tokens=5")
+    greedy = call(ToyDecoder(tmp_path), *arguments).stdout
+    for option in ("--temperature=5", "--top-k=10", "--top-p=0.99", "--min-p=0.01"):
+        sampled = call(ToyDecoder(tmp_path), *arguments, "--sample", option)
+        assert call(ToyDecoder(tmp_path), *arguments, option).stdout == sampled.stdout
+        assert sampled.stderr == ""
+    assert call(ToyDecoder(tmp_path), *arguments, "--temperature=5").stdout != greedy
+    for zero in (["--temperature=0"], ["--sample", "--temperature=0", "--top-k=3"]):
+        result = call(ToyDecoder(tmp_path), *arguments, *zero)
+        assert (result.stdout, result.stderr) == (greedy, "")
 
 
 def test_generate_without_new_text_prints_the_prompt(tmp_path: Path, call: Call) -> None:

@@ -22,6 +22,7 @@ from pipeload.cli.generation import (
     Temperature,
     TopK,
     TopP,
+    implied_sampling,
 )
 from pipeload.cli.options import Budget, Directory, Stats, Trace, open_model
 from pipeload.cli.texts import is_typed, read_turns
@@ -67,8 +68,8 @@ def chat(
 
     Each line that you type is answered as the answer comes; from a pipe, each line of it. What was said before is not
     computed again. Ctrl-C ends an answer, which stays in the conversation as far as it came; at the prompt, Ctrl-C
-    and Ctrl-D end the conversation. Last comes what answering took. What is not given is as the model's
-    generation_config.json has it, or else the likeliest token is taken each time.
+    and Ctrl-D end the conversation. Prints tokens/s at the end. Omitted options come from
+    generation_config.json, else greedy.
 
     Needs the extra \[chat].
 
@@ -89,7 +90,7 @@ def chat(
     options: GenerationOptions = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
-        "do_sample": do_sample,
+        "do_sample": implied_sampling(do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,

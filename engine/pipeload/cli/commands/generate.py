@@ -22,6 +22,7 @@ from pipeload.cli.generation import (
     Temperature,
     TopK,
     TopP,
+    implied_sampling,
 )
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model, status
 from pipeload.cli.report import print_json
@@ -65,8 +66,7 @@ def generate(
     """Continue a text.
 
     Prints the text and its continuation as it comes. It ends where the model ends it, after a --stop, or after the
-    tokens asked for. What is not given is as the model's generation_config.json has it, or else the likeliest token is
-    taken each time.
+    tokens asked for. Omitted options come from generation_config.json, else greedy.
 
     Examples:
         pipeload generate models/exported/smollm2-135m "The capital of France is" --max-new-tokens 8 --budget 256MB
@@ -82,7 +82,7 @@ def generate(
     options: GenerationOptions = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
-        "do_sample": do_sample,
+        "do_sample": implied_sampling(do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p),
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,

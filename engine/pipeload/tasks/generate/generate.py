@@ -23,6 +23,7 @@ from pipeload.tasks.generate.options import (
     drafted_tokens,
     generation_settings,
     lookup_tokens,
+    warn_of_unused,
 )
 from pipeload.tasks.generate.prompts import (
     Prompt,
@@ -85,8 +86,8 @@ def generate(
         max_new_tokens: the most tokens to make for each prompt; 64 if the file sets none.
         min_new_tokens: the text does not end before this many new tokens.
         do_sample: draw each token by its probability, instead of taking the likeliest.
-        temperature: the divisor of the logits before drawing. This and the next three have no effect without
-            `do_sample`.
+        temperature: the divisor of the logits before drawing; 0 takes the likeliest token. This and the next three have
+            no effect without `do_sample`: a warning says so.
         top_k: draw from this many of the likeliest tokens; 0 from all.
         top_p: draw from the smallest set of likeliest tokens whose probabilities add up to this; 1 from all.
         min_p: draw from tokens at least this many times as likely as the likeliest.
@@ -153,6 +154,7 @@ def generate_prompts(
 ) -> list[Generation]:
     check_model(runner)
     settings = generation_settings(generation_config_of(runner), options)
+    warn_of_unused(settings, options)
     copies = num_return_sequences or 1
     lookup = lookup_tokens(settings, options, len(prompts) * copies)
     check_call(settings, options, num_return_sequences, len(prompts) * copies, lookup)

@@ -6,6 +6,7 @@ Invalid values are refused here, each with an error of its own, before any pass 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
@@ -19,7 +20,7 @@ from pipeload.tasks.generate.streaming import Streamer
 from pipeload.tasks.model_files import GenerationConfig
 from pipeload.tasks.runner import Decoder, generation_config_of
 
-__all__ = ["GenerationOptions", "check_call", "generation_settings"]
+__all__ = ["GenerationOptions", "check_call", "generation_settings", "warn_of_unused"]
 
 _ASSISTANT_TOKENS = 20
 """Transformers' default for the number of tokens that a draft model guesses."""
@@ -63,6 +64,9 @@ def generation_settings(written: GenerationConfig, options: GenerationOptions) -
     for name, value in options.items():
         if name in values and value is not None:
             values[name] = value.item() if isinstance(value, np.generic) else value
+    if isinstance(values["temperature"], int | float) and values["temperature"] == 0:
+        # The limit of ever smaller temperatures, and what other engines take it for.
+        values["do_sample"] = False if isinstance(values["do_sample"], bool) else values["do_sample"]
     for name in ("stop_strings", "eos_token_id"):
         if isinstance(values[name], str | int):
             values[name] = [values[name]]
@@ -76,6 +80,21 @@ def generation_settings(written: GenerationConfig, options: GenerationOptions) -
             "Lower it, or raise max_new_tokens."
         )
     return settings
+
+
+def warn_of_unused(settings: GenerationConfig, options: GenerationOptions) -> None:
+    """Warn the caller of `generate` of sampling options where nothing is sampled, as transformers does."""
+    if settings.do_sample or settings.temperature == 0:
+        return
+    defaults = msgspec.structs.asdict(GenerationConfig())
+    given = [name for name in _SAMPLING_RULES if options.get(name) not in (None, defaults[name])]
+    if given:
+        warnings.warn(
+            f"{given[0]} is {options.get(given[0])!r:.80} and has no effect: do_sample is {settings.do_sample}, so the "
+            "likeliest token is taken each time. Pass do_sample=True.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def lookup_tokens(settings: GenerationConfig, options: GenerationOptions, sequences: int) -> int:
@@ -179,7 +198,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _SAMPLING_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "temperature": (
         lambda value: _is_number(value) and value > 0,
-        "a number above 0 (for the likeliest token each time, pass do_sample=False)",
+        "a number from 0 on (0 takes the likeliest token each time)",
     ),
     "top_k": (lambda value: is_whole(value, 0), "a whole number from 0 on (0 keeps all tokens)"),
     "top_p": (_is_share, "a number from 0 to 1 (1 keeps all tokens)"),

@@ -365,7 +365,7 @@ def test_processors_see_each_sequence_without_padding(tmp_path: Path) -> None:
 
 
 def test_log_probabilities_on_request(tmp_path: Path) -> None:
-    options: Any = {"max_new_tokens": 3, "temperature": 0.1, "repetition_penalty": 3.0}
+    options: Any = {"max_new_tokens": 3, "do_sample": True, "seed": 1, "temperature": 0.1, "repetition_penalty": 3.0}
     result = generate(ToyDecoder(tmp_path), PROMPT, logprobs=True, **options)
     assert result.logprobs == pytest.approx([1 - np.log(19 + np.e)] * 3, abs=1e-12)
     assert generate(ToyDecoder(tmp_path), PROMPT, **options).logprobs is None

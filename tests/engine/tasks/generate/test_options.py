@@ -8,6 +8,7 @@ import pytest
 from tests.engine.tasks.fakes import ToyDecoder, write_json
 
 from pipeload.errors import ConfigError, ShardError
+from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.generate.options import GenerationOptions, check_call, generation_settings, lookup_tokens
 from pipeload.tasks.model_files import GenerationConfig
 from pipeload.tasks.runner import generation_config_of
@@ -61,11 +62,11 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
         ),
         ({"do_sample": "yes"}, "do_sample must be True or False, not 'yes'"),
         (
-            {"do_sample": True, "temperature": 0},
-            r"temperature must be a number above 0 \(for the likeliest token .* pass do_sample=False\), not 0\.",
+            {"do_sample": True, "temperature": -1},
+            r"temperature must be a number from 0 on \(0 takes the likeliest token each time\), not -1\.",
         ),
-        ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number above 0 .* not nan"),
-        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number above 0 .* not 'hot'"),
+        ({"do_sample": True, "temperature": float("nan")}, "temperature must be a number from 0 on .* not nan"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number from 0 on .* not 'hot'"),
         ({"do_sample": True, "top_k": -1}, r"top_k must be a whole number from 0 on \(0 keeps all tokens\), not -1"),
         ({"do_sample": True, "top_p": 1.1}, r"top_p must be a number from 0 to 1 \(1 keeps all tokens\), not 1.1"),
         ({"do_sample": True, "min_p": -0.1}, r"min_p must be a number from 0 to 1 \(0 keeps all tokens\), not -0.1"),
@@ -83,13 +84,33 @@ def test_what_cannot_work_is_refused_with_a_remedy(tmp_path: Path, arguments: di
         _settings(tmp_path, arguments)
 
 
+def test_temperature_0_is_greedy(tmp_path: Path) -> None:
+    assert _settings(tmp_path, {"do_sample": True, "temperature": 0}).do_sample is False
+    assert _settings(tmp_path, {"temperature": 0.0}).do_sample is False
+    with pytest.raises(ConfigError, match="do_sample must be True or False"):
+        _settings(tmp_path, {"do_sample": "yes", "temperature": 0})
+
+
+def test_an_option_that_nothing_uses_is_named(tmp_path: Path) -> None:
+    """A sampling option without do_sample gave greedy text without a word."""
+    model = ToyDecoder(tmp_path)
+    for name, value in (("temperature", 5.0), ("top_k", 3), ("top_p", 0.5), ("min_p", 0.1)):
+        with pytest.warns(UserWarning, match=f"{name} is {value} and has no effect.* Pass do_sample=True") as caught:
+            generate(model, [1, 2], max_new_tokens=1, seed=1, **{name: value})  # type: ignore[misc]
+        assert caught[0].filename == __file__
+        generate(model, [1, 2], max_new_tokens=1, do_sample=True, **{name: value})  # type: ignore[misc]
+    # These change nothing, greedy or not.
+    generate(model, [1, 2], max_new_tokens=1, temperature=0, top_p=0.5)
+    generate(model, [1, 2], max_new_tokens=1, temperature=1.0, top_k=50, top_p=1.0, min_p=None)
+
+
 def test_greedy_generation_does_not_look_at_what_only_sampling_takes(tmp_path: Path) -> None:
     assert _settings(tmp_path, {"temperature": 0.0, "top_k": -1, "top_p": 7}).temperature == 0
 
 
 def test_a_file_that_cannot_work_is_refused_too(tmp_path: Path) -> None:
     write_json(tmp_path, "generation_config.json", {"do_sample": True, "temperature": -1.0})
-    with pytest.raises(ConfigError, match="temperature must be a number above 0"):
+    with pytest.raises(ConfigError, match="temperature must be a number from 0 on"):
         _settings(tmp_path, {})
     write_json(tmp_path, "generation_config.json", {"top_k": "many"})
     with pytest.raises(ShardError, match="damaged"):
