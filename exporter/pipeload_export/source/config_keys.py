@@ -61,9 +61,8 @@ def knows(kind: type, key: str) -> bool:
 @cache
 def parameters(kind: type) -> frozenset[str]:
     """The names of the arguments of a config class."""
-    known = {
-        name for part in kind.__mro__ if part is not object for name in inspect.signature(part.__init__).parameters
-    }
+    own = (vars(part).get("__init__") for part in kind.__mro__ if part is not object)
+    known = {name for begin in own if begin for name in inspect.signature(begin).parameters}
     return frozenset(known | set(getattr(kind, "attribute_map", {})))
 
 
@@ -95,7 +94,8 @@ def _is_off(key: str, value: Any) -> bool:
         return isinstance(value, list) and set(value) <= {"full_attention"}
     if key == "position_embedding_type":
         return value == "absolute"
-    return value in (None, False, 0, "", "none") or value in ([], {}) or (value == 1 and bool(_NEUTRAL.fullmatch(key)))
+    empty = value in (None, False, 0, "", "none", [], {})
+    return empty or bool(value == 1 and _NEUTRAL.fullmatch(key))
 
 
 @cache

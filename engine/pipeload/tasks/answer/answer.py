@@ -11,7 +11,7 @@ from pipeload.errors import ConfigError
 from pipeload.tasks.answer.spans import Answer, Floats, best_answers
 from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.runner import Runner, graph_inputs, made_by_model
-from pipeload.tasks.text.padding import in_batches
+from pipeload.tasks.text.padding import apart, in_batches
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import Tokenizer, Window, tokenizer_of
 
@@ -168,5 +168,5 @@ def _logits(runner: Runner, tokenizer: Tokenizer, parts: Sequence[Window], batch
                 for index, row, mask in zip(indices, outputs[name], arrays["attention_mask"] != 0, strict=True):
                     rows[index] = row[mask].astype(np.float32, copy=False)
 
-    in_batches([len(part.ids) for part in parts], batch_size, run)
+    in_batches([len(part.ids) for part in parts], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
     return [[rows[index] for index in range(len(parts))] for rows in found.values()]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
-from pipeload.tasks.text.padding import WINDOW, in_batches
+from pipeload.tasks.text.padding import WINDOW, apart, in_batches
 from pipeload.tasks.text.pairs import TextOrPair
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -39,7 +39,7 @@ def text_logits(runner: Runner, texts: Sequence[TextOrPair], batch_size: int) ->
             _, _ = logits.shape
             results.update(zip(indices, logits, strict=True))
 
-    in_batches([len(row.ids) for row in rows], batch_size, run)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
     return [results[index] for index in range(len(rows))]
 
 

@@ -14,7 +14,7 @@ from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.classify.labels import softmax
 from pipeload.tasks.classify.logits import logits_of
 from pipeload.tasks.runner import Runner, made_by_model
-from pipeload.tasks.text.padding import WINDOW, in_batches
+from pipeload.tasks.text.padding import WINDOW, apart, in_batches
 from pipeload.tasks.text.tokenizer import Encoded, Tokenizer, tokenizer_of
 
 __all__ = ["FilledMask", "fill_mask"]
@@ -110,7 +110,7 @@ def _fill(
             for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True):
                 results[index] = _filled(row[mask], rows[index], tokenizer, top_k)
 
-    in_batches([len(row.ids) for row in rows], batch_size, run)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
     return [results[index] for index in range(len(rows))]
 
 

@@ -40,9 +40,7 @@ def apart(manifest: Manifest, side: Side) -> bool:
     return manifest.quantised_dynamically or (side == "left" and manifest.takes_left_padding is False)
 
 
-def in_batches(
-    lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], None], *, alone: bool = False
-) -> None:
+def in_batches(lengths: Sequence[int], batch_size: int, run: Callable[[list[int]], None], *, alone: bool) -> None:
     """Call `run` with the indices of one batch after another, until every index had its turn.
 
     The longest items come first, so that a batch has little padding, and the largest batch runs first. If the memory

@@ -26,7 +26,7 @@ def test_positions_count_real_tokens_and_are_1_for_padding() -> None:
 
 def test_batches_are_sorted_by_length_and_keep_the_order_of_equals() -> None:
     batches: list[list[int]] = []
-    in_batches([2, 5, 2, 9, 2], 2, batches.append)
+    in_batches([2, 5, 2, 9, 2], 2, batches.append, alone=False)
     assert batches == [[3, 1], [0, 2], [4]]
 
 
@@ -60,7 +60,7 @@ def test_a_batch_that_the_budget_refuses_is_made_smaller() -> None:
             raise BudgetError("too small", needed_bytes=2, budget_bytes=1)
         batches.append(indices)
 
-    in_batches([1] * 7, 6, run)
+    in_batches([1] * 7, 6, run, alone=False)
     assert batches == [[0, 1, 2], [3, 4, 5], [6]]
 
 
@@ -69,13 +69,13 @@ def test_a_single_item_that_the_budget_refuses_is_an_error() -> None:
         raise BudgetError("too small", needed_bytes=2, budget_bytes=1)
 
     with pytest.raises(BudgetError):
-        in_batches([1, 1], 2, run)
+        in_batches([1, 1], 2, run, alone=False)
 
 
 def test_nothing_runs_nothing() -> None:
-    in_batches([], 4, pytest.fail)
+    in_batches([], 4, pytest.fail, alone=False)
 
 
 def test_a_batch_of_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size must be at least 1, not 0"):
-        in_batches([1], 0, pytest.fail)
+        in_batches([1], 0, pytest.fail, alone=False)
