@@ -94,7 +94,7 @@ def _is_off(key: str, value: Any) -> bool:
         return isinstance(value, list) and set(value) <= {"full_attention"}
     if key == "position_embedding_type":
         return value == "absolute"
-    empty = value in (None, False, 0, "", "none", [], {})
+    empty: bool = value in (None, False, 0, "", "none") or value in ([], {})
     return empty or bool(value == 1 and _NEUTRAL.fullmatch(key))
 
 
