@@ -94,8 +94,9 @@ def _is_off(key: str, value: Any) -> bool:
         return isinstance(value, list) and set(value) <= {"full_attention"}
     if key == "position_embedding_type":
         return value == "absolute"
-    empty: bool = value in (None, False, 0, "", "none") or value in ([], {})
-    return empty or bool(value == 1 and _NEUTRAL.fullmatch(key))
+    if value in (None, False, 0, "", "none") or value in ([], {}):
+        return True
+    return bool(value == 1) and _NEUTRAL.fullmatch(key) is not None
 
 
 @cache
