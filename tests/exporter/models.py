@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ def write_gpt2(folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path) -> Path:
-    """A Llama with its tokenizer in one file, as llama.cpp writes it."""
+def write_gguf(path: Path, add: Callable[[Any], object] | None = None) -> Path:
+    """A Llama with its tokenizer in one file, as llama.cpp writes it; `add` gets the writer and adds more."""
     import gguf
 
     width, heads, inner, layers = 32, 2, 64, 2
@@ -120,6 +120,8 @@ def write_gguf(path: Path) -> Path:
     for name, shape in shapes.items():
         values = np.ones(shape) if name.endswith("norm") else random.standard_normal(shape) / 8
         writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    if add:
+        add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

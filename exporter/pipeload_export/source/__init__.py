@@ -10,6 +10,7 @@ tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process
 older_form    a checkpoint folder as the installed transformers reads it
 config_keys   which keys of config.json have a meaning
+gguf      what a GGUF file says and transformers does not read
 gaps      weights of a checkpoint that do not fit its model
 refused   what that process refuses
 ```

@@ -61,8 +61,7 @@ def knows(kind: type, key: str) -> bool:
 @cache
 def parameters(kind: type) -> frozenset[str]:
     """The names of the arguments of a config class."""
-    own = (vars(part).get("__init__") for part in kind.__mro__ if part is not object)
-    known = {name for begin in own if begin for name in inspect.signature(begin).parameters}
+    known = {name for part in kind.__mro__ if part is not object for name in inspect.signature(part).parameters}
     return frozenset(known | set(getattr(kind, "attribute_map", {})))
 
 
@@ -93,10 +92,9 @@ def _is_off(key: str, value: Any) -> bool:
     if key == "layer_types":
         return isinstance(value, list) and set(value) <= {"full_attention"}
     if key == "position_embedding_type":
-        return value == "absolute"
-    if value in (None, False, 0, "", "none") or value in ([], {}):
-        return True
-    return bool(value == 1) and _NEUTRAL.fullmatch(key) is not None
+        return bool(value == "absolute")
+    is_one: bool = value == 1
+    return value in (None, False, 0, "", "none", [], {}) or (is_one and bool(_NEUTRAL.fullmatch(key)))
 
 
 @cache

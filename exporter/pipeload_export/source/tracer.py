@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
+from pipeload_export.source.gguf import GgufFile
 from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.task import TASKS
@@ -128,13 +129,16 @@ def _gguf_model(path: Path, folder: Path) -> Any:
     file = {"gguf_file": path.name, "local_files_only": True}
     config = transformers.AutoConfig.from_pretrained(path.parent, **file)
     _check_supported(config.model_type, "text-generation")
+    gguf = GgufFile(path)
+    gguf.configure(config)
     # optimum copies the tokenizer of a checkpoint by itself, but not one that is inside of a GGUF file.
-    transformers.AutoTokenizer.from_pretrained(path.parent, **file).save_pretrained(folder)
+    gguf.complete_tokenizer(transformers.AutoTokenizer.from_pretrained(path.parent, **file)).save_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_config(config)
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
     if missing:
         raise Refused(f"the file lacks {len(missing)} of the model's weights, such as {min(missing)}.")
+    gguf.apply(model)
     return model
 
 
