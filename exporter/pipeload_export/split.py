@@ -21,6 +21,7 @@ from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import drop_dead, normalise
 from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
+from pipeload_export.shard.alignment import related_inputs, related_structure
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.write.shards import ShardWriter
 
@@ -97,6 +98,7 @@ def split(
     if head:
         writer.write_head(head)
     writer.finish()
+    inputs = related_inputs(inputs, sampler.sums)
 
     dims = tuple(dict.fromkeys(symbol for spec in inputs for dim in spec.shape for symbol in symbols(dim)))
     known = {*graph.output_names, *(spec.name for spec in inputs)}
@@ -118,7 +120,7 @@ def split(
         caches=caches,
         head=Head(input=head.input, output=head.output, shards=slices) if head else None,
         shards=tuple(writer.shards),
-        structures=writer.structures.known,
+        structures={name: related_structure(one, sampler.sums) for name, one in writer.structures.known.items()},
         dims=dims,
         files=tuple(writer.files),
         quantised_dynamically=quantised_dynamically,
@@ -141,11 +143,6 @@ def _input_spec(value: ValueInfoProto, graph: Graph) -> TensorSpec:
     if not tensor.HasField("shape"):
         raise ExportError(
             f"The graph does not say how many dimensions its input '{value.name}' has. Export it with shapes."
-        )
-    if negative := [dim.dim_value for dim in tensor.shape.dim if dim.dim_value < 0]:
-        raise ExportError(
-            f"The graph declares that its input '{value.name}' has a size of {negative[0]}, which no tensor has. "
-            "Export it with a name, or the true size, in that place."
         )
     dtype = dtype_name(tensor.elem_type or graph.types.get(value.name, (0, None))[0])
     return TensorSpec(name=value.name, dtype=dtype, shape=_declared(value))

@@ -269,6 +269,8 @@ def test_a_length_that_is_the_sum_of_two_others_is_discovered(shard: Callable[..
     assert [(cache.input, cache.output) for cache in sharded.model.caches] == [
         (f"before.{number}", f"after.{number}") for number in range(3)
     ]
+    assert {spec.name: spec.shape[1] for spec in sharded.model.inputs}["attention_mask"] == "length + past"
+    assert "total" not in sharded.model.dims
     answers_agree(
         sharded, {"batch": 2, "length": 3, "past": 4, "total": 7}, {"batch": 1, "length": 1, "past": 0, "total": 1}
     )

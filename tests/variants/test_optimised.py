@@ -43,9 +43,12 @@ def test_saved_by_onnxruntime(
     assert sum(shard.role == "block" for shard in manifest.shards) == 3
 
 
-@pytest.mark.parametrize("name", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "opset"),
+    [("bert", 18), ("vit", 13), *(pytest.param("llama", opset, marks=pytest.mark.slow) for opset in (13, 18))],
+)
 def test_saved_by_the_transformers_optimiser(
-    name: str, variant: Callable[..., Path], assert_right: Callable[..., Any]
+    name: str, opset: int, variant: Callable[..., Path], assert_right: Callable[..., Any]
 ) -> None:
     def optimise(source: Path, target: Path) -> None:
         from onnxruntime.transformers import optimizer
@@ -55,5 +58,5 @@ def test_saved_by_the_transformers_optimiser(
         )
         result.save_model_to_file(str(target))
 
-    manifest = assert_right(variant(name, optimise), name)
-    assert sum(shard.role == "block" for shard in manifest.shards) == 3
+    manifest = assert_right(variant(name, optimise, opset), name)
+    assert sum(shard.role == "block" for shard in manifest.shards) >= 2

@@ -16,7 +16,7 @@ from tests.variants.conftest import MODELS
 from pipeload.errors import ExportError
 from pipeload_export import export, verify
 
-_QUICK = {("bert", "int8-qdq"), ("vit", "fp16-inside"), ("vit", "int8-dynamic"), ("llama", "int4")}
+_QUICK = {("bert", "int8-qdq"), ("vit", "int8-operators"), ("vit", "fp16-inside"), ("llama", "int4")}
 _ROUNDING = 1e-2
 """Of float16 inside; static int8 is held against the graph as onnxruntime optimises it."""
 
@@ -27,7 +27,6 @@ _ROUNDING = 1e-2
         pytest.param(name, precision, marks=[] if (name, precision) in _QUICK else pytest.mark.slow)
         for name in MODELS
         for precision in PRECISIONS
-        if (name, precision) != ("vit", "int8-operators")
     ],
 )
 def test_each_precision_is_right(

@@ -172,7 +172,7 @@ def _segments(
             if name == output or (name not in shared and any(user in members for user in flow.consumers.get(name, ())))
         ]
         alive = {name for name in alive if last_use[name] > place} | set(made)
-        if len(alive) == 1 and len(made) == 1 and flow.is_float(made[0]):
+        if len(alive) == 1 and len(made) == 1 and flow.is_state(made[0]):
             boundaries.append(made[0])
             segments.append(current)
             current = []

@@ -69,6 +69,10 @@ class Flow:
         names = frozenset().union(*(self.sources[index] for index in nodes))
         return sum(self.graph.constants[name].nbytes for name in names)
 
+    def is_state(self, name: str) -> bool:
+        """Whether a tensor may be the activation: of floats, or quantised to bytes."""
+        return self.is_float(name) or self.graph.types[name][0] in _BYTES
+
     def is_float(self, name: str) -> bool:
         """Whether a tensor is of a float type, or of a type that could not be inferred."""
         dtype = self.graph.types.get(name, (0, None))[0]

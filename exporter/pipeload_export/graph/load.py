@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 from pipeload.errors import ExportError
@@ -32,6 +32,8 @@ from pipeload_export.graph.graph import (
 )
 
 __all__ = ["load"]
+
+_UNKNOWN = ("?", "-1", "None")
 
 
 def load(path: Path) -> Graph:
@@ -54,6 +56,8 @@ def load(path: Path) -> Graph:
 
 
 def _graph_of(model: ModelProto, path: Path) -> Graph:
+    for value in (*model.graph.input, *model.graph.output):
+        _forget_unknown_sizes(value)
     files = _Files(path.parent)
     constants = {tensor.name: _constant_of(tensor, files) for tensor in model.graph.initializer}
     nodes = []
@@ -76,6 +80,13 @@ def _graph_of(model: ModelProto, path: Path) -> Graph:
         opsets={entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import},
         forget=files.forget,
     )
+
+
+def _forget_unknown_sizes(value: ValueInfoProto) -> None:
+    """Exporters write -1 or "?" for a size that varies; a name would say that all of these are equal."""
+    for dim in value.type.tensor_type.shape.dim:
+        if dim.dim_value < 0 or dim.dim_param in _UNKNOWN:
+            dim.Clear()
 
 
 def _constant_node(node: NodeProto, files: _Files) -> Constant | None:

@@ -22,8 +22,6 @@ from pipeload_export.graph.types import SMALL_BYTES, infer_types, plain_model, t
 
 __all__ = ["drop_dead", "normalise"]
 
-_NORM_OPSET = 17
-"""The first version of ONNX that has LayerNormalization."""
 _NORM_EPSILON = 1e-12
 """Of onnxruntime's fused norms, where a graph does not say."""
 
@@ -65,12 +63,13 @@ def drop_dead(graph: Graph, kept_names: Iterable[str] = ()) -> bool:
 def _separate_sums(graph: Graph) -> bool:
     """Take fused residual norms apart: the boundary between two layers often lies inside, after the sum.
 
-    Where the sum is used as well, two tensors are alive behind the norm, although one makes the other.
+    Where the sum is used as well, two tensors are alive behind the norm, although one makes the other. onnxruntime has
+    both norms in ONNX's name, whatever the opset.
     """
     nodes: list[NodeProto] = []
     for node in graph.nodes:
         simple = node.op_type == "SkipSimplifiedLayerNormalization"
-        skip = simple or (node.op_type == "SkipLayerNormalization" and graph.opsets.get("", 0) >= _NORM_OPSET)
+        skip = simple or node.op_type == "SkipLayerNormalization"
         if not skip or node.domain != "com.microsoft" or any(node.output[1:3]):
             nodes.append(node)
             continue

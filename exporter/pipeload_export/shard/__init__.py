@@ -2,6 +2,7 @@
 
 ```
 fuse           a shard optimised offline by onnxruntime
+alignment      sizes that belong together
 sample_sizes   sizes of dimensions to try
 trial          sample runs of a shard
 activations    live bytes -> formulas

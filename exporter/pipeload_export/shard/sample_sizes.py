@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from math import prod
 
 import numpy as np
 
 from pipeload.format.manifest import TensorSpec, symbols
 from pipeload_export.graph.graph import Graph, attribute
+from pipeload_export.shard.alignment import aligned
 
 __all__ = ["Plan", "plans", "symbols_of"]
 
@@ -23,6 +25,8 @@ _SIZES = ((1, 2, 3), (4, 6, 9), (2, 5, 7), (3, 8, 10))
 _EDGE_SIZES = (1, 3, 4)
 """Sizes for kernels that take some dimensions only where another is one. Never zero, on which kernels may crash."""
 _MOST_POINTS = 30
+_MOST_GRID = 10_000
+"""Combinations of sizes that are listed; a graph that names no dimension of its caches has more than memory holds."""
 _MOST_PATCHES = 64
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 """Operators that take images first -> the place of their weights."""
@@ -58,10 +62,13 @@ class Plan:
         """Sizes of all symbols, for each run."""
         free = [name for name in names if name not in self.fixed and name not in self.sums]
         choices = [self.sizes.get(name, _SIZES[place % len(_SIZES)]) for place, name in enumerate(free)]
-        grid = list(product(*choices))
+        random = np.random.default_rng(0)
+        if prod(map(len, choices)) > _MOST_GRID:
+            grid = [tuple(int(random.choice(sizes)) for sizes in choices) for _ in range(_MOST_POINTS)]
+        else:
+            grid = list(product(*choices))
         if len(grid) > _MOST_POINTS:
-            picked = np.random.default_rng(0).choice(len(grid), _MOST_POINTS, replace=False)
-            grid = [grid[place] for place in sorted(picked)]
+            grid = [grid[place] for place in sorted(random.choice(len(grid), _MOST_POINTS, replace=False))]
         points = []
         for sizes in grid:
             point = dict(self.fixed) | dict(zip(free, sizes, strict=True))
@@ -77,6 +84,8 @@ def plans(graph: Graph, specs: Sequence[TensorSpec]) -> Iterator[Plan]:
             extents = {name: stride * patches for name, stride in strides.items()}
             sizes = {name: (size, size + 2 * strides[name], size + 3 * strides[name]) for name, size in extents.items()}
             yield Plan(fixed={**channels, **extents}, wider=Plan(fixed=channels, sizes=sizes))
+    for sums, ones in product(aligned(specs), (False, True)):
+        yield Plan(sums=sums, ones=ones)
     edge = dict.fromkeys(names, _EDGE_SIZES)
     # A symbol that equals another is less likely than one that is the sum of two.
     for declared, parts, partial, ones in product((True, False), (2, 1), (False, True), (False, True)):

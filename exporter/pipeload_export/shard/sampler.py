@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ExportError
 from pipeload.format.manifest import TensorSpec, evaluate_dim
 from pipeload_export.graph.graph import Constant, Graph
+from pipeload_export.shard.alignment import Sums
 from pipeload_export.shard.fuse import Fused
 from pipeload_export.shard.sample_sizes import Plan, plans, symbols_of
 from pipeload_export.shard.trial import Arrays, Event, Refused, agree, run_trial
@@ -70,6 +71,11 @@ class Sampler:
     def free_symbols(self) -> tuple[str, ...]:
         """Symbols whose sizes were varied independently."""
         return tuple(n for n in self._names if n not in self._plan.sums and len({p[n] for p in self.points}) > 1)
+
+    @property
+    def sums(self) -> Sums:
+        """Symbols whose sizes follow from those of others."""
+        return self._plan.sums
 
     def fetch(self, shard: int, table: Constant, indices: str, output: str) -> None:
         """Look up rows of a table."""

@@ -1,0 +1,69 @@
+"""Dimensions as graphs declare them: fixed, without a name, with one name for all, a name for each, or impossible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx.onnx_ml_pb2 import TensorShapeProto
+from tests.variants.conftest import MODELS
+
+from pipeload.format.manifest import Manifest
+
+
+def _unnamed(dim: TensorShapeProto.Dimension, place: int) -> None:
+    dim.Clear()
+
+
+def _question_mark(dim: TensorShapeProto.Dimension, place: int) -> None:
+    dim.dim_param = "?"
+
+
+def _negative(dim: TensorShapeProto.Dimension, place: int) -> None:
+    dim.dim_value = -1
+
+
+def _own_name(dim: TensorShapeProto.Dimension, place: int) -> None:
+    dim.dim_param = f"unk__{place}"
+
+
+def _fixed(dim: TensorShapeProto.Dimension, place: int) -> None:
+    sizes = {"batch_size": 2, "sequence_length": 7, "num_channels": 3, "height": 32, "width": 32}
+    dim.dim_value = sizes.get(dim.dim_param, 7)
+
+
+_WAYS = {"unnamed": _unnamed, "?": _question_mark, "-1": _negative, "names": _own_name, "fixed": _fixed}
+_QUICK = {("bert", "?"), ("bert", "fixed"), ("vit", "-1"), ("llama", "unnamed")}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[] if (name, way) in _QUICK else pytest.mark.slow)
+        for name in MODELS
+        for way in _WAYS
+        if (name, way) != ("llama", "fixed")
+    ],
+)
+def test_sizes_that_belong_together_are_found(
+    name: str, way: str, variant: Callable[..., Path], assert_right: Callable[..., Any]
+) -> None:
+    def change(source: Path, target: Path) -> None:
+        model = onnx.load(source)
+        values = [*model.graph.input, *(() if way == "fixed" else model.graph.output)]
+        for place, dim in enumerate(dim for value in values for dim in value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                _WAYS[way](dim, place)
+        del model.graph.value_info[:]
+        onnx.save(model, target)
+
+    manifest: Manifest = assert_right(variant(name, change), name)
+    assert sum(shard.role == "block" for shard in manifest.shards) == 3
+    batches = {spec.shape[0] for spec in manifest.inputs}
+    assert batches == ({2} if way == "fixed" else {next(iter(batches))})
+    if name == "llama":
+        shapes = {spec.name: spec.shape for spec in manifest.inputs}
+        assert shapes["attention_mask"][1] == (f"{shapes['input_ids'][1]} + {shapes['past_key_values.0.key'][2]}")
