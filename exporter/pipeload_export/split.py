@@ -21,6 +21,7 @@ from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import drop_dead, normalise
 from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
+from pipeload_export.rewrite.settings import fix_settings
 from pipeload_export.shard.alignment import related_inputs, related_structure
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.write.shards import ShardWriter
@@ -74,6 +75,7 @@ def split(
         ['prologue', 'block.000', 'block.001', 'epilogue']
     """
     graph = load(model_path)
+    fix_settings(graph)
     normalise(graph)
     inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
     quantised_dynamically = any(kind.startswith("DynamicQuantize") for kind in operators(graph.nodes))

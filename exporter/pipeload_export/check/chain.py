@@ -23,6 +23,7 @@ from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
 from pipeload_export.graph.runtime import open_session, session_options
+from pipeload_export.rewrite.settings import SETTINGS
 from pipeload_export.shard.fuse import LEVEL, NOT_APPLIED
 
 __all__ = ["run_shards", "run_unsplit"]
@@ -51,12 +52,14 @@ def run_unsplit(
     session = open_session(path, f"the unsplit graph {path}", options, disabled=NOT_APPLIED if optimised else ())
     names = [output.name for output in session.get_outputs()]
     given = {name for case in cases for name in case.inputs}
-    _check_names(path, "takes", {value.name for value in session.get_inputs()} ^ given, given)
+    taken = {value.name: value.shape for value in session.get_inputs()}
+    settings = {name: np.zeros([1] * len(taken[name]), np.int64) for name in (SETTINGS & taken.keys()) - given}
+    _check_names(path, "takes", (taken.keys() - settings.keys()) ^ given, given)
     _check_names(path, "makes", set(wanted) - set(names), set(wanted))
     results = []
     for number, case in enumerate(cases):
         progress("run the unsplit model", number, len(cases))
-        results.append(_run(session, names, case.inputs, f"The unsplit graph ({case.name})"))
+        results.append(_run(session, names, {**case.inputs, **settings}, f"The unsplit graph ({case.name})"))
     progress("run the unsplit model", len(cases), len(cases))
     return results
 

@@ -251,8 +251,8 @@ class Sampler:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self._graph.types[name][0])
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
             # Zeros and ones are rows of any table; as a mask, they leave the first position visible.
-            values = random.integers(self._plan.ones, 2, shape)
-            values[..., :1] = 1
+            values = np.asarray(random.integers(self._plan.ones, 2, shape))
+            values[(..., slice(1)) if shape else ...] = 1
             return values.astype(dtype)
         return random.standard_normal(shape).astype(dtype)
 
