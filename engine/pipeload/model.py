@@ -36,6 +36,7 @@ from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.answer.answer import answer
+from pipeload.tasks.arguments import check_positive, is_whole
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.classify.rerank import rerank
@@ -111,6 +112,8 @@ def load(
         raise ConfigError(f"sizes is {sizes!r}; it must be sizes by name, such as {{'sequence_length': 128}}.")
     if profile is not None and not isinstance(profile, Profile):
         raise ConfigError(f"profile is {profile!r}; it must be a pipeload.Profile.")
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress is {progress!r:.80}; it must be a function that takes a pipeload.Progress.")
     unknown = set(sizes or {}) - set(manifest.dims)
     if unknown:
         raise ConfigError(f"The model has no dimension {sorted(unknown)}; it has {sorted(manifest.dims)}.")
@@ -286,6 +289,8 @@ class Model:
             ConfigError: the model has no caches.
         """
         self._check_usable()
+        if not is_whole(capacity, 0):
+            raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
         if not self._decoding.caches:
             raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
         return self._decoding.new_state(capacity, self)
@@ -323,8 +328,7 @@ class Model:
         Raises:
             As `run`.
         """
-        if top < 1:
-            raise ConfigError(f"top is {top}; it must be at least 1.")
+        check_positive("top", top)
         feed = Feed(positions=positions, top=top)
         outputs = self._step(feed, inputs, state)
         if feed.top_logits is not None:
@@ -380,6 +384,7 @@ class Model:
 
     def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
         """Run one pass of a decoder. Returns its outputs."""
+        check_positive("positions", feed.positions)
         self._check_usable()
         if not isinstance(state, DecodeState):
             raise ConfigError(f"state is {state!r}; make one with model.new_state().")

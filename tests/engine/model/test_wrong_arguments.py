@@ -19,6 +19,14 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "run_many([5])": (lambda model: list(model.run_many([5])), "Inputs are arrays by name"),
     "run_many(batch)": (lambda model: list(model.run_many([], batch="a")), "batch is 'a'"),
     "step(state)": (lambda model: model.step({}, None), "state is None"),
+    "step(positions)": (lambda model: model.step({}, model.new_state(), positions="a"), "positions must be a whole"),
+    "step(positions=0)": (lambda model: model.step({}, model.new_state(), positions=0), "positions must be at least 1"),
+    "step_top(top)": (lambda model: model.step_top({}, model.new_state(), "a"), "top must be a whole number"),
+    "new_state": (lambda model: model.new_state("a"), "capacity is 'a'"),
+    "new_state(-1)": (lambda model: model.new_state(-1), "capacity is -1"),
+    "session": (lambda model: model.session(2.5), "capacity is 2.5"),
+    "generate": (lambda model: model.generate(None), "A prompt must be"),
+    "embed": (lambda model: model.embed(None), "embed takes a text model"),
     "step_top(state)": (lambda model: model.step_top({}, 3, 1), "state is 3"),
 }
 
@@ -32,7 +40,8 @@ def test_a_call_names_its_wrong_argument(toy_decoder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "value"), [("sizes", 5), ("sizes", "128"), ("profile", 3), ("loaders", "two"), ("threads", 0)]
+    ("argument", "value"),
+    [("sizes", 5), ("sizes", "128"), ("profile", 3), ("loaders", "two"), ("threads", 0), ("progress", 5)],
 )
 def test_load_names_its_wrong_argument(toy: Path, argument: str, value: Any) -> None:
     with pytest.raises(pipeload.ConfigError, match=argument):

@@ -26,7 +26,7 @@ _LENGTH, _OVERLAP = 384, 128
 
 @overload
 def answer(
-    runner: Runner,
+    self: Runner,
     question: str,
     context: str,
     *,
@@ -37,7 +37,7 @@ def answer(
 ) -> Answer: ...
 @overload
 def answer(
-    runner: Runner,
+    self: Runner,
     question: str,
     context: str,
     *,
@@ -48,7 +48,7 @@ def answer(
 ) -> list[Answer]: ...
 @overload
 def answer(
-    runner: Runner,
+    self: Runner,
     question: list[str],
     context: str | list[str],
     *,
@@ -59,7 +59,7 @@ def answer(
 ) -> list[Answer]: ...
 @overload
 def answer(
-    runner: Runner,
+    self: Runner,
     question: list[str],
     context: str | list[str],
     *,
@@ -69,7 +69,7 @@ def answer(
     batch_size: int = ...,
 ) -> list[list[Answer]]: ...
 def answer(
-    runner: Runner,
+    self: Runner,
     question: str | list[str],
     context: str | list[str],
     *,
@@ -83,7 +83,7 @@ def answer(
     A context that is longer than the model accepts is read in windows that overlap.
 
     Args:
-        runner: a model exported for question-answering.
+        self: a model exported for question-answering.
         question: one question, or a list of them.
         context: the text that holds the answer: one for all questions, or a list with one for each.
         top_k: the most answers to a question, as a list, best first; None gives the best one, not in a list.
@@ -102,7 +102,7 @@ def answer(
         ...     model.answer("Where does Anna live?", "Anna and Bob live in Paris.").answer
         'Paris'
     """
-    task = runner.manifest.task
+    task = self.manifest.task
     if task != "question-answering":
         raise ConfigError(
             f"answer takes a model for question-answering; this one is for {task}. "
@@ -111,7 +111,7 @@ def answer(
     for name, value in (("top_k", 1 if top_k is None else top_k), ("max_answer_len", max_answer_len)):
         check_positive(name, value)
     questions, contexts = _rows(question, context)
-    tokenizer = tokenizer_of(runner)
+    tokenizer = tokenizer_of(self)
     limit = _LENGTH if tokenizer.max_length is None else min(tokenizer.max_length, _LENGTH)
     # Models that pad on the left were trained with the context before the question.
     long = 1 if tokenizer.padding_side == "right" else 0
@@ -119,7 +119,7 @@ def answer(
     for asked, text in zip(questions, contexts, strict=True):
         first, second = (asked, text) if long else (text, asked)
         parts = tokenizer.windows(first, second, long=long, length=limit, overlap=min(limit // 2, _OVERLAP))
-        logits = _logits(runner, tokenizer, parts, batch_size)
+        logits = _logits(self, tokenizer, parts, batch_size)
         found.append(
             best_answers(
                 text,

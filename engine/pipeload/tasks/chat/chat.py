@@ -26,7 +26,7 @@ _DEFAULT = "default"
 
 
 def chat_prompt(
-    runner: Runner, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    self: Runner, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
 ) -> list[int]:
     """The token ids of a conversation, as the model's own chat template writes it.
 
@@ -34,7 +34,7 @@ def chat_prompt(
     from `tokenizer_config.json`; of several, the one named `default` is used. Templates run in a sandbox.
 
     Args:
-        runner: a model with a chat template and a tokenizer.
+        self: a model with a chat template and a tokenizer.
         messages: the conversation so far, dicts with `role` (`system`, `user`, `assistant`) and `content`.
         add_generation_prompt: end with the tokens that come before an answer of the model.
         **variables: other variables of the template, such as `enable_thinking=False`.
@@ -56,10 +56,10 @@ def chat_prompt(
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ConfigError(f"A message must be a dict with 'role' and 'content', not {message!r:.80}.")
-    template = _template_of(runner)
+    template = _template_of(self)
     text = template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
     # The template has already added the special tokens.
-    return list(tokenizer_of(runner).encode(text, add_special_tokens=False).ids)
+    return list(tokenizer_of(self).encode(text, add_special_tokens=False).ids)
 
 
 def find_template(files: ModelFiles) -> ChatTemplate:

@@ -24,24 +24,22 @@ BATCH_SIZE = 32
 TOP_K = 5
 """The number of labels for each text or image, unless the caller sets another."""
 
-Input = TypeVar("Input", bound=Image)
+Input = TypeVar("Input", bound="Image | Pair")
 
 
 @overload
 def classify(
-    runner: Runner,
-    inputs: list[Input] | list[Pair],
+    self: Runner,
+    inputs: list[Input],
     *,
     top_k: int | None = ...,
     batch_size: int = ...,
 ) -> list[list[Label]]: ...
 @overload
+def classify(self: Runner, inputs: Image | Pair, *, top_k: int | None = ..., batch_size: int = ...) -> list[Label]: ...
 def classify(
-    runner: Runner, inputs: Image | Pair, *, top_k: int | None = ..., batch_size: int = ...
-) -> list[Label]: ...
-def classify(
-    runner: Runner,
-    inputs: Image | Pair | list[Input] | list[Pair],
+    self: Runner,
+    inputs: Image | Pair | list[Input],
     *,
     top_k: int | None = TOP_K,
     batch_size: int = BATCH_SIZE,
@@ -52,7 +50,7 @@ def classify(
     model accepts are cut, with a TruncationWarning.
 
     Args:
-        runner: a model exported for text-classification, token-classification or image-classification.
+        self: a model exported for text-classification, token-classification or image-classification.
         inputs: texts; or pairs for a model of two texts (paraphrases, entailment): `(text, text_pair)`, or
             `{"text": ..., "text_pair": ...}`; or images: a path, the bytes of a file, a Pillow image, or uint8
             `[height, width, 3]`. Several inputs are a list; a tuple of two texts is one pair.
@@ -71,7 +69,7 @@ def classify(
     """
     if top_k is not None:
         check_positive("top_k", top_k)
-    task = runner.manifest.task
+    task = self.manifest.task
     if task not in ("text-classification", "token-classification", "image-classification"):
         raise ConfigError(
             f"classify takes a model for text-, token- or image-classification; this one is for {task}. "
@@ -80,16 +78,16 @@ def classify(
     if task == "image-classification":
         several = isinstance(inputs, list | tuple)
         images: Any = inputs if several else [inputs]
-        results = _images(runner, images, top_k, batch_size)
+        results = _images(self, images, top_k, batch_size)
     else:
         several = not (isinstance(inputs, str) or is_pair(inputs))
         if several:
             check_several(inputs)  # type: ignore[arg-type]
         texts = [text_or_pair(each) for each in (inputs if several else [inputs])]  # type: ignore[union-attr]
         results = (
-            _entities(runner, texts, batch_size)
+            _entities(self, texts, batch_size)
             if task == "token-classification"
-            else _labels(runner, texts, top_k, batch_size)
+            else _labels(self, texts, top_k, batch_size)
         )
     return results if several else results[0]
 

@@ -36,7 +36,7 @@ class Ranked:
 
 
 def rerank(
-    runner: Runner,
+    self: Runner,
     query: str,
     documents: Sequence[str],
     *,
@@ -49,7 +49,7 @@ def rerank(
     or else through a sigmoid. Pairs longer than the model accepts are cut, with a TruncationWarning.
 
     Args:
-        runner: a model for text-classification with one score: a reranker, or cross-encoder.
+        self: a model for text-classification with one score: a reranker, or cross-encoder.
         query: what is asked.
         documents: the texts to order.
         top_k: the most documents in the answer, None for all.
@@ -64,18 +64,18 @@ def rerank(
         >>> with pipeload.load("models/reranker", "256MB") as model:
         ...     best = model.rerank("How many people live in Berlin?", ["Berlin has 3.5 million people.", "A cat."])[0]
     """
-    check_scores_texts(runner, "rerank")
+    check_scores_texts(self, "rerank")
     check_text(query)
     check_several(documents, "documents", "a sequence of strings")
     if top_k is not None:
         check_positive("top_k", top_k)
-    activation = config_of(runner).pair_activation
+    activation = config_of(self).pair_activation
     if activation not in ("Identity", "Sigmoid"):
         raise ConfigError(
             f"The model's scores go through '{activation}', which pipeload does not know. "
             "Take its logits from model.run."
         )
-    rows = text_logits(runner, [(query, document) for document in documents], batch_size)
+    rows = text_logits(self, [(query, document) for document in documents], batch_size)
     if not rows:
         return []
     if len(rows[0]) != 1:

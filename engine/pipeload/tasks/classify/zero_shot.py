@@ -28,7 +28,7 @@ HYPOTHESIS = "This example is {}."
 
 @overload
 def zero_shot(
-    runner: Runner,
+    self: Runner,
     texts: str,
     candidate_labels: Sequence[str],
     *,
@@ -38,7 +38,7 @@ def zero_shot(
 ) -> list[Label]: ...
 @overload
 def zero_shot(
-    runner: Runner,
+    self: Runner,
     texts: list[str],
     candidate_labels: Sequence[str],
     *,
@@ -47,7 +47,7 @@ def zero_shot(
     batch_size: int = ...,
 ) -> list[list[Label]]: ...
 def zero_shot(
-    runner: Runner,
+    self: Runner,
     texts: str | list[str],
     candidate_labels: Sequence[str],
     *,
@@ -60,7 +60,7 @@ def zero_shot(
     Each label costs a pass over the text, in batches.
 
     Args:
-        runner: a model for text-classification that was trained for natural language inference (NLI).
+        self: a model for text-classification that was trained for natural language inference (NLI).
         texts: one text or several.
         candidate_labels: the labels to choose from.
         hypothesis_template: a sentence with `{}` where the label goes; the model is asked whether the text entails it.
@@ -77,7 +77,7 @@ def zero_shot(
         ...     model.zero_shot("My screen is broken", ["phone", "garden"])[0].label
         'phone'
     """
-    check_scores_texts(runner, "zero_shot")
+    check_scores_texts(self, "zero_shot")
     several = [texts] if isinstance(texts, str) else texts
     check_several(several)
     # A text of several labels with commas between them, as transformers takes it.
@@ -92,9 +92,9 @@ def zero_shot(
         raise ConfigError(
             f"hypothesis_template must be a sentence with {{}} in place of the label, not {hypothesis_template!r:.80}."
         )
-    entailment, contradiction = _classes(config_of(runner))
+    entailment, contradiction = _classes(config_of(self))
     pairs = [(text, hypothesis_template.replace("{}", label)) for text in several for label in labels]
-    logits = np.array(text_logits(runner, pairs, batch_size), np.float32).reshape(len(several), len(labels), -1)
+    logits = np.array(text_logits(self, pairs, batch_size), np.float32).reshape(len(several), len(labels), -1)
     if multi_label or len(labels) == 1:
         scores = softmax(logits[..., [contradiction, entailment]])[..., 1]
     else:

@@ -26,7 +26,7 @@ BATCH_SIZE = 32
 
 
 def embed(
-    runner: Runner,
+    self: Runner,
     texts: str | Sequence[str],
     *,
     batch_size: int = BATCH_SIZE,
@@ -42,7 +42,7 @@ def embed(
     without them, the result is the mean of the token vectors.
 
     Args:
-        runner: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
+        self: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
         texts: one text or several; passes take them sorted by length, and the result has their original order.
         batch_size: the most texts in one pass; a pass takes fewer if the memory budget cannot hold this many.
         prompt: put before each text, such as `"query: "` for E5; None takes the model's own default, if it has one.
@@ -61,16 +61,16 @@ def embed(
         ...     model.embed(["a dog", "a puppy"]).shape
         (2, 384)
     """
-    output = _output(runner)
+    output = _output(self)
     several = [texts] if isinstance(texts, str) else texts
     check_several(several)
     check_positive("batch_size", batch_size)
     if truncate_dim is not None:
         check_positive("truncate_dim", truncate_dim)
-    recipe = _recipe_of(runner)
+    recipe = _recipe_of(self)
     before = recipe.chosen_prompt(prompt, prompt_name)
     parts = [several[i : i + WINDOW] for i in range(0, max(len(several), 1), WINDOW)]
-    vectors = np.concatenate([_embedded(runner, output, recipe, before, part, batch_size) for part in parts])
+    vectors = np.concatenate([_embedded(self, output, recipe, before, part, batch_size) for part in parts])
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim].copy()
     if normalize:

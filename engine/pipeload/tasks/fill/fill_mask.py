@@ -43,18 +43,16 @@ class FilledMask:
 
 
 @overload
-def fill_mask(runner: Runner, texts: str, *, top_k: int = ..., batch_size: int = ...) -> list[FilledMask]: ...
+def fill_mask(self: Runner, texts: str, *, top_k: int = ..., batch_size: int = ...) -> list[FilledMask]: ...
 @overload
-def fill_mask(
-    runner: Runner, texts: list[str], *, top_k: int = ..., batch_size: int = ...
-) -> list[list[FilledMask]]: ...
-def fill_mask(runner: Runner, texts: str | list[str], *, top_k: int = _TOP_K, batch_size: int = _BATCH_SIZE) -> Any:
+def fill_mask(self: Runner, texts: list[str], *, top_k: int = ..., batch_size: int = ...) -> list[list[FilledMask]]: ...
+def fill_mask(self: Runner, texts: str | list[str], *, top_k: int = _TOP_K, batch_size: int = _BATCH_SIZE) -> Any:
     """The likeliest tokens in the place of the mask, best first; for one text a list, for several a list of lists.
 
     A text with several masks has such a list for each of them instead, filled as if the others stayed.
 
     Args:
-        runner: a model exported for fill-mask.
+        self: a model exported for fill-mask.
         texts: one text or several, each with the model's mask token (`[MASK]`, `<mask>`) in the place to fill.
         top_k: the most tokens for each mask.
         batch_size: the most texts in one pass; a pass takes fewer if the memory budget cannot hold this many.
@@ -69,7 +67,7 @@ def fill_mask(runner: Runner, texts: str | list[str], *, top_k: int = _TOP_K, ba
         ...     model.fill_mask("Paris is the capital of [MASK].")[0].token_str
         'france'
     """
-    task = runner.manifest.task
+    task = self.manifest.task
     if task != "fill-mask":
         raise ConfigError(
             f"fill_mask takes a model for fill-mask; this one is for {task}. "
@@ -78,13 +76,13 @@ def fill_mask(runner: Runner, texts: str | list[str], *, top_k: int = _TOP_K, ba
     check_positive("top_k", top_k)
     several = [texts] if isinstance(texts, str) else texts
     check_several(several)
-    tokenizer = tokenizer_of(runner)
+    tokenizer = tokenizer_of(self)
     mask_id = tokenizer.mask_id
     if mask_id is None:
         raise ConfigError(
             "The model's tokenizer_config.json names no mask_token, so no text can have one. Use model.run."
         )
-    results = _fill(runner, tokenizer, several, mask_id, top_k, batch_size)
+    results = _fill(self, tokenizer, several, mask_id, top_k, batch_size)
     return results[0] if isinstance(texts, str) else results
 
 

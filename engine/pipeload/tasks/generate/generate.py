@@ -46,7 +46,7 @@ __all__ = ["Generation", "Prompt", "generate"]
 
 @overload
 def generate(
-    runner: Decoder[State],
+    self: Decoder[State],
     prompt: Prompt,
     *,
     num_return_sequences: None = ...,
@@ -54,18 +54,18 @@ def generate(
 ) -> Generation: ...
 @overload
 def generate(
-    runner: Decoder[State], prompt: Prompt, *, num_return_sequences: int, **options: Unpack[GenerationOptions]
+    self: Decoder[State], prompt: Prompt, *, num_return_sequences: int, **options: Unpack[GenerationOptions]
 ) -> list[Generation]: ...
 @overload
 def generate(
-    runner: Decoder[State],
+    self: Decoder[State],
     prompt: list[str] | list[list[int]],
     *,
     num_return_sequences: int | None = ...,
     **options: Unpack[GenerationOptions],
 ) -> list[Generation]: ...
 def generate(
-    runner: Decoder[State],
+    self: Decoder[State],
     prompt: Prompt | list[str] | list[list[int]],
     *,
     num_return_sequences: int | None = None,
@@ -81,7 +81,7 @@ def generate(
     The texts of a model that is quantised dynamically are made one after another, without drafts.
 
     Args:
-        runner: a model exported for text-generation with KV caches.
+        self: a model exported for text-generation with KV caches.
         prompt: a text, its token ids, or a list of either.
         max_new_tokens: the most tokens to make for each prompt; 64 if the file sets none.
         min_new_tokens: the text does not end before this many new tokens.
@@ -133,7 +133,7 @@ def generate(
     """
     with called(options):
         prompts, single = listed(prompt)
-        results = generate_prompts(runner, prompts, options, num_return_sequences)
+        results = generate_prompts(self, prompts, options, num_return_sequences)
         return results[0] if single and num_return_sequences is None else results
 
 
