@@ -25,6 +25,7 @@ cli/        the commands
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,10 @@ if TYPE_CHECKING:
     from pipeload.tasks.generate.streaming import TextStream
     from pipeload.tracing.stats import Stats
     from pipeload.tracing.trace import Progress
+
+# Before anything imports onnxruntime, which otherwise writes an id of this machine and a database of events into the
+# user's cache. A value that the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

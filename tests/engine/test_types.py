@@ -27,7 +27,7 @@ def use(model: pipeload.Model) -> None:
     label: str = model.zero_shot("a", ["b"])[0].label
     ranked: int = model.rerank("a", ["b"])[0].index
     shape: tuple[int, ...] = model.embed("a", prompt="b", truncate_dim=2).shape
-    text: str = model.generate("a", temperature=0).text
+    text: str | None = model.generate("a", temperature=0).text
     peak: int = model.stats.peak_bytes
 
 def report(progress: pipeload.Progress) -> None:

@@ -20,6 +20,22 @@ TASKS = {
 }
 """Task -> the class of transformers that loads a checkpoint for it."""
 
+_SYNONYMS = {
+    "default": "feature-extraction",
+    "image-feature-extraction": "feature-extraction",
+    "masked-lm": "fill-mask",
+    "causal-lm": "text-generation",
+    "ner": "token-classification",
+    "sentence-similarity": "feature-extraction",
+    "sentence-transformers": "feature-extraction",
+    "sentiment-analysis": "text-classification",
+    "sequence-classification": "text-classification",
+    "text-embedding": "feature-extraction",
+    "text-ranking": "text-classification",
+    "zero-shot-classification": "text-classification",
+}
+"""Other names that the hub, transformers and optimum have for models of these tasks, which are only used otherwise."""
+
 _ARCHITECTURES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
@@ -36,12 +52,15 @@ _ARCHITECTURES = {
 
 
 def check_task(task: str) -> str:
-    """The task as the manifest calls it; `text-generation-with-past` is `text-generation`, which always has a cache.
+    """The task as the manifest calls it, for a synonym too.
+
+    `text-generation-with-past` is `text-generation`, which always has a cache.
 
     Raises:
         ConfigError: it is none of `TASKS`.
     """
     name = task.removesuffix("-with-past")
+    name = _SYNONYMS.get(name, name)
     if name not in TASKS:
         raise ConfigError(f"'{task}' is no task that pipeload knows. Choose one of: {', '.join(TASKS)}.")
     return name

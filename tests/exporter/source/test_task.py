@@ -1,0 +1,36 @@
+"""Names of tasks."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeload.errors import ConfigError
+from pipeload_export.source.task import TASKS, check_task
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_keeps_its_name(task: str) -> None:
+    assert check_task(task) == task
+
+
+@pytest.mark.parametrize(
+    ("synonym", "task"),
+    [
+        ("zero-shot-classification", "text-classification"),
+        ("text-ranking", "text-classification"),
+        ("sentiment-analysis", "text-classification"),
+        ("sentence-similarity", "feature-extraction"),
+        ("image-feature-extraction", "feature-extraction"),
+        ("text-embedding", "feature-extraction"),
+        ("ner", "token-classification"),
+        ("text-generation-with-past", "text-generation"),
+    ],
+)
+def test_a_synonym_is_the_task_that_loads_such_models(synonym: str, task: str) -> None:
+    """The hub's tag of a model was refused, though the model is of a known task."""
+    assert check_task(synonym) == task
+
+
+def test_what_is_no_task_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'translation' is no task that pipeload knows\. Choose one of: feature-ex"):
+        check_task("translation")
