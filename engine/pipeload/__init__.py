@@ -26,6 +26,7 @@ cli/        the commands
 from __future__ import annotations
 
 import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,10 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if sys.platform == "win32":
+        raise ImportError(
+            "pipeload runs on Linux, whose memory it measures by /proc and cgroups. On Windows, use WSL 2."
+        )
     value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from typing import NoReturn
 
 __all__ = ["main"]
@@ -11,6 +12,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Run the command line; Ctrl-C during the imports ends it as it does later, with one line and exit code 130."""
+    if sys.platform == "win32":
+        # Its modules do not even import there.
+        sys.exit("error: pipeload runs on Linux, whose memory it measures by /proc and cgroups. On Windows, use WSL 2.")
     # Not where the parent has it ignored, as a shell does for commands in the background.
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:

@@ -21,6 +21,7 @@ PINNED = Path(__file__).with_name("pinned")
 COMMANDS = (
     "",
     "export",
+    "catalog",
     "inspect",
     "verify",
     "profile",

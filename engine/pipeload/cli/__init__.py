@@ -11,6 +11,7 @@ import typer
 import pipeload
 from pipeload.cli.commands import (
     bench,
+    catalog,
     chat,
     classify,
     embed,
@@ -24,6 +25,7 @@ from pipeload.cli.commands import (
     verify,
 )
 from pipeload.cli.ending import INTERRUPTED, Commands, print_error
+from pipeload.cli.loudness import LOUDNESS, Quiet, Verbose
 from pipeload.errors import PipeloadError
 
 __all__ = ["app", "main"]
@@ -32,12 +34,12 @@ app = typer.Typer(
     name="pipeload",
     cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(export.export)
+app.command()(catalog.catalog)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(profile.profile)
@@ -86,8 +88,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[
+    _version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """Run transformer models that do not fit into memory, on CPUs, from standard ONNX shards."""
+    """Run transformers larger than your RAM, on CPU, with ONNX Runtime."""
+    LOUDNESS.set(quiet=quiet, verbose=verbose)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 import pipeload
+from pipeload.cli.loudness import LOUDNESS
 from pipeload.cli.passes import pass_progress, stats_lines
 from pipeload.tracing.chrome import write_chrome
 
@@ -91,11 +92,11 @@ def open_model(
         **options: for `pipeload.load`.
     """
     with ExitStack() as stack:
-        progress = None if quiet else stack.enter_context(pass_progress(_CONSOLE))
+        progress = None if quiet or LOUDNESS.quiet else stack.enter_context(pass_progress(_CONSOLE))
         model = stack.enter_context(pipeload.load(directory, budget, progress=progress, **options))
         yield model
         done, plan = model.stats, model.plan
-        if stats:
+        if stats or LOUDNESS.verbose:
             for line in stats_lines(done, plan):
                 typer.echo(line, err=True)
         if trace is not None:
@@ -110,13 +111,15 @@ def open_model(
 
 def status(text: str) -> AbstractContextManager[object]:
     """A sign of life on stderr while something runs; nothing if stderr is not a terminal."""
-    return _CONSOLE.status(text)
+    return nullcontext() if LOUDNESS.quiet else _CONSOLE.status(text)
 
 
 def chunks(items: Sequence[Item], size: int, text: str) -> Iterator[Sequence[Item]]:
     """The items in groups of `size`, with a progress bar on stderr if that is a terminal."""
     begins = range(0, len(items), size)
-    for begin in track(begins, text, console=_CONSOLE, transient=True, disable=not _CONSOLE.is_terminal):
+    for begin in track(
+        begins, text, console=_CONSOLE, transient=True, disable=LOUDNESS.quiet or not _CONSOLE.is_terminal
+    ):
         yield items[begin : begin + size]
 
 

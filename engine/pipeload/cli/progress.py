@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeload.cli.loudness import LOUDNESS
 from pipeload.notify import Notify
 
 __all__ = ["progress_bars"]
@@ -32,7 +33,7 @@ def progress_bars() -> Iterator[Notify]:
     A total of 0 means unknown: the bar then only shows that work goes on, and the time it has taken.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if LOUDNESS.quiet or not console.is_terminal:
         yield lambda *_: None
         return
     bars = Progress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -138,7 +139,7 @@ def test_the_last_line_counts_tokens_and_bytes_of_answers(
 def test_nothing_said_is_no_error(talk: Talk) -> None:
     result, _ = talk([], stdin="")
     assert (result.exit_code, result.stdout) == (0, "")
-    assert result.stderr == "0 tokens in 0.0 s, 0.0 tokens/s; 0 B read, 0.00 GB/s\n"
+    assert result.stderr == ""
 
 
 def test_the_system_message_comes_first(talk: Talk) -> None:
@@ -292,3 +293,30 @@ def test_lines_are_utf_8(talk: Talk) -> None:
     assert talker.prompts == ["[user: Zürich][assistant: "]
     assert result.exit_code == 2
     assert result.stderr == "error: stdin is no UTF-8 text: invalid start byte at byte 1 of a line.\n"
+
+
+def test_commands_at_a_terminal_do_not_go_to_the_model(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`/help` was answered by the model."""
+    _types(monkeypatch, "a", "/help", "/new", "b", "/unknown", "/exit", "c")
+    result, talker = talk(["A", "B", "U"], "--system", "Be brief.", stdin="")
+    assert result.stdout == "A\nB\nU\n"
+    assert "/new" in result.stderr
+    system = "[system: Be brief.]"
+    assert talker.prompts == [
+        f"{system}[user: a][assistant: ",
+        f"{system}[user: b][assistant: ",
+        f"{system}[user: b][assistant: B][user: /unknown][assistant: ",
+    ]
+
+
+def test_a_pipe_carries_messages_only(talk: Talk) -> None:
+    _, talker = talk(["A"], stdin="/help\n")
+    assert talker.prompts == ["[user: /help][assistant: "]
+
+
+def test_chat_prints_each_answer_as_json(talk: Talk) -> None:
+    result, _ = talk([["Par", "is."], ["Rom", KeyboardInterrupt()]], "--json", stdin="France?\nItaly?\n")
+    first, second = map(json.loads, result.stdout.splitlines())
+    assert first.pop("tokens") > 0
+    assert first == {"role": "assistant", "content": "Paris.", "finish_reason": "eos"}
+    assert second == {"role": "assistant", "content": "Rom", "finish_reason": "interrupted", "tokens": None}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Annotated
 
+import msgspec
 import typer
 
 import pipeload
@@ -24,7 +25,9 @@ from pipeload.cli.generation import (
     TopP,
     implied_sampling,
 )
+from pipeload.cli.loudness import LOUDNESS
 from pipeload.cli.options import Budget, Directory, Stats, Trace, open_model
+from pipeload.cli.report import table
 from pipeload.cli.texts import is_typed, read_turns
 from pipeload.errors import ClosedError, ConfigError, PipeloadError
 from pipeload.format import manifest as manifests
@@ -32,6 +35,7 @@ from pipeload.machine.sizes import format_bytes
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.chat.chat import Message, find_template
 from pipeload.tasks.generate.options import GenerationOptions, generation_settings
+from pipeload.tasks.generate.sequence import Generation
 from pipeload.tasks.generate.session import Session
 from pipeload.tasks.model_files import GenerationConfig, read_settings
 from pipeload.tasks.runner import config_of
@@ -41,6 +45,14 @@ __all__ = ["chat"]
 
 _MAX_NEW_TOKENS = 256
 """The most tokens of an answer, unless the user or the model sets another number; transformers' chat has as many."""
+
+_COMMANDS = {
+    "/new": "forget what was said",
+    "/exit": "end the conversation, as Ctrl-D does",
+    "/help": "show these lines",
+}
+_HELP = table([*_COMMANDS.items(), ("Ctrl-C", "end an answer")])
+"""What a user at a terminal can type beside messages."""
 
 
 def chat(
@@ -61,6 +73,9 @@ def chat(
     seed: Seed = None,
     lookup: Lookup = None,
     budget: Budget = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON Lines: each answer as an object, when it is complete.")
+    ] = False,
     stats: Stats = False,
     trace: Trace = None,
 ) -> None:
@@ -68,8 +83,8 @@ def chat(
 
     Each line that you type is answered as the answer comes; from a pipe, each line of it. What was said before is not
     computed again. Ctrl-C ends an answer, which stays in the conversation as far as it came; at the prompt, Ctrl-C
-    and Ctrl-D end the conversation. Prints tokens/s at the end. Omitted options come from
-    generation_config.json, else greedy.
+    and Ctrl-D end the conversation, and /help lists what else you can type. Prints tokens/s at the end.
+    Omitted options come from generation_config.json, else greedy.
 
     Needs the extra \[chat].
 
@@ -103,13 +118,28 @@ def chat(
     }
     generation_settings(written, options)
     with open_model(directory, budget, stats=stats, trace=trace, quiet=True) as model, model.session() as session:
-        conversation = _Conversation(model, session, opening, options, max_new_tokens)
+        conversation = _Conversation(model, session, opening, options, max_new_tokens, as_json=as_json)
         try:
             for line in read_turns():
-                _answer(conversation, line)
+                # A pipe carries nothing but messages.
+                if line in _COMMANDS and is_typed():
+                    if line == "/exit":
+                        break
+                    _obey(conversation, line)
+                else:
+                    _answer(conversation, line)
         except KeyboardInterrupt:
-            typer.echo(err=True)
-        typer.echo(conversation.summary, err=True)
+            LOUDNESS.note()
+        if conversation.has_answers:
+            LOUDNESS.note(conversation.summary)
+
+
+def _obey(conversation: _Conversation, line: str) -> None:
+    """Do what a line with a slash asks for, at a terminal."""
+    if line == "/new":
+        conversation.begin_anew()
+    else:
+        typer.echo(_HELP, err=True)
 
 
 def _answer(conversation: _Conversation, line: str) -> None:
@@ -132,13 +162,26 @@ class _Conversation:
         opening: Sequence[Message],
         options: GenerationOptions,
         max_new_tokens: int,
+        *,
+        as_json: bool = False,
     ) -> None:
+        self._opening = tuple(opening)
+        self._as_json = as_json
         self._model = model
         self._session = session
         self._messages = list(opening)
         self._options = options
         self._max_new_tokens = max_new_tokens
         self._tokens, self._seconds, self._read_bytes = 0, 0.0, 0
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether the model has been asked anything."""
+        return self._seconds > 0
+
+    def begin_anew(self) -> None:
+        """Forget what was said, but for the system message."""
+        self._messages = list(self._opening)
 
     @property
     def summary(self) -> str:
@@ -156,7 +199,8 @@ class _Conversation:
 
         def show(piece: str) -> None:
             pieces.append(piece)
-            typer.echo(piece, nl=False)
+            if not self._as_json:
+                typer.echo(piece, nl=False)
 
         begin_s, read_bytes = time.perf_counter(), self._model.stats.read_bytes
         made = None
@@ -169,18 +213,27 @@ class _Conversation:
             text = "".join(pieces)
             self._tokens += len(tokenizer_of(self._model).encode(text, add_special_tokens=False).ids)
         except PipeloadError:
-            if pieces:
+            if pieces and not self._as_json:
                 typer.echo()
             raise
         finally:
             self._seconds += time.perf_counter() - begin_s
             self._read_bytes += self._model.stats.read_bytes - read_bytes
-        typer.echo()
+        self._end_answer("".join(pieces), made)
         if pieces:
             # Templates require questions and answers in turn: a question without an answer is dropped.
             self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         if made and made.finish_reason == "length":
             self._say_cut(len(made.token_ids))
+
+    def _end_answer(self, text: str, made: Generation | None) -> None:
+        if not self._as_json:
+            typer.echo()
+            return
+        reason = made.finish_reason if made else "interrupted"
+        tokens = len(made.token_ids) if made else None
+        row = {"role": "assistant", "content": text, "finish_reason": reason, "tokens": tokens}
+        typer.echo(msgspec.json.encode(row).decode())
 
     def _room(self, prompt: Sequence[int]) -> int:
         """The most tokens of the answer to a prompt."""
@@ -196,4 +249,4 @@ class _Conversation:
 
     def _say_cut(self, tokens: int) -> None:
         remedy = "--max-new-tokens allows more" if tokens == self._max_new_tokens else "the model has no more positions"
-        typer.echo(f"note: the answer was cut after {tokens} tokens; {remedy}.", err=True)
+        LOUDNESS.note(f"note: the answer was cut after {tokens} tokens; {remedy}.")

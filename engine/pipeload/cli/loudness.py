@@ -1,0 +1,51 @@
+"""How much the command line says beside its results: `-q` and `-v`, which stand before the command."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from pipeload.errors import TruncationWarning
+
+__all__ = ["LOUDNESS", "Quiet", "Verbose"]
+
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only: no progress bars, notes and warnings.")]
+Verbose = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Say what passes took, as --stats, and show what libraries print.")
+]
+
+
+@dataclass(slots=True)
+class Loudness:
+    """The setting of this process.
+
+    Attributes:
+        quiet: nothing but results and errors.
+        verbose: figures as well.
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+
+    def set(self, *, quiet: bool, verbose: bool) -> None:
+        """Take the user's wishes. Raises typer.BadParameter if they contradict each other."""
+        if quiet and verbose:
+            raise typer.BadParameter("--quiet and --verbose are both given. Leave one of them out.")
+        self.quiet, self.verbose = quiet, verbose
+        if quiet:
+            warnings.simplefilter("ignore", TruncationWarning)
+        if verbose:
+            logging.basicConfig()
+            logging.getLogger("pipeload_export").setLevel(logging.DEBUG)
+
+    def note(self, text: str = "") -> None:
+        """Print a line on stderr, unless the user wants quiet."""
+        if not self.quiet:
+            typer.echo(text, err=True)
+
+
+LOUDNESS = Loudness()
