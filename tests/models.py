@@ -31,6 +31,7 @@ from tests.greedy import GREEDY_NAME, write_continuations
 from tests.shared import made_by_one
 
 if TYPE_CHECKING:
+    from pipeload_export.source.asking import Questions
     from pipeload_export.source.tracing import Request
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -168,8 +169,8 @@ def _make_architecture(directory: Path, name: str) -> None:
 
 @contextmanager
 def traced_here() -> Iterator[None]:
-    """Trace in this process what the exporter traces in a child, which would import torch and transformers again."""
-    from pipeload_export.source import sources, tracer
+    """Do in this process what the exporter does in children, which would import torch and transformers again."""
+    from pipeload_export.source import asking, reference, sources, tracer
 
     def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
         folder.mkdir(parents=True)
@@ -177,7 +178,14 @@ def traced_here() -> Iterator[None]:
             tracer._export(request, folder)
         return folder / "model.onnx"
 
-    with mock.patch.object(sources, "export_checkpoint", export_checkpoint):
+    def put_questions(questions: Questions, folder: Path, *_: object) -> None:
+        with warnings.catch_warnings():
+            reference.answer(questions, folder)
+
+    with (
+        mock.patch.object(sources, "export_checkpoint", export_checkpoint),
+        mock.patch.object(asking, "put_questions", put_questions),
+    ):
         yield
 
 

@@ -16,6 +16,7 @@ from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, write
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 from pipeload_export.boundary import boundary
+from pipeload_export.check.parity import check_parity
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
@@ -69,7 +70,8 @@ def export(
         allow_missing: where weights of a checkpoint do not fit the model, leave those out that it has no place for, and
             put random numbers where some are missing. The manifest names them.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
-        verify: check all files, and compare the shards with the unsplit model.
+        verify: check all files, compare the shards with the unsplit model, and let the engine run the finished
+            directory beside a checkpoint's own model.
         progress: called with the name of the step, its bytes done, and its bytes in total (0 where that is not known).
 
     Returns:
@@ -109,6 +111,10 @@ def export(
             stack.enter_context(staging)
             unsplit = found.to_onnx(staging.work, notify) if isinstance(found, Checkpoint) else found
             manifest = _build(unsplit, staging.result, whole=whole, kv_cache=kv_cache, verify=verify, progress=notify)
+            if verify and isinstance(found, Checkpoint):
+                parity = check_parity(staging.result, manifest, found.request, staging.work, notify)
+                manifest = replace(manifest, parity=parity)
+                write(manifest, staging.result)
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import typer
 
-from pipeload.format.manifest import Manifest, Verification
+from pipeload.format.manifest import Manifest, Parity, Verification
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["differences", "print_json", "print_table", "summary", "table"]
+__all__ = ["differences", "parity_report", "print_json", "print_table", "summary", "table"]
 
 
 def print_json(value: Any) -> None:
@@ -46,8 +46,21 @@ def print_table(title: str, facts: Mapping[str, Any]) -> None:
     typer.echo(table(rows))
 
 
+def parity_report(found: Parity | None) -> str:
+    """How the streamed model compared with its source."""
+    if found is None:
+        return "  not compared with the source"
+    facts = [f"{len(found.cases)} inputs" + (f" of up to {found.longest} tokens" if found.longest else "")]
+    if found.tokens:
+        facts.append(f"{found.tokens_equal} of {found.tokens} greedy tokens equal")
+    if found.beyond:
+        facts.append(f"not beyond {', '.join(map(str, found.beyond))} tokens, which the config names too")
+    facts.append(", ".join(f"{library} {version}" for library, version in found.versions.items()))
+    return f"{differences(found.outputs)}\n  {'; '.join(facts)}"
+
+
 def differences(found: Iterable[Verification]) -> str:
-    """The worst differences from the unsplit model; outputs whose names differ only in a number share a line."""
+    """The worst differences; outputs whose names differ only in a number share a line."""
     worst: dict[str, list[Verification]] = {}
     for result in found:
         worst.setdefault(re.sub(r"\d+", "*", result.output), []).append(result)

@@ -198,6 +198,29 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """The exporter's findings when it compared the streamed model with its source, transformers' eager model.
+
+    Attributes:
+        cases: the inputs that were compared: batch, length, padding; and the texts that were continued greedily.
+        longest: tokens of the longest of them; 0 for inputs without a length.
+        beyond: lengths at which the config lets the model change, and that were too long to be compared.
+        outputs: for each output the difference that came closest to its limit.
+        tokens: greedy tokens of the source.
+        tokens_equal: those of them that the streamed model chooses too; at the others two logits are as good as equal.
+        versions: library -> version.
+    """
+
+    cases: tuple[str, ...]
+    longest: int
+    beyond: tuple[int, ...] = ()
+    outputs: tuple[Verification, ...]
+    tokens: int = 0
+    tokens_equal: int = 0
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything that the engine knows of a model before it opens a shard; `manifest.py` tells how the parts fit.
 
@@ -222,6 +245,7 @@ class Manifest:
     structures: dict[str, Structure]
     files: tuple[FileRecord, ...]
     verification: tuple[Verification, ...] = ()
+    parity: Parity | None = None
     dims: tuple[str, ...] = field(default=())
     missing_weights: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ means defaults, because a directory made from a bare `.onnx` file has no such fi
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -58,6 +58,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     n_positions: int | None = None
+    original_max_position_embeddings: int | None = None
+    rope_scaling: Any = None
+    rope_parameters: Any = None
     pad_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     image_size: int | list[int] | None = None
@@ -75,6 +78,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def max_positions(self) -> int | None:
         """The most tokens, prompt and answer together, that the model has positions for; None if unknown."""
         rows = self.max_position_embeddings or self.n_positions
+        rope = self.rope_scaling or self.rope_parameters
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "longrope":
+            # Beyond these the frequencies are others, and what the caches hold was made with the first ones.
+            return self.original_max_position_embeddings or rope.get("original_max_position_embeddings") or rows
         if rows is not None and self.model_type in _POSITIONS_AFTER_PADDING:
             return rows - (self.pad_token_id if self.pad_token_id is not None else 1) - 1
         return rows

@@ -7,6 +7,9 @@ chain     the shards one after another, and the unsplit graph, in plain onnxrunt
 compare   the answers of the two, and by how much they differ
 padding   does padding on the left change the answers of a decoder that takes no positions?
 graphs    is a shard's graph valid, and does it point to the weights of the manifest?
+boundaries  lengths at which a model may change, from its config
+questions   seeded inputs on both sides of them
+parity    the answers of the finished directory, run by the engine, and of the checkpoint itself
 verify    files, graphs and answers of a sharded model directory
 ```
 """

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from pipeload.errors import ConfigError, ExportError, PipeloadError, ShardError
 from pipeload.foreign import first_line
-from pipeload.format.manifest import FileRecord, Manifest, Shard, Verification, WeightsRange, read
+from pipeload.format.manifest import FileRecord, Manifest, Parity, Shard, Verification, WeightsRange, read
 from pipeload.machine.files import open_file
 from pipeload.notify import Notify
 from pipeload.storage.weights import Storage
 from pipeload_export.boundary import boundary
 from pipeload_export.check.cases import Case, sample_cases
 from pipeload_export.check.compare import compare
+from pipeload_export.check.parity import check_parity
 from pipeload_export.extra import has_module, require_modules
 from pipeload_export.graph.runtime import open_session
+from pipeload_export.source.sources import Checkpoint, find_source
 from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["Report", "verify"]
@@ -42,6 +45,7 @@ class Report:
         checks: the checks that were made.
         skipped: the checks that were not made, and why.
         differences: for each output, the worst difference between the shards and the unsplit model over all cases.
+        parity: how the streamed model compares with its source; None if it was not compared.
         cases: the batch sizes and lengths that were compared.
     """
 
@@ -52,26 +56,49 @@ class Report:
     skipped: tuple[str, ...]
     differences: tuple[Verification, ...]
     cases: tuple[str, ...]
+    parity: Parity | None = None
 
 
-def verify(directory: str | Path, against: str | Path | None = None, progress: Notify | None = None) -> Report:
+def verify(
+    directory: str | Path,
+    against: str | Path | None = None,
+    progress: Notify | None = None,
+    *,
+    source: str | Path | None = None,
+) -> Report:
     """Check a sharded model directory.
 
     Args:
         directory: the sharded model directory.
         against: the unsplit `.onnx` file; its answers are then compared with those of the shards.
         progress: called with the name of the step, the part done, and the whole (0 where that is not known).
+        source: the checkpoint that it was made from, as for `export`; its own answers are then compared with those of
+            the directory, run by the engine.
 
     Raises:
         ManifestError: there is no valid manifest.
         ShardError: files are missing, truncated, damaged or foreign; all of them are named.
         ExportError: graphs are not valid or do not open, all of them named; one does not run, or an output differs by
             more than its limit.
-        ConfigError: `against` is no model to compare with.
+        ConfigError: `against` or `source` is no model to compare with.
     """
     directory = Path(directory)
     with boundary(f"{directory} could not be verified", directory, progress) as notify:
-        return _verify(directory, None if against is None else Path(against), notify)
+        report = _verify(directory, None if against is None else Path(against), notify)
+        if source is None:
+            skipped = "comparison with the source: pass the checkpoint with --source"
+            return replace(report, skipped=(*report.skipped, skipped))
+        checked = "the engine, streaming, answers as the source's own model does"
+        return replace(report, checks=(*report.checks, checked), parity=_parity(directory, str(source), notify))
+
+
+def _parity(directory: Path, source: str, notify: Notify) -> Parity:
+    manifest = read(directory)
+    found = find_source(source, task=manifest.task, progress=notify)
+    if not isinstance(found, Checkpoint):
+        raise ConfigError(f"'{source}' is an ONNX graph, not the checkpoint of a model. Pass it with --against.")
+    with TemporaryDirectory(prefix="pipeload-verify-") as folder:
+        return check_parity(directory, manifest, found.request, Path(folder), notify)
 
 
 def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:

@@ -13,5 +13,8 @@ config_keys   which keys of config.json have a meaning
 gguf      what a GGUF file says and transformers does not read
 gaps      weights of a checkpoint that do not fit its model
 refused   what that process refuses
+ropes     rotary positions that depend on the length, so that a trace follows them
+asking    seeded inputs -> the answers of the checkpoint's own model, in a child process
+reference the program of that process
 ```
 """

@@ -10,9 +10,10 @@ import os
 import shutil
 import signal
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,30 +21,48 @@ from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
 from pipeload_export.source.gguf import GgufFile
 from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused
+from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 
-__all__ = ["run_child", "seeded_model"]
+__all__ = ["load_model", "run_child", "seeded_model", "serve"]
+
+Asked = TypeVar("Asked", bound=msgspec.Struct)
 
 _PR_SET_PDEATHSIG = 1
 _MAX_ERROR_CHARACTERS = 600
 _LEAST_DISK_BYTES = 1 << 20
 """With less than this the disk is full, whatever a library calls that."""
+_EAGER = {"attn_implementation": "eager"}
+"""Attention by the plain formula. PyTorch's own function knows no soft-capping (Gemma-2), and takes another mask."""
 _CACHED = {"text-generation": "text-generation-with-past"}
 """A decoder without a cache would run the whole text again for every token."""
 
 
 def run_child(request_path: str, folder: str, parent: str) -> None:
     """Carry out the request, and leave the answer beside the folder."""
+    serve(Request, _export, request_path, folder, parent)
+
+
+def serve(kind: type[Asked], work: Callable[[Asked, Path], None], request_path: str, folder: str, parent: str) -> None:
+    """Do the work of a child process, and leave the answer beside the folder.
+
+    Args:
+        kind: the request's type.
+        work: carries a request out in a folder.
+        request_path: file of the request.
+        folder: where the results go.
+        parent: the process that waits; when it ends, so does this one.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         return
-    request = msgspec.json.decode(Path(request_path).read_bytes(), type=Request)
+    request = msgspec.json.decode(Path(request_path).read_bytes(), type=kind)
     error, number = None, None
     try:
-        _export(request, Path(folder))
+        work(request, Path(folder))
     except Refused as refusal:
         error = str(refusal)
     except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
@@ -74,7 +93,8 @@ def _export(request: Request, folder: Path) -> None:
     warnings.simplefilter("ignore")
     from optimum.exporters.onnx import onnx_export_from_model
 
-    model = _load(request, folder)
+    model = load_model(request, folder)
+    follow_lengths(model)
     model.config.use_cache = request.task in _CACHED
     task = _CACHED.get(request.task, request.task)
     onnx_export_from_model(model, output=folder, task=task, opset=request.opset, do_validation=False)
@@ -85,6 +105,7 @@ def _export(request: Request, folder: Path) -> None:
 
 def _check_supported(model_type: str, task: str) -> None:
     """Refuse what optimum does not export, before any weights are read."""
+    import optimum.exporters.onnx.model_configs  # noqa: F401 - it registers the models that TasksManager knows
     from optimum.exporters.tasks import TasksManager
 
     try:
@@ -100,7 +121,8 @@ def _check_supported(model_type: str, task: str) -> None:
         )
 
 
-def _load(request: Request, folder: Path) -> Any:
+def load_model(request: Request, folder: Path) -> Any:
+    """The model of transformers; the tokenizer of a GGUF file is saved into `folder`."""
     if request.seeded:
         return seeded_model(request.seeded)
     assert request.folder is not None
@@ -115,7 +137,9 @@ def seeded_model(seeded: Seeded) -> Any:
     import transformers
 
     torch.manual_seed(seeded.seed)
-    return getattr(transformers, seeded.model_class)(getattr(transformers, seeded.config_class)(**seeded.config))
+    return getattr(transformers, seeded.model_class)(
+        getattr(transformers, seeded.config_class)(**seeded.config, **_EAGER)
+    )
 
 
 def _gguf_model(path: Path, folder: Path) -> Any:
@@ -133,7 +157,7 @@ def _gguf_model(path: Path, folder: Path) -> Any:
     gguf.configure(config)
     # optimum copies the tokenizer of a checkpoint by itself, but not one that is inside of a GGUF file.
     gguf.complete_tokenizer(transformers.AutoTokenizer.from_pretrained(path.parent, **file)).save_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config, **_EAGER)
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
     if missing:
@@ -161,6 +185,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
+            **_EAGER,
             **options,
         )
     except ValueError as error:

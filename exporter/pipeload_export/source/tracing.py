@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 
-__all__ = ["GAPS_NAME", "Request", "Seeded", "export_checkpoint", "needed_memory_bytes"]
+__all__ = ["GAPS_NAME", "Request", "Seeded", "export_checkpoint", "needed_memory_bytes", "run_child"]
 
 GAPS_NAME = "gaps.json"
 """File beside the graph that tells which weights did not fit, if any."""
@@ -96,33 +97,16 @@ def export_checkpoint(request: Request, folder: Path, progress: Notify) -> Path:
             "the sharded model directory can then be copied."
         )
     folder.mkdir(parents=True)
-    request_path, result_path, log_path = (folder.with_name(n) for n in ("request.json", "result.json", "export.log"))
-    request_path.write_bytes(msgspec.json.encode(request))
-    verbose = logging.getLogger("pipeload_export").isEnabledFor(logging.DEBUG)
-    with log_path.open("wb") as log:
-        child = subprocess.Popen(
-            # -P: nothing is imported from the current directory.
-            [sys.executable, "-P", "-c", _CHILD, str(request_path), str(folder), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=None if verbose else log,
-            stderr=None if verbose else log,
-            env=_environment(request, folder.parent, verbose=verbose),
-        )
-        try:
-            while True:
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(_POLL_S)
-                    break
-                progress("export to ONNX", *_written(folder, request.weight_bytes))
-        finally:
-            child.kill()
-            child.wait()
-    if not result_path.exists():
-        raise ExportError(f"Exporting {request.name} to ONNX {_death(child.returncode, log_path, needed)}")
-    answer = json.loads(result_path.read_bytes())
-    if number := answer["errno"]:
-        raise OSError(number, os.strerror(number), str(folder.parent))
-    if error := answer["error"]:
+    error = run_child(
+        _CHILD,
+        request,
+        folder,
+        fact=f"Exporting {request.name} to ONNX",
+        needed=needed,
+        online=request.trust_remote_code,
+        tick=lambda: progress("export to ONNX", *_written(folder, request.weight_bytes)),
+    )
+    if error:
         raise ExportError(f"{request.name} cannot be exported to ONNX: {error}")
     graphs = sorted(path.name for path in folder.glob("*.onnx"))
     if graphs != ["model.onnx"]:
@@ -134,13 +118,68 @@ def export_checkpoint(request: Request, folder: Path, progress: Notify) -> Path:
     return folder / "model.onnx"
 
 
-def _environment(request: Request, work: Path, *, verbose: bool) -> dict[str, str]:
+def run_child(
+    program: str,
+    request: msgspec.Struct,
+    folder: Path,
+    *,
+    fact: str,
+    needed: int,
+    online: bool,
+    tick: Callable[[], None],
+) -> str | None:
+    """Run a child process, which gets a request and works in a folder. Returns its refusal, if it refuses.
+
+    Args:
+        program: Python code, whose arguments are the path of the request, the folder and this process.
+        request: the child's orders.
+        folder: an existing folder; request, answer and log lie beside it.
+        fact: the first words of messages.
+        needed: bytes of memory that the child takes.
+        online: it may look at the hub.
+        tick: called several times a second; what it raises ends the child.
+
+    Raises:
+        ExportError: the child died.
+        OSError: the disk is full.
+    """
+    request_path, result_path, log_path = (folder.with_name(n) for n in ("request.json", "result.json", "export.log"))
+    result_path.unlink(missing_ok=True)
+    request_path.write_bytes(msgspec.json.encode(request))
+    verbose = logging.getLogger("pipeload_export").isEnabledFor(logging.DEBUG)
+    with log_path.open("wb") as log:
+        child = subprocess.Popen(
+            # -P: nothing is imported from the current directory.
+            [sys.executable, "-P", "-c", program, str(request_path), str(folder), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=None if verbose else log,
+            stderr=None if verbose else log,
+            env=_environment(folder.parent, online=online, verbose=verbose),
+        )
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_POLL_S)
+                    break
+                tick()
+        finally:
+            child.kill()
+            child.wait()
+    if not result_path.exists():
+        raise ExportError(f"{fact} {_death(child.returncode, log_path, needed)}")
+    answer = json.loads(result_path.read_bytes())
+    if number := answer["errno"]:
+        raise OSError(number, os.strerror(number), str(folder.parent))
+    return str(answer["error"]) if answer["error"] else None
+
+
+def _environment(work: Path, *, online: bool, verbose: bool) -> dict[str, str]:
     roots = [str(Path(pipeload.__file__).parents[1]), str(Path(__file__).parents[2])]
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([*dict.fromkeys(roots), environment.get("PYTHONPATH", "")]).strip(":")
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["TMPDIR"] = str(work)
-    if not request.trust_remote_code:
+    if not online:
         # All files are here by now; only a model's own code may be in another repository.
         environment["HF_HUB_OFFLINE"] = "1"
     if not verbose:

@@ -72,7 +72,18 @@ def test_the_fields_are_pinned() -> None:
         "structures",
         "files",
     }
-    optional = {"format", "caches", "head", "verification", "dims", "quantised_dynamically", "takes_left_padding"}
+    optional = {
+        "format",
+        "caches",
+        "head",
+        "verification",
+        "parity",
+        "dims",
+        "quantised_dynamically",
+        "takes_left_padding",
+        "missing_weights",
+        "unused_weights",
+    }
     assert {field.name for field in fields(Manifest)} == required | optional
 
 

@@ -27,6 +27,20 @@ def test_a_missing_file_means_defaults(tmp_path: Path) -> None:
         (ModelConfig(model_type="roberta", max_position_embeddings=514, pad_token_id=1), 512),
         (ModelConfig(model_type="roberta", max_position_embeddings=514), 512),
         (ModelConfig(model_type="gpt2", n_positions=1024), 1024),
+        (
+            ModelConfig(
+                max_position_embeddings=131072, original_max_position_embeddings=4096, rope_scaling={"type": "longrope"}
+            ),
+            4096,
+        ),
+        (
+            ModelConfig(
+                max_position_embeddings=131072,
+                rope_parameters={"rope_type": "longrope", "original_max_position_embeddings": 4096},
+            ),
+            4096,
+        ),
+        (ModelConfig(max_position_embeddings=2048, rope_scaling="odd"), 2048),
         (ModelConfig(), None),
     ],
 )

@@ -11,7 +11,7 @@ import typer
 import pipeload_export
 from pipeload.cli.options import Json
 from pipeload.cli.progress import progress_bars
-from pipeload.cli.report import differences, print_json, print_table, summary
+from pipeload.cli.report import differences, parity_report, print_json, print_table, summary
 
 __all__ = ["export"]
 
@@ -41,6 +41,9 @@ def export(
     ] = False,
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Put random numbers where the checkpoint lacks weights.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip all checks and comparisons: the answers may be wrong.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what the libraries print.")] = False,
     as_json: Json = False,
@@ -76,10 +79,15 @@ def export(
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing,
             keep_onnx=keep_onnx,
+            verify=not no_verify,
             progress=progress,
         )
     if as_json:
-        print_json({"target": str(target), **summary(manifest), "verification": manifest.verification})
+        facts = {"verification": manifest.verification, "parity": manifest.parity}
+        print_json({"target": str(target), **summary(manifest), **facts})
         return
     print_table(f"{manifest.source} -> {target}", summary(manifest))
     typer.echo(differences(manifest.verification))
+    if manifest.parity:
+        typer.echo("streamed by the engine and compared with the source:")
+        typer.echo(parity_report(manifest.parity))

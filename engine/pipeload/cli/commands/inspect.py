@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from pipeload.cli.options import Directory, Json
-from pipeload.cli.report import differences, print_json, print_table, summary, table
+from pipeload.cli.report import differences, parity_report, print_json, print_table, summary, table
 from pipeload.format.manifest import Manifest, Shard, TensorSpec, read
 from pipeload.machine.sizes import format_bytes
 
@@ -42,6 +42,8 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
         typer.echo(f"\nhead: '{manifest.head.output}' in {len(manifest.head.shards)} slices of the vocabulary")
     typer.echo("\ncompared with the unsplit model when it was exported")
     typer.echo(differences(manifest.verification))
+    typer.echo("\nstreamed by the engine and compared with the source")
+    typer.echo(parity_report(manifest.parity))
 
 
 def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
             for shard in manifest.shards
         ],
         "verification": manifest.verification,
+        "parity": manifest.parity,
     }
 
 

@@ -10,7 +10,7 @@ import typer
 import pipeload_export
 from pipeload.cli.options import Directory, Json
 from pipeload.cli.progress import progress_bars
-from pipeload.cli.report import differences, print_json
+from pipeload.cli.report import differences, parity_report, print_json
 from pipeload.machine.sizes import format_bytes
 
 __all__ = ["verify"]
@@ -21,20 +21,27 @@ def verify(
     against: Annotated[
         Path | None, typer.Option(metavar="MODEL.ONNX", help="The unsplit model, to compare the answers with.")
     ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="SOURCE", help="The checkpoint that it was made from, to compare the answers with."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     r"""Check the files, graphs and answers of a sharded model directory.
 
     Sizes, hashes, headers, and that plain onnxruntime opens every shard. With the extra \[export] also onnx.checker,
-    and with --against a comparison with the unsplit model on inputs of several sizes.
+    with --against a comparison with the unsplit model on inputs of several sizes, and with --source one of the streamed
+    model with the checkpoint's own in transformers.
 
     Examples:
         pipeload verify models/exported/minilm
 
         pipeload verify models/exported/minilm --against minilm-onnx/model.onnx
+
+        pipeload verify models/exported/minilm --source ./all-MiniLM-L6-v2
     """
     with progress_bars() as progress:
-        report = pipeload_export.verify(directory, against, progress)
+        report = pipeload_export.verify(directory, against, progress, source=source)
     if as_json:
         print_json({"directory": str(directory), "report": report})
         return
@@ -46,3 +53,6 @@ def verify(
     if report.differences:
         typer.echo(f"worst differences over {len(report.cases)} inputs ({'; '.join(report.cases)}):")
         typer.echo(differences(report.differences))
+    if report.parity:
+        typer.echo("compared with the source:")
+        typer.echo(parity_report(report.parity))

@@ -1,0 +1,261 @@
+"""Does the streamed model give the answers of its source, transformers' eager model in float32?
+
+`compare` holds the shards against the graph that they were cut from; a fault of that graph only shows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+import pipeload
+from pipeload.errors import BudgetError, ExportError, PipeloadError
+from pipeload.format.manifest import Manifest, Parity, Verification
+from pipeload.measuring.profiler import measure
+from pipeload.notify import Notify
+from pipeload.storage.model_files import ModelFiles
+from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload_export.check.compare import limit_of
+from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
+from pipeload_export.source.asking import Answers, ask, visible
+from pipeload_export.source.tracing import Request
+
+__all__ = ["check_parity"]
+
+_Made = TypeVar("_Made")
+
+_EFFECTS = 10
+"""An output may differ by this many times of what the rounding of the source's own embeddings does to it: every
+operation of a model rounds, not only the first."""
+_INT8_LIMIT = 0.1
+"""The same in parts of the range where caches are int8."""
+
+
+def check_parity(directory: Path, manifest: Manifest, request: Request, work: Path, progress: Notify) -> Parity:
+    """Compare the streamed model with its source, on lengths from 1 to beyond every boundary in the config.
+
+    Args:
+        directory: the sharded model directory.
+        manifest: its manifest.
+        request: the source.
+        work: an existing folder, in which a new one is made for questions and answers.
+        progress: called with the name of the step, the part done, and the whole.
+
+    Raises:
+        ExportError: an output of the streamed model differs by more than its limit; the engine cannot run it; or the
+            source cannot be asked.
+    """
+    positions = read_settings(ModelFiles(directory, manifest, verify=False), "config.json", ModelConfig).max_positions
+    asked = questionnaire(manifest, directory, weight_bytes=request.weight_bytes, positions=positions)
+    answers = ask(
+        request,
+        work / "source",
+        [question.inputs for question in asked.questions],
+        [prompt.ids for prompt in asked.prompts],
+        asked.new_tokens,
+        [spec.name for spec in manifest.free_outputs],
+        progress,
+    )
+    if not answers.outputs:
+        raise ExportError(
+            f"{request.name} cannot be compared with what was exported: the source itself does not answer "
+            f"({next(iter(answers.errors.values()), 'no inputs')}). Leave the comparison out with --no-verify."
+        )
+    comparison = _Comparison(manifest, asked, answers)
+    # The source is gone when the engine begins.
+    try:
+        with _load(directory) as model:
+            comparison.run(model, progress)
+    except ExportError:
+        raise
+    except PipeloadError as error:
+        raise ExportError(f"The engine cannot run what was exported: {error}") from error
+    return comparison.result()
+
+
+def _load(directory: Path) -> pipeload.Model:
+    """The model under the free memory, or under the smallest budget that works: an export has no budget to keep."""
+    options: dict[str, Any] = {"verify": False, "profile": measure()}
+    try:
+        return pipeload.load(directory, **options)
+    except BudgetError as error:
+        return pipeload.load(directory, error.needed_bytes, **options)
+
+
+def _given_room(model: pipeload.Model, call: Callable[[], _Made]) -> _Made:
+    """What the call returns, under a larger budget where it needs one."""
+    try:
+        return call()
+    except BudgetError as error:
+        model.set_budget(error.needed_bytes)
+        return call()
+
+
+@dataclass(slots=True)
+class _Worst:
+    """The largest difference of an output so far, absolute and in parts of the range; `limit` is that of its case."""
+
+    error: float = 0.0
+    relative: float = 0.0
+    limit: float = 0.0
+
+
+@dataclass(slots=True)
+class _Comparison:
+    manifest: Manifest
+    asked: Questionnaire
+    answers: Answers
+    _spans: dict[str, float] = field(default_factory=dict)
+    _worst: dict[str, _Worst] = field(default_factory=dict)
+    _compared: list[str] = field(default_factory=list)
+    _lengths: list[int] = field(default_factory=list)
+    _tokens: int = 0
+    _equal: int = 0
+
+    def run(self, model: pipeload.Model, progress: Notify) -> None:
+        """Answer all questions with the engine. Raises ExportError at the first that is answered otherwise."""
+        total = len(self.asked.questions) + len(self.asked.prompts)
+        for number, question in enumerate(self.asked.questions):
+            progress("compare with the source", number, total)
+            if number in self.answers.outputs:
+                self._question(model, number, question)
+        for number, prompt in enumerate(self.asked.prompts):
+            progress("compare with the source", len(self.asked.questions) + number, total)
+            if f"prompt.{number}" not in self.answers.errors:
+                self._prompt(model, number, prompt)
+        progress("compare with the source", total, total)
+
+    def result(self) -> Parity:
+        """The record for the manifest."""
+        refused = [
+            question.length
+            for number, question in enumerate(self.asked.questions)
+            if number not in self.answers.outputs
+        ]
+        reached = max([*self._lengths, *refused], default=0)
+        return Parity(
+            cases=tuple(self._compared),
+            longest=max(self._lengths, default=0),
+            beyond=tuple(length for length in self.asked.boundaries if length >= reached),
+            outputs=tuple(
+                Verification(output=name, max_abs_error=one.error, max_rel_error=one.relative, limit=one.limit)
+                for name, one in self._worst.items()
+            ),
+            tokens=self._tokens,
+            tokens_equal=self._equal,
+            versions={**self.answers.versions, "pipeload": pipeload.__version__},
+        )
+
+    def _question(self, model: pipeload.Model, number: int, question: Question) -> None:
+        found = _given_room(model, partial(model.run, question.inputs))
+        mask = question.inputs.get("attention_mask")
+        for name in self.answers.outputs[number]:
+            self._hold(f"case.{number}", name, question.name, self.answers.output(number, name), found[name], mask)
+        self._compared.append(question.name)
+        self._lengths.append(question.length)
+
+    def _prompt(self, model: pipeload.Model, number: int, prompt: Prompt) -> None:
+        """The source's text, token by token: where the source takes a token, the engine has the same logits."""
+        tokens, wanted = self.answers.tokens(number), self.answers.logits(number)
+        name = self.manifest.free_outputs[0].name
+        length = prompt.ids.shape[1]
+        ids, found = prompt.ids, []
+        with model.new_state(length + tokens.shape[1]) as state:
+            for step in range(tokens.shape[1]):
+                inputs = _text(self.manifest, ids, state.length)
+                found.append(_given_room(model, partial(model.step, inputs, state))[:, -1])
+                ids = tokens[:, step : step + 1]
+        logits = np.stack(found, axis=1)
+        self._hold(f"prompt.{number}", name, prompt.name, wanted, logits, None, first=length)
+        self._tokens += tokens.size
+        self._equal += int((logits.argmax(axis=-1) == tokens).sum())
+        self._compared.append(prompt.name)
+        self._lengths.append(length + tokens.shape[1])
+
+    def _hold(
+        self,
+        key: str,
+        name: str,
+        case: str,
+        wanted: NDArray[Any],
+        full: NDArray[Any],
+        mask: NDArray[Any] | None,
+        first: int = 0,
+    ) -> None:
+        """Hold an output against the source's."""
+        found = full if key.startswith("prompt") else visible(full, mask)
+        if wanted.shape != found.shape:
+            raise ExportError(
+                f"Output '{name}' is {list(full.shape)} for {case}, another shape than the source's. {self._remedy()}"
+            )
+        span = self._span(name)
+        limit = max(limit_of("float32"), _EFFECTS * self.answers.effects[key].get(name, 0.0) / span)
+        if any(cache.scale for cache in self.manifest.caches):
+            limit = max(limit, _INT8_LIMIT)
+        same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
+        error = np.abs(np.subtract(wanted, found, where=~same, out=np.zeros(wanted.shape), dtype=np.float64))
+        worst = float(error.max(initial=0.0))
+        relative = worst / span if np.isfinite(worst) else float("inf")
+        if not relative <= limit:
+            raise ExportError(self._fault(name, case, error / span, limit, mask, first))
+        one = self._worst.setdefault(name, _Worst())
+        if relative / limit >= (one.relative / one.limit if one.limit else 0.0):
+            one.relative, one.limit, one.error = relative, limit, worst
+
+    def _span(self, name: str) -> float:
+        """The range of an output over all that the source said."""
+        if name not in self._spans:
+            arrays = [self.answers.output(n, name) for n, names in self.answers.outputs.items() if name in names]
+            finite = np.concatenate([array[np.isfinite(array)] for array in arrays])
+            # An output that never changes has no range: its size stands in.
+            self._spans[name] = (float(np.ptp(finite)) or float(np.abs(finite[0]))) if finite.size else 0.0
+        return self._spans[name] or 1.0
+
+    def _fault(
+        self, name: str, case: str, error: NDArray[Any], limit: float, mask: NDArray[Any] | None, first: int
+    ) -> str:
+        """The message that tells where the two part."""
+        over = ~(error <= limit)
+        if first:
+            place = f" from token {first + int(over.any(axis=(0, 2)).argmax())} on"
+        elif mask is not None and over.ndim and len(over) == int(mask.sum()):
+            wrong = over.any(axis=tuple(range(1, over.ndim)))
+            place = f" from token {int(np.nonzero(mask)[1][wrong].min())} on"
+        else:
+            place = ""
+        equal = f"equal up to {max(self._lengths)} tokens" if any(self._lengths) else "different from the first on"
+        crossed = [
+            f"{key} = {length}"
+            for length, key in self.asked.boundaries.items()
+            if length >= max(self._lengths, default=0) - 1
+        ][:1]
+        boundary = f"; the config has {crossed[0]}" if crossed and any(self._lengths) else ""
+        return (
+            f"The streamed model does not answer as its source does. Output '{name}' differs for {case}{place} by "
+            f"{float(np.nanmax(error)):.3g} of its range, and the limit is {limit:.2g}; the answers are {equal}"
+            f"{boundary}. {self._remedy()}"
+        )
+
+    def _remedy(self) -> str:
+        return (
+            "The ONNX graph of the exporter's libraries is not this model, most likely because a branch of its code "
+            "that depends on the length was frozen. Nothing was written. Use another model, or an .onnx file of your "
+            "own; --no-verify exports it with these answers."
+        )
+
+
+def _text(manifest: Manifest, ids: NDArray[Any], past: int) -> Mapping[str, NDArray[Any]]:
+    batch, new = ids.shape
+    made = {
+        "input_ids": ids,
+        "attention_mask": np.ones((batch, past + new), np.int64),
+        "position_ids": np.tile(np.arange(past, past + new), (batch, 1)),
+        "token_type_ids": np.zeros(ids.shape, np.int64),
+    }
+    return {spec.name: np.ascontiguousarray(made[spec.name].astype(spec.dtype)) for spec in manifest.free_inputs}

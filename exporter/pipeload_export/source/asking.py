@@ -1,0 +1,164 @@
+"""Seeded inputs -> the answers of the source itself: transformers' eager model in float32, in a child process.
+
+The child, `reference`, reads a request from a file and inputs from others, and answers with a file for each array.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import ExportError
+from pipeload.machine.memory import auto_budget_bytes
+from pipeload.machine.sizes import format_bytes
+from pipeload.notify import Notify
+from pipeload_export.source.tracing import Request, run_child
+
+__all__ = ["Answers", "Questions", "ask", "visible"]
+
+_CHILD = "import sys; from pipeload_export.source.reference import run_child; run_child(*sys.argv[1:])"
+_WEIGHTS_FACTOR, _LIBRARIES_BYTES = 1.2, 900 << 20
+"""Memory of the child per byte of float32 weights, and beside them: the libraries, and the activations of a case."""
+_MOST_COLUMNS = 8192
+"""Of a vocabulary this many logits are kept for each position, evenly spread, so that memory and disk stay bounded."""
+_STEP = "ask the source"
+
+
+class Questions(msgspec.Struct, frozen=True, kw_only=True):
+    """The parent's request to the child.
+
+    Attributes:
+        model: the source.
+        cases: number of sets of inputs; they lie in the folder as `case.0.input_ids.npy` and so on.
+        prompts: number of prompts to continue, `prompt.0.npy` and so on, `[batch, length]`.
+        new_tokens: tokens to add to each prompt.
+        outputs: the outputs that are wanted, where the source has them.
+    """
+
+    model: Request
+    cases: int
+    prompts: int
+    new_tokens: int
+    outputs: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What the source says; the arrays stay in their files until they are asked for.
+
+    Attributes:
+        folder: where they lie.
+        outputs: number of each case that the source answered -> its outputs.
+        effects: name of a case or prompt -> output -> how far it moves when the source's embeddings change by 1e-7 of
+            their size.
+        errors: name of a case or prompt -> why the source itself gives no answer.
+        versions: the libraries that computed them.
+    """
+
+    folder: Path
+    outputs: Mapping[int, Sequence[str]]
+    effects: Mapping[str, Mapping[str, float]]
+    errors: Mapping[str, str]
+    versions: Mapping[str, str]
+
+    def output(self, case: int, name: str) -> NDArray[Any]:
+        """An output, as `visible` leaves it."""
+        return self._array(f"case.{case}.{name}")
+
+    def tokens(self, prompt: int) -> NDArray[Any]:
+        """The greedy tokens after a prompt, `[batch, new_tokens]`."""
+        return self._array(f"prompt.{prompt}.tokens")
+
+    def logits(self, prompt: int) -> NDArray[Any]:
+        """The logits that each of the tokens was chosen by, `[batch, new_tokens, vocabulary]`."""
+        return self._array(f"prompt.{prompt}.logits")
+
+    def _array(self, name: str) -> NDArray[Any]:
+        array: NDArray[Any] = np.load(self.folder / f"answer.{name}.npy", mmap_mode="r")
+        return array
+
+
+def visible(array: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[Any]:
+    """The part of an output that is compared: nothing where the input is padding, and of a vocabulary a part.
+
+    Args:
+        array: the output.
+        mask: the attention mask, `[batch, length]`; None where there is none.
+    """
+    if array.ndim == 3:
+        array = array[..., :: -(-array.shape[-1] // _MOST_COLUMNS)]
+    return array[mask.astype(bool)] if mask is not None and array.shape[:2] == mask.shape else array
+
+
+def ask(
+    request: Request,
+    folder: Path,
+    cases: Sequence[Mapping[str, NDArray[Any]]],
+    prompts: Sequence[NDArray[Any]],
+    new_tokens: int,
+    outputs: Sequence[str],
+    progress: Notify,
+) -> Answers:
+    """Let the source answer, in a child process that is gone when this returns.
+
+    Args:
+        request: the source.
+        folder: a new folder for questions and answers.
+        cases: sets of inputs of its forward pass.
+        prompts: token ids `[batch, length]` that it continues.
+        new_tokens: tokens that it adds to each.
+        outputs: names of outputs.
+        progress: told that the source is at work.
+
+    Raises:
+        ExportError: there is not enough memory, or the source could not be loaded.
+    """
+    needed, free = int(request.weight_bytes * _WEIGHTS_FACTOR) + _LIBRARIES_BYTES, auto_budget_bytes()
+    if needed > free:
+        raise ExportError(
+            f"Comparing with {request.name} takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are "
+            "free. Do it on a larger machine, or leave the comparison out with --no-verify."
+        )
+    folder.mkdir(parents=True)
+    for number, inputs in enumerate(cases):
+        for name, array in inputs.items():
+            np.save(folder / f"case.{number}.{name}.npy", array)
+    for number, ids in enumerate(prompts):
+        np.save(folder / f"prompt.{number}.npy", ids)
+    questions = Questions(
+        model=request, cases=len(cases), prompts=len(prompts), new_tokens=new_tokens, outputs=list(outputs)
+    )
+    total = len(cases) + len(prompts)
+    put_questions(questions, folder, needed, lambda: progress(_STEP, min(_answered(folder), total), total))
+    progress(_STEP, total, total)
+    found = json.loads((folder / "answers.json").read_bytes())
+    return Answers(folder=folder, outputs={int(n): names for n, names in found.pop("outputs").items()}, **found)
+
+
+def put_questions(questions: Questions, folder: Path, needed: int, tick: Callable[[], None]) -> None:
+    """Run the child. Raises ExportError if it refuses or dies."""
+    name = questions.model.name
+    error = run_child(
+        _CHILD,
+        questions,
+        folder,
+        fact=f"Comparing with {name}",
+        needed=needed,
+        online=questions.model.trust_remote_code,
+        tick=tick,
+    )
+    if error:
+        raise ExportError(f"{name} cannot be compared with what was exported: {error}")
+
+
+def _answered(folder: Path) -> int:
+    """Cases and prompts that the child has begun to answer."""
+    names = {path.name for path in folder.glob("answer.*.npy")}
+    return len({tuple(name.split(".")[1:3]) for name in names})

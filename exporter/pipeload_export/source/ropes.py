@@ -1,0 +1,55 @@
+"""Rotary positions whose frequencies depend on the length of the text, in a form that a trace can follow.
+
+transformers chooses the frequencies by `if` in Python, and a trace keeps the branch that the sample took. Here the
+graph chooses them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["follow_lengths"]
+
+
+def follow_lengths(model: Any) -> None:
+    """Give each rotary module of a model of transformers a forward pass without branches.
+
+    Args:
+        model: it is changed, for tracing only.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if not isinstance(kind, str) or not hasattr(module, "rope_init_fn"):
+            continue
+        if "dynamic" in kind:
+            module.forward = _with_frequencies(module, _dynamic(module))
+        elif kind == "longrope":
+            module.forward = _with_frequencies(module, _long(module))
+
+
+def _with_frequencies(module: Any, frequencies: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    # Without the decorator that chooses the frequencies.
+    plain = inspect.unwrap(type(module).forward)
+
+    def forward(x: Any, position_ids: Any) -> Any:
+        module.inv_freq = frequencies(position_ids.max() + 1)
+        return plain(module, x, position_ids)
+
+    return forward
+
+
+def _dynamic(module: Any) -> Callable[[Any], Any]:
+    """The base grows with texts longer than those that the model was trained on."""
+    return lambda length: module.rope_init_fn(module.config, length.device, seq_len=length)[0]
+
+
+def _long(module: Any) -> Callable[[Any], Any]:
+    """Two sets of frequencies, for short and for long texts."""
+    import torch
+
+    config = module.config
+    most = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    short, long = (module.rope_init_fn(config, None, seq_len=length)[0] for length in (most, most + 1))
+    return lambda length: torch.where(length > most, long, short)
