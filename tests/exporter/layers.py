@@ -61,8 +61,12 @@ def attention_layer(**odd: Any) -> Builder:
     least = build.constant(odd.get("least", _LOWEST if dtype == TensorProto.FLOAT else -6e4), number)
     if odd.get("chosen"):
         scores = build.op("Where", hidden, scores, least)
+    elif odd.get("shut_out"):
+        scores = build.op("Where", build.op("Not", hidden), least, scores)
     elif not odd.get("unmasked"):
         scores = build.op("Add", scores, build.op("Where", hidden, build.constant(0, number), least))
+    if odd.get("scaled_last"):
+        scores = build.op("Div", scores, build.constant(2, number))
     weights = build.op("Softmax", scores, axis=-1)
     if odd.get("guarded"):
         weights = build.op("Where", build.op("IsNaN", weights), build.constant(0, number), weights)

@@ -27,7 +27,8 @@ class Layer:
         repeated: the tensors with the heads of these caches, each repeated for the queries' heads that share it.
         queries: the tensor that is multiplied with the keys.
         factors: (Mul or Div, a number) by which queries or scores are changed.
-        mask: (Add or Where, its other inputs) for each later change of the scores, in order.
+        mask: (operator, its inputs, "" for the scores) for each change of the scores from the first mask on, in order;
+            a Mul or Div there is one of the factors too.
         guarded: queries that see no key get zeros.
         product: the node that makes the result.
     """
@@ -123,14 +124,11 @@ class _Reader:
         found.queries = reader.input[0]
         name, reader = self._next(reader)
         while reader.op_type != "Softmax":
-            if reader.op_type == "Add":
-                found.mask.append(("Add", tuple(n for n in reader.input if n != name)))
-            elif reader.op_type == "Where" and reader.input[1] == name:
-                found.mask.append(("Where", (reader.input[0], reader.input[2])))
-            elif not found.mask:
+            is_mask = reader.op_type == "Add" or (reader.op_type == "Where" and name in reader.input[1:])
+            if not is_mask:
                 found.factors.append(self._factor(reader, name))
-            else:
-                raise ForeignError
+            if is_mask or found.mask:
+                found.mask.append((reader.op_type, tuple("" if n == name else n for n in reader.input)))
             name, reader = self._next(reader)
         if attribute(reader, "axis", -1) not in (-1, 3) or not found.mask:
             raise ForeignError

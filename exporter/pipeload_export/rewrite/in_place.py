@@ -41,6 +41,8 @@ _UNCHANGED = frozenset(
     }
 )
 """Operators that later versions of ONNX took over as they were, for more element types."""
+_UNCHANGED_SINCE = {"ReduceMax": 18, "ReduceMin": 18, "TopK": 11}
+"""The same for operators that meant something else before the version that is given."""
 _LENGTH_AXIS = 2
 """Of caches: batch, heads, length, size of a head."""
 _LOWEST = np.float32(-1e30)
@@ -115,7 +117,7 @@ def _is_newer_the_same(graph: Graph) -> bool:
             new = onnx.defs.get_schema(kind, max(before, _OPSET), "").since_version
         except onnx.defs.SchemaError:
             return False
-        if old != new:
+        if old != new and old < _UNCHANGED_SINCE.get(kind, new):
             return False
     return True
 
@@ -190,14 +192,11 @@ class _Rewriter:
             queries = name
         mask = ""
         for kind, names in layer.mask:
-            before, mask = mask, self._name("mask")
-            if kind == "Where":
-                visible = before or self._constant(np.array(0, np.float32))
-                yield helper.make_node("Where", [names[0], visible, names[1]], [mask])
-            elif before:
-                yield helper.make_node("Add", [before, names[0]], [mask])
-            else:
-                mask = names[0]
+            if kind == "Add" and not mask:
+                mask = "".join(names)
+                continue
+            before, mask = mask or self._constant(np.array(0, np.float32)), self._name("mask")
+            yield helper.make_node(kind, [name or before for name in names], [mask])
         if not layer.guarded:
             # The least numbers hide nothing in rows that have nothing else.
             infinite, raised, name = self._name("infinite"), self._name("mask"), self._name("mask")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,21 @@ from tests.exporter.conftest import Sharded, assert_same_answers
 from tests.exporter.graphs import run
 from tests.exporter.layers import HEADS, SIZE, WIDTH, attention_layer, graph_of, model_of
 
+from pipeload_export import export
 from pipeload_export.graph.graph import Graph
 from pipeload_export.rewrite.in_place import write_in_place
 
 DECODERS = ("gpt2", "gptj", "gptneo", "llama")
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 1000}
+_GROUPED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 128}
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "CodeGen": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 1000, "rotary_dim": 8, "n_positions": 256},
+    "Cohere": _GROUPED,
+    "Glm": {**_GROUPED, "head_dim": 16, "pad_token_id": 0},
+    "Helium": {**_GROUPED, "head_dim": 16},
+    "Mpt": {"d_model": 64, "n_layers": 3, "n_heads": 4, "vocab_size": 1000, "max_seq_len": 256},
+    "Qwen3Moe": {**_GROUPED, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+}
 
 
 def _kinds(graph: Graph) -> list[str]:
@@ -32,6 +44,9 @@ def _kinds(graph: Graph) -> list[str]:
         {"scaled_keys": True},
         {"chosen": True},
         {"guarded": True, "least": -np.inf},
+        {"shut_out": True},
+        {"scaled_last": True},
+        {"shut_out": True, "scaled_last": True},
         {"groups": 1, "scaled_keys": True, "chosen": True, "axis": -2},
     ],
     ids=str,
@@ -69,6 +84,7 @@ def test_a_layer_computes_the_same_in_place(odd: dict[str, Any], tmp_path: Path)
         {"wide_factor": True},
         {"unmasked": True},
         {"total": "total_sequence_length"},
+        {"unmasked": True, "scaled_last": True},
         {"dtype": TensorProto.FLOAT16},
         {"opset": 17, "reduced": True},
     ],
@@ -84,6 +100,24 @@ def test_what_is_not_understood_stays_as_it_is(odd: dict[str, Any], tmp_path: Pa
     assert write_in_place(graph) == {}
     assert [node.SerializeToString() for node in graph.nodes] == before
     assert graph.opsets[""] == odd.get("opset", 18)
+
+
+@pytest.mark.parametrize(("opset", "wanted"), [(17, 0), (18, 2)])
+def test_operators_that_only_took_more_types_since_are_no_obstacle(opset: int, wanted: int, tmp_path: Path) -> None:
+    build = attention_layer(opset=opset)
+    axes = {"axes": [-1]} if opset < 18 else {}
+    peak = build.op("ReduceMax", "y", *([] if axes else [build.constant([-1])]), **axes)
+    build.output(peak, "peak", ["batch_size", "sequence_length", 1])
+    best, _ = build.op("TopK", "y", build.constant([2]), count=2)
+    build.output(best, "best", ["batch_size", "sequence_length", 2])
+    graph = graph_of(build, tmp_path)
+    assert len(write_in_place(graph)) == wanted
+    if wanted:
+        random = np.random.default_rng(3)
+        held = {f"past.{n}": np.zeros((2, HEADS, 3, SIZE), np.float32) for n in ("key", "value")}
+        inputs = {"x": random.standard_normal((2, 3, WIDTH), np.float32), "attention_mask": np.ones((2, 3), np.int64)}
+        empty = {name: array[:, :, :0] for name, array in held.items()}
+        assert_same_answers(run(build.model(), inputs | empty), run(model_of(graph), inputs | held))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -102,3 +136,18 @@ def test_every_decoder_writes_its_caches_in_place(
     unsplit = onnx.load(architecture(name), load_external_data=False).graph
     declared = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in unsplit.input}
     assert {spec.name: list(spec.shape) for spec in sharded.manifest.inputs} == declared
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_families_with_other_masks_and_operators_do_too(family: str, tmp_path: Path) -> None:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    getattr(transformers, f"{family}ForCausalLM")(config).eval().save_pretrained(tmp_path / "checkpoint")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Verified as well: the shards' answers are those of the unsplit graph.
+        manifest = export(tmp_path / "checkpoint", tmp_path / "target", task="text-generation", kv_cache="int8")
+    assert manifest.caches
+    assert all(cache.in_place for cache in manifest.caches)
