@@ -54,12 +54,9 @@ def compare(
     _check_caches(manifest, cases, found)
     found = [_dequantised(arrays, made) for arrays in found]
     inner = _inner(manifest)
-    # Caches of int8 are compared as the floats that they stand for.
-    dtypes = {spec.name: "float32" if spec.name in made else spec.dtype for spec in specs}
-    limits = {
-        name: max(limit_of(dtype, inner), _INT8_LIMIT if made and limit_of(dtype) else 0)
-        for name, dtype in dtypes.items()
-    }
+    # Caches that are int8 in the manifest are floats in the unsplit model.
+    known = {name: limit_of(array.dtype.name, inner) for name, array in wanted[0].items()}
+    limits = {name: max(known[name], _INT8_LIMIT if made and known[name] else 0) for name in names}
     worst = _differences(manifest, cases, limits, wanted, found)
     if any(not result.max_rel_error <= result.limit for result in worst):
         # onnxruntime's own optimisation changes the answers where they are rounded coarsely: like with like.
