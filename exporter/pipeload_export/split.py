@@ -19,6 +19,7 @@ from pipeload_export.cut.tables import Lift, lift_tables
 from pipeload_export.graph.graph import Graph, dtype_name, operators
 from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import drop_dead, normalise
+from pipeload_export.graph.runtime import open_session
 from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
 from pipeload_export.rewrite.settings import fix_settings
@@ -75,6 +76,15 @@ def split(
         ['prologue', 'block.000', 'block.001', 'epilogue']
     """
     graph = load(model_path)
+    try:
+        return _split(graph, shards_dir, whole=whole, int8_caches=int8_caches, progress=progress or silent)
+    except Exception:
+        # A graph that onnxruntime refuses as a whole fails anywhere; onnxruntime's words are the reason then.
+        open_session(model_path, str(model_path))
+        raise
+
+
+def _split(graph: Graph, shards_dir: Path, *, whole: bool, int8_caches: bool, progress: Notify) -> SplitModel:
     fix_settings(graph)
     normalise(graph)
     inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
@@ -93,7 +103,7 @@ def split(
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     taken = tuple(_input_spec(value, graph) for value in graph.inputs)
     sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir)
-    writer = ShardWriter(graph, shards_dir, sampler, progress or silent)
+    writer = ShardWriter(graph, shards_dir, sampler, progress)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:
         writer.write_piece(piece, lifts)

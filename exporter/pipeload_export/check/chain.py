@@ -22,9 +22,7 @@ from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
-from pipeload_export.graph.runtime import open_session, session_options
-from pipeload_export.rewrite.settings import SETTINGS
-from pipeload_export.shard.fuse import LEVEL, NOT_APPLIED
+from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, open_session, session_options
 
 __all__ = ["run_shards", "run_unsplit"]
 
@@ -46,6 +44,13 @@ def run_unsplit(
     Raises:
         ExportError: it does not open or run, or takes or makes something else than the cases have.
     """
+    import onnx  # needs the extra [export], which importing this module does not
+
+    from pipeload_export.graph.external_data import check_places
+    from pipeload_export.rewrite.settings import SETTINGS
+
+    # onnxruntime would read wherever the graph points.
+    check_places(onnx.load(path, load_external_data=False), path)
     options = session_options()
     if optimised:
         options.graph_optimization_level = LEVEL

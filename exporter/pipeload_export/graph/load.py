@@ -19,6 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helpe
 from onnx.external_data_helper import ExternalDataInfo
 
 from pipeload.errors import ExportError
+from pipeload_export.graph.external_data import check_places, data_file
 from pipeload_export.graph.graph import (
     PACKED,
     SUBGRAPHS,
@@ -48,6 +49,10 @@ def load(path: Path) -> Graph:
         raise ExportError(f"{path} is no ONNX model: {str(error).splitlines()[0]}") from error
     if not model.graph.node or not model.graph.output:
         raise ExportError(f"{path} holds no ONNX graph with nodes and outputs.")
+    check_places(model, path)
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.HasField("sequence_type") or value.type.HasField("map_type"):
+            raise ExportError(f"'{value.name}' of {path} is no tensor, which shards cannot take or make.")
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     if model.graph.sparse_initializer:
@@ -58,7 +63,7 @@ def load(path: Path) -> Graph:
 def _graph_of(model: ModelProto, path: Path) -> Graph:
     for value in (*model.graph.input, *model.graph.output):
         _forget_unknown_sizes(value)
-    files = _Files(path.parent)
+    files = _Files(path)
     constants = {tensor.name: _constant_of(tensor, files) for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
@@ -118,21 +123,21 @@ def _bring_in(node: NodeProto, files: _Files) -> None:
 class _Files:
     """External files of a model, each mapped once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
+    def __init__(self, model: Path) -> None:
+        self._model = model
         self._maps: dict[str, NDArray[np.uint8]] = {}
 
     def read(self, location: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """A view of a part of a file."""
+        path = data_file(self._model, location)
         if location not in self._maps:
-            path = (self._folder / location).resolve()
             if not path.is_file():
                 raise ExportError(f"The model's weights file {path} is missing.")
             self._maps[location] = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         data = self._maps[location][offset : offset + nbytes]
         if data.nbytes != nbytes:
             raise ExportError(
-                f"The model's weights file {self._folder / location} ends at byte {self._maps[location].nbytes}; "
+                f"The model's weights file {path} ends at byte {self._maps[location].nbytes}; "
                 f"the model refers to byte {offset + nbytes}. Fetch or export the model again."
             )
         return data

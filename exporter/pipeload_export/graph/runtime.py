@@ -10,7 +10,26 @@ import onnxruntime as ort
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line
 
-__all__ = ["dtype_of", "open_session", "session_options"]
+__all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "session_options"]
+
+LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+"""The level at which shards are optimised: portable, unlike "all"."""
+NOT_APPLIED = (
+    "AttentionFusion",
+    "ConvAddFusion",
+    "ConvBNFusion",
+    "ConvMulFusion",
+    "DoubleQDQPairsRemover",
+    "EmbedLayerNormFusion",
+    "GatherSliceToSplitFusion",
+    "GroupQueryAttentionFusion",
+    "MatMulBNFusion",
+    "MatMulNBitsFusion",
+    "QDQPropagationTransformer",
+    "TransposeOptimizer",
+    "WeightBiasQuantization",
+)
+"""Optimisers that make new weights from old ones, which are zeros while a shard is fused."""
 
 
 def session_options() -> ort.SessionOptions:

@@ -28,31 +28,14 @@ from pipeload.errors import ExportError
 from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload_export.graph.external_data import external_initializer
 from pipeload_export.graph.graph import FLOATS, Constant, tensor_proto
-from pipeload_export.graph.runtime import open_session, session_options
+from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, open_session, session_options
 from pipeload_export.graph.types import elem_type_of
 from pipeload_export.graph.validity import check_model, runtime_ops, version_of
 
-__all__ = ["INLINE_BYTES", "LEVEL", "NOT_APPLIED", "Fused", "fuse", "is_external"]
+__all__ = ["INLINE_BYTES", "Fused", "fuse", "is_external"]
 
 INLINE_BYTES = 1024
 """Smaller constants stay in the graph's file, unless they are weights."""
-NOT_APPLIED = (
-    "AttentionFusion",
-    "ConvAddFusion",
-    "ConvBNFusion",
-    "ConvMulFusion",
-    "DoubleQDQPairsRemover",
-    "EmbedLayerNormFusion",
-    "GatherSliceToSplitFusion",
-    "GroupQueryAttentionFusion",
-    "MatMulBNFusion",
-    "MatMulNBitsFusion",
-    "QDQPropagationTransformer",
-    "TransposeOptimizer",
-    "WeightBiasQuantization",
-)
-"""Optimisers that make new weights from old ones, which are zeros here."""
-LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 _SUSPECTS = ("SimplifiedLayerNormFusion", "LayerNormFusion", "GeluFusionL1", "GeluFusionL2")
 """Optimisers that may use an operator in a version of ONNX that does not have it; switched off one after another."""
 

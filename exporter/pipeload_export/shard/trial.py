@@ -19,8 +19,8 @@ from pipeload.foreign import first_line
 from pipeload.format.dtypes import ITEM_BYTES
 from pipeload_export.graph.external_data import external_initializer
 from pipeload_export.graph.graph import tensor_proto
-from pipeload_export.graph.runtime import dtype_of, open_session, session_options
-from pipeload_export.shard.fuse import LEVEL, NOT_APPLIED, Fused
+from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, session_options
+from pipeload_export.shard.fuse import Fused
 
 __all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
 
