@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 Change = Callable[[Path, Path], None]
 """Takes a source and a target."""
@@ -82,9 +82,39 @@ def int4(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
+def bfloat16_weights(source: Path, target: Path) -> None:
+    """Matrices are kept as bfloat16, and widened where they are used: onnxruntime computes no products of bfloat16."""
+    model = onnx.load(source)
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2:
+            values, name = numpy_helper.to_array(tensor), tensor.name
+            tensor.CopyFrom(helper.make_tensor(f"{name}.bf16", TensorProto.BFLOAT16, values.shape, values.ravel()))
+            casts.append(helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, target)
+
+
+def bfloat16(source: Path, target: Path) -> None:
+    """Everything is bfloat16, inputs and outputs too."""
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(helper.make_tensor(tensor.name, TensorProto.BFLOAT16, values.shape, values.ravel()))
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.BFLOAT16
+    del model.graph.value_info[:]
+    onnx.save(model, target)
+
+
 PRECISIONS: Mapping[str, Change] = {
     "fp16": half(keep_io_types=False),
     "fp16-inside": half(keep_io_types=True),
+    "bf16-weights": bfloat16_weights,
     "int8-dynamic": dynamic_int8,
     "int8-qdq": static_int8("QDQ"),
     "int8-operators": static_int8("QOperator"),

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from tests.variants.changes import PRECISIONS, half
+from tests.variants.changes import PRECISIONS, bfloat16, half
 from tests.variants.conftest import MODELS
 
 from pipeload.errors import ExportError
@@ -35,6 +35,11 @@ def test_each_precision_is_right(
     limit = {"fp16": _ROUNDING, "fp16-inside": _ROUNDING, "int8-qdq": 0.1}.get(precision, 1e-4)
     manifest = assert_right(variant(name, PRECISIONS[precision]), name, limit=limit)
     assert sum(shard.role == "block" for shard in manifest.shards) >= 2
+
+
+def test_bfloat16_throughout_is_refused_in_onnxruntimes_words(variant: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"onnxruntime does not open .*model\.onnx"):
+        export(variant("bert", bfloat16), tmp_path / "target", task="feature-extraction")
 
 
 def test_a_wrong_weight_shows_through_the_rounding(variant: Callable[..., Path], tmp_path: Path) -> None:

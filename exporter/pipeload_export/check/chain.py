@@ -22,7 +22,7 @@ from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
-from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, open_session, session_options
+from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, open_session, run, session_options
 
 __all__ = ["run_shards", "run_unsplit"]
 
@@ -132,6 +132,6 @@ def _needs(shard: Any) -> list[str]:
 
 def _run(session: ort.InferenceSession, names: list[str], inputs: Mapping[str, NDArray[Any]], what: str) -> Arrays:
     try:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        return dict(zip(names, run(session, names, inputs), strict=True))
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ExportError(f"{what} does not run: {first_line(error)}. Fetch or export it again.") from error

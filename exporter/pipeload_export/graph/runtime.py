@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line
 
-__all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "session_options"]
+__all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "run", "session_options"]
 
 LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 """The level at which shards are optimised: portable, unlike "all"."""
@@ -30,6 +33,9 @@ NOT_APPLIED = (
     "WeightBiasQuantization",
 )
 """Optimisers that make new weights from old ones, which are zeros while a shard is fused."""
+
+_BFLOAT16 = 16
+"""ONNX's number of the type."""
 
 
 def session_options() -> ort.SessionOptions:
@@ -71,6 +77,19 @@ def open_session(
             # It names a file that may be temporary; the message's reader knows it as `what`.
             reason = reason.replace(f"{graph.parent}/", "")
         raise ExportError(f"onnxruntime does not open {what}: {reason}. Fetch or export it again.") from error
+
+
+def run(session: ort.InferenceSession, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """The outputs `names`. NumPy has no bfloat16: such inputs may be `ml_dtypes`' arrays, or uint16."""
+    wide = {value.name for value in session.get_inputs() if value.type == "tensor(bfloat16)"}
+    given = {
+        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), _BFLOAT16)
+        if name in wide
+        else array
+        for name, array in inputs.items()
+    }
+    result: list[NDArray[Any]] = session.run(list(names), given)
+    return result
 
 
 def dtype_of(name: str) -> str:

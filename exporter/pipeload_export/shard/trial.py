@@ -19,7 +19,7 @@ from pipeload.foreign import first_line
 from pipeload.format.dtypes import ITEM_BYTES
 from pipeload_export.graph.external_data import external_initializer
 from pipeload_export.graph.graph import tensor_proto
-from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, session_options
+from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 from pipeload_export.shard.fuse import Fused
 
 __all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
@@ -84,7 +84,7 @@ def run_trial(
         results, failed = [], dict[int, str]()
         for place, arrays in enumerate(inputs):
             try:
-                results.append(session.run(list(outputs), arrays))
+                results.append(run(session, outputs, arrays))
             except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions have no common base
                 failed[place] = first_line(error)
         if failed:
