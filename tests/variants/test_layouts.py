@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
-from tests.exporter.graphs import encoder
+from tests.exporter.conftest import Sharded, assert_same_answers
+from tests.exporter.graphs import WIDTH, Builder, encoder
 
 from pipeload.errors import ExportError
 from pipeload_export import export
@@ -47,6 +50,24 @@ def _in_sub_folders(source: Path, target: Path) -> None:
 def test_external_data(layout: Any, variant: Callable[..., Path], assert_right: Callable[..., Any]) -> None:
     manifest = assert_right(variant("bert", layout), "bert")
     assert sum(shard.role == "block" for shard in manifest.shards) == 3
+
+
+def test_four_bit_weights_in_a_file(tmp_path: Path) -> None:
+    builder = Builder(opset=21)
+    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
+    for place in range(3):
+        values = builder.random.integers(-8, 8, (WIDTH, WIDTH)).ravel().tolist()
+        builder.initializers.append(helper.make_tensor(f"quarter.{place}", TensorProto.INT4, [WIDTH, WIDTH], values))
+        weight = builder.op("DequantizeLinear", f"quarter.{place}", builder.constant(0.05, np.float32))
+        x = builder.op("Add", x, builder.op("MatMul", builder.norm(x), weight))
+    builder.output(x, "hidden", ["batch", "length", WIDTH])
+    path = tmp_path / "model.onnx"
+    onnx.save(builder.model(), path, save_as_external_data=True, location="weights.data", size_threshold=0)
+    sharded = Sharded(path, tmp_path / "sharded")
+    assert sharded.blocks == 3
+    inputs = sharded.inputs({"batch": 2, "length": 5})
+    wanted = onnxruntime.InferenceSession(path).run(["hidden"], inputs)
+    assert_same_answers({"hidden": wanted[0]}, sharded.run(inputs))
 
 
 def _external(name: str, location: str) -> TensorProto:

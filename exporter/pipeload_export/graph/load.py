@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -154,18 +153,17 @@ def _constant_of(proto: TensorProto, files: _Files) -> Constant:
     if proto.data_location != TensorProto.EXTERNAL:
         return Constant(proto.data_type, shape, partial(numpy_helper.to_array, proto))
     info = ExternalDataInfo(proto)
-    if proto.data_type in PACKED:
-        raise ExportError(
-            f"Initializer '{proto.name}' is of a 4-bit type in an external file, which is not supported. "
-            "Use a model whose 4-bit weights are packed into uint8 (MatMulNBits)."
-        )
     dtype = storage_dtype(proto.data_type)
-    nbytes = prod(shape) * dtype.itemsize
+    nbytes = Constant(proto.data_type, shape, lambda: np.empty(0)).nbytes
     if info.length is not None and info.length != nbytes:
         raise ExportError(f"Initializer '{proto.name}' should have {nbytes} bytes, but refers to {info.length}.")
 
     def read() -> NDArray[Any]:
         data = files.read(info.location, info.offset or 0, nbytes)
+        if proto.data_type in PACKED:
+            raw = TensorProto(data_type=proto.data_type, dims=proto.dims, raw_data=data.tobytes())
+            values: NDArray[Any] = numpy_helper.to_array(raw)
+            return values
         if (info.offset or 0) % dtype.itemsize:
             data = data.copy()
         return data.view(dtype).reshape(shape)
