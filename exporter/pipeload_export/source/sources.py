@@ -24,7 +24,7 @@ from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files
 from pipeload_export.source.hub import fetch_checkpoint
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
-from pipeload_export.source.tracing import GAPS_NAME, Request, export_checkpoint
+from pipeload_export.source.tracing import GAPS_NAME, RESOLVED, Request, export_checkpoint
 
 __all__ = ["Checkpoint", "Unsplit", "find_source"]
 
@@ -86,8 +86,9 @@ class Checkpoint:
         """Export it into the folder `onnx` in `work`. Raises ExportError if that fails."""
         folder = work / "onnx"
         path = export_checkpoint(self.request, folder, progress)
-        # The checkpoint's own files win over those that the libraries wrote, which are the same in other words.
-        files = side_files(folder) | dict(self.side_files)
+        # The checkpoint's own files win over those that the libraries wrote, which are the same in other words; but the
+        # resolved tokenizer wins over its own.
+        files = side_files(folder) | dict(self.side_files) | side_files(folder / RESOLVED)
         gaps = read_json(folder / GAPS_NAME) if self.request.allow_missing else {}
         return Unsplit(
             path=path,

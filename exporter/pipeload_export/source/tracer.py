@@ -23,6 +23,7 @@ from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS
+from pipeload_export.source.tokenizer import resolve_tokenizer
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 
 __all__ = ["load_model", "run_child", "seeded_model", "serve"]
@@ -95,6 +96,9 @@ def _export(request: Request, folder: Path) -> None:
 
     model = load_model(request, folder)
     follow_lengths(model)
+    if request.folder:
+        checkpoint = folder if request.gguf else folder.with_name("checkpoint")
+        resolve_tokenizer(checkpoint, folder, trust_remote_code=request.trust_remote_code)
     model.config.use_cache = request.task in _CACHED
     task = _CACHED.get(request.task, request.task)
     onnx_export_from_model(model, output=folder, task=task, opset=request.opset, do_validation=False)

@@ -28,10 +28,13 @@ from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 
-__all__ = ["GAPS_NAME", "Request", "Seeded", "export_checkpoint", "needed_memory_bytes", "run_child"]
+__all__ = ["GAPS_NAME", "RESOLVED", "Request", "Seeded", "export_checkpoint", "needed_memory_bytes", "run_child"]
 
 GAPS_NAME = "gaps.json"
 """File beside the graph that tells which weights did not fit, if any."""
+
+RESOLVED = "resolved"
+"""Folder beside the graph that holds the checkpoint's tokenizer as transformers makes it, if there is one."""
 
 _INLINE_BYTES = 2 << 30
 """From here on torch writes the weights beside the graph, tensor by tensor."""
