@@ -26,8 +26,8 @@ SIDE_FILES = (
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
 )
-"""Files that a sharded model directory keeps as they are, beside the settings of the modules of sentence-transformers
-(`1_Pooling/config.json`)."""
+"""Files that a sharded model directory keeps as they are, beside the settings and weights of the modules of
+sentence-transformers (`1_Pooling/config.json`, `2_Dense/model.safetensors`)."""
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -86,7 +86,11 @@ def side_files(folder: Path) -> dict[str, Path]:
     modules = folder / "modules.json"
     if modules.is_file():
         try:
-            names += [str(PurePosixPath(module["path"]) / "config.json") for module in json.loads(modules.read_bytes())]
+            for module in json.loads(modules.read_bytes()):
+                path = PurePosixPath(module["path"])
+                names.append(str(path / "config.json"))
+                if path.name and not str(module.get("type")).endswith("Transformer"):
+                    names.append(str(path / _SINGLE))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ExportError(f"{modules} is damaged: {error!r}. Fetch it again.") from error
     inside = [name for name in dict.fromkeys(names) if ".." not in name and not name.startswith("/")]

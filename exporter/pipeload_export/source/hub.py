@@ -8,6 +8,7 @@ bars, on a terminal only.
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def _cache() -> Path:
 def _wanted(name: str, names: list[str], *, with_code: bool) -> list[str]:
     top = [file for file in names if "/" not in file]
     endings = (*_SMALL, ".py") if with_code else _SMALL
-    # One folder deep lie the settings of sentence-transformers' modules.
-    settings = [file for file in names if file.count("/") == 1 and file.endswith("/config.json")]
+    # One folder deep lie the settings and weights of sentence-transformers' modules.
+    settings = [file for file in names if re.fullmatch(r"[^/]+/config\.json|[1-9]\d*_[^/]+/model\.safetensors", file)]
     return [*settings, *(file for file in top if file.endswith(endings)), *choose_weights(top, f"The model '{name}'")]
 
 

@@ -22,6 +22,7 @@ from tests.models import traced_here
 from pipeload.errors import ConfigError, ExportError
 from pipeload_export import extra
 from pipeload_export.source import tracing
+from pipeload_export.source.folder import side_files
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.source.task import TASKS, task_of_config, task_of_graph
 
@@ -54,6 +55,16 @@ class TestOnnxFile:
         assert found.nbytes == path.stat().st_size + (tmp_path / "m.onnx_data").stat().st_size
         assert set(found.side_files) == {"config.json", "modules.json", "1_Pooling/config.json"}
         assert (found.model_type, found.task) == ("bert", "feature-extraction")
+
+    def test_brings_the_weights_of_the_modules_behind_the_model(self, tmp_path: Path) -> None:
+        names = ("0_Transformer", "1_Pooling", "2_Dense")
+        for name in names:
+            write_json(tmp_path / name / "config.json", {})
+            safetensors_file(tmp_path / name / "model.safetensors")
+        modules = [{"path": name, "type": f"sentence_transformers.models.{name[2:]}"} for name in names]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+        found = {name for name in side_files(tmp_path) if name.endswith(".safetensors")}
+        assert found == {"1_Pooling/model.safetensors", "2_Dense/model.safetensors"}
 
     def test_needs_no_config(self, tmp_path: Path) -> None:
         found = find(write_onnx(tmp_path / "m.onnx"), task="fill-mask")

@@ -2,6 +2,7 @@
 
 ```
 pooling   hidden states -> one vector
+modules   what is done to that vector
 embed     from texts to vectors
 ```
 """

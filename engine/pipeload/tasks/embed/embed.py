@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import TensorSpec
 from pipeload.tasks.arguments import check_positive, check_several
+from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_settings
 from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
@@ -96,8 +98,10 @@ def _embedded(
 
     in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
     if not vectors:
-        width = output.shape[-1]
-        return np.empty((0, width * len(recipe.modes) if isinstance(width, int) else 0), np.float32)
+        width = output.shape[-1] if isinstance(output.shape[-1], int) else 0
+        if len(output.shape) == 2 or not width:
+            return np.empty((0, width), np.float32)
+        return recipe.after_pooling(np.empty((0, width * len(recipe.modes)), np.float32))
     return np.stack([vectors[index] for index in range(len(vectors))])
 
 
@@ -106,7 +110,7 @@ class _Recipe:
     """The steps from texts to vectors, assembled from the files of sentence-transformers."""
 
     modes: tuple[str, ...]
-    normalize: bool
+    steps: tuple[Step, ...]
     lower: bool
     prompts: Mapping[str, str]
     default_prompt: str
@@ -136,21 +140,16 @@ class _Recipe:
         return text.lower() if self.lower else text
 
     def finish(self, tokens: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        vectors = pool(tokens, mask, self.modes)
-        return normalized(vectors) if self.normalize else vectors
+        return self.after_pooling(pool(tokens, mask, self.modes))
 
-
-class _Module(msgspec.Struct, frozen=True):
-    """An entry of `modules.json`."""
-
-    type: str
-    path: str = ""
+    def after_pooling(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        return reduce(lambda done, step: step(done), self.steps, vectors)
 
 
 class _Pooling(msgspec.Struct, frozen=True, kw_only=True):
     """`1_Pooling/config.json`; the flags stand in the order in which several modes are concatenated."""
 
-    pooling_mode: str | None = None
+    pooling_mode: str | list[str] | None = None
     pooling_mode_cls_token: bool = False
     pooling_mode_max_tokens: bool = False
     pooling_mode_mean_tokens: bool = False
@@ -168,7 +167,9 @@ class _Pooling(msgspec.Struct, frozen=True, kw_only=True):
             "weightedmean": self.pooling_mode_weightedmean_tokens,
             "lasttoken": self.pooling_mode_lasttoken,
         }
-        return tuple(mode for mode, wanted in flags.items() if wanted) or (self.pooling_mode or "mean",)
+        if wanted := tuple(mode for mode, wanted in flags.items() if wanted):
+            return wanted
+        return tuple(self.pooling_mode) if isinstance(self.pooling_mode, list) else (self.pooling_mode or "mean",)
 
 
 class _Sentence(msgspec.Struct, frozen=True):
@@ -187,20 +188,13 @@ class _Prompts(msgspec.Struct, frozen=True):
 @once_per_runner
 def _recipe_of(runner: Runner) -> _Recipe:
     files = runner.files
-    modules = {module.type.rpartition(".")[2]: module for module in read_settings(files, "modules.json", list[_Module])}
-    # Leaving a module out would silently change every vector.
-    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
-        raise ConfigError(
-            f"The model's modules.json has the module '{min(unknown)}', which pipeload does not run. "
-            "Take the token vectors from model.run and finish them yourself."
-        )
-    folder = modules["Pooling"].path if "Pooling" in modules else "1_Pooling"
-    pooling = read_settings(files, f"{folder}/config.json", _Pooling)
+    modules = read_settings(files, "modules.json", list[Module])
+    pooling = read_settings(files, f"{pooling_folder(modules)}/config.json", _Pooling)
     prompts = read_settings(files, "config_sentence_transformers.json", _Prompts)
     lower = read_settings(files, "sentence_bert_config.json", _Sentence).do_lower_case
     return _Recipe(
         modes=pooling.modes(),
-        normalize="Normalize" in modules,
+        steps=steps(files, modules),
         lower=bool(lower),
         prompts=prompts.prompts,
         default_prompt=prompts.prompts.get(prompts.default_prompt_name or "", ""),

@@ -123,8 +123,8 @@ def test_a_graph_that_pools_is_left_to_it(tmp_path: Path) -> None:
 
 
 def test_a_module_that_pipeload_lacks_is_refused(tmp_path: Path) -> None:
-    _write_modules(tmp_path, "Transformer", "Pooling", "Dense")
-    with pytest.raises(ConfigError, match="module 'Dense', which pipeload does not run"):
+    _write_modules(tmp_path, "Transformer", "Pooling", "WordWeights")
+    with pytest.raises(ConfigError, match="module 'WordWeights', which pipeload does not run"):
         embed(_runner(tmp_path), "dog")
 
 

@@ -1,0 +1,155 @@
+"""The modules of sentence-transformers that come after the pooling: each is a step from vectors to vectors.
+
+Their weights are a few megabytes in safetensors files beside `modules.json`, and stay in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.errors import ConfigError, ShardError
+from pipeload.foreign import foreign_errors
+from pipeload.storage.model_files import ModelFiles
+from pipeload.tasks.embed.pooling import normalized
+from pipeload.tasks.model_files import read_settings
+
+__all__ = ["Module", "Step", "pooling_folder", "steps"]
+
+Floats = NDArray[np.float32]
+Step = Callable[[Floats], Floats]
+
+_MOST_BYTES = 256 << 20
+_EPSILON = np.float32(1e-5)
+_FLOATS = {"F32": "<f4", "F16": "<f2"}
+
+
+class Module(msgspec.Struct, frozen=True):
+    """An entry of `modules.json`."""
+
+    type: str
+    path: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The name of its class, without the package, which differs between versions."""
+        return self.type.rpartition(".")[2]
+
+
+class _Dense(msgspec.Struct, frozen=True, kw_only=True):
+    """`2_Dense/config.json`."""
+
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+    module_input_name: str = "sentence_embedding"
+    module_output_name: str | None = None
+
+
+def pooling_folder(modules: Sequence[Module]) -> str:
+    """The folder with the settings of the pooling."""
+    return next((module.path for module in modules if module.kind == "Pooling"), "1_Pooling")
+
+
+def steps(files: ModelFiles, modules: Sequence[Module]) -> tuple[Step, ...]:
+    """What is done to the pooled vectors, in order.
+
+    Raises:
+        ConfigError: a module that pipeload does not run, or not at its place.
+        ShardError: a module's files are missing or damaged.
+    """
+    kinds = [module.kind for module in modules]
+    pooled = kinds.index("Pooling") + 1 if "Pooling" in kinds else kinds.count("Transformer")
+    # Leaving a module out would silently change every vector.
+    if unknown := [kind for kind in kinds[:pooled] if kind not in ("Transformer", "Pooling", "Dropout")]:
+        raise ConfigError(
+            f"The model's modules.json has the module '{unknown[0]}' before the pooling, which pipeload does not run. "
+            "Take the token vectors from model.run and finish them yourself."
+        )
+    return tuple(_step(files, module) for module in modules[pooled:] if module.kind != "Dropout")
+
+
+def _step(files: ModelFiles, module: Module) -> Step:
+    if module.kind == "Normalize":
+        return normalized
+    if module.kind == "Dense":
+        return _dense(files, module)
+    if module.kind == "LayerNorm":
+        return _layer_norm(files, module)
+    raise ConfigError(
+        f"The model's modules.json has the module '{module.kind}', which pipeload does not run. "
+        "Take the token vectors from model.run and finish them yourself."
+    )
+
+
+def _dense(files: ModelFiles, module: Module) -> Step:
+    settings = read_settings(files, f"{module.path}/config.json", _Dense)
+    name = settings.activation_function.rpartition(".")[2]
+    between = (settings.module_input_name, settings.module_output_name or settings.module_input_name)
+    if name not in _ACTIVATIONS or set(between) != {"sentence_embedding"}:
+        raise ConfigError(
+            f"The module in '{module.path}' applies {name} to {between[0]}; pipeload has {', '.join(_ACTIVATIONS)}, on "
+            "sentence_embedding. Take the token vectors from model.run and finish them yourself."
+        )
+    weights, activate = _weights(files, module, "linear.weight"), _ACTIVATIONS[name]
+    matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.zeros(1, np.float32))
+
+    def step(vectors: Floats) -> Floats:
+        return activate(vectors @ matrix.T + bias)
+
+    return step
+
+
+def _layer_norm(files: ModelFiles, module: Module) -> Step:
+    weights = _weights(files, module, "norm.weight", "norm.bias")
+    scale, bias = weights["norm.weight"], weights["norm.bias"]
+
+    def step(vectors: Floats) -> Floats:
+        centred = vectors - vectors.mean(axis=-1, keepdims=True)
+        variance = np.square(centred).mean(axis=-1, keepdims=True)
+        scaled: Floats = centred / np.sqrt(variance + _EPSILON) * scale + bias
+        return scaled
+
+    return step
+
+
+def _weights(files: ModelFiles, module: Module, *names: str) -> dict[str, Floats]:
+    """The module's tensors, of which it must have the named ones."""
+    name = f"{module.path}/model.safetensors"
+    data = files.read(name, most_bytes=_MOST_BYTES)
+    if data is None:
+        raise ShardError(
+            f"The module in '{module.path}' has no weights: '{name}' is missing. Export the model again, from a folder "
+            "that has it as safetensors."
+        )
+    with foreign_errors(ShardError, f"'{name}' is damaged", "Export the model again."):
+        begin = 8 + int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:begin])
+        found = {
+            key: np.ndarray(entry["shape"], _FLOATS[entry["dtype"]], data, begin + entry["data_offsets"][0]).astype(
+                "f4"
+            )
+            for key, entry in entries.items()
+            if key != "__metadata__"
+        }
+        if missing := set(names) - found.keys():
+            raise LookupError(f"it has no tensor '{min(missing)}'")
+        return found
+
+
+def _sigmoid(values: Floats) -> Floats:
+    half: Floats = np.tanh(values * np.float32(0.5))
+    return half * np.float32(0.5) + np.float32(0.5)
+
+
+def _relu(values: Floats) -> Floats:
+    return np.maximum(values, np.float32(0))
+
+
+def _identity(values: Floats) -> Floats:
+    return values
+
+
+_ACTIVATIONS: Mapping[str, Step] = {"Identity": _identity, "Tanh": np.tanh, "ReLU": _relu, "Sigmoid": _sigmoid}
