@@ -5,6 +5,7 @@ task      tasks of models, and the transformers class of each
 catalog   recipes for models by name, from packages or with seeded weights
 hub       a model of the Hugging Face hub -> a local checkpoint folder
 folder    the files of a checkpoint folder
+external  the files beside an ONNX graph that hold its weights
 sources   SOURCE -> a checkpoint, or an ONNX graph with its side files
 tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process

@@ -12,7 +12,7 @@ from typing import Any
 from pipeload.errors import ConfigError, ExportError
 from pipeload_export.extra import require_modules
 
-__all__ = ["SIDE_FILES", "choose_weights", "float32_bytes", "read_json", "side_files"]
+__all__ = ["SIDE_FILES", "choose_weights", "float32_bytes", "read_json", "side_files", "side_files_of_graph"]
 
 SIDE_FILES = (
     "config.json",
@@ -95,6 +95,14 @@ def side_files(folder: Path) -> dict[str, Path]:
             raise ExportError(f"{modules} is damaged: {error!r}. Fetch it again.") from error
     inside = [name for name in dict.fromkeys(names) if ".." not in name and not name.startswith("/")]
     return {name: folder / name for name in inside if (folder / name).is_file()}
+
+
+def side_files_of_graph(path: Path) -> dict[str, Path]:
+    """`side_files` of an `.onnx` file: those beside it, or one folder up, where the hub's folders `onnx` have them."""
+    files = side_files(path.parent)
+    if "config.json" in files or path.absolute().parent.name != "onnx":
+        return files
+    return side_files(path.absolute().parents[1]) | files
 
 
 def float32_bytes(folder: Path, weights: list[str]) -> int:

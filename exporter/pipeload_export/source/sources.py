@@ -21,7 +21,8 @@ from pipeload.errors import ConfigError, ExportError
 from pipeload.notify import Notify
 from pipeload_export.extra import require_modules
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
-from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files
+from pipeload_export.source.external import external_files
+from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files, side_files_of_graph
 from pipeload_export.source.hub import fetch_checkpoint
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
 from pipeload_export.source.tracing import GAPS_NAME, RESOLVED, Request, export_checkpoint
@@ -135,7 +136,7 @@ def find_source(
     if source.startswith(_CATALOG):
         return _from_catalog(source, task, opset, progress)
     if path.is_file() and path.suffix == ".onnx":
-        return _from_onnx(path, source, task, opset, side_files(path.parent))
+        return _from_onnx(path, source, task, opset, side_files_of_graph(path))
     require_modules(*_LIBRARIES)
     allowed = {"trust_remote_code": trust_remote_code, "allow_missing": allow_missing}
     if path.is_file():
@@ -222,28 +223,15 @@ def _from_onnx(path: Path, source: str, task: str | None, opset: int | None, fil
     from google.protobuf.message import DecodeError
 
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        model = onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise ExportError(
             f"'{source}' is no ONNX file, or a damaged one: {error}. Fetch or export it again."
         ) from error
+    graph = model.graph
     if not graph.output:
         raise ExportError(f"'{source}' is no ONNX file: it holds no graph. Fetch or export it again.")
-    ends: dict[str, int] = {}
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            location = entries.get("location", "")
-            end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
-            ends[location] = max(end, ends.get(location, 0))
-    for location, end in ends.items():
-        data = path.parent / location
-        if not data.resolve().is_relative_to(path.parent.resolve()):
-            raise ExportError(f"'{source}' has weights at '{location}', outside of its own folder. Move them into it.")
-        size = data.stat().st_size if data.is_file() else -1
-        if size < max(end, 0):
-            fact = "is missing" if size < 0 else f"has {size} of {end} bytes"
-            raise ExportError(f"'{source}' has its weights in '{location}', which {fact}. Copy it again.")
+    data = external_files(model, path, source)
     config = read_json(files["config.json"]) if "config.json" in files else {}
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -256,5 +244,5 @@ def _from_onnx(path: Path, source: str, task: str | None, opset: int | None, fil
         source=source,
         model_type=str(config.get("model_type", "unknown")),
         task=task or task_of_graph([value.name for value in graph.input], shapes, config),
-        files=(path, *(path.parent / location for location in ends)),
+        files=(path, *data),
     )
