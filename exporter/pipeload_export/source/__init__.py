@@ -13,6 +13,7 @@ older_form    a checkpoint folder as the installed transformers reads it
 config_keys   which keys of config.json have a meaning
 gguf      what a GGUF file says and transformers does not read
 tokenizer the tokenizer of a checkpoint as transformers makes it, and whether the engine makes the same ids
+image_processor   the image processor of a checkpoint, likewise
 gaps      weights of a checkpoint that do not fit its model
 refused   what that process refuses
 ropes     rotary positions that depend on the length, so that a trace follows them

@@ -49,7 +49,7 @@ def resolve_tokenizer(checkpoint: Path, graph_folder: Path, *, trust_remote_code
 
         fast = PreTrainedTokenizerFast.from_pretrained(checkpoint, local_files_only=True)
     folder = graph_folder / RESOLVED
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     settings = read_json(checkpoint / "tokenizer_config.json")
     settings.pop("add_prefix_space", None)  # it is in the tokenizer.json that is written here
     settings |= {

@@ -19,6 +19,7 @@ import msgspec
 
 from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
 from pipeload_export.source.gguf import GgufFile
+from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.ropes import follow_lengths
@@ -99,6 +100,8 @@ def _export(request: Request, folder: Path) -> None:
     if request.folder:
         checkpoint = folder if request.gguf else folder.with_name("checkpoint")
         resolve_tokenizer(checkpoint, folder, trust_remote_code=request.trust_remote_code)
+        if model.main_input_name == "pixel_values":
+            resolve_image_processor(checkpoint, folder)
     model.config.use_cache = request.task in _CACHED
     task = _CACHED.get(request.task, request.task)
     onnx_export_from_model(model, output=folder, task=task, opset=request.opset, do_validation=False)
