@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_the_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
 
 def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
     assert {"pipeload/py.typed", "pipeload_export/py.typed"} <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_the_source_distribution_holds_what_the_readme_tells_to_run(tmp_path: Path) -> None:
+    """Its first two commands, `make demo` and `make test`, failed there."""
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("pipeload-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {"Makefile", "constraints.txt", ".ci/install", "benchmarks/demo/__main__.py", "tests/conftest.py"}
+    assert needed | {"models/catalog.toml", "engine/pipeload/model.py", "CONTRIBUTING.md"} <= names
+    assert not [name for name in names if name.startswith("models/exported")]
 
 
 def test_it_runs_a_sharded_directory_given_arrays(bare: Path, tmp_path: Path) -> None:
