@@ -23,7 +23,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
-from pipeload.machine.sizes import parse_budget
+from pipeload.machine.sizes import format_bytes, parse_budget
 from pipeload.opening import Options, open_pipeline
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
@@ -367,6 +367,10 @@ class Model:
         self._finalizer()
         # Another thread may be closing it at this moment: then this waits until it is closed.
         _end_in(self._pid, self._pipeline)
+
+    def __repr__(self) -> str:
+        budget = format_bytes(self.plan.budget_bytes) if self._finalizer.alive else "closed"
+        return f"<pipeload.Model '{self.directory.name}' for {self.manifest.task}, {budget}>"
 
     def __enter__(self) -> Model:
         self._check_usable()

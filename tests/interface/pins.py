@@ -37,13 +37,13 @@ COMMANDS = (
 _WIDTH = 100
 
 
-def help_of(command: str) -> str:
-    """The output of `pipeload COMMAND --help`, 100 columns wide."""
+def help_of(command: str, width: int = _WIDTH) -> str:
+    """The output of `pipeload COMMAND --help`."""
     from typer.testing import CliRunner
 
     from pipeload.cli import app
 
-    variables = {"COLUMNS": str(_WIDTH), "TERMINAL_WIDTH": str(_WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
+    variables = {"COLUMNS": str(width), "TERMINAL_WIDTH": str(width), "NO_COLOR": "1", "TERM": "dumb"}
     result = CliRunner().invoke(app, [*command.split(), "--help"], env=variables, prog_name="pipeload")
     assert result.exit_code == 0
     return "\n".join(line.rstrip() for line in result.stdout.splitlines()) + "\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,18 @@ def test_public_names_and_signatures_stay(package: object) -> None:
 def test_the_help_of_each_command_stays(command: str) -> None:
     pinned = (PINNED / f"help-{command or 'pipeload'}.txt").read_text()
     assert without_frames(help_of(command)) == without_frames(pinned), _HINT
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(command: str) -> None:
+    """Names of options were cut, and paragraphs kept the line breaks of the source."""
+    text = help_of(command, width=80)
+    assert "\u2026" not in text
+    paragraphs = text.partition("Examples:")[0].partition("\u256d")[0].split("\n\n")
+    for lines in (paragraph.splitlines() for paragraph in paragraphs if "Usage:" not in paragraph):
+        for line, following in pairwise(lines):
+            first = following.split()[0] if following.split() else ""
+            assert len(line.rstrip()) + 1 + len(first) >= 80 - 1, line
 
 
 def test_every_command_and_package_is_pinned() -> None:

@@ -201,9 +201,7 @@ def _figure(panels: int, *, width: float, height: float, columns: int = 4) -> tu
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
-            "Pictures need matplotlib, which is not installed. Install the extra: pip install 'pipeload[plot]'."
-        ) from error
+        raise ConfigError("Pictures need matplotlib: pip install matplotlib.") from error
     columns = max(1, min(columns, panels))
     rows = max(1, -(-panels // columns))
     figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained", dpi=130)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
+from inspect import cleandoc
 from typing import Annotated, NoReturn
 
 import typer
@@ -38,19 +40,29 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(export.export)
-app.command()(catalog.catalog)
-app.command()(inspect.inspect)
-app.command()(verify.verify)
-app.command()(profile.profile)
-app.command()(plan.plan)
-app.command()(run.run)
-app.command()(embed.embed)
-app.command()(classify.classify)
-app.command()(generate.generate)
-app.command()(chat.chat)
-app.command()(timeline.timeline)
-app.command()(bench.bench)
+
+
+def _unwrapped(text: str) -> str:
+    """A docstring whose paragraphs are one line each, for the terminal to wrap; indented lines stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", cleandoc(text))
+
+
+for _command in (
+    export.export,
+    catalog.catalog,
+    inspect.inspect,
+    verify.verify,
+    profile.profile,
+    plan.plan,
+    run.run,
+    embed.embed,
+    classify.classify,
+    generate.generate,
+    chat.chat,
+    timeline.timeline,
+    bench.bench,
+):
+    app.command(help=_unwrapped(_command.__doc__ or ""))(_command)
 
 
 def main() -> None:

@@ -40,25 +40,25 @@ def implied_sampling(do_sample: bool | None, **options: Any) -> bool | None:
     return True
 
 
-MinNewTokens = Annotated[int | None, typer.Option(min=0, help="No end of the text before so many tokens.")]
+MinNewTokens = Annotated[int | None, typer.Option(metavar="N", min=0, help="No end of the text before N tokens.")]
 Sample = Annotated[
     bool | None, typer.Option("--sample/--greedy", help="Draw each token by its probability, or take the likeliest.")
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="Sample; below 1 likely tokens become likelier, above 1 less so, 0 is --greedy."),
+    typer.Option(metavar="T", help="Sample; below 1 likely tokens become likelier, above 1 less so, 0 is --greedy."),
 ]
 TopK = Annotated[int | None, typer.Option(min=0, help="Sample from the N likeliest tokens; 0 from all.", metavar="N")]
 TopP = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Sample from the likeliest tokens that add up to this probability."),
+    typer.Option(metavar="P", min=0, max=1, help="Sample from the likeliest tokens that add up to this probability."),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="Sample from tokens this many times as likely as the likeliest."),
+    typer.Option(metavar="P", min=0, max=1, help="Sample from tokens this many times as likely as the likeliest."),
 ]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1 tokens that were there already become less likely.")
+    float | None, typer.Option(metavar="X", help="Above 1 tokens that were there already become less likely.")
 ]
 NoRepeatNgramSize = Annotated[
     int | None, typer.Option(metavar="N", min=0, help="No N tokens in a row come twice; 0 allows it.")
@@ -66,7 +66,7 @@ NoRepeatNgramSize = Annotated[
 Stop = Annotated[
     list[str] | None, typer.Option(metavar="TEXT", help="End after this text; may be given several times.")
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="With --sample: the same texts each time.")]
+Seed = Annotated[int | None, typer.Option(metavar="N", min=0, help="With --sample: the same texts each time.")]
 Lookup = Annotated[
     int | None,
     typer.Option(

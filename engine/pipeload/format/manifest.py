@@ -105,10 +105,20 @@ def content(directory: Path) -> bytes:
     except FileNotFoundError as error:
         raise ManifestError(
             f"{path} does not exist, so {directory} is not a sharded model directory. "
-            "Make one with `pipeload export SOURCE TARGET`."
+            f"Make one with {_export_command(directory)}."
         ) from error
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}. Copy or export the model again.") from error
+
+
+def _export_command(directory: Path) -> str:
+    """The command that makes a directory of what the caller named instead of one."""
+    # NAME or OWNER/NAME may be a model of the hub; a checkpoint is a folder with a config.
+    if (directory / "config.json").is_file():
+        return f"`pipeload export {directory} {directory.name}-pipeload`"
+    if not directory.exists() and not directory.is_absolute() and len(directory.parts) == 2:
+        return f"`pipeload export {directory} {directory.name}` if that is a model of the hub"
+    return "`pipeload export SOURCE TARGET`"
 
 
 def parse(data: bytes, path: Path) -> Manifest:

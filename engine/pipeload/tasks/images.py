@@ -244,7 +244,7 @@ def _upright_rgb(image: Image) -> PillowImage:
         import PIL.Image
         import PIL.ImageOps
     except ImportError as error:
-        raise ConfigError("Images need Pillow: pip install 'pipeload[vision]'.") from error
+        raise ConfigError("Images need Pillow: pip install pillow.") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ConfigError(

@@ -105,7 +105,7 @@ def draw(recording: Recording, shown: list[Pass]) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError("Pictures need matplotlib: pip install 'pipeload[plot]'.") from error
+        raise ConfigError("Pictures need matplotlib: pip install matplotlib.") from error
     spans = recording.spans
     begin_s = shown[0].begin_s if shown else min(span.begin_s for span in spans)
     end_s = shown[-1].end_s if shown else max(span.end_s for span in spans)

@@ -41,3 +41,21 @@ def test_a_manifest_over_its_limit_is_refused_unread(tmp_path: Path) -> None:
 def test_a_directory_whose_name_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ManifestError, match="cannot be read"):
         manifests.read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("owner/name", "`pipeload export owner/name name` if that is a model of the hub"),
+        ("checkpoint", "`pipeload export checkpoint checkpoint-pipeload`"),
+        ("name", "`pipeload export SOURCE TARGET`"),
+    ],
+)
+def test_what_is_no_directory_of_a_model_is_told_how_to_make_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "config.json").touch()
+    with pytest.raises(ManifestError, match=f"Make one with {command}"):
+        manifests.read(Path(name))

@@ -11,6 +11,7 @@ from tests.engine import toy as toys
 from tests.engine.model.loading import load
 
 import pipeload
+from pipeload.machine.sizes import format_bytes
 
 CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "run(5)": (lambda model: model.run(5), "Inputs are arrays by name"),
@@ -60,3 +61,10 @@ def test_an_exception_of_the_callers_own_items_passes(toy: Path) -> None:
 
     with load(toy) as model, pytest.raises(KeyError, match="mine"):
         list(model.run_many(items()))
+
+
+def test_a_model_shows_what_it_is(toy: Path) -> None:
+    with load(toy) as model:
+        budget = format_bytes(model.plan.budget_bytes)
+        assert repr(model) == f"<pipeload.Model '{toy.name}' for {model.manifest.task}, {budget}>"
+    assert repr(model).endswith(", closed>")

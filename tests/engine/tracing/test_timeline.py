@@ -281,4 +281,4 @@ def test_without_matplotlib_one_line_names_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert call(path) == 1
-    assert capsys.readouterr().err == "error: Pictures need matplotlib: pip install 'pipeload[plot]'.\n"
+    assert capsys.readouterr().err == "error: Pictures need matplotlib: pip install matplotlib.\n"

@@ -42,10 +42,15 @@ def bench(
         str, typer.Option(metavar="RATES", help="Throttle of the disk, such as 400MB/s, or none; several with commas.")
     ] = "none",
     contenders: Annotated[
-        str, typer.Option(metavar="NAMES", help=f"Whom to compare, with commas; of {', '.join(CONTENDERS)}.")
+        str,
+        typer.Option(
+            metavar="NAMES",
+            show_default=_DEFAULT.replace(",", ", "),
+            help=f"Whom to compare, with commas; of {', '.join(CONTENDERS)}.",
+        ),
     ] = _DEFAULT,
     passes: Annotated[int, typer.Option(min=1, help="Steady passes of each run.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="Run everything so many times, in turns.")] = 1,
+    rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Run everything N times, in turns.")] = 1,
     sizes: Annotated[
         list[str] | None,
         typer.Option("--size", metavar="NAME=N", help="Size of a dimension of the inputs; once for each."),

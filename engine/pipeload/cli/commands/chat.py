@@ -59,7 +59,10 @@ def chat(
     directory: Directory,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before you begin.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help=f"Most tokens of an answer; {_MAX_NEW_TOKENS} if the model says nothing.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help=f"Most tokens of an answer; {_MAX_NEW_TOKENS} if the model says nothing."
+        ),
     ] = None,
     min_new_tokens: MinNewTokens = None,
     do_sample: Sample = None,

@@ -38,7 +38,8 @@ def generate(
     directory: Directory,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue; - reads it from stdin.")],
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help=f"Most tokens to add; {MAX_NEW_TOKENS} if the model says nothing.")
+        int | None,
+        typer.Option(metavar="N", min=1, help=f"Most tokens to add; {MAX_NEW_TOKENS} if the model says nothing."),
     ] = None,
     min_new_tokens: MinNewTokens = None,
     do_sample: Sample = None,

@@ -46,7 +46,9 @@ def plan(
     budget: Budget = "auto",
     latency: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Find the smallest budget for steady passes of at most so long: 300ms, 2s."),
+        typer.Option(
+            metavar="TIME", help="Find the smallest budget for steady passes of at most TIME, such as 300ms or 2s."
+        ),
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Show what more and less memory would buy.")] = False,
     sizes: Annotated[

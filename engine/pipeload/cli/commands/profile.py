@@ -41,7 +41,8 @@ def profile(
         typer.Option("--size", metavar="NAME=N", help="Size of a dimension of the inputs; once for each."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Run shards with so many threads; else with every core, and one less.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Run shards with N threads; else with every core, and one less."),
     ] = None,
     as_json: Json = False,
 ) -> None:

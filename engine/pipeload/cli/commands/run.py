@@ -38,7 +38,7 @@ def run(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", callback=in_folder, help="Save the outputs as .npz.")
     ] = None,
-    passes: Annotated[int, typer.Option(min=1, help="Run so many times.")] = 1,
+    passes: Annotated[int, typer.Option(metavar="N", min=1, help="Run N times.")] = 1,
     budget: Budget = "auto",
     as_json: Json = False,
     stats: Stats = False,

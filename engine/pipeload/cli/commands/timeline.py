@@ -32,7 +32,7 @@ def timeline(
     passes: Annotated[
         str | None, typer.Option(metavar="A-B", help="Draw these passes, such as 1-2 or 7; else the last ones.")
     ] = None,
-    last: Annotated[int | None, typer.Option(min=1, help=f"Draw so many of the last passes; else {_LAST}.")] = None,
+    last: Annotated[int | None, typer.Option(metavar="N", min=1, help=f"Draw the last N passes; else {_LAST}.")] = None,
 ) -> None:
     r"""Draw a trace: one lane for each agent, memory and buffers below.
 

@@ -75,13 +75,13 @@ def find_template(files: ModelFiles) -> ChatTemplate:
         where, source = files.path("tokenizer_config.json"), _default(settings)
     if source is None:
         raise ConfigError(
-            f"{where.parent} has no chat template, neither {_FILE} nor one in tokenizer_config.json, so the model was "
-            "hardly trained to answer messages. Take its instruct or chat version, or continue texts with generate."
+            f"{where.parent} has no chat template, neither {_FILE} nor one in tokenizer_config.json, so it is "
+            "probably not a chat model. Take its instruct or chat version, or continue texts with generate."
         )
     try:
         from pipeload.tasks.chat.template import ChatTemplate
     except ImportError as error:
-        raise ConfigError("Chat templates need jinja2: pip install 'pipeload[chat]'.") from error
+        raise ConfigError("Chat templates need jinja2: pip install jinja2.") from error
     return ChatTemplate(source, str(where), _special_tokens(files, settings))
 
 

@@ -341,7 +341,7 @@ def _load(runner: Runner) -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError("Texts need the tokenizers library: pip install 'pipeload[text]'.") from error
+        raise ConfigError("Texts need the tokenizers library: pip install tokenizers.") from error
     path = runner.files.path(_FILE)
     check_growth(data, str(path))
     with foreign_errors(ShardError, f"{path} is damaged", "Export the model again."):

@@ -252,4 +252,4 @@ def test_without_jinja_the_extra_is_named(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    assert done.stderr.endswith("ConfigError: Chat templates need jinja2: pip install 'pipeload[chat]'.\n")
+    assert done.stderr.endswith("ConfigError: Chat templates need jinja2: pip install jinja2.\n")
