@@ -1,4 +1,4 @@
-"""pipeload runs transformer models that do not fit into memory, on CPUs, from standard ONNX shards.
+"""pipeload runs transformers larger than RAM, on CPU, with ONNX Runtime.
 
 Packages and modules, each above the ones that use it:
 

@@ -36,7 +36,8 @@ def text_logits(runner: Runner, texts: Sequence[TextOrPair], batch_size: int) ->
     def run(indices: list[int]) -> None:
         logits = logits_of(runner, tokenizer.batch([rows[index] for index in indices]))
         with made_by_model("logits", logits):
-            _, _ = logits.shape
+            if logits.ndim != 2 or not logits.shape[1]:
+                raise ValueError("it must be [texts, classes]")
             results.update(zip(indices, logits, strict=True))
 
     in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
