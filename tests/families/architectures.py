@@ -197,7 +197,8 @@ DECODERS: Mapping[str, Mapping[str, Any]] = {
     "olmo2": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "opt/350m": {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
-    "phi": {"partial_rotary_factor": 0.5},
+    "phi": {"partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+    "phi/gqa": {"partial_rotary_factor": 0.5},
     "phi3": {},
     "phi3/longrope": _LONG,
     "phi3/sliding": {"sliding_window": 32},
@@ -227,7 +228,10 @@ OTHER_HEADS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama/text-classification": ("text-classification", {}),
     "mistral/feature-extraction": ("feature-extraction", {}),
     "opt/question-answering": ("question-answering", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
-    "phi/text-classification": ("text-classification", {"partial_rotary_factor": 0.5}),
+    "phi/text-classification": (
+        "text-classification",
+        {"partial_rotary_factor": 0.5, "num_key_value_heads": 4},
+    ),
     "qwen2/token-classification": ("token-classification", {}),
     "qwen3/feature-extraction": ("feature-extraction", {}),
     # Encoder-decoders.

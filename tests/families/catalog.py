@@ -21,6 +21,7 @@ class Family:
         inputs: which cases it is tried with.
         options: arguments of the config class, beside those of `SMALL`.
         quick: it also runs among the fast tests.
+        attention: transformers' implementation of attention that is the reference.
     """
 
     model_type: str
@@ -28,9 +29,12 @@ class Family:
     inputs: Inputs
     options: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
+    attention: str = "eager"
 
 
 _QUICK = ("albert", "deberta-v2", "gpt_neox", "llama/text-classification", "mistral/sliding", "vit")
+_SDPA = ("falcon/alibi",)
+"""transformers 4.57 adds the alibi of Falcon twice where attention is eager: in the mask, and to the scores."""
 
 UNTRIED: Mapping[str, str] = {
     "colpali": "AutoModel of transformers has no class for it",
@@ -50,7 +54,14 @@ def _families() -> dict[str, Family]:
     found |= {name: ("sound", "feature-extraction", options) for name, options in SOUNDS.items()}
     found |= {name: ("other", "feature-extraction", options) for name, options in SERIES.items()}
     return {
-        name: Family(model_type=name.partition("/")[0], task=task, inputs=inputs, options=options, quick=name in _QUICK)
+        name: Family(
+            model_type=name.partition("/")[0],
+            task=task,
+            inputs=inputs,
+            options=options,
+            quick=name in _QUICK,
+            attention="sdpa" if name in _SDPA else "eager",
+        )
         for name, (inputs, task, options) in sorted(found.items())
     }
 

@@ -78,11 +78,15 @@ def cases(family: Family, config: Any) -> Iterator[Case]:
         yield Case(batch=2, length=edges[0] + 5, padding="left")
 
 
-def prompts(config: Any) -> list[list[int]]:
-    """Prompts for greedy texts: two short ones, and one that ends shortly before each boundary."""
+def prompts(config: Any, new_tokens: int) -> list[list[int]]:
+    """Prompts for greedy texts: two short ones, and some whose text crosses a boundary or ends at the last position."""
     random = np.random.default_rng(7)
-    lengths = [5, 17, *(length - 10 for length in boundaries(config) if length > 26)]
-    return [random.integers(_FIRST_ID, config.vocab_size, length).tolist() for length in dict.fromkeys(lengths)]
+    vocabulary = config.get_text_config().vocab_size
+    edges = boundaries(config)
+    lengths = [5, 17, *(length - 10 for length in edges[:-1] if length > 26)]
+    if edges and edges[-1] > new_tokens + 17:
+        lengths.append(edges[-1] - new_tokens)
+    return [random.integers(_FIRST_ID, vocabulary, length).tolist() for length in dict.fromkeys(lengths)]
 
 
 def make_inputs(names: list[str], case: Case, family: Family, config: Any) -> Arrays:

@@ -1,4 +1,4 @@
-"""What transformers answers: its eager model, in float32, loaded from the checkpoint folder."""
+"""What transformers answers: its model with eager attention, in float32, loaded from the checkpoint folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_source(family: Family, checkpoint: Path) -> Any:
 
     kind = getattr(transformers, TASKS[family.task])
     try:
-        model = kind.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+        model = kind.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation=family.attention)
     except (ValueError, TypeError):  # a class without implementations of attention
         model = kind.from_pretrained(checkpoint, dtype=torch.float32)
     return model.eval()
@@ -86,7 +86,7 @@ def greedy(family: Family, checkpoint: Path) -> list[tuple[list[int], list[int],
     model.generation_config.eos_token_id = None
     model.generation_config.forced_eos_token_id = None
     found = []
-    for prompt in prompts(model.config):
+    for prompt in prompts(model.config, NEW_TOKENS):
         ids = torch.tensor([prompt])
         try:
             made = model.generate(
