@@ -366,7 +366,8 @@ SOUNDS: Mapping[str, Mapping[str, Any]] = {
     "hubert": _SOUND,
     "mctct": {"num_hidden_layers": 4, "input_feat_per_channel": 16, "attention_head_dim": 16},
     "moonshine": {"encoder_num_hidden_layers": 4, "decoder_num_hidden_layers": 4}
-    | {"encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4},
+    | {"encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4}
+    | {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "sew": {**_SOUND, "squeeze_factor": 2},
     "sew-d": {**_SOUND, "squeeze_factor": 2, "position_buckets": 16},
     "speech_to_text": {"max_source_positions": 200, "max_target_positions": 100, "conv_channels": 32},
