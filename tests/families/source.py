@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ NEW_TOKENS = 32
 
 
 def load_source(family: Family, checkpoint: Path) -> Any:
-    """The model, in a mode in which it draws no random numbers."""
+    """The model, in a mode in which it draws no random numbers.
+
+    Callers give each text a copy: some models remember what they were given. BigBird leaves its sparse attention for
+    good once a text is short, and dynamic positions stay where the longest text has put them.
+    """
     import torch
     import transformers
 
@@ -45,8 +50,7 @@ def answers(
     for case in cases(family, model.config):
         inputs = make_inputs(names, case, family, model.config)
         try:
-            given = _answer(model, family.task, inputs, outputs)
-            again = _answer(model, family.task, inputs, outputs)
+            given, again = (_answer(deepcopy(model), family.task, inputs, outputs) for _ in range(2))
         except (IndexError, RuntimeError, ValueError) as error:
             refused[case.name] = f"{type(error).__name__}: {error}"
             continue
@@ -89,7 +93,7 @@ def greedy(family: Family, checkpoint: Path) -> list[tuple[list[int], list[int],
     for prompt in prompts(model.config, NEW_TOKENS):
         ids = torch.tensor([prompt])
         try:
-            made = model.generate(
+            made = deepcopy(model).generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=NEW_TOKENS,
