@@ -112,7 +112,7 @@ ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "token-classification",
         {"input_size": IMAGE, "coordinate_size": 10, "shape_size": 12, "rel_pos_bins": 8, "rel_2d_pos_bins": 8},
     ),
-    "lilt": ("token-classification", {"channel_shrink_ratio": 4}),
+    "lilt": ("token-classification", {"channel_shrink_ratio": 4, "hidden_size": 96}),
     "longformer": ("feature-extraction", {"attention_window": 8}),
     "markuplm": ("feature-extraction", {"max_depth": 10}),
     "megatron-bert": ("feature-extraction", {}),
