@@ -34,6 +34,7 @@ def test_each_precision_is_right(
 ) -> None:
     limit = {"fp16": _ROUNDING, "fp16-inside": _ROUNDING, "int8-qdq": 0.1}.get(precision, 1e-4)
     manifest = assert_right(variant(name, PRECISIONS[precision]), name, limit=limit)
+    assert len(manifest.caches) == sum(spec.name.startswith("past") for spec in manifest.inputs)
     assert sum(shard.role == "block" for shard in manifest.shards) >= 2
 
 

@@ -37,7 +37,7 @@ def normalise(graph: Graph) -> bool:
     """
     changed = [drop_dead(graph), _separate_sums(graph), _fold(graph)]
     graph.types = infer_types(graph)
-    changed += [_drop_detours(graph), drop_dead(graph)]
+    changed += [_drop_detours(graph), _ask_before_casts(graph), drop_dead(graph)]
     return any(changed)
 
 
@@ -224,6 +224,20 @@ def _drop_detours(graph: Graph) -> bool:
             kept.append(node)
     changed = len(kept) != len(graph.nodes)
     graph.nodes = kept
+    return changed
+
+
+def _ask_before_casts(graph: Graph) -> bool:
+    """Take shapes of what is cast instead of the result, which is then only made where its values are read."""
+    producers = graph.producers()
+    changed = False
+    for node in graph.nodes:
+        while node.op_type in ("Shape", "Size") and node.input[0] in producers:
+            maker = producers[node.input[0]]
+            if maker.op_type != "Cast" or maker.domain not in ("", "ai.onnx"):
+                break
+            node.input[0] = maker.input[0]
+            changed = True
     return changed
 
 
