@@ -22,7 +22,7 @@ from pipeload.tasks.embed.embed import embed
 from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.images import image_sizes
-from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload.tasks.model_files import read_config
 from pipeload.tasks.runner import Decoder
 
 __all__ = ["PROMPT_TOKENS", "Measured", "Work", "input_dims", "step_dims"]
@@ -113,7 +113,7 @@ class Work:
 
     def inputs(self) -> Arrays:
         """The inputs of the first pass, without caches."""
-        rows = read_settings(ModelFiles(self.directory, self.manifest), "config.json", ModelConfig).vocab_size
+        rows = read_config(ModelFiles(self.directory, self.manifest)).vocab_size
         made = example_inputs(self.manifest, input_dims(self.manifest, self.directory, self.sizes), rows)
         return {spec.name: made[spec.name] for spec in self.manifest.free_inputs}
 

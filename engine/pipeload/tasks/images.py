@@ -27,7 +27,7 @@ from pipeload.errors import ConfigError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.storage.model_files import ModelFiles
-from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload.tasks.model_files import ModelConfig, read_config, read_settings
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def image_sizes(files: ModelFiles, manifest: Manifest) -> dict[str, int]:
     """Sizes of the symbols in `[batch, channels, height, width]` of a model that takes images, from `config.json`."""
     if len(manifest.inputs) != 1 or len(manifest.inputs[0].shape) != 4:
         return {}
-    config = read_settings(files, "config.json", ModelConfig)
+    config = read_config(files)
     sizes = (config.num_channels or 3, *(config.image_height_width or (224, 224)))
     shape = manifest.inputs[0].shape[1:]
     return {dim: size for dim, size in zip(shape, sizes, strict=True) if isinstance(dim, str)}

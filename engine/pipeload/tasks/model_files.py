@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pipeload.errors import ShardError
+from pipeload.errors import ConfigError, ShardError
 from pipeload.foreign import foreign_errors
 from pipeload.storage.model_files import ModelFiles
 
@@ -19,6 +19,7 @@ __all__ = [
     "AddedToken",
     "GenerationConfig",
     "ModelConfig",
+    "read_config",
     "read_settings",
     "token_text",
 ]
@@ -50,7 +51,14 @@ class _CrossEncoder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of `config.json` that the tasks need."""
+    """The fields of `config.json` that the tasks need.
+
+    Attributes:
+        odd: fields whose value has a form that pipeload does not know. They are as if they were not there; a task that
+            needs one asks with `require`.
+    """
+
+    odd: tuple[str, ...] = ()
 
     model_type: str | None = None
     problem_type: str | None = None
@@ -68,6 +76,14 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     sentence_transformers: _CrossEncoder | None = None
     sbert_ce_default_activation_function: str | None = None
 
+    def require(self, *names: str) -> None:
+        """Raise ConfigError if one of the fields has a form that pipeload does not know."""
+        if found := [name for name in names if name in self.odd]:
+            raise ConfigError(
+                f"This needs '{found[0]}' of the model's config.json, whose value has a form that pipeload does not "
+                "know. Correct it in the checkpoint, and export the model again."
+            )
+
     @property
     def pair_activation(self) -> str:
         """The class that sentence-transformers applies to the scores of pairs: `Sigmoid` where the file names none."""
@@ -77,6 +93,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def max_positions(self) -> int | None:
         """The most tokens, prompt and answer together, that the model has positions for; None if unknown."""
+        self.require("max_position_embeddings", "n_positions")
         rows = self.max_position_embeddings or self.n_positions
         rope = self.rope_scaling or self.rope_parameters
         if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "longrope":
@@ -89,6 +106,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def image_height_width(self) -> tuple[int, int] | None:
         """The size of the images that the model was built for, or None if unknown."""
+        self.require("image_size")
         if self.image_size is None or self.image_size == []:
             return None
         if isinstance(self.image_size, int):
@@ -97,6 +115,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def label(self, index: int) -> str:
         """The name of a class; `LABEL_3`, as in transformers, if the model does not name its classes."""
+        self.require("id2label")
         return self.id2label.get(index, f"LABEL_{index}")
 
 
@@ -126,6 +145,41 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def token_limit(self) -> int:
         """The most new tokens of a text."""
         return self.max_new_tokens or MAX_NEW_TOKENS
+
+
+def read_config(files: ModelFiles) -> ModelConfig:
+    """The fields of a model directory's `config.json`. One of an odd form stops only those who need it.
+
+    Raises:
+        ShardError: the file is not the one that was exported, cannot be read, is no JSON object, or lies outside the
+            directory.
+    """
+    given = read_settings(files, "config.json", dict[str, Any])
+    values, odd = {}, []
+    for field in msgspec.structs.fields(ModelConfig):
+        if field.name == "odd" or field.name not in given:
+            continue
+        try:
+            values[field.name] = msgspec.convert(_usual_form(field.name, given[field.name]), field.type, str_keys=True)
+        except msgspec.ValidationError:
+            odd.append(field.name)
+    return ModelConfig(**values, odd=tuple(odd))
+
+
+def _usual_form(name: str, value: Any) -> Any:
+    """A value in the form that most files have."""
+    if name == "id2label":
+        names = enumerate(value) if isinstance(value, list) else (value or {}).items() if _is_object(value) else None
+        return value if names is None else {key: str(label) for key, label in names}
+    if name == "image_size" and _is_object(value) and value and value.keys() == {"height", "width"}:
+        return [value["height"], value["width"]]
+    if name == "pad_token_id" and isinstance(value, list):
+        return value[0] if value else None
+    return value
+
+
+def _is_object(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
 
 
 def read_settings(files: ModelFiles, name: str, kind: type[Settings]) -> Settings:

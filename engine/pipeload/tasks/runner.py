@@ -23,7 +23,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.storage.model_files import ModelFiles
-from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_settings
+from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_config, read_settings
 from pipeload.tracing.stats import Stats
 
 __all__ = [
@@ -153,7 +153,7 @@ def once_per_runner(make: Callable[[Runner], Kept]) -> Callable[[Runner], Kept]:
 @once_per_runner
 def config_of(runner: Runner) -> ModelConfig:
     """The settings from the model's `config.json`. Raises ShardError if it is damaged."""
-    return read_settings(runner.files, "config.json", ModelConfig)
+    return read_config(runner.files)
 
 
 @once_per_runner

@@ -92,7 +92,7 @@ def refuse_missing(graphs: Iterable[Path], gaps: Gaps, model: str, task: str, fo
     config = read_json(folder / "config.json")
     made_for = task_of_config(config)
     architectures = config.get("architectures")
-    other = f"the --task {made_for}, or " if made_for not in (None, task) else ""
+    other = f"--task {made_for}, or " if made_for not in (None, task) else ""
     raise Refused(
         f"the checkpoint lacks {_count(gaps.missing)} of {model}: {_listed(gaps.missing)}. Random numbers would take "
         f"their place. Its config.json names {_listed(architectures) if architectures else 'no architecture'}. Pass "

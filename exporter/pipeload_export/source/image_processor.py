@@ -19,7 +19,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import ImageProcessor
-from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload.tasks.model_files import read_config
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.tracing import RESOLVED
 
@@ -56,7 +56,7 @@ def resolve_image_processor(checkpoint: Path, graph_folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / _NAME).write_text(reference.to_json_string(), "utf-8")
     try:
-        own = ImageProcessor(_files(folder), read_settings(_files(checkpoint), "config.json", ModelConfig))
+        own = ImageProcessor(_files(folder), read_config(_files(checkpoint)))
     except (ConfigError, ShardError):
         return  # the engine says so when it gets an image
     _compare(own, reference)

@@ -40,7 +40,7 @@ def test_a_head_that_the_checkpoint_lacks_is_refused_by_name(tmp_path: Path) -> 
         exported(bert, tmp_path / "out", task="question-answering")
     said = str(caught.value)
     assert "the checkpoint lacks 2 weights of BertForQuestionAnswering: qa_outputs.bias, qa_outputs.weight." in said
-    assert "Its config.json names BertModel. Pass the --task feature-extraction, or a complete" in said
+    assert "Its config.json names BertModel. Pass --task feature-extraction, or a complete" in said
     assert not (tmp_path / "out").exists()
 
 

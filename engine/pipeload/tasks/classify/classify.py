@@ -94,6 +94,7 @@ def classify(
 
 def _labels(runner: Runner, texts: Sequence[TextOrPair], top_k: int | None, batch_size: int) -> list[list[Label]]:
     config = config_of(runner)
+    config.require("id2label", "problem_type")
     rows = text_logits(runner, texts, batch_size)
     return [top_labels(scores(row, config.problem_type), config, top_k) for row in rows]
 
@@ -122,6 +123,7 @@ def _entities(runner: Runner, texts: Sequence[Any], batch_size: int) -> list[lis
 
 def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_size: int) -> list[list[Label]]:
     config, processor = config_of(runner), image_processor_of(runner)
+    config.require("id2label", "problem_type")
     results: dict[int, list[Label]] = {}
 
     def run(indices: list[int]) -> None:

@@ -105,6 +105,7 @@ def zero_shot(
 
 def _classes(config: ModelConfig) -> tuple[int, int]:
     """The indices of entailment and contradiction: the first or, where that is entailment, the last."""
+    config.require("id2label")
     for index, name in sorted(config.id2label.items()):
         if name.lower().startswith("entail"):
             return index, -1 if index == 0 else 0

@@ -85,7 +85,10 @@ def tokenizer_if_any(runner: Decoder[State], *, required: bool) -> Tokenizer | N
 def eos_ids(runner: Decoder[State], settings: GenerationConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens that end a text."""
     named = tokenizer.eos_id if tokenizer else None
-    for ids in (settings.eos_token_id, config_of(runner).eos_token_id, named):
+    config = config_of(runner)
+    if settings.eos_token_id is None:
+        config.require("eos_token_id")
+    for ids in (settings.eos_token_id, config.eos_token_id, named):
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
