@@ -28,9 +28,10 @@ _MOST_COMPARED = 12
 
 
 def _vectors_file(path: Path | None) -> Path | None:
+    path = in_folder(path)
     if path is not None and path.suffix.lower() not in ("", ".npy", ".csv"):
         raise typer.BadParameter(f"{path} is neither .npy nor .csv. Name one of them, or print with --json or --jsonl.")
-    return in_folder(path)
+    return path
 
 
 def embed(
