@@ -60,13 +60,10 @@ _SOUND = {
     "conv_stride": [5, 4, 2],
     "conv_kernel": [10, 8, 4],
     "vocab_size": 32,
-    "num_feat_extract_layers": 3,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
     "hidden_dropout": 0.0,
-    "layerdrop": 0.0,
     "mask_time_prob": 0.0,
-    "apply_spec_augment": False,
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -79,6 +76,7 @@ _GEMMA3 = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("intermediate_size", "max_position_embeddings", "initializer_range"),
 }
+_MIXED = ["sliding_attention", "full_attention"] * 2
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -118,7 +116,7 @@ ENCODERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "megatron-bert": ("feature-extraction", {}),
     "mobilebert": (
         "feature-extraction",
-        {"embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32, "num_feedforward_networks": 2}
+        {"embedding_size": 32, "intra_bottleneck_size": 32, "num_feedforward_networks": 2}
         # Without norms wider weights grow to values at which float32 itself is 0.7 % off.
         | {"initializer_range": 0.05},
     ),
@@ -160,17 +158,16 @@ DECODERS: Mapping[str, Mapping[str, Any]] = {
         "qk_nope_head_dim": 8,
         "first_k_dense_replace": 1,
         "num_key_value_heads": 4,
-        "head_dim": 8,
     },
     "falcon": {},
     "falcon/alibi": {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
     "falcon/new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma": {},
     "gemma2": {"query_pre_attn_scalar": 16, "sliding_window": 32, "attn_logit_softcapping": 2.0},
-    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 32, "sliding_window_pattern": 2},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": 32, "layer_types": _MIXED},
     "gemma3": {
         "text_config": {name: value for name, value in SMALL.items() if name in _GEMMA3}
-        | {"query_pre_attn_scalar": 16, "sliding_window": 32, "sliding_window_pattern": 2},
+        | {"query_pre_attn_scalar": 16, "sliding_window": 32, "layer_types": _MIXED},
         "vision_config": _VISION,
         "mm_tokens_per_image": 4,
         "boi_token_index": 4,
@@ -220,7 +217,7 @@ OTHER_HEADS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gemma/text-classification": ("text-classification", {}),
     "gemma3_text/feature-extraction": (
         "feature-extraction",
-        {"query_pre_attn_scalar": 16, "sliding_window": 32, "sliding_window_pattern": 2},
+        {"query_pre_attn_scalar": 16, "sliding_window": 32, "layer_types": _MIXED},
     ),
     "gpt2/token-classification": ("token-classification", {}),
     "gpt_neo/text-classification": (
@@ -349,7 +346,7 @@ VISUAL: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "segformer": ("image-classification", {**_CHANNELS, "num_attention_heads": [1, 2, 3, 4], "image_size": 64}),
-    "siglip": ("feature-extraction", _TOWERS),
+    "siglip": ("feature-extraction", {"text_config": _TEXT, "vision_config": _VISION}),
     "siglip_vision_model": ("feature-extraction", {}),
     "swin": ("image-classification", {**_SWIN, "depths": [2, 4]}),
     "swin2sr": ("feature-extraction", {**_SWIN, "depths": [2, 2], "patch_size": 1}),

@@ -20,7 +20,7 @@ _NOISE = 0.1
 
 def make_config(family: Family) -> Any:
     """The small config of transformers."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = CONFIG_MAPPING[family.model_type]
     parameters = inspect.signature(kind.__init__).parameters
@@ -30,7 +30,11 @@ def make_config(family: Family) -> Any:
         if known in parameters:
             options[known] = value
     options |= {kind.attribute_map.get(name, name): value for name, value in family.options.items()}
-    if "classification" in family.task:
+    parts = kind.sub_configs if isinstance(kind.sub_configs, dict) else {}  # some classes make theirs anew each time
+    for name, part in parts.items():
+        if name in options and part is not AutoConfig:
+            options[name] = {key: value for key, value in options[name].items() if _reads(part, key)}
+    if "classification" in family.task and "num_labels" not in parameters:
         options["num_labels"] = 3
     config = kind(**options)
     for name, number in _IDS.items():
@@ -40,6 +44,10 @@ def make_config(family: Family) -> Any:
         if (isinstance(value, int) and value >= VOCABULARY) or (value is None and name == "pad" and wanted):
             setattr(config, f"{name}_token_id", number)
     return config
+
+
+def _reads(kind: Any, key: str) -> bool:
+    return key.endswith("_token_id") or kind.attribute_map.get(key, key) in inspect.signature(kind.__init__).parameters
 
 
 def write_checkpoint(family: Family, folder: Path) -> None:
