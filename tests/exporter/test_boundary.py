@@ -186,7 +186,7 @@ def test_a_graph_that_onnxruntime_refuses_is_one_clear_line(
     next(node for node in model.graph.node if node.op_type == "Tanh").domain = "of.nobody"
     model.opset_import.append(onnx.helper.make_opsetid("of.nobody", 1))
     onnx.save(model, source)
-    with pytest.raises(ExportError, match=r"^onnxruntime does not open shard '.*of\.nobody.* again\.$") as caught:
+    with pytest.raises(ExportError, match=r"^onnxruntime does not open .*of\.nobody.* again\.$") as caught:
         export(source, tmp_path / "target", whole=True)
     assert "\n" not in str(caught.value)
     assert ".fuse-" not in str(caught.value), "it names no folder that is gone"
@@ -207,12 +207,12 @@ def test_onnxruntimes_second_attempt_prints_nothing(
 
 
 @pytest.mark.parametrize("size", [-1, -7])
-def test_a_negative_size_is_refused(source: Path, tmp_path: Path, size: int) -> None:
+def test_a_negative_size_is_one_that_varies(source: Path, tmp_path: Path, size: int) -> None:
+    """Older exporters write one where newer ones give a name."""
     model = onnx.load(source)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
     onnx.save(model, source)
-    with pytest.raises(ExportError, match=rf"input 'input_ids' .* size of {size}"):
-        export(source, tmp_path / "target")
+    assert isinstance(export(source, tmp_path / "target").inputs[0].shape[0], str)
 
 
 def test_the_boundary_keeps_errors_of_pipeload(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
