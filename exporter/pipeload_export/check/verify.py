@@ -86,8 +86,8 @@ def verify(
     with boundary(f"{directory} could not be verified", directory, progress) as notify:
         report = _verify(directory, None if against is None else Path(against), notify)
         if source is None:
-            skipped = "comparison with the source: pass the checkpoint with --source"
-            return replace(report, skipped=(*report.skipped, skipped))
+            skipped = () if against else ("comparison with the source: pass the checkpoint with --source",)
+            return replace(report, skipped=(*report.skipped, *skipped))
         checked = "the engine, streaming, answers as the source's own model does"
         return replace(report, checks=(*report.checks, checked), parity=_parity(directory, str(source), notify))
 

@@ -93,7 +93,10 @@ def test_report(exported: Path, unsplit: Path) -> None:
 def test_without_the_unsplit_model(exported: Path, tmp_path: Path) -> None:
     report = verify(exported)
     assert report.differences == ()
-    assert report.skipped == ("comparison with the unsplit model: pass it with --against",)
+    assert report.skipped == (
+        "comparison with the unsplit model: pass it with --against",
+        "comparison with the source: pass the checkpoint with --source",
+    )
     with pytest.raises(ConfigError, match="no unsplit model at"):
         verify(exported, tmp_path / "nowhere.onnx")
 
