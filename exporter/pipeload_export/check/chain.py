@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
-from pipeload.foreign import first_line
+from pipeload.foreign import first_line, foreign_errors
 from pipeload.format.caches import length_input
 from pipeload.format.manifest import Manifest
 from pipeload.notify import Notify
@@ -50,7 +50,10 @@ def run_unsplit(
     from pipeload_export.rewrite.settings import SETTINGS
 
     # onnxruntime would read wherever the graph points.
-    check_places(onnx.load(path, load_external_data=False), path)
+    with foreign_errors(ExportError, f"onnx does not open the unsplit graph {path}", "Fetch or export it again."):
+        model = onnx.load(path, load_external_data=False)
+    check_places(model, path)
+    del model
     options = session_options()
     if optimised:
         options.graph_optimization_level = LEVEL

@@ -367,5 +367,5 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 def test_pictures_without_matplotlib_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pipeload\[plot\]"):
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
         draw(_report(), tmp_path)
