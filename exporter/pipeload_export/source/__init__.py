@@ -9,6 +9,7 @@ external  the files beside an ONNX graph that hold its weights
 sources   SOURCE -> a checkpoint, or an ONNX graph with its side files
 tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process
+trace     optimum on a model of transformers, and why it fails
 older_form    a checkpoint folder as the installed transformers reads it
 config_keys   which keys of config.json have a meaning
 gguf      what a GGUF file says and transformers does not read

@@ -25,6 +25,7 @@ from pipeload_export.source.refused import Refused
 from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS
 from pipeload_export.source.tokenizer import resolve_tokenizer
+from pipeload_export.source.trace import LEAST_DISK_BYTES, MAX_ERROR_CHARACTERS, trace
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 
 __all__ = ["load_model", "run_child", "seeded_model", "serve"]
@@ -32,9 +33,6 @@ __all__ = ["load_model", "run_child", "seeded_model", "serve"]
 Asked = TypeVar("Asked", bound=msgspec.Struct)
 
 _PR_SET_PDEATHSIG = 1
-_MAX_ERROR_CHARACTERS = 600
-_LEAST_DISK_BYTES = 1 << 20
-"""With less than this the disk is full, whatever a library calls that."""
 _EAGER = {"attn_implementation": "eager"}
 """Attention by the plain formula. PyTorch's own function knows no soft-capping (Gemma-2), and takes another mask."""
 _CACHED = {"text-generation": "text-generation-with-past"}
@@ -71,7 +69,7 @@ def serve(kind: type[Asked], work: Callable[[Asked, Path], None], request_path: 
         logging.getLogger("pipeload_export").exception("export failed")
         reason = (
             " ".join(f"{type(exception).__name__}: {exception}".split())
-            .removesuffix(":")[:_MAX_ERROR_CHARACTERS]
+            .removesuffix(":")[:MAX_ERROR_CHARACTERS]
             .removesuffix(".")
         )
         error = (
@@ -88,13 +86,11 @@ def _full(exception: Exception, folder: Path) -> int | None:
     """The system's number of a full disk, if that is why the export failed."""
     if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT):
         return exception.errno
-    return errno.ENOSPC if shutil.disk_usage(folder).free < _LEAST_DISK_BYTES else None
+    return errno.ENOSPC if shutil.disk_usage(folder).free < LEAST_DISK_BYTES else None
 
 
 def _export(request: Request, folder: Path) -> None:
     warnings.simplefilter("ignore")
-    from optimum.exporters.onnx import onnx_export_from_model
-
     model = load_model(request, folder)
     follow_lengths(model)
     if request.folder:
@@ -104,7 +100,7 @@ def _export(request: Request, folder: Path) -> None:
             resolve_image_processor(checkpoint, folder)
     model.config.use_cache = request.task in _CACHED
     task = _CACHED.get(request.task, request.task)
-    onnx_export_from_model(model, output=folder, task=task, opset=request.opset, do_validation=False)
+    trace(model, folder, task=task, opset=request.opset)
     if (gaps := folder / GAPS_NAME).exists() and not request.allow_missing:
         found = msgspec.json.decode(gaps.read_bytes(), type=Gaps)
         refuse_missing(folder.glob("*.onnx"), found, type(model).__name__, request.task, Path(str(request.folder)))

@@ -1,0 +1,60 @@
+"""What optimum's tracing needs and does not get is made up for, or is the reason that is given."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeload_export.source.refused import Refused
+from pipeload_export.source.trace import trace
+
+_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _model(name: str, config: str, **options: Any) -> Any:
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("optimum.exporters.onnx")
+    torch.manual_seed(0)
+    return getattr(transformers, name)(getattr(transformers, config)(**_SMALL, **options)).eval()
+
+
+def _trace(model: Any, folder: Path, task: str) -> None:
+    model.config._name_or_path = str(folder.parent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trace(model, folder, task=task, opset=None)
+
+
+def test_a_model_of_images_needs_no_processor(tmp_path: Path) -> None:
+    _trace(_model("Dinov2Model", "Dinov2Config", image_size=28), tmp_path / "onnx", "feature-extraction")
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
+    assert not (tmp_path / "onnx" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "options", "task"),
+    [
+        (
+            "FalconForCausalLM",
+            "FalconConfig",
+            {"num_kv_heads": 2, "new_decoder_architecture": True, "vocab_size": 100},
+            "text-generation-with-past",
+        ),
+        (
+            "NystromformerModel",
+            "NystromformerConfig",
+            {"vocab_size": 100, "segment_means_seq_len": 64, "num_landmarks": 8},
+            "feature-extraction",
+        ),
+    ],
+)
+def test_trial_inputs_that_a_model_does_not_take_are_the_reason(
+    model_class: str, config: str, options: dict[str, Any], task: str, tmp_path: Path
+) -> None:
+    model = _model(model_class, config, **options)
+    model.config.use_cache = task.endswith("with-past")
+    with pytest.raises(Refused, match=r"type '\w+'\. With the trial inputs .* fails: RuntimeError: .*\. Export the"):
+        _trace(model, tmp_path / "onnx", task)
