@@ -19,6 +19,8 @@ from pipeload_export.boundary import boundary
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
+from pipeload_export.shard.published import Published, read_published
+from pipeload_export.source.folder import read_json
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 
@@ -137,6 +139,7 @@ def _build(
         shards,
         whole=whole,
         int8_caches=kv_cache == "int8",
+        published=_published(unsplit),
         progress=lambda _, done, total: progress(_WRITING, done, total),
     )
     written = sum(record.nbytes for record in model.files)
@@ -172,6 +175,12 @@ def _build(
         manifest = replace(manifest, verification=report.differences)
         write(manifest, result)
     return manifest
+
+
+def _published(unsplit: Unsplit) -> Published:
+    config, processor = (unsplit.side_files.get(name) for name in ("config.json", "preprocessor_config.json"))
+    made = dict(unsplit.side_json.get("preprocessor_config.json", {}))
+    return read_published(read_json(config) if config else {}, read_json(processor) if processor else made)
 
 
 def _record(result: Path, name: str) -> FileRecord:

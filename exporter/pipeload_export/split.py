@@ -24,6 +24,7 @@ from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
 from pipeload_export.rewrite.settings import fix_settings
 from pipeload_export.shard.alignment import related_inputs, related_structure
+from pipeload_export.shard.published import Published
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.write.shards import ShardWriter
 
@@ -52,6 +53,7 @@ def split(
     *,
     whole: bool = False,
     int8_caches: bool = False,
+    published: Published | None = None,
     progress: Notify | None = None,
 ) -> SplitModel:
     """Cut a transformer's ONNX graph into shards, and write them.
@@ -65,6 +67,7 @@ def split(
             files lie there too: on the disk whose free space was checked, and in a folder that goes if the split fails.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         int8_caches: make the KV caches int8.
+        published: sizes of inputs that the files beside the graph name.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Raises:
@@ -77,14 +80,18 @@ def split(
     """
     graph = load(model_path)
     try:
-        return _split(graph, shards_dir, whole=whole, int8_caches=int8_caches, progress=progress or silent)
+        return _split(
+            graph, shards_dir, whole=whole, int8_caches=int8_caches, published=published, progress=progress or silent
+        )
     except Exception:
         # A graph that onnxruntime refuses as a whole fails anywhere; onnxruntime's words are the reason then.
         open_session(model_path, str(model_path))
         raise
 
 
-def _split(graph: Graph, shards_dir: Path, *, whole: bool, int8_caches: bool, progress: Notify) -> SplitModel:
+def _split(
+    graph: Graph, shards_dir: Path, *, whole: bool, int8_caches: bool, published: Published | None, progress: Notify
+) -> SplitModel:
     fix_settings(graph)
     normalise(graph)
     inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
@@ -102,7 +109,7 @@ def _split(graph: Graph, shards_dir: Path, *, whole: bool, int8_caches: bool, pr
     drop_dead(graph, [*ends, *tables, *(lift.indices for lift in lifts)])
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     taken = tuple(_input_spec(value, graph) for value in graph.inputs)
-    sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir)
+    sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir, published)
     writer = ShardWriter(graph, shards_dir, sampler, progress)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:

@@ -99,6 +99,10 @@ def _structure_faults(m: Manifest) -> Iterator[str]:
             yield f"structure '{name}' has a term of more than {_MOST_RANK} dimensions"
         elif unknown := {dim for term in terms for dim in term.dims} - known:
             yield f"structure '{name}' uses the unknown dimensions {sorted(unknown)}"
+        if any(term.steps and len(term.steps) != len(term.dims) for term in terms):
+            yield f"structure '{name}' has a term with another number of steps than of dimensions"
+        if any(not 1 <= step <= _MOST_NUMBER for term in terms for step in term.steps):
+            yield f"structure '{name}' has a step that is not between 1 and {_MOST_NUMBER}"
         if any(term.nbytes < 0 for term in terms):
             yield f"structure '{name}' has a negative number of bytes"
         elif not all(_is_size(term.nbytes) for term in terms):

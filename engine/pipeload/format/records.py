@@ -128,10 +128,23 @@ class Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteTerm:
-    """`nbytes` times the product of the named dimensions (a name may occur twice; none means a constant)."""
+    """`nbytes` times the product of the named dimensions (a name may occur twice; none means a constant).
+
+    Attributes:
+        nbytes: the factor.
+        dims: the dimensions.
+        steps: for each dimension, how many of it count as one, a part of that as a whole one: the pixels of a patch,
+            the samples of an audio frame. Empty where all count by themselves.
+    """
 
     nbytes: int
     dims: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
+
+    def evaluate(self, sizes: Mapping[str, int]) -> int:
+        """The term's bytes for the given sizes of the dimensions."""
+        steps = self.steps or (1,) * len(self.dims)
+        return self.nbytes * prod(-(-sizes[dim] // step) for dim, step in zip(self.dims, steps, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +161,7 @@ class Structure:
     def activation_bytes(self, dims: Mapping[str, int]) -> int:
         """The bound in bytes for the given sizes of the model's symbolic dimensions."""
         return max(
-            (sum(t.nbytes * prod(dims[d] for d in t.dims) for t in formula) for formula in self.activations),
+            (sum(term.evaluate(dims) for term in formula) for formula in self.activations),
             default=0,
         )
 

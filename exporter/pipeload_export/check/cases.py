@@ -5,21 +5,28 @@ The use of an input tells its meaning, so that a graph with names of its own get
 - an integer input that selects rows of a table is drawn below the number of rows;
 - any other integer input is a mask: ones, with zeros where a shorter text is padded;
 - positions cannot be told from masks by use, so there the name decides: it has "position" in it;
-- caches are those of the manifest; float inputs of four dimensions are images.
+- caches are those of the manifest; inputs of four dimensions are images, as large as the processor makes them, and as
+  the config says;
+- a float input that convolutions take is as long as several of their frames;
+- an id that the graph looks for, as for the end of a text, stands at the end of each text, and nowhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.format.manifest import Manifest, TensorSpec, evaluate_dim, symbols
+from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.folder import read_json
+
+if TYPE_CHECKING:
+    from pipeload_export.shard.extents import Extent
 
 __all__ = ["Case", "index_limits", "sample_cases"]
 
@@ -27,6 +34,11 @@ Arrays = dict[str, NDArray[Any]]
 
 _SEED = 20240904
 _MANY = 1 << 30
+_IMAGE = (224, 224)
+"""Of a model that does not say how large its images are."""
+_LARGE_PIXELS = 512 * 512
+"""Larger images are tried alone: attention over several of them would take gigabytes."""
+_LEAST_FRAMES = 4
 _KEEPS_VALUES = {
     *("Cast", "Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"),
     *("Transpose", "Unsqueeze", "Where"),
@@ -53,9 +65,13 @@ class _Sizes:
     length: int
     past: int = 0
     padding: str = ""
+    image: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
+        if self.image:
+            text = f"{replace(self, image=None).name} with " if self.length else ""
+            return f"{text}{self.batch} x {self.image[0]} x {self.image[1]} pixels"
         past = f" after {self.past}" if self.past else ""
         return f"{self.batch} x {self.length}{past}{f', padded {self.padding}' if self.padding else ''}"
 
@@ -82,7 +98,9 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     """
     limits = index_limits(manifest, directory)
     config = read_json(directory / "config.json")
-    roles = _Roles(manifest, limits, config)
+    published = read_published(config, read_json(directory / "preprocessor_config.json"))
+    extents, ends = _from_graphs(manifest, directory)
+    roles = _Roles(manifest, limits, published, extents)
     positions = config.get("max_position_embeddings") or config.get("n_positions") or _MANY
     # Some model types use the first two positions for padding.
     known = _DECODER if manifest.caches else _ENCODER
@@ -90,20 +108,65 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     if any(cache.scale for cache in manifest.caches):
         batch, past = (max(getattr(sizes, name) for sizes in chosen) for name in ("batch", "past"))
         chosen = [_Sizes(batch=batch, length=max(past, 1)), *chosen]
+    if roles.has_images:
+        if not limits:
+            chosen = [_Sizes(batch=batch, length=0) for batch in (1, 2, 3)]
+        chosen = _with_images(chosen, published.images or (_IMAGE,))
     # A generator for each case: the values of one case do not depend on the others.
     return [
-        Case(name=sizes.name, inputs=_inputs(manifest, roles, limits, sizes, np.random.default_rng([_SEED, number])))
+        Case(
+            name=sizes.name,
+            inputs=_inputs(manifest, roles, limits, ends, sizes, np.random.default_rng([_SEED, number])),
+        )
         for number, sizes in enumerate(chosen)
     ]
+
+
+def _with_images(chosen: Sequence[_Sizes], images: Sequence[tuple[int, int]]) -> list[_Sizes]:
+    """Every case with images of the first size, as the processor makes them, and the first case with each other one."""
+    first, *others = images
+    large = first[0] * first[1] > _LARGE_PIXELS
+    return [
+        *(replace(sizes, image=first, batch=1 if large else sizes.batch) for sizes in chosen),
+        *(replace(chosen[0], image=image) for image in others),
+    ]
+
+
+def _from_graphs(manifest: Manifest, directory: Path) -> tuple[dict[tuple[str, int], Extent], dict[str, int]]:
+    """The extents of inputs that convolutions take, and the ids that are looked for in inputs."""
+    import onnx  # needs the extra [export], which importing this module does not
+
+    from pipeload_export.shard.extents import find_extents
+    from pipeload_export.shard.sample_sizes import sought_ids
+
+    graphs = [onnx.load(directory / shard.graph.path, load_external_data=False).graph for shard in manifest.shards]
+    nodes = [node for graph in graphs for node in graph.node]
+    shapes = {proto.name: tuple(proto.dims) for graph in graphs for proto in graph.initializer}
+    small = {
+        proto.name: proto
+        for graph in graphs
+        for proto in graph.initializer
+        if proto.data_location != onnx.TensorProto.EXTERNAL
+    }
+    names = {spec.name for spec in manifest.inputs}
+    return find_extents(nodes, manifest.inputs, shapes.get), sought_ids(nodes, names, small)
 
 
 class _Roles:
     """The meaning of each symbolic dimension of the graph's inputs."""
 
-    def __init__(self, manifest: Manifest, limits: Mapping[str, int], config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        limits: Mapping[str, int],
+        published: Published,
+        extents: Mapping[tuple[str, int], Extent],
+    ) -> None:
         caches = {cache.input for cache in manifest.caches}
         self.caches = caches
-        self._fixed: dict[str, int] = {}
+        self._edges: dict[str, int] = {}
+        self._channels: dict[str, int] = {}
+        self._extents: dict[str, Extent] = {}
         self._batch: set[str] = set()
         self._past: set[str] = set()
         self._text: set[str] = set()
@@ -113,25 +176,34 @@ class _Roles:
             if spec.name in caches:
                 self._past |= set().union(*others)
             elif len(spec.shape) == 4:
-                self._add_image(spec, config)
+                _, channels, *edges = spec.shape
+                if isinstance(channels, str):
+                    self._channels[channels] = published.channels or 3
+                self._edges |= {dim: place for place, dim in enumerate(edges) if isinstance(dim, str)}
             elif spec.name in limits:
                 self._text |= set().union(*others)
+            for (name, axis), extent in extents.items():
+                dim = spec.shape[axis] if name == spec.name else None
+                if isinstance(dim, str) and dim not in self._edges:
+                    self._extents[dim] = extent
         self._past -= self._text
 
-    def _add_image(self, spec: TensorSpec, config: Mapping[str, Any]) -> None:
-        size = config.get("image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else (size[0], size[-1])
-        for dim, known in zip(spec.shape[1:], (config.get("num_channels", 3), height, width), strict=True):
-            if isinstance(dim, str):
-                self._fixed[dim] = known
+    @property
+    def has_images(self) -> bool:
+        """Whether the size of images is free."""
+        return bool(self._edges)
 
     def dims(self, spec: TensorSpec, sizes: _Sizes) -> tuple[int, ...]:
         """The input's shape in a case."""
         return tuple(evaluate_dim(dim, {s: self._size(s, sizes) for s in symbols(dim)}) for dim in spec.shape)
 
     def _size(self, symbol: str, sizes: _Sizes) -> int:
-        if symbol in self._fixed:
-            return self._fixed[symbol]
+        if symbol in self._edges and sizes.image:
+            return sizes.image[self._edges[symbol]]
+        if symbol in self._channels:
+            return self._channels[symbol]
+        if symbol in self._extents:
+            return self._extents[symbol].size(sizes.length + _LEAST_FRAMES)
         if symbol in self._batch:
             return sizes.batch
         if symbol in self._past:
@@ -141,7 +213,12 @@ class _Roles:
 
 
 def _inputs(
-    manifest: Manifest, roles: _Roles, limits: Mapping[str, int], sizes: _Sizes, random: np.random.Generator
+    manifest: Manifest,
+    roles: _Roles,
+    limits: Mapping[str, int],
+    ends: Mapping[str, int],
+    sizes: _Sizes,
+    random: np.random.Generator,
 ) -> Arrays:
     inputs: Arrays = {}
     for spec in manifest.inputs:
@@ -152,12 +229,22 @@ def _inputs(
             values = np.broadcast_to(sizes.past + np.arange(shape[-1]), shape) % (limit or _MANY)
         elif limit is not None:
             values = random.integers(0, limit, shape)
+            if (end := ends.get(spec.name)) is not None and 0 <= end < limit:
+                _end(values, end, limit, sizes)
         elif len(shape) == 4:
             values = random.integers(0, 256, shape)
         else:
             values = _mask(shape, sizes)
         inputs[spec.name] = np.ascontiguousarray(values.astype(dtype))
     return inputs
+
+
+def _end(ids: NDArray[Any], end: int, limit: int, sizes: _Sizes) -> None:
+    """Let each text end with an id, and have it nowhere else."""
+    ids[ids == end] = (end + 1) % limit
+    ids[..., -1] = end
+    if sizes.padding == "right" and ids.shape[-1] > 3:
+        ids[-1, ..., -1], ids[-1, ..., -4] = (end + 1) % limit, end
 
 
 def _mask(shape: tuple[int, ...], sizes: _Sizes) -> NDArray[Any]:

@@ -30,6 +30,7 @@ NOT_APPLIED = (
     "MatMulNBitsFusion",
     "QDQPropagationTransformer",
     "TransposeOptimizer",
+    "TransposeOptimizer_CPUExecutionProvider",
     "WeightBiasQuantization",
 )
 """Optimisers that make new weights from old ones, which are zeros while a shard is fused."""

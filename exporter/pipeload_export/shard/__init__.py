@@ -3,6 +3,8 @@
 ```
 fuse           a shard optimised offline by onnxruntime
 alignment      sizes that belong together
+extents        how images and sounds shrink: sizes that make whole patches or frames
+published      sizes that a model's files name
 sample_sizes   sizes of dimensions to try
 trial          sample runs of a shard
 activations    live bytes -> formulas

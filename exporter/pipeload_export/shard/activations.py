@@ -8,7 +8,7 @@ polynomials in the sizes of the dimensions, because every tensor's size is a pro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
 from math import prod
 
 import numpy as np
@@ -116,35 +116,103 @@ def _elements(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> in
 
 
 def fit(
-    symbols: Sequence[str], points: Sequence[Mapping[str, int]], steps: NDArray[np.int64], *, high: bool = False
+    symbols: Sequence[str],
+    points: Sequence[Mapping[str, int]],
+    table: NDArray[np.int64],
+    *,
+    steps: Mapping[str, int] | None = None,
 ) -> Structure:
     """The polynomials that bound the bytes alive.
 
     Args:
         symbols: the dimensions that vary.
         points: their sizes in each run.
-        steps: bytes alive, of shape [runs, nodes].
-        high: allow any product of squares, as images with two extents need.
+        table: bytes alive, of shape [runs, nodes].
+        steps: of dimensions that count in steps, as pixels do in patches: the step. Their sizes in the runs are
+            multiples of it, or lie a constant above; between them the bound is that of the next multiple. Images have
+            two such extents, and attention over their patches squares the product.
     """
-    monomials, matrix = _independent(_monomials(symbols, high=high), points)
-    solved = np.linalg.lstsq(matrix, steps.astype(float), rcond=None)[0]
+    steps = steps or {}
+    counts = [{name: -(-point[name] // steps.get(name, 1)) for name in symbols} for point in points]
+    monomials, matrix, solved = _solved(symbols, counts, table, steps)
     formulas: set[tuple[int, ...]] = set()
-    for column in range(steps.shape[1]):
+    for column in range(table.shape[1]):
         factors = np.rint(solved[:, column])
-        if (matrix @ factors != steps[:, column]).any():
-            # No polynomial fits: it is scaled until it is nowhere below the bytes seen.
-            factors = np.maximum(solved[:, column], 0)
-            seen = matrix @ factors
-            ratio = float(np.max(steps[:, column] / np.maximum(seen, 1), initial=1))
-            factors = np.ceil(factors * ratio)
+        if (matrix @ factors != table[:, column]).any():
+            factors = _above(matrix, table[:, column])
         # Without its negative terms a polynomial is larger.
         formulas.add(tuple(int(f) for f in np.maximum(factors, 0)))
-    kept = _thinned(_undominated(formulas))
+    kept = _thinned(_undominated(formulas), _far(matrix, monomials))
     return Structure(
         activations=tuple(
-            tuple(ByteTerm(nbytes=f, dims=m) for f, m in zip(formula, monomials, strict=True) if f) for formula in kept
+            tuple(
+                ByteTerm(
+                    nbytes=f, dims=m, steps=tuple(steps.get(name, 1) for name in m) if steps.keys() & set(m) else ()
+                )
+                for f, m in zip(formula, monomials, strict=True)
+                if f
+            )
+            for formula in kept
         )
     )
+
+
+def _solved(
+    symbols: Sequence[str],
+    counts: Sequence[Mapping[str, int]],
+    table: NDArray[np.int64],
+    steps: Mapping[str, int],
+) -> tuple[list[tuple[str, ...]], NDArray[np.float64], NDArray[np.float64]]:
+    """Monomials of as few symbols as explain the bytes, their values in the runs, and the factors of each column.
+
+    More symbols than a shard depends on would leave a choice, and then nothing is known of other sizes.
+    """
+    for chosen in (names for size in range(len(symbols) + 1) for names in combinations(symbols, size)):
+        monomials = _monomials(chosen, high=not steps.keys().isdisjoint(chosen))
+        is_all = len(chosen) == len(symbols)
+        if len(monomials) > len(counts) and not is_all:
+            continue
+        monomials, matrix = _independent(monomials, counts)
+        solved: NDArray[np.float64] = np.linalg.lstsq(matrix, table.astype(float), rcond=None)[0]
+        if is_all or (matrix @ np.rint(solved) == table).all():
+            return monomials, matrix, solved
+    raise AssertionError("all symbols are the last choice")
+
+
+def _above(matrix: NDArray[np.float64], wanted: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Whole factors, none negative, of a polynomial that is close to the bytes seen and nowhere below them."""
+    scale = 1 / np.maximum(wanted, 1)
+    factors = _not_negative(matrix * scale[:, None], wanted * scale)
+    # A factor below half a byte is noise, which a product of large sizes would make gigabytes of.
+    factors = np.where(factors < 0.5, 0, factors)
+    ratio = float(np.max(wanted / np.maximum(matrix @ factors, 1), initial=1))
+    return np.ceil(factors * ratio)
+
+
+def _not_negative(matrix: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares without negative factors (Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23)."""
+    norms = np.linalg.norm(matrix, axis=0)
+    matrix = matrix / norms
+    factors: NDArray[np.float64] = np.zeros(matrix.shape[1])
+    free = np.zeros(matrix.shape[1], bool)
+    for _ in range(3 * matrix.shape[1]):
+        slope = np.where(free, -np.inf, matrix.T @ (wanted - matrix @ factors))
+        if slope.max() <= 1e-9:
+            break
+        free[slope.argmax()] = True
+        while True:
+            best: NDArray[np.float64] = np.zeros_like(factors)
+            best[free] = np.linalg.lstsq(matrix[:, free], wanted, rcond=None)[0]
+            low = free & (best <= 0)
+            if not low.any():
+                break
+            share = float(np.min(factors[low] / np.maximum(factors[low] - best[low], 1e-300)))
+            factors = factors + share * (best - factors)
+            free &= factors > 1e-12
+            factors[~free] = 0
+        factors = best
+    result: NDArray[np.float64] = factors / norms
+    return result
 
 
 def _monomials(symbols: Sequence[str], *, high: bool) -> list[tuple[str, ...]]:
@@ -183,9 +251,21 @@ def _undominated(formulas: set[tuple[int, ...]]) -> list[tuple[int, ...]]:
     ]
 
 
-def _thinned(formulas: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """At most `_MOST_FORMULAS`: the last ones are replaced by one that is above all of them."""
-    if len(formulas) <= _MOST_FORMULAS:
-        return formulas
-    rest = formulas[_MOST_FORMULAS - 1 :]
-    return [*formulas[: _MOST_FORMULAS - 1], tuple(max(column) for column in zip(*rest, strict=True))]
+def _far(matrix: NDArray[np.float64], monomials: Sequence[tuple[str, ...]]) -> NDArray[np.float64]:
+    """The monomials at the sizes of the runs, and at sizes four and sixteen times as large."""
+    degrees = np.array([len(monomial) for monomial in monomials])
+    return np.concatenate([matrix * factor**degrees for factor in (1.0, 4.0, 16.0)])
+
+
+def _thinned(formulas: list[tuple[int, ...]], places: NDArray[np.float64]) -> list[tuple[int, ...]]:
+    """At most `_MOST_FORMULAS`: two are replaced by one above both, those first where the bound grows the least."""
+    kept = np.array(formulas, float)
+    values = kept @ places.T
+    bound = np.maximum(values.max(axis=0), 1)
+    while len(kept) > _MOST_FORMULAS:
+        pairs = np.array(list(combinations(range(len(kept)), 2)))
+        joined = np.maximum(kept[pairs[:, 0]], kept[pairs[:, 1]])
+        growth = (joined @ places.T / bound).max(axis=1)
+        best = int(growth.argmin())
+        kept = np.vstack([np.delete(kept, pairs[best], axis=0), joined[best]])
+    return [tuple(int(factor) for factor in formula) for formula in kept]

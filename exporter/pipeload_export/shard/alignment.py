@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeload.format.manifest import ByteTerm, Structure, TensorSpec, symbols
 
-__all__ = ["aligned", "related_inputs", "related_structure"]
+__all__ = ["Sums", "aligned", "related_inputs", "related_structure"]
 
 Sums = Mapping[str, tuple[str, ...]]
 """Symbol -> the symbols whose sum it is."""

@@ -1,24 +1,28 @@
 """Sizes at which the shards of a model may be run.
 
-Which sizes go together is not written in a graph. Where the shards refuse independent ones, other plans are tried:
-images of whole patches, symbols that are the sum of two others, as a length of cache and text together is, and masks
-that hide nothing.
+Which sizes go together is not written in a graph. Images and sounds get whole patches and frames, as the graph's
+convolutions make them, or the sizes that the model's publisher names. Where the shards refuse independent sizes, other
+plans are tried: symbols that are the sum of two others, as a length of cache and text together is, masks
+that hide nothing, and texts that end with the id that the graph looks for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from math import prod
 
 import numpy as np
+from onnx import NodeProto, TensorProto, numpy_helper
 
 from pipeload.format.manifest import TensorSpec, symbols
-from pipeload_export.graph.graph import Graph, attribute
-from pipeload_export.shard.alignment import aligned
+from pipeload_export.graph.graph import Constant, Graph, attribute
+from pipeload_export.shard.alignment import Sums, aligned
+from pipeload_export.shard.extents import Extent, find_extents
+from pipeload_export.shard.published import Published
 
-__all__ = ["Plan", "plans", "symbols_of"]
+__all__ = ["Plan", "plans", "sought_ids", "symbols_of", "traced"]
 
 _SIZES = ((1, 2, 3), (4, 6, 9), (2, 5, 7), (3, 8, 10))
 """Sizes of the first, second ... symbol; three of each determine a polynomial of degree two."""
@@ -27,7 +31,12 @@ _EDGE_SIZES = (1, 3, 4)
 _MOST_POINTS = 30
 _MOST_GRID = 10_000
 """Combinations of sizes that are listed; a graph that names no dimension of its caches has more than memory holds."""
+_COUNTS = ((1, 2, 3), (2, 4, 6), (5, 6, 7))
+"""Patches along an edge of an image."""
+_FRAMES = ((25, 50, 75),)
+"""Frames of a sound: models of it have several layers of convolutions, which leave nothing of a short one."""
 _MOST_PATCHES = 64
+_TRACED_BATCH, _TRACED_LENGTH = 2, 16
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 """Operators that take images first -> the place of their weights."""
 _POINTWISE = frozenset(
@@ -47,7 +56,8 @@ class Plan:
         ones: integers are ones; otherwise zeros and ones.
         declared: outputs must have the shapes that the graph declares.
         partial: sizes that a shard refuses are left out, as long as most remain.
-        wider: a plan that covers more, to be tried where this one works.
+        ends: of inputs whose texts end with an id that the graph looks for: the id.
+        steps: of symbols whose sizes come in steps, the pixels of a patch or the samples of a frame.
     """
 
     fixed: Mapping[str, int] = field(default_factory=dict)
@@ -56,7 +66,8 @@ class Plan:
     ones: bool = False
     declared: bool = False
     partial: bool = False
-    wider: Plan | None = None
+    ends: Mapping[str, int] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     def points(self, names: Sequence[str]) -> list[dict[str, int]]:
         """Sizes of all symbols, for each run."""
@@ -76,14 +87,15 @@ class Plan:
         return points
 
 
-def plans(graph: Graph, specs: Sequence[TensorSpec]) -> Iterator[Plan]:
-    """Plans to try where independent sizes fail, the likely ones first."""
+def plans(graph: Graph, specs: Sequence[TensorSpec], published: Published) -> Iterator[Plan]:
+    """Plans to try one after another, the likely ones first."""
+    if extents := _symbolic_extents(graph, specs):
+        yield from _plans_of_extents(graph, specs, published, extents)
+        return
     names = symbols_of(specs)
-    for channels, strides in _images(graph, {spec.name: spec for spec in specs}):
-        for patches in range(1, _MOST_PATCHES + 1):
-            extents = {name: stride * patches for name, stride in strides.items()}
-            sizes = {name: (size, size + 2 * strides[name], size + 3 * strides[name]) for name, size in extents.items()}
-            yield Plan(fixed={**channels, **extents}, wider=Plan(fixed=channels, sizes=sizes))
+    yield Plan()
+    if ends := sought_ids(graph.nodes, {spec.name for spec in specs}, graph.constants):
+        yield Plan(ends=ends)
     for sums, ones in product(aligned(specs), (False, True)):
         yield Plan(sums=sums, ones=ones)
     edge = dict.fromkeys(names, _EDGE_SIZES)
@@ -91,6 +103,94 @@ def plans(graph: Graph, specs: Sequence[TensorSpec]) -> Iterator[Plan]:
     for declared, parts, partial, ones in product((True, False), (2, 1), (False, True), (False, True)):
         for sums in _relations(names, parts):
             yield Plan(sums=sums, ones=ones, partial=partial, sizes=edge if partial else {}, declared=declared)
+
+
+def _plans_of_extents(
+    graph: Graph, specs: Sequence[TensorSpec], published: Published, extents: Mapping[str, Extent]
+) -> Iterator[Plan]:
+    """Plans for a model of images or sounds."""
+    channels = _channels(graph, specs)
+    steps = {name: extent.step for name, extent in extents.items()}
+    is_image = any(len(spec.shape) == 4 and steps.keys() & set(spec.shape) for spec in specs)
+    edges = _edges(specs, extents)
+    counts = list(_COUNTS if is_image else _FRAMES)
+    for height, width in published.images if is_image else ():
+        fewest = min(height // max(steps.values()), width // max(steps.values()))
+        if fewest > 1:
+            counts.append((fewest - 1, fewest, fewest + 1))
+    # Other sizes than those of images and sounds may belong together as well, such as those of texts beside them.
+    others = [
+        {},
+        *({n: parts for n, parts in sums.items() if n not in {*extents, *channels}} for sums in aligned(specs)),
+    ]
+    relations: list[Sums] = [sums for place, sums in enumerate(others) if sums or not place]
+    for chosen, sums in product(dict.fromkeys(counts), relations):
+        sizes = {name: tuple(extent.size(count) for count in chosen) for name, extent in extents.items()}
+        yield Plan(fixed=channels, sizes=sizes, steps=steps, sums=sums)
+    for pair, sums in product(published.images if is_image else (), relations):
+        yield Plan(fixed=channels | {name: pair[place] for name, place in edges.items()}, sums=sums)
+    for patches in range(1, _MOST_PATCHES + 1) if not published.images else ():
+        one = {name: extent.size(patches) for name, extent in extents.items()}
+        yield Plan(fixed=channels | one)
+
+
+def _symbolic_extents(graph: Graph, specs: Sequence[TensorSpec]) -> dict[str, Extent]:
+    """Symbol -> the steps in which it makes positions, for symbols that convolutions take."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    found = find_extents(graph.nodes, specs, lambda name: graph.types.get(name, (0, None))[1])
+    named = ((shapes[name][axis], extent) for (name, axis), extent in found.items())
+    return {dim: extent for dim, extent in named if isinstance(dim, str)}
+
+
+def _edges(specs: Sequence[TensorSpec], extents: Mapping[str, Extent]) -> dict[str, int]:
+    """Symbol -> 0 for the height of an image, 1 for its width."""
+    return {
+        dim: place
+        for spec in specs
+        if len(spec.shape) >= 2
+        for place, dim in enumerate(spec.shape[-2:])
+        if isinstance(dim, str) and dim in extents
+    }
+
+
+def _channels(graph: Graph, specs: Sequence[TensorSpec]) -> dict[str, int]:
+    """Symbols of the channels of inputs, which the first convolution's weight gives."""
+    shapes = {spec.name: spec.shape for spec in specs}
+    makers = graph.producers()
+    found = {}
+    for node in graph.nodes:
+        if node.op_type not in _CONVOLUTIONS:
+            continue
+        source = node.input[0]
+        while source not in shapes and source in makers and makers[source].op_type in _POINTWISE:
+            source = makers[source].input[0]
+        shape, weight = shapes.get(source), graph.types.get(node.input[_CONVOLUTIONS[node.op_type]], (0, None))[1]
+        if shape and weight and isinstance(shape[1], str) and isinstance(weight[1], int):
+            found[shape[1]] = weight[1] * attribute(node, "group", 1)
+    return found
+
+
+def traced(specs: Sequence[TensorSpec]) -> Plan:
+    """The sizes at which optimum traces texts. A model that runs at them only has a branch that tracing froze."""
+    first = {symbol for spec in specs for dim in spec.shape[:1] for symbol in symbols(dim)}
+    return Plan(fixed={name: _TRACED_BATCH if name in first else _TRACED_LENGTH for name in symbols_of(specs)})
+
+
+def sought_ids(
+    nodes: Iterable[NodeProto], inputs: Collection[str], constants: Mapping[str, Constant | TensorProto]
+) -> dict[str, int]:
+    """Input -> the one id that the graph looks for in it, as a model that classifies a text looks for its end."""
+    found: dict[str, set[int]] = {}
+    for node in nodes:
+        if node.op_type == "Equal":
+            for name, other in (node.input, reversed(node.input)):
+                constant = constants.get(other) if name in inputs else None
+                if constant is None:
+                    continue
+                values = constant.load() if isinstance(constant, Constant) else numpy_helper.to_array(constant)
+                if values.size == 1:
+                    found.setdefault(name, set()).add(int(values.item()))
+    return {name: ids.pop() for name, ids in found.items() if len(ids) == 1}
 
 
 def symbols_of(specs: Sequence[TensorSpec]) -> list[str]:
@@ -104,25 +204,3 @@ def _relations(names: Sequence[str], count: int) -> Iterator[dict[str, tuple[str
     for name in names:
         for parts in combinations([other for other in names if other != name], count):
             yield {name: parts}
-
-
-def _images(graph: Graph, specs: Mapping[str, TensorSpec]) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """For each input that a convolution takes: its channels, and the steps in which its extents may grow."""
-    makers = graph.producers()
-    for node in graph.nodes:
-        if node.op_type not in _CONVOLUTIONS:
-            continue
-        image = node.input[0]
-        while image not in specs and image in makers and makers[image].op_type in _POINTWISE:
-            image = makers[image].input[0]
-        spec = specs.get(image)
-        weight = graph.types.get(node.input[_CONVOLUTIONS[node.op_type]], (0, None))[1] if spec else None
-        if spec is None or weight is None or not isinstance(weight[1], int):
-            continue
-        strides = attribute(node, "strides", [1] * (len(spec.shape) - 2))
-        channels = weight[1] * attribute(node, "group", 1)
-        extents = zip(spec.shape[2:], strides, strict=True)
-        yield (
-            {spec.shape[1]: channels} if isinstance(spec.shape[1], str) else {},
-            {name: stride for name, stride in extents if isinstance(name, str)},
-        )

@@ -7,7 +7,8 @@ as much as one block, however many blocks it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from pipeload.format.manifest import TensorSpec, evaluate_dim
 from pipeload_export.graph.graph import Constant, Graph
 from pipeload_export.shard.alignment import Sums
 from pipeload_export.shard.fuse import Fused
-from pipeload_export.shard.sample_sizes import Plan, plans, symbols_of
-from pipeload_export.shard.trial import Arrays, Event, Refused, agree, run_trial
+from pipeload_export.shard.published import Published
+from pipeload_export.shard.sample_sizes import Plan, plans, symbols_of, traced
+from pipeload_export.shard.trial import Arrays, Event, Refused, Trial, agree, run_trial
 
 __all__ = ["Sampler"]
 
@@ -43,6 +45,24 @@ class _Step:
     like: int | None = None
 
 
+_Done = tuple[Fused | None, list[list[Event]]]
+"""The graph that was run, if any, and its nodes in each run."""
+
+
+class _Trials:
+    """Sessions of shards, each made when it is first wanted."""
+
+    def __init__(self, stack: ExitStack, work: Path) -> None:
+        self._stack = stack
+        self._work = work
+        self._made: dict[int, Trial] = {}
+
+    def of(self, fused: Fused) -> Trial:
+        if id(fused) not in self._made:
+            self._made[id(fused)] = self._stack.enter_context(Trial(fused, self._work))
+        return self._made[id(fused)]
+
+
 class Sampler:
     """Runs the shards of one model in order.
 
@@ -51,13 +71,21 @@ class Sampler:
         specs: the graph's inputs.
         last_use: tensor -> number of the last shard that takes it.
         work: a folder for temporary files.
+        published: sizes that the model's files name.
 
     Attributes:
         points: sizes of all symbols, for each run.
         shapes: tensor -> its shape in each of the runs.
     """
 
-    def __init__(self, graph: Graph, specs: Sequence[TensorSpec], last_use: Mapping[str, int], work: Path) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        specs: Sequence[TensorSpec],
+        last_use: Mapping[str, int],
+        work: Path,
+        published: Published | None = None,
+    ) -> None:
         self._graph = graph
         self._specs = {spec.name: spec for spec in specs}
         self._last_use = last_use
@@ -65,7 +93,9 @@ class Sampler:
         self._names = symbols_of(specs)
         self._declared = {v.name: [dim.dim_param for dim in v.type.tensor_type.shape.dim] for v in graph.outputs}
         self._steps: list[_Step] = []
-        self._begin(Plan(), Plan().points(self._names))
+        self._published = published or Published()
+        plan = next(self._plans())
+        self._begin(plan, plan.points(self._names))
 
     @property
     def free_symbols(self) -> tuple[str, ...]:
@@ -87,7 +117,7 @@ class Sampler:
         Args:
             shard: its number.
             fused: its graph.
-            plain: the same before it was fused, to fall back on where the outputs differ.
+            plain: the same before it was fused, to fall back on where that does not run, or its outputs differ.
 
         Returns:
             The graph to use, and for each run its nodes in the order in which they ran.
@@ -113,9 +143,9 @@ class Sampler:
         return True
 
     @property
-    def is_wide(self) -> bool:
-        """Whether the extents of images were varied, of which products of a high degree are made."""
-        return bool(self._plan.sizes) and not self._plan.partial
+    def steps(self) -> Mapping[str, int]:
+        """Of symbols whose sizes come in steps, such as those of images: the step."""
+        return self._plan.steps
 
     def run_shapes(self, names: Sequence[str], run: int) -> dict[str, tuple[int, ...]]:
         """Shapes of tensors in one of the runs."""
@@ -141,6 +171,9 @@ class Sampler:
             return constant
         return " + ".join([*parts, *([str(constant)] if constant else [])])
 
+    def _plans(self) -> Iterator[Plan]:
+        return plans(self._graph, list(self._specs.values()), self._published)
+
     def _begin(self, plan: Plan, points: list[dict[str, int]]) -> None:
         self._plan = plan
         self.points = points
@@ -152,41 +185,57 @@ class Sampler:
         self._states: list[Arrays] = [{} for _ in self.points]
         self._results: dict[int, list[list[NDArray[Any]]]] = {}
 
-    def _perform(self, step: _Step, plain: Fused | None = None) -> tuple[Fused | None, list[list[Event]]]:
+    def _perform(self, step: _Step, plain: Fused | None = None) -> _Done:
         """Do a step; if it fails, choose other sizes and repeat all steps."""
         try:
             chosen, events = self._do(step, plain)
         except Refused as refused:
-            candidates = plans(self._graph, list(self._specs.values()))
-            found = next((plan for plan in candidates if self._replay(plan, step, plain)), None)
-            if found is None:
+            # Sessions take seconds to make for graphs of thousands of nodes, and one serves all plans.
+            with ExitStack() as stack:
+                trials = _Trials(stack, self._work)
+                found = next((plan for plan in self._plans() if self._replay(plan, step, plain, trials)), None)
+                self._check_frozen(found, step, plain, trials)
+            done = self._replay(found, step, plain) if found else None
+            if done is None:
                 raise ExportError(
                     f"{_name(step)} does not run on sample inputs of any size that was tried, so the memory that "
                     f"it needs is not known: {refused}."
                 ) from refused
-            done = (self._replay(found.wider, step, plain) if found.wider else None) or self._replay(found, step, plain)
-            assert done is not None
             chosen, events = done
         self._steps.append(step if chosen is None else replace(step, fused=chosen))
         return chosen, events
 
-    def _replay(self, plan: Plan, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]] | None:
-        """Repeat all steps at other sizes, then do this one; None if a shard refuses them."""
+    def _check_frozen(self, found: Plan | None, step: _Step, plain: Fused | None, trials: _Trials) -> None:
+        """Where no plan was found, look whether the graph runs at the sizes of its tracing, and say so."""
+        plan = traced(list(self._specs.values()))
+        if found is None and self._replay(plan, step, plain, trials):
+            sizes = " and ".join(f"{name} {size}" for name, size in plan.fixed.items())
+            raise ExportError(
+                f"{_name(step)} runs with {sizes}, the sizes at which it was traced, and not with smaller and larger "
+                "ones: tracing froze a decision of the model's code. Export it to an .onnx file whose sizes are fixed "
+                "to those that you need, and pass that."
+            )
+
+    def _replay(self, plan: Plan, step: _Step, plain: Fused | None, trials: _Trials | None = None) -> _Done | None:
+        """Repeat all steps at other sizes, then do this one; None if a shard refuses them.
+
+        With `trials` it is only found out whether they all run.
+        """
         points = plan.points(self._names)
         most = len(points)
         while len(points) * 2 > most:
             self._begin(plan, points)
             try:
                 for before in self._steps:
-                    self._do(before, None)
-                return self._do(step, plain)
+                    self._do(before, None, trials)
+                return self._do(step, plain, trials)
             except Refused as refused:
                 if not plan.partial:
                     return None
                 points = [point for place, point in enumerate(points) if place not in refused.places]
         return None
 
-    def _do(self, step: _Step, plain: Fused | None) -> tuple[Fused | None, list[list[Event]]]:
+    def _do(self, step: _Step, plain: Fused | None, trials: _Trials | None = None) -> _Done:
         chosen, events = step.fused, list[list[Event]]()
         if step.like is not None:
             results = self._results[step.like]
@@ -203,10 +252,10 @@ class Sampler:
                     raise Refused(str(error), range(len(inputs))) from error
             else:
                 assert chosen is not None
-                results, events = run_trial(chosen, inputs, step.outputs, self._work)
-                if plain is not None and not self._is_like(plain, inputs, step.outputs, results):
-                    chosen = plain
-                    results, events = run_trial(plain, inputs, step.outputs, self._work)
+                if trials:
+                    results = trials.of(plain or chosen).run(inputs, step.outputs, stops=not self._plan.partial)
+                else:
+                    chosen, results, events = self._try(chosen, plain, inputs, step.outputs)
         if self._plan.declared:
             self._check_declared(step.outputs, results)
         self._taken[step.shard] = self._shapes_of(step.inputs)
@@ -233,6 +282,20 @@ class Sampler:
             for optimised in (False, True)
         )
 
+    def _try(
+        self, fused: Fused, plain: Fused | None, inputs: Sequence[Arrays], outputs: Sequence[str]
+    ) -> tuple[Fused, list[list[NDArray[Any]]], list[list[Event]]]:
+        """Run the fused graph; where it does not run, or has other outputs than the plain one, run that."""
+        few = not self._plan.partial
+        try:
+            results, events = run_trial(fused, inputs, outputs, self._work, stops=few)
+            if plain is None or self._is_like(plain, inputs, outputs, results):
+                return fused, results, events
+        except Refused:
+            if plain is None:
+                raise
+        return plain, *run_trial(plain, inputs, outputs, self._work, stops=few)
+
     def _check_declared(self, names: Sequence[str], results: Sequence[Sequence[NDArray[Any]]]) -> None:
         """Refuse a plan under which an output's size is not the one that the graph gives it."""
         for place, name in enumerate(names):
@@ -253,6 +316,9 @@ class Sampler:
             # Zeros and ones are rows of any table; as a mask, they leave the first position visible.
             values = np.asarray(random.integers(self._plan.ones, 2, shape))
             values[(..., slice(1)) if shape else ...] = 1
+            if (end := self._plan.ends.get(name)) is not None:
+                values[values == end] = end - 1 if end else 1
+                values[..., -1:] = end
             return values.astype(dtype)
         return random.standard_normal(shape).astype(dtype)
 

@@ -7,6 +7,7 @@ the same as the graph it was made from.
 from __future__ import annotations
 
 import hashlib
+from math import prod
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
@@ -18,6 +19,9 @@ from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.trial import Event
 
 __all__ = ["Structures", "structure_id"]
+
+_WIDEST = 4
+"""Bytes of an element of an edge."""
 
 
 class Structures:
@@ -66,7 +70,11 @@ class Structures:
         if len({len(run) for run in steps}) != 1:
             steps = [[max(run)] for run in steps]
         table = np.array(steps, np.int64).reshape(len(steps), -1)
-        return fit(sampler.free_symbols, sampler.points, table, high=sampler.is_wide)
+        # The manifest cannot say the size of such an edge; each shard that takes one counts it.
+        unknown = [value.name for value in graph.input if sampler.shape(value.name) is None]
+        for i in range(len(steps)):
+            table[i] += sum(prod(shape) for shape in sampler.run_shapes(unknown, i).values()) * _WIDEST
+        return fit(sampler.free_symbols, sampler.points, table, steps=sampler.steps)
 
 
 def structure_id(model: ModelProto) -> str:

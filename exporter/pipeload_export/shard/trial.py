@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ from pipeload_export.graph.graph import tensor_proto
 from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 from pipeload_export.shard.fuse import Fused
 
-__all__ = ["Arrays", "Event", "Refused", "agree", "run_trial"]
+__all__ = ["Arrays", "Event", "Refused", "Trial", "agree", "run_trial"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -53,17 +54,73 @@ class Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
         self.places = places
 
 
-def run_trial(
-    fused: Fused, inputs: Sequence[Arrays], outputs: Sequence[str], work: Path, *, optimised: bool = False
-) -> tuple[list[list[NDArray[Any]]], list[list[Event]]]:
-    """Run a shard in a session as the engine makes it.
+class Trial:
+    """A session over a shard as the engine makes it; a context manager, which removes its temporary files.
 
     Args:
-        fused: its graph.
-        inputs: for each run.
-        outputs: their names.
+        fused: the shard.
         work: a folder for temporary files.
+        profile: record which nodes run.
         optimised: let onnxruntime optimise the graph first, with its weights at hand.
+
+    Raises:
+        ExportError: onnxruntime does not take the graph.
+    """
+
+    def __init__(self, fused: Fused, work: Path, *, profile: bool = False, optimised: bool = False) -> None:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix=".trial-", dir=work)))
+            options = session_options()
+            if optimised:
+                options.graph_optimization_level = LEVEL
+            options.enable_profiling = profile
+            options.profile_file_prefix = f"{folder}/profile"
+            self._values = _add_weights(fused, folder, options, in_file=optimised)
+            what, left_out = f"shard '{fused.model.graph.name}'", NOT_APPLIED if optimised else ()
+            self._session = open_session(folder / "shard.onnx", what, options, disabled=left_out)
+            self._files = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def run(self, inputs: Sequence[Arrays], outputs: Sequence[str], *, stops: bool = True) -> list[list[NDArray[Any]]]:
+        """The outputs for each set of inputs.
+
+        With `stops`, the first inputs that the shard refuses are the last that are tried.
+
+        Raises:
+            Refused: the shard does not run on some of the inputs.
+        """
+        results, failed = [], dict[int, str]()
+        for place, arrays in enumerate(inputs):
+            try:
+                results.append(run(self._session, outputs, arrays))
+            except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions have no common base
+                failed[place] = first_line(error)
+                if stops:
+                    break
+        if failed:
+            raise Refused(next(iter(failed.values())), failed.keys())
+        return results
+
+    def events(self) -> list[list[Event]]:
+        """The nodes of each run, in the order in which they ran. Ends the profile."""
+        return _events(json.loads(Path(self._session.end_profiling()).read_text()))
+
+
+def run_trial(
+    fused: Fused,
+    inputs: Sequence[Arrays],
+    outputs: Sequence[str],
+    work: Path,
+    *,
+    stops: bool = True,
+    optimised: bool = False,
+) -> tuple[list[list[NDArray[Any]]], list[list[Event]]]:
+    """Run a shard, and record which nodes run; see `Trial`.
 
     Returns:
         For each set of inputs the outputs, and the nodes in the order in which they ran.
@@ -72,26 +129,8 @@ def run_trial(
         Refused: the shard does not run on some of the inputs.
         ExportError: onnxruntime does not take the graph.
     """
-    with TemporaryDirectory(prefix=".trial-", dir=work) as folder:
-        options = session_options()
-        if optimised:
-            options.graph_optimization_level = LEVEL
-        options.enable_profiling = True
-        options.profile_file_prefix = f"{folder}/profile"
-        values = _add_weights(fused, Path(folder), options, in_file=optimised)
-        what, left_out = f"shard '{fused.model.graph.name}'", NOT_APPLIED if optimised else ()
-        session = open_session(Path(folder, "shard.onnx"), what, options, disabled=left_out)
-        results, failed = [], dict[int, str]()
-        for place, arrays in enumerate(inputs):
-            try:
-                results.append(run(session, outputs, arrays))
-            except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions have no common base
-                failed[place] = first_line(error)
-        if failed:
-            raise Refused(next(iter(failed.values())), failed.keys())
-        events = _events(json.loads(Path(session.end_profiling()).read_text()))
-        del session, values
-    return results, events
+    with Trial(fused, work, profile=True, optimised=optimised) as trial:
+        return trial.run(inputs, outputs, stops=stops), trial.events()
 
 
 def _add_weights(fused: Fused, folder: Path, options: ort.SessionOptions, *, in_file: bool) -> list[ort.OrtValue]:

@@ -226,6 +226,11 @@ _FAULTS = [
         "head slice 'head.000' is not a shard",
     ),
     (_set("head", to={"input": "hidden.6", "output": "logits", "shards": []}), "'logits', which is no output"),
+    (
+        _set("structures", "block", "activations", 0, 0, "steps", to=[1] * 9),
+        "another number of steps than of dimensions",
+    ),
+    (_set("structures", "block", "activations", 0, 0, "steps", to=[0]), "a step that is not between 1 and"),
 ]
 
 
@@ -310,6 +315,13 @@ def test_activation_bytes_are_the_worst_formula() -> None:
     assert structure.activation_bytes({"n": 10}) == 500
     assert structure.activation_bytes({"n": 100}) == 40_100
     assert Structure(activations=()).activation_bytes({}) == 0
+
+
+def test_a_dimension_may_count_in_steps_of_which_a_part_is_a_whole_one() -> None:
+    term = ByteTerm(nbytes=10, dims=("b", "h", "h"), steps=(1, 14, 14))
+    structure = Structure(activations=((term,),))
+    assert structure.activation_bytes({"b": 2, "h": 28}) == 80
+    assert structure.activation_bytes({"b": 2, "h": 29}) == 180
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEM_BYTES.keys() - {"bfloat16"}))

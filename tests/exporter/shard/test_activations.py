@@ -43,6 +43,45 @@ def test_a_bound_that_is_no_polynomial_is_above_every_sample() -> None:
         assert found.activation_bytes(point) >= nbytes
 
 
+def _image_points(step: int) -> list[dict[str, int]]:
+    return [{"b": b, "h": h * step, "w": w * step} for b in (1, 2, 3) for h in (1, 2, 3) for w in (1, 2, 3)]
+
+
+def _attention(point: dict[str, int]) -> int:
+    """Scores of four heads over patches of 14 pixels and one token more, rounded as no polynomial is."""
+    patches = (point["h"] // 14) * (point["w"] // 14) + 1
+    return 16 * point["b"] * patches**2 + 64 * patches
+
+
+def test_sizes_in_steps_are_found_exactly_and_bound_those_between() -> None:
+    points = _image_points(14)
+    table = np.array([[_attention(point)] for point in points], np.int64)
+    found = fit(("b", "h", "w"), points, table, steps={"h": 14, "w": 14})
+    for height, width in ((224, 224), (518, 518), (14, 700)):
+        point = {"b": 1, "h": height, "w": width}
+        assert found.activation_bytes(point) == _attention(point)
+    between = {"b": 1, "h": 230, "w": 500}
+    assert _attention(between) <= found.activation_bytes(between) <= 1.2 * _attention(between)
+
+
+def test_symbols_of_other_parts_of_a_model_leave_no_choice() -> None:
+    random = np.random.default_rng(0)
+    points = [{name: int(random.integers(1, 4)) for name in ("text", "length", "b", "h", "w")} for _ in range(30)]
+    table = np.array([[40 * p["b"] * p["h"] * p["w"] + 100] for p in points], np.int64)
+    found = fit(("text", "length", "b", "h", "w"), points, table, steps={"h": 1, "w": 1})
+    assert found.activation_bytes({"text": 1, "length": 1, "b": 2, "h": 50, "w": 40}) == 160_100
+
+
+def test_rounding_noise_does_not_grow_with_the_size() -> None:
+    points = _image_points(14)
+    table = np.array([[_attention(point) + (point["h"] * point["w"]) % 3] for point in points], np.int64)
+    found = fit(("b", "h", "w"), points, table, steps={"h": 14, "w": 14})
+    for point, (nbytes,) in zip(points, table.tolist(), strict=True):
+        assert nbytes <= found.activation_bytes(point)
+    large = {"b": 2, "h": 518, "w": 518}
+    assert _attention(large) <= found.activation_bytes(large) <= 1.1 * _attention(large)
+
+
 def test_many_steps_become_few_formulas_that_bound_them_all() -> None:
     formulas = [lambda b, s, k=k: (20 - k) * b * s + k * s * s for k in range(20)]
     found = fit(("b", "s"), POINTS, steps(*formulas))
