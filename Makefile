@@ -12,21 +12,24 @@ LATEST_TESTS ?= tests/engine
 WORKERS ?= $(shell nproc)
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-all test-latest test-arm64 check format clean
+.PHONY: demo test test-slow test-survey test-all test-latest test-arm64 check format clean
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
 
-test: $(STAMP)  ## all tests but the slow and the emulated ones
-	$(BIN)/python $(PYTEST) -m "not slow"
+test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
+	$(BIN)/python $(PYTEST) -m "not slow and not survey"
 
-test-slow: $(STAMP)  ## the tests that `make test` leaves out
+test-slow: $(STAMP)  ## the tests that take more than ten seconds
 	$(BIN)/python $(PYTEST) -m slow
 
-test-all: test test-slow
+test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
+	$(BIN)/python $(PYTEST) -m survey
+
+test-all: test test-slow test-survey
 
 test-latest: $(STAMP) $(LATEST_STAMP)  ## the engine and the demo's caps with the newest packages that pyproject.toml allows
-	PIPELOAD_TEST_MODELS=$$($(BIN)/python -m tests.models) $(LATEST)/bin/python $(PYTEST) -m "not slow" $(LATEST_TESTS)
+	PIPELOAD_TEST_MODELS=$$($(BIN)/python -m tests.models) $(LATEST)/bin/python $(PYTEST) -m "not slow and not survey" $(LATEST_TESTS)
 	$(BIN)/python -m benchmarks.demo --only-export
 	$(LATEST)/bin/python -m benchmarks.demo
 

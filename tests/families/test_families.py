@@ -24,7 +24,7 @@ for name, kinds in TasksManager._SUPPORTED_MODEL_TYPE.items():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if family.quick else pytest.mark.slow) for name, family in FAMILIES.items()]
+    "name", [pytest.param(name, marks=() if family.quick else pytest.mark.survey) for name, family in FAMILIES.items()]
 )
 def test_family_answers_as_the_source_or_is_refused(name: str, tmp_path: Path) -> None:
     result = compare(name, tmp_path / "family")
@@ -36,7 +36,7 @@ def test_family_answers_as_the_source_or_is_refused(name: str, tmp_path: Path) -
         assert not new, f"calls that worked are refused: {[result.refused_cases[case] for case in new]}"
 
 
-@pytest.mark.slow
+@pytest.mark.survey
 def test_every_family_that_can_be_exported_is_tried() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _LIST],

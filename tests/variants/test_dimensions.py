@@ -42,7 +42,7 @@ _QUICK = {("bert", "?"), ("bert", "fixed"), ("vit", "-1"), ("llama", "unnamed")}
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        pytest.param(name, way, marks=[] if (name, way) in _QUICK else pytest.mark.slow)
+        pytest.param(name, way, marks=[] if (name, way) in _QUICK else pytest.mark.survey)
         for name in MODELS
         for way in _WAYS
         if (name, way) != ("llama", "fixed")

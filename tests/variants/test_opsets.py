@@ -23,7 +23,7 @@ def block_operators(manifest: Manifest, directory: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "opset"),
     [
-        pytest.param(name, opset, marks=[] if (name, opset) in _QUICK else pytest.mark.slow)
+        pytest.param(name, opset, marks=[] if (name, opset) in _QUICK else pytest.mark.survey)
         for name in MODELS
         for opset in range(11, 21)
     ],

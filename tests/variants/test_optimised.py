@@ -23,7 +23,7 @@ _QUICK = {("bert", "all", 13), ("vit", "extended", 18), ("llama", "all", 18)}
 @pytest.mark.parametrize(
     ("name", "level", "opset"),
     [
-        pytest.param(name, level, opset, marks=[] if (name, level, opset) in _QUICK else pytest.mark.slow)
+        pytest.param(name, level, opset, marks=[] if (name, level, opset) in _QUICK else pytest.mark.survey)
         for name in MODELS
         for level in _LEVELS
         for opset in (13, 18)
@@ -45,7 +45,7 @@ def test_saved_by_onnxruntime(
 
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [("bert", 18), ("vit", 13), *(pytest.param("llama", opset, marks=pytest.mark.slow) for opset in (13, 18))],
+    [("bert", 18), ("vit", 13), *(pytest.param("llama", opset, marks=pytest.mark.survey) for opset in (13, 18))],
 )
 def test_saved_by_the_transformers_optimiser(
     name: str, opset: int, variant: Callable[..., Path], assert_right: Callable[..., Any]

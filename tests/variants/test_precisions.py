@@ -24,7 +24,7 @@ _ROUNDING = 1e-2
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        pytest.param(name, precision, marks=[] if (name, precision) in _QUICK else pytest.mark.slow)
+        pytest.param(name, precision, marks=[] if (name, precision) in _QUICK else pytest.mark.survey)
         for name in MODELS
         for precision in PRECISIONS
     ],

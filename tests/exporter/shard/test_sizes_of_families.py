@@ -25,7 +25,7 @@ Make = Callable[[str], Path]
 
 
 def slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.survey)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,7 @@ def test_interpolated_positions_run_at_every_size(size: int, exported: Make, uns
         np.testing.assert_allclose(found[value.name], wanted, rtol=0, atol=1e-4 * float(np.abs(wanted).max()))
 
 
-@pytest.mark.slow
+@pytest.mark.survey
 def test_a_branch_that_tracing_froze_is_the_reason(unsplit: Make, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="batch_size 2 and sequence_length 16, the sizes at which it was traced"):
         export(unsplit("longformer"), tmp_path / "longformer")
