@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ pytest.importorskip("tokenizers")
 def as_before() -> Iterator[None]:
     yield
     LOUDNESS.set(quiet=False, verbose=False)
+    logging.getLogger("pipeload_export").setLevel(logging.NOTSET)
 
 
 @pytest.fixture
