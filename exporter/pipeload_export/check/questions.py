@@ -26,7 +26,7 @@ _TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
 _MOST_TOKENS = 1100
 _MOST_BYTES = 256 << 20
 """Of the attention's scores, of which an eager model holds about three sets, and of the logits of a case."""
-_MOST_OPERATIONS = 10**12
+_MOST_OPERATIONS = 3 * 10**11
 """Multiplications of all cases together: some ten seconds on a small machine."""
 _NEW_TOKENS, _FEW_NEW_TOKENS, _LARGE_BYTES = 32, 8, 4 << 30
 """Greedy tokens, and those of models for which each takes seconds."""

@@ -147,7 +147,8 @@ def test_batches_of_families_have_the_texts_of_transformers(family: str, tmp_pat
         warnings.simplefilter("ignore")
         manifest = export(tmp_path / "checkpoint", tmp_path / "target", task="text-generation")
     assert "position_ids" not in {spec.name for spec in manifest.inputs}
-    assert manifest.takes_left_padding
+    # Gemma's eager trace answers otherwise behind cached padding: texts of one length share its passes.
+    assert manifest.takes_left_padding is (family != "Gemma")
     with pipeload.load(tmp_path / "target") as model:
         found = model.generate([list(p) for p in PROMPTS], max_new_tokens=16, min_new_tokens=16)
     assert [one.token_ids for one in found] == wanted
