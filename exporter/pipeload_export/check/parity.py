@@ -20,7 +20,7 @@ from pipeload.format.manifest import Manifest, Parity, Verification
 from pipeload.measuring.profiler import measure
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
-from pipeload.tasks.model_files import ModelConfig, read_settings
+from pipeload.tasks.model_files import read_config
 from pipeload_export.check.compare import limit_of
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
 from pipeload_export.source.asking import Answers, ask, visible
@@ -51,7 +51,7 @@ def check_parity(directory: Path, manifest: Manifest, request: Request, work: Pa
         ExportError: an output of the streamed model differs by more than its limit; the engine cannot run it; or the
             source cannot be asked.
     """
-    positions = read_settings(ModelFiles(directory, manifest, verify=False), "config.json", ModelConfig).max_positions
+    positions = read_config(ModelFiles(directory, manifest, verify=False)).max_positions
     asked = questionnaire(manifest, directory, weight_bytes=request.weight_bytes, positions=positions)
     answers = ask(
         request,
