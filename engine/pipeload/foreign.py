@@ -11,7 +11,7 @@ __all__ = ["first_line", "foreign_errors"]
 
 
 @contextmanager
-def foreign_errors(kind: Callable[[str], PipeloadError], fact: str, remedy: str) -> Iterator[None]:
+def foreign_errors(kind: Callable[[str], Exception], fact: str, remedy: str) -> Iterator[None]:
     """Turn an exception of a library or the system into one of pipeload's errors, with the original as its cause.
 
     Errors of pipeload pass as they are; so do KeyboardInterrupt, SystemExit and GeneratorExit.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ __all__ = [
     "Array",
     "DecodeState",
     "Decoder",
+    "FilesOnly",
     "Runner",
     "config_of",
     "generation_config_of",
@@ -85,6 +87,19 @@ class Runner(Protocol):
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All graph outputs for the given graph inputs. Caches that are left out are empty."""
+
+
+@dataclass(frozen=True, eq=False)
+class FilesOnly:
+    """A model directory of which only the tokenizer and the settings are used: a runner that runs nothing."""
+
+    directory: Path
+    manifest: Manifest
+    files: ModelFiles
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Not for such a model."""
+        raise NotImplementedError
 
 
 class Decoder(Runner, Protocol[State]):

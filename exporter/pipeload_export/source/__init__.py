@@ -13,6 +13,7 @@ trace     optimum on a model of transformers, and why it fails
 older_form    a checkpoint folder as the installed transformers reads it
 config_keys   which keys of config.json have a meaning
 gguf      what a GGUF file says and transformers does not read
+bare      a folder without a graph, as the engine's tasks read its files
 tokenizer the tokenizer of a checkpoint as transformers makes it, and whether the engine makes the same ids
 image_processor   the image processor of a checkpoint, likewise
 gaps      weights of a checkpoint that do not fit its model

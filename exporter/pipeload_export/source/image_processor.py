@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeload.errors import ConfigError, ExportError, ShardError
+from pipeload.errors import ConfigError, ShardError
 from pipeload.foreign import foreign_errors
-from pipeload.format.manifest import Manifest
-from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import ImageProcessor
 from pipeload.tasks.model_files import read_config
+from pipeload_export.source.bare import files_only
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.tracing import RESOLVED
 
@@ -43,31 +42,20 @@ def resolve_image_processor(checkpoint: Path, graph_folder: Path) -> None:
         return
     from transformers import AutoImageProcessor
 
-    try:
-        with foreign_errors(
-            ExportError,
-            f"transformers cannot open its {_NAME}",
-            "Fetch it again, or take it out of the folder to export a model that takes pixel values only.",
-        ):
-            reference = AutoImageProcessor.from_pretrained(checkpoint, use_fast=False, local_files_only=True)
-    except ExportError as error:
-        raise Refused(str(error)) from error
+    with foreign_errors(
+        Refused,
+        f"transformers cannot open its {_NAME}",
+        "Fetch it again, or take it out of the folder to export a model that takes pixel values only.",
+    ):
+        reference = AutoImageProcessor.from_pretrained(checkpoint, use_fast=False, local_files_only=True)
     folder = graph_folder / RESOLVED
     folder.mkdir(exist_ok=True)
     (folder / _NAME).write_text(reference.to_json_string(), "utf-8")
     try:
-        own = ImageProcessor(_files(folder), read_config(_files(checkpoint)))
+        own = ImageProcessor(files_only(folder).files, read_config(files_only(checkpoint).files))
     except (ConfigError, ShardError):
         return  # the engine says so when it gets an image
     _compare(own, reference)
-
-
-def _files(folder: Path) -> ModelFiles:
-    manifest = Manifest(
-        exporter="", source="", model_type="", task="", inputs=(), outputs=(), edges=(), shards=(), structures={},
-        files=(),
-    )  # fmt: skip
-    return ModelFiles(folder, manifest)
 
 
 def _compare(own: ImageProcessor, reference: Any) -> None:

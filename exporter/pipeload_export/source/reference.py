@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload_export.source.asking import Questions, visible
+from pipeload_export.source.refused import reason
 from pipeload_export.source.tracer import load_model, serve
 
 __all__ = ["answer", "run_child"]
@@ -49,7 +50,7 @@ def answer(questions: Questions, folder: Path) -> None:
             found = _outputs(model, inputs, questions.outputs)
             effects[f"case.{number}"] = _effects(found, _outputs(model, inputs, questions.outputs, nudged=True))
         except Exception as error:  # noqa: BLE001 - the source takes no inputs of this size
-            errors[f"case.{number}"] = _refusal(error)
+            errors[f"case.{number}"] = reason(error, _MAX_ERROR_CHARACTERS)
             continue
         outputs[number] = list(found)
         for name, array in found.items():
@@ -61,7 +62,7 @@ def answer(questions: Questions, folder: Path) -> None:
             text = {"input_ids": np.concatenate([ids, tokens[:, :-1]], axis=1)}
             found, moved = (_outputs(model, text, ["logits"], nudged=nudged) for nudged in (False, True))
         except Exception as error:  # noqa: BLE001 - nor this text
-            errors[f"prompt.{number}"] = _refusal(error)
+            errors[f"prompt.{number}"] = reason(error, _MAX_ERROR_CHARACTERS)
             continue
         effects[f"prompt.{number}"] = _effects(found, moved)
         np.save(folder / f"answer.prompt.{number}.tokens.npy", tokens)
@@ -150,7 +151,3 @@ def _untouched(model: Any) -> Iterator[None]:
         for now, before in kept:
             now.clear()
             now.update(before)
-
-
-def _refusal(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_ERROR_CHARACTERS]

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeload.errors import ExportError, PipeloadError
+from pipeload.errors import PipeloadError
 from pipeload.foreign import foreign_errors
-from pipeload.format.manifest import Manifest
-from pipeload.storage.model_files import ModelFiles
-from pipeload.tasks.runner import Array
 from pipeload.tasks.text.tokenizer import Tokenizer
+from pipeload_export.source.bare import files_only
 from pipeload_export.source.folder import read_json
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.tracing import RESOLVED
@@ -72,37 +69,18 @@ def _reference(checkpoint: Path, *, trust_remote_code: bool) -> Any:
     named = settings.get("tokenizer_class") or settings.get("auto_map") or config.get("tokenizer_class")
     kind = AutoTokenizer if named or config.get("model_type") in TOKENIZER_MAPPING_NAMES else PreTrainedTokenizerFast
     options = {"trust_remote_code": True} if trust_remote_code else {"local_files_only": True}
-    try:
-        with foreign_errors(
-            ExportError,
-            "transformers cannot open its tokenizer",
-            "Fetch its files again, or take them out of the folder to export a model that takes token ids only.",
-        ):
-            return kind.from_pretrained(checkpoint, **options)
-    except ExportError as error:
-        raise Refused(str(error)) from error
-
-
-@dataclass(frozen=True, eq=False)
-class _FilesOnly:
-    """A model of which only the tokenizer is there."""
-
-    directory: Path
-    manifest: Manifest
-    files: ModelFiles
-
-    def run(self, inputs: Any) -> dict[str, Array]:
-        raise NotImplementedError
+    with foreign_errors(
+        Refused,
+        "transformers cannot open its tokenizer",
+        "Fetch its files again, or take them out of the folder to export a model that takes token ids only.",
+    ):
+        return kind.from_pretrained(checkpoint, **options)
 
 
 def _compare(folder: Path, reference: Any) -> None:
     # For text generation no text is cut.
-    manifest = Manifest(
-        exporter="", source="", model_type="", task="text-generation", inputs=(), outputs=(), edges=(), shards=(),
-        structures={}, files=(),
-    )  # fmt: skip
     try:
-        own = Tokenizer(_FilesOnly(folder, manifest, ModelFiles(folder, manifest)))
+        own = Tokenizer(files_only(folder, "text-generation"))
         for text in _texts(reference):
             expected, found = list(reference(text).input_ids), list(own.encode(text).ids)
             if expected != found:

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeload_export.source.refused import Refused
+from pipeload_export.source.refused import Refused, reason
 
-__all__ = ["LEAST_DISK_BYTES", "MAX_ERROR_CHARACTERS", "trace"]
+__all__ = ["LEAST_DISK_BYTES", "trace"]
 
-MAX_ERROR_CHARACTERS = 600
 LEAST_DISK_BYTES = 1 << 20
 """With less than this the disk is full, whatever a library calls that."""
 
@@ -38,11 +37,10 @@ def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if shutil.disk_usage(folder.parent).free < LEAST_DISK_BYTES:
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR_CHARACTERS].removesuffix(".")
         raise Refused(
             f"optimum cannot trace this model of type '{model.config.model_type}'. With the trial inputs that it makes "
-            f"for the type, the model's code fails: {reason}. Export the model to one .onnx file yourself, and pass "
-            "that."
+            f"for the type, the model's code fails: {reason(error)}. Export the model to one .onnx file yourself, and "
+            "pass that."
         ) from error
     finally:
         save_utils.maybe_load_preprocessors = load

@@ -21,11 +21,11 @@ from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
 from pipeload_export.source.gguf import GgufFile
 from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import view_of
-from pipeload_export.source.refused import Refused
+from pipeload_export.source.refused import Refused, reason
 from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS
 from pipeload_export.source.tokenizer import resolve_tokenizer
-from pipeload_export.source.trace import LEAST_DISK_BYTES, MAX_ERROR_CHARACTERS, trace
+from pipeload_export.source.trace import LEAST_DISK_BYTES, trace
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 
 __all__ = ["load_model", "run_child", "seeded_model", "serve"]
@@ -67,14 +67,10 @@ def serve(kind: type[Asked], work: Callable[[Asked, Path], None], request_path: 
         error = str(refusal)
     except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
         logging.getLogger("pipeload_export").exception("export failed")
-        reason = (
-            " ".join(f"{type(exception).__name__}: {exception}".split())
-            .removesuffix(":")[:MAX_ERROR_CHARACTERS]
-            .removesuffix(".")
-        )
         error = (
-            f"{reason}. Check that the checkpoint is complete, with its preprocessor_config.json if it takes images. "
-            "Or export it to one .onnx file yourself and pass that; --verbose shows what the libraries print."
+            f"{reason(exception)}. Check that the checkpoint is complete, with its preprocessor_config.json if it "
+            "takes images. Or export it to one .onnx file yourself and pass that; --verbose shows what the libraries "
+            "print."
         )
         if (number := _full(exception, Path(folder).parent)) is not None:
             # The answer needs room as well.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +30,7 @@ from pipeload.planning.profile import Profile
 from pipeload.planning.schedule import roofline
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import image_sizes
+from pipeload.tasks.runner import FilesOnly
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
 __all__ = ["plan"]
@@ -149,21 +150,12 @@ def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Pa
     return replace(found, process_bytes=process.process_bytes, cores=process.cores)
 
 
-@dataclass(frozen=True, eq=False)
-class _Unopened:
-    """The part of a model that its tokenizer uses."""
-
-    directory: Path
-    manifest: Manifest
-    files: ModelFiles
-
-
 def _process(directory: Path, manifest: Manifest) -> Profile:
     """The process as a command has it after opening the model: with the tokenizer, which takes tens of megabytes.
 
     What a model consists of is imported with `pipeload.model`; its objects come on top.
     """
-    model: Any = _Unopened(directory, manifest, ModelFiles(directory, manifest, verify=False))
+    model = FilesOnly(directory, manifest, ModelFiles(directory, manifest, verify=False))
     tokenizer = None
     with suppress(ConfigError):
         tokenizer = tokenizer_of(model)
