@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -10,10 +10,10 @@ import numpy as np
 from pipeload.errors import ConfigError
 from pipeload.tasks.answer.spans import Answer, Floats, best_answers
 from pipeload.tasks.arguments import check_positive, check_several
-from pipeload.tasks.runner import Runner, graph_inputs, made_by_model
-from pipeload.tasks.text.padding import apart, in_batches
+from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
+from pipeload.tasks.text.batches import by_rows
 from pipeload.tasks.text.pairs import check_text
-from pipeload.tasks.text.tokenizer import Tokenizer, Window, tokenizer_of
+from pipeload.tasks.text.tokenizer import Window, tokenizer_of
 
 __all__ = ["answer"]
 
@@ -119,11 +119,11 @@ def answer(
     for asked, text in zip(questions, contexts, strict=True):
         first, second = (asked, text) if long else (text, asked)
         parts = tokenizer.windows(first, second, long=long, length=limit, overlap=min(limit // 2, _OVERLAP))
-        logits = _logits(self, tokenizer, parts, batch_size)
+        logits = _logits(self, parts, batch_size)
         found.append(
             best_answers(
                 text,
-                zip(parts, *logits, strict=True),
+                [(part, *each) for part, each in zip(parts, logits, strict=True)],
                 long=long,
                 cls_id=tokenizer.cls_id,
                 top_k=top_k or 1,
@@ -154,19 +154,19 @@ def _rows(question: str | list[str], context: str | list[str]) -> tuple[Sequence
     return questions, contexts
 
 
-def _logits(runner: Runner, tokenizer: Tokenizer, parts: Sequence[Window], batch_size: int) -> list[list[Floats]]:
-    """For each window the logits of the first token of an answer, and for each those of the last one."""
-    found: dict[str, dict[int, Floats]] = {"start_logits": {}, "end_logits": {}}
+def _logits(runner: Runner, parts: Sequence[Window], batch_size: int) -> list[tuple[Floats, Floats]]:
+    """For each window the logits of the first token of an answer, and those of the last one."""
 
-    def run(indices: list[int]) -> None:
-        arrays = tokenizer.batch([parts[index] for index in indices])
+    def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[tuple[Floats, Floats]]:
         outputs = runner.run(graph_inputs(runner, arrays))
-        for name, rows in found.items():
+        found = []
+        for name in ("start_logits", "end_logits"):
             if name not in outputs:
                 raise ConfigError(f"The model makes no output '{name}', only {', '.join(outputs)}. Use model.run.")
             with made_by_model(name, outputs[name]):
-                for index, row, mask in zip(indices, outputs[name], arrays["attention_mask"] != 0, strict=True):
-                    rows[index] = row[mask].astype(np.float32, copy=False)
+                rows = zip(indices, outputs[name], arrays["attention_mask"] != 0, strict=True)
+                found.append([row[mask].astype(np.float32, copy=False) for _, row, mask in rows])
+        starts, ends = found
+        return [*zip(starts, ends, strict=True)]
 
-    in_batches([len(part.ids) for part in parts], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
-    return [[rows[index] for index in range(len(parts))] for rows in found.values()]
+    return by_rows(runner, parts, batch_size, made)

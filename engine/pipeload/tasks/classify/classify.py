@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from pipeload.errors import ConfigError
@@ -11,8 +11,9 @@ from pipeload.tasks.classify.entities import entities
 from pipeload.tasks.classify.labels import Label, scores, top_labels
 from pipeload.tasks.classify.logits import logits_of, text_logits
 from pipeload.tasks.images import Image, image_processor_of
-from pipeload.tasks.runner import Runner, config_of, made_by_model
-from pipeload.tasks.text.padding import WINDOW, apart, in_batches
+from pipeload.tasks.runner import Array, Runner, config_of, made_by_model
+from pipeload.tasks.text.batches import by_rows, in_windows
+from pipeload.tasks.text.padding import in_batches
 from pipeload.tasks.text.pairs import Pair, TextOrPair, is_pair, text_or_pair
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -100,25 +101,25 @@ def _labels(runner: Runner, texts: Sequence[TextOrPair], top_k: int | None, batc
 
 
 def _entities(runner: Runner, texts: Sequence[Any], batch_size: int) -> list[list[Label]]:
-    if len(texts) > WINDOW:
-        parts = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
-        return [found for part in parts for found in _entities(runner, part, batch_size)]
     for text in texts:
         if isinstance(text, tuple):
             raise ConfigError("A token classifier takes single texts, not pairs. Pass the texts in a list.")
     config, tokenizer = config_of(runner), tokenizer_of(runner)
-    rows = tokenizer.encode_all(texts)
-    results: dict[int, list[Label]] = {}
 
-    def run(indices: list[int]) -> None:
-        arrays = tokenizer.batch([rows[index] for index in indices])
-        logits = logits_of(runner, arrays)
-        with made_by_model("logits", logits):
-            for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True):
-                results[index] = [*entities(row[mask], texts[index], rows[index], tokenizer, config)]
+    def found(part: Sequence[str]) -> list[list[Label]]:
+        rows = tokenizer.encode_all(part)
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
-    return [results[index] for index in range(len(rows))]
+        def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[list[Label]]:
+            logits = logits_of(runner, arrays)
+            with made_by_model("logits", logits):
+                return [
+                    [*entities(row[mask], part[index], rows[index], tokenizer, config)]
+                    for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True)
+                ]
+
+        return by_rows(runner, rows, batch_size, made)
+
+    return in_windows(texts, found)
 
 
 def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_size: int) -> list[list[Label]]:

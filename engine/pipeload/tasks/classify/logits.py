@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
-from pipeload.tasks.text.padding import WINDOW, apart, in_batches
+from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import TextOrPair
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -26,22 +26,16 @@ def logits_of(runner: Runner, offered: Mapping[str, Array]) -> NDArray[np.float3
 
 def text_logits(runner: Runner, texts: Sequence[TextOrPair], batch_size: int) -> list[NDArray[np.float32]]:
     """The logits `[classes]` of each text or pair; passes take them sorted by length."""
-    if len(texts) > WINDOW:
-        parts = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
-        return [row for part in parts for row in text_logits(runner, part, batch_size)]
-    tokenizer = tokenizer_of(runner)
-    rows = tokenizer.encode_all(texts)
-    results: dict[int, NDArray[np.float32]] = {}
 
-    def run(indices: list[int]) -> None:
-        logits = logits_of(runner, tokenizer.batch([rows[index] for index in indices]))
+    def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[NDArray[np.float32]]:
+        logits = logits_of(runner, arrays)
         with made_by_model("logits", logits):
             if logits.ndim != 2 or not logits.shape[1]:
                 raise ValueError("it must be [texts, classes]")
-            results.update(zip(indices, logits, strict=True))
+            return [row for _, row in zip(indices, logits, strict=True)]
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
-    return [results[index] for index in range(len(rows))]
+    tokenizer = tokenizer_of(runner)
+    return in_windows(texts, lambda part: by_rows(runner, tokenizer.encode_all(part), batch_size, made))
 
 
 def check_scores_texts(runner: Runner, caller: str) -> None:

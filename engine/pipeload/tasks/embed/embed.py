@@ -17,7 +17,7 @@ from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_settings
 from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
-from pipeload.tasks.text.padding import WINDOW, apart, in_batches
+from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -71,8 +71,8 @@ def embed(
         check_positive("truncate_dim", truncate_dim)
     recipe = _recipe_of(self)
     before = recipe.chosen_prompt(prompt, prompt_name)
-    parts = [several[i : i + WINDOW] for i in range(0, max(len(several), 1), WINDOW)]
-    vectors = np.concatenate([_embedded(self, output, recipe, before, part, batch_size) for part in parts])
+    made = in_windows(several, lambda part: _embedded(self, output, recipe, before, part, batch_size))
+    vectors = np.stack(made) if made else _none(output, recipe)
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim].copy()
     if normalize:
@@ -83,26 +83,24 @@ def embed(
 
 def _embedded(
     runner: Runner, output: TensorSpec, recipe: _Recipe, prompt: str, texts: Sequence[str], batch_size: int
-) -> NDArray[np.float32]:
-    tokenizer = tokenizer_of(runner)
-    rows = tokenizer.encode_all(recipe.prepare(prompt, text) for text in texts)
-    vectors: dict[int, NDArray[np.float32]] = {}
-
-    def run(indices: list[int]) -> None:
-        arrays = tokenizer.batch([rows[index] for index in indices])
+) -> list[NDArray[np.float32]]:
+    def made(indices: Sequence[int], arrays: dict[str, NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         values = runner.run(graph_inputs(runner, arrays))[output.name]
         with made_by_model(output.name, values):
             floats = values.astype(np.float32, copy=False)
             pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])
-            vectors.update(zip(indices, pooled, strict=True))
+            return [vector for _, vector in zip(indices, pooled, strict=True)]
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
-    if not vectors:
-        width = output.shape[-1] if isinstance(output.shape[-1], int) else 0
-        if len(output.shape) == 2 or not width:
-            return np.empty((0, width), np.float32)
-        return recipe.after_pooling(np.empty((0, width * len(recipe.modes)), np.float32))
-    return np.stack([vectors[index] for index in range(len(vectors))])
+    rows = tokenizer_of(runner).encode_all(recipe.prepare(prompt, text) for text in texts)
+    return by_rows(runner, rows, batch_size, made)
+
+
+def _none(output: TensorSpec, recipe: _Recipe) -> NDArray[np.float32]:
+    """The vectors of no texts: `[0, hidden]`."""
+    width = output.shape[-1] if isinstance(output.shape[-1], int) else 0
+    if len(output.shape) == 2 or not width:
+        return np.empty((0, width), np.float32)
+    return recipe.after_pooling(np.empty((0, width * len(recipe.modes)), np.float32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

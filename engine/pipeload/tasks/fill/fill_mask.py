@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -13,8 +13,8 @@ from pipeload.errors import ConfigError
 from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.classify.labels import softmax
 from pipeload.tasks.classify.logits import logits_of
-from pipeload.tasks.runner import Runner, made_by_model
-from pipeload.tasks.text.padding import WINDOW, apart, in_batches
+from pipeload.tasks.runner import Array, Runner, made_by_model
+from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.tokenizer import Encoded, Tokenizer, tokenizer_of
 
 __all__ = ["FilledMask", "fill_mask"]
@@ -82,16 +82,13 @@ def fill_mask(self: Runner, texts: str | list[str], *, top_k: int = _TOP_K, batc
         raise ConfigError(
             "The model's tokenizer_config.json names no mask_token, so no text can have one. Use model.run."
         )
-    results = _fill(self, tokenizer, several, mask_id, top_k, batch_size)
+    results = in_windows(several, lambda part: _fill(self, tokenizer, part, mask_id, top_k, batch_size))
     return results[0] if isinstance(texts, str) else results
 
 
 def _fill(
     runner: Runner, tokenizer: Tokenizer, texts: Sequence[str], mask_id: int, top_k: int, batch_size: int
 ) -> list[Any]:
-    if len(texts) > WINDOW:
-        parts = (texts[i : i + WINDOW] for i in range(0, len(texts), WINDOW))
-        return [filled for part in parts for filled in _fill(runner, tokenizer, part, mask_id, top_k, batch_size)]
     rows = tokenizer.encode_all(texts)
     for text, row in zip(texts, rows, strict=True):
         if mask_id not in row.ids:
@@ -99,17 +96,16 @@ def _fill(
                 f"The text has no mask: {text!r:.80}. Write {tokenizer.token(mask_id)} in the place to fill"
                 f"{', within the first ' + str(len(row.ids)) + ' tokens' if row.cut else ''}."
             )
-    results: dict[int, Any] = {}
 
-    def run(indices: list[int]) -> None:
-        arrays = tokenizer.batch([rows[index] for index in indices])
+    def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[Any]:
         logits = logits_of(runner, arrays)
         with made_by_model("logits", logits):
-            for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True):
-                results[index] = _filled(row[mask], rows[index], tokenizer, top_k)
+            return [
+                _filled(row[mask], rows[index], tokenizer, top_k)
+                for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True)
+            ]
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
-    return [results[index] for index in range(len(rows))]
+    return by_rows(runner, rows, batch_size, made)
 
 
 def _filled(logits: NDArray[np.float32], row: Encoded, tokenizer: Tokenizer, top_k: int) -> Any:

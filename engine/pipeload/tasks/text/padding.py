@@ -12,12 +12,9 @@ from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest
 from pipeload.tasks.arguments import check_positive
 
-__all__ = ["WINDOW", "Side", "apart", "in_batches", "padded", "position_ids"]
+__all__ = ["Side", "apart", "in_batches", "padded", "position_ids"]
 
 Side = Literal["left", "right"]
-
-WINDOW = 1024
-"""The tokens of at most this many texts are in memory together: the budget has no room for those of all texts."""
 
 
 def padded(rows: Sequence[Sequence[int]], *, fill: int, side: Side) -> NDArray[np.int64]:

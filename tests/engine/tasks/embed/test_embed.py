@@ -60,7 +60,7 @@ def test_longer_texts_run_together(tmp_path: Path) -> None:
 
 def test_many_texts_are_tokenised_a_window_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = embed(_runner(tmp_path), TEXTS)
-    monkeypatch.setattr("pipeload.tasks.embed.embed.WINDOW", 3)
+    monkeypatch.setattr("pipeload.tasks.text.batches.WINDOW", 3)
     runner = _runner(tmp_path)
     np.testing.assert_array_equal(embed(runner, TEXTS), expected)
 
