@@ -14,7 +14,27 @@ from pipeload.errors import ShardError
 from pipeload.format.dtypes import SAFETENSORS_DTYPES, dtype_bytes
 from pipeload.format.manifest import WeightSpec
 
-__all__ = ["check_header"]
+__all__ = ["check_header", "places"]
+
+
+def places(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Tensor -> its dtype, its shape, and its first byte in the file.
+
+    Args:
+        header: the JSON of the file's header.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError, RecursionError: it is damaged.
+    """
+    found = {}
+    for name, entry in json.loads(header).items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if end - begin != prod(shape) * dtype_bytes(dtype):
+            raise ValueError("the length of a tensor is not that of its shape")
+        found[name] = dtype, shape, 8 + len(header) + begin
+    return found
 
 
 def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices: Sequence[WeightSpec]) -> None:
@@ -30,17 +50,8 @@ def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices
         ShardError: the header is damaged, or another file's.
     """
     try:
-        entries = json.loads(header)
-        data_begin = 8 + len(header)
-        found = {
-            key: (SAFETENSORS_DTYPES[e["dtype"]], tuple(e["shape"]), data_begin + e["data_offsets"][0])
-            for key, e in entries.items()
-            if key != "__metadata__"
-        }
+        found = places(header)
         spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
-        ends = [data_begin + e["data_offsets"][1] for key, e in entries.items() if key != "__metadata__"]
-        if ends != [end for _, _, end in spans]:
-            raise ValueError("the length of a tensor is not that of its shape")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(f"'{name}' has a damaged safetensors header: {error!r}. Export the model again.") from error
     for spec in tensors:

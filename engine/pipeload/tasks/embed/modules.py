@@ -5,7 +5,6 @@ Their weights are a few megabytes in safetensors files beside `modules.json`, an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError, ShardError
 from pipeload.foreign import foreign_errors
+from pipeload.format.safetensors import places
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.pooling import normalized
 from pipeload.tasks.model_files import read_settings
@@ -25,7 +25,7 @@ Step = Callable[[Floats], Floats]
 
 _MOST_BYTES = 256 << 20
 _EPSILON = np.float32(1e-5)
-_FLOATS = {"F32": "<f4", "F16": "<f2"}
+_FLOATS = {"float32": "<f4", "float16": "<f2"}
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -125,14 +125,10 @@ def _weights(files: ModelFiles, module: Module, *names: str) -> dict[str, Floats
             "that has it as safetensors."
         )
     with foreign_errors(ShardError, f"'{name}' is damaged", "Export the model again."):
-        begin = 8 + int.from_bytes(data[:8], "little")
-        entries = json.loads(data[8:begin])
+        header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         found = {
-            key: np.ndarray(entry["shape"], _FLOATS[entry["dtype"]], data, begin + entry["data_offsets"][0]).astype(
-                "f4"
-            )
-            for key, entry in entries.items()
-            if key != "__metadata__"
+            key: np.ndarray(shape, _FLOATS[dtype], data, begin).astype(np.float32)
+            for key, (dtype, shape, begin) in places(header).items()
         }
         if missing := set(names) - found.keys():
             raise LookupError(f"it has no tensor '{min(missing)}'")
