@@ -11,7 +11,7 @@ import typer
 
 from pipeload.errors import TruncationWarning
 
-__all__ = ["LOUDNESS", "Quiet", "Verbose"]
+__all__ = ["LOUDNESS", "Quiet", "Verbose", "show_libraries"]
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only: no progress bars, notes and warnings.")]
 Verbose = Annotated[
@@ -39,8 +39,7 @@ class Loudness:
         if quiet:
             warnings.simplefilter("ignore", TruncationWarning)
         if verbose:
-            logging.basicConfig()
-            logging.getLogger("pipeload_export").setLevel(logging.DEBUG)
+            show_libraries()
 
     def note(self, text: str = "") -> None:
         """Print a line on stderr, unless the user wants quiet."""
@@ -49,3 +48,9 @@ class Loudness:
 
 
 LOUDNESS = Loudness()
+
+
+def show_libraries() -> None:
+    """Let the export show what the libraries in its child processes print."""
+    logging.basicConfig()
+    logging.getLogger("pipeload_export").setLevel(logging.DEBUG)

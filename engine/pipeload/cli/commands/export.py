@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import pipeload_export
+from pipeload.cli.loudness import show_libraries
 from pipeload.cli.options import Json
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import differences, parity_report, print_json, print_table, summary
@@ -64,8 +64,7 @@ def export(
         pipeload export ./model.onnx model --force --json
     """
     if verbose:
-        logging.basicConfig()
-        logging.getLogger("pipeload_export").setLevel(logging.DEBUG)
+        show_libraries()
     with progress_bars() as progress:
         manifest = pipeload_export.export(
             source,
