@@ -28,7 +28,7 @@ from pipeload_export.source.folder import read_json
 if TYPE_CHECKING:
     from pipeload_export.shard.extents import Extent
 
-__all__ = ["Case", "index_limits", "sample_cases"]
+__all__ = ["ENCODER", "Case", "Sizes", "as_taken", "index_limits", "sample_cases"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -60,7 +60,9 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
+class Sizes:
+    """The sizes of one set of inputs, and the side on which a shorter text is padded."""
+
     batch: int
     length: int
     past: int = 0
@@ -69,6 +71,7 @@ class _Sizes:
 
     @property
     def name(self) -> str:
+        """The sizes and the padding, for messages."""
         if self.image:
             text = f"{replace(self, image=None).name} with " if self.length else ""
             return f"{text}{self.batch} x {self.image[0]} x {self.image[1]} pixels"
@@ -76,18 +79,18 @@ class _Sizes:
         return f"{self.batch} x {self.length}{past}{f', padded {self.padding}' if self.padding else ''}"
 
 
-_ENCODER = (
-    _Sizes(batch=1, length=1),
-    _Sizes(batch=1, length=7),
-    _Sizes(batch=2, length=16, padding="right"),
-    _Sizes(batch=3, length=9, padding="left"),
+ENCODER = (
+    Sizes(batch=1, length=1),
+    Sizes(batch=1, length=7),
+    Sizes(batch=2, length=16, padding="right"),
+    Sizes(batch=3, length=9, padding="left"),
 )
 _DECODER = (
-    _Sizes(batch=1, length=6),
-    _Sizes(batch=2, length=9, padding="left"),
-    _Sizes(batch=1, length=1, past=7),
-    _Sizes(batch=2, length=1, past=8, padding="left"),
-    _Sizes(batch=2, length=3, past=4, padding="right"),
+    Sizes(batch=1, length=6),
+    Sizes(batch=2, length=9, padding="left"),
+    Sizes(batch=1, length=1, past=7),
+    Sizes(batch=2, length=1, past=8, padding="left"),
+    Sizes(batch=2, length=3, past=4, padding="right"),
 )
 
 
@@ -103,14 +106,14 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     roles = _Roles(manifest, limits, published, extents)
     positions = config.get("max_position_embeddings") or config.get("n_positions") or _MANY
     # Some model types use the first two positions for padding.
-    known = _DECODER if manifest.caches else _ENCODER
+    known = _DECODER if manifest.caches else ENCODER
     chosen = [sizes for sizes in known if sizes.past + sizes.length <= positions - 2] or [known[0]]
     if any(cache.scale for cache in manifest.caches):
         batch, past = (max(getattr(sizes, name) for sizes in chosen) for name in ("batch", "past"))
-        chosen = [_Sizes(batch=batch, length=max(past, 1)), *chosen]
+        chosen = [Sizes(batch=batch, length=max(past, 1)), *chosen]
     if roles.has_images:
         if not limits:
-            chosen = [_Sizes(batch=batch, length=0) for batch in (1, 2, 3)]
+            chosen = [Sizes(batch=batch, length=0) for batch in (1, 2, 3)]
         chosen = _with_images(chosen, published.images or (_IMAGE,))
     # A generator for each case: the values of one case do not depend on the others.
     return [
@@ -122,7 +125,7 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     ]
 
 
-def _with_images(chosen: Sequence[_Sizes], images: Sequence[tuple[int, int]]) -> list[_Sizes]:
+def _with_images(chosen: Sequence[Sizes], images: Sequence[tuple[int, int]]) -> list[Sizes]:
     """Every case with images of the first size, as the processor makes them, and the first case with each other one."""
     first, *others = images
     large = first[0] * first[1] > _LARGE_PIXELS
@@ -193,11 +196,11 @@ class _Roles:
         """Whether the size of images is free."""
         return bool(self._edges)
 
-    def dims(self, spec: TensorSpec, sizes: _Sizes) -> tuple[int, ...]:
+    def dims(self, spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
         """The input's shape in a case."""
         return tuple(evaluate_dim(dim, {s: self._size(s, sizes) for s in symbols(dim)}) for dim in spec.shape)
 
-    def _size(self, symbol: str, sizes: _Sizes) -> int:
+    def _size(self, symbol: str, sizes: Sizes) -> int:
         if symbol in self._edges and sizes.image:
             return sizes.image[self._edges[symbol]]
         if symbol in self._channels:
@@ -217,7 +220,7 @@ def _inputs(
     roles: _Roles,
     limits: Mapping[str, int],
     ends: Mapping[str, int],
-    sizes: _Sizes,
+    sizes: Sizes,
     random: np.random.Generator,
 ) -> Arrays:
     inputs: Arrays = {}
@@ -239,7 +242,7 @@ def _inputs(
     return inputs
 
 
-def _end(ids: NDArray[Any], end: int, limit: int, sizes: _Sizes) -> None:
+def _end(ids: NDArray[Any], end: int, limit: int, sizes: Sizes) -> None:
     """Let each text end with an id, and have it nowhere else."""
     ids[ids == end] = (end + 1) % limit
     ids[..., -1] = end
@@ -247,7 +250,7 @@ def _end(ids: NDArray[Any], end: int, limit: int, sizes: _Sizes) -> None:
         ids[-1, ..., -1], ids[-1, ..., -4] = (end + 1) % limit, end
 
 
-def _mask(shape: tuple[int, ...], sizes: _Sizes) -> NDArray[Any]:
+def _mask(shape: tuple[int, ...], sizes: Sizes) -> NDArray[Any]:
     mask = np.ones(shape)
     if sizes.padding and len(shape) >= 2 and shape[-1] > 3:
         # The last text of the batch is shorter by three.
@@ -284,3 +287,8 @@ def index_limits(manifest: Manifest, directory: Path) -> dict[str, int]:
                 limits[name] = min(limit, limits.get(name, limit))
             waiting += makers.get(name, [])
     return limits
+
+
+def as_taken(manifest: Manifest, made: Mapping[str, NDArray[Any]]) -> Arrays:
+    """An array for each graph input that is no cache, as the graph takes it, out of arrays by name."""
+    return {spec.name: np.ascontiguousarray(made[spec.name].astype(spec.dtype)) for spec in manifest.free_inputs}

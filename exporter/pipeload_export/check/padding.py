@@ -19,7 +19,7 @@ from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import Manifest, symbols
 from pipeload.inputs import GraphInputs
 from pipeload.notify import Notify
-from pipeload_export.check.cases import Case, index_limits
+from pipeload_export.check.cases import Case, as_taken, index_limits
 from pipeload_export.check.chain import run_shards
 
 __all__ = ["takes_left_padding"]
@@ -87,7 +87,7 @@ def _cases(manifest: Manifest, vocabulary: int) -> Iterator[Case]:
                 "position_ids": positions[new],
                 "token_type_ids": np.zeros_like(tokens[new]),
             }
-            given = {spec.name: texts[spec.name].astype(spec.dtype) for spec in manifest.free_inputs}
+            given = as_taken(manifest, texts)
             for spec in manifest.inputs:
                 if spec.name in caches:
                     kept = [slice(begin if symbols(dim) else 0, None) for dim in spec.shape[1:]]

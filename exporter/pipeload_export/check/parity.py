@@ -21,6 +21,7 @@ from pipeload.measuring.profiler import measure
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
+from pipeload_export.check.cases import as_taken
 from pipeload_export.check.compare import limit_of
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
 from pipeload_export.source.asking import Answers, ask, visible
@@ -258,4 +259,4 @@ def _text(manifest: Manifest, ids: NDArray[Any], past: int) -> Mapping[str, NDAr
         "position_ids": np.tile(np.arange(past, past + new), (batch, 1)),
         "token_type_ids": np.zeros(ids.shape, np.int64),
     }
-    return {spec.name: np.ascontiguousarray(made[spec.name].astype(spec.dtype)) for spec in manifest.free_inputs}
+    return as_taken(manifest, made)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeload.format.manifest import Manifest
 from pipeload_export.check.boundaries import boundaries
-from pipeload_export.check.cases import index_limits, sample_cases
+from pipeload_export.check.cases import ENCODER, Sizes, as_taken, index_limits, sample_cases
 from pipeload_export.source.folder import read_json
 
 __all__ = ["Prompt", "Question", "Questionnaire", "questionnaire"]
@@ -73,25 +73,6 @@ class Questionnaire:
     prompts: tuple[Prompt, ...]
     new_tokens: int
     boundaries: Mapping[int, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    batch: int
-    length: int
-    padding: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.batch} x {self.length}{f', padded {self.padding}' if self.padding else ''}"
-
-
-_ALWAYS = (
-    _Sizes(batch=1, length=1),
-    _Sizes(batch=1, length=7),
-    _Sizes(batch=3, length=9, padding="left"),
-    _Sizes(batch=2, length=16, padding="right"),
-)
 
 
 def questionnaire(manifest: Manifest, directory: Path, *, weight_bytes: int, positions: int | None) -> Questionnaire:
@@ -153,30 +134,30 @@ def _longest(manifest: Manifest, config: Mapping[str, Any]) -> int:
     return min(_MOST_TOKENS, isqrt(_MOST_BYTES // (3 * 4 * heads)), _MOST_BYTES // (4 * widest))
 
 
-def _affordable(known: Mapping[int, str], longest: int, weight_bytes: int) -> Iterator[_Sizes]:
+def _affordable(known: Mapping[int, str], longest: int, weight_bytes: int) -> Iterator[Sizes]:
     """Sizes on both sides of each boundary, until they have cost enough."""
-    yield from _ALWAYS
+    yield from ENCODER
     spent = 0
     wanted = [size for boundary in known for size in _around(boundary)]
-    for size in (*wanted, _Sizes(batch=1, length=_PIECES + 44)):
+    for size in (*wanted, Sizes(batch=1, length=_PIECES + 44)):
         cost = size.batch * size.length * (weight_bytes // 4 + 1)
         if size.length <= longest and spent + cost <= _MOST_OPERATIONS:
             spent += cost
             yield size
 
 
-def _around(boundary: int) -> Iterator[_Sizes]:
-    yield _Sizes(batch=1, length=boundary + 1)
-    yield _Sizes(batch=1, length=boundary)
-    yield _Sizes(batch=1, length=boundary + boundary // 2 + 1)
+def _around(boundary: int) -> Iterator[Sizes]:
+    yield Sizes(batch=1, length=boundary + 1)
+    yield Sizes(batch=1, length=boundary)
+    yield Sizes(batch=1, length=boundary + boundary // 2 + 1)
     # Tables of positions that begin after padding have two rows less.
-    yield _Sizes(batch=1, length=max(boundary - 2, 1))
+    yield Sizes(batch=1, length=max(boundary - 2, 1))
     for padding in ("left", "right"):
-        yield _Sizes(batch=2, length=boundary + 1, padding=padding)
+        yield Sizes(batch=2, length=boundary + 1, padding=padding)
 
 
 def _inputs(
-    manifest: Manifest, limits: Mapping[str, int], padding_id: object, sizes: _Sizes, random: np.random.Generator
+    manifest: Manifest, limits: Mapping[str, int], padding_id: object, sizes: Sizes, random: np.random.Generator
 ) -> dict[str, NDArray[Any]]:
     shape = (sizes.batch, sizes.length)
     mask = np.ones(shape, np.int64)
@@ -194,7 +175,7 @@ def _inputs(
         "token_type_ids": types,
         "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
     }
-    return {spec.name: np.ascontiguousarray(made[spec.name].astype(spec.dtype)) for spec in manifest.free_inputs}
+    return as_taken(manifest, made)
 
 
 def _ids(shape: tuple[int, int], limit: int, padding_id: object, random: np.random.Generator) -> NDArray[Any]:
