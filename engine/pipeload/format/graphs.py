@@ -58,7 +58,9 @@ def check_graph(shard: Shard, data: bytes) -> None:
         raise ShardError(f"'{name}' is no ONNX graph: {error}. Copy or export the model again.") from error
     expected: dict[str, _Place] = {}
     if shard.weights is not None:
-        location = posixpath.relpath(shard.weights.path, posixpath.dirname(name) or ".")
+        # Of absolute paths: for others the library asks for the working directory twice, and the host may change it
+        # in between.
+        location = posixpath.relpath(f"/{shard.weights.path}", f"/{posixpath.dirname(name)}")
         for spec in shard.tensors:
             expected[spec.name] = (spec.dtype, location, str(spec.offset), str(spec.nbytes), spec.shape)
     faults = [f"it takes '{key}' from a file in the middle of the graph" for key in found.hidden]

@@ -145,3 +145,15 @@ def _edit(directory: Path, change: Callable[[Any], object]) -> None:
     content = json.loads((directory / MANIFEST_NAME).read_bytes())
     change(content)
     (directory / MANIFEST_NAME).write_text(json.dumps(content))
+
+
+def test_the_check_does_not_ask_for_the_working_directory(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host may change it at any moment, while a loader checks a graph."""
+    manifest = manifests.read(toy)
+
+    def asked() -> str:
+        pytest.fail("the working directory was asked for")
+
+    monkeypatch.setattr("os.getcwd", asked)
+    for shard in manifest.shards:
+        check_graph(shard, (toy / shard.graph.path).read_bytes())
