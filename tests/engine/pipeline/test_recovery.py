@@ -58,7 +58,7 @@ def test_a_recovery_that_fails_ends_the_call_with_every_kind_of_error(kind: type
 
 def test_a_refused_call_leaves_what_was_read_ahead(toy: Path) -> None:
     manifest = manifests.read(toy)
-    plan = plan_by_hand(manifest, buffers=2)
+    plan = plan_by_hand(manifest, buffers=2, loaders=1)
 
     def replan(pass_bytes: int, _: int) -> Plan:
         if pass_bytes:

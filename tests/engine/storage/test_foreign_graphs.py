@@ -154,6 +154,7 @@ def test_the_check_does_not_ask_for_the_working_directory(toy: Path, monkeypatch
     def asked() -> str:
         pytest.fail("the working directory was asked for")
 
-    monkeypatch.setattr("os.getcwd", asked)
-    for shard in manifest.shards:
-        check_graph(shard, (toy / shard.graph.path).read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getcwd", asked)
+        for shard in manifest.shards:
+            check_graph(shard, (toy / shard.graph.path).read_bytes())
