@@ -20,7 +20,7 @@ demo: $(STAMP)  ## export two real models and run them under a memory cap
 test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 	$(BIN)/python $(PYTEST) -m "not slow and not survey"
 
-test-slow: $(STAMP)  ## the tests that take more than ten seconds
+test-slow: $(STAMP)  ## the tests that take more than three seconds
 	$(BIN)/python $(PYTEST) -m slow
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more

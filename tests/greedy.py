@@ -52,10 +52,13 @@ def main() -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    from pipeload_export.source.gguf import reading_once
+
     folder, name, out = sys.argv[1:]
-    # As from_pretrained does, which needs the package accelerate.
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name)).eval()
-    tensors = load_gguf_checkpoint(str(Path(folder, name)), return_tensors=True, model_to_load=model)["tensors"]
+    with reading_once():
+        # As from_pretrained does, which needs the package accelerate.
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, gguf_file=name)).eval()
+        tensors = load_gguf_checkpoint(str(Path(folder, name)), return_tensors=True, model_to_load=model)["tensors"]
     model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     write_continuations(model, Path(out))

@@ -43,6 +43,7 @@ def test_logits_are_close_to_those_of_float32_caches(exported_generator: Path) -
         assert not np.array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_the_likeliest_or_nearly_so(exported_generator: Path) -> None:
     prompts = [list(prompt) for prompt in PROMPTS]
     with _load(exported_generator / INT8_NAME) as model:

@@ -20,7 +20,7 @@ class Family:
         task: one of the tasks that pipeload exports.
         inputs: which cases it is tried with.
         options: arguments of the config class, beside those of `SMALL`.
-        quick: it also runs among the fast tests.
+        quick: CI tries it, too, among the slow tests.
         attention: transformers' implementation of attention that is the reference.
     """
 

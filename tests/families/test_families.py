@@ -24,7 +24,11 @@ for name, kinds in TasksManager._SUPPORTED_MODEL_TYPE.items():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if family.quick else pytest.mark.survey) for name, family in FAMILIES.items()]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if family.quick else pytest.mark.survey)
+        for name, family in FAMILIES.items()
+    ],
 )
 def test_family_answers_as_the_source_or_is_refused(name: str, tmp_path: Path) -> None:
     result = compare(name, tmp_path / "family")

@@ -41,6 +41,7 @@ def _bench(directory: Path, *arguments: str) -> Result:
 @pytest.mark.parametrize("name", [pytest.param("bert", marks=pytest.mark.slow), "gpt2"])
 @pytest.mark.cgroup
 @needs_cgroups
+@pytest.mark.slow
 def test_every_contender_answers_right_under_a_limit(models: Path, tmp_path: Path, name: str) -> None:
     kept = tmp_path / "results.json"
     result = _bench(
@@ -68,6 +69,7 @@ def test_every_contender_answers_right_under_a_limit(models: Path, tmp_path: Pat
     assert any(run.samples for runs in report.runs for run in runs)
 
 
+@pytest.mark.slow
 @pytest.mark.cgroup
 @needs_cgroups
 def test_who_is_killed_and_who_refuses_have_records(models: Path) -> None:
@@ -84,6 +86,7 @@ def test_who_is_killed_and_who_refuses_have_records(models: Path) -> None:
     assert refused["killed"] or "smallest that can" in refused["message"]
 
 
+@pytest.mark.slow
 def test_without_cgroups_it_says_so_and_measures_the_process(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroup, "permitted", lambda: "not today")
     result = _bench(
@@ -103,6 +106,7 @@ def test_without_cgroups_it_says_so_and_measures_the_process(models: Path, monke
         assert record["peak_bytes"] == record["peak_rss_bytes"] > 10_000_000
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_not_ok(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference is changed behind the harness's back, as if every contender computed something else."""
     monkeypatch.setattr(cgroup, "permitted", lambda: "not today")

@@ -27,6 +27,7 @@ def _pipeload(cache: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_smallest_budget_of_plan_works_for_run(tmp_path: Path) -> None:
     """It left out what commands import and open: `embed` needed 13 MB more than the figure of `plan`."""
     pytest.importorskip("onnx")

@@ -112,7 +112,8 @@ def questionnaire(manifest: Manifest, directory: Path, *, weight_bytes: int, pos
     if manifest.task == "text-generation" and manifest.caches:
         most = min(longest, positions or longest)
         new_tokens = max(1, min(new_tokens, most - 1))
-        near = [6, *(length - new_tokens // 2 for length in (*known, _PIECES + 50))]
+        reached = [length for length in known if length <= most]
+        near = [6, *(length - new_tokens // 2 for length in (*reached, _PIECES + 50))]
         wanted = dict.fromkeys(max(1, min(length, most - new_tokens)) for length in near if length > 0)
         fit = [length for length in wanted if length + new_tokens <= most]
         for number, length in enumerate(fit[: _MOST_PROMPTS if weight_bytes < _LARGE_BYTES else 1]):

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
-from pipeload_export.source.gguf import GgufFile
+from pipeload_export.source.gguf import GgufFile, reading_once
 from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused, reason
@@ -89,6 +89,8 @@ def _export(request: Request, folder: Path) -> None:
     warnings.simplefilter("ignore")
     model = load_model(request, folder)
     follow_lengths(model)
+    if request.gguf:
+        _save_gguf_tokenizer(Path(str(request.folder), request.gguf), folder)
     if request.folder:
         checkpoint = folder if request.gguf else folder.with_name("checkpoint")
         resolve_tokenizer(checkpoint, folder, trust_remote_code=request.trust_remote_code)
@@ -121,12 +123,12 @@ def _check_supported(model_type: str, task: str) -> None:
 
 
 def load_model(request: Request, folder: Path) -> Any:
-    """The model of transformers; the tokenizer of a GGUF file is saved into `folder`."""
+    """The model of transformers; what a checkpoint lacks is written into `folder`."""
     if request.seeded:
         return seeded_model(request.seeded)
     assert request.folder is not None
     if request.gguf:
-        return _gguf_model(Path(request.folder, request.gguf), folder)
+        return _gguf_model(Path(request.folder, request.gguf))
     return _checkpoint_model(request, folder)
 
 
@@ -141,21 +143,28 @@ def seeded_model(seeded: Seeded) -> Any:
     )
 
 
-def _gguf_model(path: Path, folder: Path) -> Any:
-    """The model in a GGUF file, with its weights as float32; its tokenizer is saved into `folder`.
+@reading_once()
+def _save_gguf_tokenizer(path: Path, folder: Path) -> None:
+    """Save the tokenizer in a GGUF file: optimum copies that of a checkpoint by itself, but not this one."""
+    import transformers
+
+    found = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    GgufFile(path).complete_tokenizer(found).save_pretrained(folder)
+
+
+@reading_once()
+def _gguf_model(path: Path) -> Any:
+    """The model in a GGUF file, with its weights as float32.
 
     It repeats `from_pretrained`, which insists on the package accelerate without using any of it.
     """
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    file = {"gguf_file": path.name, "local_files_only": True}
-    config = transformers.AutoConfig.from_pretrained(path.parent, **file)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     _check_supported(config.model_type, "text-generation")
     gguf = GgufFile(path)
     gguf.configure(config)
-    # optimum copies the tokenizer of a checkpoint by itself, but not one that is inside of a GGUF file.
-    gguf.complete_tokenizer(transformers.AutoTokenizer.from_pretrained(path.parent, **file)).save_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_config(config, **_EAGER)
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())

@@ -354,6 +354,7 @@ def _report() -> Report:
     return Report(machine={}, settings=settings, records=tuple(records), runs=tuple(runs), refusal=None)
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     drawn = draw(_report(), tmp_path / "pictures")

@@ -307,7 +307,8 @@ def test_a_failed_call_is_not_settled() -> None:
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("where", ["on_settle", "on_watch"])
 def test_a_failure_behind_the_calls_ends_them_with_its_cause(error: BaseException, where: str) -> None:
-    with _crew(watch_s=0.001) as crew:
+    # Nothing retires from a crew whose shards stay, so that its daemon watches at once.
+    with _crew(watch_s=0.001, resident=tuple(range(SHARDS)) if where == "on_watch" else ()) as crew:
         setattr(crew, where, lambda: _once(error, 0)(0))
         # Not the call whose answer is there already.
         with pytest.raises(ClosedError) as caught:

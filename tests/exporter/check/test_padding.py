@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from tests.exporter.conftest import Sharded
 from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder, grouped_decoder
+from tests.models import traced_here
 
 import pipeload
 from pipeload.notify import silent
@@ -143,7 +144,7 @@ def test_batches_of_families_have_the_texts_of_transformers(family: str, tmp_pat
         ids = torch.tensor([prompt])
         made = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, min_new_tokens=16)
         wanted.append(tuple(made[0, len(prompt) :].tolist()))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), traced_here():
         warnings.simplefilter("ignore")
         manifest = export(tmp_path / "checkpoint", tmp_path / "target", task="text-generation")
     assert "position_ids" not in {spec.name for spec in manifest.inputs}

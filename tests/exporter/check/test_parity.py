@@ -69,7 +69,14 @@ def exported(source: Path, target: Path) -> Manifest:
 
 @pytest.mark.parametrize(
     ("name", "longest"),
-    [("bert", 64), ("roberta", 48), ("gemma2", 300), ("llama", 300), ("llama-dynamic", 300), ("phi3-longrope", 300)],
+    [
+        ("bert", 64),
+        ("llama-dynamic", 300),
+        ("phi3-longrope", 300),
+        pytest.param("roberta", 48, marks=pytest.mark.slow),
+        pytest.param("gemma2", 300, marks=pytest.mark.slow),
+        pytest.param("llama", 300, marks=pytest.mark.slow),
+    ],
 )
 def test_the_streamed_model_answers_as_its_source(
     checkpoint: Callable[[str], Path], tmp_path: Path, name: str, longest: int
@@ -86,6 +93,7 @@ def test_the_streamed_model_answers_as_its_source(
     assert {"torch", "transformers", "pipeload"} == set(found.versions)
 
 
+@pytest.mark.slow
 def test_children_trace_and_answer(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pipeload_export import export\n"
@@ -118,7 +126,7 @@ def test_a_branch_that_tracing_froze_is_named(checkpoint: Callable[[str], Path],
         ("llama", "theta", "for 1 x 7 from token 1 on"),
         ("phi3-longrope", "branch", "for 1 x 17 from token"),
         ("llama-dynamic", "branch", "for 1 x 21 from token"),
-        ("gemma2", "softcap", "for 1 x 7 from token 1 on"),
+        pytest.param("gemma2", "softcap", "for 1 x 7 from token 1 on", marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_of_the_trace_is_found(
@@ -166,6 +174,7 @@ def test_a_cache_that_goes_wrong_is_found(
     assert "for 32 tokens after 2 x 6 from token 11 on" in refusal(checkpoint("llama"), tmp_path / "target")
 
 
+@pytest.mark.slow
 def test_verify_compares_with_a_source_later(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     manifest = exported(checkpoint("llama"), tmp_path / "target")
     other = write_checkpoint(tmp_path / "other", "llama", seed=1)

@@ -138,7 +138,7 @@ def test_every_decoder_writes_its_caches_in_place(
     assert {spec.name: list(spec.shape) for spec in sharded.manifest.inputs} == declared
 
 
-@pytest.mark.slow
+@pytest.mark.survey
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_families_with_other_masks_and_operators_do_too(family: str, tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from tests.exporter.models import write_json, write_onnx
+from tests.models import traced_here
 
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import read
@@ -236,7 +237,8 @@ class TestSource:
         model = msgspec.structs.replace(large.model, config={**small, "vocab_size": 100})
         toy = msgspec.structs.replace(large, model=model, parameters=30_000)
         monkeypatch.setattr(catalog, "recipes", lambda: {"toy": toy})
-        one, two = (export("catalog:toy", tmp_path / name) for name in ("one", "two"))
+        with traced_here():
+            one, two = (export("catalog:toy", tmp_path / name) for name in ("one", "two"))
         assert one.files == two.files
 
     def test_seeded_model_has_one_task(self) -> None:
@@ -250,7 +252,7 @@ class TestSource:
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "blocks"), [("minilm", 6), ("minilm-int8", 6), ("smollm2-135m", 30)])
+@pytest.mark.parametrize(("name", "blocks"), [("minilm", 6), ("minilm-int8", 6)])
 def test_real_model(name: str, blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIPELOAD_CACHE")
     manifest = export(f"catalog:{name}", tmp_path / name)

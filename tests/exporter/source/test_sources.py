@@ -298,6 +298,7 @@ class TestCheckpoint:
         with pytest.raises(ExportError, match="does not export models of type 'bert' for image-classification, only"):
             found.to_onnx(tmp_path, silent)
 
+    @pytest.mark.slow
     def test_code_of_the_checkpoint_runs_only_when_asked(
         self, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -118,6 +118,7 @@ def test_special_tokens_are_those_of_transformers(
     assert find_template(files_in(tmp_path)).render([QUESTION]) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2_is_prompted_as_by_transformers(smollm2_tokenizer: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -16,6 +16,7 @@ from tests.greedy import GREEDY_NAME, NEW_TOKENS, PROMPTS, VARIANTS
 from tests.models import REPOSITORY
 
 import pipeload
+from pipeload.format import manifest as manifests
 
 _CACHES_BYTES = 4_000_000
 """Room for the caches of the tiny models."""
@@ -82,6 +83,10 @@ def test_the_real_smollm2_equals_transformers(tmp_path: Path) -> None:
     if not directory.is_dir():
         directory = tmp_path / _REAL_NAME
         _python("pipeload", "export", f"catalog:{_REAL_NAME}", str(directory))
+    manifest = manifests.read(directory)
+    assert [shard.role for shard in manifest.shards].count("block") == 30
+    assert "tokenizer.json" in {record.path for record in manifest.files}
+    assert all(result.max_rel_error <= 1e-4 for result in manifest.verification)
     source = folder / recipe.model
     _python("tests.greedy", str(source.parent), source.name, str(tmp_path / GREEDY_NAME))
     # A part of the weights is streamed, but little enough for a test of seconds.

@@ -88,6 +88,7 @@ def test_callers_get_their_own_texts_and_share_the_sweeps(
         assert model.stats.passes - before < 0.6 * sweeps
 
 
+@pytest.mark.slow
 def test_callers_of_sessions_and_drafts_stay_apart(streamed_toy: Path, tmp_path: Path) -> None:
     """Conversations in threads of their own, with one assistant for all of them, and one that is closed midway."""
     small = with_letters(make_toy(tmp_path / "toy", blocks=1, width=64, decoder=True), tmp_path / "small")

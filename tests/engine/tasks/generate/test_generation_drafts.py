@@ -270,6 +270,7 @@ def test_whatever_an_assistant_says(toy_decoder: Path, half_toy: Path) -> None:
         _check_property(model, lambda one, _: {"assistant_model": assistant, "num_assistant_tokens": one})
 
 
+@pytest.mark.slow
 def test_the_distribution_of_what_is_drawn_stays(toy_decoder: Path) -> None:
     """A text of four tokens that come by known probabilities: the same draws, and as often as these say."""
     table = np.full((96, 96), -np.inf, np.float32)
