@@ -96,7 +96,8 @@ def load(
             raises it.
         BudgetError: the budget is too small; the message names the smallest that works.
         ConfigError: an argument is invalid.
-        LoadError: the system refused to start another thread.
+        LoadError: the system refused to start another thread, or another memory allocator than the C library's is
+            preloaded.
 
     Warns:
         QuantisationWarning: answers depend on what is computed together.

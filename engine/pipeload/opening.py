@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from pipeload.decode import CAPACITY_STEP, Decoding
-from pipeload.errors import BudgetError
+from pipeload.errors import BudgetError, LoadError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest
+from pipeload.machine.cgroups import spare_threads
+from pipeload.machine.heap import foreign_allocator
 from pipeload.machine.memory import FreeMemory
 from pipeload.measuring import profile_store, profiler
 from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
@@ -20,12 +22,18 @@ from pipeload.planning import needs
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
+from pipeload.planning.rates import LOADERS
 from pipeload.planning.replanner import Replanner
 from pipeload.storage.stamps import stamps_of
 from pipeload.storage.weights import Storage
 from pipeload.tracing.trace import Progress
 
 __all__ = ["Opened", "Options", "open_pipeline"]
+
+_AGENTS = 3
+"""The Inference Agent, the Daemon Agent, and the Loading Agent that packs (`Pipeline._spawn_loaders`)."""
+_CLOSING = 2
+"""Sessions that are still being destroyed while others are made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +88,13 @@ def open_pipeline(
 
     Raises:
         BudgetError: the budget cannot work.
-        LoadError: the system starts no more threads.
+        LoadError: the system starts no more threads, or no budget can be kept with the process's memory allocator.
     """
+    if allocator := foreign_allocator():
+        raise LoadError(
+            f"{allocator} stands in for the memory allocator of the C library: it keeps memory that is freed, so that "
+            "no budget can be kept. Start the program without it (LD_PRELOAD)."
+        )
     stamps = stamps_of(directory, manifests.content(directory)) if options.verify else None
     storage = Storage(directory, manifest, verify=options.verify, stamps=stamps)
     profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(options.dims)
@@ -91,13 +104,14 @@ def open_pipeline(
         process = profiler.measure()
         # Other models of the process may not have read anything yet of the weights that they will keep.
         process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
+        loaders, threads = _startable(options, len(manifest.shards), process.cores)
         replanner = Replanner(
             manifest,
             replace(kept or process, process_bytes=process_bytes, cores=process.cores),
             budget_bytes=options.budget_bytes,
             free_bytes=FreeMemory(),
-            loaders=options.loaders,
-            threads=options.threads,
+            loaders=loaders,
+            threads=threads,
         )
         plan = _first_plan(manifest, replanner, decoding, options.dims)
         pipeline = Pipeline(manifest, storage, plan, replanner, options.progress)
@@ -110,6 +124,28 @@ def open_pipeline(
         profile_dims=profile_dims,
         keep=keep if options.profile is None else None,
     )
+
+
+def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, int | None]:
+    """Loading Agents and intra-op threads: one of each where the cgroup allows too few threads for what plans choose.
+
+    Every session has a pool of threads of its own, beside the thread that runs it. onnxruntime waits for ever for a
+    pool of which some threads were started, and others were not.
+
+    Raises:
+        LoadError: the caller wants more threads than the cgroup allows.
+    """
+    spare = spare_threads()
+    loaders = options.loaders or (1 if spare < _AGENTS + max(LOADERS) else None)
+    agents, sessions = _AGENTS + (loaders or max(LOADERS)), shards + _CLOSING
+    if options.threads is None:
+        return loaders, 1 if spare < agents + sessions * (cores - 1) else None
+    if options.threads > 1 and (needed := agents + sessions * (options.threads - 1)) > spare:
+        raise LoadError(
+            f"With threads={options.threads} this model takes {needed} threads, and the cgroup allows {spare} more "
+            "(pids.max). Load it with threads=1, or raise that limit."
+        )
+    return loaders, options.threads
 
 
 def _first_plan(manifest: Manifest, replanner: Replanner, decoding: Decoding, dims: Mapping[str, int]) -> Plan:

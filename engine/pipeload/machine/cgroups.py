@@ -1,4 +1,4 @@
-"""Limits that cgroups (v1 and v2) put on this process: memory, processors, and rules that throttle reading.
+"""Limits that cgroups (v1 and v2) put on this process: memory, processors, threads, and rules that throttle reading.
 
 A process belongs to one cgroup of each hierarchy, and is bound by the limits of all cgroups above it too.
 """
@@ -6,12 +6,12 @@ A process belongs to one cgroup of each hierarchy, and is bound by the limits of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pipeload.machine.files import read_file
 
-__all__ = ["cpu_quota", "memory_limits", "read_limits"]
+__all__ = ["cpu_quota", "memory_limits", "read_limits", "spare_threads"]
 
 _MEMBERSHIP, _ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _THROTTLES = ("blkio.throttle.read_bps_device", "blkio.throttle.read_iops_device")
@@ -31,15 +31,44 @@ def read_limits(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> str:
 
 
 def memory_limits(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> Iterator[tuple[int, int]]:
-    """(limit, memory in use without page cache that can be dropped) of this process's cgroup and its parents."""
+    """(limit, memory in use without page cache that can be dropped) of this process's cgroup and its parents.
+
+    `memory.high` of v2 is a limit, too: the kernel slows a process down that is above it, until nothing goes on.
+    """
     for unified, place in _cgroups("memory", membership, root):
-        limit = _read(place / ("memory.max" if unified else "memory.limit_in_bytes")).strip()
+        # Without a limit v1 reports a number near 2**63, v2 the word "max".
+        limits = [
+            int(limit)
+            for name in (("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",))
+            if (limit := _read(place / name).strip()).isdecimal() and int(limit) < 2**60
+        ]
         usage = _read(place / ("memory.current" if unified else "memory.usage_in_bytes")).strip()
         stat = dict(line.split(maxsplit=1) for line in _read(place / "memory.stat").splitlines() if " " in line)
-        cached = stat.get("inactive_file" if unified else "total_inactive_file", "0")
-        # Without a limit v1 reports a number near 2**63, v2 the word "max".
-        if stat and limit.isdecimal() and usage.isdecimal() and cached.isdecimal() and int(limit) < 2**60:
-            yield int(limit), max(0, int(usage) - int(cached))
+        if stat and limits and usage.isdecimal():
+            yield min(limits), max(0, int(usage) - _cached_bytes(stat, "" if unified else "total_"))
+
+
+def _cached_bytes(stat: Mapping[str, str], prefix: str) -> int:
+    """Page cache that the kernel drops before it kills: of files that no process has mapped, and all of what is old."""
+
+    def number(name: str) -> int:
+        found = stat.get(name, "")
+        return int(found) if found.isdecimal() else 0
+
+    inactive, active = number(f"{prefix}inactive_file"), number(f"{prefix}active_file")
+    mapped = number(f"{prefix}mapped_file") if prefix else number("file_mapped")
+    return max(inactive, inactive + active - mapped)
+
+
+def spare_threads(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> float:
+    """Threads that this process may start before `pids.max` of its cgroup or a parent forbids it; else infinite."""
+    least = math.inf
+    for _, place in _cgroups("pids", membership, root):
+        most, current = (_read(place / f"pids.{name}").strip() for name in ("max", "current"))
+        # Without a limit it is the word "max".
+        if most.isdecimal() and current.isdecimal():
+            least = min(least, max(0, int(most) - int(current)))
+    return least
 
 
 def cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> float:

@@ -3,14 +3,47 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
-__all__ = ["limit_heap", "trim"]
+__all__ = ["foreign_allocator", "limit_heap", "trim"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
+
+
+class _Symbol(ctypes.Structure):
+    """`Dl_info` of dlfcn.h: which file a function lies in."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    )
+
+
+def foreign_allocator() -> str | None:
+    """Name of the library whose `malloc` stands in for that of glibc, such as a preloaded jemalloc; None without one.
+
+    It keeps what is freed, by rules of its own, and heeds neither `limit_heap` nor `trim`.
+    """
+    try:
+        own, used = (_file_of(name) for name in ("mallopt", "malloc"))
+    except (OSError, AttributeError, TypeError):
+        return None
+    return None if own == used else Path(used).name
+
+
+def _file_of(function: str) -> str:
+    library, found = ctypes.CDLL(None), _Symbol()
+    address = ctypes.cast(getattr(library, function), ctypes.c_void_p)
+    if not library.dladdr(address, ctypes.byref(found)):
+        raise OSError(f"{function} lies in no file")
+    return os.fsdecode(found.file)
 
 
 def trim() -> None:

@@ -7,9 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["Result", "together"]
+__all__ = ["THREADS_REMEDY", "Result", "together"]
 
 Result = TypeVar("Result")
+
+THREADS_REMEDY = (
+    "Raise the limit of processes and threads (ulimit -u, or pids.max of the cgroup), or end other programs."
+)
 
 
 def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pipeload.errors import LoadError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, Shard
-from pipeload.format.pages import page_ceil, room_bytes
+from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.machine.heap import trim
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import LoadedShard, Task
@@ -97,7 +97,7 @@ class Loader:
         kept = self._exchange.residents.parts.get(task.index, ())
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
-        reserved = page_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
+        reserved = memory_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
         reserved += session_bytes(plan.threads)
 
         def stale() -> bool:

@@ -24,6 +24,7 @@ from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, Ru
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import peak_rss_bytes
+from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.ledger import Ledger
@@ -54,7 +55,6 @@ _GATHER_SHARE = 0.02
 _CALLER_BYTES = 300_000
 """A calling thread's stack and own data: tokens, inputs, and the results it makes from the outputs."""
 _PLAN_FACT = "No room could be made for the pass"
-_THREADS_REMEDY = "Raise the limit of processes and threads (ulimit -u), or end other programs."
 _WATCH_S = 1.0
 """An idle model checks at this interval whether memory has become short."""
 
@@ -192,7 +192,7 @@ class Pipeline:
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
-        with foreign_errors(LoadError, f"The thread of the agent '{name}' cannot be started", _THREADS_REMEDY):
+        with foreign_errors(LoadError, f"The thread of the agent '{name}' cannot be started", THREADS_REMEDY):
             thread.start()
         self._threads.append(thread)
 

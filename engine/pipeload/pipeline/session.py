@@ -30,6 +30,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.foreign import first_line
 from pipeload.format.manifest import Shard
+from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.storage.buffers import Part, tensor_in
 
 __all__ = ["ShardSession", "Stopper", "Value", "shrink_arena", "to_array", "to_value"]
@@ -188,6 +189,11 @@ class ShardSession:
             # Without onnxruntime's fallback, which would try once more, and print "EP Error" to stdout.
             self._session = ort.InferenceSession(str(graph), options, providers=_PROVIDERS, enable_fallback=0)
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
+            if "pthread_create" in str(error):
+                raise LoadError(
+                    f"No thread to compute shard '{shard.name}' can be started. Load the model with threads=1. "
+                    f"{THREADS_REMEDY}"
+                ) from error
             raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {first_line(error)}") from error
 
     def run(

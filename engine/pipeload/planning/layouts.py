@@ -13,7 +13,7 @@ from itertools import combinations, product
 from typing import TypeAlias
 
 from pipeload.format.manifest import Shard
-from pipeload.format.pages import page_ceil, room_bytes
+from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.planning.rates import Rates
 
 __all__ = ["Layout", "Range", "layouts", "session_bytes", "staying"]
@@ -118,12 +118,12 @@ def _fill(
     chosen = {name: found[0] for name, found in fitting.items() if found}
     whole = fitting.keys() - chosen.keys()
     used += sum(choice.staying_bytes for choice in chosen.values())
-    used += sum(page_ceil(shard.nbytes) + session_bytes for shard in shards if shard.name in whole)
+    used += sum(memory_ceil(shard.nbytes) + session_bytes for shard in shards if shard.name in whole)
     if used > free:
         return None
     for shard in order:
         if shard.name in chosen:
-            more = page_ceil(shard.nbytes) + session_bytes - chosen[shard.name].staying_bytes
+            more = memory_ceil(shard.nbytes) + session_bytes - chosen[shard.name].staying_bytes
             if used + more <= free:
                 whole.add(shard.name)
                 del chosen[shard.name]
@@ -175,7 +175,7 @@ def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choic
     """Sizes of a buffer worth a try: those of the ranges of the largest shards that can be streamed."""
     largest = max(shard.nbytes for shard in shards)
     sizes = {c.buffer_bytes for s in shards for c in choices[s.name] if s.nbytes > largest * _SMALL_SHARE}
-    ordered = sorted(sizes or {page_ceil(largest)}, reverse=True)
+    ordered = sorted(sizes or {memory_ceil(largest)}, reverse=True)
     step = -(-len(ordered) // _BUFFER_SIZES)
     return ordered[::step]
 
@@ -183,7 +183,7 @@ def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choic
 def _packing_bytes(shard: Shard) -> int:
     """Memory to pack one shard, beside buffer and session: the packed copy, and a second copy of the tensor in work."""
     largest = max((spec.nbytes for spec in shard.tensors), default=shard.nbytes)
-    return page_ceil(shard.nbytes) + page_ceil(largest)
+    return memory_ceil(shard.nbytes) + memory_ceil(largest)
 
 
 def _residence_order(shards: Sequence[Shard]) -> list[Shard]:

@@ -34,7 +34,7 @@ from typing import Any
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, Shard
-from pipeload.format.pages import page_ceil
+from pipeload.format.pages import memory_ceil
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning.layouts import Layout, Range, layouts, session_bytes
 from pipeload.planning.needs import Needs
@@ -252,7 +252,7 @@ def budget_for_latency(
     # Above this budget everything is resident and packed, and more memory is of no use.
     each = session_bytes(max(Rates.of(manifest, profile, options.get("threads")).times))
     most = process_bytes(profile) + needs.pass_bytes + needs.cache_bytes
-    most += 2 * sum(page_ceil(shard.nbytes) + each for shard in manifest.shards)
+    most += 2 * sum(memory_ceil(shard.nbytes) + each for shard in manifest.shards)
     try:
         least = plan(1).budget_bytes
     except BudgetError as error:
@@ -304,7 +304,7 @@ def _too_small(
 ) -> BudgetError:
     fixed = process_bytes + needs.pass_bytes + needs.cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.nbytes)
-    needed = fixed + int((page_ceil(largest.nbytes) + session_bytes) / (1 - _SPARE_SHARE))
+    needed = fixed + int((memory_ceil(largest.nbytes) + session_bytes) / (1 - _SPARE_SHARE))
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import LoadError
 from pipeload.format.manifest import WeightSpec
-from pipeload.format.pages import page_ceil, page_floor
+from pipeload.format.pages import memory_ceil, page_floor
 
 __all__ = ["Buffer", "BufferPool", "Part", "tensor_in"]
 
@@ -31,7 +31,7 @@ class Buffer:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = page_ceil(max(nbytes, 1))
+        self.nbytes = memory_ceil(max(nbytes, 1))
         try:
             # Private: `close` cannot drop pages of a shared mapping, and huge pages for those are seldom enabled.
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.harness import run_python
 
 from pipeload.machine import heap
 
@@ -21,3 +26,29 @@ def test_trimming_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.Mon
     heap.trim()
     monkeypatch.setattr(heap, "_malloc_trim", lambda: None)
     heap.trim()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+def test_only_a_preloaded_allocator_is_a_foreign_one(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps freed memory by rules of its own: no budget can be kept, and the model is refused."""
+    assert heap.foreign_allocator() is None
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    code, library = tmp_path / "own.c", tmp_path / "libown.so"
+    source = "extern void *__libc_malloc(unsigned long); void *malloc(unsigned long n) { return __libc_malloc(n); }"
+    code.write_text(source)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(code)], check=True)
+    program = f"""
+import pipeload
+try:
+    pipeload.load({str(toy)!r})
+except pipeload.LoadError as error:
+    print(error)
+"""
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    said = run_python(program).stdout
+    assert said.startswith("libown.so stands in for the memory allocator of the C library")
+    assert "LD_PRELOAD" in said

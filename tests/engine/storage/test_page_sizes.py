@@ -1,0 +1,49 @@
+"""Kernels with pages of 16 or 64 KiB, as that of the Raspberry Pi 5: memory is counted in the pages that it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.engine.harness import run_python
+
+_PROGRAM = """
+import mmap
+mmap.PAGESIZE = {page_bytes}
+import weakref
+import numpy as np
+import pipeload
+from pipeload.pipeline import loader
+from pipeload.storage import buffers
+from pipeload.storage.buffers import Buffer
+
+living = weakref.WeakSet()
+class Counted(Buffer):
+    def __init__(self, nbytes):
+        super().__init__(nbytes)
+        living.add(self)
+
+loader.Buffer = buffers.Buffer = Counted
+ids = np.arange(24).reshape(2, 12) % 96
+inputs = {{"input_ids": ids, "attention_mask": np.ones_like(ids)}}
+with pipeload.load({directory!r}, 1_000_000_000, threads=1) as model:
+    expected = model.run(inputs)["last_hidden_state"]
+    weights = model.plan.resident_bytes
+try:
+    pipeload.load({directory!r}, 1, threads=1)
+except pipeload.BudgetError as error:
+    least = error.needed_bytes
+for share in (0.2, 0.3, 0.4, 0.5, 0.6):
+    with pipeload.load({directory!r}, int(least + share * weights), threads=1) as model:
+        found = [model.run(inputs)["last_hidden_state"] for _ in range(3)]
+        assert all(np.array_equal(one, expected) for one in found)
+        assert model.plan.streamed_bytes
+        assert model.plan.buffer_bytes % {page_bytes} == 0, model.plan
+        assert 0 < sum(buffer.nbytes for buffer in living) <= model.plan.weights_bytes, model.plan
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 16384, 65536])
+def test_buffers_take_the_memory_that_was_reserved(toy_large: Path, page_bytes: int) -> None:
+    assert run_python(_PROGRAM.format(page_bytes=page_bytes, directory=str(toy_large))).stdout == "equal\n"
