@@ -191,12 +191,19 @@ class Decoding:
             dims: sizes of the symbolic dimensions.
 
         Raises:
-            ConfigError: the feed wants the logits of more positions than there are new tokens.
+            ConfigError: the feed wants the logits of more positions than there are new tokens, or the caches are of no
+                use for a text of this length.
         """
         length = evaluate_dim(self._grown, dims)
         positions, new = feed.positions or 0, length - state.length
         if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
             raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
+        change = self._manifest.rope_change
+        if change and not change.keeps_caches and 0 < state.length <= change.tokens < length:
+            raise ConfigError(
+                f"The text grows from {state.length} to {length} tokens, and above {change.tokens} this model computes "
+                "all of them with other rotary frequencies. Take the whole text in the first step of a new state."
+            )
         room = -(-length // CAPACITY_STEP) * CAPACITY_STEP
         wanted = max(state.expected, state.capacity)
         if length > wanted:
@@ -226,7 +233,7 @@ class Decoding:
         """A long text in pieces, and the sizes to plan for: those of a piece, and of later steps, with full caches.
 
         The last piece has all positions whose logits are wanted. Without caches in place there is one piece, and where
-        the pieces of a text would be quantised with scales of their own.
+        the pieces of a text would be quantised with scales of their own, or have other rotary frequencies.
         """
         if self._lengths is None:
             return [arrays], [dims]
@@ -238,7 +245,8 @@ class Decoding:
             return [arrays], [dims, {**dims, text: size, past: max(before, step.expected - size)}]
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
         size = min(length, max(positions, _PIECE_TOKENS // max(1, rows)))
-        if self._manifest.quantised_dynamically:
+        change = self._manifest.rope_change
+        if self._manifest.quantised_dynamically or (change and before + length > change.tokens):
             size = length
         pieces: list[Arrays] = []
         # The first piece takes the remainder, so that the last one is whole.

@@ -166,6 +166,7 @@ def _build(
         missing_weights=unsplit.missing_weights,
         unused_weights=unsplit.unused_weights,
         quantised_dynamically=model.quantised_dynamically,
+        rope_change=unsplit.rope_change,
     )
     write(manifest, result)
     manifest = replace(manifest, takes_left_padding=takes_left_padding(result, manifest, progress))

@@ -234,6 +234,20 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeChange:
+    """Longer texts have other rotary frequencies, in all their positions.
+
+    Attributes:
+        tokens: the longest text with the first frequencies.
+        keeps_caches: whether the source goes on with caches that were made with other frequencies (dynamic rope), or
+            computes the text anew (longrope).
+    """
+
+    tokens: int
+    keeps_caches: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything that the engine knows of a model before it opens a shard; `manifest.py` tells how the parts fit.
 
@@ -242,6 +256,7 @@ class Manifest:
             a text's answers depend on what is computed together with it.
         takes_left_padding: the model answers for a text that is padded on the left, behind a mask, as it does for the
             text alone; None where this was not tried.
+        rope_change: where the rotary frequencies depend on the length of a text; None where they do not.
     """
 
     format: int = FORMAT_VERSION
@@ -264,6 +279,7 @@ class Manifest:
     unused_weights: tuple[str, ...] = ()
     quantised_dynamically: bool = False
     takes_left_padding: bool | None = None
+    rope_change: RopeChange | None = None
 
     @property
     def weight_bytes(self) -> int:

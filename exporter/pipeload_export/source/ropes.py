@@ -7,10 +7,29 @@ graph chooses them.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["follow_lengths"]
+from pipeload.format.manifest import RopeChange
+
+__all__ = ["change_of", "follow_lengths"]
+
+
+def change_of(config: Mapping[str, Any]) -> RopeChange | None:
+    """Where the frequencies of a model change; None where they do not depend on the length of a text.
+
+    Args:
+        config: the content of `config.json`, as transformers writes it.
+    """
+    scaling = config.get("rope_scaling")
+    rope = scaling if isinstance(scaling, dict) else {}
+    kind = rope.get("rope_type", rope.get("type"))
+    most, original = (config.get(f"{name}max_position_embeddings") for name in ("", "original_"))
+    if kind == "longrope":
+        tokens = original or rope.get("original_max_position_embeddings") or most
+    else:
+        tokens = most if kind == "dynamic" else None
+    return RopeChange(tokens=tokens, keeps_caches=kind == "dynamic") if isinstance(tokens, int) else None
 
 
 def follow_lengths(model: Any) -> None:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload.format.manifest import RopeChange
 from pipeload.notify import Notify
 from pipeload_export.extra import require_modules
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.external import external_files
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files, side_files_of_graph
 from pipeload_export.source.hub import fetch_checkpoint
+from pipeload_export.source.ropes import change_of
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
 from pipeload_export.source.tracing import GAPS_NAME, RESOLVED, Request, export_checkpoint
 
@@ -49,6 +51,7 @@ class Unsplit:
         files: the `.onnx` file, and those with its external data.
         missing_weights: names of the weights that are random, since the checkpoint lacks them.
         unused_weights: names of the checkpoint's weights that the model does not use.
+        rope_change: where its rotary frequencies depend on the length of a text.
     """
 
     path: Path
@@ -60,6 +63,7 @@ class Unsplit:
     files: tuple[Path, ...]
     missing_weights: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()
+    rope_change: RopeChange | None = None
 
     @property
     def nbytes(self) -> int:
@@ -91,16 +95,18 @@ class Checkpoint:
         # resolved tokenizer wins over its own.
         files = side_files(folder) | dict(self.side_files) | side_files(folder / RESOLVED)
         gaps = read_json(folder / GAPS_NAME) if self.request.allow_missing else {}
+        config = read_json(folder / "config.json")
         return Unsplit(
             path=path,
             side_files=files,
             side_json=self.side_json,
             source=self.source,
-            model_type=str(read_json(folder / "config.json").get("model_type", "unknown")),
+            model_type=str(config.get("model_type", "unknown")),
             task=self.request.task,
             files=(path, *sorted(folder.glob("model.onnx_data*"))),
             missing_weights=tuple(gaps.get("missing", ())),
             unused_weights=tuple(gaps.get("unused", ())),
+            rope_change=change_of(config),
         )
 
 

@@ -81,6 +81,7 @@ def test_the_fields_are_pinned() -> None:
         "dims",
         "quantised_dynamically",
         "takes_left_padding",
+        "rope_change",
         "missing_weights",
         "unused_weights",
     }
