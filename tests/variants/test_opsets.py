@@ -12,7 +12,7 @@ from tests.variants.conftest import MODELS, Source
 
 from pipeload.format.manifest import Manifest
 
-_QUICK = {("bert", 11), ("vit", 13), ("llama", 13), ("llama", 20)}
+_QUICK = {("bert", 11), ("vit", 13), ("llama", 13), ("llama", 20), ("llama", 24)}
 
 
 def block_operators(manifest: Manifest, directory: Path) -> list[str]:
@@ -25,7 +25,7 @@ def block_operators(manifest: Manifest, directory: Path) -> list[str]:
     [
         pytest.param(name, opset, marks=[] if (name, opset) in _QUICK else pytest.mark.survey)
         for name in MODELS
-        for opset in range(11, 21)
+        for opset in range(11, 25)
     ],
 )
 def test_every_opset_is_right(name: str, opset: int, source: Source, assert_right: Callable[..., Any]) -> None:
