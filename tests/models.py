@@ -170,12 +170,17 @@ def _make_architecture(directory: Path, name: str) -> None:
 @contextmanager
 def traced_here() -> Iterator[None]:
     """Do in this process what the exporter does in children, which would import torch and transformers again."""
+    from pipeload.errors import ExportError
     from pipeload_export.source import asking, reference, sources, tracer
+    from pipeload_export.source.refused import Refused
 
     def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
         folder.mkdir(parents=True)
         with warnings.catch_warnings():
-            tracer._export(request, folder)
+            try:
+                tracer._export(request, folder)
+            except Refused as refusal:
+                raise ExportError(f"{request.name} cannot be exported to ONNX: {refusal}") from refusal
         return folder / "model.onnx"
 
     def put_questions(questions: Questions, folder: Path, *_: object) -> None:

@@ -30,6 +30,10 @@ from pipeload_export.write.shards import ShardWriter
 
 __all__ = ["SplitModel", "split"]
 
+_RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitModel:
@@ -107,6 +111,11 @@ def _split(
     tables = dict.fromkeys(lift.table for lift in lifts)
     ends = [head.input, head.table, *([head.bias] if head.bias else [])] if head else []
     drop_dead(graph, [*ends, *tables, *(lift.indices for lift in lifts)])
+    if random := sorted(_RANDOM.intersection(operators(graph.nodes))):
+        raise ExportError(
+            f"The model draws random numbers while it runs ({', '.join(random)}): it has no answer that could be "
+            "compared, nor given twice. Export a model without them."
+        )
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     taken = tuple(_input_spec(value, graph) for value in graph.inputs)
     sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir, published)

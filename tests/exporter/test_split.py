@@ -352,3 +352,17 @@ def test_progress_ends_at_the_total(shard: Callable[..., Sharded]) -> None:
     shard(encoder().model(), progress=lambda *what: seen.append(what))
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert seen[-1][1] == seen[-1][2]
+
+
+def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:
+    """Its answers cannot be compared: rounding seems to move them by more than their range."""
+    builder = encoder()
+    noisy = builder.op("Add", "hidden", builder.op("RandomUniformLike", "hidden", dtype=TensorProto.FLOAT))
+    builder.output(noisy, "noisy", ["batch", "length", WIDTH])
+    onnx.save(builder.model(), str(tmp_path / "model.onnx"))
+    with pytest.raises(ExportError, match=r"draws random numbers while it runs \(RandomUniformLike\)"):
+        split(tmp_path / "model.onnx", tmp_path)
+    builder.outputs.pop()
+    onnx.save(builder.model(), str(tmp_path / "model.onnx"))
+    (tmp_path / "shards").mkdir()
+    split(tmp_path / "model.onnx", tmp_path / "shards")

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +104,7 @@ def _export(name: str, folder: Path) -> None:
         with traced_here():
             export(folder / "checkpoint", folder / "model", task=family.task)
     except pipeload.PipeloadError as error:
-        raise _Stop("refused", f"{error}") from error
+        raise _Stop("refused", f"{error}".replace(str(folder / "checkpoint"), "checkpoint")) from error
     except Exception:  # noqa: BLE001 - the exporter's child makes a message of whatever the libraries raise
         try:
             export(folder / "checkpoint", folder / "model", task=family.task)
@@ -193,13 +193,14 @@ def _held_together(folder: Path, blocks: int) -> Result:
     worst, worst_case = 0.0, ""
     with np.load(folder / "source.npz") as ours, np.load(folder / "streamed.npz") as theirs:
         with np.load(folder / "cases.npz") as cases:
+            spans = _spans(ours)
             for key in ours.files:
                 number, output = key.split(".", 1)
                 case = source["cases"][int(number)]
                 if case in refused:
                     continue
                 mask = cases.get(f"{number}.attention_mask", None)
-                found = difference(ours[key], theirs[key], mask)
+                found = difference(ours[key], theirs[key], mask, spans.get(output))
                 if found > worst:
                     worst, worst_case = found, f"{output} at {case}"
     tokens, tokens_of, parted = 0, 0, ""
@@ -242,8 +243,20 @@ def _held_together(folder: Path, blocks: int) -> Result:
     )
 
 
-def difference(expected: NDArray[Any], given: NDArray[Any], mask: NDArray[Any] | None) -> float:
-    """The largest difference over the range of the expected values; where there is a mask, of those that it keeps."""
+def _spans(arrays: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """The range of each output over all cases: that of a case with seven numbers may be as small as their rounding."""
+    ends: dict[str, list[float]] = {}
+    for key, array in arrays.items():
+        finite = array[np.isfinite(array)]
+        if finite.size:
+            ends.setdefault(key.split(".", 1)[1], []).extend((float(finite.min()), float(finite.max())))
+    return {output: max(found) - min(found) for output, found in ends.items()}
+
+
+def difference(
+    expected: NDArray[Any], given: NDArray[Any], mask: NDArray[Any] | None, span: float | None = None
+) -> float:
+    """The largest difference, of what the mask keeps, over the output's range; None takes the expected values'."""
     if expected.shape != given.shape:
         return float("inf")
     if mask is not None and expected.shape[:2] == mask.shape:
@@ -255,7 +268,7 @@ def difference(expected: NDArray[Any], given: NDArray[Any], mask: NDArray[Any] |
         return 0.0
     expected, given = expected[finite].astype(np.float64), given[finite].astype(np.float64)
     largest = float(np.abs(expected - given).max())
-    return largest / (float(np.ptp(expected)) or 1.0)
+    return largest / (span or float(np.ptp(expected)) or 1.0)
 
 
 def same_tokens(expected: list[int], given: list[int], gaps: list[float]) -> tuple[int, int]:

@@ -127,11 +127,16 @@ def make_inputs(names: list[str], case: Case, family: Family, config: Any) -> Ar
     def noise(*shape: int) -> NDArray[Any]:
         return random.standard_normal((batch, *shape))
 
+    def heard() -> NDArray[Any]:
+        """A mask over the text, or over the sound that the encoder takes."""
+        sounds = [name for name in ("input_values", "input_features") if name in names]
+        return np.ones(makers[sounds[0]]().shape[:2], np.int64) if sounds else mask
+
     makers = {
         "input_ids": ids,
         "inputs": ids,
         "decoder_input_ids": ids,
-        "attention_mask": lambda: mask,
+        "attention_mask": heard,
         "decoder_attention_mask": lambda: mask,
         "token_type_ids": lambda: random.integers(0, max(1, getattr(config, "type_vocab_size", 1)), (batch, length)),
         "position_ids": lambda: np.maximum(mask.cumsum(1) - 1, 0),

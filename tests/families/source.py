@@ -74,6 +74,10 @@ def _answer(model: Any, task: str, inputs: Arrays, outputs: list[str]) -> Arrays
     with torch.no_grad():
         answer = model(**given, return_dict=True)
     found = {name: value for name, value in answer.items() if isinstance(value, torch.Tensor)}
+    for value in answer.values():
+        # MGP-STR has three outputs under one name.
+        if isinstance(value, tuple) and not found and len(value) == len(outputs):
+            found = dict(zip(outputs, value, strict=True))
     if missing := [name for name in outputs if name not in found]:
         # The exporter calls one output otherwise.
         rest = [name for name in found if name not in outputs]

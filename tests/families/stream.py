@@ -34,9 +34,12 @@ def main(folder: Path) -> int:
     with _open(folder / "model") as model:
         facts["streamed_bytes"] = model.plan.streamed_bytes
         wanted = {spec.name for spec in model.outputs}
+        taken = {spec.name: spec.dtype for spec in model.inputs}
         for number in numbers:
             prefix = f"{number}."
-            inputs = {name.removeprefix(prefix): array for name, array in cases.items() if name.startswith(prefix)}
+            given = {name.removeprefix(prefix): array for name, array in cases.items() if name.startswith(prefix)}
+            # Some graphs take a mask as numbers of another type than transformers does.
+            inputs = {name: array.astype(taken.get(name, array.dtype)) for name, array in given.items()}
             try:
                 outputs = _within_budget(model, lambda inputs=inputs: model.run(inputs))
             except pipeload.PipeloadError as error:

@@ -61,13 +61,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """The sizes of one set of inputs, and the side on which a shorter text is padded."""
+    """The sizes of one set of inputs, the side on which a shorter text is padded, and half a frame more of a sound."""
 
     batch: int
     length: int
     past: int = 0
     padding: str = ""
     image: tuple[int, int] | None = None
+    uneven: bool = False
 
     @property
     def name(self) -> str:
@@ -76,7 +77,8 @@ class Sizes:
             text = f"{replace(self, image=None).name} with " if self.length else ""
             return f"{text}{self.batch} x {self.image[0]} x {self.image[1]} pixels"
         past = f" after {self.past}" if self.past else ""
-        return f"{self.batch} x {self.length}{past}{f', padded {self.padding}' if self.padding else ''}"
+        more = " and half a frame" if self.uneven else ""
+        return f"{self.batch} x {self.length}{more}{past}{f', padded {self.padding}' if self.padding else ''}"
 
 
 ENCODER = (
@@ -111,6 +113,9 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     if any(cache.scale for cache in manifest.caches):
         batch, past = (max(getattr(sizes, name) for sizes in chosen) for name in ("batch", "past"))
         chosen = [Sizes(batch=batch, length=max(past, 1)), *chosen]
+    if roles.has_sounds:
+        # Models fill up or cut what makes no whole frame.
+        chosen += [Sizes(batch=1, length=length, uneven=True) for length in (7, 8)]
     if roles.has_images:
         if not limits:
             chosen = [Sizes(batch=batch, length=0) for batch in (1, 2, 3)]
@@ -196,6 +201,11 @@ class _Roles:
         """Whether the size of images is free."""
         return bool(self._edges)
 
+    @property
+    def has_sounds(self) -> bool:
+        """Whether convolutions take something else than images, of a free length."""
+        return bool(self._extents)
+
     def dims(self, spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
         """The input's shape in a case."""
         return tuple(evaluate_dim(dim, {s: self._size(s, sizes) for s in symbols(dim)}) for dim in spec.shape)
@@ -206,7 +216,8 @@ class _Roles:
         if symbol in self._channels:
             return self._channels[symbol]
         if symbol in self._extents:
-            return self._extents[symbol].size(sizes.length + _LEAST_FRAMES)
+            extent = self._extents[symbol]
+            return extent.size(sizes.length + _LEAST_FRAMES) + (extent.step // 2 if sizes.uneven else 0)
         if symbol in self._batch:
             return sizes.batch
         if symbol in self._past:

@@ -34,6 +34,8 @@ _Made = TypeVar("_Made")
 _EFFECTS = 10
 """An output may differ by this many times of what the rounding of the source's own embeddings does to it: every
 operation of a model rounds, not only the first."""
+_MOST_LIMIT = 0.01
+"""In parts of the range. A source that rounding moves further has no answer that could be compared."""
 _INT8_LIMIT = 0.1
 """The same in parts of the range where caches are int8."""
 
@@ -197,6 +199,7 @@ class _Comparison:
             )
         span = self._span(name)
         limit = max(limit_of("float32"), _EFFECTS * self.answers.effects[key].get(name, 0.0) / span)
+        limit = min(limit, _MOST_LIMIT)
         if any(cache.scale for cache in self.manifest.caches):
             limit = max(limit, _INT8_LIMIT)
         same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))

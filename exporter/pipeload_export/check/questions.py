@@ -22,7 +22,10 @@ from pipeload_export.source.folder import read_json
 __all__ = ["Prompt", "Question", "Questionnaire", "questionnaire"]
 
 _SEED = 20241128
-_TEXT = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+_TEXT = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+}
 _MOST_TOKENS = 1100
 _MOST_BYTES = 256 << 20
 """Of the attention's scores, of which an eager model holds about three sets, and of the logits of a case."""
@@ -99,11 +102,13 @@ def questionnaire(manifest: Manifest, directory: Path, *, weight_bytes: int, pos
     limits = index_limits(manifest, directory)
     sizes = sorted(set(_affordable(known, longest, weight_bytes)), key=lambda one: (one.length, one.batch, one.padding))
     padding_id = config.get("pad_token_id")
+    # Some classifiers look for the end of each text.
+    end_id = None if manifest.task == "text-generation" else config.get("eos_token_id")
     questions = tuple(
         Question(
             name=one.name,
             length=one.length,
-            inputs=_inputs(manifest, limits, padding_id, one, np.random.default_rng([_SEED, number])),
+            inputs=_inputs(manifest, limits, padding_id, end_id, one, np.random.default_rng([_SEED, number])),
         )
         for number, one in enumerate(sizes)
     )
@@ -158,7 +163,12 @@ def _around(boundary: int) -> Iterator[Sizes]:
 
 
 def _inputs(
-    manifest: Manifest, limits: Mapping[str, int], padding_id: object, sizes: Sizes, random: np.random.Generator
+    manifest: Manifest,
+    limits: Mapping[str, int],
+    padding_id: object,
+    end_id: object,
+    sizes: Sizes,
+    random: np.random.Generator,
 ) -> dict[str, NDArray[Any]]:
     shape = (sizes.batch, sizes.length)
     mask = np.ones(shape, np.int64)
@@ -167,6 +177,9 @@ def _inputs(
         short = sizes.length // 3
         mask[-1, slice(short) if sizes.padding == "left" else slice(sizes.length - short, None)] = 0
     ids = _ids(shape, limits["input_ids"], padding_id, random)
+    if isinstance(end_id, int) and 0 <= end_id < limits["input_ids"]:
+        ids[ids == end_id] = (end_id + 1) % limits["input_ids"]
+        ids[np.arange(sizes.batch), sizes.length - 1 - mask[:, ::-1].argmax(axis=1)] = end_id
     if isinstance(padding_id, int):
         ids[mask == 0] = padding_id
     types = random.integers(0, limits.get("token_type_ids", 1), shape)
@@ -175,6 +188,8 @@ def _inputs(
         "attention_mask": mask,
         "token_type_ids": types,
         "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
+        "decoder_input_ids": _ids(shape, limits.get("decoder_input_ids", 1), padding_id, random),
+        "decoder_attention_mask": mask,
     }
     return as_taken(manifest, made)
 

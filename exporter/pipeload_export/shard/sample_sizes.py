@@ -39,8 +39,8 @@ _MOST_PATCHES = 64
 _TRACED_BATCH, _TRACED_LENGTH = 2, 16
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 """Operators that take images first -> the place of their weights."""
-_POINTWISE = frozenset(
-    {"Add", "Cast", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Mul", "QuantizeLinear", "Sub"}
+_PASSED_ON = frozenset(
+    {"Add", "Cast", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Mul", "Pad", "QuantizeLinear", "Sub"}
 )
 """Operators that images may pass on their way there, as their first input."""
 
@@ -162,7 +162,7 @@ def _channels(graph: Graph, specs: Sequence[TensorSpec]) -> dict[str, int]:
         if node.op_type not in _CONVOLUTIONS:
             continue
         source = node.input[0]
-        while source not in shapes and source in makers and makers[source].op_type in _POINTWISE:
+        while source not in shapes and source in makers and makers[source].op_type in _PASSED_ON:
             source = makers[source].input[0]
         shape, weight = shapes.get(source), graph.types.get(node.input[_CONVOLUTIONS[node.op_type]], (0, None))[1]
         if shape and weight and isinstance(shape[1], str) and isinstance(weight[1], int):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import TensorSpec, evaluate_dim
+from pipeload.machine.sizes import format_bytes
 from pipeload_export.graph.graph import Constant, Graph
 from pipeload_export.shard.alignment import Sums
 from pipeload_export.shard.fuse import Fused
@@ -29,6 +31,8 @@ from pipeload_export.shard.trial import Arrays, Event, Refused, Trial, agree, ru
 
 __all__ = ["Sampler"]
 
+_DRAWN_BYTES, _MOST_INPUT_BYTES = 8, 1 << 30
+"""Of a number while inputs are drawn, and of one input; larger ones are refused, as sizes that nobody has."""
 _COMPARED = 3
 """Runs in which a fused graph is compared with the graph that it was made from."""
 
@@ -310,6 +314,8 @@ class Sampler:
     def _input(self, name: str, point: Mapping[str, int]) -> NDArray[Any]:
         spec = self._specs[name]
         shape = tuple(evaluate_dim(dim, point) for dim in spec.shape)
+        if (nbytes := prod(shape) * _DRAWN_BYTES) > _MOST_INPUT_BYTES:
+            raise Refused(f"'{name}' would have {format_bytes(nbytes)} with {point}", range(len(self.points)))
         random = np.random.default_rng(crc32(name.encode()))
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self._graph.types[name][0])
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:

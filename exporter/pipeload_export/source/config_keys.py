@@ -35,7 +35,8 @@ _HARMLESS = re.compile(
     # heads that no task of pipeload has, and what old versions wrote
     r"pooler_\w+|summary_\w+|directionality|tie_weights_?|is_llama_config|net_structure_type|gap_size|"
     r"down_scale_factor|num_memory_blocks|layers_to_keep|rotary|max_window_layers|skip_bias_add|sliding_window_size|"
-    r"output_(attentions|hidden_states|projection)|return_dict\w*|generator_\w+|scale_attn_weights|offset_alibi"
+    r"output_(attentions|hidden_states|projection)|return_dict\w*|generator_\w+|scale_attn_weights|offset_alibi|"
+    r"image_size|downsampling_rates|path_norm"
 )
 _NEUTRAL = re.compile(r"\w*(scale|scaling|multiplier|factor|_mult)")
 """Ends of the names of factors; 1 of these changes nothing."""

@@ -72,3 +72,11 @@ def test_arithmetic_on_shapes_is_no_way_of_an_image() -> None:
 def test_ids_have_no_extents(dtype: str) -> None:
     ids = TensorSpec(name="pixels", dtype=dtype, shape=PIXELS.shape)
     assert not _found([_conv("pixels", "y", 14, 14)], ids)
+
+
+def test_a_pool_over_all_that_is_left_asks_for_no_size() -> None:
+    """EfficientNet's has a window of 1280 x 1280 and rounds up: images of 41,779 pixels were tried."""
+    last = helper.make_node("AveragePool", ["a"], ["b"], kernel_shape=[1280] * 2, strides=[1280] * 2, ceil_mode=1)
+    assert _found([_conv("pixels", "a", 16, 16), last], PIXELS)[2] == Extent(16, 0)
+    small = helper.make_node("MaxPool", ["a"], ["b"], kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1)
+    assert _found([_conv("pixels", "a", 16, 16), small], PIXELS)[2].step == 32

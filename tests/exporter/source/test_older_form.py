@@ -245,3 +245,13 @@ def test_a_view_leaves_the_checkpoint_as_it_is(tmp_path: Path) -> None:
     write_json(bert / "config.json", {"model_type": "bert", "new": 1})
     with pytest.raises(Refused, match="does not read: new = 1"):
         view_of(bert, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"), [("segformer", "image_size"), ("segformer", "downsampling_rates"), ("swin", "path_norm")]
+)
+def test_keys_of_published_configs_that_nothing_reads_are_no_hindrance(model_type: str, key: str) -> None:
+    """Those of nvidia/mit-b0 and microsoft/swin-tiny-patch4-window7-224."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert unknown_keys({"model_type": model_type, key: 224}, CONFIG_MAPPING[model_type]) == []
