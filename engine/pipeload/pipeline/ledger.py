@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from pipeload.tracing.stats import PassStats, Stats, pass_stats
 from pipeload.tracing.trace import Span, Trace
 
@@ -24,10 +26,16 @@ class Ledger:
         self._first_pass_s: float | None = None
         self._last: PassStats | None = None
         self._unsettled_s: float | None = None
+        self._spans_before = 0
+
+    def begin(self) -> float:
+        """Note that a pass begins. Returns the time, in seconds of `time.perf_counter`."""
+        self._spans_before = self._trace.count
+        return time.perf_counter()
 
     def add(self, begin_s: float, end_s: float, bound_s: float | None, calls: int = 1) -> None:
-        """Count a pass that has ended. Times are those of `time.perf_counter`; for the rest see `PassStats`."""
-        self._last = pass_stats(self._trace.spans_since(begin_s), begin_s, end_s, bound_s, calls)
+        """Count the pass that has begun, and has ended. For the arguments see `PassStats`."""
+        self._last = pass_stats(self._spans_since(begin_s), begin_s, end_s, bound_s, calls)
         self._unsettled_s = begin_s
         self._first_pass_s = self._first_pass_s or self._last.seconds
         self.passes += 1
@@ -37,7 +45,10 @@ class Ledger:
         begin_s, self._unsettled_s = self._unsettled_s, None
         if begin_s is None or self._last is None:
             return None
-        return self._trace.spans_since(begin_s), self._last.seconds
+        return self._spans_since(begin_s), self._last.seconds
+
+    def _spans_since(self, begin_s: float) -> list[Span]:
+        return self._trace.spans_since(begin_s, self._spans_before)
 
     def stats(
         self, *, read_bytes: int, peak_bytes: int, budget_bytes: int, peak_read_bytes_per_s: float | None

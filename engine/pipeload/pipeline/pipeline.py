@@ -215,7 +215,7 @@ class Pipeline:
         try:
             self._admit(calls)
             cold = self._coldness()
-            begin_s = time.perf_counter()
+            begin_s = self._ledger.begin()
             self._sweep.run(
                 [one.feed for one in calls],
                 lambda index: self._borrow(index, calls, begin_s),

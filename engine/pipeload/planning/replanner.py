@@ -52,8 +52,9 @@ _SLACK_SHARE = 0.005
 """Corrected figures add this fraction of the budget: the next passes may take a little more than the latest did."""
 _GUARD_SHARE = 0.0025
 """A process that outgrew its plan gets another one unless at least this fraction of the budget is left."""
-_WRONG_PASSES = 2
-"""The profile learns after this many wrong predictions in a row; one may be chance."""
+_WRONG_PASSES, _WRONG_S = 2, 0.5
+"""The profile learns after this many wrong predictions in a row, one may be chance, and of this many seconds together:
+a plan takes some milliseconds, as long as a pass of a small model, whose times vary."""
 
 
 _NO_KIND = object()
@@ -102,7 +103,7 @@ class Replanner:
         self._kind: object = _NO_KIND
         self._known_kind: object = None
         self._learned: Profile | None = None
-        self._wrong = 0
+        self._wrong, self._wrong_s = 0, 0.0
 
     @property
     def profile(self) -> Profile:
@@ -311,10 +312,10 @@ class Replanner:
         if predicted_s is not None:
             wrong = alike and abs(seconds - predicted_s) > _MARGIN * predicted_s
             # Once may be chance: another process has used the disk or a core.
-            self._wrong = self._wrong + 1 if wrong else 0
-            if self._wrong < _WRONG_PASSES:
+            self._wrong, self._wrong_s = (self._wrong + 1, self._wrong_s + seconds) if wrong else (0, 0.0)
+            if self._wrong < _WRONG_PASSES or self._wrong_s < _WRONG_S:
                 return self._reason is not None
-        self._wrong = 0
+        self._wrong, self._wrong_s = 0, 0.0
         self._profile = learn(self._manifest, self._profile, current, spans)
         self._known_kind = kind
         if kind is None and alike:

@@ -20,7 +20,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from struct import Struct
 from typing import Any, Literal, get_args
 
@@ -43,8 +42,6 @@ Kind = Literal["wait", "reserve", "read", "session", "pack", "run", "free"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WAITING: frozenset[str] = frozenset({"wait", "reserve"})
 """Kinds of spans in which an agent does nothing: it waits for a shard, for work, or for budget."""
-_LATE_S = 1.0
-"""An agent may lose its core between the end of a span and adding it, so spans are not quite in order of their ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,19 +117,28 @@ class _Ring:
             self._record.pack_into(self._memory, self._count % self._limit * self._record.size, *fields)
             self._count += 1
 
-    def backwards(self) -> Iterator[tuple[Any, ...]]:
-        """The records, the newest first, without those that another thread overwrites meanwhile."""
-        newest = self._count
-        for number in range(newest - 1, max(newest - self._limit, 0) - 1, -1):
-            with self._lock:
-                if self._count - number > self._limit:
-                    return
-                record = self._record.unpack_from(self._memory, number % self._limit * self._record.size)
-            yield record
+    @property
+    def count(self) -> int:
+        """The number of records that were ever kept."""
+        return self._count
+
+    def since(self, number: int) -> list[tuple[Any, ...]]:
+        """The records after the first `number` that were ever kept, in the order in which they were added."""
+        size = self._record.size
+        with self._lock:
+            first = max(number, self._count - self._limit)
+            if first >= self._count:
+                return []
+            begin, end = first % self._limit * size, ((self._count - 1) % self._limit + 1) * size
+            around = end <= begin
+            copy = self._memory[begin:] + self._memory[:end] if around else self._memory[begin:end]
+        return [*self._record.iter_unpack(copy)]
 
 
 _SPAN = Struct("=IBIddqq")
 """Number of the agent, number of the kind, number of the shard, begin, end, bytes, pass."""
+_END = 4
+"""Place of the end in such a record."""
 _SAMPLE = Struct("=Idd")
 """Number of the counter, time, value."""
 
@@ -155,16 +161,15 @@ class Trace:
     @property
     def spans(self) -> list[Span]:
         """All spans that are kept, in the order in which they were added."""
-        return [*self._backwards()][::-1]
+        return [self._span(record) for record in self._spans.since(0)]
 
     @property
     def samples(self) -> list[Sample]:
         """All samples that are kept, in the order in which they were taken."""
-        newest = [
+        return [
             Sample(counter=self._names[counter], time_s=time_s, value=value)
-            for counter, time_s, value in self._samples.backwards()
+            for counter, time_s, value in self._samples.since(0)
         ]
-        return newest[::-1]
 
     def add(self, span: Span) -> None:
         """Keep a span. An agent adds its spans when they end."""
@@ -201,26 +206,31 @@ class Trace:
         """Set a counter's value from now on."""
         self._samples.append(self._number(counter), time.perf_counter(), value)
 
-    def spans_since(self, begin_s: float) -> list[Span]:
+    @property
+    def count(self) -> int:
+        """The number of spans that were ever added."""
+        return self._spans.count
+
+    def spans_since(self, begin_s: float, count: int = 0) -> list[Span]:
         """The spans that ended after a moment, in the order in which they were added.
 
-        Takes time in proportion to the spans that it returns, not to those that are kept. A span that was added more
-        than a second after its end may be missed.
+        Args:
+            begin_s: the moment.
+            count: `count` at that moment or before: earlier spans are not looked at.
         """
-        newest = takewhile(lambda span: span.end_s > begin_s - _LATE_S, self._backwards())
-        return [span for span in newest if span.end_s > begin_s][::-1]
+        return [self._span(record) for record in self._spans.since(count) if record[_END] > begin_s]
 
-    def _backwards(self) -> Iterator[Span]:
-        for agent, kind, shard, begin_s, end_s, nbytes, pass_number in self._spans.backwards():
-            yield Span(
-                agent=self._names[agent],
-                kind=KINDS[kind],
-                shard=self._names[shard],
-                begin_s=begin_s,
-                end_s=end_s,
-                nbytes=nbytes,
-                pass_number=pass_number,
-            )
+    def _span(self, record: tuple[Any, ...]) -> Span:
+        agent, kind, shard, begin_s, end_s, nbytes, pass_number = record
+        return Span(
+            agent=self._names[agent],
+            kind=KINDS[kind],
+            shard=self._names[shard],
+            begin_s=begin_s,
+            end_s=end_s,
+            nbytes=nbytes,
+            pass_number=pass_number,
+        )
 
     def _number(self, name: str) -> int:
         """The number that stands for a name in the records."""

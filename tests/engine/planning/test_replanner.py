@@ -521,6 +521,16 @@ def test_a_wrong_prediction_teaches_and_the_next_plan_predicts_what_happens() ->
     assert not case.replanner.after_pass(plan, spans, plan.steady_pass_s, "text")
 
 
+def test_short_passes_teach_once_in_half_a_second() -> None:
+    """Their times vary, and a plan for each two of them takes as long as they do."""
+    case = _Case()
+    spans = _pass_spans(case.plan, run_s=1e-3, bandwidth=1e9)
+    learned = [case.replanner.after_pass(case.plan, spans, 0.004, "text") for _ in range(300)]
+    assert case.plan.steady_pass_s > 0.01
+    # The first pass of a kind may have been read ahead for another one.
+    assert learned.index(True) == 125
+
+
 def test_passes_of_another_kind_do_not_teach_at_once() -> None:
     case = _Case()
     spans = _pass_spans(case.plan, run_s=1.0, bandwidth=1e8)

@@ -6,7 +6,6 @@ import json
 import math
 import threading
 import tracemalloc
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -132,32 +131,25 @@ def test_spans_since_a_moment_are_those_that_ended_after_it() -> None:
     assert trace.spans_since(-1) == spans
 
 
-def test_spans_since_a_moment_leaves_the_old_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    trace = Trace()
-    for number in range(1000):
+def test_spans_after_a_count_are_looked_at_and_no_others() -> None:
+    trace = Trace(limit=8)
+    for number in range(6):
         trace.add(span(number, number + 1))
-    looked_at: list[int] = []
-    backwards = trace._spans.backwards
-
-    def watched() -> Iterator[tuple[Any, ...]]:
-        for record in backwards():
-            looked_at.append(1)
-            yield record
-
-    monkeypatch.setattr(trace._spans, "backwards", watched)
-    assert len(trace.spans_since(990)) == 10
-    assert len(looked_at) <= 12
+    before = trace.count
+    for number in range(6, 10):
+        trace.add(span(number, number + 1))
+    assert (before, trace.count) == (6, 10)
+    assert trace.spans_since(0, before) == [span(number, number + 1) for number in range(6, 10)]
+    assert trace.spans_since(8, before) == [span(8, 9), span(9, 10)]
+    assert trace.spans_since(0, trace.count) == []
 
 
-def test_spans_that_overwrite_the_oldest_while_somebody_reads_end_the_reading() -> None:
+@pytest.mark.parametrize("count", range(1, 14))
+def test_the_newest_spans_are_kept_in_their_order(count: int) -> None:
     trace = Trace(limit=4)
-    for number in range(4):
+    for number in range(count):
         trace.add(span(number, number + 1))
-    reading = trace._backwards()
-    assert next(reading) == span(3, 4)
-    trace.add(span(4, 5))
-    trace.add(span(5, 6))
-    assert list(reading) == [span(2, 3)]
+    assert trace.spans == [span(number, number + 1) for number in range(max(0, count - 4), count)]
 
 
 def test_a_full_trace_occupies_the_same_memory_for_ever() -> None:
