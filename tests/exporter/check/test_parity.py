@@ -71,7 +71,7 @@ def exported(source: Path, target: Path) -> Manifest:
     ("name", "longest"),
     [
         ("bert", 64),
-        ("llama-dynamic", 300),
+        pytest.param("llama-dynamic", 300, marks=pytest.mark.slow),
         ("phi3-longrope", 300),
         pytest.param("roberta", 48, marks=pytest.mark.slow),
         pytest.param("gemma2", 300, marks=pytest.mark.slow),
@@ -124,8 +124,8 @@ def test_a_branch_that_tracing_froze_is_named(checkpoint: Callable[[str], Path],
     ("name", "fault", "begins"),
     [
         ("llama", "theta", "for 1 x 7 from token 1 on"),
-        ("phi3-longrope", "branch", "for 1 x 17 from token"),
-        ("llama-dynamic", "branch", "for 1 x 21 from token"),
+        pytest.param("phi3-longrope", "branch", "for 1 x 17 from token", marks=pytest.mark.slow),
+        pytest.param("llama-dynamic", "branch", "for 1 x 21 from token", marks=pytest.mark.slow),
         pytest.param("gemma2", "softcap", "for 1 x 7 from token 1 on", marks=pytest.mark.slow),
     ],
 )
@@ -158,6 +158,7 @@ def test_a_planted_fault_of_the_trace_is_found(
     assert begins in refusal(checkpoint(name), tmp_path / "target")
 
 
+@pytest.mark.slow
 def test_a_cache_that_goes_wrong_is_found(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

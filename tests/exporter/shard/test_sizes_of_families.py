@@ -53,14 +53,12 @@ def exported(unsplit: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.mark.parametrize(
     "name",
     [
-        "clip",
         "wav2vec2",
-        "bart",
         *map(
             slow,
             (
                 *("siglip", "swin", "convnext", "resnet", "detr", "mobilevit", "poolformer", "levit", "hubert"),
-                *("wavlm", "vit", "segformer", "yolos"),
+                *("wavlm", "vit", "segformer", "yolos", "clip", "bart"),
             ),
         ),
     ],

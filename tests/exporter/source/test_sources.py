@@ -292,6 +292,7 @@ class TestCheckpoint:
         names = {tensor.name for tensor in onnx.load(unsplit.path).graph.initializer}
         assert any("embed_tokens" in name for name in names)
 
+    @pytest.mark.slow
     def test_refused_by_the_library(self, bert: Path, tmp_path: Path) -> None:
         found = find(bert, task="image-classification")
         assert isinstance(found, Checkpoint)

@@ -59,6 +59,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> Callable[[pipeload.Model], None]
     return leave
 
 
+@pytest.mark.slow
 def test_callers_get_their_own_texts_and_share_the_sweeps(
     streamed_toy: Path, patient: Callable[[pipeload.Model], None]
 ) -> None:

@@ -214,5 +214,6 @@ def test_the_real_minilm_tokenizer_equals_transformers(minilm: Path, tmp_path: P
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_real_smollm2_tokenizer_equals_transformers(smollm2_tokenizer: Path) -> None:
     _assert_equal_to_transformers(smollm2_tokenizer, [*TEXTS, *CORPUS, "def f(x):\n\treturn x  # 12345"])
