@@ -36,7 +36,8 @@ except pipeload.BudgetError as error:
 for share in (0.2, 0.3, 0.4, 0.5, 0.6):
     with pipeload.load({directory!r}, int(least + share * weights), threads=1) as model:
         found = [model.run(inputs)["last_hidden_state"] for _ in range(3)]
-        assert all(np.array_equal(one, expected) for one in found)
+        # Packed weights, which a later pass may have, round otherwise.
+        assert all(np.allclose(one, expected, rtol=0, atol=1e-4) for one in found)
         assert model.plan.streamed_bytes
         assert model.plan.buffer_bytes % {page_bytes} == 0, model.plan
         assert 0 < sum(buffer.nbytes for buffer in living) <= model.plan.weights_bytes, model.plan
