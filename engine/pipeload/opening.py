@@ -127,7 +127,7 @@ def open_pipeline(
 
 
 def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, int | None]:
-    """Loading Agents and intra-op threads: one of each where the cgroup allows too few threads for what plans choose.
+    """Loading Agents and intra-op threads: None, or fewer where the cgroup allows too few for what plans choose.
 
     Every session has a pool of threads of its own, beside the thread that runs it. onnxruntime waits for ever for a
     pool of which some threads were started, and others were not.
@@ -139,7 +139,8 @@ def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, i
     loaders = options.loaders or (1 if spare < _AGENTS + max(LOADERS) else None)
     agents, sessions = _AGENTS + (loaders or max(LOADERS)), shards + _CLOSING
     if options.threads is None:
-        return loaders, 1 if spare < agents + sessions * (cores - 1) else None
+        most = 1 + (spare - agents) / sessions
+        return loaders, None if most >= cores else max(1, int(most))
     if options.threads > 1 and (needed := agents + sessions * (options.threads - 1)) > spare:
         raise LoadError(
             f"With threads={options.threads} this model takes {needed} threads, and the cgroup allows {spare} more "

@@ -90,10 +90,16 @@ def test_a_longrope_begins_anew(opened: Callable[[str], tuple[pipeload.Model, An
     with model.new_state() as state:
         step(model, state, 0, 15)
         step(model, state, 15, 16)
-        with pytest.raises(ConfigError, match=r"grows from 16 to 17 tokens, and above 16 .* first step of a new state"):
+        with pytest.raises(ConfigError, match=r"Up to 16 .* holds 16 tokens .* become 17 .* first step of a new state"):
             step(model, state, 16, 17)
         state.truncate(10)
         step(model, state, 10, 16)
+    with model.new_state() as state:
+        step(model, state, 0, 20)
+        state.truncate(10)
+        with pytest.raises(ConfigError, match=r"holds 10 tokens .* become 12 of the other"):
+            step(model, state, 10, 12)
+        assert_close(step(model, state, 10, 18), next(answers(reference, [18])))
     ends = [17, 18, 19]
     with model.new_state() as state:
         for begin, end in zip([0, *ends], ends, strict=False):
@@ -116,7 +122,7 @@ LONGROPE: dict[str, object] = {"rope_type": "longrope"}
         ),
         (
             {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 4}, "max_position_embeddings": 8},
-            RopeChange(tokens=4, keeps_caches=False),
+            RopeChange(tokens=8, keeps_caches=False),  # as transformers itself reads it
         ),
         ({"rope_scaling": LONGROPE}, None),
     ],

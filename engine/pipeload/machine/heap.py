@@ -32,10 +32,12 @@ def foreign_allocator() -> str | None:
     It keeps what is freed, by rules of its own, and heeds neither `limit_heap` nor `trim`.
     """
     try:
-        own, used = (_file_of(name) for name in ("mallopt", "malloc"))
+        own, used = (Path(_file_of(name)) for name in ("gnu_get_libc_version", "malloc"))
+        # A program that takes the address of malloc has an entry of its own for it, which leads to the C library's.
+        is_program = not used.is_file() or used.samefile("/proc/self/exe")
     except (OSError, AttributeError, TypeError):
         return None
-    return None if own == used else Path(used).name
+    return None if own == used or is_program else used.name
 
 
 def _file_of(function: str) -> str:

@@ -30,6 +30,7 @@ class Ledger:
 
     def begin(self) -> float:
         """Note that a pass begins. Returns the time, in seconds of `time.perf_counter`."""
+        self._unsettled_s = None
         self._spans_before = self._trace.count
         return time.perf_counter()
 

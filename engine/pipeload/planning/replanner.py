@@ -53,8 +53,8 @@ _SLACK_SHARE = 0.005
 _GUARD_SHARE = 0.0025
 """A process that outgrew its plan gets another one unless at least this fraction of the budget is left."""
 _WRONG_PASSES, _WRONG_S = 2, 0.5
-"""The profile learns after this many wrong predictions in a row, one may be chance, and of this many seconds together:
-a plan takes some milliseconds, as long as a pass of a small model, whose times vary."""
+"""The profile learns after this many more wrong predictions than right ones, one may be chance, and of this many
+seconds: a plan takes some milliseconds, as long as a pass of a small model, whose times vary."""
 
 
 _NO_KIND = object()
@@ -312,7 +312,11 @@ class Replanner:
         if predicted_s is not None:
             wrong = alike and abs(seconds - predicted_s) > _MARGIN * predicted_s
             # Once may be chance: another process has used the disk or a core.
-            self._wrong, self._wrong_s = (self._wrong + 1, self._wrong_s + seconds) if wrong else (0, 0.0)
+            if wrong:
+                self._wrong, self._wrong_s = self._wrong + 1, self._wrong_s + seconds
+            else:
+                # Times vary: most passes must be wrong, not all of them.
+                self._wrong, self._wrong_s = max(0, self._wrong - 1), max(0.0, self._wrong_s - seconds)
             if self._wrong < _WRONG_PASSES or self._wrong_s < _WRONG_S:
                 return self._reason is not None
         self._wrong, self._wrong_s = 0, 0.0

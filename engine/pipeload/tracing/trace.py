@@ -122,17 +122,17 @@ class _Ring:
         """The number of records that were ever kept."""
         return self._count
 
-    def since(self, number: int) -> list[tuple[Any, ...]]:
+    def since(self, number: int) -> Iterator[tuple[Any, ...]]:
         """The records after the first `number` that were ever kept, in the order in which they were added."""
         size = self._record.size
         with self._lock:
             first = max(number, self._count - self._limit)
             if first >= self._count:
-                return []
+                return iter(())
             begin, end = first % self._limit * size, ((self._count - 1) % self._limit + 1) * size
             around = end <= begin
             copy = self._memory[begin:] + self._memory[:end] if around else self._memory[begin:end]
-        return [*self._record.iter_unpack(copy)]
+        return self._record.iter_unpack(copy)
 
 
 _SPAN = Struct("=IBIddqq")
@@ -211,7 +211,7 @@ class Trace:
         """The number of spans that were ever added."""
         return self._spans.count
 
-    def spans_since(self, begin_s: float, count: int = 0) -> list[Span]:
+    def spans_since(self, begin_s: float, count: int) -> list[Span]:
         """The spans that ended after a moment, in the order in which they were added.
 
         Args:

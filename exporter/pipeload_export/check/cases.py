@@ -115,7 +115,7 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
         chosen = [Sizes(batch=batch, length=max(past, 1)), *chosen]
     if roles.has_sounds:
         # Models fill up or cut what makes no whole frame.
-        chosen += [Sizes(batch=1, length=length, uneven=True) for length in (7, 8)]
+        chosen += [Sizes(batch=1, length=length, uneven=True) for length in (7, 8) if length <= positions - 2]
     if roles.has_images:
         if not limits:
             chosen = [Sizes(batch=batch, length=0) for batch in (1, 2, 3)]
@@ -203,8 +203,8 @@ class _Roles:
 
     @property
     def has_sounds(self) -> bool:
-        """Whether convolutions take something else than images, of a free length."""
-        return bool(self._extents)
+        """Whether convolutions take something else than images, of a free length, in steps."""
+        return any(extent.step > 1 for extent in self._extents.values())
 
     def dims(self, spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
         """The input's shape in a case."""

@@ -104,6 +104,8 @@ def questionnaire(manifest: Manifest, directory: Path, *, weight_bytes: int, pos
     padding_id = config.get("pad_token_id")
     # Some classifiers look for the end of each text.
     end_id = None if manifest.task == "text-generation" else config.get("eos_token_id")
+    if isinstance(end_id, list):
+        end_id = end_id[0] if end_id else None
     questions = tuple(
         Question(
             name=one.name,
@@ -178,7 +180,8 @@ def _inputs(
         mask[-1, slice(short) if sizes.padding == "left" else slice(sizes.length - short, None)] = 0
     ids = _ids(shape, limits["input_ids"], padding_id, random)
     if isinstance(end_id, int) and 0 <= end_id < limits["input_ids"]:
-        ids[ids == end_id] = (end_id + 1) % limits["input_ids"]
+        others = [one for one in range(min(3, limits["input_ids"])) if one not in (end_id, padding_id)]
+        ids[ids == end_id] = others[0] if others else end_id
         ids[np.arange(sizes.batch), sizes.length - 1 - mask[:, ::-1].argmax(axis=1)] = end_id
     if isinstance(padding_id, int):
         ids[mask == 0] = padding_id
@@ -188,9 +191,10 @@ def _inputs(
         "attention_mask": mask,
         "token_type_ids": types,
         "position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0),
-        "decoder_input_ids": _ids(shape, limits.get("decoder_input_ids", 1), padding_id, random),
         "decoder_attention_mask": mask,
     }
+    if any(spec.name == "decoder_input_ids" for spec in manifest.free_inputs):
+        made["decoder_input_ids"] = _ids(shape, limits["decoder_input_ids"], padding_id, random)
     return as_taken(manifest, made)
 
 

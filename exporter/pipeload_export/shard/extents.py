@@ -18,8 +18,8 @@ from pipeload_export.graph.graph import attribute
 __all__ = ["Extent", "find_extents"]
 
 _POOLS = frozenset({"AveragePool", "LpPool", "MaxPool"})
-_LARGEST_WINDOW = 64
-"""Pixels along the edge of a patch or pool; a larger one stands for all that is left of an image."""
+_LARGEST_ROUNDED_WINDOW = 64
+"""Pixels along the edge of a pool that rounds up; a larger one stands for all that is left of an image."""
 _KEEPS_NOTHING = frozenset({"ConstantOfShape", "Range", "Shape", "Size"})
 
 
@@ -88,7 +88,7 @@ def _windows(node: NodeProto, shape_of: Callable[[str], Sequence[object] | None]
     if kernel is None:
         weight = node.input[3 if node.op_type == "QLinearConv" else 1]
         kernel = [size for size in (shape_of(weight) or ())[2:] if isinstance(size, int)]
-    if attribute(node, "ceil_mode", 0) and max(kernel, default=0) > _LARGEST_WINDOW:
+    if attribute(node, "ceil_mode", 0) and max(kernel, default=0) > _LARGEST_ROUNDED_WINDOW:
         # It rounds up to one window over whatever there is (EfficientNet's has 1280 x 1280 pixels).
         return []
     strides = attribute(node, "strides", [1] * len(kernel))

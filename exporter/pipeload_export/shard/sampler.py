@@ -311,11 +311,11 @@ class Sampler:
     def _shapes_of(self, names: Sequence[str]) -> list[list[tuple[int, ...]]]:
         return [self.shapes[name] for name in names]
 
-    def _input(self, name: str, point: Mapping[str, int]) -> NDArray[Any]:
+    def _input(self, name: str, point: dict[str, int]) -> NDArray[Any]:
         spec = self._specs[name]
         shape = tuple(evaluate_dim(dim, point) for dim in spec.shape)
         if (nbytes := prod(shape) * _DRAWN_BYTES) > _MOST_INPUT_BYTES:
-            raise Refused(f"'{name}' would have {format_bytes(nbytes)} with {point}", range(len(self.points)))
+            raise Refused(f"'{name}' would have {format_bytes(nbytes)} with {point}", [self.points.index(point)])
         random = np.random.default_rng(crc32(name.encode()))
         dtype = onnx.helper.tensor_dtype_to_np_dtype(self._graph.types[name][0])
         if np.issubdtype(dtype, np.integer) or dtype == np.bool_:

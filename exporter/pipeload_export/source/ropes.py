@@ -23,13 +23,11 @@ def change_of(config: Mapping[str, Any]) -> RopeChange | None:
     """
     scaling = config.get("rope_scaling")
     rope = scaling if isinstance(scaling, dict) else {}
-    kind = rope.get("rope_type", rope.get("type"))
+    kind = str(rope.get("rope_type", rope.get("type")))
     most, original = (config.get(f"{name}max_position_embeddings") for name in ("", "original_"))
-    if kind == "longrope":
-        tokens = original or rope.get("original_max_position_embeddings") or most
-    else:
-        tokens = most if kind == "dynamic" else None
-    return RopeChange(tokens=tokens, keeps_caches=kind == "dynamic") if isinstance(tokens, int) else None
+    is_dynamic = "dynamic" in kind
+    tokens = most if is_dynamic else (original or most) if kind == "longrope" else None
+    return RopeChange(tokens=tokens, keeps_caches=is_dynamic) if isinstance(tokens, int) else None
 
 
 def follow_lengths(model: Any) -> None:

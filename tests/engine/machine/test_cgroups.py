@@ -74,15 +74,16 @@ def test_page_cache_that_no_process_has_mapped_is_free(
     assert list(cgroups.memory_limits(membership, tmp_path)) == [(1000, used)]
 
 
-def test_threads_that_may_start_are_found_up_to_the_root(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "line"), [("pids", "8:pids:/outer/inner\n"), ("", "0::/outer/inner\n")])
+def test_threads_that_may_start_are_found_up_to_the_root(tmp_path: Path, folder: str, line: str) -> None:
     def pids(path: str, most: str, current: int) -> None:
-        place = tmp_path / "pids" / path
+        place = tmp_path / folder / path
         place.mkdir(parents=True, exist_ok=True)
         (place / "pids.max").write_text(f"{most}\n")
         (place / "pids.current").write_text(f"{current}\n")
 
     membership = tmp_path / "membership"
-    membership.write_text("8:pids:/outer/inner\n")
+    membership.write_text(line)
     assert cgroups.spare_threads(membership, tmp_path) == math.inf
     pids("outer", "20", 12)
     pids("outer/inner", "max", 5)

@@ -33,8 +33,11 @@ except pipeload.LoadError as error:
 """
 
 
-@pytest.mark.parametrize(("spare", "loaders", "threads"), [(float("inf"), None, None), (31, None, None), (30, None, 1)])
-def test_sessions_compute_with_one_thread_where_their_pools_do_not_fit(
+@pytest.mark.parametrize(
+    ("spare", "loaders", "threads"),
+    [(float("inf"), None, None), (31, None, None), (30, None, 3), (15, None, 2), (14, None, 1), (1, 1, 1)],
+)
+def test_sessions_compute_with_fewer_threads_where_their_pools_do_not_fit(
     spare: float, loaders: int | None, threads: int | None
 ) -> None:
     """Three agents, four Loading Agents, and for each of six shards and two that close the threads beside the first."""

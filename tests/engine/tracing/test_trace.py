@@ -126,9 +126,9 @@ def test_spans_since_a_moment_are_those_that_ended_after_it() -> None:
     spans = [span(0, 5), span(4, 11), span(9, 10), span(9, 12), span(12, 12.5)]
     for each in spans:
         trace.add(each)
-    assert trace.spans_since(10) == [spans[1], spans[3], spans[4]]
-    assert trace.spans_since(20) == []
-    assert trace.spans_since(-1) == spans
+    assert trace.spans_since(10, 0) == [spans[1], spans[3], spans[4]]
+    assert trace.spans_since(20, 0) == []
+    assert trace.spans_since(-1, 0) == spans
 
 
 def test_spans_after_a_count_are_looked_at_and_no_others() -> None:
@@ -184,7 +184,7 @@ def test_many_threads_may_record_and_read_at_once() -> None:
         most = 0
         while most < 4000:
             assert len(trace.samples) <= 4000
-            most = max(most, len(trace.spans), len(trace.spans_since(0)))
+            most = max(most, len(trace.spans), len(trace.spans_since(0, 0)))
         return most
 
     writers = [Background(record, f"loader-{number}") for number in range(4)]
