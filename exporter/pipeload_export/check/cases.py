@@ -243,6 +243,10 @@ def _inputs(
             values = np.broadcast_to(sizes.past + np.arange(shape[-1]), shape) % (limit or _MANY)
         elif limit is not None:
             values = random.integers(0, limit, shape)
+            if spec.name == "bbox":
+                # Left, top, right and bottom of a word: none ends before it begins.
+                corners = values[..., :2], values[..., 2:]
+                values = np.concatenate([np.minimum(*corners), np.maximum(*corners)], axis=-1)
             if (end := ends.get(spec.name)) is not None and 0 <= end < limit:
                 _end(values, end, limit, sizes)
         elif len(shape) == 4:
