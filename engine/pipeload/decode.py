@@ -35,7 +35,6 @@ class DecodeState:
         expected: tokens that the next steps will need in the end.
         batch: sequences; 0 before the first step.
         caches: graph input -> value, as the latest step made it.
-        is_long: whether they were made with the frequencies of texts longer than `RopeChange.tokens`.
     """
 
     __module__ = "pipeload"
@@ -53,7 +52,8 @@ class DecodeState:
         self.capacity = self.expected = self._first_capacity = capacity
         self.batch = 0
         self.caches: dict[str, Value] = {}
-        self.is_long = False
+        # Whether the caches were made with the frequencies of texts longer than `RopeChange.tokens`.
+        self._is_long = False
         self._on_close = on_close
         self._length_axis = length_axis
         self._in_place = in_place
@@ -201,7 +201,7 @@ class Decoding:
         if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
             raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
         change = self._manifest.rope_change
-        if change and not change.keeps_caches and state.length and state.is_long is not (length > change.tokens):
+        if change and not change.keeps_caches and state.length and state._is_long is not (length > change.tokens):
             raise ConfigError(
                 f"Up to {change.tokens} tokens this model computes a text with other rotary frequencies than above. "
                 f"This state holds {state.length} tokens of the one kind, and with this step they become {length} of "
@@ -221,7 +221,7 @@ class Decoding:
         if not self.in_place:
             state.caches = {name: outputs[made] for name, made in self.caches.items()}
         change = self._manifest.rope_change
-        state.is_long = change is not None and step.length > change.tokens
+        state._is_long = change is not None and step.length > change.tokens
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
 
     def abandon(self, state: DecodeState) -> None:

@@ -33,11 +33,11 @@ def foreign_allocator() -> str | None:
     """
     try:
         own, used = (Path(_file_of(name)) for name in ("gnu_get_libc_version", "malloc"))
-        # A program that takes the address of malloc has an entry of its own for it, which leads to the C library's.
-        is_program = not used.is_file() or used.samefile("/proc/self/exe")
     except (OSError, AttributeError, TypeError):
         return None
-    return None if own == used or is_program else used.name
+    # A program that takes the address of malloc, as Python's on aarch64, has an entry of its own for it, which leads to
+    # the C library's: only another library stands in for that.
+    return used.name if used != own and ".so" in used.name else None
 
 
 def _file_of(function: str) -> str:
