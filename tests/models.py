@@ -146,16 +146,20 @@ def made_once(*names: str) -> Path:
     return cache
 
 
-def _make_architecture(directory: Path, name: str) -> None:
+def seeded(model_class: str, config_class: str, options: Mapping[str, Any], seed: int = 0) -> Any:
+    """A model of transformers with random weights, from the names of its classes and its config's arguments."""
     import torch
     import transformers
 
+    torch.manual_seed(seed)
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**options)).eval()
+
+
+def _make_architecture(directory: Path, name: str) -> None:
     from pipeload_export import export
 
     task, model_class, config_class, options = ARCHITECTURES[name]
-    torch.manual_seed(sum(name.encode()))
-    config = getattr(transformers, config_class)(**options)
-    model = getattr(transformers, model_class)(config).eval()
+    model = seeded(model_class, config_class, options, sum(name.encode()))
     with tempfile.TemporaryDirectory(prefix="pipeload-models-") as folder:
         checkpoint, unsplit = Path(folder) / "checkpoint", Path(folder) / "unsplit"
         model.save_pretrained(checkpoint)

@@ -201,7 +201,7 @@ class Decoding:
         if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
             raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
         change = self._manifest.rope_change
-        if change and not change.keeps_caches and state.length and state._is_long is not (length > change.tokens):
+        if change and not change.keeps_caches and state.length and state._is_long is not self._is_long(length):
             raise ConfigError(
                 f"Up to {change.tokens} tokens this model computes a text with other rotary frequencies than above. "
                 f"This state holds {state.length} tokens of the one kind, and with this step they become {length} of "
@@ -220,8 +220,7 @@ class Decoding:
         """Settle a step that succeeded: its caches become the state's."""
         if not self.in_place:
             state.caches = {name: outputs[made] for name, made in self.caches.items()}
-        change = self._manifest.rope_change
-        state._is_long = change is not None and step.length > change.tokens
+        state._is_long = self._is_long(step.length)
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
 
     def abandon(self, state: DecodeState) -> None:
@@ -250,8 +249,7 @@ class Decoding:
             return [arrays], [dims, {**dims, text: size, past: max(before, step.expected - size)}]
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
         size = min(length, max(positions, _PIECE_TOKENS // max(1, rows)))
-        change = self._manifest.rope_change
-        if self._manifest.quantised_dynamically or (change and before + length > change.tokens):
+        if self._manifest.quantised_dynamically or self._is_long(before + length):
             size = length
         pieces: list[Arrays] = []
         # The first piece takes the remainder, so that the last one is whole.
@@ -266,6 +264,11 @@ class Decoding:
             )
         # Attention goes over all the room in the caches, whatever a mask hides.
         return pieces, [{**dims, text: size, past: step.capacity - size}]
+
+    def _is_long(self, length: int) -> bool:
+        """Whether a text of this many tokens has the frequencies of long ones."""
+        change = self._manifest.rope_change
+        return change is not None and length > change.tokens
 
     def cache_bytes(self, state: DecodeState | None = None, step: Step | None = None) -> int:
         """Memory of the caches of all open states, with those of one state as they will be after its next step."""

@@ -39,10 +39,11 @@ def require_exporters() -> None:
         found = version("transformers")
     except PackageNotFoundError:
         return  # it lies on the path without its metadata
-    if found.partition(".")[0] != str(_TRANSFORMERS):
+    major = found.partition(".")[0]
+    if major != str(_TRANSFORMERS):
         raise ExportError(
             f"transformers {found} is installed, and optimum-onnx traces checkpoints with transformers {_TRANSFORMERS} "
-            f"only, also those that transformers {found.partition('.')[0]} has saved. Install it: pip install "
+            f"only, also those that transformers {major} has saved. Install it: pip install "
             f"'transformers<{_TRANSFORMERS + 1}'. Or write an .onnx file with torch.onnx.export(dynamo=True), and pass "
             "that."
         )

@@ -12,6 +12,7 @@ import numpy as np
 import onnx.version_converter
 import onnxruntime
 import pytest
+from tests.models import seeded
 from tests.shared import folder_of_the_run, made_by_one
 
 from pipeload.format.manifest import Manifest
@@ -123,11 +124,8 @@ def assert_right(tmp_path: Path) -> Callable[..., Manifest]:
 def _export(folder: Path, name: str, opset: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
         exporters = pytest.importorskip("optimum.exporters.onnx")
         model_class, config_class, options, _, task = MODELS[name]
-        torch.manual_seed(0)
         # Attention as small operators, which every opset has.
-        config = getattr(transformers, config_class)(**options, attn_implementation="eager")
-        model = getattr(transformers, model_class)(config).eval()
+        model = seeded(model_class, config_class, {**options, "attn_implementation": "eager"})
         exporters.onnx_export_from_model(model, output=folder, task=task, do_validation=False, opset=opset)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.models import seeded
 from tests.variants.conftest import MODELS
 
 pytestmark = pytest.mark.slow
 
 
 def _export(folder: Path, name: str, attention: str, opset: int, *, external_data: bool) -> None:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
     pytest.importorskip("onnxscript")
     model_class, config_class, options, *_ = MODELS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**options, attn_implementation=attention, use_cache=False)
-    model = getattr(transformers, model_class)(config).eval()
+    model = seeded(model_class, config_class, {**options, "attn_implementation": attention, "use_cache": False})
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     text = torch.arange(18).reshape(2, 9)
     inputs: Mapping[str, Any] = {"input_ids": text, "attention_mask": torch.ones_like(text)}
@@ -32,7 +31,7 @@ def _export(folder: Path, name: str, attention: str, opset: int, *, external_dat
             model, (), kwargs=inputs, dynamic_shapes=dims, dynamo=True, opset_version=opset, verbose=False
         )
     program.save(str(folder / "model.onnx"), external_data=external_data)
-    config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.folder import read_json
 
 if TYPE_CHECKING:
+    from onnx import GraphProto
+
     from pipeload_export.shard.extents import Extent
 
-__all__ = ["ENCODER", "Case", "Sizes", "as_taken", "index_limits", "sample_cases"]
+__all__ = ["ENCODER", "Case", "Sizes", "as_taken", "end_texts", "index_limits", "sample_cases"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -101,10 +103,11 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
 
     With caches of int8 there is one more, the first, whose own caches fill those of all others (`compare`).
     """
-    limits = index_limits(manifest, directory)
+    graphs = _graphs(manifest, directory)
+    limits = _limits(manifest, graphs)
     config = read_json(directory / "config.json")
     published = read_published(config, read_json(directory / "preprocessor_config.json"))
-    extents, ends = _from_graphs(manifest, directory)
+    extents, ends = _from_graphs(manifest, graphs)
     roles = _Roles(manifest, limits, published, extents)
     positions = config.get("max_position_embeddings") or config.get("n_positions") or _MANY
     # Some model types use the first two positions for padding.
@@ -140,21 +143,29 @@ def _with_images(chosen: Sequence[Sizes], images: Sequence[tuple[int, int]]) -> 
     ]
 
 
-def _from_graphs(manifest: Manifest, directory: Path) -> tuple[dict[tuple[str, int], Extent], dict[str, int]]:
-    """The extents of inputs that convolutions take, and the ids that are looked for in inputs."""
+def _graphs(manifest: Manifest, directory: Path) -> list[GraphProto]:
+    """The graphs of the shards, in order, without their weights."""
     import onnx  # needs the extra [export], which importing this module does not
+
+    return [onnx.load(directory / shard.graph.path, load_external_data=False).graph for shard in manifest.shards]
+
+
+def _from_graphs(
+    manifest: Manifest, graphs: Sequence[GraphProto]
+) -> tuple[dict[tuple[str, int], Extent], dict[str, int]]:
+    """The extents of inputs that convolutions take, and the ids that are looked for in inputs."""
+    from onnx import TensorProto
 
     from pipeload_export.shard.extents import find_extents
     from pipeload_export.shard.sample_sizes import sought_ids
 
-    graphs = [onnx.load(directory / shard.graph.path, load_external_data=False).graph for shard in manifest.shards]
     nodes = [node for graph in graphs for node in graph.node]
     shapes = {proto.name: tuple(proto.dims) for graph in graphs for proto in graph.initializer}
     small = {
         proto.name: proto
         for graph in graphs
         for proto in graph.initializer
-        if proto.data_location != onnx.TensorProto.EXTERNAL
+        if proto.data_location != TensorProto.EXTERNAL
     }
     names = {spec.name for spec in manifest.inputs}
     return find_extents(nodes, manifest.inputs, shapes.get), sought_ids(nodes, names, small)
@@ -248,7 +259,7 @@ def _inputs(
                 corners = values[..., :2], values[..., 2:]
                 values = np.concatenate([np.minimum(*corners), np.maximum(*corners)], axis=-1)
             if (end := ends.get(spec.name)) is not None and 0 <= end < limit:
-                _end(values, end, limit, sizes)
+                end_texts(values, _mask(shape, sizes), end, (end + 1) % limit)
         elif len(shape) == 4:
             values = random.integers(0, 256, shape)
         else:
@@ -257,12 +268,18 @@ def _inputs(
     return inputs
 
 
-def _end(ids: NDArray[Any], end: int, limit: int, sizes: Sizes) -> None:
-    """Let each text end with an id, and have it nowhere else."""
-    ids[ids == end] = (end + 1) % limit
-    ids[..., -1] = end
-    if sizes.padding == "right" and ids.shape[-1] > 3:
-        ids[-1, ..., -1], ids[-1, ..., -4] = (end + 1) % limit, end
+def end_texts(ids: NDArray[Any], mask: NDArray[Any], end: int, other: int) -> None:
+    """Let each text end with an id, and have it nowhere else.
+
+    Args:
+        ids: the texts, `[..., length]`; they are changed.
+        mask: ones where they are, zeros where they are padded.
+        end: the id.
+        other: what stands in its place elsewhere.
+    """
+    ids[ids == end] = other
+    last = ids.shape[-1] - 1 - mask[..., ::-1].argmax(axis=-1)
+    np.put_along_axis(ids, last[..., None], end, axis=-1)
 
 
 def _mask(shape: tuple[int, ...], sizes: Sizes) -> NDArray[Any]:
@@ -275,12 +292,13 @@ def _mask(shape: tuple[int, ...], sizes: Sizes) -> NDArray[Any]:
 
 def index_limits(manifest: Manifest, directory: Path) -> dict[str, int]:
     """For each integer graph input that selects rows of tables: the number of rows of the smallest such table."""
-    import onnx  # needs the extra [export], which importing this module does not
+    return _limits(manifest, _graphs(manifest, directory))
 
+
+def _limits(manifest: Manifest, graphs: Sequence[GraphProto]) -> dict[str, int]:
     makers: dict[str, list[str]] = {}
     uses = [(lookup.indices, lookup.table.shape[0]) for shard in manifest.shards for lookup in shard.lookups]
-    for shard in manifest.shards:
-        graph = onnx.load(directory / shard.graph.path, load_external_data=False).graph
+    for graph in graphs:
         rows = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
         for node in graph.node:
             if node.op_type in _KEEPS_VALUES:

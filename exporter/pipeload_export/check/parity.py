@@ -129,6 +129,8 @@ class _Comparison:
             progress("compare with the source", number, total)
             if number in self.answers.outputs:
                 self._question(model, number, question)
+            else:
+                self._refused.append(question.length)
         for number, prompt in enumerate(self.asked.prompts):
             progress("compare with the source", len(self.asked.questions) + number, total)
             if f"prompt.{number}" not in self.answers.errors:
@@ -137,12 +139,7 @@ class _Comparison:
 
     def result(self) -> Parity:
         """The record for the manifest."""
-        refused = self._refused + [
-            question.length
-            for number, question in enumerate(self.asked.questions)
-            if number not in self.answers.outputs
-        ]
-        reached = max([*self._lengths, *refused], default=0)
+        reached = max([*self._lengths, *self._refused], default=0)
         return Parity(
             cases=tuple(self._compared),
             longest=max(self._lengths, default=0),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pipeload.format.manifest import Manifest
 from pipeload_export.check.boundaries import boundaries
-from pipeload_export.check.cases import ENCODER, Sizes, as_taken, index_limits, sample_cases
+from pipeload_export.check.cases import ENCODER, Sizes, as_taken, end_texts, index_limits, sample_cases
 from pipeload_export.source.folder import read_json
 
 __all__ = ["Prompt", "Question", "Questionnaire", "questionnaire"]
@@ -181,8 +181,7 @@ def _inputs(
     ids = _ids(shape, limits["input_ids"], padding_id, random)
     if isinstance(end_id, int) and 0 <= end_id < limits["input_ids"]:
         others = [one for one in range(min(3, limits["input_ids"])) if one not in (end_id, padding_id)]
-        ids[ids == end_id] = others[0] if others else end_id
-        ids[np.arange(sizes.batch), sizes.length - 1 - mask[:, ::-1].argmax(axis=1)] = end_id
+        end_texts(ids, mask, end_id, others[0] if others else end_id)
     if isinstance(padding_id, int):
         ids[mask == 0] = padding_id
     types = random.integers(0, limits.get("token_type_ids", 1), shape)

@@ -66,7 +66,8 @@ def _long(module: Any) -> Callable[[Any], Any]:
     """Two sets of frequencies, for short and for long texts."""
     import torch
 
-    config = module.config
-    most = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    short, long = (module.rope_init_fn(config, None, seq_len=length)[0] for length in (most, most + 1))
+    change = change_of(module.config.to_dict())
+    assert change is not None
+    most = change.tokens
+    short, long = (module.rope_init_fn(module.config, None, seq_len=length)[0] for length in (most, most + 1))
     return lambda length: torch.where(length > most, long, short)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.models import traced_here
+from tests.models import seeded, traced_here
 
 import pipeload
 from pipeload.errors import ConfigError, ExportError, ShardError
@@ -45,10 +45,8 @@ CHECKPOINTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
 
 
 def write_checkpoint(folder: Path, name: str, seed: int = 0) -> Path:
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    model_class, config_class, options = CHECKPOINTS[name]
-    torch.manual_seed(seed)
-    getattr(transformers, model_class)(getattr(transformers, config_class)(**options)).save_pretrained(folder)
+    pytest.importorskip("transformers")
+    seeded(*CHECKPOINTS[name], seed).save_pretrained(folder)
     return folder
 
 

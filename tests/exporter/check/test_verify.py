@@ -337,7 +337,7 @@ class TestSamples:
         shape = ("batch_size", "num_channels", "height", "width")
         image = replace(manifest.inputs[0], name="pixel_values", dtype="float32", shape=shape)
         (exported / "config.json").write_text('{"image_size": [32, 48], "num_channels": 1}')
-        monkeypatch.setattr(samples_module, "index_limits", lambda *_: {})
+        monkeypatch.setattr(samples_module, "_limits", lambda *_: {})
         cases = sample_cases(replace(manifest, inputs=(image,)), exported)
         assert {case.inputs["pixel_values"].shape[1:] for case in cases} == {(1, 32, 48)}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.models import seeded
 
 __all__ = ["FAMILIES", "write_family"]
 
@@ -23,6 +24,13 @@ _SOUND = {
     "vocab_size": 40,
 }
 _SQUARE = {"size": {"height": 64, "width": 64}}
+
+
+def _both_sides(ffn_dim: int) -> dict[str, int]:
+    """Sizes of the layers of an encoder and a decoder."""
+    sizes = {"layers": 3, "ffn_dim": ffn_dim, "attention_heads": 4}
+    return {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sizes.items()}
+
 
 # name -> (class of transformers, class of its config, the config's arguments, task of optimum, the processor's file)
 FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any], str, Mapping[str, Any]]] = {
@@ -110,11 +118,7 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any], str, Mapping[str, Any]
             },
             "d_model": 32,
             "num_queries": 10,
-            **{
-                f"{side}_{name}": value
-                for side in ("encoder", "decoder")
-                for name, value in (("layers", 3), ("ffn_dim", 64), ("attention_heads", 4))
-            },
+            **_both_sides(ffn_dim=64),
         },
         "object-detection",
         {},
@@ -165,11 +169,7 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any], str, Mapping[str, Any]
             "max_position_embeddings": 64,
             "eos_token_id": 2,
             "pad_token_id": 1,
-            **{
-                f"{side}_{name}": value
-                for side in ("encoder", "decoder")
-                for name, value in (("layers", 3), ("ffn_dim", 128), ("attention_heads", 4))
-            },
+            **_both_sides(ffn_dim=128),
         },
         "text-classification",
         {},
@@ -181,11 +181,9 @@ def write_family(folder: Path, name: str) -> None:
     """Write the family's `model.onnx`, `config.json` and `preprocessor_config.json`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
         exporters = pytest.importorskip("optimum.exporters.onnx")
         model_class, config_class, options, task, processor = FAMILIES[name]
-        torch.manual_seed(0)
-        model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options)).eval()
+        model = seeded(model_class, config_class, options)
         folder.mkdir(parents=True)
         if processor:
             (folder / "preprocessor_config.json").write_text(json.dumps(processor))
