@@ -38,7 +38,7 @@ _WITH_FIRST_TOKEN = ("llama-bpe", "llama3", "llama-v3")
 @contextmanager
 def reading_once() -> Iterator[None]:
     """A context in which each GGUF file is parsed once: transformers does it for the config, the tokenizer and the
-    tensors in turn, and makes its table of names anew for each module, a minute for a model of 135M parameters.
+    tensors in turn, and makes its table of names anew for each module, which takes longer than the tracing.
     """
     import gguf
 
