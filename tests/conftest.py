@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from itertools import count
@@ -12,6 +13,9 @@ from tests.models import SIBLINGS
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every program that they start inherits it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Each of torch's threads keeps a core busy while it waits for work, and a tiny model has none for a second one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _NUMBERS = count()
 _SLOW_NAMES = SIBLINGS | {"bert-answers", "bert-masked", "gptj", "gptneo"}

@@ -36,7 +36,7 @@ def _fixed(dim: TensorShapeProto.Dimension, place: int) -> None:
 
 
 _WAYS = {"unnamed": _unnamed, "?": _question_mark, "-1": _negative, "names": _own_name, "fixed": _fixed}
-_QUICK = {("bert", "?"), ("bert", "fixed"), ("vit", "-1"), ("llama", "unnamed")}
+_QUICK = {("bert", "?"), ("bert", "fixed"), ("vit", "-1")}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def test_a_thousand_passes_leave_threads_descriptors_and_memory_as_they_were(
     assert model.stats.passes == passes
 
 
+@pytest.mark.slow
 def test_opening_and_closing_leaves_nothing(toy: Path, descriptors: Callable[[], int]) -> None:
     def cycle() -> None:
         with load(toy, smallest_budget(toy)) as model:

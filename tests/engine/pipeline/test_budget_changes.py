@@ -201,6 +201,7 @@ def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, se
         assert rig.pipeline._memory.reservations.reserved_bytes <= rig.pipeline._memory.reservations._limit_bytes
 
 
+@pytest.mark.slow
 def test_an_idle_model_gives_memory_back_when_it_becomes_short(
     toy_large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def test_a_cache_that_grows_while_a_text_is_made_is_refused_in_time(wide_toy: Pa
         assert_same(model.generate(PROMPT, max_new_tokens=2), expected)
 
 
-@pytest.mark.parametrize("kind", ["in place", "made anew"])
+@pytest.mark.parametrize("kind", ["in place", pytest.param("made anew", marks=pytest.mark.slow)])
 def test_the_budget_named_for_a_text_holds_until_its_last_token(
     wide_toy: Path, exported_llama: Path, kind: str
 ) -> None:
@@ -144,7 +144,7 @@ def test_an_assistant_whose_cache_does_not_fit(wide_toy: Path, toy_decoder: Path
 
 
 @no_subprocess
-@pytest.mark.parametrize("more", [24_000_000, 44_000_000])
+@pytest.mark.parametrize("more", [24_000_000, pytest.param(44_000_000, marks=pytest.mark.slow)])
 def test_a_process_with_growing_caches_never_occupied_more_than_its_budget(exported_llama: Path, more: int) -> None:
     """Until they do not fit, truncated after that, and with drafts: in a process of its own."""
     program = f"""

@@ -112,7 +112,7 @@ def _images(*pairs: tuple[int, int]) -> list[dict[str, int]]:
     [
         ("bert", _TEXTS),
         ("dinov2", _images((14, 28), (28, 42), (42, 42), (224, 224), (322, 518))),
-        ("clip", [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": n} for n in (5, 9)]),
+        slow("clip", [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": n} for n in (5, 9)]),
         pytest.param(
             "clip",
             [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": 30}],

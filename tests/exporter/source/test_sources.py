@@ -246,6 +246,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCheckpoint:
+    @pytest.mark.slow
     def test_becomes_a_graph_that_answers_like_torch(
         self, bert: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:

@@ -74,6 +74,7 @@ def test_no_more_is_drafted_than_was_asked_for(toy_decoder: Path, computed: list
         assert made.drafted_tokens <= most * made.sweeps
 
 
+@pytest.mark.slow
 def test_a_draft_ends_where_the_text_must_end(exported_gpt2: Path) -> None:
     """No position beyond the last that the model has, and no cache beyond the plan."""
     prompt = [*CYCLE] * 16

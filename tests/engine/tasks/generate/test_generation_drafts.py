@@ -102,6 +102,7 @@ def test_assistants_change_nothing(decoder: Path, half_toy: Path, exported_llama
                 assert_counted(made, options)
 
 
+@pytest.mark.slow
 def test_processors_see_nothing_of_what_an_assistant_guesses(toy_decoder: Path, half_toy: Path) -> None:
     """They may count their calls: those are the same, whatever was guessed."""
     with load(toy_decoder) as model, load(half_toy, 30_000_000) as assistant:
@@ -141,6 +142,7 @@ def test_all_logits_and_the_largest_ones_give_the_same(decoder: Path) -> None:
             assert_same(one, two)
 
 
+@pytest.mark.slow
 def test_a_streamed_model_with_an_assistant(exported_gpt2: Path) -> None:
     """Under the smallest budget that has room for the caches."""
     with load(exported_gpt2, 600_000) as model, load(exported_gpt2, 30_000_000) as twin:
