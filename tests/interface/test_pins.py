@@ -44,7 +44,9 @@ def test_help_fits_a_terminal_of_80_columns(command: str) -> None:
 
 def test_every_command_and_package_is_pinned() -> None:
     assert sorted(texts()) == sorted(path.name for path in PINNED.iterdir())
-    assert {command.name or command.callback.__name__ for command in app.registered_commands} == set(COMMANDS[1:])  # type: ignore[union-attr]
+    assert {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands} == set(
+        COMMANDS[1:]
+    )  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

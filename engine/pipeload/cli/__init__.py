@@ -12,19 +12,23 @@ import typer
 
 import pipeload
 from pipeload.cli.commands import (
+    answer,
     bench,
     catalog,
     chat,
     classify,
     embed,
     export,
+    fill_mask,
     generate,
     inspect,
     plan,
     profile,
+    rerank,
     run,
     timeline,
     verify,
+    zero_shot,
 )
 from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.cli.loudness import LOUDNESS, Quiet, Verbose
@@ -57,6 +61,10 @@ for _command in (
     run.run,
     embed.embed,
     classify.classify,
+    zero_shot.zero_shot,
+    rerank.rerank,
+    answer.answer,
+    fill_mask.fill_mask,
     generate.generate,
     chat.chat,
     timeline.timeline,

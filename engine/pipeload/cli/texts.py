@@ -14,7 +14,7 @@ import typer
 from pipeload.machine.files import read_stream
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["is_typed", "read_lines", "read_text", "read_turns", "refuse_images"]
+__all__ = ["argued_texts", "is_typed", "read_lines", "read_text", "read_turns", "refuse_images"]
 
 
 _MOST_BYTES = 256 << 20
@@ -50,6 +50,24 @@ def _bytes_of(path: Path) -> bytes:
 def read_lines(path: Path = Path("-")) -> list[str]:
     """The lines of a file, or of stdin for `-`, without empty ones. Raises as `read_text` does."""
     return [line for line in read_text(path).splitlines() if line.strip()]
+
+
+def argued_texts(texts: Iterable[str] | None, file: Path | None, name: str) -> list[str]:
+    """The texts of a command's arguments, with the lines of stdin in the place of each `-`, and those of a file.
+
+    Args:
+        texts: the arguments.
+        file: its lines follow; None for no file.
+        name: what the help calls such an argument.
+
+    Raises:
+        typer.BadParameter: there is none; or as `read_text`.
+    """
+    found = [line for text in texts or [] for line in (read_lines() if text == "-" else [text])]
+    found += read_lines(file) if file else []
+    if not found:
+        raise typer.BadParameter(f"Give at least one {name}, - for stdin, or --file.")
+    return found
 
 
 def is_typed() -> bool:

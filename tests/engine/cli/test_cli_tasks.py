@@ -31,7 +31,9 @@ def test_an_error_leaves_stdout_empty(tmp_path: Path, call: Call) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("command", ["run", "embed", "classify", "generate", "chat"])
+@pytest.mark.parametrize(
+    "command", ["run", "embed", "classify", "zero-shot", "rerank", "answer", "fill-mask", "generate", "chat"]
+)
 def test_help_has_examples(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

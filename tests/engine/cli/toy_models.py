@@ -12,8 +12,10 @@ from tests.engine.tasks.fakes import ToyRunner, manifest, write_bert_tokenizer, 
 from typer.testing import Result
 
 from pipeload.format.manifest import TensorSpec
-from pipeload.tasks.classify import classify
+from pipeload.tasks.answer import answer
+from pipeload.tasks.classify import classify, rerank, zero_shot
 from pipeload.tasks.embed import embed
+from pipeload.tasks.fill import fill_mask
 from pipeload.tracing.stats import Stats
 
 
@@ -44,6 +46,18 @@ class ToyModel:
 
     def classify(self, inputs: Any, *, top_k: int) -> Any:
         return classify.classify(self, inputs, top_k=top_k)
+
+    def zero_shot(self, texts: Any, labels: Any, **options: Any) -> Any:
+        return zero_shot.zero_shot(self, texts, labels, **options)
+
+    def rerank(self, query: Any, documents: Any, **options: Any) -> Any:
+        return rerank.rerank(self, query, documents, **options)
+
+    def answer(self, question: Any, context: Any, **options: Any) -> Any:
+        return answer.answer(self, question, context, **options)
+
+    def fill_mask(self, texts: Any, **options: Any) -> Any:
+        return fill_mask.fill_mask(self, texts, **options)
 
     def __enter__(self) -> ToyModel:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -14,7 +15,7 @@ from pipeload.cli.texts import read_lines, refuse_images
 from pipeload.tasks.classify.entities import Entity
 from pipeload.tasks.classify.labels import Label
 
-__all__ = ["classify"]
+__all__ = ["classify", "print_labels"]
 
 _CHUNK = 32
 """The number of inputs per step of the progress bar."""
@@ -26,6 +27,12 @@ def classify(
         list[str],
         typer.Argument(metavar="(TEXT|IMAGE)...", help="Texts or image files; - reads lines or an image from stdin."),
     ],
+    pair: Annotated[
+        str | None,
+        typer.Option(
+            "--pair", metavar="TEXT", help="The second text beside each input, for models of two texts (NLI)."
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each input.")] = 5,
     budget: Budget = "auto",
     as_json: Json = False,
@@ -40,16 +47,20 @@ def classify(
 
         pipeload classify models/sentiment "what a fine day"
 
+        pipeload classify models/nli "It rains." --pair "The street is wet."
+
         pipeload classify models/ner - < letters.txt
     """
     with open_model(directory, budget, stats=stats, trace=trace) as model:
         images = model.manifest.task == "image-classification"
+        if images and pair is not None:
+            raise typer.BadParameter("--pair is a second text, and this model takes images.")
         if not images:
             refuse_images(inputs, f"this model for {model.manifest.task}")
         wanted = _read(inputs, images=images)
         results: list[list[Label]] = []
         for chunk in chunks(wanted, _CHUNK, "Classifying"):
-            found = model.classify([value for _, value in chunk], top_k=top_k)
+            found = model.classify([value if pair is None else (str(value), pair) for _, value in chunk], top_k=top_k)
             results.extend(found)
             if json_lines:
                 for (name, _), labels in zip(chunk, found, strict=True):
@@ -57,6 +68,11 @@ def classify(
     names = [name for name, _ in wanted]
     if json_lines:
         return
+    print_labels(names, results, as_json=as_json)
+
+
+def print_labels(names: Sequence[str], results: Sequence[Sequence[Label]], *, as_json: bool) -> None:
+    """Print the labels of each input below its name."""
     if as_json:
         print_json([{"input": name, "labels": labels} for name, labels in zip(names, results, strict=True)])
         return

@@ -12,7 +12,7 @@ import typer
 from numpy.typing import NDArray
 
 from pipeload.cli.options import Budget, Directory, Json, JsonLines, Stats, Trace, chunks, in_folder, open_model
-from pipeload.cli.texts import read_lines, refuse_images
+from pipeload.cli.texts import argued_texts, refuse_images
 from pipeload.tasks.embed.pooling import normalized
 
 __all__ = ["embed"]
@@ -71,10 +71,7 @@ def embed(
 
         pipeload embed models/exported/e5 "how to cook rice" --prompt "query: " --jsonl
     """
-    wanted = [line for text in texts or [] for line in (read_lines() if text == "-" else [text])]
-    wanted += read_lines(file) if file else []
-    if not wanted:
-        raise typer.BadParameter("Give at least one TEXT, - for stdin, or --file.")
+    wanted = argued_texts(texts, file, "TEXT")
     refuse_images(texts or [], "embed")
     parts = []
     with open_model(directory, budget, stats=stats, trace=trace) as model:
