@@ -98,7 +98,7 @@ class Loader:
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
         reserved = memory_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
-        reserved += session_bytes(plan.threads)
+        reserved += session_bytes(shard, plan.threads)
 
         def stale() -> bool:
             return self._exchange.is_stale(task)

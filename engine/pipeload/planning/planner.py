@@ -169,7 +169,7 @@ def make_plan(
         fastest_s = min(fastest_s, schedule.steady_s)
         found.append((layout, schedule))
     if not found:
-        raise _too_small(manifest, budget_bytes, process, needs, session_bytes(min(speed.times)))
+        raise _too_small(manifest, budget_bytes, process, needs, min(speed.times))
     layout, schedule = _preferred([pair for pair in found if pair[1].steady_s <= fastest_s * (1 + _CLOSE)])
     return Plan(
         budget_bytes=budget_bytes,
@@ -250,9 +250,9 @@ def budget_for_latency(
         return make_plan(manifest, profile, budget_bytes=budget_bytes, needs=needs, **options)
 
     # Above this budget everything is resident and packed, and more memory is of no use.
-    each = session_bytes(max(Rates.of(manifest, profile, options.get("threads")).times))
+    threads = max(Rates.of(manifest, profile, options.get("threads")).times)
     most = process_bytes(profile) + needs.pass_bytes + needs.cache_bytes
-    most += 2 * sum(memory_ceil(shard.nbytes) + each for shard in manifest.shards)
+    most += 2 * sum(memory_ceil(shard.nbytes) + session_bytes(shard, threads) for shard in manifest.shards)
     try:
         least = plan(1).budget_bytes
     except BudgetError as error:
@@ -299,12 +299,11 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
     return min(equal, key=order)
 
 
-def _too_small(
-    manifest: Manifest, budget_bytes: int, process_bytes: int, needs: Needs, session_bytes: int
-) -> BudgetError:
+def _too_small(manifest: Manifest, budget_bytes: int, process_bytes: int, needs: Needs, threads: int) -> BudgetError:
     fixed = process_bytes + needs.pass_bytes + needs.cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.nbytes)
-    needed = fixed + int((memory_ceil(largest.nbytes) + session_bytes) / (1 - _SPARE_SHARE))
+    session = max(session_bytes(shard, threads) for shard in manifest.shards)
+    needed = fixed + int((memory_ceil(largest.nbytes) + session) / (1 - _SPARE_SHARE))
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "

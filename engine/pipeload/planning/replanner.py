@@ -48,8 +48,9 @@ _SWING_SHARE = 0.02
 """Free memory swings by this fraction of the budget all the time."""
 _HEADROOM_SHARE = 0.01
 """Replans leave this fraction of the budget free, so that slow growth does not force a replan on every pass."""
-_SLACK_SHARE = 0.005
-"""Corrected figures add this fraction of the budget: the next passes may take a little more than the latest did."""
+_SLACK_SHARE, _SLACK_BYTES = 0.005, 1_500_000
+"""Corrected figures add this fraction of the budget, or this much where that is more: one of the next passes may take
+more than the latest did. Python takes memory in arenas of 1 MiB, and holes in the heap come and go."""
 _GUARD_SHARE = 0.0025
 """A process that outgrew its plan gets another one unless at least this fraction of the budget is left."""
 _WRONG_PASSES, _WRONG_S = 2, 0.5
@@ -244,10 +245,11 @@ class Replanner:
         planned = current.process_bytes + pass_bytes + current.weights_bytes
         self._slacks.append(planned - peak.most_bytes)
         least = min(self._slacks)
-        if len(self._slacks) == _PATIENCE and least > 2 * current.budget_bytes * _SLACK_SHARE:
+        share = int(current.budget_bytes * _SLACK_SHARE)
+        slack = max(share, _SLACK_BYTES)
+        if len(self._slacks) == _PATIENCE and least > slack + share:
             self._slacks.clear()
-            least -= int(current.budget_bytes * _SLACK_SHARE)
-            self._set_runtime(planner.runtime_bytes(self._profile) - least)
+            self._set_runtime(planner.runtime_bytes(self._profile) - (least - slack))
 
     def _grow(self, more_bytes: int, current: Plan) -> None:
         before, corrected = self._profile, self._corrected

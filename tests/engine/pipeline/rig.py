@@ -89,9 +89,11 @@ def plan_by_hand(
     buffers = min(buffers, len(streamed))
     ranges = {shard.name: partly.get(shard.name, (0, shard.nbytes)) for shard in streamed}
     buffer_bytes = max((room_bytes(*part) for part in ranges.values()), default=0)
-    weights = sum(page_ceil(shard.nbytes) + session_bytes(1) for shard in whole)
+    weights = sum(page_ceil(shard.nbytes) + session_bytes(shard, 1) for shard in whole)
     weights += sum(_staying_bytes(shard, ranges[shard.name]) for shard in streamed)
-    weights += buffers * (buffer_bytes * (1 + packed_streamed) + session_bytes(1))
+    weights += buffers * (
+        buffer_bytes * (1 + packed_streamed) + max(session_bytes(shard, 1) for shard in manifest.shards)
+    )
     streamed_bytes = sum(end - begin for begin, end in ranges.values())
     return Plan(
         budget_bytes=10**11,

@@ -90,8 +90,9 @@ def test_other_buffer_sizes_take_effect(toy: Path) -> None:
             for _ in range(2):
                 assert_same(rig.run(pass_bytes=pass_bytes), rig.expected)
             plan = rig.pipeline.plan
-            kept = [page_ceil(s.nbytes) for s in manifest.shards if s.name in plan.resident]
-            limit = sum(kept) + plan.buffers * plan.buffer_bytes + (len(kept) + plan.buffers) * session_bytes(1)
+            sessions = {shard.name: session_bytes(shard, 1) for shard in manifest.shards}
+            limit = sum(page_ceil(s.nbytes) + sessions[s.name] for s in manifest.shards if s.name in plan.resident)
+            limit += plan.buffers * (plan.buffer_bytes + max(sessions.values()))
             assert plan.weights_bytes == limit
             assert rig.pipeline._memory.reservations.reserved_bytes <= limit
 

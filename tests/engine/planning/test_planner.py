@@ -144,8 +144,9 @@ def test_a_plan_adds_up(
     resident = [shard for shard in manifest.shards if shard.name in plan.resident]
     assert len(resident) == len(plan.resident)
     # Memory.
-    buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + session_bytes(plan.threads))
-    weights = buffers + sum(page_ceil(s.nbytes) + session_bytes(plan.threads) for s in resident)
+    sessions = {shard.name: session_bytes(shard, plan.threads) for shard in manifest.shards}
+    buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + max(sessions.values()))
+    weights = buffers + sum(page_ceil(s.nbytes) + sessions[s.name] for s in resident)
     ranges = {shard.name: plan.partly_resident.get(shard.name, (0, shard.nbytes)) for shard in streamed}
     weights += sum(room_bytes(*part) for shard in streamed for part in staying(shard, ranges[shard.name]))
     assert plan.weights_bytes == weights
@@ -190,7 +191,7 @@ def test_more_budget_never_promises_a_slower_pass(
     budgets = [needed + int(share * manifest.weight_bytes) for share in sorted(shares)]
     seconds = [_plan(manifest, budget, profile, **options).steady_pass_s or 0.0 for budget in budgets]
     # A shard that becomes resident needs a session, whose memory might have kept a beginning of another shard.
-    sessions_s = len(manifest.shards) * session_bytes(4) / profile.read_bytes_per_s[1]
+    sessions_s = sum(session_bytes(shard, 4) for shard in manifest.shards) / profile.read_bytes_per_s[1]
     for less, more in pairwise(seconds):
         # Plans that are equally fast may differ by half a percent.
         assert more <= less * 1.0051 + sessions_s
@@ -308,11 +309,21 @@ def test_too_small_a_budget_names_what_it_is_made_of() -> None:
         assert words in str(caught.value)
 
 
+def test_the_session_of_a_large_graph_is_counted() -> None:
+    """A block of many experts has thousands of operators, and its session takes megabytes beside the weights."""
+    small = manifest_of([MB], [80 * MB], [3 * MB])
+    *others, last = small.shards
+    large = replace(small, shards=(*others, replace(last, graph=replace(last.graph, nbytes=200_000))))
+    more = session_bytes(large.shards[-1], 1) - session_bytes(last, 1)
+    assert more > 4 * MB
+    assert _needed(large) - _needed(small) == pytest.approx(more, abs=MB)
+
+
 def test_the_named_budget_is_not_far_above_what_is_needed() -> None:
     manifest = manifest_of([MB], [80 * MB], [3 * MB])
     needed = _needed(manifest)
     # Two megabytes are spare, and it is a whole number of them.
-    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + session_bytes(1)) <= 4 * MB
+    assert needed - (process_bytes(PROFILE) + MB + 80 * MB + session_bytes(manifest.shards[1], 1)) <= 4 * MB
     with pytest.raises(BudgetError):
         _plan(manifest, needed - 3 * MB)
 
