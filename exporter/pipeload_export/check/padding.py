@@ -8,7 +8,7 @@ ways; where there are caches, so is a token behind it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,20 @@ def takes_left_padding(directory: Path, manifest: Manifest, progress: Notify) ->
     if any(spec.dtype == "bfloat16" for spec in manifest.inputs):
         return None  # NumPy has no such numbers
     try:
-        cases = [*_cases(manifest, index_limits(manifest, directory).get("input_ids", 2))]
-        made = run_shards(directory, manifest, cases, progress)
+        text = _Text(manifest, index_limits(manifest, directory).get("input_ids", 2))
+        made = run_shards(directory, manifest, text.cases(0, _PADDING + _TEXT), progress)
+        if not _answers_agree(manifest, *made):
+            return False
+        if not manifest.caches:
+            return True
+        behind = text.cases(_PADDING + _TEXT, _PADDING + _TEXT + 1, caches=made)
+        return _answers_agree(manifest, *run_shards(directory, manifest, behind, progress))
     except (ConfigError, ExportError):
         return False
-    names = [spec.name for spec in manifest.free_outputs]
-    return all(
-        _agree(batch[name], alone[name]) for batch, alone in zip(made[::2], made[1::2], strict=True) for name in names
-    )
+
+
+def _answers_agree(manifest: Manifest, batch: Arrays, alone: Arrays) -> bool:
+    return all(_agree(batch[spec.name], alone[spec.name]) for spec in manifest.free_outputs)
 
 
 def _agree(batch: NDArray[Any], alone: NDArray[Any]) -> bool:
@@ -67,44 +73,33 @@ def _agree(batch: NDArray[Any], alone: NDArray[Any]) -> bool:
     return bool(difference <= _LIMIT * np.abs(alone).max(initial=0))
 
 
-def _cases(manifest: Manifest, vocabulary: int) -> Iterator[Case]:
-    """A text in a batch, then alone; the same for a token behind cached ones."""
-    random = np.random.default_rng(_SEED)
-    tokens = random.integers(0, vocabulary, (2, _PADDING + _TEXT + 1))
-    tokens[1, :_PADDING] = 0
-    mask = np.ones_like(tokens)
-    mask[1, :_PADDING] = 0
-    positions = np.where(mask == 0, 1, mask.cumsum(axis=-1) - 1)
-    inputs = GraphInputs(manifest)
-    for past in (0, _PADDING + _TEXT) if manifest.caches else (0,):
-        caches = dict(_caches(manifest, past, random)) if past else {}
-        end = past + 1 if past else _PADDING + _TEXT
-        for rows, begin in ((slice(0, 2), 0), (slice(1, 2), _PADDING)):
+class _Text:
+    """A seeded text as the second one of a batch, padded on the left, and alone."""
+
+    def __init__(self, manifest: Manifest, vocabulary: int) -> None:
+        self._manifest = manifest
+        columns = _PADDING + _TEXT + 1
+        self._tokens = np.random.default_rng(_SEED).integers(0, vocabulary, (2, columns))
+        self._tokens[1, :_PADDING] = 0
+        self._mask = np.ones_like(self._tokens)
+        self._mask[1, :_PADDING] = 0
+        self._positions = np.where(self._mask == 0, 1, self._mask.cumsum(axis=-1) - 1)
+
+    def cases(self, past: int, end: int, caches: Sequence[Arrays] = ()) -> list[Case]:
+        """The batch and the text alone: the columns from `past` to `end`, behind the caches that those before made."""
+        found = []
+        for number, (rows, begin) in enumerate(((slice(0, 2), 0), (slice(1, 2), _PADDING))):
             new = rows, slice(max(begin, past), end)
             texts = {
-                "input_ids": tokens[new],
-                "attention_mask": mask[rows, begin:end],
-                "position_ids": positions[new],
-                "token_type_ids": np.zeros_like(tokens[new]),
+                "input_ids": self._tokens[new],
+                "attention_mask": self._mask[rows, begin:end],
+                "position_ids": self._positions[new],
+                "token_type_ids": np.zeros_like(self._tokens[new]),
             }
-            given = as_taken(manifest, texts)
-            for spec in manifest.inputs:
-                if spec.name in caches:
-                    kept = [slice(begin if symbols(dim) else 0, None) for dim in spec.shape[1:]]
-                    given[spec.name] = caches[spec.name][(rows, *kept)]
-            arrays, _ = inputs.check(given)
-            yield Case(name=f"padding of {_PADDING - begin} after {past}", inputs=arrays)
-
-
-def _caches(manifest: Manifest, past: int, random: np.random.Generator) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Caches of two texts with this number of tokens."""
-    scales = {cache.scale for cache in manifest.caches}
-    for spec in manifest.inputs:
-        if spec.name not in manifest.cache_inputs:
-            continue
-        shape = (2, *(dim if isinstance(dim, int) else past for dim in spec.shape[1:]))
-        if "int" in spec.dtype:
-            values: NDArray[Any] = random.integers(-127, 128, shape)
-        else:
-            values = random.standard_normal(shape)
-        yield spec.name, (np.abs(values) / 100 if spec.name in scales else values).astype(spec.dtype)
+            given = as_taken(self._manifest, texts)
+            if caches:
+                # Keys hold their positions: made-up ones would stand at other distances in the batch than alone.
+                given |= {cache.input: caches[number][cache.output] for cache in self._manifest.caches}
+            arrays, _ = GraphInputs(self._manifest).check(given)
+            found.append(Case(name=f"padding of {_PADDING - begin} after {past}", inputs=arrays))
+        return found
