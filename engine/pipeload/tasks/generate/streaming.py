@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from queue import SimpleQueue
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TypeAlias
 
@@ -19,9 +19,10 @@ Streamer: TypeAlias = Callable[[str], None]
 class TextStream:
     """New text as an iterator, for a thread other than the one that generates it.
 
-    Pass it to one call of `generate` as `streamer`, in a thread of your own, and iterate. The pieces together are the
-    text. The iteration ends with the generation, and raises its error, if any. A reader that stops iterating early, or
-    closes the stream, ends the generation: its result has the text up to then, with the `finish_reason` `abort`.
+    Pass it to one call of `generate` as `streamer`, in a thread of your own, and iterate, with `for` or, under asyncio,
+    with `async for`. The pieces together are the text. The iteration ends with the generation, and raises its error, if
+    any. A reader that stops iterating early, closes the stream or is cancelled ends the generation: its result has the
+    text up to then, with the `finish_reason` `abort`.
 
     Example:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, pipeload.TextStream() as stream:
@@ -39,10 +40,11 @@ class TextStream:
         self.closed = False
         self._taken = False
         self._pieces: SimpleQueue[str | _End] = SimpleQueue()
+        self._wake: Callable[[], object] | None = None
 
     def __call__(self, piece: str) -> None:
         """Hand a piece over. Never waits."""
-        self._pieces.put(piece)
+        self._put(piece)
 
     def __iter__(self) -> Iterator[str]:
         """The pieces as they come, once: a second iteration finds nothing.
@@ -52,14 +54,33 @@ class TextStream:
         """
         # Also runs when the reader leaves the loop over this generator early.
         try:
+            while not self.closed and (piece := _piece(self._pieces.get())) is not None:
+                yield piece
+        finally:
+            self.close()
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        """The same for a task of asyncio, which waits without a thread of its own.
+
+        Raises:
+            PipeloadError: the error of the generation.
+        """
+        # 7 MB, which programs without tasks need not pay.
+        import asyncio
+
+        loop, came = asyncio.get_running_loop(), asyncio.Event()
+        self._wake = lambda: loop.call_soon_threadsafe(came.set)
+        try:
             while not self.closed:
-                item = self._pieces.get()
-                if isinstance(item, str):
-                    yield item
-                elif item.error is not None:
-                    raise item.error
-                else:
+                came.clear()
+                try:
+                    item = self._pieces.get_nowait()
+                except Empty:
+                    await came.wait()
+                    continue
+                if (piece := _piece(item)) is None:
                     return
+                yield piece
         finally:
             self.close()
 
@@ -67,7 +88,7 @@ class TextStream:
         """End the generation before its next token, and the iteration. May be called again, from any thread."""
         self.closed = True
         # The reader may be waiting for a piece.
-        self._pieces.put(_End())
+        self._put(_End())
 
     def __enter__(self) -> TextStream:
         return self
@@ -90,9 +111,16 @@ class TextStream:
         try:
             yield
         except BaseException as error:
-            self._pieces.put(_End(error))
+            self._put(_End(error))
             raise
-        self._pieces.put(_End())
+        self._put(_End())
+
+    def _put(self, item: str | _End) -> None:
+        self._pieces.put(item)
+        if self._wake is not None:
+            # The reader's loop may have ended: then nobody waits.
+            with suppress(RuntimeError):
+                self._wake()
 
 
 class _End:
@@ -100,3 +128,12 @@ class _End:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error
+
+
+def _piece(item: str | _End) -> str | None:
+    """The next piece, or None at the end; raises the error of the generation."""
+    if isinstance(item, str):
+        return item
+    if item.error is not None:
+        raise item.error
+    return None

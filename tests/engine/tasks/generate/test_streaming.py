@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,82 @@ def test_a_stream_is_for_one_generation(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="given to a generation already"):
         generate(model, "the cat", max_new_tokens=4, streamer=stream)
     assert list(stream) == WORDS
+
+
+def test_a_task_of_asyncio_reads_pieces_as_they_come(tmp_path: Path) -> None:
+    gates = [Gate() for _ in SCRIPT]
+    model, stream = GatedDecoder(tmp_path, gates, script=SCRIPT), TextStream()
+
+    async def read() -> list[str]:
+        writer = asyncio.create_task(
+            asyncio.to_thread(lambda: generate(model, "the cat", max_new_tokens=4, streamer=stream))
+        )
+        pieces = []
+        gates[0].open()
+        async for piece in stream:
+            pieces.append(piece)
+            for gate in gates[len(pieces) : len(pieces) + 1]:
+                gate.open()
+        assert (await writer).finish_reason == "length"
+        return pieces
+
+    assert asyncio.run(read()) == WORDS
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["while it waits", "before it begins"])
+def test_a_task_that_is_cancelled_ends_the_generation(tmp_path: Path, waits: bool) -> None:
+    gates = [Gate() for _ in SCRIPT]
+    model, stream = GatedDecoder(tmp_path, gates, script=SCRIPT), TextStream()
+    writer = _start(model, stream)
+
+    async def read() -> None:
+        with stream:
+            async for _ in stream:
+                pytest.fail("no piece was made")
+
+    async def main() -> None:
+        reader = asyncio.create_task(read())
+        if waits:
+            await asyncio.sleep(0)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        stream.close()
+
+    gates[0].wait_reached()
+    asyncio.run(main())
+    for gate in gates:
+        gate.open()
+    # The step that ran has made its token, and no other follows.
+    made = writer.end()
+    assert (made.text, made.finish_reason) == (WORDS[0], "abort")
+
+
+def test_the_error_of_a_generation_reaches_a_task(tmp_path: Path) -> None:
+    stream = TextStream()
+    writer = _start(GatedDecoder(tmp_path, []), stream, prompt=["one", "two"])
+
+    async def read() -> None:
+        async for _ in stream:
+            pass
+
+    with pytest.raises(ConfigError, match="streamer takes a single sequence"):
+        asyncio.run(read())
+    assert isinstance(writer.wait(), ConfigError)
+
+
+def test_a_generation_outlives_the_loop_of_its_reader(tmp_path: Path) -> None:
+    gates = [Gate() for _ in SCRIPT]
+    stream = TextStream()
+    writer = _start(GatedDecoder(tmp_path, gates, script=SCRIPT), stream)
+
+    async def read() -> str:
+        gates[0].open()
+        async for piece in stream:
+            return piece
+        return ""
+
+    assert asyncio.run(read()) == WORDS[0]
+    for gate in gates:
+        gate.open()
+    assert writer.end().finish_reason == "abort"
