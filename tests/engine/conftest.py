@@ -91,12 +91,6 @@ def toy_copy(toy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "model"))
 
 
-@pytest.fixture
-def toy_large_copy(toy_large: Path, tmp_path: Path) -> Path:
-    """A large toy that the test may damage: its smallest budget streams."""
-    return Path(shutil.copytree(toy_large, tmp_path / "model"))
-
-
 @pytest.fixture(params=sorted(TOYS.keys() - {"toy-other"}))
 def any_toy(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
     return made_toys(request.param)

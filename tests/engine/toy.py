@@ -240,6 +240,9 @@ class _Toy:
         return (self._random.standard_normal(shape, dtype=np.float32) / np.float32(shape[-1]) ** 0.5).astype(np.float32)
 
 
+_GRAPH_BYTES = 12_000
+
+
 def _graph(
     name: str,
     nodes: Sequence[tuple],
@@ -273,6 +276,8 @@ def _graph(
         small,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    # As large as the graph of a real block, since plans take a session's memory from that.
+    model.doc_string = "x" * _GRAPH_BYTES
     return bytes(model.SerializeToString())
 
 

@@ -36,7 +36,7 @@ _PRESSURE_PERCENT = 10.0
 _SCARCE_SHARE = 0.1
 _PRESSED_SHARE = 0.95
 _PAGE_BYTES = resource.getpagesize()
-_STATM = "/proc/self/statm"
+_STATM, _STATUS = "/proc/self/statm", Path("/proc/self/status")
 _LIBRARY_BYTES = 25_000_000
 """At least this much of the interpreter's and the libraries' files is in memory once a process uses them (x86-64)."""
 
@@ -66,7 +66,7 @@ def warm_rss_bytes() -> int:
 def peak_rss_bytes() -> int:
     """The most memory that the whole process has occupied since it began."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = _STATUS.read_text()
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024  # type: ignore[index]
     except (OSError, TypeError):
         # Elsewhere; on Linux this would count the memory of the parent process before it started this program.

@@ -34,6 +34,9 @@ class ModelFiles:
         self._directory = directory.resolve()
         self._verify = verify
         self.records: dict[str, FileRecord] = {record.path: record for record in manifest.files}
+        # A new path for each pass would intern its parts anew: Python's table of interned texts, half a megabyte, grows
+        # by the number of those that come and go, and is copied for it.
+        self._kept: dict[str, Path] = {}
 
     def read(self, name: str, *, most_bytes: int = _SETTINGS_BYTES) -> bytes | None:
         """The content of a file, or None when neither the manifest lists it nor the directory has it.
@@ -79,6 +82,7 @@ class ModelFiles:
         # A name with ".." could reach a listed file without being its name.
         if self._directory not in path.parents or ".." in PurePosixPath(name).parts:
             raise ShardError(f"'{name}' leads out of the model directory, to {path}. Export the model again.")
+        self._kept[name] = path
         return path
 
 

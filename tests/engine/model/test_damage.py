@@ -65,13 +65,11 @@ def test_files_are_hashed_once_for_all_processes_and_damage_is_still_found(
     ],
     ids=["missing", "truncated", "grown", "flipped", "foreign"],
 )
-def test_a_damaged_shard_is_named_and_never_used(
-    toy_large_copy: Path, damage: Callable[[Path], None], packed: bool
-) -> None:
-    path = toy_large_copy / "shards" / "block.003.safetensors"
+def test_a_damaged_shard_is_named_and_never_used(toy_copy: Path, damage: Callable[[Path], None], packed: bool) -> None:
+    path = toy_copy / "shards" / "block.003.safetensors"
     whole = path.read_bytes()
     damage(path)
-    with load(toy_large_copy, PLENTY if packed else smallest_budget(toy_large_copy)) as model:
+    with load(toy_copy, PLENTY if packed else smallest_budget(toy_copy)) as model:
         assert model.plan.packed is packed
         for _ in range(2):
             with pytest.raises(pipeload.ShardError, match=r"'shards/block\.003\.safetensors'"):
@@ -80,12 +78,12 @@ def test_a_damaged_shard_is_named_and_never_used(
         # A load that was tried ahead may have failed once more before the file was whole.
         answers = [Background(model.run, toys.inputs()) for _ in range(2)]
         answers[0].wait()
-        assert_close(answers[1].end(), run_sequentially(toy_large_copy, toys.inputs(), threads=THREADS), 1e-5)
+        assert_close(answers[1].end(), run_sequentially(toy_copy, toys.inputs(), threads=THREADS), 1e-5)
 
 
-def test_a_shard_truncated_between_two_passes_is_named(toy_large_copy: Path) -> None:
-    path = toy_large_copy / "shards" / "block.003.safetensors"
-    with load(toy_large_copy, smallest_budget(toy_large_copy), loaders=1) as model:
+def test_a_shard_truncated_between_two_passes_is_named(toy_copy: Path) -> None:
+    path = toy_copy / "shards" / "block.003.safetensors"
+    with load(toy_copy, smallest_budget(toy_copy), loaders=1) as model:
         model.run(toys.inputs())
         os.truncate(path, 5000)
         # It may have been read ahead before.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tests.engine import toy as toys
@@ -37,6 +40,27 @@ def test_a_thousand_passes_leave_threads_descriptors_and_memory_as_they_were(
         # Each loader may have a file open at one of the two moments.
         assert abs(descriptors() - before[2]) <= 2 * model.plan.loaders
     assert model.stats.passes == passes
+
+
+def test_passes_intern_no_text_that_nobody_keeps(toy: Path) -> None:
+    """Python's table of interned texts, half a megabyte, is copied and grows where many come and go."""
+    passes = 3
+    interned: Counter[str] = Counter()
+    intern = sys.intern
+
+    def noting(text: str) -> str:
+        interned["".join(list(text))] += 1  # a copy, which keeps nothing alive
+        return intern(text)
+
+    with load(toy, smallest_budget(toy)) as model:
+        model.run(toys.inputs())
+        with mock.patch("sys.intern", noting):
+            for _ in range(passes):
+                model.run(toys.inputs())
+        assert "block.000.onnx" in interned, "paths intern their parts no more, and this test finds nothing"
+        of_each_pass = [text for text, count in interned.items() if count >= passes and len(text) > 1]
+        # A text that is interned already gives the one that is kept.
+        assert [copy for copy in of_each_pass if intern(copy) is copy] == []
 
 
 @pytest.mark.slow
