@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from pipeload_export.source.refused import Refused, reason
 
@@ -21,6 +24,46 @@ class _LastOrNone(list[Any]):
         return super().__getitem__(place) if self else None
 
 
+@contextmanager
+def _as_models_are() -> Iterator[None]:
+    """Where optimum's trial inputs are not what the models take, they are, as long as the context lasts."""
+    from optimum.utils import input_generators, save_utils
+
+    load = save_utils.maybe_load_preprocessors
+    patch = mock.patch.object
+    with (
+        patch(save_utils, "maybe_load_preprocessors", lambda *args, **options: _LastOrNone(load(*args, **options))),
+        _made(input_generators.DummyPastKeyValuesGenerator, _grouped),
+        _made(input_generators.FalconDummyPastKeyValuesGenerator, _repeated),
+    ):
+        yield
+
+
+def _made(kind: type, mend: Callable[[Any, Any], None]) -> Any:
+    """A patch that mends each new object of this very class, by its config."""
+    begin = kind.__init__  # type: ignore[misc]
+
+    def begin_and_mend(self: Any, task: str, normalized_config: Any, *args: Any, **options: Any) -> None:
+        begin(self, task, normalized_config, *args, **options)
+        if type(self) is kind:
+            mend(self, normalized_config.config)
+
+    return mock.patch.object(kind, "__init__", begin_and_mend)
+
+
+def _grouped(generator: Any, config: Any) -> None:
+    """Phi's caches have the heads of keys, which are fewer than those of queries."""
+    heads = getattr(config, "num_key_value_heads", None) or generator.num_attention_heads
+    generator.hidden_size = generator.hidden_size // generator.num_attention_heads * heads
+    generator.num_attention_heads = heads
+
+
+def _repeated(generator: Any, config: Any) -> None:
+    """Falcon's newer form repeats keys and values for each head before it keeps them."""
+    if config.new_decoder_architecture:
+        generator.num_kv_heads = generator.num_attention_heads
+
+
 def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
     """Write the model's graph and configs into the folder.
 
@@ -28,12 +71,10 @@ def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
         Refused: the model's code does not take optimum's trial inputs.
     """
     from optimum.exporters.onnx import onnx_export_from_model
-    from optimum.utils import save_utils
 
-    load = save_utils.maybe_load_preprocessors
-    save_utils.maybe_load_preprocessors = lambda *args, **options: _LastOrNone(load(*args, **options))
     try:
-        onnx_export_from_model(model, output=folder, task=task, opset=opset, do_validation=False)
+        with _as_models_are():
+            onnx_export_from_model(model, output=folder, task=task, opset=opset, do_validation=False)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if shutil.disk_usage(folder.parent).free < LEAST_DISK_BYTES:
             raise
@@ -42,5 +83,3 @@ def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
             f"for the type, the model's code fails: {reason(error)}. Export the model to one .onnx file yourself, and "
             "pass that."
         ) from error
-    finally:
-        save_utils.maybe_load_preprocessors = load

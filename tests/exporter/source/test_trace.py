@@ -38,12 +38,6 @@ def test_a_model_of_images_needs_no_processor(tmp_path: Path) -> None:
     ("model_class", "config", "options", "task"),
     [
         (
-            "FalconForCausalLM",
-            "FalconConfig",
-            {"num_kv_heads": 2, "new_decoder_architecture": True, "vocab_size": 100},
-            "text-generation-with-past",
-        ),
-        (
             "NystromformerModel",
             "NystromformerConfig",
             {"vocab_size": 100, "segment_means_seq_len": 64, "num_landmarks": 8},
@@ -58,3 +52,23 @@ def test_trial_inputs_that_a_model_does_not_take_are_the_reason(
     model.config.use_cache = task.endswith("with-past")
     with pytest.raises(Refused, match=r"type '\w+'\. With the trial inputs .* fails: RuntimeError: .*\. Export the"):
         _trace(model, tmp_path / "onnx", task)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config", "options", "heads"),
+    [
+        ("FalconForCausalLM", "FalconConfig", {"num_kv_heads": 2, "new_decoder_architecture": True}, 4),
+        ("FalconForCausalLM", "FalconConfig", {"multi_query": True}, 1),
+        ("PhiForCausalLM", "PhiConfig", {"num_key_value_heads": 2, "intermediate_size": 64}, 2),
+        ("PhiForCausalLM", "PhiConfig", {"intermediate_size": 64}, 4),
+    ],
+)
+def test_trial_caches_have_the_heads_of_the_model(
+    model_class: str, config: str, options: dict[str, Any], heads: int, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = _model(model_class, config, vocab_size=100, **options)
+    _trace(model, tmp_path / "onnx", "text-generation-with-past")
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    caches = [value for value in graph.input if value.name.startswith("past_key_values")]
+    assert {value.type.tensor_type.shape.dim[1].dim_value for value in caches} == {heads}
