@@ -175,7 +175,7 @@ def _make_architecture(directory: Path, name: str) -> None:
 def traced_here() -> Iterator[None]:
     """Do in this process what the exporter does in children, which would import torch and transformers again."""
     from pipeload.errors import ExportError
-    from pipeload_export.source import asking, reference, sources, tracer
+    from pipeload_export.source import asking, reference, sources, tracer, tracing
     from pipeload_export.source.refused import Refused
 
     def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
@@ -185,7 +185,7 @@ def traced_here() -> Iterator[None]:
                 tracer._export(request, folder)
             except Refused as refusal:
                 raise ExportError(f"{request.name} cannot be exported to ONNX: {refusal}") from refusal
-        return folder / "model.onnx"
+        return tracing.only_graph(folder, request.name)
 
     def put_questions(questions: Questions, folder: Path, *_: object) -> None:
         with warnings.catch_warnings():

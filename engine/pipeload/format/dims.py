@@ -8,7 +8,10 @@ from functools import lru_cache
 from pipeload.errors import ConfigError
 from pipeload.format.records import TensorSpec
 
-__all__ = ["bind_dims", "evaluate_dim", "match_dims", "parts", "symbols"]
+__all__ = ["MOST_PARTS", "bind_dims", "evaluate_dim", "match_dims", "parts", "symbols"]
+
+MOST_PARTS = 16
+"""The most symbols and numbers of a dimension that is a sum of them."""
 
 
 def evaluate_dim(dim: int | str, dims: Mapping[str, int]) -> int:

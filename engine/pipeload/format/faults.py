@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
-from pipeload.format.dims import parts, symbols
+from pipeload.format.dims import MOST_PARTS, parts, symbols
 from pipeload.format.dtypes import ITEM_BYTES
 from pipeload.format.records import PAGE_BYTES, FileRecord, Manifest, Shard, TensorSpec, WeightSpec
 
@@ -22,7 +22,7 @@ __all__ = ["faults"]
 _MOST_SHARDS = 4096
 _MOST_RANK = 16
 _MOST_SYMBOLS = 256
-_MOST_PARTS, _MOST_DIM_CHARACTERS = 16, 1000
+_MOST_DIM_CHARACTERS = 1000
 """Of a dimension that is a sum."""
 _MOST_TERMS = 10_000
 """Of the formulas of one structure."""
@@ -244,7 +244,7 @@ def _is_dim(dim: Any) -> bool:
     if len(dim) > _MOST_DIM_CHARACTERS:
         return False
     found = parts(dim)
-    return len(found) <= _MOST_PARTS and all(
+    return len(found) <= MOST_PARTS and all(
         part and (not part.isdecimal() or (len(part) < _MOST_DIM_CHARACTERS and _is_size(int(part)))) for part in found
     )
 

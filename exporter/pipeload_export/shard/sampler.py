@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
+from pipeload.format.dims import MOST_PARTS
 from pipeload.format.manifest import TensorSpec, evaluate_dim
 from pipeload.machine.sizes import format_bytes
 from pipeload_export.graph.graph import Constant, Graph
@@ -156,7 +157,7 @@ class Sampler:
         return {name: self.shapes[name][run] for name in names}
 
     def shape(self, name: str) -> tuple[int | str, ...] | None:
-        """A tensor's shape in terms of the symbols; None where it is not a sum of them in every dimension."""
+        """A tensor's shape in terms of the symbols; None where it is not a short sum of them in every dimension."""
         shapes = self.shapes.get(name)
         if not shapes or len({len(shape) for shape in shapes}) != 1:
             return None
@@ -167,9 +168,10 @@ class Sampler:
         free = self.free_symbols
         matrix = np.array([[1, *(point[name] for name in free)] for point in self.points], float)
         factors = np.rint(np.linalg.lstsq(matrix, np.array(sizes, float), rcond=None)[0]).astype(int)
-        if (factors < 0).any() or (matrix @ factors != np.array(sizes)).any():
-            return None
         constant, counts = int(factors[0]), factors[1:]
+        is_long = counts.sum() + bool(constant) > MOST_PARTS
+        if is_long or (factors < 0).any() or (matrix @ factors != np.array(sizes)).any():
+            return None
         parts = [name for name, count in zip(free, counts, strict=True) for _ in range(count)]
         if not parts:
             return constant

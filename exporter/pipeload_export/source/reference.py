@@ -127,7 +127,8 @@ def _nudge(model: Any) -> Iterator[None]:
     embeddings = None
     with suppress(NotImplementedError, AttributeError):
         embeddings = model.get_input_embeddings()
-    if embeddings is None:
+    if not isinstance(embeddings, torch.nn.Module):
+        # None, or a parameter: Perceiver's latents.
         yield
         return
     hook = embeddings.register_forward_hook(change)

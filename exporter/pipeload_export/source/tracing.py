@@ -28,7 +28,16 @@ from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 
-__all__ = ["GAPS_NAME", "RESOLVED", "Request", "Seeded", "export_checkpoint", "needed_memory_bytes", "run_child"]
+__all__ = [
+    "GAPS_NAME",
+    "RESOLVED",
+    "Request",
+    "Seeded",
+    "export_checkpoint",
+    "needed_memory_bytes",
+    "only_graph",
+    "run_child",
+]
 
 GAPS_NAME = "gaps.json"
 """File beside the graph that tells which weights did not fit, if any."""
@@ -111,13 +120,23 @@ def export_checkpoint(request: Request, folder: Path, progress: Notify) -> Path:
     )
     if error:
         raise ExportError(f"{request.name} cannot be exported to ONNX: {error}")
+    path = only_graph(folder, request.name)
+    progress("export to ONNX", request.weight_bytes, request.weight_bytes)
+    return path
+
+
+def only_graph(folder: Path, name: str) -> Path:
+    """The graph of a model that was traced into a folder.
+
+    Raises:
+        ExportError: it became several.
+    """
     graphs = sorted(path.name for path in folder.glob("*.onnx"))
     if graphs != ["model.onnx"]:
         raise ExportError(
-            f"{request.name} became {len(graphs)} ONNX graphs ({', '.join(graphs)}); pipeload runs models of one. "
-            "Encoder-decoder models are not supported."
+            f"{name} became {len(graphs)} ONNX graphs ({', '.join(graphs)}); pipeload runs models of one. "
+            "Pass the .onnx file of the one that you need."
         )
-    progress("export to ONNX", request.weight_bytes, request.weight_bytes)
     return folder / "model.onnx"
 
 
