@@ -212,11 +212,13 @@ class Replanner:
         if not forced:
             now = planner.predict(self._manifest, self._profile, kept)
             # Room is used also where it only saves reading: others may need the disk.
-            saves = enough and self._reason is None and best.streamed_bytes < kept.streamed_bytes
+            saves = enough and best.streamed_bytes < kept.streamed_bytes
             gain = _AS_FAST if saves else _GAIN[self._reason or "learned"]
-            self._reason, self._patience = None, 0
+            self._reason = None
             if now is None or (best.steady_pass_s or 0.0) >= now.steady_s * gain:
-                self._room_bytes = room
+                if enough:
+                    # Room that was refused for its own sake; other reasons for a look say nothing about it.
+                    self._room_bytes, self._patience = room, 0
                 return replace(kept, first_pass_s=now.first_s, steady_pass_s=now.steady_s) if now else kept
         elif self._took_room and limit >= current.budget_bytes:
             self._most_patience = min(2 * self._most_patience, _MOST_PATIENCE)

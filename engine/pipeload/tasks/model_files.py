@@ -16,16 +16,25 @@ from pipeload.storage.model_files import ModelFiles
 
 __all__ = [
     "MAX_NEW_TOKENS",
+    "SENTENCE_FILES",
     "AddedToken",
     "GenerationConfig",
     "ModelConfig",
     "read_config",
+    "read_generation_config",
+    "read_sentence",
     "read_settings",
     "token_text",
 ]
 
 MAX_NEW_TOKENS = 64
 """The number of tokens to generate, unless the caller or the model sets another."""
+
+SENTENCE_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Names of the settings of sentence-transformers' module Transformer; the first that is there counts."""
 
 _POSITIONS_AFTER_PADDING = frozenset(
     "camembert data2vec-text esm ibert longformer luke mpnet roberta xlm-roberta xlm-roberta-xl xmod".split()  # noqa: SIM905
@@ -123,9 +132,17 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of `generation_config.json` that generation uses. Names, meanings and defaults are transformers'
     own.
 
-    A null in the file switches a setting off, as there.
+    A null in the file switches a setting off, as there. `max_length` counts prompt and text; `max_new_tokens` wins.
+
+    Attributes:
+        not_applied: settings of the file that would change the text and that pipeload does not know.
+        names_ends: the file says which tokens end a text, all or none; otherwise `config.json` does.
     """
 
+    not_applied: tuple[str, ...] = ()
+    names_ends: bool = False
+
+    max_length: int | None = None
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
     do_sample: bool | None = False
@@ -145,6 +162,34 @@ class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     def token_limit(self) -> int:
         """The most new tokens of a text."""
         return self.max_new_tokens or MAX_NEW_TOKENS
+
+
+_NOT_APPLIED: dict[str, object] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale", "typical_p"), 1.0),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty"), 0.0),
+    **dict.fromkeys(("min_length", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("bad_words_ids", "force_words_ids", "constraints", "sequence_bias", "watermarking_config")),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "penalty_alpha", "dola_layers", "max_time")),
+}
+"""Settings of transformers that change a text -> the value with which they do not."""
+
+
+def read_generation_config(files: ModelFiles) -> GenerationConfig:
+    """The settings of a model directory's `generation_config.json`. Raises as `read_settings`."""
+    name = "generation_config.json"
+    data = files.read(name)
+    if data is None:
+        return GenerationConfig()
+    found = _decoded(files, name, data, GenerationConfig)
+    given: dict[str, Any] = _decoded(files, name, data, dict[str, Any])
+    return msgspec.structs.replace(
+        found,
+        not_applied=tuple(key for key, off in _NOT_APPLIED.items() if given.get(key, off) not in (off, None, [], {})),
+        # A file that transformers made of the config: there the config counts.
+        names_ends=not given.get("_from_model_config", False),
+    )
 
 
 def read_config(files: ModelFiles) -> ModelConfig:
@@ -182,6 +227,12 @@ def _is_object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
+def read_sentence(files: ModelFiles, kind: type[Settings]) -> Settings:
+    """The settings of sentence-transformers' module Transformer, by any of its names. Raises as `read_settings`."""
+    names = (name for name in SENTENCE_FILES if files.read(name) is not None)
+    return read_settings(files, next(names, SENTENCE_FILES[0]), kind)
+
+
 def read_settings(files: ModelFiles, name: str, kind: type[Settings]) -> Settings:
     """The JSON file `name` of a model directory as a `kind`, or `kind()` if there is no such file.
 
@@ -190,7 +241,9 @@ def read_settings(files: ModelFiles, name: str, kind: type[Settings]) -> Setting
             type, or lies outside the directory.
     """
     data = files.read(name)
-    if data is None:
-        return kind()
+    return kind() if data is None else _decoded(files, name, data, kind)
+
+
+def _decoded(files: ModelFiles, name: str, data: bytes, kind: type[Settings]) -> Settings:
     with foreign_errors(ShardError, f"{files.path(name)} is damaged", "Export the model again."):
         return msgspec.json.decode(data, type=kind)

@@ -24,7 +24,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.storage.model_files import ModelFiles
-from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_config, read_settings
+from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_config, read_generation_config
 from pipeload.tracing.stats import Stats
 
 __all__ = [
@@ -174,7 +174,7 @@ def config_of(runner: Runner) -> ModelConfig:
 @once_per_runner
 def generation_config_of(runner: Runner) -> GenerationConfig:
     """The settings from the model's `generation_config.json`. Raises ShardError if it is damaged."""
-    return read_settings(runner.files, "generation_config.json", GenerationConfig)
+    return read_generation_config(runner.files)
 
 
 def _quoted(names: Mapping[str, object] | list[str]) -> str:

@@ -35,6 +35,8 @@ _NEW_TOKENS, _FEW_NEW_TOKENS, _LARGE_BYTES = 32, 8, 4 << 30
 """Greedy tokens, and those of models for which each takes seconds."""
 _MOST_PROMPTS = 4
 _PIECES = 256
+_FEWEST_IDS = 2
+"""Rows of a table whose size nothing tells."""
 """The engine cuts longer prompts into pieces of this many tokens."""
 
 
@@ -99,9 +101,15 @@ def questionnaire(manifest: Manifest, directory: Path, *, weight_bytes: int, pos
     config = read_json(directory / "config.json")
     known = boundaries(config)
     longest = _longest(manifest, config)
-    limits = index_limits(manifest, directory)
+    limits = dict(index_limits(manifest, directory))
+    # A table that the graph computes, as of quantised weights, has no rows that could be counted.
+    vocabulary = config.get("vocab_size")
+    rows = vocabulary if isinstance(vocabulary, int) and vocabulary > 0 else _FEWEST_IDS
+    limits = {"input_ids": rows, "decoder_input_ids": rows} | limits
     sizes = sorted(set(_affordable(known, longest, weight_bytes)), key=lambda one: (one.length, one.batch, one.padding))
     padding_id = config.get("pad_token_id")
+    if not isinstance(padding_id, int) or padding_id < 0:
+        padding_id = None
     # Some classifiers look for the end of each text.
     end_id = None if manifest.task == "text-generation" else config.get("eos_token_id")
     if isinstance(end_id, list):
@@ -178,9 +186,10 @@ def _inputs(
         # The last text of the batch is shorter by a third.
         short = sizes.length // 3
         mask[-1, slice(short) if sizes.padding == "left" else slice(sizes.length - short, None)] = 0
-    ids = _ids(shape, limits["input_ids"], padding_id, random)
-    if isinstance(end_id, int) and 0 <= end_id < limits["input_ids"]:
-        others = [one for one in range(min(3, limits["input_ids"])) if one not in (end_id, padding_id)]
+    limit = limits["input_ids"]
+    ids = _ids(shape, limit, padding_id, random)
+    if isinstance(end_id, int) and 0 <= end_id < limit:
+        others = [one for one in range(min(3, limit)) if one not in (end_id, padding_id)]
         end_texts(ids, mask, end_id, others[0] if others else end_id)
     if isinstance(padding_id, int):
         ids[mask == 0] = padding_id

@@ -92,17 +92,20 @@ def plans(graph: Graph, specs: Sequence[TensorSpec], published: Published) -> It
     if extents := _symbolic_extents(graph, specs):
         yield from _plans_of_extents(graph, specs, published, extents)
         return
-    names = symbols_of(specs)
-    yield Plan()
+    # Of images whose height and width are fixed.
+    channels = _channels(graph, specs)
+    names = [name for name in symbols_of(specs) if name not in channels]
+    yield Plan(fixed=channels)
     if ends := sought_ids(graph.nodes, {spec.name for spec in specs}, graph.constants):
-        yield Plan(ends=ends)
+        yield Plan(fixed=channels, ends=ends)
     for sums, ones in product(aligned(specs), (False, True)):
-        yield Plan(sums=sums, ones=ones)
+        yield Plan(fixed=channels, sums=sums, ones=ones)
     edge = dict.fromkeys(names, _EDGE_SIZES)
     # A symbol that equals another is less likely than one that is the sum of two.
     for declared, parts, partial, ones in product((True, False), (2, 1), (False, True), (False, True)):
+        sizes = edge if partial else {}
         for sums in _relations(names, parts):
-            yield Plan(sums=sums, ones=ones, partial=partial, sizes=edge if partial else {}, declared=declared)
+            yield Plan(fixed=channels, sums=sums, ones=ones, partial=partial, sizes=sizes, declared=declared)
 
 
 def _plans_of_extents(

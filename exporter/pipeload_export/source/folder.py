@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload.tasks.model_files import SENTENCE_FILES
 from pipeload_export.extra import require_modules
 
 __all__ = ["SIDE_FILES", "choose_weights", "float32_bytes", "read_json", "side_files", "side_files_of_graph"]
@@ -24,7 +25,7 @@ SIDE_FILES = (
     "chat_template.jinja",
     "modules.json",
     "config_sentence_transformers.json",
-    "sentence_bert_config.json",
+    *SENTENCE_FILES,
 )
 """Files that a sharded model directory keeps as they are, beside the settings and weights of the modules of
 sentence-transformers (`1_Pooling/config.json`, `2_Dense/model.safetensors`)."""

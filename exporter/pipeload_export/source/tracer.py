@@ -205,9 +205,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
     if gaps != Gaps():
         (folder / GAPS_NAME).write_bytes(msgspec.json.encode(gaps))
     if request.task == "text-classification" and model.config.pad_token_id is None:
-        # Without it such a model cannot tell where a text ends, and transformers traces it for batches of one only.
-        with suppress(OSError, TypeError, ValueError):
-            model.config.pad_token_id = transformers.AutoTokenizer.from_pretrained(source, **options).pad_token_id
-        if model.config.pad_token_id is None:
-            raise Refused("its config has no pad_token_id, and its tokenizer no pad token. Set one in config.json.")
+        # Such a model labels a text's last token, whatever it is: transformers takes one text at a time. With an id
+        # that no token has, batches are traced, and the engine takes one text at a time, too.
+        model.config.pad_token_id = -1
     return model

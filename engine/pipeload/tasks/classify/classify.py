@@ -130,7 +130,9 @@ def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_si
     def run(indices: list[int]) -> None:
         logits = logits_of(runner, {"pixel_values": processor.batch([images[index] for index in indices])})
         with made_by_model("logits", logits):
-            for index, row in zip(indices, scores(logits, config.problem_type), strict=True):
+            # The pipeline of transformers for images knows no regression.
+            kind = None if config.problem_type == "regression" else config.problem_type
+            for index, row in zip(indices, scores(logits, kind), strict=True):
                 results[index] = top_labels(row, config, top_k)
 
     in_batches([0] * len(images), batch_size, run, alone=runner.manifest.quantised_dynamically)

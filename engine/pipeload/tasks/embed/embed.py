@@ -15,7 +15,7 @@ from pipeload.format.manifest import TensorSpec
 from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
 from pipeload.tasks.embed.pooling import normalized, pool
-from pipeload.tasks.model_files import read_settings
+from pipeload.tasks.model_files import read_sentence, read_settings
 from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
@@ -189,7 +189,7 @@ def _recipe_of(runner: Runner) -> _Recipe:
     modules = read_settings(files, "modules.json", list[Module])
     pooling = read_settings(files, f"{pooling_folder(modules)}/config.json", _Pooling)
     prompts = read_settings(files, "config_sentence_transformers.json", _Prompts)
-    lower = read_settings(files, "sentence_bert_config.json", _Sentence).do_lower_case
+    lower = read_sentence(files, _Sentence).do_lower_case
     return _Recipe(
         modes=pooling.modes(),
         steps=steps(files, modules),

@@ -6,6 +6,7 @@ Their weights are a few megabytes in safetensors files beside `modules.json`, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ Step = Callable[[Floats], Floats]
 
 _MOST_BYTES = 256 << 20
 _EPSILON = np.float32(1e-5)
-_FLOATS = {"float32": "<f4", "float16": "<f2"}
+_STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 class Module(msgspec.Struct, frozen=True):
@@ -127,12 +128,19 @@ def _weights(files: ModelFiles, module: Module, *names: str) -> dict[str, Floats
     with foreign_errors(ShardError, f"'{name}' is damaged", "Export the model again."):
         header = data[8 : 8 + int.from_bytes(data[:8], "little")]
         found = {
-            key: np.ndarray(shape, _FLOATS[dtype], data, begin).astype(np.float32)
+            key: _floats(np.ndarray(shape, _STORED[dtype], data, begin), dtype)
             for key, (dtype, shape, begin) in places(header).items()
         }
         if missing := set(names) - found.keys():
             raise LookupError(f"it has no tensor '{min(missing)}'")
         return found
+
+
+def _floats(stored: NDArray[Any], dtype: str) -> Floats:
+    """A bfloat16 is the first half of a float32."""
+    if dtype == "bfloat16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32)
 
 
 def _sigmoid(values: Floats) -> Floats:

@@ -35,6 +35,7 @@ from pipeload.tasks.generate.prompts import (
     listed,
     token_ids,
     tokenizer_if_any,
+    within_length,
 )
 from pipeload.tasks.generate.sampling import TokenChooser, sequence_generator
 from pipeload.tasks.generate.sequence import Generation, GrowingSequence
@@ -77,7 +78,8 @@ def generate(
     Where a model cannot tell padding from text, only prompts of one length share passes.
     Names and meanings are those of transformers. An option that is None comes from the model's
     `generation_config.json`, or else from transformers' defaults: greedy, or with `do_sample` temperature 1 and the 50
-    likeliest tokens. Other settings in that file (beams, bad words ...) are ignored.
+    likeliest tokens. Other settings in that file that change the text (beams, bad words ...) have no effect: a warning
+    names them.
     The texts of a model that is quantised dynamically are made one after another, without drafts.
 
     Args:
@@ -162,6 +164,7 @@ def generate_prompts(
     texts = any(isinstance(one, str) for one in prompts)
     tokenizer = tokenizer_if_any(runner, required=texts or streamer is not None or bool(settings.stop_strings))
     rows = [token_ids(one, tokenizer) for one in prompts]
+    settings = within_length(settings, rows)
     check_rows(runner, rows, settings.token_limit)
     if assistant is not None:
         check_assistant(runner, assistant)

@@ -83,7 +83,16 @@ def generation_settings(written: GenerationConfig, options: GenerationOptions) -
 
 
 def warn_of_unused(settings: GenerationConfig, options: GenerationOptions) -> None:
-    """Warn the caller of `generate` of sampling options where nothing is sampled, as transformers does."""
+    """Warn the caller of `generate` of settings without effect: those of the file that pipeload does not apply, and
+    options of sampling where nothing is sampled, as transformers does.
+    """
+    if names := settings.not_applied:
+        warnings.warn(
+            f"The model's generation_config.json sets {', '.join(names)}, and pipeload does not apply "
+            f"{'it' if len(names) == 1 else 'them'}: the text may differ from that of transformers.",
+            UserWarning,
+            stacklevel=4,
+        )
     if settings.do_sample or settings.temperature == 0:
         return
     defaults = msgspec.structs.asdict(GenerationConfig())

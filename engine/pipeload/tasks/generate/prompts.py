@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeGuard, cast
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -83,7 +84,9 @@ def tokenizer_if_any(runner: Decoder[State], *, required: bool) -> Tokenizer | N
 
 
 def eos_ids(runner: Decoder[State], settings: GenerationConfig, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """The tokens that end a text."""
+    """The tokens that end a text: where there is a `generation_config.json`, those that it names alone."""
+    if settings.eos_token_id is None and settings.names_ends:
+        return frozenset()
     named = tokenizer.eos_id if tokenizer else None
     config = config_of(runner)
     if settings.eos_token_id is None:
@@ -92,6 +95,19 @@ def eos_ids(runner: Decoder[State], settings: GenerationConfig, tokenizer: Token
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
+
+
+def within_length(settings: GenerationConfig, rows: Sequence[Sequence[int]]) -> GenerationConfig:
+    """The settings, with the new tokens that a file's `max_length` leaves beside the longest prompt."""
+    if settings.max_new_tokens is not None or settings.max_length is None:
+        return settings
+    longest = max(map(len, rows))
+    if longest >= settings.max_length:
+        raise ConfigError(
+            f"The prompt has {longest} tokens, and the model's generation_config.json sets max_length to "
+            f"{settings.max_length} for prompt and text. Pass max_new_tokens."
+        )
+    return msgspec.structs.replace(settings, max_new_tokens=settings.max_length - longest)
 
 
 def check_rows(runner: Decoder[State], rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -49,5 +49,6 @@ def by_rows(
     def run(indices: list[int]) -> None:
         results.update(zip(indices, made(indices, tokenizer.batch([rows[i] for i in indices])), strict=True))
 
-    in_batches([len(row.ids) for row in rows], batch_size, run, alone=apart(runner.manifest, tokenizer.padding_side))
+    alone = tokenizer.pads_nothing or apart(runner.manifest, tokenizer.padding_side)
+    in_batches([len(row.ids) for row in rows], batch_size, run, alone=alone)
     return [results[index] for index in range(len(rows))]

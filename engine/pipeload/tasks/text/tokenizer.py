@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError, ShardError, TruncationWarning
 from pipeload.foreign import foreign_errors
 from pipeload.machine.heap import trim
-from pipeload.tasks.model_files import AddedToken, ModelConfig, read_settings, token_text
+from pipeload.tasks.model_files import AddedToken, ModelConfig, read_sentence, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 from pipeload.tasks.text.growth import check_growth
 from pipeload.tasks.text.padding import Side, padded, position_ids
@@ -77,6 +77,7 @@ class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
     cls_token: str | AddedToken | None = None
     mask_token: str | AddedToken | None = None
     add_prefix_space: bool | None = False
+    model_input_names: list[str] | None = None
 
     @property
     def usual_padding_side(self) -> Side:
@@ -101,12 +102,13 @@ class Tokenizer:
         cls_id: the id of the token that stands for a whole text, or None.
         mask_id: the id of the token in place of a missing one, or None.
         padding_side: the side on which a batch is padded.
+        pads_nothing: the model labels the last token, padding or not, so that each text must be a batch of its own.
     """
 
     def __init__(self, runner: Runner) -> None:
         config, files = config_of(runner), runner.files
         settings = read_settings(files, "tokenizer_config.json", _TokenizerConfig)
-        sentence = read_settings(files, "sentence_bert_config.json", _SentenceConfig)
+        sentence = read_sentence(files, _SentenceConfig)
         self._file = files.path(_FILE)
         self._backend = _load(runner)
         with self._library("is damaged"):
@@ -130,12 +132,17 @@ class Tokenizer:
         if self.max_length is not None and task != "question-answering":
             backend.enable_truncation(self.max_length, direction=side)
         _set_prefix_space(backend, settings.add_prefix_space)
+        self._has_types = settings.model_input_names is None or "token_type_ids" in settings.model_input_names
         self.unknown_id = self._id(settings.unk_token)
         self.eos_id = self._id(settings.eos_token)
         self.cls_id = self._id(settings.cls_token)
         self.mask_id = self._id(settings.mask_token)
-        # Padding is masked, so any valid id serves if a model has no padding token.
-        ids = (self._id(settings.pad_token), config.pad_token_id, self.eos_id)
+        # The graph may look for its config's id, as a decoder that labels the last token of a text does. Otherwise
+        # padding is masked, so any valid id serves if a model has no padding token.
+        ids = (config.pad_token_id, self._id(settings.pad_token), self.eos_id)
+        self.pads_nothing = (
+            task == "text-classification" and config.pad_token_id is not None and config.pad_token_id < 0
+        )
         self.pad_id = next((id_ for id_ in ids if id_ is not None and id_ >= 0), 0)
 
     def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> Encoded:
@@ -219,7 +226,8 @@ class Tokenizer:
         return {
             "input_ids": padded([row.ids for row in rows], fill=self.pad_id, side=self.padding_side),
             "attention_mask": mask,
-            "token_type_ids": padded([row.type_ids for row in rows], fill=0, side=self.padding_side),
+            # A model that is not told them takes all for zero.
+            "token_type_ids": padded([row.type_ids for row in rows], fill=0, side=self.padding_side) * self._has_types,
             "position_ids": position_ids(mask),
         }
 

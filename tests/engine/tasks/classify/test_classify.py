@@ -51,6 +51,15 @@ def test_one_text_has_a_list_of_labels_and_a_list_a_list_of_lists(tmp_path: Path
     assert classify(runner, []) == []
 
 
+def test_a_model_that_labels_the_last_token_gets_one_text_at_a_time(tmp_path: Path) -> None:
+    """A decoder whose config names no token for padding: it would read the padding of shorter texts."""
+    runner = _runner(tmp_path, pad_token_id=-1)
+    runner.function = lambda inputs: {"logits": np.float32([[0, 1, 2]]) * inputs["input_ids"][:, -1:]}
+    texts = ["the cat sat", "dog", "the cat"]
+    assert classify(runner, texts) == [classify(runner, text) for text in texts]
+    assert {len(call["input_ids"]) for call in runner.calls} == {1}
+
+
 def test_top_k_cuts_the_labels(tmp_path: Path) -> None:
     runner = _runner(tmp_path)
     assert len(classify(runner, "dog", top_k=1)) == 1
@@ -188,3 +197,19 @@ def test_labels_equal_those_of_transformers(tmp_path: Path, problem_type: str | 
     for mine, theirs in zip(classify(runner, texts), pipeline(texts, top_k=None), strict=True):
         assert [label.label for label in mine] == [label["label"] for label in theirs]
         np.testing.assert_allclose([label.score for label in mine], [label["score"] for label in theirs], 1e-5)
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_a_model_of_images_has_no_regression(tmp_path: Path, labels: int) -> None:
+    """As the pipeline of transformers: one label takes the sigmoid, several the softmax, whatever the config says."""
+    images = pytest.importorskip("PIL.Image")
+    write_json(
+        tmp_path, "config.json", {"id2label": {str(i): str(i) for i in range(labels)}, "problem_type": "regression"}
+    )
+    write_json(tmp_path, "preprocessor_config.json", {"size": {"height": 4, "width": 4}})
+    logits = np.array([[2.0, 1.0, 0.5]], np.float32)[:, :labels]
+    shape = {"pixel_values": ("batch_size", 3, 4, 4)}
+    runner = ToyRunner(tmp_path, manifest("image-classification", inputs=shape), lambda _: {"logits": logits})
+    found = classify(runner, images.new("RGB", (4, 4)), top_k=None)
+    expected = scores(logits[0], None)
+    assert [label.score for label in found] == pytest.approx(sorted(expected, reverse=True))

@@ -100,7 +100,7 @@ def test_several_poolings_stand_side_by_side(tmp_path: Path) -> None:
 
 
 def test_texts_are_stripped_lowered_and_prompted_as_the_files_say(tmp_path: Path) -> None:
-    write_json(tmp_path, "sentence_bert_config.json", {"do_lower_case": True})
+    write_json(tmp_path, "sentence_roberta_config.json", {"do_lower_case": True})
     prompts = {"prompts": {"query": "the ", "other": "on "}, "default_prompt_name": "query"}
     write_json(tmp_path, "config_sentence_transformers.json", prompts)
     runner = _runner(tmp_path)

@@ -31,7 +31,7 @@ Arrays = dict[str, NDArray[Any]]
 def write_weights(path: Path, tensors: Arrays) -> None:
     entries, data = {}, b""
     for name, array in tensors.items():
-        kind = {"float32": "F32", "float16": "F16"}[str(array.dtype)]
+        kind = {"float32": "F32", "float16": "F16", "uint16": "BF16"}[str(array.dtype)]
         entries[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [len(data), len(data) + array.nbytes]}
         data += array.tobytes()
     header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
@@ -88,6 +88,14 @@ def test_a_dense_layer_without_bias_in_halves(tmp_path: Path) -> None:
     vector = embed(runner, "dog")
     assert vector.dtype == np.float32
     np.testing.assert_allclose(vector, MATRIX.astype(np.float16).astype(np.float32) @ mean(), rtol=1e-5)
+
+
+def test_a_dense_layer_in_bfloat16(tmp_path: Path) -> None:
+    runner = runner_with(tmp_path, "Dense")
+    halves = (MATRIX.view(np.uint32) >> 16).astype(np.uint16)
+    write_dense(tmp_path, "2_Dense", "torch.nn.Identity", {"linear.weight": halves}, bias=False)
+    matrix = (halves.astype(np.uint32) << 16).view(np.float32)
+    np.testing.assert_allclose(embed(runner, "dog"), matrix @ mean(), rtol=1e-5)
 
 
 def test_modules_apply_in_their_order_even_two_of_a_kind(tmp_path: Path) -> None:

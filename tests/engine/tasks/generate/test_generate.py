@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_every_kind_of_ids_is_a_prompt(tmp_path: Path) -> None:
     [
         ({"eos_token_id": 7}, {"eos_token_id": 5}, 7),
         ({"eos_token_id": [8, 7]}, {}, 7),
-        ({}, {"eos_token_id": 7}, 7),
+        ({"_from_model_config": True}, {"eos_token_id": 7}, 7),
         (None, {"eos_token_id": [7]}, 7),
     ],
 )
@@ -81,6 +82,48 @@ def test_the_end_of_text_ends_it(
         write_json(tmp_path, "generation_config.json", generation)
     result = generate(ToyDecoder(tmp_path, script=[4, 5, end, 9]), PROMPT)
     assert (result.token_ids, result.finish_reason) == ((4, 5, end), "eos")
+
+
+def test_a_file_that_names_no_end_has_none(tmp_path: Path) -> None:
+    """As in transformers, which asks config.json only where there is no generation_config.json."""
+    write_json(tmp_path, "config.json", {"eos_token_id": 5})
+    write_json(tmp_path, "generation_config.json", {"max_new_tokens": 4})
+    result = generate(ToyDecoder(tmp_path, script=[4, 5, 6, 9]), PROMPT)
+    assert (result.token_ids, result.finish_reason) == ((4, 5, 6, 9), "length")
+
+
+def test_the_length_of_a_file_counts_the_prompt(tmp_path: Path) -> None:
+    write_json(tmp_path, "generation_config.json", {"max_length": 9})
+    assert len(generate(ToyDecoder(tmp_path), [3, 1, 4, 1, 5]).token_ids) == 4
+    assert [len(one.token_ids) for one in generate(ToyDecoder(tmp_path), [[3, 1, 4, 1, 5], [9]])] == [4, 4]
+    assert len(generate(ToyDecoder(tmp_path), [3], max_new_tokens=6).token_ids) == 6
+    with pytest.raises(ConfigError, match=r"10 tokens, and .* sets max_length to 9 .* Pass max_new_tokens"):
+        generate(ToyDecoder(tmp_path), [3] * 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "off"),
+    [
+        ("num_beams", 4, 1),
+        ("bad_words_ids", [[3]], None),
+        ("suppress_tokens", [5], []),
+        ("begin_suppress_tokens", [5], None),
+        ("sequence_bias", [[[3], 2.0]], None),
+        ("forced_eos_token_id", 5, None),
+        ("exponential_decay_length_penalty", [2, 1.5], None),
+        ("min_length", 9, 0),
+        ("encoder_repetition_penalty", 1.5, 1.0),
+        ("guidance_scale", 2.0, 1),
+    ],
+)
+def test_a_setting_that_would_change_the_text_is_named(tmp_path: Path, name: str, value: object, off: object) -> None:
+    for each in (value, off):
+        folder = tmp_path / str(each == value)
+        folder.mkdir()
+        write_json(folder, "generation_config.json", {name: each})
+        warned = pytest.warns(UserWarning, match=f"sets {name}, and pipeload does not apply it")
+        with warned if each == value else nullcontext():
+            generate(ToyDecoder(folder), PROMPT, max_new_tokens=2)
 
 
 def test_a_row_that_has_ended_waits_for_the_others(tmp_path: Path) -> None:

@@ -75,10 +75,24 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(tmp_path: Path) -> No
     assert encoded.special == (True, *[False] * 8, True)
 
 
-def test_sentence_transformers_has_its_own_limit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_sentence_transformers_has_its_own_limit(tmp_path: Path, name: str) -> None:
     write_bert_tokenizer(tmp_path)
-    write_json(tmp_path, "sentence_bert_config.json", {"max_seq_length": 6})
+    write_json(tmp_path, f"sentence_{name}_config.json", {"max_seq_length": 6})
     assert len(_tokenizer(tmp_path).encode("the " * 40).ids) == 6
+
+
+@pytest.mark.parametrize(("names", "types"), [(None, [0] * 3 + [1] * 2), (["input_ids", "attention_mask"], [0] * 5)])
+def test_a_model_that_takes_no_types_has_none(tmp_path: Path, names: list[str] | None, types: list[int]) -> None:
+    write_bert_tokenizer(tmp_path, **({} if names is None else {"model_input_names": names}))
+    tokenizer = _tokenizer(tmp_path)
+    assert tokenizer.batch([tokenizer.encode("cat", "dog")])["token_type_ids"].tolist() == [types]
+
+
+def test_padding_has_the_id_that_the_graph_looks_for(tmp_path: Path) -> None:
+    write_bert_tokenizer(tmp_path)
+    write_json(tmp_path, "config.json", {"pad_token_id": 9})
+    assert _tokenizer(tmp_path).pad_id == 9
 
 
 def test_texts_that_are_cut_are_warned_about_once_and_together(tmp_path: Path) -> None:
