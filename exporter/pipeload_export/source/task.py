@@ -36,7 +36,7 @@ _SYNONYMS = {
 }
 """Other names that the hub, transformers and optimum have for models of these tasks, which are only used otherwise."""
 
-_ARCHITECTURES = {
+_ARCHITECTURES: dict[str, str | None] = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
@@ -46,9 +46,10 @@ _ARCHITECTURES = {
     "ForImageClassificationWithTeacher": "image-classification",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
+    **dict.fromkeys(("MTModel", "DoubleHeadsModel", "EncoderDecoderModel")),
     "Model": "feature-extraction",
 }
-"""End of an architecture's name -> task. `Model` comes last, because `LMHeadModel` ends with it as well."""
+"""End of an architecture's name -> task, None for heads without one. `Model` comes last: others end with it as well."""
 
 
 def check_task(task: str) -> str:

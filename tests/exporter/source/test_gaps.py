@@ -16,6 +16,7 @@ import pipeload
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import Manifest
 from pipeload_export import export
+from pipeload_export.source.gaps import Gaps, load_whole
 
 Tensors = dict[str, Any]
 
@@ -126,3 +127,16 @@ def test_an_encoder_alone_is_no_encoder_with_a_random_decoder(tmp_path: Path) ->
 def test_only_checkpoints_lack_weights(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--allow-missing is for checkpoints"):
         export("catalog:minilm", tmp_path / "out", allow_missing=True)
+
+
+def test_a_table_that_a_class_computes_is_not_missing(tmp_path: Path) -> None:
+    """Marian leaves its table of sines out of its checkpoints: no seed changes it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
+    config = transformers.MarianConfig(vocab_size=40, d_model=16, pad_token_id=0, decoder_start_token_id=0, **sizes)
+    source = transformers.MarianMTModel(config)
+    source.save_pretrained(tmp_path)
+    assert not any("embed_positions" in name for name in load_file(tmp_path / "model.safetensors"))
+    model, gaps = load_whole(transformers.AutoModel, tmp_path, allow_missing=False)
+    assert gaps == Gaps()
+    assert torch.equal(model.encoder.embed_positions.weight, source.model.encoder.embed_positions.weight)
