@@ -124,7 +124,8 @@ class Tokenizer:
         backend.no_truncation()
         self.max_length = None
         if task != "text-generation":
-            limits = (settings.model_max_length, config.max_positions, sentence.max_seq_length)
+            # sentence-transformers puts its own limit in the place of the tokenizer's.
+            limits = (sentence.max_seq_length or settings.model_max_length, config.max_positions)
             # Tokenizers without a limit give 1e30.
             known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
             self.max_length = min(known, default=None)

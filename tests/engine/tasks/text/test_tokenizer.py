@@ -82,6 +82,15 @@ def test_sentence_transformers_has_its_own_limit(tmp_path: Path, name: str) -> N
     assert len(_tokenizer(tmp_path).encode("the " * 40).ids) == 6
 
 
+def test_the_limit_of_sentence_transformers_takes_the_place_of_the_tokenizers(tmp_path: Path) -> None:
+    write_bert_tokenizer(tmp_path)
+    assert _tokenizer(tmp_path).max_length == 16
+    write_json(tmp_path, "sentence_bert_config.json", {"max_seq_length": 20})
+    assert _tokenizer(tmp_path).max_length == 20
+    write_json(tmp_path, "config.json", {"max_position_embeddings": 18})
+    assert _tokenizer(tmp_path).max_length == 18
+
+
 @pytest.mark.parametrize(("names", "types"), [(None, [0] * 3 + [1] * 2), (["input_ids", "attention_mask"], [0] * 5)])
 def test_a_model_that_takes_no_types_has_none(tmp_path: Path, names: list[str] | None, types: list[int]) -> None:
     write_bert_tokenizer(tmp_path, **({} if names is None else {"model_input_names": names}))
