@@ -27,7 +27,7 @@ def read_limits(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> str:
     rules: set[str] = set()
     for unified, place in _cgroups("blkio", membership, root):
         for name in ("io.max",) if unified else _THROTTLES:
-            rules.update(f"{name} {line.strip()}" for line in _read(_file(place, name)).splitlines() if line.strip())
+            rules.update(f"{name} {line.strip()}" for line in _value(place, name).splitlines() if line.strip())
     return "; ".join(sorted(rules))
 
 
@@ -41,10 +41,10 @@ def memory_limits(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> Iterato
         limits = [
             int(limit)
             for name in (("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",))
-            if (limit := _read(_file(place, name)).strip()).isdecimal() and int(limit) < 2**60
+            if (limit := _value(place, name)).isdecimal() and int(limit) < 2**60
         ]
-        usage = _read(_file(place, "memory.current" if unified else "memory.usage_in_bytes")).strip()
-        stat = dict(line.split(maxsplit=1) for line in _read(_file(place, "memory.stat")).splitlines() if " " in line)
+        usage = _value(place, "memory.current" if unified else "memory.usage_in_bytes")
+        stat = dict(line.split(maxsplit=1) for line in _value(place, "memory.stat").splitlines() if " " in line)
         if stat and limits and usage.isdecimal():
             yield min(limits), max(0, int(usage) - _cached_bytes(stat, "" if unified else "total_"))
 
@@ -65,7 +65,7 @@ def spare_threads(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> float:
     """Threads that this process may start before `pids.max` of its cgroup or a parent forbids it; else infinite."""
     least = math.inf
     for _, place in _cgroups("pids", membership, root):
-        most, current = (_read(_file(place, f"pids.{name}")).strip() for name in ("max", "current"))
+        most, current = (_value(place, f"pids.{name}") for name in ("max", "current"))
         # Without a limit it is the word "max".
         if most.isdecimal() and current.isdecimal():
             least = min(least, max(0, int(most) - int(current)))
@@ -77,9 +77,9 @@ def cpu_quota(membership: Path = _MEMBERSHIP, root: Path = _ROOT) -> float:
     least = math.inf
     for unified, place in _cgroups("cpu", membership, root):
         if unified:
-            quota, _, period = _read(_file(place, "cpu.max")).strip().partition(" ")
+            quota, _, period = _value(place, "cpu.max").partition(" ")
         else:
-            quota, period = (_read(_file(place, f"cpu.cfs_{name}_us")).strip() for name in ("quota", "period"))
+            quota, period = (_value(place, f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         # Without a quota v1 reports -1, v2 the word "max".
         if quota.isdecimal() and period.isdecimal() and int(period):
             least = min(least, int(quota) / int(period))
@@ -93,10 +93,7 @@ def _cgroups(controller: str, membership: Path, root: Path) -> Iterable[tuple[bo
 
 @lru_cache(maxsize=8)  # new paths would intern their parts anew, as in ModelFiles
 def _places(controller: str, memberships: str, root: Path) -> tuple[tuple[bool, Path], ...]:
-    return tuple(_places_of(controller, memberships, root))
-
-
-def _places_of(controller: str, memberships: str, root: Path) -> Iterator[tuple[bool, Path]]:
+    found = []
     for line in memberships.splitlines():
         if line.count(":") < 2:
             continue
@@ -113,12 +110,18 @@ def _places_of(controller: str, memberships: str, root: Path) -> Iterator[tuple[
         for place in (folder, *folder.parents):
             if place != mount and mount not in place.parents:
                 break
-            yield controllers == "", place
+            found.append((controllers == "", place))
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)
 def _file(folder: Path, name: str) -> Path:
     return folder / name
+
+
+def _value(folder: Path, name: str) -> str:
+    """The content of a cgroup's file; empty where it cannot be read."""
+    return _read(_file(folder, name)).strip()
 
 
 def _read(path: Path) -> str:

@@ -229,8 +229,10 @@ def _is_object(value: Any) -> bool:
 
 def read_sentence(files: ModelFiles, kind: type[Settings]) -> Settings:
     """The settings of sentence-transformers' module Transformer, by any of its names. Raises as `read_settings`."""
-    names = (name for name in SENTENCE_FILES if files.read(name) is not None)
-    return read_settings(files, next(names, SENTENCE_FILES[0]), kind)
+    for name in SENTENCE_FILES:
+        if (data := files.read(name)) is not None:
+            return _decoded(files, name, data, kind)
+    return kind()
 
 
 def read_settings(files: ModelFiles, name: str, kind: type[Settings]) -> Settings:

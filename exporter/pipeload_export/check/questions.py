@@ -35,9 +35,9 @@ _NEW_TOKENS, _FEW_NEW_TOKENS, _LARGE_BYTES = 32, 8, 4 << 30
 """Greedy tokens, and those of models for which each takes seconds."""
 _MOST_PROMPTS = 4
 _PIECES = 256
+"""The engine cuts longer prompts into pieces of this many tokens."""
 _FEWEST_IDS = 2
 """Rows of a table whose size nothing tells."""
-"""The engine cuts longer prompts into pieces of this many tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,16 +55,12 @@ def load_whole(kind: Any, folder: Path, *, allow_missing: bool, **options: Any) 
     torch.manual_seed(_SEED)
     model, found = kind.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     missing = [name for name in found["missing_keys"] if model.get_parameter_or_buffer(name).is_floating_point()]
-    if frozen := [name for name in missing if not model.get_parameter_or_buffer(name).requires_grad]:
+    parameters = dict(model.named_parameters())
+    if frozen := [name for name in missing if name in parameters and not parameters[name].requires_grad]:
         # Tables of sines that a class computes, and leaves out of its checkpoints: the same with any seed.
         torch.manual_seed(_SEED + 1)
         again = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
-        computed = {
-            name
-            for name in frozen
-            if isinstance(parameter := model.get_parameter_or_buffer(name), torch.nn.Parameter)
-            and torch.equal(parameter, again.get_parameter_or_buffer(name))
-        }
+        computed = {name for name in frozen if torch.equal(parameters[name], again.get_parameter(name))}
         missing = [name for name in missing if name not in computed]
     misfits = sorted(_named(found["mismatched_keys"]))
     unused = tuple(sorted(_unused(model, found["unexpected_keys"])))

@@ -30,9 +30,12 @@ def _as_models_are() -> Iterator[None]:
     from optimum.utils import input_generators, save_utils
 
     load = save_utils.maybe_load_preprocessors
-    patch = mock.patch.object
+
+    def load_or_none(*args: Any, **options: Any) -> _LastOrNone:
+        return _LastOrNone(load(*args, **options))
+
     with (
-        patch(save_utils, "maybe_load_preprocessors", lambda *args, **options: _LastOrNone(load(*args, **options))),
+        mock.patch.object(save_utils, "maybe_load_preprocessors", load_or_none),
         _made(input_generators.DummyPastKeyValuesGenerator, _grouped),
         _made(input_generators.FalconDummyPastKeyValuesGenerator, _repeated),
     ):

@@ -41,7 +41,8 @@ def answer(
     """
     if (context is None) == (file is None):
         raise typer.BadParameter("Give the TEXT that holds the answer, - for stdin, or --file: one of them.")
-    text = read_text(file or Path("-")) if file is not None or context == "-" else context or ""
+    source = Path("-") if context == "-" else file
+    text = str(context) if source is None else read_text(source)
     with open_model(directory, budget, stats=stats, trace=trace) as model:
         found = model.answer(question, text, top_k=top_k, handle_impossible_answer=impossible)
     if as_json:

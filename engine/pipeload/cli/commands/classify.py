@@ -11,13 +11,13 @@ import typer
 
 from pipeload.cli.options import Budget, Directory, Json, JsonLines, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
-from pipeload.cli.texts import read_lines, refuse_images
+from pipeload.cli.texts import argued_texts, refuse_images
 from pipeload.tasks.classify.entities import Entity
 from pipeload.tasks.classify.labels import Label
 
-__all__ = ["classify", "print_labels"]
+__all__ = ["CHUNK", "classify", "print_labels"]
 
-_CHUNK = 32
+CHUNK = 32
 """The number of inputs per step of the progress bar."""
 
 
@@ -59,7 +59,7 @@ def classify(
             refuse_images(inputs, f"this model for {model.manifest.task}")
         wanted = _read(inputs, images=images)
         results: list[list[Label]] = []
-        for chunk in chunks(wanted, _CHUNK, "Classifying"):
+        for chunk in chunks(wanted, CHUNK, "Classifying"):
             found = model.classify([value if pair is None else (str(value), pair) for _, value in chunk], top_k=top_k)
             results.extend(found)
             if json_lines:
@@ -85,12 +85,6 @@ def print_labels(names: Sequence[str], results: Sequence[Sequence[Label]], *, as
 
 def _read(inputs: list[str], *, images: bool) -> list[tuple[str, str | bytes]]:
     """Pairs of an input's name for the output and its value for the model."""
-    wanted: list[tuple[str, str | bytes]] = []
-    for value in inputs:
-        if value != "-":
-            wanted.append((value, value))
-        elif images:
-            wanted.append(("-", sys.stdin.buffer.read()))
-        else:
-            wanted.extend((line, line) for line in read_lines())
-    return wanted
+    if images:
+        return [(value, sys.stdin.buffer.read() if value == "-" else value) for value in inputs]
+    return [(text, text) for text in argued_texts(inputs, None, "TEXT")]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pipeload.cli.commands.classify import print_labels
+from pipeload.cli.commands.classify import CHUNK, print_labels
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, open_model
 from pipeload.cli.texts import argued_texts, refuse_images
 from pipeload.tasks.classify.labels import Label
@@ -43,7 +43,7 @@ def zero_shot(
     refuse_images(texts, "zero-shot")
     results: list[list[Label]] = []
     with open_model(directory, budget, stats=stats, trace=trace) as model:
-        for chunk in chunks(wanted, 1, "Classifying"):
+        for chunk in chunks(wanted, CHUNK, "Classifying"):
             results += model.zero_shot(
                 list(chunk), labels.split(","), hypothesis_template=template, multi_label=multi_label
             )

@@ -125,13 +125,13 @@ def _entities(runner: Runner, texts: Sequence[Any], batch_size: int) -> list[lis
 def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_size: int) -> list[list[Label]]:
     config, processor = config_of(runner), image_processor_of(runner)
     config.require("id2label", "problem_type")
+    # The pipeline of transformers for images knows no regression.
+    kind = None if config.problem_type == "regression" else config.problem_type
     results: dict[int, list[Label]] = {}
 
     def run(indices: list[int]) -> None:
         logits = logits_of(runner, {"pixel_values": processor.batch([images[index] for index in indices])})
         with made_by_model("logits", logits):
-            # The pipeline of transformers for images knows no regression.
-            kind = None if config.problem_type == "regression" else config.problem_type
             for index, row in zip(indices, scores(logits, kind), strict=True):
                 results[index] = top_labels(row, config, top_k)
 
