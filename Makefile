@@ -10,6 +10,8 @@ LATEST_STAMP := $(LATEST)/.installed-$(VERSION)
 # Which tests `make test-latest` runs.
 LATEST_TESTS ?= tests/engine
 WORKERS ?= $(shell nproc)
+# Where it is set, each of the programs that the tests start would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
 .PHONY: demo test test-slow test-survey test-all test-latest test-arm64 check format clean
@@ -20,7 +22,7 @@ demo: $(STAMP)  ## export two real models and run them under a memory cap
 test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 	$(BIN)/python $(PYTEST) -m "not slow and not survey"
 
-test-slow: $(STAMP)  ## the tests that take more than three seconds
+test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with other values
 	$(BIN)/python $(PYTEST) -m slow
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more

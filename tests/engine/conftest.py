@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.engine.harness import PATIENCE_S, agents
 from tests.engine.still_machine import stand_still
+from tests.marks import slow
 from tests.models import ARCHITECTURES, TOYS, made_once, make
 from tests.shared import folder_of_the_run
 
@@ -91,7 +92,7 @@ def toy_copy(toy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(toy, tmp_path / "model"))
 
 
-@pytest.fixture(params=sorted(TOYS.keys() - {"toy-other"}))
+@pytest.fixture(params=[*sorted(TOYS.keys() - {"toy-other", "toy-large"}), slow("toy-large")])
 def any_toy(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
     return made_toys(request.param)
 
@@ -108,7 +109,7 @@ def exported_generator(request: pytest.FixtureRequest) -> Path:
     return _architecture(request.param)
 
 
-@pytest.fixture(scope="session", params=[pytest.param("llama", marks=pytest.mark.slow), *_OTHERS, "toy-decoder"])
+@pytest.fixture(scope="session", params=[slow("llama"), *_OTHERS, "toy-decoder"])
 def decoder(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
     """A model with KV caches: those of architectures are written in place, those of the toy are not.
 

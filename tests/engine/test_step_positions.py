@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from tests.engine.harness import assert_close
 from tests.engine.tasks.generate.drafting import load
+from tests.marks import slow
 
 import pipeload
 
@@ -41,7 +42,7 @@ def _assert_close(actual: NDArray[Any], expected: NDArray[Any]) -> None:
     assert_close({"logits": actual}, {"logits": expected}, 1e-5)
 
 
-@pytest.mark.parametrize("room_bytes", [600_000, 6_000_000])
+@pytest.mark.parametrize("room_bytes", [600_000, slow(6_000_000)])
 @pytest.mark.parametrize("decoder", ["gpt2", "llama", "toy-decoder"], indirect=True)
 def test_several_positions_are_what_single_steps_give(decoder: Path, room_bytes: int) -> None:
     with load(decoder, room_bytes) as model:

@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from tests.exporter.models import ROWS, WIDTH, write_json, write_onnx
+from tests.marks import slow
 
 import pipeload
 from pipeload.errors import ConfigError, ExportError, PipeloadError
@@ -195,7 +196,7 @@ def test_existing_target(source: Path, tmp_path: Path, existing: str) -> None:
             export(source, target, force=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, slow(signal.SIGTERM), slow(signal.SIGINT)])
 @pytest.mark.parametrize("step", ["write the shards", "check the files", "run the shards"])
 def test_ended_by_a_signal(source: Path, tmp_path: Path, number: signal.Signals, step: str) -> None:
     code = (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from tests.exporter.check.test_parity import CHECKPOINTS, write_checkpoint
+from tests.marks import slow
 from tests.models import traced_here
 
 import pipeload
@@ -66,7 +67,7 @@ def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
     assert np.abs(found - expected).max() < 1e-4 * np.ptp(expected)
 
 
-@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
+@pytest.mark.parametrize("name", ["llama-dynamic", slow("phi3-longrope")])
 def test_a_long_text_in_one_step_has_the_frequencies_of_its_length(
     opened: Callable[[str], tuple[pipeload.Model, Any]], name: str
 ) -> None:

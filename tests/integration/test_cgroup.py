@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import assert_same, run_sequentially
+from tests.marks import slow
 
 from pipeload.bench import cgroup
 from pipeload.format import manifest as manifests
@@ -58,7 +59,7 @@ def _run(program: str, *arguments: str) -> cgroup.Outcome:
     )
 
 
-@pytest.mark.parametrize("budget", [str(CAP_BYTES), "auto"])
+@pytest.mark.parametrize("budget", [slow(str(CAP_BYTES)), "auto"])
 def test_a_model_larger_than_the_cap_runs_in_it(model: Path, tmp_path: Path, budget: str) -> None:
     cgroup.evict((model / "shards").iterdir())
     outcome = _run(_PROGRAM, str(model), budget, str(tmp_path / "answers.npz"))

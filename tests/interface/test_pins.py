@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.interface.pins import COMMANDS, PINNED, help_of, signatures_of, texts, without_frames
+from tests.marks import slow
 
 import pipeload
 import pipeload_export
@@ -53,12 +54,12 @@ def test_every_command_and_package_is_pinned() -> None:
     ("arguments", "exit_code"),
     [
         (["--version"], 0),
-        (["--help"], 0),
+        slow(["--help"], 0),
         (["inspect", "no such directory"], 1),
-        (["run", "no such directory", "--random"], 1),
-        (["run"], 2),
+        slow(["run", "no such directory", "--random"], 1),
+        slow(["run"], 2),
         (["no-such-command"], 2),
-        ([], 2),
+        slow([], 2),
     ],
 )
 def test_exit_codes_stay(arguments: list[str], exit_code: int) -> None:

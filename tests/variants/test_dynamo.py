@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.marks import survey
 from tests.models import seeded
 from tests.variants.conftest import MODELS
 
@@ -39,10 +40,10 @@ def _export(folder: Path, name: str, attention: str, opset: int, *, external_dat
     [
         ("bert", "sdpa", 18, True),
         ("llama", "sdpa", 20, False),
-        pytest.param("bert", "eager", 24, False, marks=pytest.mark.survey),
-        pytest.param("llama", "eager", 22, True, marks=pytest.mark.survey),
-        pytest.param("vit", "sdpa", 18, True, marks=pytest.mark.survey),
-        pytest.param("vit", "eager", 21, False, marks=pytest.mark.survey),
+        survey("bert", "eager", 24, False),
+        survey("llama", "eager", 22, True),
+        survey("vit", "sdpa", 18, True),
+        survey("vit", "eager", 21, False),
     ],
 )
 def test_a_graph_of_the_new_exporter_is_right(

@@ -8,11 +8,14 @@ from typing import Any
 
 import onnx
 import pytest
+from tests.marks import slow, survey
 from tests.variants.conftest import MODELS, Source
 
 from pipeload.format.manifest import Manifest
 
-_QUICK = {("bert", 11), ("vit", 13), ("llama", 13), ("llama", 20), ("llama", 24)}
+_MARKS = {("bert", 11): pytest.param, ("llama", 24): pytest.param} | dict.fromkeys(
+    [("vit", 13), ("llama", 13), ("llama", 20)], slow
+)
 
 
 def block_operators(manifest: Manifest, directory: Path) -> list[str]:
@@ -22,11 +25,7 @@ def block_operators(manifest: Manifest, directory: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [
-        pytest.param(name, opset, marks=[] if (name, opset) in _QUICK else pytest.mark.survey)
-        for name in MODELS
-        for opset in range(11, 25)
-    ],
+    [_MARKS.get((name, opset), survey)(name, opset) for name in MODELS for opset in range(11, 25)],
 )
 def test_every_opset_is_right(name: str, opset: int, source: Source, assert_right: Callable[..., Any]) -> None:
     manifest = assert_right(source(name, opset), name)

@@ -9,6 +9,7 @@ from typing import Any
 import onnxruntime
 import pytest
 from onnxruntime import GraphOptimizationLevel
+from tests.marks import slow, survey
 from tests.variants.conftest import MODELS
 
 _LEVELS = {
@@ -17,13 +18,13 @@ _LEVELS = {
     "all": GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _FAMILY = {"bert": "bert", "vit": "vit", "llama": "gpt2"}
-_QUICK = {("bert", "all", 13), ("vit", "extended", 18), ("llama", "all", 18)}
+_MARKS = {("bert", "all", 13): pytest.param, ("vit", "extended", 18): slow, ("llama", "all", 18): slow}
 
 
 @pytest.mark.parametrize(
     ("name", "level", "opset"),
     [
-        pytest.param(name, level, opset, marks=[] if (name, level, opset) in _QUICK else pytest.mark.survey)
+        _MARKS.get((name, level, opset), survey)(name, level, opset)
         for name in MODELS
         for level in _LEVELS
         for opset in (13, 18)
@@ -45,7 +46,7 @@ def test_saved_by_onnxruntime(
 
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [("bert", 18), ("vit", 13), *(pytest.param("llama", opset, marks=pytest.mark.survey) for opset in (13, 18))],
+    [("bert", 18), ("vit", 13), survey("llama", 13), survey("llama", 18)],
 )
 def test_saved_by_the_transformers_optimiser(
     name: str, opset: int, variant: Callable[..., Path], assert_right: Callable[..., Any]

@@ -10,24 +10,23 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from tests.marks import slow, survey
 from tests.variants.changes import PRECISIONS, bfloat16, half
 from tests.variants.conftest import MODELS
 
 from pipeload.errors import ExportError
 from pipeload_export import export, verify
 
-_QUICK = {("bert", "int8-qdq"), ("vit", "int8-operators"), ("vit", "fp16-inside"), ("llama", "int4")}
+_MARKS = {("bert", "int8-qdq"): pytest.param, ("vit", "fp16-inside"): pytest.param} | dict.fromkeys(
+    [("vit", "int8-operators"), ("llama", "int4")], slow
+)
 _ROUNDING = 1e-2
 """Of float16 inside; static int8 is held against the graph as onnxruntime optimises it."""
 
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [
-        pytest.param(name, precision, marks=[] if (name, precision) in _QUICK else pytest.mark.survey)
-        for name in MODELS
-        for precision in PRECISIONS
-    ],
+    [_MARKS.get((name, precision), survey)(name, precision) for name in MODELS for precision in PRECISIONS],
 )
 def test_each_precision_is_right(
     name: str, precision: str, variant: Callable[..., Path], assert_right: Callable[..., Any]

@@ -23,6 +23,7 @@ from tests.engine.model.loading import (
     load,
     no_subprocess,
 )
+from tests.marks import slow
 
 import pipeload
 from pipeload.machine.memory import rss_bytes
@@ -91,7 +92,7 @@ def test_a_streamed_model_occupies_no_more_than_its_budget(toy_large: Path) -> N
 
 
 @no_subprocess
-@pytest.mark.parametrize("more", [0, 8_000_000, 20_000_000, 45_000_000, 80_000_000])
+@pytest.mark.parametrize("more", [0, slow(8_000_000), 20_000_000, slow(45_000_000), slow(80_000_000)])
 def test_a_process_never_occupied_more_than_its_budget(toy_large: Path, more: int) -> None:
     """The peak of a process of its own, over streaming, partly resident shards, re-planning and packing."""
     program = f"""

@@ -26,6 +26,7 @@ from tests.engine.model.loading import (
     no_subprocess,
 )
 from tests.engine.tasks.fakes import write_bert_tokenizer
+from tests.marks import slow
 
 import pipeload
 from pipeload.format import manifest as manifests
@@ -150,11 +151,11 @@ def test_a_model_that_an_agent_collects_leaves_no_threads(toy: Path, monkeypatch
 @pytest.mark.parametrize(
     "end",
     [
-        "pass",
+        slow("pass"),
         "model.run(inputs)",
         "threading.Thread(target=go_on, daemon=True).start()",
-        "model.itself = model; del model",
-        "sys.exit(0)",
+        slow("model.itself = model; del model"),
+        slow("sys.exit(0)"),
         "os.kill(os.getpid(), signal.SIGINT)",
         "raise ValueError('mine')",
     ],

@@ -11,6 +11,7 @@ import pytest
 from tests.engine.harness import EMULATED, run_python, smallest_budget
 from tests.engine.tasks.generate.drafting import PROMPT, Recorder, assert_same, load
 from tests.engine.toy import make_toy
+from tests.marks import slow
 
 import pipeload
 
@@ -105,7 +106,8 @@ def test_a_cache_that_grows_while_a_text_is_made_is_refused_in_time(wide_toy: Pa
         assert_same(model.generate(PROMPT, max_new_tokens=2), expected)
 
 
-@pytest.mark.parametrize("kind", ["in place", pytest.param("made anew", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["in place", "made anew"])
 def test_the_budget_named_for_a_text_holds_until_its_last_token(
     wide_toy: Path, exported_llama: Path, kind: str
 ) -> None:
@@ -144,7 +146,7 @@ def test_an_assistant_whose_cache_does_not_fit(wide_toy: Path, toy_decoder: Path
 
 
 @no_subprocess
-@pytest.mark.parametrize("more", [24_000_000, pytest.param(44_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("more", [24_000_000, slow(44_000_000)])
 def test_a_process_with_growing_caches_never_occupied_more_than_its_budget(exported_llama: Path, more: int) -> None:
     """Until they do not fit, truncated after that, and with drafts: in a process of its own."""
     program = f"""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.engine.harness import run_python
+from tests.marks import slow
 
 _PROGRAM = """
 import mmap
@@ -46,6 +47,6 @@ print("equal")
 """
 
 
-@pytest.mark.parametrize("page_bytes", [4096, 16384, 65536])
+@pytest.mark.parametrize("page_bytes", [slow(4096), 16384, slow(65536)])
 def test_buffers_take_the_memory_that_was_reserved(toy_large: Path, page_bytes: int) -> None:
     assert run_python(_PROGRAM.format(page_bytes=page_bytes, directory=str(toy_large))).stdout == "equal\n"

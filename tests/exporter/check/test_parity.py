@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.marks import slow
 from tests.models import seeded, traced_here
 
 import pipeload
@@ -69,11 +70,11 @@ def exported(source: Path, target: Path) -> Manifest:
     ("name", "longest"),
     [
         ("bert", 64),
-        pytest.param("llama-dynamic", 300, marks=pytest.mark.slow),
+        slow("llama-dynamic", 300),
         ("phi3-longrope", 300),
-        pytest.param("roberta", 48, marks=pytest.mark.slow),
-        pytest.param("gemma2", 300, marks=pytest.mark.slow),
-        pytest.param("llama", 300, marks=pytest.mark.slow),
+        slow("roberta", 48),
+        slow("gemma2", 300),
+        slow("llama", 300),
     ],
 )
 def test_the_streamed_model_answers_as_its_source(
@@ -122,9 +123,9 @@ def test_a_branch_that_tracing_froze_is_named(checkpoint: Callable[[str], Path],
     ("name", "fault", "begins"),
     [
         ("llama", "theta", "for 1 x 7 from token 1 on"),
-        pytest.param("phi3-longrope", "branch", "for 1 x 17 from token", marks=pytest.mark.slow),
-        pytest.param("llama-dynamic", "branch", "for 1 x 21 from token", marks=pytest.mark.slow),
-        pytest.param("gemma2", "softcap", "for 1 x 7 from token 1 on", marks=pytest.mark.slow),
+        slow("phi3-longrope", "branch", "for 1 x 17 from token"),
+        slow("llama-dynamic", "branch", "for 1 x 21 from token"),
+        slow("gemma2", "softcap", "for 1 x 7 from token 1 on"),
     ],
 )
 def test_a_planted_fault_of_the_trace_is_found(

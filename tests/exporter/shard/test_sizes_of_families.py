@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from tests.exporter.shard.families import write_family
+from tests.marks import slow, survey
 from tests.shared import folder_of_the_run, made_by_one
 
 from pipeload.errors import ExportError
@@ -22,10 +23,6 @@ from pipeload_export.shard.fuse import Fused
 from pipeload_export.shard.trial import run_trial
 
 Make = Callable[[str], Path]
-
-
-def slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.survey)
 
 
 @pytest.fixture(scope="session")
@@ -112,23 +109,26 @@ def _images(*pairs: tuple[int, int]) -> list[dict[str, int]]:
     [
         ("bert", _TEXTS),
         ("dinov2", _images((14, 28), (28, 42), (42, 42), (224, 224), (322, 518))),
-        slow("clip", [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": n} for n in (5, 9)]),
+        survey("clip", [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": n} for n in (5, 9)]),
         pytest.param(
             "clip",
             [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": 30}],
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="a shard with a whole text tower beside an image: the samples do not tell the square of the "
-                "length from length x height x width, so that longer texts are planned 18 % too low",
-            ),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.xfail(
+                    strict=True,
+                    reason="a shard with a whole text tower beside an image: the samples do not tell the square of the "
+                    "length from length x height x width, so that longer texts are planned 18 % too low",
+                ),
+            ],
         ),
-        slow("llama", _STEPS),
-        slow("vit", _images((64, 64))),
-        slow("segformer", _images((32, 64), (64, 96), (96, 96), (224, 224), (512, 384))),
-        slow("yolos", _images((16, 32), (32, 48), (48, 48), (224, 320), (512, 608))),
+        survey("llama", _STEPS),
+        survey("vit", _images((64, 64))),
+        survey("segformer", _images((32, 64), (64, 96), (96, 96), (224, 224), (512, 384))),
+        survey("yolos", _images((16, 32), (32, 48), (48, 48), (224, 320), (512, 608))),
     ],
 )
-@pytest.mark.parametrize("batch", [2, 5])
+@pytest.mark.parametrize("batch", [2, slow(5)])
 def test_predicted_activations_are_those_of_runs(
     name: str, sizes: list[dict[str, int]], batch: int, exported: Make, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+from tests.marks import slow
 
 from pipeload.errors import ConfigError, ShardError
 
@@ -60,7 +61,7 @@ def test_what_cannot_be_compiled_is_a_damaged_file(source: str) -> None:
         _nested(3),
         _nested(10),
         "{% for a in range(1000) if range(100000)|list|length %}{% endfor %}",
-        "{% for a in range(1000) recursive %}{{ loop(range(1000)) if loop.depth < 4 }}{% endfor %}",
+        slow("{% for a in range(1000) recursive %}{{ loop(range(1000)) if loop.depth < 4 }}{% endfor %}"),
         "{% macro f() %}" + _nested(2) + "{% endmacro %}" + _nested(1, "{{ f() }}"),
         _nested(2, "{% set x = range(1000) | sum %}"),
         _nested(2, "{{ '' }}") + "{{ self.a() }}{% block a %}{% endblock %}",
@@ -108,16 +109,16 @@ def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
         "{{ (['y'] * 100000) | join('x' * 100000) }}",
         "{{ (['y'] * 100000) | join(d='x' * 100000) }}",
         "{{ range(100000) | map('string') | join('x' * 100000) }}",
-        "{{ ('x' * 100000).join(range(100000) | map('string')) }}",
+        slow("{{ ('x' * 100000).join(range(100000) | map('string')) }}"),
         "{{ ('x' * 100000).translate({120: 'x' * 100000}) }}",
         "{{ ('{0}' * 100000).format('x' * 100000) }}",
         "{{ ('%(a)s' * 100000) % {'a': 'x' * 100000} }}",
         _doubled("n.x ~ n.x"),
         _doubled("n.x + n.x"),
         _doubled("[n.x, n.x]"),
-        _doubled("(n.x, n.x)"),
+        slow(_doubled("(n.x, n.x)")),
         _doubled("{'a': n.x, 'b': n.x}"),
-        _doubled("dict(a=n.x, b=n.x)"),
+        slow(_doubled("dict(a=n.x, b=n.x)")),
         _doubled("namespace(a=n.x, b=n.x)"),
         _doubled("n.x * n.x", first="3"),
         _doubled("(n.x | string) * 9"),
@@ -125,18 +126,18 @@ def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
         _doubled("n.x | replace('x', 'xx')"),
         _doubled("n.x.replace('x', 'xx')"),
         "{% set n = namespace() %}{% set n.x = [n, n] %}{{ n }}",
-        pytest.param("{% set n = namespace() %}{% set n.x = [n, n] %}{{ n ~ n }}", marks=pytest.mark.slow),
-        pytest.param("{% set n = namespace() %}{% set n.x = [n, n] %}{{ n | upper }}", marks=pytest.mark.slow),
-        pytest.param("{% set n = namespace() %}{% set n.x = [n, n] %}{{ '%s' % n }}", marks=pytest.mark.slow),
-        "{% set n = namespace() %}{% set n.x = [n, n] %}{{ '{}'.format(n) }}",
-        pytest.param("{% set n = namespace() %}{% set n.x = [n, n] %}{{ raise_exception(n) }}", marks=pytest.mark.slow),
+        slow("{% set n = namespace() %}{% set n.x = [n, n] %}{{ n ~ n }}"),
+        slow("{% set n = namespace() %}{% set n.x = [n, n] %}{{ n | upper }}"),
+        slow("{% set n = namespace() %}{% set n.x = [n, n] %}{{ '%s' % n }}"),
+        slow("{% set n = namespace() %}{% set n.x = [n, n] %}{{ '{}'.format(n) }}"),
+        slow("{% set n = namespace() %}{% set n.x = [n, n] %}{{ raise_exception(n) }}"),
         "{% set x = 'x' * 900000 %}{% for i in range(1000) %}{{ x }}{% endfor %}",
         "{% set x = 'x' * 900000 %}{% set y %}{% for i in range(1000) %}{{ x }}{% endfor %}{% endset %}",
         "{% macro f() %}{% set x = 'x' * 900000 %}{% for i in range(1000) %}{{ x }}{% endfor %}{% endmacro %}{{ f() }}",
         "{% for i in range(100000) %}" + "x" * 1000 + "{% endfor %}",
         "{% set x = 'x' * 900000 %}{% for i in range(1000) %}{% set y = x[1:] %}{% endfor %}",
         "{% set x = 'x' * 900000 %}{% for i in range(100000) %}{% set y = x ~ 'a' == x ~ 'b' %}{% endfor %}",
-        "{% set x = 'x' * 900000 %}{% set y = x[:] ~ 'y' %}{% for i in range(100000) if x == y %}{% endfor %}",
+        slow("{% set x = 'x' * 900000 %}{% set y = x[:] ~ 'y' %}{% for i in range(100000) if x == y %}{% endfor %}"),
     ],
 )
 def test_a_template_that_makes_too_much_is_stopped(source: str) -> None:

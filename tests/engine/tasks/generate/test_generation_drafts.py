@@ -83,6 +83,7 @@ def test_lookups_change_nothing_of_what_the_model_itself_wants(decoder: Path) ->
                     assert_counted(made)
 
 
+@pytest.mark.slow
 def test_assistants_change_nothing(decoder: Path, half_toy: Path, exported_llama: Path) -> None:
     """Neither one that is often wrong, nor one that is always right."""
     stranger = half_toy if decoder.name == "toy-decoder" else exported_llama
