@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-import pipeload.model  # all that measures for a model has to be there before it is replaced
+# All that measures for a model has to be there before it is replaced.
+import pipeload.measuring.profiler
+import pipeload.model
 from pipeload.machine.hardware import cores
 from pipeload.machine.memory import FreeMemory, rss_bytes, warm_rss_bytes
 from pipeload.planning.profile import Profile
@@ -75,8 +79,16 @@ class _SteadyDraftLength(DraftLength):
 
 def _replace(patch: pytest.MonkeyPatch, measuring: Callable[..., Any], still: Callable[..., Any]) -> None:
     """Under whatever name a module of the engine has imported it."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith(_ENGINE):
-            for attribute, value in list(vars(module).items()):
-                if value is measuring:
-                    patch.setattr(module, attribute, still)
+    for module, attribute in _places(measuring):
+        patch.setattr(module, attribute, still)
+
+
+@cache
+def _places(measuring: Callable[..., Any]) -> list[tuple[ModuleType, str]]:
+    return [
+        (module, attribute)
+        for name, module in list(sys.modules.items())
+        if name.startswith(_ENGINE)
+        for attribute, value in vars(module).items()
+        if value is measuring
+    ]

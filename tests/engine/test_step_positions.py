@@ -43,7 +43,7 @@ def _assert_close(actual: NDArray[Any], expected: NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize("room_bytes", [600_000, slow(6_000_000)])
-@pytest.mark.parametrize("decoder", ["gpt2", "llama", "toy-decoder"], indirect=True)
+@pytest.mark.parametrize("decoder", ["gpt2", slow("llama"), "toy-decoder"], indirect=True)
 def test_several_positions_are_what_single_steps_give(decoder: Path, room_bytes: int) -> None:
     with load(decoder, room_bytes) as model:
         for batch in (1, 2):

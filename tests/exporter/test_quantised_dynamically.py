@@ -64,6 +64,7 @@ def greedy(session: ort.InferenceSession, prompt: list[int]) -> list[int]:
     return made
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_the_unsplit_graph(model: pipeload.Model, unsplit: Path) -> None:
     assert model.manifest.quantised_dynamically
     random = np.random.default_rng(0)

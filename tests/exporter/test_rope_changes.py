@@ -77,6 +77,7 @@ def test_a_long_text_in_one_step_has_the_frequencies_of_its_length(
         assert_close(step(model, state, 0, 300), next(answers(reference, [300])))
 
 
+@pytest.mark.slow
 def test_a_dynamic_rope_goes_on_with_its_caches(opened: Callable[[str], tuple[pipeload.Model, Any]]) -> None:
     model, reference = opened("llama-dynamic")
     ends = [18, 19, 20, 21, 22, 23, 290]

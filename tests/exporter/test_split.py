@@ -114,6 +114,7 @@ def test_tied_weights_are_stored_once(name: str, sharded_architecture: Callable[
     assert not any(record.path.endswith("head.safetensors") for record in model.files)
 
 
+@pytest.mark.slow
 def test_an_untied_head_has_a_file_of_its_own(sharded_architecture: Callable[[str], Sharded]) -> None:
     model = sharded_architecture("gptj").model
     heads = [item for item in model.shards if item.role == "head"]
@@ -276,6 +277,7 @@ def test_a_length_that_is_the_sum_of_two_others_is_discovered(shard: Callable[..
     )
 
 
+@pytest.mark.slow
 def test_a_kernel_that_refuses_most_sizes_is_run_at_the_others(shard: Callable[..., Sharded]) -> None:
     sharded = shard(grouped_decoder().model())
     block = next(item for item in sharded.model.shards if item.role == "block")

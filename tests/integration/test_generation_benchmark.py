@@ -62,6 +62,7 @@ def test_who_is_killed_is_no_failure_unless_it_is_pipeload() -> None:
     assert not rivals.Report(machine={}, weight_bytes=1_000, disk_bytes_per_s=400, settling=1, records=(refused,)).ok
 
 
+@pytest.mark.slow
 @pytest.mark.cgroup
 @needs_cgroups
 def test_tokens_are_those_of_one_call(model: Path) -> None:

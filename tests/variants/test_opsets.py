@@ -13,8 +13,8 @@ from tests.variants.conftest import MODELS, Source
 
 from pipeload.format.manifest import Manifest
 
-_MARKS = {("bert", 11): pytest.param, ("llama", 24): pytest.param} | dict.fromkeys(
-    [("vit", 13), ("llama", 13), ("llama", 20)], slow
+_MARKS = {("bert", 11): pytest.param} | dict.fromkeys(
+    [("vit", 13), *(("llama", opset) for opset in (13, 20, 24))], slow
 )
 
 
@@ -32,6 +32,7 @@ def test_every_opset_is_right(name: str, opset: int, source: Source, assert_righ
     assert sum(shard.role == "block" for shard in manifest.shards) == 3
 
 
+@pytest.mark.slow
 def test_shards_use_only_what_their_opset_has(source: Source, assert_right: Callable[..., Any], tmp_path: Path) -> None:
     """LayerNormalization came with opset 17; onnxruntime fuses it into graphs of any version."""
     for opset, there in ((13, False), (18, True)):

@@ -46,7 +46,7 @@ def test_saved_by_onnxruntime(
 
 @pytest.mark.parametrize(
     ("name", "opset"),
-    [("bert", 18), ("vit", 13), survey("llama", 13), survey("llama", 18)],
+    [("bert", 18), slow("vit", 13), survey("llama", 13), survey("llama", 18)],
 )
 def test_saved_by_the_transformers_optimiser(
     name: str, opset: int, variant: Callable[..., Path], assert_right: Callable[..., Any]

@@ -17,8 +17,8 @@ from tests.variants.conftest import MODELS
 from pipeload.errors import ExportError
 from pipeload_export import export, verify
 
-_MARKS = {("bert", "int8-qdq"): pytest.param, ("vit", "fp16-inside"): pytest.param} | dict.fromkeys(
-    [("vit", "int8-operators"), ("llama", "int4")], slow
+_MARKS = {("vit", "fp16-inside"): pytest.param} | dict.fromkeys(
+    [("bert", "int8-qdq"), ("vit", "int8-operators"), ("llama", "int4")], slow
 )
 _ROUNDING = 1e-2
 """Of float16 inside; static int8 is held against the graph as onnxruntime optimises it."""

@@ -173,6 +173,7 @@ def _end(chat: Chat) -> str:
     return err.decode().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_was_said_before_is_not_computed_again(piped: Callable[..., Chat]) -> None:
     chat = piped()
     first, second = _say(chat, "w7 w8"), _say(chat, "w9")
@@ -210,6 +211,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(piped: Callable[..., Ch
     assert next_passes[0] == {"held": held, "computed": next_prompt["tokens"] - held}
 
 
+@pytest.mark.slow
 def test_ctrl_c_before_the_first_token_leaves_a_model_that_answers(piped: Callable[..., Chat]) -> None:
     chat = piped(1)
     assert chat.process.stdin is not None

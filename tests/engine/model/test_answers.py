@@ -67,6 +67,7 @@ def test_toys_agree_with_the_sequential_model_under_every_budget(any_toy: Path) 
                     assert_same(model.run(toys.inputs()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.measures("times")
 def test_toys_agree_while_the_engine_learns_and_plans_anew(any_toy: Path) -> None:
     expected = run_sequentially(any_toy, toys.inputs(), threads=THREADS)

@@ -92,7 +92,7 @@ def test_a_streamed_model_occupies_no_more_than_its_budget(toy_large: Path) -> N
 
 
 @no_subprocess
-@pytest.mark.parametrize("more", [0, slow(8_000_000), 20_000_000, slow(45_000_000), slow(80_000_000)])
+@pytest.mark.parametrize("more", [0, slow(8_000_000), slow(20_000_000), slow(45_000_000), slow(80_000_000)])
 def test_a_process_never_occupied_more_than_its_budget(toy_large: Path, more: int) -> None:
     """The peak of a process of its own, over streaming, partly resident shards, re-planning and packing."""
     program = f"""
@@ -111,6 +111,7 @@ with pipeload.load({str(toy_large)!r}, budget) as model:
     assert int(run_python(program).stdout) <= 0
 
 
+@pytest.mark.slow
 def test_a_budget_may_be_set_at_any_time(toy_large: Path) -> None:
     expected = run_sequentially(toy_large, toys.inputs(), threads=THREADS)
     budgets = budget_kinds(toy_large)

@@ -24,7 +24,6 @@ from tests.engine.model.loading import (
     gated_reads,
     load,
 )
-from tests.marks import slow
 
 import pipeload
 from pipeload.tracing.trace import Progress
@@ -125,7 +124,8 @@ def test_closing_ends_many_inputs(toy: Path, monkeypatch: pytest.MonkeyPatch) ->
     closing.end()
 
 
-@pytest.mark.parametrize("kept_before", [False, slow(True)], ids=["nothing kept", "outputs kept"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kept_before", [False, True], ids=["nothing kept", "outputs kept"])
 def test_the_budget_that_the_first_batch_names_holds_for_all_later_ones(toy_large: Path, kept_before: bool) -> None:
     """A caller has a batch's outputs while the next batch runs, and until it takes those of the next one."""
 

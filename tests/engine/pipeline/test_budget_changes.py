@@ -23,7 +23,6 @@ from tests.engine.pipeline.rig import (
     rigged,
 )
 from tests.engine.still_machine import PROCESS_BYTES
-from tests.marks import slow
 
 from pipeload.errors import BudgetError
 from pipeload.format import manifest as manifests
@@ -151,7 +150,8 @@ def test_budgets_change_while_passes_run(toy_large: Path) -> None:
         assert rig.pipeline.stats.passes <= 24
 
 
-@pytest.mark.parametrize("seed", [0, slow(1), slow(2), slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
 def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Callers, changing needs and budgets, memory that comes and goes, withdrawn calls, learning and packing."""
     monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)

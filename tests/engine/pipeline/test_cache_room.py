@@ -51,6 +51,7 @@ def test_residents_leave_when_a_cache_grows(wide_toy: Path) -> None:
         assert streamed[-1] > streamed[0]
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_while_residents_leave(wide_toy: Path) -> None:
     budget = smallest_budget(wide_toy) + 45_000_000
     text, turns, resident = list(PROMPT), [], []
@@ -67,6 +68,7 @@ def test_a_conversation_goes_on_while_residents_leave(wide_toy: Path) -> None:
             assert_same(made, model.generate(prompt, max_new_tokens=4))
 
 
+@pytest.mark.slow
 def test_what_fits_no_more_is_refused_with_figures(wide_toy: Path) -> None:
     with load(wide_toy, 12_000_000) as model:
         expected = model.generate(PROMPT, max_new_tokens=3)

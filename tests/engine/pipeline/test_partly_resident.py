@@ -18,6 +18,7 @@ from tests.engine.pipeline.rig import (
     plan_by_hand,
     rigged,
 )
+from tests.marks import slow
 
 from pipeload.errors import LoadError, ShardError
 from pipeload.format import manifest as manifests
@@ -46,8 +47,8 @@ def _range_of(shard: Shard, streamed: slice) -> Range:
     return places[begin], [*places, shard.nbytes][end]
 
 
-@pytest.mark.parametrize("buffers", [1, 2, 3])
-@pytest.mark.parametrize("loaders", [1, 2, 4])
+@pytest.mark.parametrize("buffers", [1, 2, slow(3)])
+@pytest.mark.parametrize("loaders", [1, slow(2), 4])
 @pytest.mark.parametrize(
     ("name", "streamed"),
     [("toy", LAST), ("toy-uneven", LAST), ("toy-uneven", FIRST), ("toy-uneven", MIDDLE)],

@@ -17,6 +17,7 @@ from tests.engine.pipeline.rig import (
     NotingStorage,
     rigged,
 )
+from tests.marks import slow
 
 from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.session import ShardSession
@@ -24,8 +25,8 @@ from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 
 
-@pytest.mark.parametrize("buffers", [1, 2, 3, 8])
-@pytest.mark.parametrize("loaders", [1, 2, 4])
+@pytest.mark.parametrize("buffers", [1, 2, slow(3), slow(8)])
+@pytest.mark.parametrize("loaders", [1, slow(2), 4])
 @pytest.mark.parametrize("resident", [(), ("block.001", "block.004"), ("prologue", "epilogue"), tuple(NAMES)])
 def test_streamed_passes_equal_sequential_ones_bit_for_bit(
     toy: Path, buffers: int, loaders: int, resident: tuple[str, ...]

@@ -197,6 +197,7 @@ def test_more_budget_never_promises_a_slower_pass(
         assert more <= less * 1.0051 + sessions_s
 
 
+@pytest.mark.slow
 @_settings
 @given(_SHARDS, _PROFILES, _OPTIONS, _SHARES)
 def test_a_plan_is_a_pure_function(
@@ -228,6 +229,7 @@ def test_a_prediction_made_later_is_the_plans_own(
         assert (predicted.first_s, predicted.steady_s) == (plan.first_pass_s, plan.steady_pass_s)
 
 
+@pytest.mark.slow
 @_settings
 @given(_SHARDS, _PROFILES, _OPTIONS, _SHARES, st.integers(0, 10**9), st.integers(0, 10**9), st.integers(1, 10**10))
 def test_other_needs_keep_the_layout(

@@ -71,7 +71,7 @@ def exported(source: Path, target: Path) -> Manifest:
     [
         ("bert", 64),
         slow("llama-dynamic", 300),
-        ("phi3-longrope", 300),
+        slow("phi3-longrope", 300),
         slow("roberta", 48),
         slow("gemma2", 300),
         slow("llama", 300),

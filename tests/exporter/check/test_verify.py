@@ -290,6 +290,7 @@ class TestDecoder:
         names = {f"present.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")}
         assert {result.output for result in report.differences} == {"logits", *names}
 
+    @pytest.mark.slow
     def test_wrong_pair_of_caches(self, decoder: Path, tmp_path: Path) -> None:
         shutil.copytree(decoder / "gpt2", tmp_path / "gpt2")
         manifest = read(tmp_path / "gpt2")

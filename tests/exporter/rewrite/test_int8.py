@@ -18,6 +18,7 @@ from tests.exporter.conftest import Sharded
 from tests.exporter.graphs import run
 from tests.exporter.layers import HEADS, SIZE, WIDTH, attention_layer, graph_of, model_of
 from tests.exporter.models import write_onnx
+from tests.marks import slow
 
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import write
@@ -28,7 +29,7 @@ from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
 from pipeload_export.shard.trial import agree
 
-DECODERS = ("gpt2", "gptj", "gptneo", "llama")
+DECODERS = ("gpt2", "gptj", "gptneo", slow("llama"))
 CACHES = ("key", "value")
 
 

@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto
 from tests.exporter.conftest import Sharded, assert_same_answers
 from tests.exporter.graphs import ROWS, WIDTH, Builder, run
+from tests.marks import slow
 
 import pipeload
 from pipeload_export import export
@@ -36,7 +37,7 @@ def decoder(*, keep: str | None, shape: tuple[int, ...] = ()) -> Builder:
     return builder
 
 
-@pytest.mark.parametrize(("keep", "shape"), [("num_logits_to_keep", ()), ("logits_to_keep", (1,))])
+@pytest.mark.parametrize(("keep", "shape"), [slow("num_logits_to_keep", ()), ("logits_to_keep", (1,))])
 def test_a_decoder_that_can_leave_logits_out_generates(keep: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     texts = []
     for number, builder in enumerate((decoder(keep=None), decoder(keep=keep, shape=shape))):

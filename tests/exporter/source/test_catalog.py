@@ -130,6 +130,7 @@ class TestFetch:
         shutil.rmtree(index)
         fetch_package(package)
 
+    @pytest.mark.slow
     def test_happens_again_for_a_damaged_file(self, package: Package, index: Path) -> None:
         path = fetch_package(package) / INSIDE
         path.write_bytes(b"damaged")

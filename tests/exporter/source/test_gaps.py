@@ -67,6 +67,7 @@ def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
     exported(tmp_path / "gpt2", tmp_path / "out", verify=False)
 
 
+@pytest.mark.slow
 def test_allowed_random_weights_are_in_the_manifest_and_the_same_each_time(tmp_path: Path) -> None:
     bert = write_bert(tmp_path / "bert")
     options = {"task": "question-answering", "allow_missing": True}
@@ -90,6 +91,7 @@ def test_a_weight_inside_the_model_that_it_does_not_use_is_refused_by_name(tmp_p
     assert exported(bert, tmp_path / "out", allow_missing=True).unused_weights == (name,)
 
 
+@pytest.mark.slow
 def test_a_head_that_the_task_leaves_out_is_no_fault(tmp_path: Path) -> None:
     import torch
     from transformers import BertConfig, BertForPreTraining

@@ -358,6 +358,7 @@ class TestCheckpoint:
             found.to_onnx(tmp_path, interrupt)
         assert not psutil.Process().children()
 
+    @pytest.mark.slow
     def test_child_does_not_outlive_a_killed_parent(self, bert: Path, tmp_path: Path) -> None:
         code = (
             "import os, pathlib, psutil\nfrom pipeload_export.source.sources import find_source\n"

@@ -71,6 +71,7 @@ def test_lookups_change_nothing(decoder: Path) -> None:
     assert accepted > 0
 
 
+@pytest.mark.slow
 def test_lookups_change_nothing_of_what_the_model_itself_wants(decoder: Path) -> None:
     variants: list[dict[str, Any]] = [{}, {"do_sample": True, "temperature": 0.05, "seed": 2, "logprobs": True}]
     with load(decoder) as model:
@@ -117,6 +118,7 @@ def test_processors_see_nothing_of_what_an_assistant_guesses(toy_decoder: Path, 
             assert made.drafted_tokens > 0
 
 
+@pytest.mark.slow
 def test_all_logits_and_the_largest_ones_give_the_same(decoder: Path) -> None:
     """A processor that changes nothing gets the whole vocabulary; without one, some logits may be enough."""
     cases: list[dict[str, Any]] = [

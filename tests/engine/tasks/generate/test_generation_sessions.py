@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.engine.tasks.generate.drafting import PROMPT, assert_counted, assert_same, load, steered, with_bytes
@@ -91,6 +92,7 @@ def _check_property(model: pipeload.Model) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_whatever_the_turns_are(one_of_each: Path) -> None:
     with load(one_of_each) as model:
         _check_property(model)
