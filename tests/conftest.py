@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import count
+from pkgutil import walk_packages
 
 import pytest
 from tests.models import SIBLINGS
@@ -29,6 +33,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         callspec = getattr(item, "callspec", None)
         if callspec and any(isinstance(value, str) and value in _SLOW_NAMES for value in callspec.params.values()):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def all_modules() -> None:
+    """A module that is imported while a test has replaced something would keep the replacement for all later tests."""
+    for name in ("pipeload", "pipeload_export"):
+        if find_spec(name):
+            for module in walk_packages(import_module(name).__path__, f"{name}."):
+                with suppress(ImportError):  # of an extra that is not installed
+                    import_module(module.name)
 
 
 @pytest.fixture(scope="session", autouse=True)

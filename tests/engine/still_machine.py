@@ -18,9 +18,7 @@ from typing import Any
 
 import pytest
 
-# All that measures for a model has to be there before it is replaced.
-import pipeload.measuring.profiler
-import pipeload.model
+import pipeload.opening
 from pipeload.machine.hardware import cores
 from pipeload.machine.memory import FreeMemory, rss_bytes, warm_rss_bytes
 from pipeload.planning.profile import Profile
