@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(VERSION)
 LATEST := .venv-latest$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 LATEST_STAMP := $(LATEST)/.installed-$(VERSION)
+TORCH := .venv-torch$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
+TORCH_STAMP := $(TORCH)/.installed-$(VERSION)
 # Which tests `make test-latest` runs.
 LATEST_TESTS ?= tests/engine
 WORKERS ?= $(shell nproc)
@@ -14,7 +16,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-survey test-all test-latest test-arm64 check format clean
+.PHONY: demo test test-slow test-survey test-all test-latest test-torch test-arm64 check format clean
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -35,6 +37,9 @@ test-latest: $(STAMP) $(LATEST_STAMP)  ## the engine and the demo's caps with th
 	$(BIN)/python -m benchmarks.demo --only-export
 	$(LATEST)/bin/python -m benchmarks.demo
 
+test-torch: $(TORCH_STAMP)  ## exports with transformers 5 or newer, by the exporter of torch
+	$(TORCH)/bin/python $(PYTEST) tests/exporter/source/test_by_torch.py
+
 test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
 	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)
 
@@ -53,6 +58,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(LATEST_STAMP): pyproject.toml
 	@.ci/install $(PYTHON) $(LATEST) latest
+
+$(TORCH_STAMP): pyproject.toml
+	@.ci/install $(PYTHON) $(TORCH) torch
 
 clean:  ## remove what builds and tests made
 	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache models/exported

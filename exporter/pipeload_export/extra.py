@@ -7,12 +7,10 @@ from importlib.util import find_spec
 
 from pipeload.errors import ExportError
 
-__all__ = ["has_module", "require_exporters", "require_modules"]
+__all__ = ["has_module", "has_optimum", "require_exporters", "require_modules"]
 
-_LIBRARIES = ("onnx", "optimum.exporters.onnx", "safetensors", "torch", "transformers")
-"""What makes an ONNX graph of a checkpoint."""
-_TRANSFORMERS = 4
-"""The only major version that optimum-onnx runs on (docs/adr/0012)."""
+_LIBRARIES = ("onnx", "safetensors", "torch", "transformers")
+"""What makes an ONNX graph of a checkpoint, with one of those below."""
 
 
 def has_module(name: str) -> bool:
@@ -23,27 +21,26 @@ def has_module(name: str) -> bool:
         return False
 
 
-def require_modules(*names: str) -> None:
+def require_modules(*names: str, extra: str = "export") -> None:
     """Raise one ExportError that names every module that is not installed, or return."""
     if missing := [name for name in names if not has_module(name)]:
         raise ExportError(
             f"This needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            "Install the extra: pip install 'pipeload[export]'."
+            f"Install the extra: pip install 'pipeload[{extra}]'."
         )
 
 
 def require_exporters() -> None:
-    """Raise ExportError if a library that makes ONNX graphs of checkpoints is missing, or too new for the others."""
-    require_modules(*_LIBRARIES)
+    """Raise ExportError if a library that makes ONNX graphs of checkpoints is missing."""
+    if has_optimum():
+        require_modules(*_LIBRARIES, "optimum.exporters.onnx")
+    else:
+        require_modules(*_LIBRARIES, "onnxscript", extra="export-torch")
+
+
+def has_optimum() -> bool:
+    """Whether the installed transformers is one that optimum-onnx runs on: 4. torch's own exporter takes newer ones."""
     try:
-        found = version("transformers")
+        return version("transformers").partition(".")[0] == "4"
     except PackageNotFoundError:
-        return  # it lies on the path without its metadata
-    major = found.partition(".")[0]
-    if major != str(_TRANSFORMERS):
-        raise ExportError(
-            f"transformers {found} is installed, and optimum-onnx traces checkpoints with transformers {_TRANSFORMERS} "
-            f"only, also those that transformers {major} has saved. Install it: pip install "
-            f"'transformers<{_TRANSFORMERS + 1}'. Or write an .onnx file with torch.onnx.export(dynamo=True), and pass "
-            "that."
-        )
+        return True  # it lies on the path without its metadata

@@ -12,11 +12,12 @@ from pipeload_export import extra
 from pipeload_export.source.sources import find_source
 
 
-def test_transformers_5_is_named_with_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_5_needs_the_exporter_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     (tmp_path / "model.safetensors").write_bytes(b"no weights are read")
     monkeypatch.setattr(extra, "version", lambda _: "5.24.0")
-    with pytest.raises(ExportError, match=r"^transformers 5\.24\.0 is installed.*'transformers<5'.*dynamo=True"):
+    monkeypatch.setattr(extra, "find_spec", lambda name: None if name in ("onnxscript", "optimum") else object())
+    with pytest.raises(ExportError, match=r"^This needs onnxscript, which is not.*'pipeload\[export-torch\]'"):
         find_source(str(tmp_path), progress=silent)
 
 

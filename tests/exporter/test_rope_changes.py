@@ -126,6 +126,14 @@ LONGROPE: dict[str, object] = {"rope_type": "longrope"}
             {"rope_scaling": LONGROPE | {"original_max_position_embeddings": 4}, "max_position_embeddings": 8},
             RopeChange(tokens=8, keeps_caches=False),  # as transformers itself reads it
         ),
+        (
+            {
+                "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 4},
+                "max_position_embeddings": 8,
+            },
+            RopeChange(tokens=4, keeps_caches=False),  # transformers 5 reads it
+        ),
+        ({"rope_parameters": {"rope_type": "default"}, "max_position_embeddings": 8}, None),
         ({"rope_scaling": LONGROPE}, None),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 from onnx.onnx_ml_pb2 import TensorShapeProto
+from tests.marks import slow, survey
 from tests.variants.conftest import MODELS
 
 from pipeload.format.manifest import Manifest
@@ -35,17 +36,29 @@ def _fixed(dim: TensorShapeProto.Dimension, place: int) -> None:
     dim.dim_value = sizes.get(dim.dim_param, 7)
 
 
-_WAYS = {"unnamed": _unnamed, "?": _question_mark, "-1": _negative, "names": _own_name, "fixed": _fixed}
-_QUICK = {("bert", "?"), ("bert", "fixed"), ("vit", "-1")}
+def _formula(dim: TensorShapeProto.Dimension, place: int) -> None:
+    dim.dim_param = f"Max(0, -Min(64, {dim.dim_param}) + {dim.dim_param})"
+
+
+_WAYS = {
+    "unnamed": _unnamed,
+    "?": _question_mark,
+    "-1": _negative,
+    "names": _own_name,
+    "fixed": _fixed,
+    "formula": _formula,
+}
+_OF_ONE_SIDE = {"fixed": "input", "formula": "output"}
+_MARKS = dict.fromkeys([("bert", "?"), ("bert", "fixed"), ("vit", "-1")], pytest.param) | {("bert", "formula"): slow}
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        pytest.param(name, way, marks=[] if (name, way) in _QUICK else pytest.mark.survey)
+        _MARKS.get((name, way), survey)(name, way)
         for name in MODELS
         for way in _WAYS
-        if (name, way) != ("llama", "fixed")
+        if name != "llama" or way not in _OF_ONE_SIDE
     ],
 )
 def test_sizes_that_belong_together_are_found(
@@ -53,7 +66,8 @@ def test_sizes_that_belong_together_are_found(
 ) -> None:
     def change(source: Path, target: Path) -> None:
         model = onnx.load(source)
-        values = [*model.graph.input, *(() if way == "fixed" else model.graph.output)]
+        sides = [_OF_ONE_SIDE[way]] if way in _OF_ONE_SIDE else ["input", "output"]
+        values = [value for side in sides for value in getattr(model.graph, side)]
         for place, dim in enumerate(dim for value in values for dim in value.type.tensor_type.shape.dim):
             if dim.dim_param:
                 _WAYS[way](dim, place)

@@ -70,6 +70,14 @@ def check_parity(directory: Path, manifest: Manifest, request: Request, work: Pa
             f"{request.name} cannot be compared with what was exported: the source itself does not answer "
             f"({next(iter(answers.errors.values()), 'no inputs')}). Leave the comparison out with --no-verify."
         )
+    silent = [
+        answers.errors[key] for key in map("prompt.{}".format, range(len(asked.prompts))) if key in answers.errors
+    ]
+    if silent and len(silent) == len(asked.prompts):
+        raise ExportError(
+            f"{request.name} cannot be compared with what was exported: the source itself makes no text ({silent[0]}). "
+            "Leave the comparison out with --no-verify."
+        )
     comparison = _Comparison(manifest, asked, answers)
     # The source is gone when the engine begins.
     try:
@@ -135,6 +143,8 @@ class _Comparison:
             progress("compare with the source", len(self.asked.questions) + number, total)
             if f"prompt.{number}" not in self.answers.errors:
                 self._prompt(model, number, prompt)
+            else:
+                self._refused.append(prompt.ids.shape[1] + self.asked.new_tokens)
         progress("compare with the source", total, total)
 
     def result(self) -> Parity:

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeload_export.extra import has_optimum
 from pipeload_export.source.config_keys import knows, nested_kinds, parameters, unknown_keys
 from pipeload_export.source.folder import read_json
 from pipeload_export.source.refused import Refused
@@ -80,7 +81,7 @@ def older_tokenizer_config(config: Mapping[str, Any], *, has_json: bool) -> dict
         # Such a class is no more than its tokenizer.json.
         older["tokenizer_class"] = "PreTrainedTokenizerFast"
     extra = older.get("extra_special_tokens")
-    if isinstance(extra, list):
+    if isinstance(extra, list) and has_optimum():
         del older["extra_special_tokens"]
         older["additional_special_tokens"] = [*older.get("additional_special_tokens", ()), *extra]
     return older

@@ -91,14 +91,13 @@ def _continued(model: Any, ids: NDArray[Any], new_tokens: int) -> tuple[NDArray[
     import torch
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(
+    # In the place of the model's own, whose settings would fill up what is left out.
+    model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     tensor = torch.from_numpy(ids)
     with _untouched(model), torch.no_grad():
-        made = model.generate(
-            tensor, attention_mask=torch.ones_like(tensor), generation_config=settings, use_model_defaults=False
-        )
+        made = model.generate(tensor, attention_mask=torch.ones_like(tensor))
     logits = torch.stack(made.logits, dim=1).float().numpy()
     return made.sequences[:, ids.shape[1] :].numpy(), logits
 

@@ -19,12 +19,15 @@ def change_of(config: Mapping[str, Any]) -> RopeChange | None:
     """Where the frequencies of a model change; None where they do not depend on the length of a text.
 
     Args:
-        config: the content of `config.json`, as transformers writes it.
+        config: the content of `config.json`, as transformers writes it: version 5 has all of a rope in one place.
     """
-    scaling = config.get("rope_scaling")
-    rope = scaling if isinstance(scaling, dict) else {}
+    scaling, parameters = (
+        value if isinstance(value := config.get(key), dict) else {} for key in ("rope_scaling", "rope_parameters")
+    )
+    rope = scaling or parameters
     kind = str(rope.get("rope_type", rope.get("type")))
-    most, original = (config.get(f"{name}max_position_embeddings") for name in ("", "original_"))
+    most = config.get("max_position_embeddings")
+    original = config.get("original_max_position_embeddings", parameters.get("original_max_position_embeddings"))
     is_dynamic = "dynamic" in kind
     tokens = most if is_dynamic else (original or most) if kind == "longrope" else None
     return RopeChange(tokens=tokens, keeps_caches=is_dynamic) if isinstance(tokens, int) else None
@@ -38,7 +41,7 @@ def follow_lengths(model: Any) -> None:
     """
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
-        if not isinstance(kind, str) or not hasattr(module, "rope_init_fn"):
+        if not isinstance(kind, str) or not hasattr(module, "inv_freq"):
             continue
         if "dynamic" in kind:
             module.forward = _with_frequencies(module, _dynamic(module))
@@ -46,20 +49,31 @@ def follow_lengths(model: Any) -> None:
             module.forward = _with_frequencies(module, _long(module))
 
 
+class _Instead:
+    """A rotary module with other frequencies. It is left as it is: a trace would take a change for an answer."""
+
+    def __init__(self, module: Any, inv_freq: Any) -> None:
+        self._module, self.inv_freq = module, inv_freq
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
 def _with_frequencies(module: Any, frequencies: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
     # Without the decorator that chooses the frequencies.
     plain = inspect.unwrap(type(module).forward)
+    return lambda x, position_ids: plain(_Instead(module, frequencies(position_ids.max() + 1)), x, position_ids)
 
-    def forward(x: Any, position_ids: Any) -> Any:
-        module.inv_freq = frequencies(position_ids.max() + 1)
-        return plain(module, x, position_ids)
 
-    return forward
+def _frequencies(module: Any, length: Any) -> Any:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    return ROPE_INIT_FUNCTIONS[module.rope_type](module.config, module.inv_freq.device, seq_len=length)[0]
 
 
 def _dynamic(module: Any) -> Callable[[Any], Any]:
     """The base grows with texts longer than those that the model was trained on."""
-    return lambda length: module.rope_init_fn(module.config, length.device, seq_len=length)[0]
+    return lambda length: _frequencies(module, length)
 
 
 def _long(module: Any) -> Callable[[Any], Any]:
@@ -69,5 +83,5 @@ def _long(module: Any) -> Callable[[Any], Any]:
     change = change_of(module.config.to_dict())
     assert change is not None
     most = change.tokens
-    short, long = (module.rope_init_fn(module.config, None, seq_len=length)[0] for length in (most, most + 1))
+    short, long = (_frequencies(module, length) for length in (most, most + 1))
     return lambda length: torch.where(length > most, long, short)

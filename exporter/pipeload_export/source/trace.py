@@ -1,88 +1,55 @@
-"""A model of transformers -> an ONNX graph, by optimum, which traces it with trial inputs of its own."""
+"""A model of transformers -> an ONNX graph, by the library that runs on the installed transformers (docs/adr/0013)."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+from pipeload_export.extra import has_optimum
+from pipeload_export.source import by_optimum, by_torch
 from pipeload_export.source.refused import Refused, reason
 
-__all__ = ["LEAST_DISK_BYTES", "trace"]
+__all__ = ["LEAST_DISK_BYTES", "check_supported", "trace"]
 
 LEAST_DISK_BYTES = 1 << 20
 """With less than this the disk is full, whatever a library calls that."""
 
 
-class _LastOrNone(list[Any]):
-    """A checkpoint's preprocessors. optimum asks for the last, and expects None where there is none."""
+def check_supported(model_type: str, task: str) -> None:
+    """Refuse what cannot be traced, as far as that is known before any weights are read: of torch's exporter, nothing.
 
-    def __getitem__(self, place: Any) -> Any:
-        return super().__getitem__(place) if self else None
+    Args:
+        model_type: the name that config.json has.
+        task: one of `TASKS`, with `-with-past` for a decoder.
 
-
-@contextmanager
-def _as_models_are() -> Iterator[None]:
-    """Where optimum's trial inputs are not what the models take, they are, as long as the context lasts."""
-    from optimum.utils import input_generators, save_utils
-
-    load = save_utils.maybe_load_preprocessors
-
-    def load_or_none(*args: Any, **options: Any) -> _LastOrNone:
-        return _LastOrNone(load(*args, **options))
-
-    with (
-        mock.patch.object(save_utils, "maybe_load_preprocessors", load_or_none),
-        _made(input_generators.DummyPastKeyValuesGenerator, _grouped),
-        _made(input_generators.FalconDummyPastKeyValuesGenerator, _repeated),
-    ):
-        yield
-
-
-def _made(kind: type, mend: Callable[[Any, Any], None]) -> Any:
-    """A patch that mends each new object of this very class, by its config."""
-    begin = kind.__init__  # type: ignore[misc]
-
-    def begin_and_mend(self: Any, task: str, normalized_config: Any, *args: Any, **options: Any) -> None:
-        begin(self, task, normalized_config, *args, **options)
-        if type(self) is kind:
-            mend(self, normalized_config.config)
-
-    return mock.patch.object(kind, "__init__", begin_and_mend)
-
-
-def _grouped(generator: Any, config: Any) -> None:
-    """Phi's caches have the heads of keys, which are fewer than those of queries."""
-    heads = getattr(config, "num_key_value_heads", None) or generator.num_attention_heads
-    generator.hidden_size = generator.hidden_size // generator.num_attention_heads * heads
-    generator.num_attention_heads = heads
-
-
-def _repeated(generator: Any, config: Any) -> None:
-    """Falcon's newer form repeats keys and values for each head before it keeps them."""
-    if config.new_decoder_architecture:
-        generator.num_kv_heads = generator.num_attention_heads
+    Raises:
+        Refused: the library does not export such a model for that task.
+    """
+    if has_optimum():
+        by_optimum.check_supported(model_type, task)
 
 
 def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
     """Write the model's graph and configs into the folder.
 
-    Raises:
-        Refused: the model's code does not take optimum's trial inputs.
-    """
-    from optimum.exporters.onnx import onnx_export_from_model
+    Args:
+        model: of transformers; it may be changed.
+        folder: an existing folder.
+        task: one of `TASKS`, with `-with-past` for a decoder.
+        opset: version of the ONNX operators; None for the library's choice.
 
+    Raises:
+        Refused: the library cannot follow the model's code.
+    """
+    who, way = ("optimum", by_optimum) if has_optimum() else ("torch's exporter", by_torch)
     try:
-        with _as_models_are():
-            onnx_export_from_model(model, output=folder, task=task, opset=opset, do_validation=False)
+        way.trace(model, folder, task=task, opset=opset)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         if shutil.disk_usage(folder.parent).free < LEAST_DISK_BYTES:
             raise
         raise Refused(
-            f"optimum cannot trace this model of type '{model.config.model_type}'. With the trial inputs that it makes "
+            f"{who} cannot trace this model of type '{model.config.model_type}'. With the trial inputs that it gets "
             f"for the type, the model's code fails: {reason(error)}. Export the model to one .onnx file yourself, and "
             "pass that."
         ) from error

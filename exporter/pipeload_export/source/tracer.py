@@ -25,7 +25,7 @@ from pipeload_export.source.refused import Refused, reason
 from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS
 from pipeload_export.source.tokenizer import resolve_tokenizer
-from pipeload_export.source.trace import LEAST_DISK_BYTES, trace
+from pipeload_export.source.trace import LEAST_DISK_BYTES, check_supported, trace
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 
 __all__ = ["load_model", "run_child", "seeded_model", "serve"]
@@ -104,24 +104,6 @@ def _export(request: Request, folder: Path) -> None:
         refuse_missing(folder.glob("*.onnx"), found, type(model).__name__, request.task, Path(str(request.folder)))
 
 
-def _check_supported(model_type: str, task: str) -> None:
-    """Refuse what optimum does not export, before any weights are read."""
-    import optimum.exporters.onnx.model_configs  # noqa: F401 - it registers the models that TasksManager knows
-    from optimum.exporters.tasks import TasksManager
-
-    try:
-        known = TasksManager.get_supported_tasks_for_model_type(model_type, "onnx", library_name="transformers")
-    except KeyError:
-        raise Refused(
-            f"optimum does not know models of type '{model_type}'. Export it to one .onnx file yourself and pass that."
-        ) from None
-    if _CACHED.get(task, task) not in known:
-        raise Refused(
-            f"optimum does not export models of type '{model_type}' for {task}, only for "
-            f"{', '.join(sorted(name for name in known if name in TASKS))}."
-        )
-
-
 def load_model(request: Request, folder: Path) -> Any:
     """The model of transformers; what a checkpoint lacks is written into `folder`."""
     if request.seeded:
@@ -162,7 +144,7 @@ def _gguf_model(path: Path) -> Any:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    _check_supported(config.model_type, "text-generation")
+    check_supported(config.model_type, _CACHED["text-generation"])
     gguf = GgufFile(path)
     gguf.configure(config)
     model = transformers.AutoModelForCausalLM.from_config(config, **_EAGER)
@@ -185,7 +167,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
     options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": not trusted}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        _check_supported(config.model_type, request.task)
+        check_supported(config.model_type, _CACHED.get(request.task, request.task))
         model, gaps = load_whole(
             getattr(transformers, TASKS[request.task]),
             source,
