@@ -23,7 +23,7 @@ _GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_positions": 64, "vocab_size
 # name -> (class of transformers, class of its config, the config's arguments)
 CHECKPOINTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "bert": ("BertModel", "BertConfig", _TEXT),
-    "bert-qa": ("BertForQuestionAnswering", "BertConfig", _TEXT),
+    "bert-questions": ("BertForQuestionAnswering", "BertConfig", _TEXT),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
     "llama-dynamic": (
@@ -31,7 +31,7 @@ CHECKPOINTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         "LlamaConfig",
         {**_DECODER, "max_position_embeddings": 20, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     ),
-    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**_TEXT, "max_position_embeddings": 50}),
+    "roberta-labels": ("RobertaForSequenceClassification", "RobertaConfig", {**_TEXT, "max_position_embeddings": 50}),
     "vit": ("ViTForImageClassification", "ViTConfig", {**_SIZES, "image_size": 32, "patch_size": 8}),
 }
 
