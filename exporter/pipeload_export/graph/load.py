@@ -7,8 +7,6 @@ form in which it was parsed.
 from __future__ import annotations
 
 import mmap
-import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,6 @@ from pipeload_export.graph.graph import (
 __all__ = ["load"]
 
 _UNKNOWN = ("?", "-1", "None")
-_SUM = re.compile(r"[^\W\d]\w*(\s*\+\s*\w+)*")
-"""Symbols and numbers."""
 
 
 def load(path: Path) -> Graph:
@@ -65,10 +61,7 @@ def load(path: Path) -> Graph:
 
 def _graph_of(model: ModelProto, path: Path) -> Graph:
     for value in (*model.graph.input, *model.graph.output):
-        _forget_sizes(value, lambda dim: dim.dim_value < 0 or dim.dim_param in _UNKNOWN)
-    for value in model.graph.output:
-        # torch writes formulas, as "Max(0, n)"; sizes are sums of symbols, and others are seen when the model runs.
-        _forget_sizes(value, lambda dim: bool(dim.dim_param) and not _SUM.fullmatch(dim.dim_param))
+        _forget_unknown_sizes(value)
     files = _Files(path)
     constants = {tensor.name: _constant_of(tensor, files) for tensor in model.graph.initializer}
     nodes = []
@@ -93,10 +86,10 @@ def _graph_of(model: ModelProto, path: Path) -> Graph:
     )
 
 
-def _forget_sizes(value: ValueInfoProto, is_unknown: Callable[[Any], bool]) -> None:
+def _forget_unknown_sizes(value: ValueInfoProto) -> None:
     """Exporters write -1 or "?" for a size that varies; a name would say that all of these are equal."""
     for dim in value.type.tensor_type.shape.dim:
-        if is_unknown(dim):
+        if dim.dim_value < 0 or dim.dim_param in _UNKNOWN:
             dim.Clear()
 
 

@@ -53,7 +53,7 @@ _TOTAL, _PAST, _WHERE = "pipeload.total_length", "pipeload.past_length", "pipelo
 def write_in_place(graph: Graph) -> dict[str, str]:
     """Rewrite a decoder's graph, or leave it as it is and return nothing.
 
-    An input that is written in place is then declared with the shape of its output: room for the new tokens.
+    An input that is written in place is then declared with room for the new tokens, and its output has that shape.
 
     Returns:
         The caches that are now written in place: graph input -> graph output.
@@ -69,8 +69,12 @@ def write_in_place(graph: Graph) -> dict[str, str]:
         return {}
     graph.nodes = sort_nodes(nodes, {*graph.constants, *(value.name for value in graph.inputs)})
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
+    name, axis = lengths[0]
+    total = values[name].type.tensor_type.shape.dim[axis]
     for name, node in concats.items():
-        values[name].type.CopyFrom(values[node.output[0]].type)
+        # Not as the output is declared: torch writes formulas there, which are no sizes.
+        values[name].type.tensor_type.shape.dim[_LENGTH_AXIS].CopyFrom(total)
+        values[node.output[0]].type.CopyFrom(values[name].type)
     graph.opsets[""] = max(graph.opsets[""], _OPSET)
     drop_dead(graph)
     graph.types = infer_types(graph)

@@ -34,8 +34,6 @@ _OUTPUTS: Mapping[str, tuple[str, ...]] = {
     "question-answering": ("start_logits", "end_logits"),
 }
 """Task -> outputs, if the model has them. All other tasks have logits."""
-_PRESENT = "present."
-_TOTAL = "past_sequence_length + sequence_length"
 _CACHES = ("past_key_values", "cache")
 """Names of the argument that holds a decoder's cache."""
 
@@ -67,7 +65,7 @@ def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
             # Not by name: a size with a name may have no limit, as positions have one.
             dynamic_shapes=([dict.fromkeys(each, torch.export.Dim.DYNAMIC) for each in dims],),
             input_names=names,
-            output_names=[*outputs, *(_PRESENT + name for name in _names(caches))],
+            output_names=[*outputs, *(f"present.{name}" for name in _names(caches))],
             opset_version=opset or _OPSET,
             dynamo=True,
             verbose=False,
@@ -181,7 +179,7 @@ def _continued(
     import torch
 
     more = {**inputs, "attention_mask": torch.ones(_BATCH, _PAST + _LENGTH, dtype=torch.int64)}
-    free = {**sizes, "attention_mask": {0: "batch_size", 1: _TOTAL}}
+    free = {**sizes, "attention_mask": {0: "batch_size", 1: "past_sequence_length + sequence_length"}}
     if "position_ids" in inspect.signature(model.forward).parameters:
         more["position_ids"] = torch.arange(_PAST, _PAST + _LENGTH).repeat(_BATCH, 1)
         free["position_ids"] = {0: "batch_size", 1: "sequence_length"}
@@ -206,15 +204,9 @@ def _name_sizes(program: Any, dims: Iterable[Sizes]) -> None:
     for value in (*graph.outputs, *(output for node in graph for output in node.outputs)):
         if value.shape is not None:
             value.shape = onnx_ir.Shape([_renamed(size, names) for size in value.shape])
-    for value in graph.outputs:
-        if value.name.startswith(_PRESENT):
-            # GPT-2's slices of its mask make a formula of it.
-            value.shape[2] = _TOTAL
 
 
-def _renamed(size: Any, names: Mapping[str, str]) -> Any:
-    return (
-        size
-        if isinstance(size, int)
-        else re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size))
-    )
+def _renamed(size: Any, names: Mapping[str, str]) -> int | str:
+    if isinstance(size, int):
+        return size
+    return re.sub(r"[A-Za-z_]\w*", lambda found: names.get(found[0], found[0]), str(size))
