@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.marks import slow
 from tests.models import made_once
 from typer.testing import CliRunner, Result
 
@@ -39,7 +38,7 @@ def _bench(directory: Path, *arguments: str) -> Result:
     return CliRunner().invoke(app, ["bench", str(directory), "--threads", "1", "--passes", "2", *arguments])
 
 
-@pytest.mark.parametrize("name", [slow("bert"), "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
 @pytest.mark.cgroup
 @needs_cgroups
 @pytest.mark.slow

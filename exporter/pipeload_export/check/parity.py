@@ -70,13 +70,11 @@ def check_parity(directory: Path, manifest: Manifest, request: Request, work: Pa
             f"{request.name} cannot be compared with what was exported: the source itself does not answer "
             f"({next(iter(answers.errors.values()), 'no inputs')}). Leave the comparison out with --no-verify."
         )
-    silent = [
-        answers.errors[key] for key in map("prompt.{}".format, range(len(asked.prompts))) if key in answers.errors
-    ]
-    if silent and len(silent) == len(asked.prompts):
+    silences = [answers.silence(number) for number in range(len(asked.prompts))]
+    if silences and all(silences):
         raise ExportError(
-            f"{request.name} cannot be compared with what was exported: the source itself makes no text ({silent[0]}). "
-            "Leave the comparison out with --no-verify."
+            f"{request.name} cannot be compared with what was exported: the source itself makes no text "
+            f"({silences[0]}). Leave the comparison out with --no-verify."
         )
     comparison = _Comparison(manifest, asked, answers)
     # The source is gone when the engine begins.
@@ -141,7 +139,7 @@ class _Comparison:
                 self._refused.append(question.length)
         for number, prompt in enumerate(self.asked.prompts):
             progress("compare with the source", len(self.asked.questions) + number, total)
-            if f"prompt.{number}" not in self.answers.errors:
+            if self.answers.silence(number) is None:
                 self._prompt(model, number, prompt)
             else:
                 self._refused.append(prompt.ids.shape[1] + self.asked.new_tokens)

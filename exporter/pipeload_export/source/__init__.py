@@ -9,7 +9,9 @@ external  the files beside an ONNX graph that hold its weights
 sources   SOURCE -> a checkpoint, or an ONNX graph with its side files
 tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process
-trace     optimum on a model of transformers, and why it fails
+trace     a model of transformers -> a graph, by the library that runs on the installed transformers
+by_optimum    by optimum, with transformers 4
+by_torch  by torch's own exporter, with newer ones
 older_form    a checkpoint folder as the installed transformers reads it
 config_keys   which keys of config.json have a meaning
 gguf      what a GGUF file says and transformers does not read

@@ -72,6 +72,10 @@ class Answers:
         """An output, as `visible` leaves it."""
         return self._array(f"case.{case}.{name}")
 
+    def silence(self, prompt: int) -> str | None:
+        """Why the source does not continue a prompt; None where it does."""
+        return self.errors.get(f"prompt.{prompt}")
+
     def tokens(self, prompt: int) -> NDArray[Any]:
         """The greedy tokens after a prompt, `[batch, new_tokens]`."""
         return self._array(f"prompt.{prompt}.tokens")
