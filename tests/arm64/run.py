@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from tests.arm64.environment import REPOSITORY, PreparationError, is_native, prepare
 from tests.models import TOYS
 
+from pipeload.format.closeness import range_of
+
 ENGINE_TESTS = REPOSITORY / "tests" / "engine"
 
 # Parts that differ most on another architecture: system calls and alignment, and kernels. All of it together, threads
@@ -65,8 +67,7 @@ def difference(expected: NDArray[Any], actual: NDArray[Any]) -> float:
     if not finite.any():
         return 0.0
     one, other = expected[finite].astype(np.float64), actual[finite].astype(np.float64)
-    spread = np.ptp(one) or np.abs(one).max() or 1.0
-    return float(np.abs(one - other).max() / spread)
+    return float(np.abs(one - other).max() / range_of(one, expected.dtype.name))
 
 
 def worst_difference(expected: Mapping[str, NDArray[Any]], actual: Mapping[str, NDArray[Any]]) -> tuple[float, str]:

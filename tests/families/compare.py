@@ -30,6 +30,7 @@ from tests.families.catalog import FAMILIES
 
 import pipeload
 from pipeload.format import manifest as manifests
+from pipeload.format.closeness import range_of
 
 LIMIT = 1e-4
 """The largest difference from the source, over the range of its answer."""
@@ -250,7 +251,7 @@ def _spans(arrays: Mapping[str, NDArray[Any]]) -> dict[str, float]:
         finite = array[np.isfinite(array)]
         if finite.size:
             ends.setdefault(key.split(".", 1)[1], []).extend((float(finite.min()), float(finite.max())))
-    return {output: max(found) - min(found) for output, found in ends.items()}
+    return {output: range_of(np.array(found), "float32") for output, found in ends.items()}
 
 
 def difference(
@@ -268,7 +269,7 @@ def difference(
         return 0.0
     expected, given = expected[finite].astype(np.float64), given[finite].astype(np.float64)
     largest = float(np.abs(expected - given).max())
-    return largest / (span or float(np.ptp(expected)) or 1.0)
+    return largest / (span or range_of(expected, "float32"))
 
 
 def same_tokens(expected: list[int], given: list[int], gaps: list[float]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import pytest
 from tests.models import seeded
 from tests.shared import folder_of_the_run, made_by_one
 
+from pipeload.format.closeness import range_of
 from pipeload.format.manifest import Manifest
 from pipeload_export import export
 from pipeload_export.check.cases import sample_cases
@@ -107,13 +108,12 @@ def assert_right(tmp_path: Path) -> Callable[..., Manifest]:
         cases = sample_cases(manifest, target)
         for case, found in zip(cases, run_shards(target, manifest, cases, lambda *_: None), strict=True):
             for output, wanted in zip(names, session.run(names, case.inputs), strict=True):
-                span = max(float(np.ptp(wanted.astype(np.float64))), 1e-6) if wanted.size else 1.0
                 assert found[output].dtype == wanted.dtype
                 np.testing.assert_allclose(
                     found[output].astype(np.float64),
                     wanted,
                     rtol=0,
-                    atol=limit * span,
+                    atol=limit * range_of(wanted, wanted.dtype.name),
                     err_msg=f"{output}, {case.name}",
                 )
         return manifest

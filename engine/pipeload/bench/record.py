@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeload.bench.bound import Bounds
 from pipeload.bench.spec import ContenderName, Result
+from pipeload.format.closeness import range_of
 
 __all__ = ["TOLERANCE", "Job", "Record", "Run", "max_error", "summarise"]
 
@@ -160,8 +161,8 @@ def max_error(reference: Path, outputs: Path) -> float:
             if expected.dtype.kind in "iub":
                 worst = max(worst, 0.0 if np.array_equal(expected, got) else float("inf"))
             elif expected.size:
-                span = float(expected.max() - expected.min()) or 1.0
-                worst = max(worst, float(np.abs(expected - got).max()) / span)
+                error = float(np.abs(expected - got).max())
+                worst = max(worst, error / range_of(expected, expected.dtype.name))
     return worst
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
+from pipeload.format.closeness import range_of
 from pipeload.format.manifest import Cache, Manifest, Verification
 from pipeload.notify import Notify
 from pipeload_export.check.cases import Case
@@ -57,12 +59,12 @@ def compare(
     # Caches that are int8 in the manifest are floats in the unsplit model.
     known = {name: limit_of(array.dtype.name, inner) for name, array in wanted[0].items()}
     limits = {name: max(known[name], _INT8_LIMIT if made and known[name] else 0) for name in names}
-    worst = _differences(manifest, cases, limits, wanted, found)
+    differences = partial(_differences, manifest, cases, limits, inner)
+    worst = differences(wanted, found)
     if any(not result.max_rel_error <= result.limit for result in worst):
         # onnxruntime's own optimisation changes the answers where they are rounded coarsely: like with like.
         optimised = run_unsplit(against, names, plain, progress, optimised=True)
-        own = _differences(manifest, cases, limits, wanted, optimised)
-        alike = _differences(manifest, cases, limits, optimised, found)
+        own, alike = differences(wanted, optimised), differences(optimised, found)
         worst = tuple(map(_best, worst, alike, own))
     for result in worst:
         if not result.max_rel_error <= result.limit:
@@ -81,7 +83,11 @@ def limit_of(dtype: str, inner: Iterable[str] = ()) -> float:
         dtype: of the output.
         inner: of the tensors that it is made from; the coarsest of them counts.
     """
-    return max(_LIMITS[name] for name in (dtype, *inner) if name in _LIMITS) if dtype in _LIMITS else 0.0
+    return _LIMITS[_coarsest(dtype, inner)] if dtype in _LIMITS else 0.0
+
+
+def _coarsest(dtype: str, inner: Iterable[str]) -> str:
+    return max((dtype, *inner), key=lambda name: _LIMITS.get(name, 0.0))
 
 
 def _inner(manifest: Manifest) -> set[str]:
@@ -152,6 +158,7 @@ def _differences(
     manifest: Manifest,
     cases: list[Case],
     limits: Mapping[str, float],
+    inner: set[str],
     wanted: list[Arrays],
     found: list[Arrays],
 ) -> tuple[Verification, ...]:
@@ -166,6 +173,7 @@ def _differences(
             cases,
             [n for n, case in enumerate(cases) if name not in pasts or not case.inputs[pasts[name]].size],
             limit,
+            inner,
         )
         for name, limit in limits.items()
     )
@@ -178,6 +186,7 @@ def _difference(
     cases: list[Case],
     ranged: list[int],
     limit: float,
+    inner: Iterable[str] = (),
 ) -> Verification:
     """The worst difference over all cases, and as a part of the range that the output has over the `ranged` ones."""
     for one, other, case in zip(wanted, found, cases, strict=True):
@@ -193,8 +202,5 @@ def _difference(
         return Verification(output=name, max_abs_error=0.0, max_rel_error=0.0, limit=limit)
     error = float(np.abs(np.subtract(a, b, where=~same, out=np.zeros_like(a))).max())
     values = np.concatenate([wanted[number].astype(np.float64).ravel() for number in ranged]) if ranged else a
-    finite = values[np.isfinite(values)]
-    # An output that never changes has no range: its size stands in.
-    span = float(np.ptp(finite)) or float(np.abs(finite[0])) if finite.size else 0.0
-    relative = error / span if span and np.isfinite(error) else float("inf")
+    relative = error / range_of(values, _coarsest(wanted[0].dtype.name, inner)) if np.isfinite(error) else float("inf")
     return Verification(output=name, max_abs_error=error, max_rel_error=relative, limit=limit)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 import pipeload
 from pipeload.errors import BudgetError, ConfigError, ExportError, PipeloadError, RunError
+from pipeload.format.closeness import range_of
 from pipeload.format.manifest import Manifest, Parity, Verification
 from pipeload.measuring.profiler import measure
 from pipeload.notify import Notify
@@ -229,10 +230,8 @@ class _Comparison:
         """The range of an output over all that the source said."""
         if name not in self._spans:
             arrays = [self.answers.output(n, name) for n, names in self.answers.outputs.items() if name in names]
-            finite = np.concatenate([array[np.isfinite(array)] for array in arrays])
-            # An output that never changes has no range: its size stands in.
-            self._spans[name] = (float(np.ptp(finite)) or float(np.abs(finite[0]))) if finite.size else 0.0
-        return self._spans[name] or 1.0
+            self._spans[name] = range_of(np.concatenate([array.ravel() for array in arrays]), "float32")
+        return self._spans[name]
 
     def _fault(
         self, name: str, case: str, error: NDArray[Any], limit: float, mask: NDArray[Any] | None, first: int
