@@ -26,9 +26,9 @@ __all__ = [
     "warm_rss_bytes",
 ]
 
-_AUTO_SHARE, _AUTO_SPARE_BYTES = 0.975, 2_000_000
+_AUTO_SHARE, _AUTO_SPARE_BYTES = 0.99, 2_000_000
 """The budget "auto" takes this fraction of free memory, less the spare bytes: the kernel charges some beside RSS, and
-plans outlast swings of free memory by 2 % (`Replanner.limit_bytes`). What is left lies between them and a kill."""
+plans outlast swings of free memory by 0.5 % (`Replanner.limit_bytes`). What is left lies between them and a kill."""
 _LOOK_S = 0.25
 _PRESSURE = Path("/proc/pressure/memory")
 _PRESSURE_PERCENT = 10.0

@@ -45,7 +45,10 @@ _AS_FAST = 1.001
 _MARGIN = 0.15
 """The profile learns from measured passes that differ from the prediction by more than this fraction."""
 _SWING_SHARE = 0.02
-"""Free memory swings by this fraction of the budget all the time."""
+"""The host's own data swing by this fraction of the budget all the time."""
+_FREE_SWING_SHARE = 0.005
+"""Plans outlast free memory that falls by this fraction, at most: what is above may be killed by the kernel. Taking
+room back needs patience, so that free memory which swings by more makes a plan smaller once, and not on every pass."""
 _HEADROOM_SHARE = 0.01
 """Replans leave this fraction of the budget free, so that slow growth does not force a replan on every pass."""
 _SLACK_SHARE, _SLACK_BYTES = 0.005, 1_500_000
@@ -139,7 +142,7 @@ class Replanner:
             BudgetError: the budget cannot work, or too little memory is free for any plan.
         """
         free = self._free_bytes()
-        if self._budget_bytes is None or free >= self._budget_bytes * (1 - _SWING_SHARE):
+        if self._budget_bytes is None or free >= self._budget_bytes * (1 - _FREE_SWING_SHARE):
             return self.plan(needs)
         self.plan(needs)
         try:
@@ -170,10 +173,10 @@ class Replanner:
         # A small difference from the limit in force is no reason to load shards again.
         if self._budget_bytes is None:
             held = current.budget_bytes
-            return held if held * (1 - _SWING_SHARE) <= free <= held * (1 + _ROOM_SHARE) else free
+            return held if held * (1 - _FREE_SWING_SHARE) <= free <= held * (1 + _ROOM_SHARE) else free
         limit = min(free, self._budget_bytes)
         held = min(current.budget_bytes, self._budget_bytes)
-        return held if held * (1 - _SWING_SHARE) <= limit < held else limit
+        return held if held * (1 - _FREE_SWING_SHARE) <= limit < held else limit
 
     def before_pass(self, current: Plan, needs: Needs, occupied_bytes: int, *, strict: bool = False) -> Plan:
         """The plan for the next pass: the one in force, as long as nothing speaks against it.
@@ -190,7 +193,7 @@ class Replanner:
         limit = self.limit_bytes(current)
         if self._reason is not None and self._budget_bytes is None:
             # A plan is made in any case: it may use the free memory, but for the part that swings.
-            limit = max(limit, int(self._free_bytes() * (1 - _HEADROOM_SHARE)))
+            limit = max(limit, int(self._free_bytes() * (1 - _FREE_SWING_SHARE)))
         growth = self.growth_bytes(current, needs.pass_bytes, occupied_bytes)
         if growth:
             process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)
