@@ -9,6 +9,9 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
+_COMMAND_NEEDS = ("rich", "typer")
+"""Packages that the command needs beside those of the Python API: the smallest install goes without them."""
+
 
 def main() -> None:
     """Run the command line; Ctrl-C during the imports ends it as it does later, with one line and exit code 130."""
@@ -19,7 +22,15 @@ def main() -> None:
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:
         signal.signal(signal.SIGINT, _leave)
-    from pipeload import cli
+    try:
+        from pipeload import cli
+    except ModuleNotFoundError as error:
+        if error.name not in _COMMAND_NEEDS:
+            raise
+        sys.exit(
+            f"error: The command pipeload needs the package {error.name}, which is not installed: "
+            f"pip install {' '.join(_COMMAND_NEEDS)}. The Python API works without it."
+        )
 
     if heard:
         signal.signal(signal.SIGINT, signal.default_int_handler)
