@@ -175,7 +175,7 @@ def _make_architecture(directory: Path, name: str) -> None:
 def traced_here() -> Iterator[None]:
     """Do in this process what the exporter does in children, which would import torch and transformers again."""
     from pipeload.errors import ExportError
-    from pipeload_export.source import asking, reference, sources, tracer, tracing
+    from pipeload_export.source import asking, beside, reference, sources, tracer, tracing
     from pipeload_export.source.refused import Refused
 
     def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
@@ -191,8 +191,17 @@ def traced_here() -> Iterator[None]:
         with warnings.catch_warnings():
             reference.answer(questions, folder)
 
+    def resolve(_: str, request: Any, folder: Path, **__: object) -> str | None:
+        with warnings.catch_warnings():
+            try:
+                beside._resolve(request, folder)
+            except Refused as refusal:
+                return str(refusal)
+        return None
+
     with (
         mock.patch.object(sources, "export_checkpoint", export_checkpoint),
+        mock.patch.object(beside, "run_child", resolve),
         mock.patch.object(asking, "put_questions", put_questions),
     ):
         yield

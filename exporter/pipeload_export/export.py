@@ -20,6 +20,7 @@ from pipeload_export.check.parity import check_parity
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
+from pipeload_export.source.beside import resolve_beside
 from pipeload_export.source.folder import read_json
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
@@ -111,7 +112,11 @@ def export(
         _check_space(staging.disk, found)
         with ExitStack() as stack:
             stack.enter_context(staging)
-            unsplit = found.to_onnx(staging.work, notify) if isinstance(found, Checkpoint) else found
+            unsplit = (
+                found.to_onnx(staging.work, notify)
+                if isinstance(found, Checkpoint)
+                else resolve_beside(found, staging.work, notify)
+            )
             manifest = _build(unsplit, staging.result, whole=whole, kv_cache=kv_cache, verify=verify, progress=notify)
             if verify and isinstance(found, Checkpoint):
                 parity = check_parity(staging.result, manifest, found.request, staging.work, notify)

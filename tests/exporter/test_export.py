@@ -36,7 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_manifest_tells_all(source: Path, tmp_path: Path) -> None:
-    write_json(source.with_name("tokenizer.json"), {"version": "1.0"})
+    write_json(source.with_name("generation_config.json"), {"max_length": 20})
     manifest = export(source, tmp_path / "target")
     assert manifest == read(tmp_path / "target")
     assert (manifest.model_type, manifest.task) == ("toy", "feature-extraction")

@@ -18,6 +18,7 @@ gguf      what a GGUF file says and transformers does not read
 bare      a folder without a graph, as the engine's tasks read its files
 tokenizer the tokenizer of a checkpoint as transformers makes it, and whether the engine makes the same ids
 image_processor   the image processor of a checkpoint, likewise
+beside    both of them for an ONNX graph, in a child process
 gaps      weights of a checkpoint that do not fit its model
 refused   what that process refuses
 ropes     rotary positions that depend on the length, so that a trace follows them

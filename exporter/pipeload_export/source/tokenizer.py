@@ -20,9 +20,17 @@ from pipeload_export.source.folder import read_json
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.tracing import RESOLVED
 
-__all__ = ["resolve_tokenizer"]
+__all__ = ["TOKENIZER_FILES", "resolve_tokenizer"]
 
-_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+"""Files of which transformers makes a tokenizer: any of them is enough."""
 _CORPUS = Path(__file__).with_name("corpus.json")
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MOST_SPECIAL = 64
@@ -35,7 +43,7 @@ def resolve_tokenizer(checkpoint: Path, graph_folder: Path, *, trust_remote_code
     Raises:
         Refused: transformers cannot open it, or the engine would make other ids of a text.
     """
-    if not any((checkpoint / name).is_file() for name in _FILES):
+    if not any((checkpoint / name).is_file() for name in TOKENIZER_FILES):
         return
     reference = _reference(checkpoint, trust_remote_code=trust_remote_code)
     fast = reference

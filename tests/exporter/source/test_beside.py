@@ -1,0 +1,72 @@
+"""The tokenizer beside an `.onnx` file is read as transformers reads it, as that of a checkpoint is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.exporter.models import write_json, write_onnx
+from tests.exporter.source.test_tokenizer import write_fast, write_words
+from tests.marks import slow
+from tests.models import traced_here
+
+from pipeload.errors import ExportError
+from pipeload_export import export
+from pipeload_export.source import beside
+
+
+def _exported(source: Path, target: Path) -> Any:
+    """The tokenizer of an export."""
+    from tokenizers import Tokenizer
+
+    with traced_here():
+        export(source, target)
+    return Tokenizer.from_file(str(target / "tokenizer.json"))
+
+
+@pytest.mark.parametrize(("lower", "tokens"), [(True, ["a", "##b"]), (False, ["A", "##b"])])
+@pytest.mark.parametrize("folder", ["m", "m/onnx"])
+def test_the_config_beside_it_overrides_the_tokenizer(
+    tmp_path: Path, folder: str, lower: bool, tokens: list[str]
+) -> None:
+    for number, write in enumerate((write_words, write_fast)):
+        place = tmp_path / str(number)
+        place.mkdir()
+        write(place / "m", do_lower_case=lower)
+        (place / folder).mkdir(exist_ok=True)
+        tokenizer = _exported(write_onnx(place / folder / "model.onnx"), place / "out")
+        assert tokenizer.encode("Ab", add_special_tokens=False).tokens == tokens
+        assert json.loads((place / "out" / "tokenizer_config.json").read_text())["pad_token"] == "[PAD]"
+
+
+def test_values_of_the_config_that_tell_of_the_graph_hinder_nobody(tmp_path: Path) -> None:
+    folder = write_fast(tmp_path / "m")
+    config = {"model_type": "bert", "id2label": [1, None], "rope_parameters": "?", "use_magic": True}
+    write_json(folder / "config.json", config)
+    _exported(write_onnx(folder / "model.onnx"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
+def test_a_vocabulary_that_nothing_tells_of_is_left_alone(tmp_path: Path) -> None:
+    source = write_onnx(tmp_path / "m" / "model.onnx")
+    source.with_name("vocab.txt").write_text("a\nb\n")
+    with traced_here():
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@slow
+def test_a_tokenizer_that_the_engine_reads_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = write_fast(tmp_path / "m", split_special_tokens=True)
+    with pytest.raises(ExportError, match=r"with the files beside it: pipeload would make other tokens of "):
+        export(write_onnx(folder / "model.onnx"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_transformers_the_files_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "has_module", lambda name: name != "transformers")
+    folder = write_fast(tmp_path / "m", do_lower_case=False)
+    export(write_onnx(folder / "model.onnx"), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
