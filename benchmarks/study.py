@@ -5,7 +5,7 @@ A folder's `main.py` says what is compared. Its command line:
     python -m benchmarks.FOLDER.main                     all models, results and pictures kept in results/
     python -m benchmarks.FOLDER.main bert-large          one of them
     python -m benchmarks.FOLDER.main --quick             a small model, once, nothing kept
-    python -m benchmarks.FOLDER.main --tables            only write the README's tables again, from results/*.json
+    python -m benchmarks.FOLDER.main --tables            only make the README's tables and pictures again, from results/
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from rich.console import Console
 
 from benchmarks.models import exported, joined
 from pipeload.bench.harness import Report, Settings, compare
-from pipeload.bench.pictures import draw, draw_agents
+from pipeload.bench.machine import machine_line
+from pipeload.bench.pictures import agents_figure, draw
 from pipeload.bench.record import Record
 from pipeload.bench.spec import ContenderName, from_json
 from pipeload.bench.table import table
@@ -75,7 +76,7 @@ def main(folder: Path, cases: Sequence[Case], rows: Rows, console: Console | Non
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"of {', '.join(case.name for case in cases)}; default: all")
     parser.add_argument("--quick", action="store_true", help="a small model, once, nothing kept")
-    parser.add_argument("--tables", action="store_true", help="only write the README's tables again")
+    parser.add_argument("--tables", action="store_true", help="only make the README's tables and pictures again")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--passes", type=int)
     arguments = parser.parse_args()
@@ -141,16 +142,15 @@ def _publish(folder: Path, rows: Rows) -> None:
         draw(report, folder / "results" / report.settings.directory.name)
     records = [record for report in reports for record in report.records]
     if any(record.loaders for record in records):
-        draw_agents(records, folder / "results" / "agents.png")
+        agents_figure(records, reports[0].machine).savefig(folder / "results" / "agents.png")
     publish(folder / "README.md", f"{folder.name}.main --tables", reports[0].machine, rows(records))
 
 
 def publish(page: Path, command: str, machine: Mapping[str, Any], text: str) -> None:
     """Put results into their place on a page, which is marked by the command that makes them."""
     begin = _BEGIN.format(command)
-    facts = f"{machine['cores']} cores, {machine['cpu']}, onnxruntime {machine['versions']['onnxruntime']}"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(_END)}", re.DOTALL)
     old = page.read_text()
     if not pattern.search(old):
         sys.exit(f"{page} has no place for results: write '{begin}' and '{_END}' into it.")
-    page.write_text(pattern.sub(lambda _: f"{begin}\n{facts}\n\n{text}\n{_END}", old))
+    page.write_text(pattern.sub(lambda _: f"{begin}\n{machine_line(machine)}\n\n{text}\n{_END}", old))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.generation.small import SmallModel
+from benchmarks.generation.small import MODEL, SmallModel
 from benchmarks.study import markdown_table
-from pipeload.bench.machine import machine_facts
+from pipeload.bench.frame import entry, framed, plain
+from pipeload.bench.machine import machine_facts, machine_line
 from pipeload.bench.table import seconds
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["Report", "draw", "measure", "rows"]
+__all__ = ["Report", "figure", "measure", "rows"]
 
 PROMPT = "Once upon a time"
 _PARTS = 8
 """Rows of the table."""
+_MEDIAN_OF = 50
+_TIMES, _MEMORY = "#d1495b", "#30638e"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,22 +76,49 @@ def rows(report: Report) -> str:
     return markdown_table(("tokens", "s/token", "RSS"), lines)
 
 
-def draw(report: Report, target: Path) -> None:
-    """Seconds of a token, and RSS, over its position."""
-    from matplotlib.figure import Figure
+def figure(report: Report) -> Any:
+    """Seconds of a token, and RSS, over its position in the text; the first, which waits for weights, is left out.
 
-    figure = Figure(figsize=(9, 3), layout="constrained", dpi=130)
-    times, memory = figure.subplots(1, 2)
-    positions = range(1, len(report.tokens_s) + 1)
-    times.plot(positions[1:], report.tokens_s[1:], ".", markersize=2, color="#d1495b")
-    times.set_ylabel("seconds per token")
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    limit = f"Memory cgroup of {format_bytes(report.cap_bytes)}, page cache included; disk "
+    limit += f"at {format_bytes(report.disk_bytes_per_s)}/s" if report.disk_bytes_per_s else "not throttled"
+    drawn = framed(
+        f"{MODEL} writes {report.tokens:,} tokens in {format_bytes(report.cap_bytes)}",
+        [
+            f"{limit}. {machine_line(report.machine)}.",
+            f"The first token took {seconds(report.tokens_s[0])}, since the weights are read for it; it is left out.",
+        ],
+        [
+            entry("time of one token", color=_TIMES, marker=".", linestyle=""),
+            entry(f"median of {_MEDIAN_OF} tokens", color="black", linewidth=1.5),
+            entry("RSS: memory of the process", color=_MEMORY, linewidth=2),
+            entry(
+                f"planned peak of RSS: {format_bytes(report.planned_peak_bytes)}",
+                color="black",
+                linestyle="--",
+                linewidth=1.2,
+            ),
+        ],
+        height=2.7,
+    )
+    times, memory = drawn.subplots(1, 2, sharex=True)
+    positions = range(2, len(report.tokens_s) + 1)
+    times.plot(positions, report.tokens_s[1:], ".", markersize=2, color=_TIMES)
+    middles = [
+        (begin + _MEDIAN_OF / 2, median(report.tokens_s[begin : begin + _MEDIAN_OF]))
+        for begin in range(1, len(report.tokens_s) - _MEDIAN_OF + 1, _MEDIAN_OF)
+    ]
+    times.plot(*zip(*middles, strict=True), color="black", linewidth=1.5)
+    times.set_ylabel("seconds a token", fontsize=9)
     times.set_ylim(bottom=0)
-    memory.plot(positions, [nbytes / 1e6 for nbytes in report.rss_bytes], color="#30638e")
-    memory.axhline(report.planned_peak_bytes / 1e6, color="black", linestyle="--", linewidth=1, label="plan")
-    memory.set_ylabel("RSS, MB")
+    memory.plot(positions, [nbytes / 1e6 for nbytes in report.rss_bytes[1:]], color=_MEMORY, linewidth=2)
+    memory.axhline(report.planned_peak_bytes / 1e6, color="black", linestyle="--", linewidth=1.2)
+    memory.set_ylabel("memory, MB", fontsize=9)
     memory.set_ylim(0, report.planned_peak_bytes * 1.15e-6)
-    memory.legend(frameon=False, loc="lower right")
     for axis in (times, memory):
-        axis.set_xlabel("token")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target)
+        plain(axis)
+        axis.set_xlabel("position of the token in the text", fontsize=9)
+        axis.set_xlim(0, report.tokens)
+    return drawn

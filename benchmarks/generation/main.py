@@ -4,7 +4,7 @@ rivals     GPT-2 XL under memory caps, beside llama.cpp, accelerate and AirLLM
 lookup     answers that repeat their prompt, with and without guessed tokens
 callers    eight callers at once, beside one
 long       seconds and memory over a long text
---tables   only write the README's tables again, from results/*.json
+--tables   only write the README's tables and picture again, from results/*.json
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Output = Annotated[
 @app.callback(invoke_without_command=True)
 def choose(
     context: typer.Context,
-    tables: Annotated[bool, typer.Option("--tables", help="Only write the README's tables again.")] = False,
+    tables: Annotated[bool, typer.Option("--tables", help="Only write the README's tables and picture again.")] = False,
 ) -> None:
     if tables:
         for part in PARTS:
@@ -118,8 +118,6 @@ def long(cap: Cap = "900MB", disk: Disk = "none", tokens: Tokens = 2000, output:
     """Seconds and memory over a long text."""
     with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
         report = long_part.measure(model, tokens)
-    if output is None:
-        long_part.draw(report, FOLDER / "results" / "long.png")
     _keep("long", report, output)
 
 
@@ -140,12 +138,14 @@ def _keep(part: str, report: Any, output: Path | None) -> None:
 
 
 def _publish(part: str) -> None:
-    """The table of the kept results, if there are any."""
+    """Table and picture of the kept results, if there are any."""
     path = FOLDER / "results" / f"{part}.json"
     if path.exists():
         kind, rows = PARTS[part]
         report = from_json(path.read_bytes(), kind)
         publish(FOLDER / "README.md", f"generation.main {part}", report.machine, rows(report))
+        if isinstance(report, long_part.Report):
+            long_part.figure(report).savefig(FOLDER / "results" / "long.png")
 
 
 if __name__ == "__main__":

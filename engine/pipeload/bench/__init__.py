@@ -12,6 +12,7 @@ launch      one contender in a process of its own, under its limits
 harness     contenders x budgets x disks x rounds, each run in a process of its own
 machine     the machine of the runs
 table       records as a table
+frame       a picture's title, notes and legend, above its panels
 pictures    records as pictures (needs the extra [plot])
 ```
 """

@@ -73,6 +73,10 @@ class Settings:
     cold: bool = False
     timeout_s: float = 3600
 
+    def settling_of(self, contender: ContenderName, *, decodes: bool) -> int:
+        """The passes after the first that do not count for a contender, which decodes a token in each or not."""
+        return self.settling if contender == "pipeload" or decodes else min(1, self.settling)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
@@ -217,7 +221,6 @@ class _Bench:
         return replace(run, error=max_error(self._reference, outputs))
 
     def _spec(self, job: Job, outputs: Path) -> Spec:
-        learns = job.contender == "pipeload" or self._task == "decode"
         return Spec(
             contender=job.contender,
             directory=self._settings.directory,
@@ -229,7 +232,7 @@ class _Bench:
             profile=self._profiles.get(job.disk_bytes_per_s),
             loaders=job.loaders,
             threads=self._settings.threads,
-            settling=self._settings.settling if learns else min(1, self._settings.settling),
+            settling=self._settings.settling_of(job.contender, decodes=self._task == "decode"),
             passes=self._settings.passes,
             cold=self._settings.cold,
             sizes=dict(self._settings.sizes),

@@ -1,4 +1,4 @@
-"""The parts of `pipeload bench` that need no process: limits, arguments, records, tables, pictures."""
+"""The parts of `pipeload bench` that need no process: limits, arguments, records, tables."""
 
 from __future__ import annotations
 
@@ -14,43 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from tests.engine.bench.records import BOUNDS, record_of, run_of
 from typer.testing import CliRunner
 
 from pipeload.bench import cgroup
-from pipeload.bench.bound import Bounds
-from pipeload.bench.harness import Report, Settings
-from pipeload.bench.pictures import draw, draw_agents
-from pipeload.bench.record import Job, Record, Run, max_error, summarise
-from pipeload.bench.spec import CONTENDERS, PlanFacts, Result, Spec, Unsplit, from_json, to_json
+from pipeload.bench.record import Job, Run, max_error, summarise
+from pipeload.bench.spec import PlanFacts, Result, Spec, Unsplit, from_json, to_json
 from pipeload.bench.table import markdown, table
 from pipeload.bench.workload import input_dims, step_dims
 from pipeload.cli import app
 from pipeload.cli.commands import bench as command
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import read
-
-BOUNDS = Bounds(first_s=2.0, steady_s=1.0)
-
-
-def _record(
-    contender: Any = "pipeload",
-    *,
-    seconds: float | None = 2.0,
-    budget: int | None = 10**9,
-    disk: int | None = None,
-    loaders: int | None = None,
-) -> Record:
-    job = Job(contender=contender, budget_bytes=budget, disk_bytes_per_s=disk, loaders=loaders)
-    return summarise("some-model", job, [_run(seconds)], BOUNDS)
-
-
-def _run(seconds: float | None = 2.0) -> Run:
-    samples = tuple((number * 0.05, number * 10_000_000) for number in range(40))
-    if seconds is None:
-        return Run(result=None, peak_bytes=1, killed=True, message="The kernel killed it.", samples=samples)
-    result = Result(first_s=2 * seconds, passes_s=(seconds, seconds), read_bytes=5_000_000, peak_rss_bytes=3)
-    return Run(result=result, peak_bytes=2_000_000, error=1e-7, samples=samples)
-
 
 # Limits
 
@@ -279,7 +254,7 @@ def test_a_record_has_medians_and_what_the_plan_said() -> None:
 )
 def test_one_failed_run_fails_the_record(run: Run, message: str) -> None:
     job = Job(contender="mmap", budget_bytes=1, disk_bytes_per_s=None)
-    record = summarise("m", job, [_run(), run], BOUNDS)
+    record = summarise("m", job, [run_of(), run], BOUNDS)
     assert not record.ok
     assert record.message == message
     assert record.killed == run.killed
@@ -323,11 +298,11 @@ def test_an_encoder_does_the_same_in_every_pass(toy: Path) -> None:
     assert step_dims(read(toy), dims) == dims
 
 
-# Tables and pictures
+# Tables
 
 
 def test_a_table_leaves_out_what_is_the_same_everywhere() -> None:
-    records = [_record(), _record("mmap", seconds=None), _record("single", budget=None)]
+    records = [record_of(), record_of("mmap", seconds=None), record_of("single", budget=None)]
     screen = io.StringIO()
     Console(width=160, file=screen).print(table(records))
     text = screen.getvalue()
@@ -339,34 +314,3 @@ def test_a_table_leaves_out_what_is_the_same_everywhere() -> None:
     assert page[0].startswith("| contender | budget | first | steady | T* |")
     assert len({line.count("|") for line in page}) == 1
     assert "| 4.00 s | 2.00 s | 1.00 s | 0.50 | 5.0 MB |" in page[2]
-
-
-def _report() -> Report:
-    records, runs = [], []
-    for disk in (400_000_000, None):
-        for budget in (10**8, 2 * 10**8):
-            for contender in CONTENDERS:
-                seconds = None if contender == "single" else 2.0
-                records.append(_record(contender, seconds=seconds, budget=budget, disk=disk))
-                runs.append((_run(seconds),))
-    unsplit = Unsplit(graph=Path("g"), folder=Path("d"))
-    settings = Settings(directory=Path("d"), unsplit=unsplit, contenders=(), budgets=())
-    return Report(machine={}, settings=settings, records=tuple(records), runs=tuple(runs), refusal=None)
-
-
-@pytest.mark.slow
-def test_pictures_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    drawn = draw(_report(), tmp_path / "pictures")
-    assert [path.name for path in drawn] == ["latency.png", "memory.png"]
-    agents = [_record("standard"), *(_record(loaders=number, seconds=1 / number) for number in (1, 2, 4))]
-    drawn.append(draw_agents(agents, tmp_path / "agents.png"))
-    for path in drawn:
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size > 10_000
-
-
-def test_pictures_without_matplotlib_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match="pip install matplotlib"):
-        draw(_report(), tmp_path)
