@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
+from itertools import pairwise
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +48,8 @@ _COLOURS: dict[Kind, tuple[str, str]] = {
     "reserve": ("#f4f4f4", "#f4f4f4"),
 }
 _MEANINGS: dict[Kind, str] = {
-    "run": "run",
-    "read": "read (darker: odd shards)",
+    "run": "run: even, odd shards",
+    "read": "read: even, odd shards",
     "session": "make session",
     "pack": "pack",
     "free": "free",
@@ -60,14 +62,19 @@ _EDGES: dict[Kind, str] = {"reserve": "#a8a8a8"}
 """Hatches have the colour of the edges."""
 _BRIGHT: frozenset[Kind] = frozenset({"read"})
 """Kinds whose bars carry dark letters."""
-_MEMORY = {"rss_bytes": ("RSS", "#0072b2"), "reserved_bytes": ("reserved", "#d55e00")}
+_RESIDENT, _BETWEEN = "run of a resident shard", "between passes"
+_PAUSE = "#fbf0d9"
+"""Colour of the time between passes."""
+_MEMORY = {"rss_bytes": ("RSS", "#0072b2"), "reserved_bytes": ("reserved for weights", "#d55e00")}
 _WIDTH_INCHES, _LEFT_INCHES, _RIGHT_INCHES = 15.0, 1.15, 1.75
 _LANE_INCHES, _MEMORY_INCHES, _BUFFERS_INCHES, _GAP_INCHES = 0.58, 1.5, 0.62, 0.2
-_TOP_INCHES, _BOTTOM_INCHES = 1.02, 0.58
+_TOP_INCHES, _BOTTOM_INCHES = 1.22, 0.58
 _LETTER_POINTS = 6.5
 _LETTER_WIDTH = 0.64
 """Width of a letter over its size, for the widest usual ones."""
 _HALF_BAR = 0.36
+_MARK_AT = 0.25
+"""A resident shard's line, below the middle of its lane."""
 _SECONDS_FROM_S = 2.0
 """Shorter pictures count in milliseconds."""
 _BESIDE: dict[str, Any] = {
@@ -81,7 +88,7 @@ _BESIDE: dict[str, Any] = {
 }
 """Legends stand to the right of the data."""
 _THIN_POINTS = 2.5
-"""Bars thinner than this are drawn without edges, which would hide them."""
+"""Bars thinner than this are drawn without edges, which would hide them; pauses thinner than this are not drawn."""
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -122,11 +129,15 @@ def draw(recording: Recording, shown: list[Pass]) -> Figure:
     panels = _panels(figure, heights, scale)
     _draw_lanes(panels[0], spans, lanes, scale)
     _draw_passes(panels, spans, shown, scale)
+    marked = _mark_residents(panels[0], spans, lanes, scale)
+    paused = _draw_pauses(panels, shown, scale)
     if has_memory:
         _draw_memory(panels[1], recording, scale)
     if has_buffers:
         _draw_buffers(panels[-1], recording, scale)
-    _draw_head(figure, recording, shown, [kind for kind in KINDS if any(span.kind == kind for span in spans)])
+    kinds = [kind for kind in _LEGEND_ORDER if any(span.kind == kind for span in spans)]
+    _draw_head(figure, recording, shown)
+    _draw_legend(figure, kinds, marked=marked, paused=paused)
     return figure
 
 
@@ -256,6 +267,39 @@ def _draw_passes(panels: list[Axes], spans: list[Span], shown: list[Pass], scale
         panels[0].text(middle, -0.56, label, ha="center", va="bottom", fontsize=9, color=_INK, fontweight="bold")
 
 
+def _mark_residents(panel: Axes, spans: list[Span], lanes: list[str], scale: _Scale) -> bool:
+    """A line in the bars of runs whose shard stayed from an earlier pass: none was read for this one. Any at all?"""
+    runs = [span for span in spans if span.kind == "run"]
+    read = {(span.pass_number, span.shard) for span in spans if span.kind == "read"}
+    first = min((span.pass_number for span in runs), default=0)  # what came before it may have left the record
+    xs, ys = [], []
+    for span in runs:
+        inside = span.end_s > scale.begin_s and span.begin_s < scale.end_s
+        if inside and span.pass_number > first and (span.pass_number, span.shard) not in read:
+            begin, end = scale(max(span.begin_s, scale.begin_s)), scale(min(span.end_s, scale.end_s))
+            inset = (end - begin) * 0.15
+            xs += [begin + inset, end - inset, nan]
+            ys += [lanes.index(span.agent) + _MARK_AT] * 2 + [nan]
+    if xs:
+        panel.plot(xs, ys, color="white", linewidth=1.8, solid_capstyle="butt", label=_RESIDENT)
+    return bool(xs)
+
+
+def _draw_pauses(panels: list[Axes], shown: list[Pass], scale: _Scale) -> bool:
+    """The time between neighbouring passes, with its length above. Is there any?"""
+    pauses = [
+        (before.end_s, after.begin_s)
+        for before, after in pairwise(shown)
+        if (after.begin_s - before.end_s) * scale.points_per_s >= _THIN_POINTS
+    ]
+    for begin_s, end_s in pauses:
+        for panel in panels:
+            panel.axvspan(scale(begin_s), scale(end_s), color=_PAUSE, linewidth=0, zorder=0)
+        length = scale.text(begin_s, end_s, 7, f"{(end_s - begin_s) * 1000:.0f} ms")
+        panels[0].text(scale((begin_s + end_s) / 2), -0.56, length, ha="center", va="bottom", fontsize=7, color=_INK)
+    return bool(pauses)
+
+
 def _draw_memory(panel: Axes, recording: Recording, scale: _Scale) -> None:
     budget = recording.facts.get("budget_bytes")
     shown = {name: _steps(recording.samples, name, scale) for name in _MEMORY}
@@ -294,9 +338,7 @@ def _draw_buffers(panel: Axes, recording: Recording, scale: _Scale) -> None:
     panel.legend(**_BESIDE)
 
 
-def _draw_head(figure: Figure, recording: Recording, shown: list[Pass], kinds: list[Kind]) -> None:
-    from matplotlib.patches import Patch
-
+def _draw_head(figure: Figure, recording: Recording, shown: list[Pass]) -> None:
     facts = recording.facts
     whole = figure.get_figheight()
     left = _LEFT_INCHES / _WIDTH_INCHES
@@ -311,28 +353,41 @@ def _draw_head(figure: Figure, recording: Recording, shown: list[Pass], kinds: l
             said.append(f"{count} {word}{'' if count == 1 else 's'}")
     figure.text(left, 1 - 0.32 / whole, title, fontsize=14, fontweight="bold", color=_INK)
     figure.text(left, 1 - 0.56 / whole, ", ".join(said), fontsize=9.5, color="#666666")
-    patches = [
-        Patch(
-            facecolor=_COLOURS[kind][0],
-            edgecolor=_EDGES.get(kind, "white"),
-            hatch=_HATCHES.get(kind),
-            label=_MEANINGS[kind],
-            linewidth=0.6,
-        )
-        for kind in _LEGEND_ORDER
-        if kind in kinds
-    ]
+
+
+def _draw_legend(figure: Figure, kinds: list[Kind], *, marked: bool, paused: bool) -> None:
+    """Every colour below the head: a kind of two shades has both, the darker one of odd shards."""
+    from matplotlib.legend_handler import HandlerTuple
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def patch(kind: Kind, colour: str) -> Patch:
+        return Patch(facecolor=colour, edgecolor=_EDGES.get(kind, "white"), hatch=_HATCHES.get(kind), linewidth=0.6)
+
+    entries: dict[str, tuple[Any, ...]] = {
+        _MEANINGS[kind]: tuple(patch(kind, colour) for colour in dict.fromkeys(_COLOURS[kind])) for kind in kinds
+    }
+    if marked:
+        entries[_RESIDENT] = (patch("run", _COLOURS["run"][0]), Line2D([], [], color="white", linewidth=1.8))
+    if paused:
+        entries[_BETWEEN] = (Patch(facecolor=_PAUSE),)
+    # Shades stand beside each other; the line of a resident shard lies on its bar.
+    shades = HandlerTuple(ndivide=None, pad=0)
+    handles: list[Any] = list(entries.values())
     figure.legend(
-        handles=patches,
-        loc="upper right",
-        bbox_to_anchor=(1 - _RIGHT_INCHES / _WIDTH_INCHES, 1 - 0.45 / whole),
-        ncols=len(patches),
+        handles,
+        list(entries),
+        handler_map={entry: shades for name, entry in entries.items() if name != _RESIDENT},
+        loc="upper left",
+        bbox_to_anchor=(_LEFT_INCHES / _WIDTH_INCHES, 1 - 0.7 / figure.get_figheight()),
+        ncols=len(entries),
         frameon=False,
         fontsize=9,
         labelcolor=_INK,
-        handlelength=1.4,
+        handlelength=1.8,
         columnspacing=1.4,
         borderaxespad=0,
+        borderpad=0,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.synthetic import BUDGET_BYTES, FACTS, synthetic_trace
+from tests.engine.synthetic import BUDGET_BYTES, FACTS, RESIDENT, synthetic_trace
 
 from pipeload import cli
 from pipeload.errors import ConfigError
@@ -109,6 +109,32 @@ def test_a_name_never_leaves_its_bar(trace: Recording) -> None:
         assert any(bar.x0 <= box.x0 and box.x1 <= bar.x1 and bar.y0 <= box.y0 and box.y1 <= bar.y1 for bar in bars)
 
 
+def test_runs_of_shards_that_were_not_read_for_their_pass_are_marked(trace: Recording) -> None:
+    chosen = chrome.passes(trace.spans)[1:]
+    figure = draw(trace, chosen)
+    (marks,) = (line for line in figure.axes[0].lines if line.get_label() == "run of a resident shard")
+    middles = np.nanmean(marks.get_xdata().reshape(-1, 3), axis=1) + chosen[0].begin_s
+    runs = [span for span in trace.spans if span.kind == "run" and span.pass_number in (2, 3)]
+    under = [next(span.shard for span in runs if span.begin_s <= middle <= span.end_s) for middle in middles]
+    assert sorted(under) == sorted([*RESIDENT] * 2)
+    # In the first pass everything is read.
+    alone = draw(trace, chrome.passes(trace.spans)[:1])
+    assert not any(line.get_label() == "run of a resident shard" for line in alone.axes[0].lines)
+    assert "run of a resident shard" not in [text.get_text() for text in alone.legends[0].get_texts()]
+
+
+def test_time_between_passes_is_marked_in_every_panel() -> None:
+    spans = [
+        Span(agent="inference", kind="run", shard="block.000", begin_s=begin, end_s=begin + 1, pass_number=number)
+        for number, begin in ((1, 0.0), (2, 1.5))
+    ]
+    figure = draw(Recording(spans=spans, samples=[], facts={}), chrome.passes(spans))
+    (pause,) = figure.axes[0].patches
+    assert (pause.get_x(), pause.get_x() + pause.get_width()) == pytest.approx((1.0, 1.5))
+    assert "500 ms" in words(figure.axes[0])
+    assert "between passes" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_passes_begin_and_end_with_a_line_through_every_panel(trace: Recording) -> None:
     chosen = chrome.passes(trace.spans)[:2]
     for panel in draw(trace, chosen).axes:
@@ -122,7 +148,7 @@ def test_passes_begin_and_end_with_a_line_through_every_panel(trace: Recording) 
 def test_memory_is_drawn_under_the_budget(trace: Recording) -> None:
     memory = draw(trace, chrome.passes(trace.spans)[-2:]).axes[1]
     names = legend(memory)
-    assert [name.partition(",")[0] for name in names] == ["RSS", "reserved", "budget 480.0 MB"]
+    assert [name.partition(",")[0] for name in names] == ["RSS", "reserved for weights", "budget 480.0 MB"]
     peak = max(sample.value for sample in trace.samples if sample.counter == "rss_bytes")
     assert names[0] == f"RSS, peak {peak / 1e6:.1f} MB"
     (rss,) = (line for line in memory.lines if line.get_label() == names[0])
@@ -133,7 +159,7 @@ def test_memory_is_drawn_under_the_budget(trace: Recording) -> None:
 
 def test_counters_reach_from_edge_to_edge(trace: Recording) -> None:
     memory = draw(trace, chrome.passes(trace.spans)[1:2]).axes[1]
-    (reserved,) = (line for line in memory.lines if line.get_label() == "reserved")
+    (reserved,) = (line for line in memory.lines if line.get_label() == "reserved for weights")
     assert (min(reserved.get_xdata()), max(reserved.get_xdata())) == pytest.approx(memory.get_xlim())
 
 
@@ -147,7 +173,15 @@ def test_the_head_says_model_plan_and_colours(trace: Recording) -> None:
     figure = draw(trace, chrome.passes(trace.spans)[-2:])
     assert words(figure) == ["bert-large, passes 2-3 of 3", "budget 480.0 MB, 2 Loading Agents, 3 buffers"]
     kinds = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert kinds == ["run", "read (darker: odd shards)", "make session", "free", "wait", "wait for budget"]
+    assert kinds == [
+        "run: even, odd shards",
+        "read: even, odd shards",
+        "make session",
+        "free",
+        "wait",
+        "wait for budget",
+        "run of a resident shard",
+    ]
     assert words(draw(trace, chrome.passes(trace.spans)[:1]))[0] == "bert-large, pass 1 of 3"
 
 
