@@ -27,10 +27,14 @@ esac
     ("program", "words"),
     [
         (None, "There is no {python} here: install Python 3.11 or later."),
+        (
+            "exit 127",
+            "{python} is a command that does not run: install Python 3.11 or later, or choose it (pyenv shell).",
+        ),
         (_TOO_OLD, "{python} is Python 3.9, and pipeload needs 3.11 or later: install that."),
         (_WITHOUT_VENV, "{python} has no venv module: install it (Debian, Ubuntu: apt install python3.12-venv)."),
     ],
-    ids=["missing", "too old", "without venv"],
+    ids=["missing", "not current", "too old", "without venv"],
 )
 def test_an_interpreter_that_cannot_work_is_refused_in_one_line(
     tmp_path: Path, program: str | None, words: str
