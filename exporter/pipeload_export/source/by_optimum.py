@@ -23,7 +23,7 @@ class _LastOrNone(list[Any]):
 
 @contextmanager
 def _as_models_are() -> Iterator[None]:
-    """Where optimum's trial inputs are not what the models take, they are, as long as the context lasts."""
+    """Where optimum's trial inputs or its patches are not what the models take, they are, while the context lasts."""
     from optimum.utils import input_generators, save_utils
 
     load = save_utils.maybe_load_preprocessors
@@ -32,6 +32,7 @@ def _as_models_are() -> Iterator[None]:
         return _LastOrNone(load(*args, **options))
 
     with (
+        _falcon_rounds(),
         mock.patch.object(save_utils, "maybe_load_preprocessors", load_or_none),
         _made(input_generators.DummyPastKeyValuesGenerator, _grouped),
         _made(input_generators.FalconDummyPastKeyValuesGenerator, _repeated),
@@ -62,6 +63,30 @@ def _repeated(generator: Any, config: Any) -> None:
     """Falcon's newer form repeats keys and values for each head before it keeps them."""
     if config.new_decoder_architecture:
         generator.num_kv_heads = generator.num_attention_heads
+
+
+def _falcon_rounds() -> Any:
+    """A patch that lets Falcon round its alibi to bfloat16 while it is traced, as transformers does.
+
+    optimum traces with a `Tensor.bfloat16` that does nothing, and onnxruntime multiplies no bfloat16 on a CPU: here
+    numbers are rounded, and multiplied as float32, which is what torch does with two of bfloat16.
+    """
+    import torch
+    from transformers.models.falcon import modeling_falcon
+
+    build = modeling_falcon.build_alibi_tensor
+
+    def rounded(tensor: Any) -> Any:
+        return tensor.to(torch.bfloat16).to(torch.float32)
+
+    def build_rounded(attention_mask: Any, num_heads: int, dtype: Any) -> Any:
+        # At position 1 alibi is the slope of a head.
+        slopes = build(attention_mask.new_ones(1, 2), num_heads, torch.float32)[:, :, 1]
+        positions = ((attention_mask.cumsum(dim=-1) - 1) * attention_mask)[:, None, :]
+        alibi = rounded(rounded(slopes) * rounded(positions))
+        return alibi.flatten(0, 1)[:, None].to(dtype)
+
+    return mock.patch.object(modeling_falcon, "build_alibi_tensor", build_rounded)
 
 
 def check_supported(model_type: str, task: str) -> None:

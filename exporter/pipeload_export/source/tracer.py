@@ -35,6 +35,7 @@ Asked = TypeVar("Asked", bound=msgspec.Struct)
 _PR_SET_PDEATHSIG = 1
 _EAGER = {"attn_implementation": "eager"}
 """Attention by the plain formula. PyTorch's own function knows no soft-capping (Gemma-2), and takes another mask."""
+_SDPA = {"attn_implementation": "sdpa"}
 _CACHED = {"text-generation": "text-generation-with-past"}
 """A decoder without a cache would run the whole text again for every token."""
 
@@ -119,10 +120,16 @@ def seeded_model(seeded: Seeded) -> Any:
     import torch
     import transformers
 
+    kind = getattr(transformers, seeded.config_class)
+    config = kind(**seeded.config, **_attention(kind(**seeded.config)))
     torch.manual_seed(seeded.seed)
-    return getattr(transformers, seeded.model_class)(
-        getattr(transformers, seeded.config_class)(**seeded.config, **_EAGER)
-    )
+    return getattr(transformers, seeded.model_class)(config)
+
+
+def _attention(config: Any) -> dict[str, str]:
+    """The implementation of attention that a model is loaded with, to be traced and to be its reference."""
+    # Eager, transformers 4.57 adds the alibi of Falcon twice: in the mask, and to the scores.
+    return _SDPA if config.model_type == "falcon" and config.alibi else _EAGER
 
 
 @reading_once()
@@ -147,7 +154,7 @@ def _gguf_model(path: Path) -> Any:
     check_supported(config.model_type, _CACHED["text-generation"])
     gguf = GgufFile(path)
     gguf.configure(config)
-    model = transformers.AutoModelForCausalLM.from_config(config, **_EAGER)
+    model = transformers.AutoModelForCausalLM.from_config(config, **_attention(config))
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
     if missing:
@@ -175,7 +182,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
-            **_EAGER,
+            **_attention(config),
             **options,
         )
     except ValueError as error:

@@ -6,10 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pipeload.format.closeness import range_of
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.trace import trace
+from pipeload_export.source.tracer import load_model, seeded_model
+from pipeload_export.source.tracing import Request, Seeded
 
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -72,3 +76,28 @@ def test_trial_caches_have_the_heads_of_the_model(
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
     caches = [value for value in graph.input if value.name.startswith("past_key_values")]
     assert {value.type.tensor_type.shape.dim[1].dim_value for value in caches} == {heads}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "seeded"])
+def test_falcon_with_alibi_answers_as_transformers_does_by_default(kind: str, tmp_path: Path) -> None:
+    onnxruntime, torch = pytest.importorskip("onnxruntime"), pytest.importorskip("torch")
+    # Six heads have slopes that are no powers of two, and bfloat16 has no odd numbers beyond 256.
+    config = {**_SMALL, "num_attention_heads": 6, "hidden_size": 96, "vocab_size": 100}
+    config |= {"alibi": True, "multi_query": False, "initializer_range": 0.2}
+    seeded = Seeded(model_class="FalconForCausalLM", config_class="FalconConfig", config=config, seed=0)
+    seeded_model(seeded).save_pretrained(tmp_path / "checkpoint")
+    source = {"folder": str(tmp_path / "checkpoint")} if kind == "checkpoint" else {"seeded": seeded}
+    model = load_model(Request(name="Falcon", task="text-generation", weight_bytes=0, **source), tmp_path / "view")
+    model.config.use_cache = True
+    _trace(model.eval(), tmp_path / "onnx", "text-generation-with-past")
+    ids = torch.randint(0, 100, (2, 300), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    reference = type(model).from_pretrained(tmp_path / "checkpoint").eval()
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask, use_cache=False).logits.numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    caches = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values")]
+    inputs = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    found = session.run(["logits"], inputs | dict.fromkeys(caches, np.empty((2, 6, 0, 16), np.float32)))[0]
+    assert np.abs(found - expected)[mask.numpy() == 1].max() < 1e-5 * range_of(expected, "float32")
