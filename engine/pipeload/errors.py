@@ -12,8 +12,9 @@ PipeloadError
  '- ClosedError     the model was closed before or during the call
 ```
 
-Beside it there are two warnings: `TruncationWarning`, texts were cut to the number of tokens that the model takes, and
-`QuantisationWarning`, the model's answers depend on what is computed together.
+Beside it there are three warnings: `TruncationWarning`, texts were cut to the number of tokens that the model takes;
+`QuantisationWarning`, the model's answers depend on what is computed together; and `EmbeddingWarning`, `embed` refuses
+the model that was exported.
 
 A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
 
@@ -30,6 +31,7 @@ __all__ = [
     "BudgetError",
     "ClosedError",
     "ConfigError",
+    "EmbeddingWarning",
     "ExportError",
     "LoadError",
     "ManifestError",
@@ -94,6 +96,10 @@ class ClosedError(PipeloadError):
 
 class TruncationWarning(UserWarning):
     """Texts were cut to the tokens that the model takes. No error: `warnings.filterwarnings` silences it."""
+
+
+class EmbeddingWarning(UserWarning):
+    """`embed` refuses the exported model, while `run` takes it. No error: `warnings.filterwarnings` silences it."""
 
 
 class QuantisationWarning(UserWarning):

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import pipeload
-from pipeload.errors import ConfigError, ExportError
+from pipeload.errors import ConfigError, EmbeddingWarning, ExportError, PipeloadError
 from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, write
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
+from pipeload.storage.model_files import ModelFiles
+from pipeload.tasks.embed.embed import check_embed
+from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.verify import verify as verify_directory
@@ -35,6 +39,7 @@ _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 <<
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
 _KEPT_ONNX = "model.onnx"
+_MODULES = "modules.json"
 _WRITING = "write the shards"
 
 
@@ -79,6 +84,8 @@ def export(
 
     Returns:
         The manifest that was written, with the differences that were found.
+
+    An `EmbeddingWarning` says why `embed` refuses a model of sentence-transformers whose modules pipeload lacks.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -127,7 +134,8 @@ def export(
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
                 keeping.commit()
             staging.commit()
-        return manifest
+    _warn_of_embed(Path(target), manifest)
+    return manifest
 
 
 def _build(
@@ -181,6 +189,17 @@ def _build(
         manifest = replace(manifest, verification=report.differences)
         write(manifest, result)
     return manifest
+
+
+def _warn_of_embed(directory: Path, manifest: Manifest) -> None:
+    """Warn if the model was made for embeddings, and `embed` refuses it; `run` needs nothing of its modules."""
+    files = ModelFiles(directory, manifest, verify=False)
+    if manifest.task != "feature-extraction" or _MODULES not in files.records:
+        return
+    try:
+        check_embed(FilesOnly(directory, manifest, files))
+    except PipeloadError as error:
+        warnings.warn(f"The model was exported, and embed refuses it: {error}", EmbeddingWarning, stacklevel=3)
 
 
 def _published(unsplit: Unsplit) -> Published:

@@ -16,6 +16,7 @@ def test_the_tree_is_pinned() -> None:
         "BudgetError": (errors.PipeloadError, MemoryError),
         "ClosedError": (errors.PipeloadError,),
         "ConfigError": (errors.PipeloadError, ValueError),
+        "EmbeddingWarning": (UserWarning,),
         "ExportError": (errors.PipeloadError,),
         "LoadError": (errors.PipeloadError,),
         "ManifestError": (errors.PipeloadError,),

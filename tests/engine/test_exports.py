@@ -24,6 +24,7 @@ def test_the_public_names_are_pinned() -> None:
         "ClosedError",
         "ConfigError",
         "DecodeState",
+        "EmbeddingWarning",
         "Entity",
         "ExportError",
         "FilledMask",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -226,3 +228,20 @@ def test_errors_are_ours(tmp_path: Path) -> None:
 def test_table_is_lifted(source: Path, tmp_path: Path) -> None:
     lookups = [lookup for shard in export(source, tmp_path / "target").shards for lookup in shard.lookups]
     assert [lookup.table.shape for lookup in lookups] == [(ROWS, WIDTH)]
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("Normalize", False), ("StaticEmbedding", True)])
+def test_a_module_that_embed_refuses_is_named_by_a_warning(
+    source: Path, tmp_path: Path, kind: str, refused: bool
+) -> None:
+    listed = [{"type": f"sentence_transformers.models.{name}", "path": ""} for name in ("Transformer", kind)]
+    (source.parent / "modules.json").write_text(json.dumps(listed))
+    said = "was exported, and embed refuses it: .* module 'StaticEmbedding'.* from model.run"
+    with pytest.warns(pipeload.EmbeddingWarning, match=said) if refused else nullcontext():
+        export(source, tmp_path / "target")
+    assert (tmp_path / "target" / MANIFEST_NAME).is_file()
+
+
+def test_modules_say_nothing_about_other_tasks(source: Path, tmp_path: Path) -> None:
+    (source.parent / "modules.json").write_text('[{"type": "own.StaticEmbedding", "path": ""}]')
+    export(source, tmp_path / "target", task="fill-mask")

@@ -9,14 +9,12 @@ from typing import Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from pipeload.errors import QuantisationWarning, TruncationWarning
+from pipeload.cli.loudness import WARNINGS
 
 __all__ = ["INTERRUPTED", "Commands", "print_error"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-
-_OURS = (QuantisationWarning, TruncationWarning)
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """The base class of wrong usage, whose place in typer depends on the version."""
@@ -33,7 +31,7 @@ class Commands(TyperGroup):
             return super().main(*args, **options)
         try:
             with warnings.catch_warnings():
-                for kind in _OURS:
+                for kind in WARNINGS:
                     warnings.simplefilter("default", kind)
                 warnings.showwarning = _show_warning
                 code = super().main(*args, **options)
@@ -70,6 +68,6 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    ours = issubclass(category, _OURS)
+    ours = issubclass(category, WARNINGS)
     text = f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     print(text, file=file or sys.stderr)

@@ -9,9 +9,12 @@ from typing import Annotated
 
 import typer
 
-from pipeload.errors import TruncationWarning
+from pipeload.errors import EmbeddingWarning, QuantisationWarning, TruncationWarning
 
-__all__ = ["LOUDNESS", "Quiet", "Verbose", "show_libraries"]
+__all__ = ["LOUDNESS", "WARNINGS", "Quiet", "Verbose", "show_libraries"]
+
+WARNINGS = (EmbeddingWarning, QuantisationWarning, TruncationWarning)
+"""Those of pipeload: one line on stderr, unless the user wants quiet."""
 
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Errors only: no progress bars, notes and warnings.")]
 Verbose = Annotated[
@@ -37,7 +40,8 @@ class Loudness:
             raise typer.BadParameter("--quiet and --verbose are both given. Leave one of them out.")
         self.quiet, self.verbose = quiet, verbose
         if quiet:
-            warnings.simplefilter("ignore", TruncationWarning)
+            for kind in WARNINGS:
+                warnings.simplefilter("ignore", kind)
         if verbose:
             show_libraries()
 

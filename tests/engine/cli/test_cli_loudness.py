@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from tests.engine.cli.toy_models import Call, encoder_in
 from typer.testing import CliRunner
 
 import pipeload
+from pipeload import errors
 from pipeload.cli import app
-from pipeload.cli.loudness import LOUDNESS
+from pipeload.cli.loudness import LOUDNESS, WARNINGS
 
 pytest.importorskip("tokenizers")
 
@@ -47,6 +49,16 @@ def test_quiet_prints_no_warnings(tmp_path: Path, call: Call, loud: Call) -> Non
     assert call(encoder_in(tmp_path), "embed", "dog " * 90).stderr.startswith("warning: Texts")
     result = loud("-q", encoder_in(tmp_path), "embed", "dog " * 90)
     assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_quiet_silences_every_warning_of_pipeload() -> None:
+    assert {kind.__name__ for kind in WARNINGS} == {name for name in errors.__all__ if name.endswith("Warning")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        LOUDNESS.set(quiet=True, verbose=False)
+        for kind in WARNINGS:
+            warnings.warn("a text", kind, stacklevel=1)
+    assert caught == []
 
 
 def test_verbose_prints_what_passes_took(tmp_path: Path, loud: Call) -> None:

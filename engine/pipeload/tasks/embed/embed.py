@@ -21,7 +21,7 @@ from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
-__all__ = ["BATCH_SIZE", "embed"]
+__all__ = ["BATCH_SIZE", "check_embed", "embed"]
 
 BATCH_SIZE = 32
 """The most texts in one pass, unless the caller sets another number: a batch shares one reading of the weights."""
@@ -79,6 +79,23 @@ def embed(
         vectors = normalized(vectors)
     single: NDArray[np.float32] = vectors[0] if isinstance(texts, str) else vectors
     return single
+
+
+def check_embed(runner: Runner) -> None:
+    """Return if `embed` applies what the model's own files of sentence-transformers ask for. No pass is run.
+
+    Raises:
+        ConfigError: the model makes no text embeddings, or needs a module, a pooling or a prompt that pipeload lacks.
+        ShardError: a file of sentence-transformers is missing or damaged.
+    """
+    output = _output(runner)
+    recipe = _recipe_of(runner)
+    recipe.chosen_prompt(None, None)
+    width = output.shape[-1]
+    if len(output.shape) == 3 and isinstance(width, int):
+        tokens = np.ones((1, 1, width), np.float32)
+        with made_by_model(output.name, tokens):
+            recipe.finish(tokens, np.ones((1, 1), np.int64))
 
 
 def _embedded(

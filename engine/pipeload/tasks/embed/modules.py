@@ -5,6 +5,7 @@ Their weights are a few megabytes in safetensors files beside `modules.json`, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = ["Module", "Step", "pooling_folder", "steps"]
 Floats = NDArray[np.float32]
 Step = Callable[[Floats], Floats]
 
+_REMEDY = "Take the token vectors from model.run and finish them yourself."
 _MOST_BYTES = 256 << 20
 _EPSILON = np.float32(1e-5)
 _STORED = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
@@ -41,12 +43,27 @@ class Module(msgspec.Struct, frozen=True):
         return self.type.rpartition(".")[2]
 
 
-class _Dense(msgspec.Struct, frozen=True, kw_only=True):
+class _Names(msgspec.Struct, frozen=True, kw_only=True):
+    """`2_Normalize/config.json`: what is changed, and what becomes of it."""
+
+    module_input_name: str = "sentence_embedding"
+    module_output_name: str | None = None
+
+    def check_pooled(self, module: Module) -> None:
+        """Raise ConfigError unless it is about the pooled vectors alone."""
+        made = self.module_output_name or self.module_input_name
+        if {self.module_input_name, made} != {"sentence_embedding"}:
+            raise ConfigError(
+                f"The module in '{module.path}' makes '{made}' of '{self.module_input_name}'; pipeload applies a "
+                f"{module.kind} to 'sentence_embedding'. {_REMEDY}"
+            )
+
+
+class _Dense(_Names, frozen=True, kw_only=True):
     """`2_Dense/config.json`."""
 
     activation_function: str = "torch.nn.modules.activation.Tanh"
-    module_input_name: str = "sentence_embedding"
-    module_output_name: str | None = None
+    use_residual: bool = False
 
 
 def pooling_folder(modules: Sequence[Module]) -> str:
@@ -67,40 +84,56 @@ def steps(files: ModelFiles, modules: Sequence[Module]) -> tuple[Step, ...]:
     if unknown := [kind for kind in kinds[:pooled] if kind not in ("Transformer", "Pooling", "Dropout")]:
         raise ConfigError(
             f"The model's modules.json has the module '{unknown[0]}' before the pooling, which pipeload does not run. "
-            "Take the token vectors from model.run and finish them yourself."
+            f"{_REMEDY}"
         )
     return tuple(_step(files, module) for module in modules[pooled:] if module.kind != "Dropout")
 
 
 def _step(files: ModelFiles, module: Module) -> Step:
     if module.kind == "Normalize":
+        if module.path:
+            read_settings(files, f"{module.path}/config.json", _Names).check_pooled(module)
         return normalized
     if module.kind == "Dense":
         return _dense(files, module)
     if module.kind == "LayerNorm":
         return _layer_norm(files, module)
     raise ConfigError(
-        f"The model's modules.json has the module '{module.kind}', which pipeload does not run. "
-        "Take the token vectors from model.run and finish them yourself."
+        f"The model's modules.json has the module '{module.kind}', which pipeload does not run. {_REMEDY}"
     )
 
 
 def _dense(files: ModelFiles, module: Module) -> Step:
     settings = read_settings(files, f"{module.path}/config.json", _Dense)
-    name = settings.activation_function.rpartition(".")[2]
-    between = (settings.module_input_name, settings.module_output_name or settings.module_input_name)
-    if name not in _ACTIVATIONS or set(between) != {"sentence_embedding"}:
+    settings.check_pooled(module)
+    # A class of another package may be called as one of torch's.
+    package, _, name = settings.activation_function.rpartition(".")
+    if package.partition(".")[0] != "torch" or name not in _ACTIVATIONS:
         raise ConfigError(
-            f"The module in '{module.path}' applies {name} to {between[0]}; pipeload has {', '.join(_ACTIVATIONS)}, on "
-            "sentence_embedding. Take the token vectors from model.run and finish them yourself."
+            f"The module in '{module.path}' applies {settings.activation_function}; pipeload has "
+            f"{', '.join(_ACTIVATIONS)} of torch. {_REMEDY}"
         )
-    weights, activate = _weights(files, module, "linear.weight"), _ACTIVATIONS[name]
+    activate = _ACTIVATIONS[name]
+    weights = _weights(files, module, "linear.weight")
     matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.zeros(1, np.float32))
+    around = _residual(module, matrix, weights.get("residual.weight")) if settings.use_residual else None
 
     def step(vectors: Floats) -> Floats:
-        return activate(vectors @ matrix.T + bias)
+        made = activate(vectors @ matrix.T + bias)
+        return made if around is None else made + around(vectors)
 
     return step
+
+
+def _residual(module: Module, matrix: Floats, other: Floats | None) -> Step:
+    """What a Dense adds to its result: the vectors as they came, or a product where the width changes."""
+    if matrix.shape[0] == matrix.shape[1]:
+        return _identity
+    if other is None:
+        raise ShardError(
+            f"'{module.path}/model.safetensors' is damaged: it has no tensor 'residual.weight'. Export the model again."
+        )
+    return lambda vectors: vectors @ other.T
 
 
 def _layer_norm(files: ModelFiles, module: Module) -> Step:
@@ -156,4 +189,16 @@ def _identity(values: Floats) -> Floats:
     return values
 
 
-_ACTIVATIONS: Mapping[str, Step] = {"Identity": _identity, "Tanh": np.tanh, "ReLU": _relu, "Sigmoid": _sigmoid}
+def _gelu(values: Floats) -> Floats:
+    # The exact form: sentence-transformers keeps the name of the class alone, so the other one is never asked for.
+    made = (0.5 * value * math.erfc(-value * math.sqrt(0.5)) for value in map(float, values.flat))
+    return np.fromiter(made, np.float32, values.size).reshape(values.shape)
+
+
+_ACTIVATIONS: Mapping[str, Step] = {
+    "Identity": _identity,
+    "Tanh": np.tanh,
+    "ReLU": _relu,
+    "Sigmoid": _sigmoid,
+    "GELU": _gelu,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def mean(text: str = "dog") -> NDArray[np.float32]:
         ("torch.nn.modules.linear.Identity", lambda x: x),
         ("torch.nn.modules.activation.ReLU", lambda x: np.maximum(x, 0)),
         ("torch.nn.modules.activation.Sigmoid", lambda x: 1 / (1 + np.exp(-x))),
+        ("torch.nn.modules.activation.GELU", lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2),
     ],
 )
 def test_a_dense_layer_and_its_activation(tmp_path: Path, package: str, activation: str, function: Any) -> None:
@@ -126,8 +128,10 @@ def test_the_pooling_of_sentence_transformers_5(tmp_path: Path, mode: Any) -> No
 @pytest.mark.parametrize(
     ("activation", "settings", "said"),
     [
-        ("torch.nn.modules.activation.GELU", {}, "applies GELU to sentence_embedding"),
-        ("torch.nn.Tanh", {"module_input_name": "token_embeddings"}, "applies Tanh to token_embeddings"),
+        ("torch.nn.modules.activation.Softplus", {}, r"applies torch\.nn\.modules\.activation\.Softplus;"),
+        ("own.package.Tanh", {}, r"applies own\.package\.Tanh;"),
+        ("torch.nn.Tanh", {"module_input_name": "token_embeddings"}, "makes 'token_embeddings' of 'token_embeddings'"),
+        ("torch.nn.Tanh", {"module_output_name": "more"}, "makes 'more' of 'sentence_embedding'"),
     ],
 )
 def test_another_dense_layer_is_refused_by_name(tmp_path: Path, activation: str, settings: Any, said: str) -> None:
@@ -135,6 +139,23 @@ def test_another_dense_layer_is_refused_by_name(tmp_path: Path, activation: str,
     write_dense(tmp_path, "2_Dense", activation, {"linear.weight": MATRIX}, **settings)
     with pytest.raises(ConfigError, match=f"'2_Dense' {said}"):
         embed(runner, "dog")
+
+
+def test_vectors_are_normalised_or_the_module_is_refused_by_name(tmp_path: Path) -> None:
+    runner = runner_with(tmp_path, "Normalize")
+    write_json(tmp_path, "2_Normalize/config.json", {"module_input_name": "token_embeddings"})
+    with pytest.raises(ConfigError, match=r"'2_Normalize' makes 'token_embeddings'.* applies a Normalize to 'sent"):
+        embed(runner, "dog")
+
+
+@pytest.mark.parametrize("width", [WIDTH, HIDDEN])
+def test_a_dense_layer_adds_what_it_was_given(tmp_path: Path, width: int) -> None:
+    runner = runner_with(tmp_path, "Dense")
+    matrix, other = SQUARE[:width], RANDOM.standard_normal((width, HIDDEN)).astype(np.float32)
+    tensors = {"linear.weight": matrix} | ({} if width == HIDDEN else {"residual.weight": other})
+    write_dense(tmp_path, "2_Dense", "torch.nn.Tanh", tensors, use_residual=True, bias=False)
+    added = mean() if width == HIDDEN else other @ mean()
+    np.testing.assert_allclose(embed(runner, "dog"), np.tanh(matrix @ mean()) + added, rtol=1e-5)
 
 
 def test_a_module_before_the_pooling_is_refused_by_name(tmp_path: Path) -> None:
@@ -155,4 +176,8 @@ def test_weights_that_are_missing_or_damaged_are_told_by_name(tmp_path: Path) ->
         embed(runner, "dog")
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ShardError, match="is damaged"):
+        embed(runner, "dog")
+    runner = runner_with(tmp_path, "Dense")
+    write_dense(tmp_path, "2_Dense", "torch.nn.Tanh", {"linear.weight": MATRIX}, use_residual=True)
+    with pytest.raises(ShardError, match=r"has no tensor 'residual\.weight'"):
         embed(runner, "dog")
