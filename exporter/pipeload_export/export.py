@@ -40,6 +40,9 @@ _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
 _KEPT_ONNX = "model.onnx"
 _MODULES = "modules.json"
+_REMEDY = (
+    "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
+)
 _WRITING = "write the shards"
 
 
@@ -126,7 +129,7 @@ def export(
             )
             manifest = _build(unsplit, staging.result, whole=whole, kv_cache=kv_cache, verify=verify, progress=notify)
             if verify and isinstance(found, Checkpoint):
-                parity = check_parity(staging.result, manifest, found.request, staging.work, notify)
+                parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
                 manifest = replace(manifest, parity=parity)
                 write(manifest, staging.result)
             if keeping:

@@ -9,6 +9,7 @@ padding   does padding on the left change the answers of a decoder that takes no
 graphs    is a shard's graph valid, and does it point to the weights of the manifest?
 boundaries  lengths at which a model may change, from its config
 questions   seeded inputs on both sides of them
+beginning   what tells an input with another answer from those with the right one
 parity    the answers of the finished directory, run by the engine, and of the checkpoint itself
 verify    files, graphs and answers of a sharded model directory
 ```

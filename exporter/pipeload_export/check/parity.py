@@ -22,6 +22,7 @@ from pipeload.measuring.profiler import measure
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
+from pipeload_export.check.beginning import Traits, beginning
 from pipeload_export.check.cases import as_taken
 from pipeload_export.check.compare import limit_of
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
@@ -41,7 +42,9 @@ _INT8_LIMIT = 0.1
 """The same in parts of the range where caches are int8."""
 
 
-def check_parity(directory: Path, manifest: Manifest, request: Request, work: Path, progress: Notify) -> Parity:
+def check_parity(
+    directory: Path, manifest: Manifest, request: Request, work: Path, progress: Notify, remedy: str
+) -> Parity:
     """Compare the streamed model with its source, on lengths from 1 to beyond every boundary in the config.
 
     Args:
@@ -50,6 +53,7 @@ def check_parity(directory: Path, manifest: Manifest, request: Request, work: Pa
         request: the source.
         work: an existing folder, in which a new one is made for questions and answers.
         progress: called with the name of the step, the part done, and the whole.
+        remedy: ends the message about answers that differ: what the user can do.
 
     Raises:
         ExportError: an output of the streamed model differs by more than its limit; the engine cannot run it; or the
@@ -77,7 +81,7 @@ def check_parity(directory: Path, manifest: Manifest, request: Request, work: Pa
             f"{request.name} cannot be compared with what was exported: the source itself makes no text "
             f"({silences[0]}). Leave the comparison out with --no-verify."
         )
-    comparison = _Comparison(manifest, asked, answers)
+    comparison = _Comparison(manifest, asked, answers, remedy)
     # The source is gone when the engine begins.
     try:
         with _load(directory) as model:
@@ -121,10 +125,10 @@ class _Comparison:
     manifest: Manifest
     asked: Questionnaire
     answers: Answers
+    remedy: str
     _spans: dict[str, float] = field(default_factory=dict)
     _worst: dict[str, _Worst] = field(default_factory=dict)
-    _compared: list[str] = field(default_factory=list)
-    _lengths: list[int] = field(default_factory=list)
+    _equal_cases: list[Traits] = field(default_factory=list)
     _refused: list[int] = field(default_factory=list)
     _tokens: int = 0
     _equal: int = 0
@@ -148,10 +152,11 @@ class _Comparison:
 
     def result(self) -> Parity:
         """The record for the manifest."""
-        reached = max([*self._lengths, *self._refused], default=0)
+        lengths = [case.length for case in self._equal_cases]
+        reached = max([*lengths, *self._refused], default=0)
         return Parity(
-            cases=tuple(self._compared),
-            longest=max(self._lengths, default=0),
+            cases=tuple(case.name for case in self._equal_cases),
+            longest=max(lengths, default=0),
             beyond=tuple(length for length in self.asked.boundaries if length >= reached),
             outputs=tuple(
                 Verification(output=name, max_abs_error=one.error, max_rel_error=one.relative, limit=one.limit)
@@ -171,11 +176,10 @@ class _Comparison:
                 raise
             self._refused.append(question.length)
             return
-        mask = question.inputs.get("attention_mask")
+        mask, case = question.inputs.get("attention_mask"), Traits.of_question(question)
         for name in self.answers.outputs[number]:
-            self._hold(f"case.{number}", name, question.name, self.answers.output(number, name), found[name], mask)
-        self._compared.append(question.name)
-        self._lengths.append(question.length)
+            self._hold(f"case.{number}", name, case, self.answers.output(number, name), found[name], mask)
+        self._equal_cases.append(case)
 
     def _prompt(self, model: pipeload.Model, number: int, prompt: Prompt) -> None:
         """The source's text, token by token: where the source takes a token, the engine has the same logits."""
@@ -189,17 +193,17 @@ class _Comparison:
                 found.append(_given_room(model, partial(model.step, inputs, state))[:, -1])
                 ids = tokens[:, step : step + 1]
         logits = np.stack(found, axis=1)
-        self._hold(f"prompt.{number}", name, prompt.name, wanted, logits, None, first=length)
+        case = Traits.of_prompt(prompt, tokens.shape[1])
+        self._hold(f"prompt.{number}", name, case, wanted, logits, None, first=length)
         self._tokens += tokens.size
         self._equal += int((logits.argmax(axis=-1) == tokens).sum())
-        self._compared.append(prompt.name)
-        self._lengths.append(length + tokens.shape[1])
+        self._equal_cases.append(case)
 
     def _hold(
         self,
         key: str,
         name: str,
-        case: str,
+        case: Traits,
         wanted: NDArray[Any],
         full: NDArray[Any],
         mask: NDArray[Any] | None,
@@ -209,7 +213,8 @@ class _Comparison:
         found = full if key.startswith("prompt") else visible(full, mask)
         if wanted.shape != found.shape:
             raise ExportError(
-                f"Output '{name}' is {list(full.shape)} for {case}, another shape than the source's. {self._remedy()}"
+                f"Output '{name}' is {list(full.shape)} for {case.name}, another shape than the source's; "
+                f"{self._beginning(case)}. {self.remedy}"
             )
         span = self._span(name)
         limit = max(limit_of("float32"), _EFFECTS * self.answers.effects[key].get(name, 0.0) / span)
@@ -234,7 +239,7 @@ class _Comparison:
         return self._spans[name]
 
     def _fault(
-        self, name: str, case: str, error: NDArray[Any], limit: float, mask: NDArray[Any] | None, first: int
+        self, name: str, case: Traits, error: NDArray[Any], limit: float, mask: NDArray[Any] | None, first: int
     ) -> str:
         """The message that tells where the two part."""
         over = ~(error <= limit)
@@ -245,25 +250,14 @@ class _Comparison:
             place = f" from token {int(np.nonzero(mask)[1][wrong].min())} on"
         else:
             place = ""
-        equal = f"equal up to {max(self._lengths)} tokens" if any(self._lengths) else "different from the first on"
-        crossed = [
-            f"{key} = {length}"
-            for length, key in self.asked.boundaries.items()
-            if length >= max(self._lengths, default=0) - 1
-        ][:1]
-        boundary = f"; the config has {crossed[0]}" if crossed and any(self._lengths) else ""
         return (
-            f"The streamed model does not answer as its source does. Output '{name}' differs for {case}{place} by "
-            f"{float(np.nanmax(error)):.3g} of its range, and the limit is {limit:.2g}; the answers are {equal}"
-            f"{boundary}. {self._remedy()}"
+            f"The streamed model does not answer as its source does. Output '{name}' differs for {case.name}{place} by "
+            f"{float(np.nanmax(error)):.3g} of its range, and the limit is {limit:.2g}; {self._beginning(case)}. "
+            f"{self.remedy}"
         )
 
-    def _remedy(self) -> str:
-        return (
-            "The ONNX graph of the exporter's libraries is not this model, most likely because a branch of its code "
-            "that depends on the length was frozen. Nothing was written. Use another model, or an .onnx file of your "
-            "own; --no-verify exports it with these answers."
-        )
+    def _beginning(self, case: Traits) -> str:
+        return beginning(case, self._equal_cases, self.asked.boundaries)
 
 
 def _text(manifest: Manifest, ids: NDArray[Any], past: int) -> Mapping[str, NDArray[Any]]:

@@ -32,6 +32,7 @@ from pipeload_export.write.digests import RangeDigests
 __all__ = ["Report", "verify"]
 
 _PIECE_BYTES = 4 << 20
+_REMEDY = "Export it from this source again, or pass the source that it was made from."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +99,7 @@ def _parity(directory: Path, source: str, notify: Notify) -> Parity:
     if not isinstance(found, Checkpoint):
         raise ConfigError(f"'{source}' is an ONNX graph, not the checkpoint of a model. Pass it with --against.")
     with TemporaryDirectory(prefix="pipeload-verify-") as folder:
-        return check_parity(directory, manifest, found.request, Path(folder), notify)
+        return check_parity(directory, manifest, found.request, Path(folder), notify, _REMEDY)
 
 
 def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:
