@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 from pipeload.errors import ExportError
 
-__all__ = ["has_module", "has_optimum", "require_exporters", "require_modules"]
+__all__ = ["has_module", "has_optimum", "how_to_install", "require_exporters", "require_modules"]
 
 _LIBRARIES = ("onnx", "safetensors", "torch", "transformers")
 """What makes an ONNX graph of a checkpoint, with one of those below."""
@@ -26,8 +26,13 @@ def require_modules(*names: str, extra: str = "export") -> None:
     if missing := [name for name in names if not has_module(name)]:
         raise ExportError(
             f"This needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            f"Install the extra: pip install 'pipeload[{extra}]'."
+            f"Install the extra: {how_to_install(extra)}."
         )
+
+
+def how_to_install(extra: str = "export") -> str:
+    """The command, as README.md has it: by name, an index might have another package or none."""
+    return f"pip install '.[{extra}]' in the folder of pipeload's source"
 
 
 def require_exporters() -> None:

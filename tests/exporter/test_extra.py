@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from tests.models import REPOSITORY
 
 from pipeload.errors import ExportError
 from pipeload.notify import silent
@@ -17,7 +19,7 @@ def test_transformers_5_needs_the_exporter_of_torch(tmp_path: Path, monkeypatch:
     (tmp_path / "model.safetensors").write_bytes(b"no weights are read")
     monkeypatch.setattr(extra, "version", lambda _: "5.24.0")
     monkeypatch.setattr(extra, "find_spec", lambda name: None if name in ("onnxscript", "optimum") else object())
-    with pytest.raises(ExportError, match=r"^This needs onnxscript, which is not.*'pipeload\[export-torch\]'"):
+    with pytest.raises(ExportError, match=r"^This needs onnxscript, which is not.*pip install '\.\[export-torch\]' in"):
         find_source(str(tmp_path), progress=silent)
 
 
@@ -25,6 +27,21 @@ def test_every_missing_library_is_named_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(extra, "find_spec", lambda name: None if name in ("torch", "onnx") else object())
     with pytest.raises(ExportError, match=r"This needs onnx, torch, which are not installed"):
         extra.require_exporters()
+
+
+@pytest.mark.parametrize("name", ["export", "export-torch"])
+def test_the_command_that_installs_an_extra_is_that_of_the_readme(name: str) -> None:
+    command, _, place = extra.how_to_install(name).partition(" in ")
+    assert f"\n{command} " in (REPOSITORY / "README.md").read_text()
+    assert place == "the folder of pipeload's source"
+
+
+def test_nothing_tells_to_install_pipeload_by_its_name() -> None:
+    """Whether an index has it, and under which name, is not known."""
+    pages = [*(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md")), *(REPOSITORY / "docs").rglob("*.md")]
+    code = [path for name in ("engine", "exporter", "examples") for path in (REPOSITORY / name).rglob("*.py")]
+    told = [path for path in (*pages, *code) if re.search(r"pip install ['\"]?pipeload", path.read_text())]
+    assert told == []
 
 
 def test_a_library_without_metadata_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

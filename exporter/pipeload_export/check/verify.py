@@ -24,7 +24,7 @@ from pipeload_export.boundary import boundary
 from pipeload_export.check.cases import Case, sample_cases
 from pipeload_export.check.compare import compare
 from pipeload_export.check.parity import check_parity
-from pipeload_export.extra import has_module, require_modules
+from pipeload_export.extra import has_module, how_to_install, require_modules
 from pipeload_export.graph.runtime import open_session
 from pipeload_export.source.sources import Checkpoint, find_source
 from pipeload_export.write.digests import RangeDigests
@@ -121,7 +121,7 @@ def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:
         _check_shards("check the graphs", check_graph, directory, manifest, notify)
         checks.append("every graph passes onnx.checker and points to the weights that the manifest lists")
     else:
-        skipped.append("onnx.checker: the extra is not installed (pip install 'pipeload[export]')")
+        skipped.append(f"onnx.checker: the extra is not installed ({how_to_install()})")
     _check_shards("open the shards", _check_session, directory, manifest, notify)
     checks.append("every shard opens in plain onnxruntime")
     cases: list[Case] = []

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeload_export.extra import how_to_install
 from pipeload_export.source.refused import Refused
 
 __all__ = ["trace"]
@@ -106,8 +107,8 @@ def _sample(model: Any) -> tuple[dict[str, Any], dict[str, Sizes]]:
     taken = inspect.signature(model.forward).parameters
     if {"input_ids", "pixel_values"} <= taken.keys():
         raise Refused(
-            "it takes texts and images, and torch's exporter is used for models of one of them. Install what optimum "
-            "exports it with: pip install 'transformers<5'."
+            "it takes texts and images, and torch's exporter is used for models of one of them. optimum exports it, in "
+            f"an environment with transformers 4: {how_to_install()}."
         )
     random = torch.Generator().manual_seed(0)
     if model.main_input_name == "pixel_values":
