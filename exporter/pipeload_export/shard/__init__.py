@@ -7,8 +7,10 @@ extents        how images and sounds shrink: sizes that make whole patches or fr
 published      sizes that a model's files name
 sample_sizes   sizes of dimensions to try
 trial          sample runs of a shard
-activations    live bytes -> formulas
+liveness       which tensors are alive together, and how large they are
+polynomials    sizes that were seen in runs -> polynomials
+activations    live tensors -> formulas
 sampler        sample runs of all shards -> shapes, live bytes
-structure      an id for shards that are built alike
+structure      an id for shards that are built alike, and their formulas
 ```
 """

@@ -7,14 +7,13 @@ the same as the graph it was made from.
 from __future__ import annotations
 
 import hashlib
-from math import prod
 
-import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from pipeload.format.manifest import Structure
-from pipeload_export.shard.activations import fit, live_bytes
+from pipeload_export.shard.activations import fit
 from pipeload_export.shard.fuse import INLINE_BYTES, Fused
+from pipeload_export.shard.liveness import LiveTensor, live_tensors
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.trial import Event
 
@@ -66,15 +65,18 @@ class Structures:
     def _bound(self, fused: Fused, events: list[list[Event]]) -> Structure:
         sampler, graph = self._sampler, fused.model.graph
         names = [value.name for value in (*graph.input, *graph.output)]
-        steps = [live_bytes(fused.model, run, sampler.run_shapes(names, i)) for i, run in enumerate(events)]
-        if len({len(run) for run in steps}) != 1:
-            steps = [[max(run)] for run in steps]
-        table = np.array(steps, np.int64).reshape(len(steps), -1)
         # The manifest cannot say the size of such an edge; each shard that takes one counts it.
         unknown = [value.name for value in graph.input if sampler.shape(value.name) is None]
-        for i in range(len(steps)):
-            table[i] += sum(prod(shape) for shape in sampler.run_shapes(unknown, i).values()) * _WIDEST
-        return fit(sampler.free_symbols, sampler.points, table, steps=sampler.steps)
+        runs = []
+        for place, run in enumerate(events):
+            taken = sampler.run_shapes(unknown, place).values()
+            runs.append(
+                [
+                    *live_tensors(fused.model, run, sampler.run_shapes(names, place)),
+                    *(LiveTensor(factors=(_WIDEST, *shape), first=0, last=len(run) - 1) for shape in taken),
+                ]
+            )
+        return fit(sampler.free_symbols, sampler.points, runs, steps=sampler.steps)
 
 
 def structure_id(model: ModelProto) -> str:

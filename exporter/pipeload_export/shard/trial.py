@@ -35,11 +35,13 @@ _STEP = 1e-2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A node that ran: its index in the graph, and of each of its outputs the bytes and the shape."""
+    """A node that ran: its index in the graph, and of each of its outputs the bytes of an element and the shape.
+
+    The product of an output's numbers is its size in bytes.
+    """
 
     node: int
-    output_bytes: tuple[int, ...]
-    output_shapes: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
 
 
 class Refused(Exception):  # noqa: N818 - not an error: it asks for other sizes
@@ -176,8 +178,7 @@ def _events(records: Sequence[Mapping[str, Any]]) -> list[list[Event]]:
             made = [item for entry in details.get("output_type_shape", []) for item in entry.items()]
             event = Event(
                 node=int(details["node_index"]),
-                output_bytes=tuple(int(np.prod(shape)) * ITEM_BYTES.get(dtype_of(dtype), 8) for dtype, shape in made),
-                output_shapes=tuple(tuple(shape) for _, shape in made),
+                outputs=tuple((ITEM_BYTES.get(dtype_of(dtype), 8), *shape) for dtype, shape in made),
             )
             current.append(event)
         elif name == "model_run":

@@ -75,6 +75,13 @@ FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any], str, Mapping[str, Any]
         "feature-extraction",
         {},
     ),
+    "chinese_clip": (
+        "ChineseCLIPModel",
+        "ChineseCLIPConfig",
+        {"text_config": _TEXT, "vision_config": _PATCHES, "projection_dim": 32},
+        "feature-extraction",
+        {},
+    ),
     "siglip": (
         "SiglipModel",
         "SiglipConfig",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from math import prod
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
 from tests.exporter.conftest import Sharded
 
-from pipeload_export.shard.activations import fit, live_bytes
-from pipeload_export.shard.trial import Event
+from pipeload_export.shard.activations import fit
+from pipeload_export.shard.liveness import LiveTensor, live_bytes
 
 POINTS = [{"b": b, "s": s} for b in (1, 2, 3) for s in (4, 6, 9)]
 
 
-def steps(*formulas: Callable[[int, int], int]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    return np.array([[formula(p["b"], p["s"]) for formula in formulas] for p in POINTS], np.int64)
+def steps(*formulas: Callable[[int, int], int]) -> list[list[LiveTensor]]:
+    """Runs in which each node has one tensor, of so many bytes."""
+    return [nodes(*(formula(p["b"], p["s"]) for formula in formulas)) for p in POINTS]
+
+
+def nodes(*sizes: int) -> list[LiveTensor]:
+    return [LiveTensor(factors=(nbytes,), first=place, last=place) for place, nbytes in enumerate(sizes)]
 
 
 def test_polynomials_are_found_exactly() -> None:
@@ -37,10 +42,10 @@ def test_dominated_steps_are_dropped_and_others_kept() -> None:
 
 
 def test_a_bound_that_is_no_polynomial_is_above_every_sample() -> None:
-    table = steps(lambda b, s: 100 * (s // 4) + b)
-    found = fit(("b", "s"), POINTS, table)
-    for point, (nbytes,) in zip(POINTS, table.tolist(), strict=True):
-        assert found.activation_bytes(point) >= nbytes
+    runs = steps(lambda b, s: 100 * (s // 4) + b)
+    found = fit(("b", "s"), POINTS, runs)
+    for point, run in zip(POINTS, runs, strict=True):
+        assert found.activation_bytes(point) >= max(live_bytes(run))
 
 
 def _image_points(step: int) -> list[dict[str, int]]:
@@ -55,8 +60,8 @@ def _attention(point: dict[str, int]) -> int:
 
 def test_sizes_in_steps_are_found_exactly_and_bound_those_between() -> None:
     points = _image_points(14)
-    table = np.array([[_attention(point)] for point in points], np.int64)
-    found = fit(("b", "h", "w"), points, table, steps={"h": 14, "w": 14})
+    runs = [nodes(_attention(point)) for point in points]
+    found = fit(("b", "h", "w"), points, runs, steps={"h": 14, "w": 14})
     for height, width in ((224, 224), (518, 518), (14, 700)):
         point = {"b": 1, "h": height, "w": width}
         assert found.activation_bytes(point) == _attention(point)
@@ -67,17 +72,17 @@ def test_sizes_in_steps_are_found_exactly_and_bound_those_between() -> None:
 def test_symbols_of_other_parts_of_a_model_leave_no_choice() -> None:
     random = np.random.default_rng(0)
     points = [{name: int(random.integers(1, 4)) for name in ("text", "length", "b", "h", "w")} for _ in range(30)]
-    table = np.array([[40 * p["b"] * p["h"] * p["w"] + 100] for p in points], np.int64)
-    found = fit(("text", "length", "b", "h", "w"), points, table, steps={"h": 1, "w": 1})
+    runs = [nodes(40 * p["b"] * p["h"] * p["w"] + 100) for p in points]
+    found = fit(("text", "length", "b", "h", "w"), points, runs, steps={"h": 1, "w": 1})
     assert found.activation_bytes({"text": 1, "length": 1, "b": 2, "h": 50, "w": 40}) == 160_100
 
 
 def test_rounding_noise_does_not_grow_with_the_size() -> None:
     points = _image_points(14)
-    table = np.array([[_attention(point) + (point["h"] * point["w"]) % 3] for point in points], np.int64)
-    found = fit(("b", "h", "w"), points, table, steps={"h": 14, "w": 14})
-    for point, (nbytes,) in zip(points, table.tolist(), strict=True):
-        assert nbytes <= found.activation_bytes(point)
+    runs = [nodes(_attention(point) + (point["h"] * point["w"]) % 3) for point in points]
+    found = fit(("b", "h", "w"), points, runs, steps={"h": 14, "w": 14})
+    for point, run in zip(points, runs, strict=True):
+        assert max(live_bytes(run)) <= found.activation_bytes(point)
     large = {"b": 2, "h": 518, "w": 518}
     assert _attention(large) <= found.activation_bytes(large) <= 1.1 * _attention(large)
 
@@ -91,39 +96,48 @@ def test_many_steps_become_few_formulas_that_bound_them_all() -> None:
 
 
 def test_a_model_without_symbols_has_a_constant_bound() -> None:
-    assert fit((), [{}], np.array([[10, 30, 20]])).activation_bytes({}) == 30
+    assert fit((), [{}], [nodes(10, 30, 20)]).activation_bytes({}) == 30
 
 
-def test_tensors_are_freed_after_their_last_use_and_views_take_nothing() -> None:
-    nodes = [
-        helper.make_node("Relu", ["x"], ["a"]),
-        helper.make_node("Reshape", ["a", "shape"], ["view"]),
-        helper.make_node("Relu", ["view"], ["b"]),
-        helper.make_node("Relu", ["b"], ["y"]),
+def test_parts_of_a_model_that_share_no_symbol_are_told_apart() -> None:
+    """A tower of texts beside one of images: far fewer runs than products of their sizes, and another peak for each."""
+    random = np.random.default_rng(0)
+    symbols = ("texts", "length", "images", "h", "w")
+    points = [{name: int(random.integers(1, 4)) for name in symbols} for _ in range(30)]
+
+    def tensors(p: Mapping[str, int]) -> list[LiveTensor]:
+        patches = p["h"] * p["w"] + 1
+        return [
+            LiveTensor(factors=(4, p["texts"], p["length"], 64), first=0, last=2),
+            LiveTensor(factors=(4, p["texts"], 4, p["length"], p["length"]), first=1, last=1),
+            LiveTensor(factors=(4, p["images"], 4, patches, patches), first=3, last=4),
+            LiveTensor(factors=(4, p["images"], p["texts"]), first=4, last=4),
+        ]
+
+    found = fit(symbols, points, [tensors(point) for point in points], steps={"h": 1, "w": 1})
+    for sizes in ((1, 500, 1, 2, 2), (100, 3, 1, 1, 1), (1, 4, 9, 30, 40), (70, 1, 80, 1, 1), (20, 20, 20, 3, 4)):
+        point = dict(zip(symbols, sizes, strict=True))
+        assert found.activation_bytes(point) == max(live_bytes(tensors(point)))
+
+
+def test_one_dimension_that_is_no_polynomial_leaves_the_others_exact() -> None:
+    points = [{"b": b, "s": s, "n": n} for b in (1, 2, 3) for s in (4, 6, 9) for n in (2, 5, 7)]
+
+    def tensor(p: Mapping[str, int]) -> LiveTensor:
+        return LiveTensor(factors=(4, p["b"], p["n"], p["n"], -(-p["s"] // 4), 64), first=0, last=0)
+
+    found = fit(("b", "s", "n"), points, [[tensor(point)] for point in points])
+    for s in (4, 6, 9):
+        one, many = ({"b": b, "s": s, "n": n} for b, n in ((1, 1), (50, 90)))
+        assert found.activation_bytes(many) == 50 * 90 * 90 * found.activation_bytes(one)
+        assert prod(tensor(one).factors) <= found.activation_bytes(one) <= 2 * prod(tensor(one).factors)
+
+
+def test_runs_that_go_different_ways_are_bounded_by_their_peaks() -> None:
+    runs = [
+        [LiveTensor(factors=(4, p["b"], p["s"]), first=place, last=place) for place in range(p["b"])] for p in POINTS
     ]
-    value = helper.make_empty_tensor_value_info("y")
-    model = helper.make_model(helper.make_graph(nodes, "g", [], [value]))
-    events = [Event(node=i, output_bytes=(100,), output_shapes=((25,),)) for i in range(4)]
-    assert live_bytes(model, events, {}) == [100, 100, 200, 200]
-
-
-def test_outputs_stay_to_the_end() -> None:
-    nodes = [helper.make_node("Relu", ["x"], ["y"]), helper.make_node("Relu", ["x"], ["z"])]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "z")]
-    model = helper.make_model(helper.make_graph(nodes, "g", [], outputs))
-    events = [Event(node=i, output_bytes=(8,), output_shapes=((2,),)) for i in range(2)]
-    assert live_bytes(model, events, {}) == [8, 16]
-
-
-def test_a_cache_that_is_written_in_place_takes_nothing() -> None:
-    nodes = [
-        helper.make_node("TensorScatter", ["past", "new", "at"], ["present"]),
-        helper.make_node("Relu", ["x"], ["y"]),
-    ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("present", "y")]
-    model = helper.make_model(helper.make_graph(nodes, "g", [], outputs))
-    events = [Event(node=i, output_bytes=(8,), output_shapes=((2,),)) for i in range(2)]
-    assert live_bytes(model, events, {}) == [0, 8]
+    assert fit(("b", "s"), POINTS, runs).activation_bytes({"b": 5, "s": 50}) == 4 * 5 * 50
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])

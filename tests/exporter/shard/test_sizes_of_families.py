@@ -18,8 +18,8 @@ from pipeload.format.manifest import Manifest, evaluate_dim, read
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export import export
-from pipeload_export.shard.activations import live_bytes
 from pipeload_export.shard.fuse import Fused
+from pipeload_export.shard.liveness import live_bytes, live_tensors
 from pipeload_export.shard.trial import run_trial
 
 Make = Callable[[str], Path]
@@ -94,6 +94,7 @@ def test_a_branch_that_tracing_froze_is_the_reason(unsplit: Make, tmp_path: Path
         export(unsplit("longformer"), tmp_path / "longformer")
 
 
+_END_OF_TEXT = 2
 _TEXTS = [{"sequence_length": n} for n in (4, 6, 9, 100, 500)]
 _STEPS = [
     {"sequence_length": n, "past_sequence_length": past} for n, past in ((4, 2), (6, 5), (9, 7), (60, 0), (40, 200))
@@ -104,24 +105,21 @@ def _images(*pairs: tuple[int, int]) -> list[dict[str, int]]:
     return [{"num_channels": 3, "height": height, "width": width} for height, width in pairs]
 
 
+_TOWERS = [
+    {**_images((64, 64))[0], "text_batch_size": texts, "sequence_length": n}
+    for texts, n in ((3, 5), (3, 9), (3, 30), (1, 16), (9, 60), (2, 64), (40, 12))
+]
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
         ("bert", _TEXTS),
         ("dinov2", _images((14, 28), (28, 42), (42, 42), (224, 224), (322, 518))),
-        survey("clip", [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": n} for n in (5, 9)]),
-        pytest.param(
-            "clip",
-            [{**_images((64, 64))[0], "text_batch_size": 3, "sequence_length": 30}],
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.xfail(
-                    strict=True,
-                    reason="a shard with a whole text tower beside an image: the samples do not tell the square of the "
-                    "length from length x height x width, so that longer texts are planned 18 % too low",
-                ),
-            ],
-        ),
+        slow("clip", _TOWERS),
+        survey("chinese_clip", _TOWERS),
+        survey("siglip", [{**sizes, "image_batch_size": 4} for sizes in _TOWERS if sizes["sequence_length"] <= 16]),
+        slow("bart", [*_TEXTS[:3], {"sequence_length": 60}]),
         survey("llama", _STEPS),
         survey("vit", _images((64, 64))),
         survey("segformer", _images((32, 64), (64, 96), (96, 96), (224, 224), (512, 384))),
@@ -168,6 +166,9 @@ def _measured(manifest: Manifest, directory: Path, dims: dict[str, int], work: P
         shape = tuple(evaluate_dim(dim, dims) for dim in spec.shape)
         is_float = spec.dtype.startswith("float")
         state[spec.name] = random.standard_normal(shape).astype(spec.dtype) if is_float else np.ones(shape, spec.dtype)
+    if "input_ids" in state:
+        # BART looks for the end of a text.
+        state["input_ids"][:, -1] = _END_OF_TEXT
     if caches := [cache.input for cache in manifest.caches if cache.in_place]:
         length, axis = length_input(manifest)
         state |= {name: with_room(state[name], state[length].shape[axis]) for name in caches}
@@ -183,5 +184,5 @@ def _measured(manifest: Manifest, directory: Path, dims: dict[str, int], work: P
         state.update(zip(shard.outputs, made, strict=True))
         shapes = {name: state[name].shape for name in (*shard.inputs, *shard.outputs)}
         taken = sum(array.nbytes for name, array in inputs.items() if name in unknown and array.ndim)
-        result[shard.name] = max(live_bytes(model, events, shapes)) + taken
+        result[shard.name] = max(live_bytes(live_tensors(model, events, shapes))) + taken
     return result
