@@ -107,7 +107,8 @@ class Shard:
         inputs: edges and graph inputs that it takes, in the order of its graph.
         outputs: edges and graph outputs that it makes.
         lookups: rows that the engine fetches before it runs the shard.
-        structure: id of its structure; shards of one structure have the same graph up to names and weights.
+        structure: id of its structure; shards of one structure have the same graph up to names and weights, and
+            inputs of the same shapes. In older directories the shapes may differ, and the bound is above all of them.
     """
 
     name: str

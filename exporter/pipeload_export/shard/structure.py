@@ -1,4 +1,5 @@
-"""Which shards are built alike: their graphs are equal but for names and the values of weights.
+"""Which shards are built alike: their graphs are equal but for names and the values of weights, and they take inputs of
+the same shapes.
 
 Two facts about one of them hold for all: the memory of its intermediate tensors, and whether its fused graph computes
 the same as the graph it was made from.
@@ -35,7 +36,7 @@ class Structures:
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self._examples: dict[str, list[int]] = {}
+        self._examples: dict[str, list[tuple[int, str]]] = {}
         self._refused: set[str] = set()
         self.known: dict[str, Structure] = {}
 
@@ -49,18 +50,19 @@ class Structures:
         """
         wanted = plain if fused is None or structure_id(fused.model) in self._refused else fused
         identity = structure_id(wanted.model)
-        if any(self._sampler.repeat(shard, wanted, like) for like in self._examples.get(identity, ())):
-            return wanted, identity
+        for like, name in self._examples.get(identity, ()):
+            if self._sampler.repeat(shard, wanted, like):
+                return wanted, name
         chosen, events = self._sampler.run(shard, wanted, None if wanted is plain else plain)
         if chosen is not wanted:
             self._refused.add(identity)
             identity = structure_id(chosen.model)
-        found = self._bound(chosen, events)
-        before = self.known.get(identity, Structure(activations=()))
-        # Shards of one structure may take inputs of different shapes.
-        self.known[identity] = Structure(activations=tuple(dict.fromkeys((*before.activations, *found.activations))))
-        self._examples.setdefault(identity, []).append(shard)
-        return chosen, identity
+        # Stages of a vision model have the same graphs, and each halves the image that the next one gets.
+        alike = self._examples.setdefault(identity, [])
+        name = f"{identity}-{len(alike)}" if alike else identity
+        self.known[name] = self._bound(chosen, events)
+        alike.append((shard, name))
+        return chosen, name
 
     def _bound(self, fused: Fused, events: list[list[Event]]) -> Structure:
         sampler, graph = self._sampler, fused.model.graph
