@@ -28,8 +28,8 @@ __all__ = ["find_caches"]
 _MOVING = frozenset(
     {
         *("Cast", "Concat", "DequantizeLinear", "Expand", "Flatten", "Gather", "Identity", "If", "Loop", "Pad"),
-        *("QuantizeLinear", "Reshape", "Scan", "ScatterElements", "ScatterND", "Slice", "Split", "Squeeze"),
-        *("TensorScatter", "Transpose", "Unsqueeze", "Where"),
+        *("QLinearConcat", "QuantizeLinear", "Reshape", "Scan", "ScatterElements", "ScatterND", "Slice", "Split"),
+        *("Squeeze", "TensorScatter", "Transpose", "Unsqueeze", "Where"),
     }
 )
 """Operators behind which values of an input are still there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto, helper
 from tests.exporter.conftest import Sharded, assert_same_answers
 from tests.exporter.graphs import WIDTH, Builder, encoder, grouped_decoder, run
 
@@ -110,6 +110,25 @@ def test_caches_grow_by_a_length_of_the_inputs(declared: str | None, shard: Call
     sharded = shard(model)
     assert pairs(sharded) == [(f"past.{number}.key", f"present.{number}.key") for number in range(3)]
     opens_and_answers(sharded, PLACE)
+
+
+def test_caches_that_are_appended_to_as_int8_are_caches(shard: Callable[..., Sharded]) -> None:
+    builder = Builder()
+    builder.output(builder.norm(decoder(builder, past=["batch", "past", WIDTH])), "hidden", ["batch", "length", WIDTH])
+    step = [builder.constant(0.05, "float32"), builder.constant(0, "uint8")]
+
+    def rounded(node: NodeProto) -> list[NodeProto]:
+        small = [f"{name}.rounded" for name in (*node.input, *node.output)]
+        nodes = [
+            helper.make_node("QuantizeLinear", [name, *step], [one])
+            for name, one in zip(node.input, small, strict=False)
+        ]
+        parts = [name for one in small[:-1] for name in (one, *step)]
+        append = helper.make_node("QLinearConcat", [*step, *parts], small[-1:], domain="com.microsoft", axis=1)
+        return [*nodes, append, helper.make_node("DequantizeLinear", [small[-1], *step], node.output)]
+
+    builder.nodes = [one for node in builder.nodes for one in (rounded(node) if node.op_type == "Concat" else [node])]
+    assert pairs(shard(builder.model())) == [(f"past.{number}.key", f"present.{number}.key") for number in range(3)]
 
 
 def test_keys_and_values_of_one_operator_are_told_apart_by_its_places(shard: Callable[..., Sharded]) -> None:
