@@ -181,7 +181,7 @@ def _with_scales(specs: Sequence[TensorSpec], scales: Mapping[str, str]) -> Iter
     for spec in specs:
         if spec.name in scales:
             yield replace(spec, dtype="int8")
-            yield TensorSpec(name=scales[spec.name], dtype=spec.dtype, shape=(*spec.shape[:-1], 1))
+            yield TensorSpec(name=scales[spec.name], dtype="float32", shape=(*spec.shape[:-1], 1))
         else:
             yield spec
 

@@ -14,17 +14,19 @@ from pipeload_export.graph.graph import Graph, tensor_proto
 
 HEADS, SIZE = 4, 8
 WIDTH = HEADS * SIZE
-_LOWEST = float(np.finfo(np.float32).min)
 
 
 def attention_layer(**odd: Any) -> Builder:
     """One layer of attention over a cache, as exporters write it, with something odd about it."""
     build, groups = Builder(opset=odd.get("opset", 18)), odd.get("groups", HEADS)
     dtype = odd.get("dtype", TensorProto.FLOAT)
+    # Of the arrays that a caller passes and gets.
+    outer = TensorProto.FLOAT if odd.get("wide_ends") else dtype
     past, total = "past_sequence_length", odd.get("total", "past_sequence_length + sequence_length")
-    x = build.input("x", ["batch_size", "sequence_length", WIDTH], dtype)
+    x = build.input("x", ["batch_size", "sequence_length", WIDTH], outer)
     seen = build.input("attention_mask", ["batch_size", total])
-    number = np.float16 if dtype == TensorProto.FLOAT16 else np.float32
+    number = onnx.helper.tensor_dtype_to_np_dtype(dtype)
+    x = build.op("Cast", x, to=dtype) if outer != dtype else x
 
     def heads(count: int) -> str:
         weight = build.constant(build.random.standard_normal((WIDTH, count * SIZE)) * 0.2, number)
@@ -33,11 +35,15 @@ def attention_layer(**odd: Any) -> Builder:
         return str(build.op("Transpose", split, perm=[0, 2, 1, 3]))
 
     def cached(name: str, new: str) -> str:
-        held = build.input(f"past.{name}", ["batch_size", groups, past, SIZE], dtype)
-        build.nodes.append(onnx.helper.make_node("Concat", [held, new], [f"present.{name}"], axis=odd.get("axis", 2)))
+        held = build.input(f"past.{name}", ["batch_size", groups, past, SIZE], outer)
+        held = build.op("Cast", held, to=dtype) if outer != dtype else held
+        made = f"present.{name}" if outer == dtype else f"appended.{name}"
+        build.nodes.append(onnx.helper.make_node("Concat", [held, new], [made], axis=odd.get("axis", 2)))
+        if outer != dtype:
+            build.nodes.append(onnx.helper.make_node("Cast", [made], [f"present.{name}"], to=outer))
         shape = ["batch_size", groups, total, SIZE]
-        build.outputs.append(onnx.helper.make_tensor_value_info(f"present.{name}", dtype, shape))
-        return f"present.{name}"
+        build.outputs.append(onnx.helper.make_tensor_value_info(f"present.{name}", outer, shape))
+        return made
 
     def repeated(name: str) -> str:
         if groups == HEADS:
@@ -50,31 +56,41 @@ def attention_layer(**odd: Any) -> Builder:
     keys, values = cached("key", heads(groups)), cached("value", heads(groups))
     if odd.get("looked_at"):
         build.output(build.op("ReduceSum", keys, keepdims=0), "sum", [], dtype)
+    if odd.get("past_looked_at"):
+        build.output(build.op("ReduceSum", "past.key", keepdims=0), "sum", [], outer)
     turned = build.op("Transpose", repeated(keys), perm=[0, 1, 3, 2])
     if odd.get("scaled_keys"):
         turned = build.op("Mul", turned, build.constant(0.5, number))
     scores = build.op("MatMul", queries, turned)
     scores = build.op("Div", scores, build.constant(SIZE**0.5, number))
+    if odd.get("wide_scores"):
+        scores, number = build.op("Cast", scores, to=TensorProto.FLOAT), np.float32
     if odd.get("wide_factor"):
         scores = build.op("Mul", scores, build.constant(np.ones((HEADS, 1, 1)) * 2, number))
     hidden = build.op("Unsqueeze", build.op("Cast", seen, to=TensorProto.BOOL), build.constant([1, 2], np.int64))
-    least = build.constant(odd.get("least", _LOWEST if dtype == TensorProto.FLOAT else -6e4), number)
+    least = build.constant(odd.get("least", np.finfo(number).min), number)
     if odd.get("chosen"):
         scores = build.op("Where", hidden, scores, least)
     elif odd.get("shut_out"):
         scores = build.op("Where", build.op("Not", hidden), least, scores)
     elif not odd.get("unmasked"):
         scores = build.op("Add", scores, build.op("Where", hidden, build.constant(0, number), least))
+    if odd.get("shifted"):
+        scores = build.op("Add", scores, build.constant(np.zeros((1, 1, 1, 1)), number))
     if odd.get("scaled_last"):
         scores = build.op("Div", scores, build.constant(2, number))
     weights = build.op("Softmax", scores, axis=-1)
+    if odd.get("wide_scores"):
+        weights = build.op("Cast", weights, to=dtype)
+        number = np.float16
     if odd.get("guarded"):
         weights = build.op("Where", build.op("IsNaN", weights), build.constant(0, number), weights)
     mixed = build.op("MatMul", weights, repeated(values))
     joined = build.op(
         "Reshape", build.op("Transpose", mixed, perm=[0, 2, 1, 3]), build.constant([0, 0, WIDTH], np.int64)
     )
-    build.output(joined, "y", ["batch_size", "sequence_length", WIDTH], dtype)
+    joined = build.op("Cast", joined, to=outer) if outer != dtype else joined
+    build.output(joined, "y", ["batch_size", "sequence_length", WIDTH], outer)
     return build
 
 

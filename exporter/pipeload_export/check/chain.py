@@ -6,7 +6,7 @@ copied, and a model that is larger than memory can be verified, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
-from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, open_session, run, session_options
+from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 
 __all__ = ["run_shards", "run_unsplit"]
 
@@ -30,7 +30,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def run_unsplit(
-    path: Path, wanted: Iterable[str], cases: Sequence[Case], progress: Notify, *, optimised: bool = False
+    path: Path,
+    wanted: Iterable[str],
+    cases: Sequence[Case],
+    progress: Notify,
+    *,
+    narrowed: Collection[str] = (),
+    optimised: bool = False,
 ) -> list[Arrays]:
     """The outputs `wanted` of the unsplit graph for each case.
 
@@ -39,6 +45,7 @@ def run_unsplit(
         wanted: names of outputs.
         cases: the inputs.
         progress: called with the number of cases that are done.
+        narrowed: inputs that the cases have as float32, and the graph as float32 or float16.
         optimised: optimise it first, as the exporter optimises shards.
 
     Raises:
@@ -64,10 +71,14 @@ def run_unsplit(
     settings = {name: np.zeros([1] * len(taken[name]), np.int64) for name in (SETTINGS & taken.keys()) - given}
     _check_names(path, "takes", (taken.keys() - settings.keys()) ^ given, given)
     _check_names(path, "makes", set(wanted) - set(names), set(wanted))
+    types = {
+        value.name: dtype_of(value.type.removeprefix("tensor(").removesuffix(")")) for value in session.get_inputs()
+    }
     results = []
     for number, case in enumerate(cases):
         progress("run the unsplit model", number, len(cases))
-        results.append(_run(session, names, {**case.inputs, **settings}, f"The unsplit graph ({case.name})"))
+        inputs = {name: a.astype(types[name]) if name in narrowed else a for name, a in case.inputs.items()}
+        results.append(_run(session, names, {**inputs, **settings}, f"The unsplit graph ({case.name})"))
     progress("run the unsplit model", len(cases), len(cases))
     return results
 

@@ -51,10 +51,10 @@ def compare(
     # Sessions are made one after another, and the first is gone before the second comes.
     plain = [replace(case, inputs=_dequantised(case.inputs, given)) for case in cases]
     names = [spec.name for spec in specs]
-    wanted = run_unsplit(against, names, plain, progress)
+    wanted = run_unsplit(against, names, plain, progress, narrowed=given)
     found = run_shards(directory, manifest, cases, progress)
     _check_caches(manifest, cases, found)
-    found = [_dequantised(arrays, made) for arrays in found]
+    found = [_dequantised(arrays, made, like=wanted[0]) for arrays in found]
     inner = _inner(manifest)
     # Caches that are int8 in the manifest are floats in the unsplit model.
     known = {name: limit_of(array.dtype.name, inner) for name, array in wanted[0].items()}
@@ -63,7 +63,7 @@ def compare(
     worst = differences(wanted, found)
     if any(not result.max_rel_error <= result.limit for result in worst):
         # onnxruntime's own optimisation changes the answers where they are rounded coarsely: like with like.
-        optimised = run_unsplit(against, names, plain, progress, optimised=True)
+        optimised = run_unsplit(against, names, plain, progress, narrowed=given, optimised=True)
         own, alike = differences(wanted, optimised), differences(optimised, found)
         worst = tuple(map(_best, worst, alike, own))
     for result in worst:
@@ -125,13 +125,17 @@ def _with_own_caches(directory: Path, manifest: Manifest, cases: list[Case], pro
     ]
 
 
-def _dequantised(arrays: Mapping[str, NDArray[Any]], scales: Mapping[str, str]) -> dict[str, NDArray[Any]]:
-    """The arrays with caches as the unsplit model has them, and without their scales."""
-    return {
-        name: array * arrays[scales[name]] if name in scales else array
-        for name, array in arrays.items()
-        if name not in scales.values()
-    }
+def _dequantised(arrays: Arrays, scales: Mapping[str, str], like: Arrays | None = None) -> Arrays:
+    """The arrays with caches as floats, and without their scales.
+
+    Args:
+        arrays: of the shards.
+        scales: a cache's name -> that of its scales.
+        like: the caches have the float types of these arrays; None for float32.
+    """
+    floats = {name: arrays[name] * arrays[scale] for name, scale in scales.items()}
+    floats |= {name: array.astype(like[name].dtype) for name, array in floats.items()} if like else {}
+    return {name: floats.get(name, array) for name, array in arrays.items() if name not in scales.values()}
 
 
 def _check_caches(manifest: Manifest, cases: list[Case], found: list[dict[str, NDArray[Any]]]) -> None:

@@ -3,19 +3,24 @@
 ```
 softmax(q @ repeat(present_k)' * scale + mask) @ repeat(present_v)
 ```
+
+Where a graph is fp16, some of it may be float32, with casts between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from pipeload_export.graph.graph import Graph, attribute
 
-__all__ = ["ForeignError", "Layer", "find_layers", "shapes_of"]
+__all__ = ["FLOAT_TYPES", "ForeignError", "Layer", "find_layers", "shapes_of"]
+
+FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
+"""Element types that caches may have, and what is computed with them."""
 
 
 @dataclass(slots=True)
@@ -23,7 +28,7 @@ class Layer:
     """One layer's attention.
 
     Attributes:
-        keys, values: its caches, as the graph makes them.
+        keys, values: its caches, as the graph appends to them.
         repeated: the tensors with the heads of these caches, each repeated for the queries' heads that share it.
         queries: the tensor that is multiplied with the keys.
         factors: (Mul or Div, a number) by which queries or scores are changed.
@@ -43,30 +48,45 @@ class Layer:
     product: NodeProto = field(default_factory=NodeProto)
 
 
+@dataclass(slots=True)
+class _Way:
+    """From a cache towards the product that reads it.
+
+    Attributes:
+        name: the tensor that was reached.
+        reader: the node that reads it.
+        repeated: see `Layer`.
+    """
+
+    name: str
+    reader: NodeProto
+    repeated: tuple[str, ...] = ()
+
+
 class ForeignError(Exception):
     """A part of the graph is not understood, so the graph stays as it is."""
 
 
-def find_layers(graph: Graph, presents: Sequence[str]) -> list[Layer]:
+def find_layers(graph: Graph, presents: Mapping[str, str]) -> list[Layer]:
     """The layers that read the caches.
 
     Args:
         graph: the model's.
-        presents: the caches, as the graph makes them.
+        presents: the caches, as the graph appends to them, and the graph outputs that they are, maybe behind a cast.
 
     Raises:
         ForeignError: a cache is read in a way that is not understood.
     """
-    reader = _Reader(graph, presents)
-    ends = {name: reader.behind_repeat(name) for name in presents}
-    values = {id(node): name for name, (repeated, node) in ends.items() if _is_values_product(repeated, node)}
+    reader = _Reader(graph, presents.values())
+    ways = {name: reader.behind_repeat(name) for name in presents}
+    values = {id(way.reader): name for name, way in ways.items() if _is_values_product(way)}
     layers = []
     for name in [name for name in presents if name not in values.values()]:
-        layer = reader.layer(name, *ends[name])
+        layer = reader.layer(name, ways[name])
         if id(layer.product) not in values:
             raise ForeignError
         layer.values = values.pop(id(layer.product))
-        layer.repeated = (ends[name][0], ends[layer.values][0])
+        layer.repeated = (*ways[name].repeated, *ways[layer.values].repeated)
         layers.append(layer)
     if values:
         raise ForeignError
@@ -78,45 +98,50 @@ def shapes_of(consumers: Mapping[str, Sequence[NodeProto]], name: str) -> list[N
     return [node for node in consumers.get(name, []) if node.op_type == "Shape"]
 
 
-def _is_values_product(name: str, reader: NodeProto) -> bool:
+def _is_values_product(way: _Way) -> bool:
     """Whether the tensor holds values, to be multiplied with probabilities; keys are transposed before."""
-    return bool(reader.op_type == "MatMul" and reader.input[1] == name)
+    return bool(way.reader.op_type == "MatMul" and way.reader.input[1] == way.name)
+
+
+def _is_cast(node: NodeProto) -> bool:
+    return node.op_type == "Cast" and attribute(node, "to") in FLOAT_TYPES
 
 
 class _Reader:
-    def __init__(self, graph: Graph, presents: Sequence[str]) -> None:
+    def __init__(self, graph: Graph, ends: Collection[str]) -> None:
         self._graph = graph
-        self._presents = frozenset(presents)
+        self._ends = frozenset(ends)
         self._consumers = graph.consumers()
 
-    def behind_repeat(self, name: str) -> tuple[str, NodeProto]:
-        """The heads of a cache, each repeated for the queries' heads that share it, and the node that reads them."""
-        reader = self._reader(name)
-        if reader.op_type != "Unsqueeze":
-            return name, reader
-        axes = self._graph.constants.get(reader.input[1])
+    def behind_repeat(self, name: str) -> _Way:
+        """The way of a cache to where each of its heads is repeated for the queries' heads that share it."""
+        way = self._behind_casts(_Way(name, self._reader(name)))
+        if way.reader.op_type != "Unsqueeze":
+            return way
+        axes = self._graph.constants.get(way.reader.input[1])
         if axes is None or axes.load().tolist() not in ([2], [-3]):
             raise ForeignError
-        _, expand = self._next(reader)
+        _, expand = self._next(way.reader)
         _, reshape = self._next(expand)
         if (expand.op_type, reshape.op_type) != ("Expand", "Reshape"):
             raise ForeignError
-        return reshape.output[0], self._reader(reshape.output[0])
+        name = reshape.output[0]
+        return self._behind_casts(_Way(name, self._reader(name), (name,)))
 
-    def layer(self, keys: str, name: str, reader: NodeProto) -> Layer:
+    def layer(self, keys: str, way: _Way) -> Layer:
         """The layer of some keys, with its values still unknown.
 
         Args:
             keys: the cache.
-            name: the same with its heads repeated.
-            reader: the node that reads that.
+            way: of the keys.
         """
         found = Layer(keys)
+        name, reader = way.name, way.reader
         transposed = False
         while reader.op_type != "MatMul":
             if reader.op_type == "Transpose" and attribute(reader, "perm") == [0, 1, 3, 2] and not transposed:
                 transposed = True
-            else:
+            elif not _is_cast(reader):
                 found.factors.append(self._factor(reader, name))
             name, reader = self._next(reader)
         if reader.input[1] != name or not transposed:
@@ -125,18 +150,28 @@ class _Reader:
         name, reader = self._next(reader)
         while reader.op_type != "Softmax":
             is_mask = reader.op_type == "Add" or (reader.op_type == "Where" and name in reader.input[1:])
-            if not is_mask:
+            # Scores that become narrower may become infinite.
+            is_wider = reader.op_type == "Cast" and attribute(reader, "to") == TensorProto.FLOAT
+            if not is_mask and not is_wider:
                 found.factors.append(self._factor(reader, name))
-            if is_mask or found.mask:
+            if is_mask or (found.mask and not is_wider):
                 found.mask.append((reader.op_type, tuple("" if n == name else n for n in reader.input)))
             name, reader = self._next(reader)
         if attribute(reader, "axis", -1) not in (-1, 3) or not found.mask:
             raise ForeignError
-        name = reader.output[0]
-        readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
+        way = self._behind_guard(reader.output[0], found)
+        found.product = way.reader
+        if found.product.op_type != "MatMul" or found.product.input[0] != way.name:
+            raise ForeignError
+        return found
+
+    def _behind_guard(self, name: str, found: Layer) -> _Way:
+        """The way of probabilities to where a query that sees no key gets zeros, as it does from Attention."""
+        readers = self._readers(name)
+        while len(readers) == 1 and _is_cast(readers[0]):
+            name, readers = readers[0].output[0], self._readers(readers[0].output[0])
         guards = [node for node in readers if node.op_type == "IsNaN"]
         if guards:
-            # A query that sees no key gets zeros, as it does from Attention.
             (guard,) = guards
             choice = self._reader(guard.output[0])
             if choice.op_type != "Where" or list(choice.input[::2]) != [guard.output[0], name] or len(readers) != 2:
@@ -145,15 +180,23 @@ class _Reader:
             if zero is None or np.any(zero.load()):
                 raise ForeignError
             found.guarded, name = True, choice.output[0]
-        found.product = self._reader(name)
-        if found.product.op_type != "MatMul" or found.product.input[0] != name:
-            raise ForeignError
-        return found
+        return self._behind_casts(_Way(name, self._reader(name)))
+
+    def _behind_casts(self, way: _Way) -> _Way:
+        while _is_cast(way.reader):
+            name, reader = self._next(way.reader)
+            way = _Way(name, reader, way.repeated)
+        return way
+
+    def _readers(self, name: str) -> list[NodeProto]:
+        """The nodes that read a tensor's values, but for one that hands it out."""
+        readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
+        return [node for node in readers if node.output[0] not in self._ends]
 
     def _reader(self, name: str) -> NodeProto:
         """The one node that reads a tensor's values."""
-        readers = [node for node in self._consumers.get(name, []) if node.op_type != "Shape"]
-        if len(readers) != 1 or (name in self._graph.output_names and name not in self._presents):
+        readers = self._readers(name)
+        if len(readers) != 1 or (name in self._graph.output_names and name not in self._ends):
             raise ForeignError
         return readers[0]
 

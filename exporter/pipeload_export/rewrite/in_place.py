@@ -11,12 +11,17 @@ After the rewriting, `past` and `present` have the same shape, with any room beh
 follows from the inputs: a mask is as long as cache and text together. Both operators are ONNX's own, since
 version 24.
 
+`Attention` always computes in float32. Caches of fp16 are cast in front of it, those of one layer at a time:
+onnxruntime has no products of fp16 on most CPUs, and computes the graph's own attention in float32 too, from the scores
+to the result. Its `Attention` of fp16 rounds in between, and takes the least number for minus infinity.
+
 A layer is only rewritten when every reader of its caches is understood; otherwise the whole graph stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -26,7 +31,7 @@ from pipeload.format.manifest import symbols
 from pipeload_export.graph.graph import Graph, attribute, known_constant, sort_nodes
 from pipeload_export.graph.normalise import drop_dead
 from pipeload_export.graph.types import infer_types
-from pipeload_export.rewrite.attention import ForeignError, Layer, find_layers, shapes_of
+from pipeload_export.rewrite.attention import FLOAT_TYPES, ForeignError, Layer, find_layers, shapes_of
 
 __all__ = ["write_in_place"]
 
@@ -47,6 +52,8 @@ _LENGTH_AXIS = 2
 """Of caches: batch, heads, length, size of a head."""
 _LOWEST = np.float32(-1e30)
 """Hides as well as the least number does, which onnxruntime takes for minus infinity: a row of that alone is zero."""
+_HIDES = -1000.0
+"""Scores that are chosen this low or lower have no part in a softmax with others."""
 _TOTAL, _PAST, _WHERE = "pipeload.total_length", "pipeload.past_length", "pipeload.write_indices"
 
 
@@ -58,39 +65,67 @@ def write_in_place(graph: Graph) -> dict[str, str]:
     Returns:
         The caches that are now written in place: graph input -> graph output.
     """
-    concats = dict(_concats(graph))
-    lengths = _lengths(graph, set(concats))
-    if not concats or lengths is None or not _is_newer_the_same(graph):
+    caches = list(_caches(graph))
+    lengths = _lengths(graph, {cache.past for cache in caches})
+    if not caches or lengths is None or not _is_newer_the_same(graph):
         return {}
     try:
-        layers = _Rewriter(graph, concats, *lengths)
-        nodes = layers.rewritten()
+        nodes = _Rewriter(graph, caches, *lengths).rewritten()
     except ForeignError:
         return {}
     graph.nodes = sort_nodes(nodes, {*graph.constants, *(value.name for value in graph.inputs)})
     values = {value.name: value for value in (*graph.inputs, *graph.outputs)}
     name, axis = lengths[0]
     total = values[name].type.tensor_type.shape.dim[axis]
-    for name, node in concats.items():
+    for cache in caches:
         # Not as the output is declared: torch writes formulas there, which are no sizes.
-        values[name].type.tensor_type.shape.dim[_LENGTH_AXIS].CopyFrom(total)
-        values[node.output[0]].type.CopyFrom(values[name].type)
+        values[cache.past].type.tensor_type.shape.dim[_LENGTH_AXIS].CopyFrom(total)
+        values[cache.present].type.CopyFrom(values[cache.past].type)
     graph.opsets[""] = max(graph.opsets[""], _OPSET)
     drop_dead(graph)
     graph.types = infer_types(graph)
-    return {name: node.output[0] for name, node in concats.items()}
+    return {cache.past: cache.present for cache in caches}
 
 
-def _concats(graph: Graph) -> Iterator[tuple[str, NodeProto]]:
-    """Caches, and the nodes that append to them."""
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """A cache, and the nodes that append to it.
+
+    Attributes:
+        past: the graph input.
+        present: the graph output.
+        concat: the node that appends.
+        casts: nodes that cast past or present where the graph computes with another float type than it takes.
+    """
+
+    past: str
+    present: str
+    concat: NodeProto
+    casts: tuple[NodeProto, ...] = ()
+
+    @property
+    def appended(self) -> str:
+        """What the graph reads; the present itself, where that is not cast."""
+        return str(self.concat.output[0])
+
+
+def _caches(graph: Graph) -> Iterator[_Cache]:
     inputs, outputs = {value.name for value in graph.inputs}, set(graph.output_names)
+    makers, consumers = graph.producers(), graph.consumers()
     for node in graph.nodes:
         axis = attribute(node, "axis", 0)
-        if node.op_type == "Concat" and len(node.input) == 2 and axis in (_LENGTH_AXIS, _LENGTH_AXIS - 4):
-            dtype, shape = graph.types.get(node.input[0], (0, None))
-            is_cache = dtype == TensorProto.FLOAT and len(shape or ()) == 4
-            if node.input[0] in inputs and node.output[0] in outputs and is_cache:
-                yield node.input[0], node
+        if node.op_type != "Concat" or len(node.input) != 2 or axis not in (_LENGTH_AXIS, _LENGTH_AXIS - 4):
+            continue
+        past, present = node.input[0], node.output[0]
+        casts = [makers[past]] if past in makers else []
+        if casts:
+            casts += [one for one in consumers.get(present, []) if outputs.intersection(one.output)]
+            if len(casts) != 2 or any(one.op_type != "Cast" for one in casts):
+                continue
+            past, present = casts[0].input[0], casts[1].output[0]
+        dtype, shape = graph.types.get(past, (0, None))
+        if past in inputs and present in outputs and dtype in FLOAT_TYPES and len(shape or ()) == 4:
+            yield _Cache(past, present, node, tuple(casts))
 
 
 def _lengths(graph: Graph, caches: set[str]) -> tuple[tuple[str, int], tuple[str, int]] | None:
@@ -127,36 +162,48 @@ def _is_newer_the_same(graph: Graph) -> bool:
 
 
 class _Rewriter:
-    def __init__(
-        self, graph: Graph, concats: Mapping[str, NodeProto], total: tuple[str, int], text: tuple[str, int]
-    ) -> None:
+    def __init__(self, graph: Graph, caches: Sequence[_Cache], total: tuple[str, int], text: tuple[str, int]) -> None:
         self._graph = graph
-        self._concats = concats
+        self._caches = caches
         self._total, self._text = total, text
         self._consumers = graph.consumers()
         self._replaced: dict[int, list[NodeProto]] = {}
-        self._grown = {node.output[0] for node in concats.values()}
+        self._presents = {cache.appended: cache.present for cache in caches}
         self._count = 0
 
     def rewritten(self) -> list[NodeProto]:
-        """All nodes of the new graph, sorted. Raises ForeignError."""
-        for layer in find_layers(self._graph, [node.output[0] for node in self._concats.values()]):
+        """All nodes of the new graph. Raises ForeignError."""
+        for layer in find_layers(self._graph, self._presents):
             self._replaced[id(layer.product)] = list(self._attention(layer))
-            for repeated in set(layer.repeated) - self._grown:
+            for repeated in layer.repeated:
                 for node in shapes_of(self._consumers, repeated):
                     self._replaced[id(node)] = list(self._shape(node, _TOTAL, heads_of=layer.queries))
-        for past, node in self._concats.items():
-            scatter = helper.make_node(
-                "TensorScatter", [past, node.input[1], _WHERE], [node.output[0]], axis=_LENGTH_AXIS
-            )
-            self._replaced[id(node)] = [scatter]
-        for name, length in [*((past, _PAST) for past in self._concats), *((grown, _TOTAL) for grown in self._grown)]:
-            for node in shapes_of(self._consumers, name):
-                self._replaced[id(node)] = list(self._shape(node, length, heads_of=name))
+        for cache in self._caches:
+            self._replaced[id(cache.concat)] = list(self._write(cache))
+            lengths = {cache.past: _PAST, cache.concat.input[0]: _PAST, cache.appended: _TOTAL, cache.present: _TOTAL}
+            for name, length in lengths.items():
+                for node in shapes_of(self._consumers, name):
+                    self._replaced[id(node)] = list(self._shape(node, length, heads_of=cache.past))
         nodes = [*self._counts()]
         for node in self._graph.nodes:
             nodes += self._replaced.get(id(node), [node])
         return nodes
+
+    def _write(self, cache: _Cache) -> Iterator[NodeProto]:
+        """The nodes that write new tokens into a cache. Raises ForeignError."""
+        readers = [*self._consumers[cache.past], *self._consumers[cache.concat.input[0]]]
+        known = {id(node) for node in (cache.concat, *cache.casts)}
+        if any(id(node) not in known and node.op_type != "Shape" for node in readers):
+            raise ForeignError
+        new = cache.concat.input[1]
+        if cache.casts:
+            new = self._name("new")
+            yield helper.make_node("Cast", [cache.concat.input[1]], [new], to=self._graph.types[cache.past][0])
+        yield helper.make_node("TensorScatter", [cache.past, new, _WHERE], [cache.present], axis=_LENGTH_AXIS)
+        if cache.casts:
+            self._replaced[id(cache.casts[1])] = []
+            # Only until unused nodes are dropped.
+            yield helper.make_node("Cast", [cache.present], [cache.appended], to=self._graph.types[cache.appended][0])
 
     def _name(self, what: str) -> str:
         self._count += 1
@@ -189,18 +236,24 @@ class _Rewriter:
             yield helper.make_node("Slice", [whole, *bounds], [node.output[0]])
 
     def _attention(self, layer: Layer) -> Iterator[NodeProto]:
-        queries = layer.queries
+        names = {name: self._name("float") for name in self._narrow(layer)}
+        for name, wide in names.items():
+            yield helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT)
+        queries = names.get(layer.queries, layer.queries)
         for kind, number in layer.factors:
             name = self._name("queries")
-            yield helper.make_node(kind, [queries, number], [name])
+            yield helper.make_node(kind, [queries, names.get(number, number)], [name])
             queries = name
         mask = ""
-        for kind, names in layer.mask:
+        for place, (kind, given) in enumerate(layer.mask):
+            if kind == "Where":
+                given = (given[0], *(self._chosen(name, layer.mask[place + 1 :]) for name in given[1:]))
+            operands = [names.get(name, name) for name in given]
             if kind == "Add" and not mask:
-                mask = "".join(names)
+                mask = "".join(operands)
                 continue
             before, mask = mask or self._constant(np.array(0, np.float32)), self._name("mask")
-            yield helper.make_node(kind, [name or before for name in names], [mask])
+            yield helper.make_node(kind, [name or before for name in operands], [mask])
         if not layer.guarded:
             # The least numbers hide nothing in rows that have nothing else.
             infinite, raised, name = self._name("infinite"), self._name("mask"), self._name("mask")
@@ -218,11 +271,47 @@ class _Rewriter:
         # The mask is as long as cache and text; there may be more room than that.
         room, pads, padded = self._name("room"), self._name("pads"), self._name("mask")
         size, zeros = self._name("size"), self._constant(np.zeros(7, np.int64))
-        yield helper.make_node("Shape", [layer.keys], [size], start=_LENGTH_AXIS, end=_LENGTH_AXIS + 1)
+        yield helper.make_node("Shape", [self._presents[layer.keys]], [size], start=_LENGTH_AXIS, end=_LENGTH_AXIS + 1)
         yield helper.make_node("Sub", [size, _TOTAL], [room])
         yield helper.make_node("Concat", [zeros, room], [pads], axis=0)
         nothing = self._constant(np.array(-np.inf, np.float32))
         yield helper.make_node("Pad", [mask, pads, nothing], [padded])
-        yield helper.make_node(
-            "Attention", [queries, layer.keys, layer.values, padded], list(layer.product.output), scale=1.0
-        )
+        caches = [names.get(name, name) for name in self._caches_of(layer)]
+        (result,) = layer.product.output
+        is_narrow = self._graph.types.get(result, (0, None))[0] == TensorProto.FLOAT16
+        mixed = self._name("mixed") if is_narrow else result
+        yield helper.make_node("Attention", [queries, *caches, padded], [mixed], scale=1.0)
+        if is_narrow:
+            yield helper.make_node("Cast", [mixed], [result], to=TensorProto.FLOAT16)
+
+    def _chosen(self, name: str, later: Sequence[tuple[str, tuple[str, ...]]]) -> str:
+        """What a mask adds to scores where the graph chooses the number `name` in their place.
+
+        The least number of float32 swallows any score. Others do not, those of fp16 among them: a row of them alone
+        would not be even.
+
+        Args:
+            name: of the number; "" for the scores.
+            later: what is done to the scores then.
+        """
+        constant = self._graph.constants.get(name)
+        if constant is None:
+            if name in self._graph.types and self._graph.types[name][0] == TensorProto.FLOAT16:
+                raise ForeignError
+            return name
+        most = float(constant.load().max(initial=-np.inf))
+        if most <= _LOWEST:
+            return name
+        if most > _HIDES or any(kind in ("Add", "Where") for kind, _ in later):
+            raise ForeignError
+        return self._constant(np.array(_LOWEST))
+
+    def _caches_of(self, layer: Layer) -> tuple[str, str]:
+        """A layer's keys and values as the graph hands them out."""
+        return self._presents[layer.keys], self._presents[layer.values]
+
+    def _narrow(self, layer: Layer) -> dict[str, None]:
+        """The tensors of fp16 that a layer's attention is computed from."""
+        read = [layer.queries, *self._caches_of(layer), *(number for _, number in layer.factors)]
+        read += [name for _, names in layer.mask for name in names]
+        return {name: None for name in read if self._graph.types.get(name, (0, None))[0] == TensorProto.FLOAT16}

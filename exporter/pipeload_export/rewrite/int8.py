@@ -1,4 +1,4 @@
-"""KV caches of float32 that are written in place -> caches of int8, with a scale for each token and head.
+"""KV caches that are written in place -> caches of int8, with a scale of float32 for each token and head.
 
 ```
 before    present = TensorScatter(past, new)
@@ -50,8 +50,8 @@ def quantise_caches(graph: Graph, in_place: Mapping[str, str]) -> dict[str, tupl
     sizes = {name: size for name, size in last.items() if isinstance(size, int)}
     if not in_place or len(sizes) < len(in_place):
         raise ExportError(
-            "This model has no KV caches that could be int8: that takes float32 caches, read by an attention that the "
-            "exporter knows how to write in place. Export it with the KV caches of the model."
+            "This model has no KV caches that could be int8: that takes caches of float32 or float16, read by an "
+            "attention that the exporter knows how to write in place. Export it with the KV caches of the model."
         )
     scales = {name: (f"{name}.scale", f"{output}.scale") for name, output in in_place.items()}
     graph.constants[_LAST] = known_constant(np.array([-1], np.int64))
@@ -62,7 +62,9 @@ def quantise_caches(graph: Graph, in_place: Mapping[str, str]) -> dict[str, tupl
     for node in graph.nodes:
         past = node.input[0] if node.input else ""
         if node.op_type == "TensorScatter" and past in scales:
-            nodes += _written(node, scales[past], {"axis": -1, "block_size": sizes[past]}, read[node.output[0]])
+            block = {"axis": -1, "block_size": sizes[past]}
+            narrow = graph.types[past][0] == TensorProto.FLOAT16
+            nodes += _written(node, scales[past], block, read[node.output[0]], narrow=narrow)
             continue
         if node.op_type != "Shape":
             node.input[:] = [read.get(name, name) for name in node.input]
@@ -74,11 +76,16 @@ def quantise_caches(graph: Graph, in_place: Mapping[str, str]) -> dict[str, tupl
     return scales
 
 
-def _written(scatter: NodeProto, scales: tuple[str, str], block: Mapping[str, int], read: str) -> Iterator[NodeProto]:
-    """The nodes that replace one that writes new tokens into a cache."""
+def _written(
+    scatter: NodeProto, scales: tuple[str, str], block: Mapping[str, int], read: str, *, narrow: bool
+) -> Iterator[NodeProto]:
+    """The nodes that replace one that writes new tokens into a cache; `narrow` ones are fp16."""
     past, new, where = scatter.input
     present = scatter.output[0]
     size, peak, least, scale, rounded = (f"{present}.{part}" for part in ("size", "peak", "least", "step", "rounded"))
+    if narrow:
+        narrow_new, new = new, f"{present}.wide"
+        yield helper.make_node("Cast", [narrow_new], [new], to=TensorProto.FLOAT)
     yield helper.make_node("Abs", [new], [size])
     yield helper.make_node("ReduceMax", [size, _LAST], [peak], keepdims=1)
     yield helper.make_node("Max", [peak, _LEAST_NAME], [least])
@@ -105,6 +112,7 @@ def _declared(values: list[ValueInfoProto], scales: Mapping[str, str]) -> Iterat
             scale = ValueInfoProto()
             scale.CopyFrom(value)
             scale.name = scales[value.name]
+            scale.type.tensor_type.elem_type = TensorProto.FLOAT
             scale.type.tensor_type.shape.dim[-1].dim_value = 1
             value.type.tensor_type.elem_type = TensorProto.INT8
             yield value

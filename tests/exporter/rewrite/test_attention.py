@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto
 from tests.exporter.conftest import Sharded, assert_same_answers
 from tests.exporter.graphs import run
@@ -32,10 +33,20 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+HALF: Mapping[str, Mapping[str, Any]] = {
+    "float32": {},
+    "half": {"dtype": TensorProto.FLOAT16},
+    "half with float32 inside": {"dtype": TensorProto.FLOAT16, "wide_scores": True},
+    "half inside": {"dtype": TensorProto.FLOAT16, "wide_ends": True},
+}
+"""How much of a graph is fp16."""
+
+
 def _kinds(graph: Graph) -> list[str]:
     return [node.op_type for node in graph.nodes]
 
 
+@pytest.mark.parametrize("kind", HALF)
 @pytest.mark.parametrize(
     "odd",
     [
@@ -43,6 +54,8 @@ def _kinds(graph: Graph) -> list[str]:
         {"groups": 2},
         {"scaled_keys": True},
         {"chosen": True},
+        {"chosen": True, "least": -1e4},
+        {"least": -1e4},
         {"guarded": True, "least": -np.inf},
         {"shut_out": True},
         {"scaled_last": True},
@@ -51,8 +64,8 @@ def _kinds(graph: Graph) -> list[str]:
     ],
     ids=str,
 )
-def test_a_layer_computes_the_same_in_place(odd: dict[str, Any], tmp_path: Path) -> None:
-    build = attention_layer(**odd)
+def test_a_layer_computes_the_same_in_place(odd: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    build = attention_layer(**odd, **HALF[kind])
     graph = graph_of(build, tmp_path)
     assert write_in_place(graph) == {"past.key": "present.key", "past.value": "present.value"}
     kinds = _kinds(graph)
@@ -60,21 +73,29 @@ def test_a_layer_computes_the_same_in_place(odd: dict[str, Any], tmp_path: Path)
     assert [kinds.count(kind) for kind in ("TensorScatter", "Attention", "Softmax", "Expand")] == [2, 1, 0, 2]
     random = np.random.default_rng(3)
     groups = odd.get("groups", HEADS)
-    for batch, past, length, room in ((1, 0, 3, 0), (2, 5, 1, 0), (2, 4, 3, 6)):
+    dtype = np.float16 if HALF[kind] and "wide_ends" not in HALF[kind] else np.float32
+
+    def numbers(*shape: int) -> NDArray[Any]:
+        # Caches hold what the model has put there.
+        return random.standard_normal(shape).astype(np.float16 if HALF[kind] else np.float32).astype(dtype)
+
+    for batch, past, length, room in ((1, 0, 3, 0), (2, 5, 1, 0), (3, 4, 3, 6)):
         mask = np.ones((batch, past + length), np.int64)
         mask[-1, : (past + length) // 2] = batch == 1
         mask[:, -1] = 1
-        held = {f"past.{n}": random.standard_normal((batch, groups, past, SIZE), np.float32) for n in ("key", "value")}
-        inputs = {"x": random.standard_normal((batch, length, WIDTH), np.float32), "attention_mask": mask}
+        # One text hides all that there is.
+        mask[1:2] = batch < 3
+        held = {f"past.{n}": numbers(batch, groups, past, SIZE) for n in ("key", "value")}
+        inputs = {"x": numbers(batch, length, WIDTH), "attention_mask": mask}
         wanted = run(build.model(), {**inputs, **held})
-        larger = {n: np.zeros((batch, groups, past + length + room, SIZE), np.float32) for n in held}
+        larger = {n: np.zeros((batch, groups, past + length + room, SIZE), dtype) for n in held}
         for name, array in held.items():
             larger[name][:, :, :past] = array
         found = run(model_of(graph), {**inputs, **larger})
         for name in ("present.key", "present.value"):
             assert not found[name][:, :, past + length :].any()
             found[name] = found[name][:, :, : past + length]
-        assert_same_answers(wanted, found)
+        assert_same_answers(wanted, found, 1e-3 if HALF[kind] else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +106,11 @@ def test_a_layer_computes_the_same_in_place(odd: dict[str, Any], tmp_path: Path)
         {"unmasked": True},
         {"total": "total_sequence_length"},
         {"unmasked": True, "scaled_last": True},
-        {"dtype": TensorProto.FLOAT16},
+        {"past_looked_at": True},
+        {"dtype": TensorProto.DOUBLE},
+        # A number in the place of the scores that would not swallow them, and something added to it.
+        {"chosen": True, "least": -1e4, "shifted": True},
+        {"chosen": True, "least": -10.0},
         {"opset": 17, "reduced": True},
     ],
     ids=str,
