@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pipeload.errors import PipeloadError
 
-__all__ = ["first_line", "foreign_errors"]
+__all__ = ["first_line", "foreign_errors", "system_error_in"]
+
+_NUMBER = re.compile(r"system error number (\d+)")
 
 
 @contextmanager
@@ -30,6 +34,14 @@ def foreign_errors(kind: Callable[[str], Exception], fact: str, remedy: str) -> 
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
         raise kind(f"{fact}: {first_line(error)}. {remedy}") from error
+
+
+def system_error_in(error: BaseException, path: str) -> OSError | None:
+    """The system's error that onnxruntime met at a file, and tells by its number alone; None where it met none."""
+    if found := _NUMBER.search(str(error)):
+        number = int(found[1])
+        return OSError(number, os.strerror(number), path)
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -26,6 +27,19 @@ PATIENCE_S = 900 if EMULATED else 60
 """How long anything may take before a test calls it a hang."""
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """A context in which this process cannot open another file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 class Gate:

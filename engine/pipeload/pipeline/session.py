@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
 from pipeload.errors import ClosedError, LoadError, RunError
-from pipeload.foreign import first_line
+from pipeload.foreign import first_line, system_error_in
 from pipeload.format.manifest import Shard
 from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.storage.buffers import Part, tensor_in
+from pipeload.storage.model_files import unreadable
 
 __all__ = ["ShardSession", "Stopper", "Value", "shrink_arena", "to_array", "to_value"]
 
@@ -143,7 +144,8 @@ class ShardSession:
         arena: keep activations in the arena that all such sessions share. The outputs of a run lie in it too.
 
     Raises:
-        LoadError: onnxruntime refused the graph.
+        LoadError: onnxruntime refused the graph, or the process has no descriptor, memory or thread left for it.
+        ShardError: the system does not let onnxruntime read the graph's file.
     """
 
     def __init__(
@@ -194,6 +196,8 @@ class ShardSession:
                     f"No thread to compute shard '{shard.name}' can be started. Load the model with threads=1. "
                     f"{THREADS_REMEDY}"
                 ) from error
+            if system := system_error_in(error, str(graph)):
+                raise unreadable(shard.graph.path, system) from error
             raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {first_line(error)}") from error
 
     def run(

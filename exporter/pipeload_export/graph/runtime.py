@@ -11,7 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pipeload.errors import ExportError
-from pipeload.foreign import first_line
+from pipeload.foreign import first_line, system_error_in
 
 __all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "run", "session_options"]
 
@@ -62,6 +62,7 @@ def open_session(
 
     Raises:
         ExportError: onnxruntime refuses the graph.
+        OSError: the system does not let it read the file.
     """
     try:
         return ort.InferenceSession(
@@ -73,6 +74,8 @@ def open_session(
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions have no common base
+        if system := system_error_in(error, what if isinstance(graph, bytes) else str(graph)):
+            raise system from error
         reason = first_line(error)
         if isinstance(graph, Path):
             # It names a file that may be temporary; the message's reader knows it as `what`.

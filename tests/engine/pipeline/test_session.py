@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from tests.engine import toy as toys
-from tests.engine.harness import EMULATED, Background
+from tests.engine.harness import EMULATED, Background, no_descriptors
 
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.format import manifest as manifests
@@ -230,6 +230,14 @@ def test_a_graph_that_onnxruntime_refuses_is_named(block: Any, tmp_path: Path) -
     with pytest.raises(LoadError, match=r"refused shard 'block.000' \(block.000.onnx\)") as caught:
         ShardSession(shard, tmp_path / "block.000.onnx", parts, 1)
     assert caught.value.__cause__ is not None
+
+
+def test_a_process_without_descriptors_is_not_told_to_export_again(block: Any) -> None:
+    shard, graph, parts = block
+    with no_descriptors(), pytest.raises(LoadError) as caught:
+        ShardSession(shard, graph, parts, 1)
+    assert str(caught.value).startswith(f"'{shard.graph.path}' cannot be read: Too many open files. Raise the limits")
+    ShardSession(shard, graph, parts, 1)
 
 
 @pytest.mark.parametrize("shape", [(32, 128), (4, 64), (64,)])
