@@ -98,7 +98,7 @@ def _split(
 ) -> SplitModel:
     fix_settings(graph)
     normalise(graph)
-    inputs = tuple(_input_spec(value, graph) for value in graph.inputs)
+    inputs = tuple(_input_spec(value, graph, published) for value in graph.inputs)
     quantised_dynamically = any(kind.startswith("DynamicQuantize") for kind in operators(graph.nodes))
     in_place = write_in_place(graph)
     scales = quantise_caches(graph, in_place) if int8_caches else {}
@@ -117,7 +117,7 @@ def _split(
             "compared, nor given twice. Export a model without them."
         )
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
-    taken = tuple(_input_spec(value, graph) for value in graph.inputs)
+    taken = tuple(_input_spec(value, graph, published) for value in graph.inputs)
     sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir, published)
     writer = ShardWriter(graph, shards_dir, sampler, progress)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
@@ -166,14 +166,18 @@ def _last_uses(pieces: Sequence[Piece], lifts: Sequence[Lift], head: HeadCut | N
     return result
 
 
-def _input_spec(value: ValueInfoProto, graph: Graph) -> TensorSpec:
+def _input_spec(value: ValueInfoProto, graph: Graph, published: Published | None) -> TensorSpec:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         raise ExportError(
             f"The graph does not say how many dimensions its input '{value.name}' has. Export it with shapes."
         )
     dtype = dtype_name(tensor.elem_type or graph.types.get(value.name, (0, None))[0])
-    return TensorSpec(name=value.name, dtype=dtype, shape=_declared(value))
+    shape = _declared(value)
+    # Of each token a row of features: their number is no size that a caller chooses.
+    if published and len(shape) == 3 and isinstance(width := shape[-1], str):
+        shape = (*shape[:-1], published.named.get(width, width))
+    return TensorSpec(name=value.name, dtype=dtype, shape=shape)
 
 
 def _with_scales(specs: Sequence[TensorSpec], scales: Mapping[str, str]) -> Iterator[TensorSpec]:

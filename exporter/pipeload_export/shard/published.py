@@ -6,7 +6,7 @@ Their values may be anything. What is no size is left out: only those who need i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["Published", "read_published"]
@@ -19,10 +19,12 @@ class Published:
     Attributes:
         images: heights and widths, first the one that the processor makes.
         channels: of an image; None where no file says it.
+        named: numbers of `config.json` by their keys: graphs have some of these for the width of an input.
     """
 
     images: tuple[tuple[int, int], ...] = ()
     channels: int | None = None
+    named: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_published(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Published:
@@ -38,6 +40,7 @@ def read_published(config: Mapping[str, Any], processor: Mapping[str, Any]) -> P
     return Published(
         images=tuple(dict.fromkeys(extents for extents in found if extents)),
         channels=next((value for value in channels if _is_size(value)), None),
+        named={str(name): value for name, value in config.items() if _is_size(value)},
     )
 
 

@@ -173,10 +173,13 @@ def _channels(graph: Graph, specs: Sequence[TensorSpec]) -> dict[str, int]:
     return found
 
 
-def traced(specs: Sequence[TensorSpec]) -> Plan:
-    """The sizes at which optimum traces texts. A model that runs at them only has a branch that tracing froze."""
+def traced(graph: Graph, specs: Sequence[TensorSpec], published: Published) -> Plan:
+    """The sizes at which optimum traces. A model that runs at them only has a branch that tracing froze."""
     first = {symbol for spec in specs for dim in spec.shape[:1] for symbol in symbols(dim)}
-    return Plan(fixed={name: _TRACED_BATCH if name in first else _TRACED_LENGTH for name in symbols_of(specs)})
+    fixed = {name: _TRACED_BATCH if name in first else _TRACED_LENGTH for name in symbols_of(specs)}
+    image = published.images[:1]
+    edges = _edges(specs, _symbolic_extents(graph, specs)) if image else {}
+    return Plan(fixed=fixed | _channels(graph, specs) | {name: image[0][place] for name, place in edges.items()})
 
 
 def sought_ids(

@@ -213,7 +213,7 @@ class Sampler:
 
     def _check_frozen(self, found: Plan | None, step: _Step, plain: Fused | None, trials: _Trials) -> None:
         """Where no plan was found, look whether the graph runs at the sizes of its tracing, and say so."""
-        plan = traced(list(self._specs.values()))
+        plan = traced(self._graph, list(self._specs.values()), self._published)
         if found is None and self._replay(plan, step, plain, trials):
             sizes = " and ".join(f"{name} {size}" for name, size in plan.fixed.items())
             raise ExportError(
