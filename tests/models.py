@@ -90,6 +90,8 @@ TOYS: Mapping[str, Mapping[str, Any]] = {
     "toy-other": {"blocks": 6, "width": 64, "seed": 1},
     "toy-decoder": {"blocks": 4, "width": 64, "decoder": True},
     "toy-large": {"blocks": 8, "width": 1024},
+    "toy-common": {"blocks": 6, "width": 64, "common": True},
+    "toy-large-common": {"blocks": 8, "width": 1024, "common": True},
 }
 SIBLINGS = frozenset({"bert-mlm", "bert-qa", "deit", "distilbert", "gpt-j", "gpt-neo", "roberta"})
 """Architectures that differ little from one that is tested beside them: BERT, ViT, GPT-2 and Llama."""

@@ -16,6 +16,7 @@ from tests.models import ARCHITECTURES, TOYS, made_once, make
 from tests.shared import folder_of_the_run
 
 _GENERATORS = [name for name, (task, *_) in ARCHITECTURES.items() if task == "text-generation"]
+_LARGE_TOYS = ("toy-large", "toy-large-common")
 _OTHERS = [name for name in _GENERATORS if name != "llama"]
 
 
@@ -86,13 +87,25 @@ def toy_large(made_toys: Callable[[str], Path]) -> Path:
     return made_toys("toy-large")
 
 
+@pytest.fixture(scope="session")
+def toy_common(made_toys: Callable[[str], Path]) -> Path:
+    """Six blocks with the same weights, of 16 kB."""
+    return made_toys("toy-common")
+
+
+@pytest.fixture(scope="session")
+def toy_large_common(made_toys: Callable[[str], Path]) -> Path:
+    """Eight blocks with the same weights, of 4.2 MB."""
+    return made_toys("toy-large-common")
+
+
 @pytest.fixture
 def toy_copy(toy: Path, tmp_path: Path) -> Path:
     """A toy that the test may damage."""
     return Path(shutil.copytree(toy, tmp_path / "model"))
 
 
-@pytest.fixture(params=[*sorted(TOYS.keys() - {"toy-other", "toy-large"}), slow("toy-large")])
+@pytest.fixture(params=[*sorted(TOYS.keys() - {"toy-other", *_LARGE_TOYS}), *map(slow, _LARGE_TOYS)])
 def any_toy(request: pytest.FixtureRequest, made_toys: Callable[[str], Path]) -> Path:
     return made_toys(request.param)
 

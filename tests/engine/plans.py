@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pipeload.format.manifest import (
     PAGE_BYTES,
@@ -24,7 +25,7 @@ def shard_of(name: str, sizes: Sequence[int], *, takes: tuple[str, ...] = (), ma
     for k, nbytes in enumerate(sizes):
         tensors.append(WeightSpec(name=f"{name}.{k}", dtype="int8", shape=(nbytes,), offset=place))
         place += nbytes
-    weights = WeightsRange(path="x", offset=PAGE_BYTES, nbytes=sum(sizes), sha256="0" * 64) if sum(sizes) else None
+    weights = WeightsRange(path=name, offset=PAGE_BYTES, nbytes=sum(sizes), sha256="0" * 64) if sum(sizes) else None
     return Shard(
         name=name,
         role="block",
@@ -37,8 +38,19 @@ def shard_of(name: str, sizes: Sequence[int], *, takes: tuple[str, ...] = (), ma
     )
 
 
+def with_common(manifest: Manifest, *groups: Sequence[int]) -> Manifest:
+    """The manifest, with the weights of the first shard of each group for the others of the group too."""
+    shards = list(manifest.shards)
+    for number, (first, *others) in enumerate(groups):
+        weights = shards[first].weights
+        weights = replace(weights, path=f"common{number}") if weights else None
+        for place in (first, *others):
+            shards[place] = replace(shards[place], weights=weights, tensors=shards[first].tensors)
+    return replace(manifest, shards=tuple(shards))
+
+
 def manifest_of(*shards: Sequence[int]) -> Manifest:
-    """A manifest whose shards s0, s1 ... have tensors of these sizes."""
+    """A manifest whose shards s0, s1 ... have tensors of these sizes, each in a file of its own."""
     return Manifest(
         exporter="tests", source="", model_type="", task="", inputs=(), outputs=(), edges=(), files=(),
         shards=tuple(shard_of(f"s{k}", sizes) for k, sizes in enumerate(shards)),

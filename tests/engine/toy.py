@@ -2,7 +2,7 @@
 
     prologue          embedded = table[input_ids]; hidden.0 = embedded @ w; mask from attention_mask
     block.000 ...     hidden.k+1 = hidden.k + tanh(hidden.k @ w + b) * mask        (a decoder adds a cached running sum)
-                      with `gain`, tanh(...) * g
+                      with `gain`, tanh(...) * g; `common`: all blocks have the weights of the first
     epilogue          an encoder's last_hidden_state; a decoder's input for its head
     head.000, .001    a decoder's head, cut along the vocabulary, tied to the table
 
@@ -52,16 +52,25 @@ def inputs(batch: int = 2, length: int = 5, seed: int = 0) -> dict[str, NDArray[
 
 
 def make_toy(
-    directory: Path, *, blocks: int = 6, width: int = 64, decoder: bool = False, gain: bool = False, seed: int = 0
+    directory: Path,
+    *,
+    blocks: int = 6,
+    width: int = 64,
+    decoder: bool = False,
+    gain: bool = False,
+    common: bool = False,
+    seed: int = 0,
 ) -> Path:
     """Write a toy into a new directory. A block has about `4 * width * width` bytes of weights."""
-    return _Toy(directory, blocks, width, decoder, gain, seed).write()
+    return _Toy(directory, blocks, width, decoder, gain, common, seed).write()
 
 
 class _Toy:
-    def __init__(self, directory: Path, blocks: int, width: int, decoder: bool, gain: bool, seed: int) -> None:
+    def __init__(
+        self, directory: Path, blocks: int, width: int, decoder: bool, gain: bool, common: bool, seed: int
+    ) -> None:
         self._directory, self._blocks, self._width = directory, blocks, width
-        self._decoder, self._gain = decoder, gain
+        self._decoder, self._gain, self._common = decoder, gain, common
         self._random = np.random.default_rng(seed)
         self._files: list[FileRecord] = []
         self._shards: list[Shard] = []
@@ -99,10 +108,13 @@ class _Toy:
         for k in range(self._blocks):
             edges.append(TensorSpec(name=f"hidden.{k}", dtype="float32", shape=hidden))
             nodes, takes, makes = self._block(k)
-            weights = {f"block.{k}.w": self._normal(width, width), f"block.{k}.b": self._normal(width)}
+            own = self._stem(k)
+            weights = {f"{own}.w": self._normal(width, width), f"{own}.b": self._normal(width)}
             if self._gain:
-                weights[f"block.{k}.g"] = self._normal(width)
-            self._shard(f"block.{k:03d}", nodes, takes, makes, weights)
+                weights[f"{own}.g"] = self._normal(width)
+            first = self._shards[1] if self._common and k else None
+            borrowed = (first.weights, first.tensors) if first and first.weights else None
+            self._shard(f"block.{k:03d}", nodes, takes, makes, weights, borrowed=borrowed)
         last, made = f"hidden.{self._blocks}", "normed" if decoder else "last_hidden_state"
         edges.append(TensorSpec(name=last, dtype="float32", shape=hidden))
         self._shard("epilogue", [("Mul", [last, "epilogue.scale"], [made], {})], {last: hidden}, {made: hidden},
@@ -128,17 +140,20 @@ class _Toy:
         write(manifest, self._directory)
         return self._directory
 
+    def _stem(self, k: int) -> str:
+        return f"block.{0 if self._common else k}"
+
     def _block(self, k: int) -> tuple[list[tuple], dict[str, tuple], dict[str, tuple]]:
         hidden = ("batch_size", "sequence_length", self._width)
         takes = {f"hidden.{k}": hidden, "mask": ("batch_size", "mask_length", 1)}
         makes = {f"hidden.{k + 1}": hidden}
         nodes = [
-            ("MatMul", [f"hidden.{k}", f"block.{k}.w"], ["product"], {}),
-            ("Add", ["product", f"block.{k}.b"], ["biased"], {}),
+            ("MatMul", [f"hidden.{k}", f"{self._stem(k)}.w"], ["product"], {}),
+            ("Add", ["product", f"{self._stem(k)}.b"], ["biased"], {}),
             ("Tanh", ["biased"], ["squashed" if self._gain else "active"], {}),
         ]
         if self._gain:
-            nodes.append(("Mul", ["squashed", f"block.{k}.g"], ["active"], {}))
+            nodes.append(("Mul", ["squashed", f"{self._stem(k)}.g"], ["active"], {}))
         if not self._decoder:
             nodes.append(("Mul", ["active", "mask"], ["change"], {}))
         else:
@@ -167,7 +182,7 @@ class _Toy:
                 ("MatMul", ["normed", "columns"], [f"logits.{k}"], {}),
             ]
             makes = {f"logits.{k}": (*hidden[:2], rows)}
-            self._shard(name, nodes, {"normed": hidden}, makes, {}, borrowed=(span, spec))
+            self._shard(name, nodes, {"normed": hidden}, makes, {}, borrowed=(span, (spec,)))
             names.append(name)
             row += rows
         return names
@@ -181,10 +196,10 @@ class _Toy:
         weights: Arrays,
         *,
         lookups: tuple[Lookup, ...] = (),
-        borrowed: tuple[WeightsRange, WeightSpec] | None = None,
+        borrowed: tuple[WeightsRange, Sequence[WeightSpec]] | None = None,
     ) -> None:
         if borrowed:
-            span, tensors = borrowed[0], [borrowed[1]]
+            span, tensors = borrowed
         else:
             tensors = self._weights_file(name, weights)
             data = b"".join(array.tobytes() for array in weights.values())

@@ -29,7 +29,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "task": manifest.task,
         "shards": len(manifest.shards),
         "blocks": sum(shard.role == "block" for shard in manifest.shards),
-        "pass_bytes": manifest.weight_bytes,
+        "pass_bytes": sum(shard.nbytes for shard in manifest.shards),
         "largest_shard_bytes": max(shard.nbytes for shard in manifest.shards),
         "directory_bytes": sum(record.nbytes for record in manifest.files),
         **missing,

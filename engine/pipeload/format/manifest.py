@@ -41,6 +41,7 @@ from pipeload.format.records import (
     Verification,
     WeightSpec,
     WeightsRange,
+    first_places,
 )
 from pipeload.machine.files import read_file
 
@@ -68,6 +69,7 @@ __all__ = [
     "content",
     "dtype_bytes",
     "evaluate_dim",
+    "first_places",
     "match_dims",
     "parse",
     "read",

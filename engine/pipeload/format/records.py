@@ -5,7 +5,7 @@ The modules beside this one import them from here, all others from `pipeload.for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -125,6 +125,12 @@ class Shard:
     def nbytes(self) -> int:
         """Bytes of weights that loading the shard brings into memory."""
         return self.weights.nbytes if self.weights else 0
+
+
+def first_places(shards: Sequence[Shard]) -> list[int]:
+    """For each shard, the place of the first one whose weights are the same range of the same file: often its own."""
+    first: dict[WeightsRange, int] = {}
+    return [first.setdefault(s.weights, place) if s.weights else place for place, s in enumerate(shards)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,8 +290,9 @@ class Manifest:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that one pass needs when nothing is resident (tables that are read by row not included)."""
-        return sum(shard.nbytes for shard in self.shards)
+        """Bytes of all shards' weights, those that shards have in common once (tables read by row not included)."""
+        places = enumerate(first_places(self.shards))
+        return sum(self.shards[place].nbytes for place, first in places if place == first)
 
     @property
     def cache_inputs(self) -> frozenset[str]:

@@ -8,6 +8,7 @@ sweep          one pass over the shards
 reservations   bytes of the budget, in plan order
 messages       tasks and results that pass between the agents
 requests       the queue of calls
+shared_weights weights that resident shards have in common
 residents      shards and parts kept between sweeps, and their packing
 exchange       where the agents meet
 agents         Loading, Inference and Daemon Agents: their loops

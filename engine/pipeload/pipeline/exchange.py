@@ -11,8 +11,9 @@
 ```
 
 Shards are drawn in plan order, round and round: after the last shard of a pass comes the first of the next. A shard
-that is planned to be resident is drawn once and then left out. Every draw has a ticket; inference consumes tickets in
-order. `reset` starts a new *epoch*: shards that were drawn or loaded before it are thrown away.
+that is planned to be resident is drawn once and then left out. Resident shards with the same weights are loaded one
+after another: the first reads them, and the others find them in memory. Every draw has a ticket; inference consumes
+tickets in order. `reset` starts a new *epoch*: shards that were drawn or loaded before it are thrown away.
 
 Calls (`requests`) and resident shards (`residents`) lie under the same lock, in objects of their own.
 """
@@ -48,6 +49,7 @@ class Exchange:
         self.calls = Calls(self._changed)
         self.residents = Residents(self._changed, self._retired.append)
         self._resident: tuple[bool, ...] = ()
+        self._weights: Sequence[int] = ()
         self._loaders = 0
         self._held: set[int] = set()
         self._loading: set[int] = set()
@@ -86,7 +88,7 @@ class Exchange:
             )
             if task.resident:
                 self._held.add(task.index)
-            self._loading.add(task.index)
+            self._loading.add(self._weights[task.index])
             self._advance()
             self._next_ticket += 1
             return task
@@ -99,14 +101,15 @@ class Exchange:
         """Signal `ready` for a task (None: it was cancelled). A shard of an old epoch goes to the Daemon at once."""
         with self._changed:
             self._outstanding -= 1
-            self._loading.discard(task.index)
             if task.packing:
                 self.residents.end_packing(message.error if isinstance(message, Failed) else None)
-            elif message is not None and not self.is_stale(message.task):
-                self._ready[message.task.ticket] = message
-                self._failed = self._failed or isinstance(message, Failed)
-            elif isinstance(message, Loaded):
-                self._retired.append(message.shard)
+            else:
+                self._loading.discard(self._weights[task.index])
+                if message is not None and not self.is_stale(message.task):
+                    self._ready[message.task.ticket] = message
+                    self._failed = self._failed or isinstance(message, Failed)
+                elif isinstance(message, Loaded):
+                    self._retired.append(message.shard)
             self._changed.notify_all()
 
     # Inference Agent
@@ -189,17 +192,22 @@ class Exchange:
         with self._changed:
             return self._broken or self._failed
 
-    def start(self, resident: Sequence[bool], loaders: int, pass_number: int = 1) -> None:
+    def start(
+        self, resident: Sequence[bool], loaders: int, pass_number: int = 1, weights: Sequence[int] | None = None
+    ) -> None:
         """Let the Loading Agents begin at the first shard of a pass.
 
         Args:
             resident: for each shard, whether it stays in memory after it ran.
             loaders: the number of agents that may load at the same time; one more may pack.
             pass_number: the number of the pass that they begin with.
+            weights: for each shard, a number that it has in common with those that are to share its memory; None when
+                no shard shares any.
         """
         with self._changed:
             assert not self._outstanding, "reset before start"
             self._resident = tuple(resident)
+            self._weights = range(len(resident)) if weights is None else weights
             self._loaders = loaders
             self._held = set(self.residents.shards)
             self._place = 0
@@ -264,6 +272,6 @@ class Exchange:
         busy = self._outstanding - self.residents.busy >= self._loaders
         if held_back or busy or len(self._held) >= len(self._resident):
             return False
-        # A shard that is still loading for one pass is not begun for the next.
+        # A shard that is still loading for one pass is not begun for the next, nor one whose weights another one reads.
         self._skip_held()
-        return self._place not in self._loading
+        return self._weights[self._place] not in self._loading

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 from pipeload.errors import LoadError
 from pipeload.foreign import foreign_errors
-from pipeload.format.manifest import Manifest, Shard
+from pipeload.format.manifest import Manifest, Shard, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.machine.heap import trim
 from pipeload.pipeline.exchange import Exchange
@@ -48,6 +49,8 @@ class Loader:
         self._memory = memory
         self._trace = trace
         self._in_arena = in_arena(manifest)
+        firsts = Counter(first_places(manifest.shards))
+        self._common = {manifest.shards[place].weights for place, count in firsts.items() if count > 1}
         self._lock = threading.Lock()
         self._read_bytes = 0
         self.gave_up_packing = False
@@ -98,6 +101,10 @@ class Loader:
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
         reserved = memory_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
+        shared = shard.weights if task.resident and shard.weights in self._common else None
+        if shared is not None and not plan.packed:
+            # No other agent loads a shard with these weights now, so they are in memory, or this agent reads them.
+            keep_bytes, reserved = 0 if shared in self._memory.shared else reserved, 0
         reserved += session_bytes(shard, plan.threads)
 
         def stale() -> bool:
@@ -107,22 +114,33 @@ class Loader:
             if not self._memory.reservations.reserve(reserved + keep_bytes, task.ticket, stale):
                 return None
         loaded = LoadedShard(
-            index=task.index, session=None, buffer=None, reserved_bytes=reserved, pooled=not task.resident
+            index=task.index,
+            session=None,
+            buffer=None,
+            reserved_bytes=reserved,
+            pooled=not task.resident,
+            shared=shared,
         )
         begun: list[Part] = []
+        complete = True
         try:
-            loaded.buffer = self._memory.take_buffer() if loaded.pooled else Buffer(shard.nbytes)
+            if shared is None:
+                loaded.buffer, unread = self._memory.take_buffer() if loaded.pooled else Buffer(shard.nbytes), True
+            else:
+                loaded.buffer, unread = self._memory.shared.join(shared, keep_bytes)
+                keep_bytes = 0
             begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
-            missing = sorted([Part(begin, end, loaded.buffer), *begun], key=lambda part: part.begin)
-            nbytes = sum(part.end - part.begin for part in missing)
-            with self._trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
-                complete = self._storage.read_weights(shard, missing, stale, direct=plan.direct)
+            parts = sorted([Part(begin, end, loaded.buffer), *begun], key=lambda part: part.begin)
+            if unread:
+                nbytes = sum(part.end - part.begin for part in parts)
+                with self._trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
+                    complete = self._storage.read_weights(shard, parts, stale, direct=plan.direct)
+                with self._lock:
+                    self._read_bytes += nbytes * complete
             if complete:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
-                    loaded.session = self._session(shard, [*missing, *kept], packed=packed)
-                with self._lock:
-                    self._read_bytes += nbytes
+                    loaded.session = self._session(shard, [*parts, *kept], packed=packed)
             self._memory.sample()
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeload.format.manifest import WeightsRange
 from pipeload.pipeline.session import ShardSession
 from pipeload.storage.buffers import Buffer
 
@@ -33,13 +34,23 @@ class Task:
 
 @dataclass(slots=True, kw_only=True)
 class LoadedShard:
-    """A shard in memory, with the resources to give back after it."""
+    """A shard in memory, with the resources to give back after it.
+
+    Attributes:
+        index: the shard's position in the model.
+        session: None when it is not ready to run.
+        buffer: the memory of its weights; None when a packed session has its own copy.
+        reserved_bytes: what is reserved for this shard alone.
+        pooled: the buffer belongs to the pool.
+        shared: the range whose buffer other resident shards use too; None when the buffer is this shard's own.
+    """
 
     index: int
     session: ShardSession | None
     buffer: Buffer | None
     reserved_bytes: int
     pooled: bool
+    shared: WeightsRange | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

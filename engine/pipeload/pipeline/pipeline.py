@@ -288,7 +288,8 @@ class Pipeline:
     def _progress_at(self, index: int, elapsed_s: float) -> Progress:
         shards = self._manifest.shards
         done = sum(shard.nbytes for shard in shards[: index + 1])
-        eta_s = elapsed_s * (self._manifest.weight_bytes - done) / done if done else None
+        rest = sum(shard.nbytes for shard in shards[index + 1 :])
+        eta_s = elapsed_s * rest / done if done else None
         return Progress(shard=shards[index].name, index=index + 1, count=len(shards), elapsed_s=elapsed_s, eta_s=eta_s)
 
     def _coldness(self) -> Coldness:

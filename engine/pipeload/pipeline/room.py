@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pipeload.errors import ClosedError
-from pipeload.format.manifest import Manifest
+from pipeload.format.manifest import Manifest, first_places
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.lent_outputs import LentOutputs
 from pipeload.pipeline.weights_memory import WeightsMemory
@@ -79,7 +79,9 @@ class Room:
         """Let the Loading Agents begin at the first shard of a pass."""
         plan = self._memory.plan
         resident = [shard.name in plan.resident for shard in self._manifest.shards]
-        self._exchange.start(resident, plan.loaders, next_pass)
+        firsts = enumerate(first_places(self._manifest.shards))
+        weights = [first if resident[place] else place for place, first in firsts]
+        self._exchange.start(resident, plan.loaders, next_pass, weights)
 
     def stop(self) -> None:
         """Stop the Loading Agents, and hand all prefetched shards to the Daemon."""
@@ -101,7 +103,10 @@ class Room:
         for index, loaded in residents.shards.items():
             shard = self._manifest.shards[index]
             packed = loaded.buffer is None and shard.nbytes > 0
-            if shard.name not in plan.resident or plan.threads != before.threads or (packed and not plan.packed):
+            # Shards that share their weights have reserved other bytes where they are to be packed.
+            reserves_other = loaded.shared is not None and plan.packed != before.packed
+            unfit = plan.threads != before.threads or (packed and not plan.packed) or reserves_other
+            if shard.name not in plan.resident or unfit:
                 residents.drop(index)
         self._wait_freed()
         for index in residents.parts:
@@ -112,8 +117,8 @@ class Room:
             raise ClosedError("The model was closed during the call.")
 
     def _wait_freed(self) -> None:
-        """Wait until only resident shards and kept parts hold reservations."""
-        residents, reservations = self._exchange.residents, self._memory.reservations
+        """Wait until only resident shards, the weights that they share, and kept parts hold reservations."""
+        residents, reservations, shared = self._exchange.residents, self._memory.reservations, self._memory.shared
         expected = sum(loaded.reserved_bytes for loaded in residents.shards.values())
         expected += sum(part.buffer.nbytes for parts in residents.parts.values() for part in parts)
-        self._exchange.wait_freed(lambda: reservations.reserved_bytes == expected)
+        self._exchange.wait_freed(lambda: reservations.reserved_bytes == expected + shared.reserved_bytes)

@@ -10,6 +10,7 @@ from pipeload.machine.memory import Peak, PeakWatch, peak_rss_bytes, rss_bytes
 from pipeload.pipeline.messages import LoadedShard
 from pipeload.pipeline.reservations import Reservations
 from pipeload.pipeline.session import shrink_arena
+from pipeload.pipeline.shared_weights import SharedWeights
 from pipeload.planning.planner import Plan
 from pipeload.storage.buffers import Buffer, BufferPool, Part
 from pipeload.tracing.trace import Trace
@@ -31,11 +32,13 @@ class WeightsMemory:
     Attributes:
         plan: the plan in force.
         reservations: bytes of the plan that shards and parts hold.
+        shared: weights that several resident shards have in common.
     """
 
     def __init__(self, plan: Plan, trace: Trace, *, in_arena: bool) -> None:
         self.plan = plan
         self.reservations = Reservations(plan.weights_bytes)
+        self.shared = SharedWeights()
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._trace = trace
         self._in_arena = in_arena
@@ -45,7 +48,7 @@ class WeightsMemory:
     @property
     def occupied_bytes(self) -> int:
         """Memory of all buffers, including those waiting for their next use, and of sessions."""
-        return self.reservations.reserved_bytes + self._pool.idle_bytes
+        return self.reservations.reserved_bytes - self.shared.unused_bytes + self._pool.idle_bytes
 
     @property
     def to_come_bytes(self) -> int:
@@ -63,8 +66,8 @@ class WeightsMemory:
 
     @property
     def complete(self) -> bool:
-        """Whether all buffers of the plan were in use."""
-        return self._pool.complete
+        """Whether all buffers of the plan were in use, and shards that are to be packed have their own copies."""
+        return self._pool.complete and not self.shared.unused_bytes
 
     def take_peak(self, unseen_bytes: int) -> Peak:
         """The most that the process has occupied since the last call; see `PeakWatch.take`."""
@@ -81,13 +84,17 @@ class WeightsMemory:
             shard: a shard that ran, or could not be loaded.
             signal_memory: called with True while more is occupied than planned, and then with False.
         """
+        freed_bytes = shard.reserved_bytes
         try:
             shard.session = None
             buffer, shard.buffer = shard.buffer, None
             if buffer is not None:
                 if shard.pooled:
                     self._pool.give(buffer)
-                else:
+                elif shard.shared is None:
+                    buffer.close()
+                elif (left_bytes := self.shared.leave(shard.shared)) is not None:
+                    freed_bytes += left_bytes
                     buffer.close()
             if self._is_short():
                 signal_memory(True)
@@ -96,7 +103,7 @@ class WeightsMemory:
                 finally:
                     signal_memory(False)
         finally:
-            self.reservations.release(shard.reserved_bytes)
+            self.reservations.release(freed_bytes)
 
     def release(self, parts: Iterable[Part]) -> None:
         """Give back the memory of parts that are no longer kept."""

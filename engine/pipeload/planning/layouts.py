@@ -3,6 +3,9 @@
 Resident shards are spread evenly among the streamed ones, so that reading never pauses: in the order of van der
 Corput's sequence, small ones first. Of the others, the tensors before and behind the streamed range stay, as far as
 memory allows.
+
+Shards that have the same weights (ALBERT's layers) are resident or streamed together: their range of the file stays in
+memory once for all of them, so they come before shards with weights of their own. Packed copies are one for each shard.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import TypeAlias
 
-from pipeload.format.manifest import Shard
+from pipeload.format.manifest import Shard, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.planning.rates import Rates
 
@@ -20,6 +23,9 @@ __all__ = ["Layout", "Range", "layouts", "session_bytes", "staying"]
 
 Range: TypeAlias = tuple[int, int]
 """First byte of a part of a shard's weights, and the byte after its last one."""
+
+_Group: TypeAlias = tuple[Shard, ...]
+"""A shard alone, or all shards with the same weights."""
 
 _GRAPH_FACTOR, _THREAD_BYTES = 26, 60_000
 """Memory of a session: for each byte of its graph, and for each thread. Measured with onnxruntime 1.31 on blocks of
@@ -58,6 +64,7 @@ class Layout:
     packed_streamed: bool
     packing_bytes: int
     used_bytes: int
+    resident_bytes: int
     streamed_bytes: int
     threads: int = 1
 
@@ -75,9 +82,9 @@ def staying(shard: Shard, streamed: Range) -> list[Range]:
 
 def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | None) -> Iterator[Layout]:
     """Every layout that is worth a look and fits into `free` bytes."""
-    order = _residence_order(shards)
+    order = _residence_order(_groups(shards))
     counts = [loaders] if loaders else speed.loaders
-    choices = {shard.name: _choices(shard) for shard in shards}
+    choices = {shard.name: _choices(shard, alone=len(group) == 1) for group in order for shard in group}
     sizes = _buffer_sizes(shards, choices)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
@@ -88,15 +95,14 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
         for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
                 layout = _fill(
-                    shards, order, choices, free, buffers, size, sessions, packed=packed, pack_streamed=pack_streamed
+                    order, choices, free, buffers, size, sessions, packed=packed, pack_streamed=pack_streamed
                 )
                 if layout is not None:
                     yield replace(layout, loaders=count, threads=threads)
 
 
 def _fill(
-    shards: Sequence[Shard],
-    order: Sequence[Shard],
+    order: Sequence[_Group],
     choices: Mapping[str, Sequence[_Choice]],
     free: int,
     buffers: int,
@@ -107,7 +113,7 @@ def _fill(
     pack_streamed: bool,
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit."""
-    packing = max(_packing_bytes(shard) + sessions[shard.name] for shard in shards) if packed else 0
+    packing = max(_packing_bytes(s) + sessions[s.name] for group in order for s in group) if packed else 0
     copy_bytes = buffer_bytes if pack_streamed else 0
     used = packing + buffers * (buffer_bytes + copy_bytes + max(sessions.values()))
     # A shard's streamed range must fit into a buffer. The packed copy of a shard takes memory for the whole shard.
@@ -117,44 +123,66 @@ def _fill(
         for name, found in choices.items()
     }
     chosen = {name: found[0] for name, found in fitting.items() if found}
-    whole = fitting.keys() - chosen.keys()
     used += sum(choice.staying_bytes for choice in chosen.values())
-    used += sum(memory_ceil(shard.nbytes) + sessions[shard.name] for shard in shards if shard.name in whole)
+    whole = [group for group in order if group[0].name not in chosen]
+    used += sum(_whole_bytes(group, sessions, packed=packed) for group in whole)
     if used > free:
         return None
-    for shard in order:
-        if shard.name in chosen:
-            more = memory_ceil(shard.nbytes) + sessions[shard.name] - chosen[shard.name].staying_bytes
+    for group in order:
+        if group[0].name in chosen:
+            staying_bytes = sum(chosen[shard.name].staying_bytes for shard in group)
+            more = _whole_bytes(group, sessions, packed=packed) - staying_bytes
             if used + more <= free:
-                whole.add(shard.name)
-                del chosen[shard.name]
+                whole.append(group)
+                for shard in group:
+                    del chosen[shard.name]
                 used += more
-    for shard in order:
-        if shard.name in chosen:
-            used -= chosen[shard.name].staying_bytes
-            *_, least = (choice for choice in fitting[shard.name] if used + choice.staying_bytes <= free)
-            chosen[shard.name] = least
-            used += least.staying_bytes
+    for name in [shard.name for group in order for shard in group if shard.name in chosen]:
+        used -= chosen[name].staying_bytes
+        *_, least = (choice for choice in fitting[name] if used + choice.staying_bytes <= free)
+        chosen[name] = least
+        used += least.staying_bytes
     if bool(buffers) != bool(chosen) or buffers > len(chosen):
         return None
     ranges = {name: choice.streamed for name, choice in chosen.items()}
+    streamed_bytes = sum(end - begin for begin, end in ranges.values())
+    resident_bytes = sum(shard.nbytes for group in whole for shard in (group if packed else group[:1]))
+    resident_bytes += sum(s.nbytes for group in order for s in group if s.name in ranges) - streamed_bytes
     return Layout(
         buffers=buffers,
         buffer_bytes=buffer_bytes,
-        resident=frozenset(whole),
+        resident=frozenset(shard.name for group in whole for shard in group),
         partly_resident={name: streamed for name, streamed in ranges.items() if chosen[name].staying_bytes},
         packed=packed,
         packed_streamed=pack_streamed and bool(ranges),
         packing_bytes=packing,
         used_bytes=used,
-        streamed_bytes=sum(end - begin for begin, end in ranges.values()),
+        resident_bytes=resident_bytes,
+        streamed_bytes=streamed_bytes,
     )
 
 
-def _choices(shard: Shard) -> list[_Choice]:
-    """Ranges of a shard that may be streamed while the rest stays: adjacent tensors; the largest range first."""
-    if shard.weights is None:
-        return [_Choice.of(shard, (0, 0))]
+def _groups(shards: Sequence[Shard]) -> list[_Group]:
+    """The shards, those with the same weights together."""
+    found: dict[int, list[Shard]] = {}
+    for shard, first in zip(shards, first_places(shards), strict=True):
+        found.setdefault(first, []).append(shard)
+    return [tuple(group) for group in found.values()]
+
+
+def _whole_bytes(group: _Group, sessions: Mapping[str, int], *, packed: bool) -> int:
+    """Memory of a resident group."""
+    copies = len(group) if packed else 1
+    return memory_ceil(group[0].nbytes) * copies + sum(sessions[shard.name] for shard in group)
+
+
+def _choices(shard: Shard, *, alone: bool) -> list[_Choice]:
+    """Ranges of a shard that may be streamed while the rest stays: adjacent tensors; the largest range first.
+
+    Of a shard that is not alone with its weights, all is streamed or nothing.
+    """
+    if shard.weights is None or not alone:
+        return [_Choice.of(shard, (0, shard.nbytes))]
     # Tiny tensors are not worth a part of their own.
     step = shard.nbytes * _TINY_SHARE
     places = [0]
@@ -187,12 +215,15 @@ def _packing_bytes(shard: Shard) -> int:
     return memory_ceil(shard.nbytes) + memory_ceil(largest)
 
 
-def _residence_order(shards: Sequence[Shard]) -> list[Shard]:
-    """Shards in the order in which they become resident."""
-    largest = max(shard.nbytes for shard in shards)
-    small = [shard for shard in shards if shard.nbytes <= largest * _SMALL_SHARE]
-    rest = [shard for shard in shards if shard.nbytes > largest * _SMALL_SHARE]
-    return small + [rest[place] for place in _spread(len(rest))]
+def _residence_order(groups: Sequence[_Group]) -> list[_Group]:
+    """Groups in the order in which they become resident."""
+    largest = max(group[0].nbytes for group in groups)
+    small = [group for group in groups if group[0].nbytes <= largest * _SMALL_SHARE]
+    large = [group for group in groups if group[0].nbytes > largest * _SMALL_SHARE]
+    # Their range saves a read for each of them.
+    common = [group for group in large if len(group) > 1]
+    rest = [group for group in large if len(group) == 1]
+    return small + common + [rest[place] for place in _spread(len(rest))]
 
 
 def _spread(count: int) -> list[int]:

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeload.errors import BudgetError
-from pipeload.format.manifest import Manifest, Shard
+from pipeload.format.manifest import Manifest, first_places
 from pipeload.format.pages import memory_ceil
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning.layouts import Layout, Range, layouts, session_bytes
@@ -87,7 +87,8 @@ class Plan:
         threads: intra-op threads of a session.
         process_bytes, pass_bytes, cache_bytes, packing_bytes: see the picture above; process_bytes includes the
             runtime.
-        resident_bytes: weights that stay in memory between passes, those of partly resident shards included.
+        resident_bytes: weights that stay in memory between passes, those of partly resident shards included. A range
+            of a file that several resident shards have in common counts once, or if they are packed, for each.
         streamed_bytes: weights that are read in every steady pass.
         peak_bytes: predicted peak of the process.
         first_pass_s, steady_pass_s: predicted seconds; None when the profile was not measured.
@@ -157,8 +158,9 @@ def make_plan(
     found: list[tuple[Layout, Schedule]] = []
     fastest_s = float("inf")
     most_threads = max(speed.times)
+    firsts = first_places(manifest.shards)
     for layout in layouts(manifest.shards, free, speed, loaders):
-        work = [_work(shard, layout, speed.times[layout.threads][shard.name]) for shard in manifest.shards]
+        work = _work(manifest, firsts, layout, speed.times[layout.threads])
         bandwidth = speed.bandwidth(layout.loaders)
         least_s = max(sum(shard.run_s for shard in work), layout.streamed_bytes / bandwidth)
         if least_s > fastest_s * (1 + _CLOSE):
@@ -186,7 +188,7 @@ def make_plan(
         pass_bytes=needs.pass_bytes,
         cache_bytes=needs.cache_bytes,
         packing_bytes=layout.packing_bytes,
-        resident_bytes=manifest.weight_bytes - layout.streamed_bytes,
+        resident_bytes=layout.resident_bytes,
         streamed_bytes=layout.streamed_bytes,
         peak_bytes=fixed + layout.used_bytes,
         first_pass_s=schedule.first_s if profile.measured else None,
@@ -228,7 +230,7 @@ def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None
     if not profile.measured:
         return None
     speed = Rates.of(manifest, profile, plan.threads)
-    work = [_work(shard, plan, speed.times[plan.threads][shard.name]) for shard in manifest.shards]
+    work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
     bandwidth = speed.bandwidth(plan.loaders)
     return simulate(work, loaders=plan.loaders, buffers=plan.buffers, read_bytes_per_s=bandwidth)
 
@@ -269,21 +271,30 @@ def budget_for_latency(
     return plan(least) if (plan(least).steady_pass_s or 0.0) <= latency_s else plan(most)
 
 
-def _work(shard: Shard, layout: Layout | Plan, times: ShardTimes) -> ShardWork:
-    resident = shard.name in layout.resident
-    begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
-    packed = layout.packed if resident else layout.packed_streamed
-    # A resident shard has the computer to itself while nothing is streamed; only reading slows computing down.
-    slowdown = times.loading_run_s / times.run_s if times.run_s else 1.0
-    run_s = times.packed_run_s if packed else times.run_s
-    return ShardWork(
-        cold_bytes=shard.nbytes,
-        steady_bytes=0 if resident else end - begin,
-        streamed=not resident,
-        session_s=times.pack_s if packed and not resident else times.session_s,
-        run_s=run_s,
-        loading_run_s=run_s * max(1.0, slowdown),
-    )
+def _work(
+    manifest: Manifest, firsts: Sequence[int], layout: Layout | Plan, times: Mapping[str, ShardTimes]
+) -> list[ShardWork]:
+    work = []
+    for place, (shard, first) in enumerate(zip(manifest.shards, firsts, strict=True)):
+        own = times[shard.name]
+        resident = shard.name in layout.resident
+        begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
+        packed = layout.packed if resident else layout.packed_streamed
+        # A resident shard has the computer to itself while nothing is streamed; only reading slows computing down.
+        slowdown = own.loading_run_s / own.run_s if own.run_s else 1.0
+        run_s = own.packed_run_s if packed else own.run_s
+        work.append(
+            ShardWork(
+                # What an earlier shard has brought into memory to stay is not read again.
+                cold_bytes=0 if resident and first != place else shard.nbytes,
+                steady_bytes=0 if resident else end - begin,
+                streamed=not resident,
+                session_s=own.pack_s if packed and not resident else own.session_s,
+                run_s=run_s,
+                loading_run_s=run_s * max(1.0, slowdown),
+            )
+        )
+    return work
 
 
 def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedule]:

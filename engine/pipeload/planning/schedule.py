@@ -13,7 +13,8 @@ Passes follow each other without a pause, so reading goes on for the next pass w
 The steady pass is the mean distance between the ends of later ones.
 
 The roofline T* is the shortest time that a pass can take on this machine under any schedule: W bytes of weights, R of
-them resident, bandwidth B, compute time c_i of shard i and its size s_i:
+them resident, bandwidth B, compute time c_i of shard i and its size s_i. Weights that shards have in common count once,
+with the first of them:
 
 ```
 steady pass       max(sum c_i, (W - R) / B)
@@ -28,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from pipeload.format.manifest import Manifest
+from pipeload.format.manifest import Manifest, first_places
 from pipeload.planning.profile import Profile
 
 __all__ = ["Roofline", "Schedule", "ShardWork", "roofline", "simulate"]
@@ -128,8 +129,9 @@ def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> R
     ]
     total_s = sum(compute)
     first_s, read_bytes, done_s = total_s, 0, 0.0
-    for shard, seconds in zip(manifest.shards, compute, strict=True):
-        read_bytes += shard.nbytes
+    firsts = first_places(manifest.shards)
+    for place, (shard, seconds) in enumerate(zip(manifest.shards, compute, strict=True)):
+        read_bytes += shard.nbytes if firsts[place] == place else 0
         first_s = max(first_s, read_bytes / bandwidth + total_s - done_s)
         done_s += seconds
     streamed_bytes = max(0, manifest.weight_bytes - resident_bytes)

@@ -89,7 +89,8 @@ def plan_by_hand(
     buffers = min(buffers, len(streamed))
     ranges = {shard.name: partly.get(shard.name, (0, shard.nbytes)) for shard in streamed}
     buffer_bytes = max((room_bytes(*part) for part in ranges.values()), default=0)
-    weights = sum(page_ceil(shard.nbytes) + session_bytes(shard, 1) for shard in whole)
+    own = whole if packed else [shard for shard in whole if shard.name not in _followers(manifest, resident)]
+    weights = sum(page_ceil(shard.nbytes) for shard in own) + sum(session_bytes(shard, 1) for shard in whole)
     weights += sum(_staying_bytes(shard, ranges[shard.name]) for shard in streamed)
     weights += buffers * (
         buffer_bytes * (1 + packed_streamed) + max(session_bytes(shard, 1) for shard in manifest.shards)
@@ -108,10 +109,17 @@ def plan_by_hand(
         process_bytes=10**10,
         pass_bytes=pass_bytes,
         cache_bytes=0,
-        resident_bytes=manifest.weight_bytes - streamed_bytes,
+        resident_bytes=sum(s.nbytes for s in [*own, *streamed]) - streamed_bytes,
         streamed_bytes=streamed_bytes,
         peak_bytes=10**10 + pass_bytes + weights,
     )
+
+
+def _followers(manifest: Manifest, resident: Sequence[str]) -> set[str]:
+    """Resident shards whose weights an earlier resident shard has too."""
+    seen: set[Any] = set()
+    shared = [shard for shard in manifest.shards if shard.name in resident and shard.weights]
+    return {shard.name for shard in shared if shard.weights in seen or seen.add(shard.weights)}
 
 
 def _staying_bytes(shard: Shard, streamed: Range) -> int:
@@ -152,10 +160,13 @@ class Rig:
         replan: Callable[[int, int], Plan] | None = None,
         replanner: Callable[[Manifest], tuple[Plan, Replanner]] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        before_read: Callable[[Shard], None] | None = None,
         **options: Any,
     ) -> None:
         self.manifest = manifests.read(directory)
         self.storage = NotingStorage(directory, self.manifest)
+        # Agents read as soon as the pipeline exists.
+        self.storage.before_read = before_read or nothing
         self.expected = run_sequentially(directory, toys.inputs(), threads=1)
         plan = plan_by_hand(self.manifest, **options)
         self.replanner: Any = Scripted(self.manifest, replan or (lambda *_: plan))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +14,8 @@ from tests.engine.harness import (
     Gate,
     assert_close,
 )
+from tests.engine.pipeline.budgets import budgeted, budgets_of, profile_of
 from tests.engine.pipeline.rig import (
-    Rig,
     nothing,
     rigged,
 )
@@ -32,66 +29,13 @@ from pipeload.pipeline import pipeline as pipelines
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import to_value
 from pipeload.planning.needs import Needs
-from pipeload.planning.planner import Plan, make_plan
-from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.planner import Plan
+from pipeload.planning.profile import Profile
 from pipeload.planning.replanner import Replanner
 
 
-class _Unlearning(Replanner):
-    """Does not learn, so that plans depend on budgets and needs only; tells when it was asked."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.asked = threading.Semaphore(0)
-
-    def before_pass(self, *arguments: Any, **options: Any) -> Plan:
-        try:
-            return super().before_pass(*arguments, **options)
-        finally:
-            self.asked.release()
-
-    def after_pass(self, *_: Any) -> bool:
-        return False
-
-
-def _profile(manifest: Manifest) -> Profile:
-    """Reading takes longest, and packing gains nothing."""
-    times = ShardTimes(session_s=1e-4, run_s=1e-4, loading_run_s=1e-4, pack_s=1e-2, packed_run_s=1e-4)
-    shards = {shard.name: times for shard in manifest.shards}
-    return Profile(process_bytes=PROCESS_BYTES, cores=1, read_bytes_per_s={1: 1e9, 2: 1.2e9}, times={1: shards})
-
-
-def _budgets(manifest: Manifest, profile: Profile) -> list[int]:
-    """From one buffer to everything resident, nothing packed."""
-
-    def plan(budget: int) -> Plan:
-        return make_plan(manifest, profile, budget_bytes=budget, needs=Needs(pass_bytes=10**6))
-
-    with pytest.raises(BudgetError) as caught:
-        plan(1)
-    least = caught.value.needed_bytes
-    everything = next(b for b in range(least, least + 10**9, 10**6) if not plan(b).streamed_bytes)
-    assert not plan(everything).packed
-    return [least, (least + everything) // 2, everything]
-
-
-@contextmanager
-def _budgeted(directory: Path, which: int) -> Iterator[tuple[Rig, list[int], list[int]]]:
-    """A rig under one of the budgets; the budgets and the free memory, which the test may change."""
-    profile = _profile(manifests.read(directory))
-    budgets = _budgets(manifests.read(directory), profile)
-    free = [10**12]
-
-    def replanner(manifest: Manifest) -> tuple[Plan, Replanner]:
-        made = _Unlearning(manifest, profile, budget_bytes=budgets[which], free_bytes=lambda: free[0])
-        return made.plan(Needs(pass_bytes=10**6)), made
-
-    with rigged(directory, replanner=replanner) as rig:
-        yield rig, budgets, free
-
-
 def test_a_smaller_budget_gives_memory_back_before_it_returns(toy_large: Path) -> None:
-    with _budgeted(toy_large, 2) as (rig, budgets, _):
+    with budgeted(toy_large, 2) as (rig, budgets, _):
         rig.check(passes=2)
         assert len(rig.exchange.residents.shards) == 10
         buffers = {index: shard.buffer for index, shard in rig.exchange.residents.shards.items()}
@@ -112,7 +56,7 @@ def test_a_smaller_budget_gives_memory_back_before_it_returns(toy_large: Path) -
 
 
 def test_a_larger_budget_is_used(toy_large: Path) -> None:
-    with _budgeted(toy_large, 0) as (rig, budgets, _):
+    with budgeted(toy_large, 0) as (rig, budgets, _):
         rig.check(passes=2)
         residents = set(rig.exchange.residents.shards)
         for budget in budgets[1:]:
@@ -127,7 +71,7 @@ def test_a_larger_budget_is_used(toy_large: Path) -> None:
 
 
 def test_a_budget_that_cannot_work_is_refused_and_the_old_one_stays(toy_large: Path) -> None:
-    with _budgeted(toy_large, 1) as (rig, budgets, _):
+    with budgeted(toy_large, 1) as (rig, budgets, _):
         rig.check()
         before = rig.pipeline.plan
         with pytest.raises(BudgetError) as caught:
@@ -140,7 +84,7 @@ def test_a_budget_that_cannot_work_is_refused_and_the_old_one_stays(toy_large: P
 
 
 def test_budgets_change_while_passes_run(toy_large: Path) -> None:
-    with _budgeted(toy_large, 2) as (rig, budgets, _):
+    with budgeted(toy_large, 2) as (rig, budgets, _):
         calls = [Background(rig.check, 12) for _ in range(2)]
         for number in range(12):
             rig.pipeline.set_budget(budgets[number % 3])
@@ -151,13 +95,17 @@ def test_budgets_change_while_passes_run(toy_large: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["toy-large", "toy-large-common"])
 @pytest.mark.parametrize("seed", range(4))
-def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_everything_at_once(
+    made_toys: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, seed: int, name: str
+) -> None:
     """Callers, changing needs and budgets, memory that comes and goes, withdrawn calls, learning and packing."""
     monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
-    manifest = manifests.read(toy_large)
-    least, _, everything = _budgets(manifest, _profile(manifest))
-    budgets = [least + 3_000_000, (least + everything) // 2, everything, everything + 40_000_000]
+    directory = made_toys(name)
+    manifest = manifests.read(directory)
+    least, _, everything = budgets_of(manifest, profile_of(manifest))
+    budgets = [least + 3_000_000, (least + everything) // 2, everything, everything + 60_000_000]
     random = np.random.default_rng(seed)
     free = [10**12]
 
@@ -167,7 +115,7 @@ def test_everything_at_once(toy_large: Path, monkeypatch: pytest.MonkeyPatch, se
         )
         return made.plan(Needs(pass_bytes=10**6)), made
 
-    with rigged(toy_large, replanner=replanner) as rig:
+    with rigged(directory, replanner=replanner) as rig:
 
         def call(needs: list[int]) -> None:
             for need in needs:
@@ -207,7 +155,7 @@ def test_an_idle_model_gives_memory_back_when_it_becomes_short(
     toy_large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
-    with _budgeted(toy_large, 2) as (rig, budgets, free):
+    with budgeted(toy_large, 2) as (rig, budgets, free):
         rig.check(passes=2)
         replanner = rig.replanner
         # One for each call: whatever comes now is the Daemon's doing.
@@ -228,7 +176,7 @@ def test_an_idle_model_gives_memory_back_when_it_becomes_short(
 def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
     watched = Gate(opened=True)
-    with _budgeted(toy, 2) as (rig, _, _):
+    with budgeted(toy, 2) as (rig, _, _):
         real = rig.replanner.limit_bytes
         monkeypatch.setattr(rig.replanner, "limit_bytes", lambda plan: (watched.stop_here(), real(plan))[1])
         rig.check()
@@ -240,7 +188,7 @@ def test_an_idle_model_with_memory_to_spare_is_left_alone(toy: Path, monkeypatch
 
 def test_a_budget_that_fails_for_outputs_that_a_caller_keeps_is_refused_and_the_old_one_stays(toy_large: Path) -> None:
     """The new budget is enough for a pass alone, but not beside the outputs that callers still hold."""
-    with _budgeted(toy_large, 2) as (rig, budgets, _):
+    with budgeted(toy_large, 2) as (rig, budgets, _):
         rig.check()
         rig.pipeline.set_budget(budgets[0])
         rig.pipeline.set_budget(budgets[2])
@@ -257,7 +205,7 @@ def test_a_budget_that_fails_for_outputs_that_a_caller_keeps_is_refused_and_the_
 
 
 def test_auto_is_checked_against_what_is_free_and_not_against_the_old_budget(toy_large: Path) -> None:
-    with _budgeted(toy_large, 2) as (rig, budgets, free):
+    with budgeted(toy_large, 2) as (rig, budgets, free):
         rig.check()
         free[0] = budgets[0] // 2
         with pytest.raises(BudgetError) as caught:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from onnx import ModelProto, TensorProto
 from tests.exporter.conftest import Sharded, assert_same_answers
 from tests.exporter.graphs import encoder, run
@@ -38,12 +39,20 @@ def with_equal_layers(*, copies: bool) -> ModelProto:
 
 
 def answers_agree(sharded: Sharded) -> None:
+    """All in memory, with the weights that are stored once read once; and streamed in the smallest budget."""
     inputs = sharded.inputs({"batch": 2, "length": 7})
     wanted = run(sharded.unsplit, inputs)
     assert_same_answers(wanted, sharded.run(inputs))
+    stored = {item.weights for item in sharded.model.shards if item.weights}
     with pipeload.load(sharded.directory) as model:
         for _ in range(2):
             assert_same_answers(wanted, model.run(inputs))
+        assert not model.plan.streamed_bytes
+        assert model.stats.read_bytes == model.manifest.weight_bytes == sum(span.nbytes for span in stored)
+        with pytest.raises(pipeload.BudgetError) as refused:
+            model.set_budget(1)
+        model.set_budget(refused.value.needed_bytes)
+        assert_same_answers(wanted, model.run(inputs))
 
 
 def test_layers_with_equal_weights_have_one_file(shard: Callable[..., Sharded]) -> None:

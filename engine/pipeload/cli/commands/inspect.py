@@ -10,7 +10,7 @@ import typer
 
 from pipeload.cli.options import Directory, Json
 from pipeload.cli.report import differences, parity_report, print_json, print_table, summary, table
-from pipeload.format.manifest import Manifest, Shard, TensorSpec, read
+from pipeload.format.manifest import Manifest, Shard, TensorSpec, first_places, read
 from pipeload.machine.sizes import format_bytes
 
 __all__ = ["inspect"]
@@ -37,7 +37,7 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
     typer.echo(table(_tensors(manifest, manifest.outputs)))
     typer.echo("\nshards")
     rows = [("name", "role", "weights", "structure", "takes", "makes", "tables")]
-    typer.echo(table([*rows, *(_row(shard) for shard in manifest.shards)]))
+    typer.echo(table([*rows, *(_row(shard, first) for shard, first in _firsts(manifest))]))
     if manifest.head:
         typer.echo(f"\nhead: '{manifest.head.output}' in {len(manifest.head.shards)} slices of the vocabulary")
     typer.echo("\ncompared with the unsplit model when it was exported")
@@ -61,16 +61,23 @@ def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
                 "name": shard.name,
                 "role": shard.role,
                 "bytes": shard.nbytes,
+                "weights_of": first.name,
                 "structure": shard.structure,
                 "inputs": shard.inputs,
                 "outputs": shard.outputs,
                 "tables": [lookup.table for lookup in shard.lookups],
             }
-            for shard in manifest.shards
+            for shard, first in _firsts(manifest)
         ],
         "verification": manifest.verification,
         "parity": manifest.parity,
     }
+
+
+def _firsts(manifest: Manifest) -> Iterator[tuple[Shard, Shard]]:
+    """Each shard, and the first one with the same weights."""
+    for shard, first in zip(manifest.shards, first_places(manifest.shards), strict=True):
+        yield shard, manifest.shards[first]
 
 
 def _tensors(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> Iterator[tuple[str, str]]:
@@ -91,12 +98,12 @@ def _shape(spec: TensorSpec) -> str:
     return f"[{', '.join(map(str, spec.shape))}]"
 
 
-def _row(shard: Shard) -> tuple[str, ...]:
+def _row(shard: Shard, first: Shard) -> tuple[str, ...]:
     tables = ", ".join(f"{lookup.table.name} {list(lookup.table.shape)}" for lookup in shard.lookups)
     return (
         shard.name,
         shard.role,
-        format_bytes(shard.nbytes),
+        format_bytes(shard.nbytes) if first is shard else f"those of {first.name}",
         shard.structure,
         _names(shard.inputs),
         _names(shard.outputs),
