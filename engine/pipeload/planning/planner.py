@@ -20,6 +20,7 @@ its file is streamed, and the tensors before and behind it are kept. When a part
 need to hold only the rest, so memory that they do not need becomes memory that need not be read again. That is why
 there is no cliff between a model that fits and one that does not. Resident shards are spread evenly among the streamed
 ones, so that reading never pauses. There is no LRU: a cyclic scan that is larger than a cache hits nothing in it.
+Shards with the same weights (one range of a file) are resident or streamed together: resident, they share its memory.
 
 The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
 CPU); fills the remaining memory with shards in their order of residence; simulates the schedule of each layout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -182,4 +183,4 @@ def test_more_budget_never_promises_a_slower_pass(
     budgets = [needed + int(share * manifest.weight_bytes) for share in sorted(shares)]
     seconds = [_plan(manifest, budget, profile).steady_pass_s or 0.0 for budget in budgets]
     sessions_s = sum(session_bytes(shard, 1) for shard in manifest.shards) / profile.read_bytes_per_s[1]
-    assert all(more <= less * 1.0051 + sessions_s for less, more in zip(seconds, seconds[1:], strict=False))
+    assert all(more <= less * 1.0051 + sessions_s for less, more in pairwise(seconds))
