@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 
 import pipeload
+from pipeload.format import manifest
+from pipeload.machine.memory import rss_bytes
+from pipeload.planning.profile import ShardTimes
 
 TEXTS = ["A man is eating food.", "The girl is carrying a baby."]
 PROMPT = "The capital of France is"
@@ -52,6 +55,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=6)
     parser.add_argument("--callers", type=int, default=1)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--slow-cores", action="store_true", help="plan as if for slow cores and a fast disk")
     parser.add_argument("--fork", action="store_true")
     given = parser.parse_args()
     if given.fork:
@@ -61,7 +65,8 @@ def main() -> None:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         # The peak that a child starts with is its parent's.
         Path("/proc/self/clear_refs").write_text("5")
-    with pipeload.load(given.directory, given.budget, threads=given.threads) as model:
+    profile = slow_cores(Path(given.directory)) if given.slow_cores else None
+    with pipeload.load(given.directory, given.budget, threads=given.threads, profile=profile) as model:
         loaded = memory()
         first = model.plan
         call = work(model, given.task, given.size)
@@ -97,6 +102,21 @@ def main() -> None:
     print(json.dumps(facts), flush=True)
     if given.fork:
         os._exit(0)
+
+
+def slow_cores(directory: Path) -> pipeload.Profile:
+    """The profile of a machine on which four Loading Agents read and pack faster than the cores compute."""
+
+    def times(nbytes: int) -> ShardTimes:
+        run_s = 1e-3 + nbytes / 50e6
+        return ShardTimes(session_s=1e-3, run_s=run_s, loading_run_s=run_s, pack_s=nbytes / 1e9, packed_run_s=run_s / 4)
+
+    return pipeload.Profile(
+        process_bytes=rss_bytes(),
+        cores=2,
+        read_bytes_per_s={1: 50e6, 2: 100e6, 4: 200e6},
+        times={2: {shard.name: times(shard.nbytes) for shard in manifest.read(directory).shards}},
+    )
 
 
 def figures(plan: pipeload.Plan) -> dict[str, int]:

@@ -15,6 +15,8 @@ from pipeload.format.manifest import (
     WeightSpec,
     WeightsRange,
 )
+from pipeload.planning.layouts import second_copy_bytes, session_bytes
+from pipeload.planning.planner import Plan
 
 _GRAPH = FileRecord(path="x", nbytes=12_000, sha256="0" * 64)
 
@@ -56,3 +58,10 @@ def manifest_of(*shards: Sequence[int]) -> Manifest:
         shards=tuple(shard_of(f"s{k}", sizes) for k, sizes in enumerate(shards)),
         structures={"s": Structure(activations=((ByteTerm(nbytes=10),),))},
     )  # fmt: skip
+
+
+def slots_bytes(plan: Plan, shards: Sequence[Shard]) -> int:
+    """Memory for the shards that are streamed: their buffers and sessions, and what packing them takes."""
+    copies = plan.buffers * plan.buffer_bytes + min(plan.loaders, plan.buffers) * max(map(second_copy_bytes, shards))
+    sessions = max(session_bytes(shard, plan.threads) for shard in shards)
+    return plan.buffers * (plan.buffer_bytes + sessions) + copies * plan.packed_streamed

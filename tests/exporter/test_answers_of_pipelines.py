@@ -38,7 +38,7 @@ def _made(folder: Path, kind: str, pipeline: str, **config: Any) -> tuple[pipelo
     with traced_here():
         export(checkpoint, folder / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    return pipeload.load(folder / "model", "4GB"), getattr(transformers, pipeline)(
+    return pipeload.load(folder / "model", "8GB"), getattr(transformers, pipeline)(
         model=model, tokenizer=tokenizer, framework="pt"
     )
 

@@ -15,7 +15,7 @@ from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import LoadedShard, Task
 from pipeload.pipeline.session import ShardSession
 from pipeload.pipeline.weights_memory import WeightsMemory
-from pipeload.planning.layouts import session_bytes, staying
+from pipeload.planning.layouts import second_copy_bytes, session_bytes, staying
 from pipeload.planning.needs import in_arena
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
@@ -105,7 +105,8 @@ class Loader:
         if shared is not None and not plan.packed:
             # No other agent loads a shard with these weights now, so they are in memory, or this agent reads them.
             keep_bytes, reserved = 0 if shared in self._memory.shared else reserved, 0
-        reserved += session_bytes(shard, plan.threads)
+        second_copy = second_copy_bytes(shard) if packed else 0
+        reserved += session_bytes(shard, plan.threads) + second_copy
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
@@ -141,6 +142,8 @@ class Loader:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
                     loaded.session = self._session(shard, [*parts, *kept], packed=packed)
+                loaded.reserved_bytes -= second_copy
+                self._memory.reservations.release(second_copy)
             self._memory.sample()
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)

@@ -19,7 +19,7 @@ from pipeload.format.manifest import Shard, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.planning.rates import Rates
 
-__all__ = ["Layout", "Range", "layouts", "session_bytes", "staying"]
+__all__ = ["Layout", "Range", "layouts", "second_copy_bytes", "session_bytes", "staying"]
 
 Range: TypeAlias = tuple[int, int]
 """First byte of a part of a shard's weights, and the byte after its last one."""
@@ -55,7 +55,7 @@ class _Choice:
 class Layout:
     """One way to use the memory that is left for weights."""
 
-    loaders: int = 1
+    loaders: int
     buffers: int
     buffer_bytes: int
     resident: frozenset[str]
@@ -72,6 +72,11 @@ class Layout:
 def session_bytes(shard: Shard, threads: int) -> int:
     """Bytes of a shard's session with this many intra-op threads, beside its weights: graph, kernels, thread pool."""
     return _GRAPH_FACTOR * shard.graph.nbytes + _THREAD_BYTES * threads
+
+
+def second_copy_bytes(shard: Shard) -> int:
+    """Bytes that packing a shard takes beside its weights and their packed copy: a copy of the tensor in work."""
+    return memory_ceil(max((spec.nbytes for spec in shard.tensors), default=shard.nbytes))
 
 
 def staying(shard: Shard, streamed: Range) -> list[Range]:
@@ -95,16 +100,17 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
         for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
                 layout = _fill(
-                    order, choices, free, buffers, size, sessions, packed=packed, pack_streamed=pack_streamed
+                    order, choices, free, count, buffers, size, sessions, packed=packed, pack_streamed=pack_streamed
                 )
                 if layout is not None:
-                    yield replace(layout, loaders=count, threads=threads)
+                    yield replace(layout, threads=threads)
 
 
 def _fill(
     order: Sequence[_Group],
     choices: Mapping[str, Sequence[_Choice]],
     free: int,
+    loaders: int,
     buffers: int,
     buffer_bytes: int,
     sessions: Mapping[str, int],
@@ -113,9 +119,12 @@ def _fill(
     pack_streamed: bool,
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit."""
-    packing = max(_packing_bytes(s) + sessions[s.name] for group in order for s in group) if packed else 0
-    copy_bytes = buffer_bytes if pack_streamed else 0
-    used = packing + buffers * (buffer_bytes + copy_bytes + max(sessions.values()))
+    shards = [shard for group in order for shard in group]
+    packing = max(memory_ceil(s.nbytes) + second_copy_bytes(s) + sessions[s.name] for s in shards) if packed else 0
+    used = packing + buffers * (buffer_bytes + max(sessions.values()))
+    if pack_streamed:
+        # Each Loading Agent packs a shard of its own.
+        used += buffers * buffer_bytes + min(loaders, buffers) * max(map(second_copy_bytes, shards))
     # A shard's streamed range must fit into a buffer. The packed copy of a shard takes memory for the whole shard.
     count = 1 if pack_streamed else None
     fitting = {
@@ -149,6 +158,7 @@ def _fill(
     resident_bytes = sum(shard.nbytes for group in whole for shard in (group if packed else group[:1]))
     resident_bytes += sum(s.nbytes for group in order for s in group if s.name in ranges) - streamed_bytes
     return Layout(
+        loaders=loaders,
         buffers=buffers,
         buffer_bytes=buffer_bytes,
         resident=frozenset(shard.name for group in whole for shard in group),
@@ -207,12 +217,6 @@ def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choic
     ordered = sorted(sizes or {memory_ceil(largest)}, reverse=True)
     step = -(-len(ordered) // _BUFFER_SIZES)
     return ordered[::step]
-
-
-def _packing_bytes(shard: Shard) -> int:
-    """Memory to pack one shard, beside buffer and session: the packed copy, and a second copy of the tensor in work."""
-    largest = max((spec.nbytes for spec in shard.tensors), default=shard.nbytes)
-    return memory_ceil(shard.nbytes) + memory_ceil(largest)
 
 
 def _residence_order(groups: Sequence[_Group]) -> list[_Group]:

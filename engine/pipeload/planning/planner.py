@@ -83,7 +83,8 @@ class Plan:
         resident: names of the shards that stay in memory between passes.
         partly_resident: name of a partly resident shard -> the range of its weights that is streamed.
         packed: resident shards are laid out for the CPU (prepacked), one after another once the first pass is over.
-        packed_streamed: streamed shards are prepacked by the Loading Agents.
+        packed_streamed: streamed shards are prepacked by the Loading Agents. `weights_bytes` then has a packed copy for
+            each buffer, and a second copy of the tensor in work for each agent.
         direct: read past the page cache.
         threads: intra-op threads of a session.
         process_bytes, pass_bytes, cache_bytes, packing_bytes: see the picture above; process_bytes includes the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.engine.harness import (
     assert_same,
     run_sequentially,
 )
+from tests.engine.plans import slots_bytes
 
 from pipeload.errors import PipeloadError
 from pipeload.format import manifest as manifests
@@ -92,11 +94,8 @@ def plan_by_hand(
     own = whole if packed else [shard for shard in whole if shard.name not in _followers(manifest, resident)]
     weights = sum(page_ceil(shard.nbytes) for shard in own) + sum(session_bytes(shard, 1) for shard in whole)
     weights += sum(_staying_bytes(shard, ranges[shard.name]) for shard in streamed)
-    weights += buffers * (
-        buffer_bytes * (1 + packed_streamed) + max(session_bytes(shard, 1) for shard in manifest.shards)
-    )
     streamed_bytes = sum(end - begin for begin, end in ranges.values())
-    return Plan(
+    plan = Plan(
         budget_bytes=10**11,
         loaders=loaders,
         buffers=buffers,
@@ -113,6 +112,7 @@ def plan_by_hand(
         streamed_bytes=streamed_bytes,
         peak_bytes=10**10 + pass_bytes + weights,
     )
+    return replace(plan, peak_bytes=plan.peak_bytes + slots_bytes(plan, manifest.shards))
 
 
 def _followers(manifest: Manifest, resident: Sequence[str]) -> set[str]:

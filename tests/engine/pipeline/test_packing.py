@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import (
+    PATIENCE_S,
     Background,
     Gate,
     assert_close,
@@ -29,8 +32,9 @@ from pipeload.errors import LoadError
 from pipeload.format import manifest as manifests
 from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.pipeline import Pipeline
-from pipeload.pipeline.session import to_value
+from pipeload.pipeline.session import ShardSession, to_value
 from pipeload.pipeline.sweep import Feed
+from pipeload.planning.layouts import second_copy_bytes, session_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, make_plan
 from pipeload.planning.profile import Profile
@@ -96,6 +100,32 @@ def test_streamed_shards_that_are_packed_agree(toy: Path) -> None:
         kinds = Counter(span.kind for span in rig.pipeline.trace.spans)
         assert kinds["pack"] >= 4 * len(NAMES)
         assert kinds["session"] == 0
+
+
+def test_each_loading_agent_that_packs_has_reserved_a_second_copy(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four of them took 4 % more than the budget, where packing pays most: on slow cores."""
+    packing, met = threading.Semaphore(0), threading.Event()
+
+    class Met(ShardSession):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            packing.release()
+            assert met.wait(PATIENCE_S)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(loaders, "ShardSession", Met)
+    shards = manifests.read(toy).shards
+    with rigged(toy, packed_streamed=True, loaders=3, buffers=4) as rig:
+        asked = Background(rig.run)
+        for _ in range(3):
+            assert packing.acquire(timeout=PATIENCE_S)
+        plan, reservations = rig.pipeline._memory.plan, rig.pipeline._memory.reservations
+        taken = [2 * plan.buffer_bytes + session_bytes(shard, 1) + second_copy_bytes(shard) for shard in shards[:3]]
+        assert reservations.reserved_bytes == sum(taken) <= plan.weights_bytes
+        met.set()
+        assert_close(asked.end(), rig.expected, 1e-5)
+        rig.wait(lambda: len(rig.exchange._ready) == plan.buffers)
+        taken = [2 * plan.buffer_bytes + session_bytes(shard, 1) for shard in shards[: plan.buffers]]
+        assert reservations.reserved_bytes == sum(taken)
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)

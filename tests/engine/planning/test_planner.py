@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from tests.engine.plans import manifest_of
+from tests.engine.plans import manifest_of, slots_bytes
 
 from pipeload.errors import BudgetError, ConfigError
 from pipeload.format.manifest import Manifest
@@ -145,8 +145,7 @@ def test_a_plan_adds_up(
     assert len(resident) == len(plan.resident)
     # Memory.
     sessions = {shard.name: session_bytes(shard, plan.threads) for shard in manifest.shards}
-    buffers = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + max(sessions.values()))
-    weights = buffers + sum(page_ceil(s.nbytes) + sessions[s.name] for s in resident)
+    weights = slots_bytes(plan, manifest.shards) + sum(page_ceil(s.nbytes) + sessions[s.name] for s in resident)
     ranges = {shard.name: plan.partly_resident.get(shard.name, (0, shard.nbytes)) for shard in streamed}
     weights += sum(room_bytes(*part) for shard in streamed for part in staying(shard, ranges[shard.name]))
     assert plan.weights_bytes == weights

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from tests.engine.plans import manifest_of, with_common
+from tests.engine.plans import manifest_of, slots_bytes, with_common
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
@@ -139,7 +139,7 @@ def test_a_plan_adds_up(manifest: Manifest, measured: dict[str, float], share: f
     plan = _plan(manifest, _needed(manifest, profile) + int(share * manifest.weight_bytes), profile)
     firsts = first_places(manifest.shards)
     sessions = [session_bytes(shard, plan.threads) for shard in manifest.shards]
-    weights = plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + max(sessions))
+    weights = slots_bytes(plan, manifest.shards)
     resident_bytes = streamed_bytes = 0
     for place, shard in enumerate(manifest.shards):
         kept = shard.name in plan.resident

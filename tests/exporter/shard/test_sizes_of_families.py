@@ -79,7 +79,7 @@ def test_interpolated_positions_run_at_every_size(size: int, exported: Make, uns
     import pipeload
 
     pixels = np.random.default_rng(0).standard_normal((1, 3, size, size)).astype(np.float32)
-    with pipeload.load(exported("dinov2"), memory_budget="4 GB") as model:
+    with pipeload.load(exported("dinov2"), memory_budget="8 GB") as model:
         found = model.run({"pixel_values": pixels})
     options = ort.SessionOptions()
     options.log_severity_level = 4

@@ -73,7 +73,7 @@ def test_allowed_random_weights_are_in_the_manifest_and_the_same_each_time(tmp_p
     options = {"task": "question-answering", "allow_missing": True}
     manifests = [exported(bert, tmp_path / name, **options) for name in ("a", "b")]
     assert manifests[0].missing_weights == ("qa_outputs.bias", "qa_outputs.weight")
-    with pipeload.load(tmp_path / "a", "1GB") as first, pipeload.load(tmp_path / "b", "1GB") as second:
+    with pipeload.load(tmp_path / "a", "8GB") as first, pipeload.load(tmp_path / "b", "8GB") as second:
         inputs = {name: np.ones((1, 4), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
         answers = [model.run(inputs)["start_logits"] for model in (first, second)]
     np.testing.assert_array_equal(answers[0], answers[1])

@@ -186,7 +186,7 @@ def test_an_export_holds_the_resolved_tokenizer(tmp_path: Path) -> None:
     (bert / "config.json").write_text(config)
     with traced_here():
         export(bert, tmp_path / "out")
-    with pipeload.load(tmp_path / "out", "1GB") as model:
+    with pipeload.load(tmp_path / "out", "8GB") as model:
         upper, lower = model.embed(["AB", "ab"])
     assert not (upper == lower).all()
     (bert / "vocab.txt").unlink()
