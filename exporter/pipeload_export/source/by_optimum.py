@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from pipeload_export.source.refused import Refused
-from pipeload_export.source.task import TASKS
+from pipeload_export.source.task import TASKS, is_encoder_alone
 
 __all__ = ["check_supported", "trace"]
 
@@ -115,5 +115,23 @@ def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
     """Write the model's graph and configs into the folder."""
     from optimum.exporters.onnx import onnx_export_from_model
 
+    mine = {"model": _encoder_config(model.config)} if is_encoder_alone(type(model).__name__) else None
     with _as_models_are():
-        onnx_export_from_model(model, output=folder, task=task, opset=opset, do_validation=False)
+        onnx_export_from_model(
+            model, output=folder, task=task, opset=opset, do_validation=False, custom_onnx_configs=mine
+        )
+
+
+def _encoder_config(config: Any) -> Any:
+    """Inputs and outputs of an encoder alone. optimum has only those of the encoder with its decoder."""
+    from optimum.exporters.onnx.config import TextEncoderOnnxConfig
+    from optimum.utils import NormalizedTextConfig
+
+    sizes = {0: "batch_size", 1: "sequence_length"}
+
+    class Encoder(TextEncoderOnnxConfig):  # type: ignore[misc]
+        NORMALIZED_CONFIG_CLASS = NormalizedTextConfig
+        inputs = {"input_ids": sizes, "attention_mask": sizes}  # noqa: RUF012
+        outputs = {"last_hidden_state": sizes}  # noqa: RUF012
+
+    return Encoder(config, task="feature-extraction")

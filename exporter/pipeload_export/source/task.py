@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeload.errors import ConfigError
 
-__all__ = ["TASKS", "check_task", "task_of_config", "task_of_graph"]
+__all__ = ["TASKS", "check_task", "is_encoder_alone", "task_of_config", "task_of_graph"]
 
 TASKS = {
     "feature-extraction": "AutoModel",
@@ -77,6 +77,11 @@ def task_of_config(config: Mapping[str, Any]) -> str | None:
             if isinstance(architecture, str) and architecture.endswith(ending):
                 return task
     return None
+
+
+def is_encoder_alone(architecture: str) -> bool:
+    """Whether it is the encoder of a model that has a decoder, too, such as T5EncoderModel: for feature-extraction."""
+    return architecture.endswith("EncoderModel")
 
 
 def task_of_graph(inputs: Sequence[str], outputs: Mapping[str, Sequence[int | str]], config: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused, reason
 from pipeload_export.source.ropes import follow_lengths
-from pipeload_export.source.task import TASKS
+from pipeload_export.source.task import TASKS, is_encoder_alone
 from pipeload_export.source.tokenizer import resolve_tokenizer
 from pipeload_export.source.trace import LEAST_DISK_BYTES, check_supported, trace
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
@@ -163,6 +163,17 @@ def _gguf_model(path: Path) -> Any:
     return model
 
 
+def _class_of(config: Any, task: str) -> Any:
+    """The class of transformers that loads a checkpoint for a task."""
+    import transformers
+
+    named = next(iter(config.architectures or ()), "")
+    if task == "feature-extraction" and is_encoder_alone(named):
+        # AutoModel has no more than one class for a config, which is that of the encoder and its decoder.
+        return getattr(transformers, named)
+    return getattr(transformers, TASKS[task])
+
+
 def _checkpoint_model(request: Request, folder: Path) -> Any:
     """The model in a checkpoint folder; what the checkpoint lacks is written into `folder`."""
     import torch
@@ -176,7 +187,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         check_supported(config.model_type, _CACHED.get(request.task, request.task))
         model, gaps = load_whole(
-            getattr(transformers, TASKS[request.task]),
+            _class_of(config, request.task),
             source,
             allow_missing=request.allow_missing,
             config=config,

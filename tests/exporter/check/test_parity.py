@@ -29,6 +29,8 @@ _LONG = {"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [1.5 + 
 _LONGROPE = {**_DECODER, "original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope", **_LONG}}
 _SOFTCAP = {**_DECODER, "head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 2.0}
 
+_T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 200}
+
 # name -> (class of transformers, class of its config, the config's arguments)
 CHECKPOINTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "bert": ("BertModel", "BertConfig", _SMALL),
@@ -41,6 +43,8 @@ CHECKPOINTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         {**_DECODER, "max_position_embeddings": 20, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     ),
     "phi3-longrope": ("Phi3ForCausalLM", "Phi3Config", _LONGROPE),
+    "mt5-encoder": ("MT5EncoderModel", "MT5Config", _T5),
+    "t5-encoder": ("T5EncoderModel", "T5Config", _T5),
     "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {**_SMALL, "max_position_embeddings": 50}),
 }
 
@@ -70,6 +74,8 @@ def exported(source: Path, target: Path) -> Manifest:
     ("name", "longest"),
     [
         ("bert", 64),
+        ("t5-encoder", 300),
+        slow("mt5-encoder", 300),
         slow("llama-dynamic", 300),
         slow("phi3-longrope", 300),
         slow("roberta", 48),
