@@ -148,4 +148,7 @@ def _run(session: ort.InferenceSession, names: list[str], inputs: Mapping[str, N
     try:
         return dict(zip(names, run(session, names, inputs), strict=True))
     except Exception as error:  # onnxruntime's exceptions have no common base
-        raise ExportError(f"{what} does not run: {first_line(error)}. Fetch or export it again.") from error
+        raise ExportError(
+            f"{what} does not run: {first_line(error)}. Export the model to an .onnx file that takes inputs of this "
+            "size, and pass that."
+        ) from error

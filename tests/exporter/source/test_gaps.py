@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,11 @@ def test_an_encoder_alone_is_no_encoder_with_a_random_decoder(tmp_path: Path) ->
     T5EncoderModel(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=100)).save_pretrained(
         tmp_path / "t5"
     )
-    with pytest.raises(
-        ExportError, match=r"lacks 28 weights of T5Model: decoder\..* names T5EncoderModel\. Pass a complete"
-    ):
-        exported(tmp_path / "t5", tmp_path / "out")
+    assert [spec.name for spec in exported(tmp_path / "t5", tmp_path / "out").inputs] == ["input_ids", "attention_mask"]
+    config = json.loads((tmp_path / "t5" / "config.json").read_text())
+    (tmp_path / "t5" / "config.json").write_text(json.dumps({**config, "architectures": ["T5Model"]}))
+    with pytest.raises(ExportError, match=r"lacks 28 weights of T5Model: decoder\..* names T5Model\. Pass a complete"):
+        exported(tmp_path / "t5", tmp_path / "other")
 
 
 def test_only_checkpoints_lack_weights(tmp_path: Path) -> None:
