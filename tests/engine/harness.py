@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,11 @@ def smallest_budget(directory: Path, **options: Any) -> int:
 
 def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[str, NDArray[Any]]:
     """The reference: the same shards, one plain session after another, without agents. Left out caches are empty."""
+    return run_in_one_sweep(directory, [inputs], threads=threads)[0]
+
+
+def run_in_one_sweep(directory: Path, calls: Sequence[Arrays], *, threads: int) -> list[dict[str, NDArray[Any]]]:
+    """The same for several callers, whom one sweep serves."""
     manifest = manifests.read(directory)
     storage = Storage(directory, manifest)
 
@@ -137,17 +142,18 @@ def run_sequentially(directory: Path, inputs: Arrays, *, threads: int) -> dict[s
             session = ShardSession(shard, graph, parts, threads)
         yield session
 
-    dims = manifests.bind_dims(manifest.inputs, {name: array.shape for name, array in inputs.items()})
-    dims = {symbol: dims.get(symbol, 0) for symbol in manifest.dims}
-    arrays = dict(inputs)
-    for spec in manifest.inputs:
-        if spec.name not in arrays:
-            shape = [manifests.evaluate_dim(dim, dims) for dim in spec.shape]
-            arrays[spec.name] = np.zeros(shape, spec.dtype)
-    values = {spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs}
-    one = Feed(pieces=[values])
-    Sweep(manifest, storage).run([one], borrow)
-    return {name: to_array(value).copy() for name, value in one.outputs.items()}
+    feeds = []
+    for inputs in calls:
+        dims = manifests.bind_dims(manifest.inputs, {name: array.shape for name, array in inputs.items()})
+        dims = {symbol: dims.get(symbol, 0) for symbol in manifest.dims}
+        arrays = dict(inputs)
+        for spec in manifest.inputs:
+            if spec.name not in arrays:
+                shape = [manifests.evaluate_dim(dim, dims) for dim in spec.shape]
+                arrays[spec.name] = np.zeros(shape, spec.dtype)
+        feeds.append(Feed(pieces=[{spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs}]))
+    Sweep(manifest, storage).run(feeds, borrow)
+    return [{name: to_array(value).copy() for name, value in feed.outputs.items()} for feed in feeds]
 
 
 def assert_same(actual: Arrays, expected: Arrays) -> None:

@@ -38,6 +38,12 @@ ARCHITECTURES: Mapping[str, tuple[str, str, Mapping[str, Any], str]] = {
     ),
     "vit": ("ViTForImageClassification", "ViTConfig", _IMAGE, "image-classification"),
     "deit": ("DeiTForImageClassification", "DeiTConfig", _IMAGE, "image-classification"),
+    "bloom": (
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 1000},
+        "text-generation-with-past",
+    ),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT, "text-generation-with-past"),
     "gptj": ("GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 8}, "text-generation-with-past"),
     "gptneo": (

@@ -52,17 +52,37 @@ def attention_layer(**odd: Any) -> Builder:
         ones = build.constant([1, 1, HEADS // groups, 1, 1], np.int64)
         return str(build.op("Reshape", build.op("Expand", wide, ones), build.constant([0, HEADS, -1, SIZE], np.int64)))
 
-    queries = heads(HEADS)
+    batch, length = (build.op("Shape", x, start=axis, end=axis + 1) for axis in (0, 1))
+    rows = build.op("Mul", batch, build.constant([HEADS], np.int64))
+
+    def flat(name: str) -> str:
+        """Batch and heads as one dimension."""
+        if not odd.get("flat"):
+            return name
+        size = build.constant([-1, odd.get("flat_size", SIZE)], np.int64)
+        return str(build.op("Reshape", name, build.op("Concat", rows, size, axis=0)))
+
+    queries = flat(heads(HEADS))
     keys, values = cached("key", heads(groups)), cached("value", heads(groups))
     if odd.get("looked_at"):
         build.output(build.op("ReduceSum", keys, keepdims=0), "sum", [], dtype)
     if odd.get("past_looked_at"):
         build.output(build.op("ReduceSum", "past.key", keepdims=0), "sum", [], outer)
-    turned = build.op("Transpose", repeated(keys), perm=[0, 1, 3, 2])
+    turned = build.op("Transpose", flat(repeated(keys)), perm=[0, 2, 1] if odd.get("flat") else [0, 1, 3, 2])
+    total_length = build.op("Shape", turned, start=-1)
     if odd.get("scaled_keys"):
         turned = build.op("Mul", turned, build.constant(0.5, number))
     scores = build.op("MatMul", queries, turned)
     scores = build.op("Div", scores, build.constant(SIZE**0.5, number))
+    if odd.get("flat"):
+        # As in Bloom: distances for each head, then the mask over all four dimensions.
+        slopes = build.op("Cast", build.constant([[[0.5]], [[0.25]], [[0.2]], [[0.1]]], np.float32), to=dtype)
+        columns = build.op("Cast", build.op("CumSum", seen, build.constant(1)), to=dtype)
+        far = build.op("Mul", slopes, build.op("Unsqueeze", columns, build.constant([1, 2], np.int64)))
+        far = build.op("Reshape", far, build.op("Concat", rows, build.constant([1]), total_length, axis=0))
+        scores = build.op("Add", scores, far)
+        whole = build.op("Concat", batch, build.constant([HEADS]), length, build.constant([-1]), axis=0)
+        scores = build.op("Reshape", scores, whole)
     if odd.get("wide_scores"):
         scores, number = build.op("Cast", scores, to=TensorProto.FLOAT), np.float32
     if odd.get("wide_factor"):
@@ -85,7 +105,12 @@ def attention_layer(**odd: Any) -> Builder:
         number = np.float16
     if odd.get("guarded"):
         weights = build.op("Where", build.op("IsNaN", weights), build.constant(0, number), weights)
-    mixed = build.op("MatMul", weights, repeated(values))
+    if odd.get("flat"):
+        weights = build.op("Reshape", weights, build.op("Concat", rows, length, build.constant([-1]), axis=0))
+    mixed = build.op("MatMul", weights, flat(repeated(values)))
+    if odd.get("flat"):
+        whole = build.op("Concat", build.constant([-1, HEADS]), build.op("Shape", mixed, start=1), axis=0)
+        mixed = build.op("Reshape", mixed, whole)
     joined = build.op(
         "Reshape", build.op("Transpose", mixed, perm=[0, 2, 1, 3]), build.constant([0, 0, WIDTH], np.int64)
     )

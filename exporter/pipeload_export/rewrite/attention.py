@@ -4,13 +4,14 @@
 softmax(q @ repeat(present_k)' * scale + mask) @ repeat(present_v)
 ```
 
-Where a graph is fp16, some of it may be float32, with casts between the two.
+Where a graph is fp16, some of it may be float32, with casts between the two. Bloom computes the two products, or more,
+on *flat* tensors, with batch and heads in one dimension: `[batch * heads, length, size]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -21,6 +22,8 @@ __all__ = ["FLOAT_TYPES", "ForeignError", "Layer", "find_layers", "shapes_of"]
 
 FLOAT_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
 """Element types that caches may have, and what is computed with them."""
+_EXCHANGED = {False: [0, 1, 3, 2], True: [0, 2, 1]}
+"""Whether a tensor is flat -> the order of its dimensions with length and size exchanged."""
 
 
 @dataclass(slots=True)
@@ -29,21 +32,26 @@ class Layer:
 
     Attributes:
         keys, values: its caches, as the graph appends to them.
-        repeated: the tensors with the heads of these caches, each repeated for the queries' heads that share it.
-        queries: the tensor that is multiplied with the keys.
+        views: (tensor, whether length and size are exchanged) for what is made of these caches on their way to the
+            products: with heads that are repeated for the queries' heads that share them, flat, and transposed.
+        queries: the tensor that is multiplied with the keys, before it is made flat.
+        flat_queries: the same as a flat tensor; "" in a layer that computes with all four dimensions.
         factors: (Mul or Div, a number) by which queries or scores are changed.
         mask: (operator, its inputs, "" for the scores) for each change of the scores from the first mask on, in order;
             a Mul or Div there is one of the factors too.
+        flat_masks: those inputs that are flat too.
         guarded: queries that see no key get zeros.
-        product: the node that makes the result.
+        product: the node that makes the result, which is flat where the queries are.
     """
 
     keys: str
     values: str = ""
-    repeated: tuple[str, ...] = ()
+    views: tuple[tuple[str, bool], ...] = ()
     queries: str = ""
+    flat_queries: str = ""
     factors: list[tuple[str, str]] = field(default_factory=list)
     mask: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    flat_masks: set[str] = field(default_factory=set)
     guarded: bool = False
     product: NodeProto = field(default_factory=NodeProto)
 
@@ -55,12 +63,14 @@ class _Way:
     Attributes:
         name: the tensor that was reached.
         reader: the node that reads it.
-        repeated: see `Layer`.
+        views: see `Layer`.
+        flat: batch and heads are one dimension.
     """
 
     name: str
     reader: NodeProto
-    repeated: tuple[str, ...] = ()
+    views: tuple[tuple[str, bool], ...] = ()
+    flat: bool = False
 
 
 class ForeignError(Exception):
@@ -78,7 +88,7 @@ def find_layers(graph: Graph, presents: Mapping[str, str]) -> list[Layer]:
         ForeignError: a cache is read in a way that is not understood.
     """
     reader = _Reader(graph, presents.values())
-    ways = {name: reader.behind_repeat(name) for name in presents}
+    ways = {name: reader.opened(name) for name in presents}
     values = {id(way.reader): name for name, way in ways.items() if _is_values_product(way)}
     layers = []
     for name in [name for name in presents if name not in values.values()]:
@@ -86,7 +96,9 @@ def find_layers(graph: Graph, presents: Mapping[str, str]) -> list[Layer]:
         if id(layer.product) not in values:
             raise ForeignError
         layer.values = values.pop(id(layer.product))
-        layer.repeated = (*ways[name].repeated, *ways[layer.values].repeated)
+        if ways[layer.values].flat != ways[name].flat:
+            raise ForeignError
+        layer.views += ways[layer.values].views
         layers.append(layer)
     if values:
         raise ForeignError
@@ -112,10 +124,18 @@ class _Reader:
         self._graph = graph
         self._ends = frozenset(ends)
         self._consumers = graph.consumers()
+        self._makers = graph.producers()
 
-    def behind_repeat(self, name: str) -> _Way:
-        """The way of a cache to where each of its heads is repeated for the queries' heads that share it."""
-        way = self._behind_casts(_Way(name, self._reader(name)))
+    def opened(self, name: str) -> _Way:
+        """The way of a cache to where its heads are repeated and flat, if they are."""
+        way = self._behind_casts(self._behind_repeat(self._behind_casts(_Way(name, self._reader(name)))))
+        if way.reader.op_type == "Reshape":
+            name = way.reader.output[0]
+            self._check_flat(way.reader.input[0], name)
+            way = self._behind_casts(_Way(name, self._reader(name), (*way.views, (name, False)), flat=True))
+        return way
+
+    def _behind_repeat(self, way: _Way) -> _Way:
         if way.reader.op_type != "Unsqueeze":
             return way
         axes = self._graph.constants.get(way.reader.input[1])
@@ -126,7 +146,13 @@ class _Reader:
         if (expand.op_type, reshape.op_type) != ("Expand", "Reshape"):
             raise ForeignError
         name = reshape.output[0]
-        return self._behind_casts(_Way(name, self._reader(name), (name,)))
+        return _Way(name, self._reader(name), ((name, False),))
+
+    def _check_flat(self, whole: str, flat: str) -> None:
+        """Raise ForeignError if the second tensor cannot be the first one with batch and heads in one dimension."""
+        before, after = (self._graph.types.get(name, (0, None))[1] or () for name in (whole, flat))
+        if (len(before), len(after)) != (4, 3) or before[-1] != after[-1]:
+            raise ForeignError
 
     def layer(self, keys: str, way: _Way) -> Layer:
         """The layer of some keys, with its values still unknown.
@@ -135,35 +161,72 @@ class _Reader:
             keys: the cache.
             way: of the keys.
         """
-        found = Layer(keys)
+        found = Layer(keys, views=way.views)
         name, reader = way.name, way.reader
         transposed = False
         while reader.op_type != "MatMul":
-            if reader.op_type == "Transpose" and attribute(reader, "perm") == [0, 1, 3, 2] and not transposed:
+            made = reader.output[0]
+            if reader.op_type == "Transpose" and attribute(reader, "perm") == _EXCHANGED[way.flat] and not transposed:
                 transposed = True
-            elif not _is_cast(reader):
+                found.views += ((made, True),)
+                name, reader = made, self._reader(made)
+                continue
+            if not _is_cast(reader):
                 found.factors.append(self._factor(reader, name))
             name, reader = self._next(reader)
         if reader.input[1] != name or not transposed:
             raise ForeignError
         found.queries = reader.input[0]
+        if way.flat:
+            found.flat_queries = found.queries
+            maker = self._makers.get(found.queries)
+            if maker is None or maker.op_type != "Reshape":
+                raise ForeignError
+            found.queries = maker.input[0]
+            self._check_flat(found.queries, found.flat_queries)
         name, reader = self._next(reader)
+        flat = way.flat
         while reader.op_type != "Softmax":
+            if reader.op_type == "Reshape" and way.flat:
+                flat = self._is_now_flat(reader)
+                name, reader = self._next(reader)
+                continue
             is_mask = reader.op_type == "Add" or (reader.op_type == "Where" and name in reader.input[1:])
             # Scores that become narrower may become infinite.
             is_wider = reader.op_type == "Cast" and attribute(reader, "to") == TensorProto.FLOAT
             if not is_mask and not is_wider:
                 found.factors.append(self._factor(reader, name))
             if is_mask or (found.mask and not is_wider):
-                found.mask.append((reader.op_type, tuple("" if n == name else n for n in reader.input)))
+                operands = tuple("" if n == name else n for n in reader.input)
+                found.mask.append((reader.op_type, operands))
+                found.flat_masks.update(self._flat(operands) if flat else ())
             name, reader = self._next(reader)
-        if attribute(reader, "axis", -1) not in (-1, 3) or not found.mask:
+        if attribute(reader, "axis", -1) not in (-1, 2 if flat else 3) or not found.mask:
             raise ForeignError
-        way = self._behind_guard(reader.output[0], found)
-        found.product = way.reader
-        if found.product.op_type != "MatMul" or found.product.input[0] != way.name:
+        end = self._behind_guard(reader.output[0], found)
+        if end.reader.op_type == "Reshape" and way.flat:
+            flat = self._is_now_flat(end.reader)
+            end = self._behind_casts(_Way(*self._next(end.reader)))
+        found.product = end.reader
+        if found.product.op_type != "MatMul" or found.product.input[0] != end.name or flat != way.flat:
             raise ForeignError
         return found
+
+    def _is_now_flat(self, reshape: NodeProto) -> bool:
+        """Whether scores are flat behind a Reshape. Raises ForeignError where they are neither that nor whole."""
+        rank = len(self._graph.types.get(reshape.output[0], (0, None))[1] or ())
+        if rank not in (3, 4):
+            raise ForeignError
+        return rank == 3
+
+    def _flat(self, operands: Iterable[str]) -> Iterator[str]:
+        """Those of what flat scores are combined with that have a row for each head of each text."""
+        for name in filter(None, operands):
+            shape = self._graph.types.get(name, (0, None))[1]
+            if shape is None or (len(shape) == 3 and isinstance(shape[0], int)) or len(shape) > 3:
+                raise ForeignError
+            if len(shape) == 3:
+                yield name
 
     def _behind_guard(self, name: str, found: Layer) -> _Way:
         """The way of probabilities to where a query that sees no key gets zeros, as it does from Attention."""
@@ -185,7 +248,7 @@ class _Reader:
     def _behind_casts(self, way: _Way) -> _Way:
         while _is_cast(way.reader):
             name, reader = self._next(way.reader)
-            way = _Way(name, reader, way.repeated)
+            way = replace(way, name=name, reader=reader)
         return way
 
     def _readers(self, name: str) -> list[NodeProto]:

@@ -175,15 +175,16 @@ class _Rewriter:
         """All nodes of the new graph. Raises ForeignError."""
         for layer in find_layers(self._graph, self._presents):
             self._replaced[id(layer.product)] = list(self._attention(layer))
-            for repeated in layer.repeated:
-                for node in shapes_of(self._consumers, repeated):
-                    self._replaced[id(node)] = list(self._shape(node, _TOTAL, heads_of=layer.queries))
+            for view, exchanged in layer.views:
+                for node in shapes_of(self._consumers, view):
+                    like = layer.flat_queries or layer.queries
+                    self._replaced[id(node)] = list(self._shape(node, _TOTAL, like=like, exchanged=exchanged))
         for cache in self._caches:
             self._replaced[id(cache.concat)] = list(self._write(cache))
             lengths = {cache.past: _PAST, cache.concat.input[0]: _PAST, cache.appended: _TOTAL, cache.present: _TOTAL}
             for name, length in lengths.items():
                 for node in shapes_of(self._consumers, name):
-                    self._replaced[id(node)] = list(self._shape(node, length, heads_of=cache.past))
+                    self._replaced[id(node)] = list(self._shape(node, length, like=cache.past))
         nodes = [*self._counts()]
         for node in self._graph.nodes:
             nodes += self._replaced.get(id(node), [node])
@@ -223,14 +224,22 @@ class _Rewriter:
         yield helper.make_node("Shape", [text], ["pipeload.batch"], start=0, end=1)
         yield helper.make_node("Expand", [_PAST, "pipeload.batch"], [_WHERE])
 
-    def _shape(self, node: NodeProto, length: str, *, heads_of: str) -> Iterator[NodeProto]:
-        """The shape that a cache would have without room, with the batch, heads and size of another tensor."""
+    def _shape(self, node: NodeProto, length: str, *, like: str, exchanged: bool = False) -> Iterator[NodeProto]:
+        """The shape that a cache, or a view of it, would have without room.
+
+        Args:
+            node: asks for it.
+            length: the name of its length.
+            like: a tensor with the same batch, heads and size.
+            exchanged: length and size are.
+        """
         parts = [self._name("shape") for _ in range(3)]
-        yield helper.make_node("Shape", [heads_of], [parts[0]], start=0, end=_LENGTH_AXIS)
-        yield helper.make_node("Shape", [heads_of], [parts[1]], start=_LENGTH_AXIS + 1)
+        yield helper.make_node("Shape", [like], [parts[0]], start=0, end=-2)
+        yield helper.make_node("Shape", [like], [parts[1]], start=-1)
         start, end = attribute(node, "start", 0), attribute(node, "end", 4)
         whole = node.output[0] if (start, end) == (0, 4) else parts[2]
-        yield helper.make_node("Concat", [parts[0], length, parts[1]], [whole], axis=0)
+        last = [parts[1], length] if exchanged else [length, parts[1]]
+        yield helper.make_node("Concat", [parts[0], *last], [whole], axis=0)
         if whole != node.output[0]:
             bounds = [self._constant(np.array([place], np.int64)) for place in (start, end)]
             yield helper.make_node("Slice", [whole, *bounds], [node.output[0]])
@@ -239,6 +248,10 @@ class _Rewriter:
         names = {name: self._name("float") for name in self._narrow(layer)}
         for name, wide in names.items():
             yield helper.make_node("Cast", [name], [wide], to=TensorProto.FLOAT)
+        for name in sorted(layer.flat_masks):
+            whole = self._name("mask")
+            yield from self._reshape(names.get(name, name), whole, (layer.queries, 0, 2), (name, 1, 3))
+            names[name] = whole
         queries = names.get(layer.queries, layer.queries)
         for kind, number in layer.factors:
             name = self._name("queries")
@@ -279,10 +292,22 @@ class _Rewriter:
         caches = [names.get(name, name) for name in self._caches_of(layer)]
         (result,) = layer.product.output
         is_narrow = self._graph.types.get(result, (0, None))[0] == TensorProto.FLOAT16
-        mixed = self._name("mixed") if is_narrow else result
+        whole = self._name("mixed") if layer.flat_queries else result
+        mixed = self._name("mixed") if is_narrow else whole
         yield helper.make_node("Attention", [queries, *caches, padded], [mixed], scale=1.0)
         if is_narrow:
-            yield helper.make_node("Cast", [mixed], [result], to=TensorProto.FLOAT16)
+            yield helper.make_node("Cast", [mixed], [whole], to=TensorProto.FLOAT16)
+        if layer.flat_queries:
+            yield from self._reshape(whole, result, (layer.flat_queries, 0, 2), (whole, 3, 4))
+
+    def _reshape(self, name: str, made: str, *parts: tuple[str, int, int]) -> Iterator[NodeProto]:
+        """A tensor in a shape that is put together of other tensors' dimensions: (tensor, first, end)."""
+        sizes = [self._name("shape") for _ in parts]
+        for size, (other, start, end) in zip(sizes, parts, strict=True):
+            yield helper.make_node("Shape", [other], [size], start=start, end=end)
+        shape = self._name("shape")
+        yield helper.make_node("Concat", sizes, [shape], axis=0)
+        yield helper.make_node("Reshape", [name, shape], [made])
 
     def _chosen(self, name: str, later: Sequence[tuple[str, tuple[str, ...]]]) -> str:
         """What a mask adds to scores where the graph chooses the number `name` in their place.

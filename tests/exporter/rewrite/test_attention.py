@@ -20,7 +20,7 @@ from pipeload_export import export
 from pipeload_export.graph.graph import Graph
 from pipeload_export.rewrite.in_place import write_in_place
 
-DECODERS = ("gpt2", "gptj", "gptneo", "llama")
+DECODERS = ("bloom", "gpt2", "gptj", "gptneo", "llama")
 _SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 1000}
 _GROUPED = {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 128}
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
@@ -61,6 +61,9 @@ def _kinds(graph: Graph) -> list[str]:
         {"scaled_last": True},
         {"shut_out": True, "scaled_last": True},
         {"groups": 1, "scaled_keys": True, "chosen": True, "axis": -2},
+        {"flat": True},
+        {"flat": True, "scaled_keys": True, "groups": 2},
+        {"flat": True, "guarded": True, "least": -np.inf},
     ],
     ids=str,
 )
@@ -107,6 +110,7 @@ def test_a_layer_computes_the_same_in_place(odd: dict[str, Any], kind: str, tmp_
         {"total": "total_sequence_length"},
         {"unmasked": True, "scaled_last": True},
         {"past_looked_at": True},
+        {"flat": True, "flat_size": 2 * SIZE},
         {"dtype": TensorProto.DOUBLE},
         # A number in the place of the scores that would not swallow them, and something added to it.
         {"chosen": True, "least": -1e4, "shifted": True},

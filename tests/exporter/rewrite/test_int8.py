@@ -29,7 +29,7 @@ from pipeload_export.rewrite.in_place import write_in_place
 from pipeload_export.rewrite.int8 import quantise_caches
 from pipeload_export.shard.trial import agree
 
-DECODERS = ("gpt2", "gptj", "gptneo", slow("llama"))
+DECODERS = ("bloom", "gpt2", "gptj", "gptneo", slow("llama"))
 CACHES = ("key", "value")
 
 
@@ -52,6 +52,7 @@ def _with_room(array: NDArray[Any], tokens: int) -> NDArray[Any]:
         {},
         {"groups": 2},
         {"guarded": True, "least": -np.inf},
+        {"flat": True},
         {"dtype": TensorProto.FLOAT16},
         {"dtype": TensorProto.FLOAT16, "groups": 2, "wide_ends": True},
     ],
