@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadErr
 from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, Verification, read, write
 from pipeload_export import export, verify
 from pipeload_export.check import cases as samples_module
+from pipeload_export.check import compare as compare_module
 from pipeload_export.check.cases import Case, index_limits, sample_cases
 from pipeload_export.check.compare import _best, _difference, limit_of
 
@@ -269,6 +271,22 @@ class TestAnswers:
         found = wanted + np.float32(steps * 2**-24)
         result = _difference("boxes", [wanted], [found], [Case(name="", inputs={})], [0], limit_of("float32"))
         assert (result.max_rel_error <= result.limit) is right
+
+    @pytest.mark.parametrize("wrong", [False, True])
+    def test_16_bit_edges_allow_what_another_rounding_of_them_changes(
+        self, unsplit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
+    ) -> None:
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        narrow, other = tmp_path / "narrow.onnx", tmp_path / "other.onnx"
+        onnx.save(convert_float_to_float16(onnx.load(unsplit)), narrow)
+        onnx.save(convert_float_to_float16(onnx.load(write_onnx(other, seed=int(wrong)))), other)
+        export(narrow, tmp_path / "narrow")
+        # As deep models have it: the usual limit is less than roundings add up to.
+        monkeypatch.setitem(compare_module._LIMITS, "float16", 1e-6)
+        with pytest.raises(ExportError, match=r"the limit is 0\.0") if wrong else nullcontext():
+            report = verify(tmp_path / "narrow", other)
+            assert 1e-6 < report.differences[0].max_rel_error < report.differences[0].limit < 0.01
 
     def test_nan_must_be_nan(self, exported: Path, tmp_path: Path) -> None:
         # A model that says NaN for everything: the shards, which do not, must not pass as equal.
