@@ -236,7 +236,8 @@ def _check_space(disk: Path, found: Checkpoint | Unsplit) -> None:
         if isinstance(found, Checkpoint)
         else (_ONNX_DISK_FACTOR, found.nbytes)
     )
-    needed = int(nbytes * factor) + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
+    widened = found.request.widened_bytes if isinstance(found, Checkpoint) else 0
+    needed = int(nbytes * factor) + widened + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise ExportError(

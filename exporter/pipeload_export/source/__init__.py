@@ -13,6 +13,7 @@ trace     a model of transformers -> a graph, by the library that runs on the in
 by_optimum    by optimum, with transformers 4
 by_torch  by torch's own exporter, with newer ones
 older_form    a checkpoint folder as the installed transformers reads it
+widened   16-bit weights of a checkpoint as float32 files that are mapped
 config_keys   which keys of config.json have a meaning
 gguf      what a GGUF file says and transformers does not read
 bare      a folder without a graph, as the engine's tasks read its files

@@ -24,8 +24,9 @@ from pipeload_export.source.tracing import Request, run_child
 __all__ = ["Answers", "Questions", "ask", "visible"]
 
 _CHILD = "import sys; from pipeload_export.source.reference import run_child; run_child(*sys.argv[1:])"
-_WEIGHTS_FACTOR, _LIBRARIES_BYTES = 1.2, 900 << 20
-"""Memory of the child per byte of float32 weights, and beside them: the libraries, and the activations of a case."""
+_WEIGHTS_FACTOR, _MAPPED_FACTOR, _LIBRARIES_BYTES = 1.2, 0.1, 900 << 20
+"""Memory of the child per byte of float32 weights, likewise where they are mapped, and beside them: the libraries, and
+the activations of a case."""
 _MOST_COLUMNS = 8192
 """Of a vocabulary this many logits are kept for each position, evenly spread, so that memory and disk stay bounded."""
 _STEP = "ask the source"
@@ -124,7 +125,8 @@ def ask(
     Raises:
         ExportError: there is not enough memory, or the source could not be loaded.
     """
-    needed, free = int(request.weight_bytes * _WEIGHTS_FACTOR) + _LIBRARIES_BYTES, auto_budget_bytes()
+    factor = _MAPPED_FACTOR if request.mapped else _WEIGHTS_FACTOR
+    needed, free = int(request.weight_bytes * factor) + _LIBRARIES_BYTES, auto_budget_bytes()
     if needed > free:
         raise ExportError(
             f"Comparing with {request.name} takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are "

@@ -28,6 +28,7 @@ from pipeload_export.source.hub import fetch_checkpoint
 from pipeload_export.source.ropes import change_of
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
 from pipeload_export.source.tracing import GAPS_NAME, RESOLVED, Request, export_checkpoint
+from pipeload_export.source.widened import MAPPED_FROM_BYTES
 
 __all__ = ["Checkpoint", "Unsplit", "find_source"]
 
@@ -187,10 +188,14 @@ def _from_folder(
     weights = choose_weights([file] if file else (path.name for path in folder.iterdir()), f"'{source}'")
     # Config and tokenizer of a GGUF file are inside; other files of the same folder belong to other models.
     is_gguf = weights[0].endswith(".gguf")
+    task = (task or "text-generation") if is_gguf else _task_of_folder(folder, source, task)
+    nbytes = float32_bytes(folder, weights)
+    is_wide = is_gguf or sum((folder / name).stat().st_size for name in weights) >= nbytes
     request = Request(
         name=f"'{source}'",
-        task=(task or "text-generation") if is_gguf else _task_of_folder(folder, source, task),
-        weight_bytes=float32_bytes(folder, weights),
+        task=task,
+        weight_bytes=nbytes,
+        widened_bytes=0 if is_wide or nbytes < MAPPED_FROM_BYTES else nbytes,
         folder=str(folder.resolve()),
         gguf=weights[0] if is_gguf else None,
         opset=opset,

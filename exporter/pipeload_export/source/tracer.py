@@ -27,6 +27,7 @@ from pipeload_export.source.task import TASKS, is_encoder_alone
 from pipeload_export.source.tokenizer import resolve_tokenizer
 from pipeload_export.source.trace import LEAST_DISK_BYTES, check_supported, trace
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
+from pipeload_export.source.widened import widen
 
 __all__ = ["load_model", "run_child", "seeded_model", "serve"]
 
@@ -181,6 +182,8 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
 
     trusted = request.trust_remote_code
     source = view_of(Path(str(request.folder)), folder.with_name("checkpoint"))
+    if request.widened_bytes:
+        widen(source)
     # All files are here by now; only a model's own code may be in another repository.
     options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": not trusted}
     try:

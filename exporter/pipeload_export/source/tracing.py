@@ -27,6 +27,7 @@ from pipeload.errors import ExportError
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
+from pipeload_export.source.widened import MAPPED_FROM_BYTES
 
 __all__ = [
     "GAPS_NAME",
@@ -76,6 +77,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         opset: version of the ONNX operators; None for the library's choice.
         trust_remote_code: run the checkpoint's own Python files.
         allow_missing: go on with random numbers where the checkpoint lacks weights.
+        widened_bytes: size of the float32 files that are made of the checkpoint's, to be mapped; 0 for none.
     """
 
     name: str
@@ -87,6 +89,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     opset: int | None = None
     trust_remote_code: bool = False
     allow_missing: bool = False
+    widened_bytes: int = 0
+
+    @property
+    def mapped(self) -> bool:
+        """Whether the weights stay in files while the model runs."""
+        return bool(self.folder) and not self.gguf and self.weight_bytes >= MAPPED_FROM_BYTES
 
 
 def needed_memory_bytes(weight_bytes: int) -> int:
