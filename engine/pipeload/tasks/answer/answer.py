@@ -11,7 +11,7 @@ from pipeload.errors import ConfigError
 from pipeload.tasks.answer.spans import Answer, Floats, best_answers
 from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
-from pipeload.tasks.text.batches import by_rows
+from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import Window, tokenizer_of
 
@@ -113,24 +113,30 @@ def answer(
     questions, contexts = _rows(question, context)
     tokenizer = tokenizer_of(self)
     limit = _LENGTH if tokenizer.max_length is None else min(tokenizer.max_length, _LENGTH)
+    overlap = min(limit // 2, _OVERLAP)
     # Models that pad on the left were trained with the context before the question.
     long = 1 if tokenizer.padding_side == "right" else 0
-    found = []
-    for asked, text in zip(questions, contexts, strict=True):
-        first, second = (asked, text) if long else (text, asked)
-        parts = tokenizer.windows(first, second, long=long, length=limit, overlap=min(limit // 2, _OVERLAP))
-        logits = _logits(self, parts, batch_size)
-        found.append(
+
+    def answered(rows: Sequence[tuple[str, str]]) -> list[list[Answer]]:
+        parts = [
+            tokenizer.windows(*(row if long else row[::-1]), long=long, length=limit, overlap=overlap) for row in rows
+        ]
+        # The windows of all questions together: a sweep over the weights serves a whole batch.
+        logits = iter(_logits(self, [window for windows in parts for window in windows], batch_size))
+        return [
             best_answers(
                 text,
-                [(part, *each) for part, each in zip(parts, logits, strict=True)],
+                [(window, *next(logits)) for window in windows],
                 long=long,
                 cls_id=tokenizer.cls_id,
                 top_k=top_k or 1,
                 max_answer_len=max_answer_len,
                 handle_impossible_answer=handle_impossible_answer,
             )
-        )
+            for (_, text), windows in zip(rows, parts, strict=True)
+        ]
+
+    found = in_windows([*zip(questions, contexts, strict=True)], answered)
     results: list[Any] = [each[0] for each in found] if top_k is None else found
     return results[0] if isinstance(question, str) else results
 
