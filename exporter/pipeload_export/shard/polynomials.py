@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from itertools import combinations, combinations_with_replacement, islice
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations, islice
 from math import prod
 
 import numpy as np
@@ -38,7 +38,7 @@ class Polynomials:
         self._points = points
         self._extents = frozenset(extents)
         self._exact: dict[tuple[int, ...], Polynomial | None] = {}
-        self._values: dict[tuple[Monomial, ...], tuple[list[Monomial], NDArray[np.float64]]] = {}
+        self._values: dict[tuple[tuple[str, ...], int], tuple[list[Monomial], NDArray[np.float64]]] = {}
 
     def of(self, sizes: Sequence[tuple[int, ...]]) -> Polynomial:
         """The product of a tensor's dimensions: exact where it is a polynomial, else one above it.
@@ -72,7 +72,7 @@ class Polynomials:
             chosen = self._symbols_of(sizes)
             self._exact[sizes] = None
             for power in range(1, _DEGREE + 1):
-                monomials, values = self._independent(self._monomials(chosen, power))
+                monomials, values = self._independent(chosen, power)
                 factors = np.rint(np.linalg.lstsq(values, np.array(sizes, float), rcond=None)[0])
                 if (values @ factors == np.array(sizes, float)).all():
                     self._exact[sizes] = {m: int(f) for m, f in zip(monomials, factors, strict=True) if f}
@@ -81,13 +81,17 @@ class Polynomials:
 
     def _above(self, sizes: tuple[int, ...]) -> Polynomial:
         """Whole factors, none negative, of a polynomial that is close to the sizes and nowhere below them."""
-        monomials, values = self._independent(self._monomials(self._symbols_of(sizes), _DEGREE))
+        monomials, values = self._independent(self._symbols_of(sizes), _DEGREE)
         wanted = np.array(sizes, float)
         scale = 1 / np.maximum(wanted, 1)
         factors = _not_negative(values * scale[:, None], wanted * scale)
-        # A factor below half a byte is noise, which a product of large sizes would make gigabytes of.
-        factors = np.where(factors < 0.5, 0, factors)
-        ratio = float(np.max(wanted / np.maximum(values @ factors, 1), initial=1))
+        # A factor below half a byte is noise, which a product of large sizes would make gigabytes of; but not the one
+        # that most of the sizes comes from.
+        is_noise = factors < 0.5
+        is_noise[((values * scale[:, None]).sum(axis=0) * factors).argmax()] = False
+        factors = np.where(is_noise, 0, factors)
+        made = values @ factors
+        ratio = float(np.max(wanted[made > 0] / made[made > 0], initial=1))
         return {m: int(f) for m, f in zip(monomials, np.ceil(factors * ratio), strict=True) if f}
 
     def _symbols_of(self, sizes: tuple[int, ...]) -> tuple[str, ...]:
@@ -106,24 +110,28 @@ class Polynomials:
                 return chosen
         return tuple(self._symbols)
 
-    def _monomials(self, symbols: Sequence[str], power: int) -> tuple[Monomial, ...]:
+    def _monomials(self, symbols: Sequence[str], power: int) -> Iterator[Monomial]:
         most = len(symbols) * power if self._extents.intersection(symbols) else min(_TOTAL_DEGREE, len(symbols) * power)
-        return tuple(
-            names
-            for degree in range(most + 1)
-            for names in combinations_with_replacement(symbols, degree)
-            if all(names.count(name) <= power for name in names)
-        )
+        made: list[Monomial] = [()]
+        for _ in range(most + 1):
+            yield from made
+            made = [
+                (*names, name)
+                for names in made
+                for name in symbols[symbols.index(names[-1]) if names else 0 :]
+                if names.count(name) < power
+            ]
 
-    def _independent(self, monomials: tuple[Monomial, ...]) -> tuple[list[Monomial], NDArray[np.float64]]:
-        """As many of the monomials as the points can tell apart, and their values at the points.
+    def _independent(self, symbols: tuple[str, ...], power: int) -> tuple[list[Monomial], NDArray[np.float64]]:
+        """As many monomials as the points can tell apart, and their values at the points.
 
         Where the points leave a choice, products come before their parts, so that the bound is rather too high: bytes
         seen only where one of two dimensions was one count for their product. Squares come last.
         """
-        if monomials not in self._values:
+        if (symbols, power) not in self._values:
             kept: list[Monomial] = []
             columns: list[list[float]] = []
+            monomials = self._monomials(symbols, power)
             for monomial in sorted(monomials, key=lambda m: (max(map(m.count, m), default=0) > 1, -len(m))):
                 if len(kept) == len(self._points):
                     break
@@ -131,8 +139,8 @@ class Polynomials:
                 if np.linalg.matrix_rank(np.array([*columns, column])) > len(columns):
                     kept.append(monomial)
                     columns.append(column)
-            self._values[monomials] = kept, np.array(columns).T
-        return self._values[monomials]
+            self._values[symbols, power] = kept, np.array(columns).T
+        return self._values[symbols, power]
 
 
 def _not_negative(matrix: NDArray[np.float64], wanted: NDArray[np.float64]) -> NDArray[np.float64]:

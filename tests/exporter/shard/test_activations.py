@@ -48,6 +48,26 @@ def test_a_bound_that_is_no_polynomial_is_above_every_sample() -> None:
         assert found.activation_bytes(point) >= max(live_bytes(run))
 
 
+@pytest.mark.parametrize("part", [3, 4, 5])
+def test_a_small_tensor_that_is_no_polynomial_is_bounded_too(part: int) -> None:
+    """Less than half a byte for each unit of a dimension is a size all the same."""
+    runs = [nodes(-(-p["b"] * p["s"] // part)) for p in POINTS]
+    found = fit(("b", "s"), POINTS, runs)
+    for point, run in zip(POINTS, runs, strict=True):
+        assert found.activation_bytes(point) >= max(live_bytes(run))
+
+
+def test_images_beside_many_other_sizes_are_bounded() -> None:
+    """Where a size depends on all symbols, their monomials are few enough to be listed."""
+    random = np.random.default_rng(0)
+    symbols = [f"s{number}" for number in range(11)]
+    points = [{name: int(random.integers(1, 8)) for name in symbols} for _ in range(30)]
+    runs = [nodes(int(random.integers(1, 10_000))) for _ in points]
+    found = fit(symbols, points, runs, steps={"s0": 1, "s1": 1})
+    for point, run in zip(points, runs, strict=True):
+        assert found.activation_bytes(point) >= max(live_bytes(run))
+
+
 def _image_points(step: int) -> list[dict[str, int]]:
     return [{"b": b, "h": h * step, "w": w * step} for b in (1, 2, 3) for h in (1, 2, 3) for w in (1, 2, 3)]
 
