@@ -27,6 +27,8 @@ __all__ = ["resolve_beside", "run_child_beside"]
 
 _CHILD = "import sys; from pipeload_export.source.beside import run_child_beside; run_child_beside(*sys.argv[1:])"
 _LIBRARIES_BYTES = 500 << 20
+_MORE_FILES = ("added_tokens.json", "bpe.codes", "merges.txt", "source.spm", "target.spm")
+"""Files that some vocabularies are nothing without."""
 _CONFIG, _SETTINGS, _PROCESSOR = "config.json", "tokenizer_config.json", "preprocessor_config.json"
 _CONFIG_KEYS = ("model_type", "tokenizer_class", "image_size", "num_channels")
 """Keys of config.json that tell of tokenizers and images. The others tell of the graph, which is made already."""
@@ -78,7 +80,7 @@ def run_child_beside(request_path: str, folder: str, parent: str) -> None:
 def _vocabularies(found: Unsplit) -> dict[str, Path]:
     """The files of tokenizers that a sharded model directory does not keep, where the others lie."""
     folders = dict.fromkeys([found.path.parent, *(path.parent for path in found.side_files.values())])
-    places = [folder / name for folder in reversed(folders) for name in TOKENIZER_FILES]
+    places = [folder / name for folder in reversed(folders) for name in (*TOKENIZER_FILES, *_MORE_FILES)]
     return {place.name: place for place in places if place.is_file()}
 
 

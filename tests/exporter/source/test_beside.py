@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.exporter.models import write_json, write_onnx
-from tests.exporter.source.test_tokenizer import write_fast, write_words
+from tests.exporter.source.test_tokenizer import write_fast, write_merges, write_words
 from tests.marks import slow
 from tests.models import traced_here
 
@@ -39,6 +39,14 @@ def test_the_config_beside_it_overrides_the_tokenizer(
         tokenizer = _exported(write_onnx(place / folder / "model.onnx"), place / "out")
         assert tokenizer.encode("Ab", add_special_tokens=False).tokens == tokens
         assert json.loads((place / "out" / "tokenizer_config.json").read_text())["pad_token"] == "[PAD]"
+
+
+def test_all_files_that_a_vocabulary_needs_are_read(tmp_path: Path) -> None:
+    """Merges make the tokens of a vocabulary, and older models have tokens that were added in a file of their own."""
+    folder = write_merges(tmp_path / "m")
+    write_json(folder / "added_tokens.json", {"<new>": 258})
+    tokenizer = _exported(write_onnx(folder / "model.onnx"), tmp_path / "out")
+    assert tokenizer.encode("ab<new>b").tokens == ["ab", "<new>", "b"]
 
 
 def test_values_of_the_config_that_tell_of_the_graph_hinder_nobody(tmp_path: Path) -> None:

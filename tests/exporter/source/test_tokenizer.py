@@ -44,6 +44,17 @@ def write_fast(folder: Path, **settings: Any) -> Path:
     return folder
 
 
+def write_merges(folder: Path) -> Path:
+    """A tokenizer that only has its 258 tokens and the merge of two of them."""
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+    write_json(folder / "config.json", {"model_type": "gpt2"})
+    tokens = ["<|endoftext|>", *bytes_to_unicode().values(), "ab"]
+    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    return folder
+
+
 def resolved(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The resolved tokenizer of a checkpoint, and its settings."""
     from tokenizers import Tokenizer
@@ -90,14 +101,7 @@ def test_the_config_adds_tokens_and_says_sizes_and_sides(tmp_path: Path) -> None
 
 
 def test_vocabulary_and_merges_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "gpt"
-    write_json(folder / "config.json", {"model_type": "gpt2"})
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
-
-    tokens = ["<|endoftext|>", *bytes_to_unicode().values(), "ab"]
-    write_json(folder / "vocab.json", {token: number for number, token in enumerate(tokens)})
-    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-    tokenizer, _ = resolved(folder)
+    tokenizer, _ = resolved(write_merges(tmp_path / "gpt"))
     assert tokenizer.encode("abc<|endoftext|>").tokens == ["ab", "c", "<|endoftext|>"]
 
 
