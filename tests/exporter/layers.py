@@ -45,12 +45,16 @@ def attention_layer(**odd: Any) -> Builder:
         build.outputs.append(onnx.helper.make_tensor_value_info(f"present.{name}", outer, shape))
         return made
 
+    whole_shapes: list[str] = []
+
     def repeated(name: str) -> str:
         if groups == HEADS:
             return name
         wide = build.op("Unsqueeze", name, build.constant([2], np.int64))
         ones = build.constant([1, 1, HEADS // groups, 1, 1], np.int64)
-        return str(build.op("Reshape", build.op("Expand", wide, ones), build.constant([0, HEADS, -1, SIZE], np.int64)))
+        made = build.op("Reshape", build.op("Expand", wide, ones), build.constant([0, HEADS, -1, SIZE], np.int64))
+        whole_shapes.append(build.op("Shape", made))
+        return str(made)
 
     batch, length = (build.op("Shape", x, start=axis, end=axis + 1) for axis in (0, 1))
     rows = build.op("Mul", batch, build.constant([HEADS], np.int64))
@@ -70,6 +74,8 @@ def attention_layer(**odd: Any) -> Builder:
         build.output(build.op("ReduceSum", "past.key", keepdims=0), "sum", [], outer)
     turned = build.op("Transpose", flat(repeated(keys)), perm=[0, 2, 1] if odd.get("flat") else [0, 1, 3, 2])
     total_length = build.op("Shape", turned, start=-1)
+    if odd.get("total_of_repeated"):
+        total_length = build.op("Slice", whole_shapes[0], build.constant([2], np.int64), build.constant([3], np.int64))
     if odd.get("scaled_keys"):
         turned = build.op("Mul", turned, build.constant(0.5, number))
     scores = build.op("MatMul", queries, turned)

@@ -176,8 +176,10 @@ class _Rewriter:
         for layer in find_layers(self._graph, self._presents):
             self._replaced[id(layer.product)] = list(self._attention(layer))
             for view, exchanged in layer.views:
+                # Heads are repeated before a cache is made flat, so a flat layer has views of both kinds.
+                is_flat = len(self._graph.types[view][1] or ()) == 3
+                like = layer.flat_queries if is_flat else layer.queries
                 for node in shapes_of(self._consumers, view):
-                    like = layer.flat_queries or layer.queries
                     self._replaced[id(node)] = list(self._shape(node, _TOTAL, like=like, exchanged=exchanged))
         for cache in self._caches:
             self._replaced[id(cache.concat)] = list(self._write(cache))

@@ -64,6 +64,7 @@ def _kinds(graph: Graph) -> list[str]:
         {"flat": True},
         {"flat": True, "scaled_keys": True, "groups": 2},
         {"flat": True, "guarded": True, "least": -np.inf},
+        {"flat": True, "groups": 2, "total_of_repeated": True},
     ],
     ids=str,
 )
