@@ -168,9 +168,10 @@ def _class_of(config: Any, task: str) -> Any:
     """The class of transformers that loads a checkpoint for a task."""
     import transformers
 
-    named = next(iter(config.architectures or ()), "")
-    if task == "feature-extraction" and is_encoder_alone(named):
-        # AutoModel has no more than one class for a config, which is that of the encoder and its decoder.
+    named = str(next(iter(config.architectures or ()), ""))
+    if task == "feature-extraction" and is_encoder_alone(named) and hasattr(transformers, named):
+        # AutoModel has no more than one class for a config, which is that of the encoder and its decoder. Classes of a
+        # checkpoint's own code are found by AutoModel alone.
         return getattr(transformers, named)
     return getattr(transformers, TASKS[task])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_trial_caches_have_the_heads_of_the_model(
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
     caches = [value for value in graph.input if value.name.startswith("past_key_values")]
     assert {value.type.tensor_type.shape.dim[1].dim_value for value in caches} == {heads}
+
+
+@pytest.mark.parametrize("named", ["BrandNewEncoderModel", 1])
+def test_a_class_that_transformers_lacks_is_that_of_the_config(named: object, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    _model("BertModel", "BertConfig", vocab_size=100, intermediate_size=64).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [named]}))
+    request = Request(name="BERT", task="feature-extraction", weight_bytes=0, folder=str(folder))
+    assert type(load_model(request, tmp_path / "view")).__name__ == "BertModel"
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "seeded"])
