@@ -136,8 +136,9 @@ class Loader:
                 nbytes = sum(part.end - part.begin for part in parts)
                 with self._trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
                     complete = self._storage.read_weights(shard, parts, stale, direct=plan.direct)
-                with self._lock:
-                    self._read_bytes += nbytes * complete
+                if complete:
+                    with self._lock:
+                        self._read_bytes += nbytes
             if complete:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
