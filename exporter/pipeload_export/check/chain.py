@@ -107,7 +107,7 @@ def run_shards(
         manifest: its manifest.
         cases: the inputs.
         progress: called with the bytes of the shards that are done.
-        rounded: move the edges of 16 bits by as much as one more rounding would.
+        rounded: move the float16 edges by as much as one more rounding would.
 
     Raises:
         ExportError: a shard does not run.
@@ -117,7 +117,7 @@ def run_shards(
     outputs = {spec.name for spec in manifest.outputs}
     slices = {} if manifest.head is None else {name: number for number, name in enumerate(manifest.head.shards)}
     heads: list[list[NDArray[Any]]] = [[] for _ in cases]
-    narrow = {edge.name for edge in manifest.edges if edge.dtype in ("float16", "bfloat16")} if rounded else set()
+    narrow = {edge.name for edge in manifest.edges if edge.dtype == "float16"} if rounded else set()
     random = np.random.default_rng(0)
     done, total = 0, sum(shard.nbytes for shard in manifest.shards)
     for number, shard in enumerate(manifest.shards):
@@ -147,7 +147,7 @@ def run_shards(
 
 
 def _rounded_again(array: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
-    """The values of 16 bits as another rounding might have left them: one in twelve is the next one up or down.
+    """Float16 values as another rounding might have left them: one in twelve is the next one up or down.
 
     An error that is anywhere within half a step has the same variance. What hides positions stays as it is.
     """

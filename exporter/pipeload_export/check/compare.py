@@ -31,7 +31,7 @@ _OWN_LIMIT = 0.1
 allows the shards. Over static int8 with seeded weights 0.5 was seen: there the shards must be like one of the two."""
 
 _ROUNDINGS, _ROUNDED_LIMIT = 2.0, 0.05
-"""What one more rounding of each 16-bit edge changes, times the first and at most the second, is allowed too: shards
+"""What one more rounding of each float16 edge changes, times the first and at most the second, is allowed too: shards
 round edges that the unsplit graph keeps as float32. SmolLM2's 30 layers in float16 differ by 0.0175."""
 
 Arrays = dict[str, NDArray[Any]]
@@ -70,7 +70,8 @@ def compare(
         optimised = run_unsplit(against, names, plain, progress, narrowed=given, optimised=True)
         own, alike = differences(wanted, optimised), differences(optimised, found)
         worst = tuple(map(_best, worst, alike, own))
-    if any(not result.max_rel_error <= result.limit for result in worst) and {"float16", "bfloat16"} & inner:
+    has_narrow = any(edge.dtype == "float16" for edge in manifest.edges)
+    if has_narrow and any(not result.max_rel_error <= result.limit for result in worst):
         rounded = run_shards(directory, manifest, cases, progress, rounded=True)
         effects = differences(found, [_dequantised(arrays, made, like=wanted[0]) for arrays in rounded])
         worst = tuple(map(_allowing, worst, effects))
