@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 from pipeload_export.source.refused import Refused
-from pipeload_export.source.task import TASKS, is_encoder_alone
+from pipeload_export.source.task import TASKS, is_encoder_alone, is_projected
 
 __all__ = ["check_supported", "trace"]
 
@@ -115,7 +115,9 @@ def trace(model: Any, folder: Path, *, task: str, opset: int | None) -> None:
     """Write the model's graph and configs into the folder."""
     from optimum.exporters.onnx import onnx_export_from_model
 
-    mine = {"model": _encoder_config(model.config)} if is_encoder_alone(type(model).__name__) else None
+    name = type(model).__name__
+    kind = _encoder_config if is_encoder_alone(name) else _projected_config if is_projected(name) else None
+    mine = {"model": kind(model.config)} if kind else None
     with _as_models_are():
         onnx_export_from_model(
             model, output=folder, task=task, opset=opset, do_validation=False, custom_onnx_configs=mine
@@ -135,3 +137,13 @@ def _encoder_config(config: Any) -> Any:
         outputs = {"last_hidden_state": sizes}  # noqa: RUF012
 
     return Encoder(config, task="feature-extraction")
+
+
+def _projected_config(config: Any) -> Any:
+    """Inputs and outputs of a tower of images with its projection. optimum has only those of the tower."""
+    from optimum.exporters.onnx.model_configs import CLIPVisionModelOnnxConfig
+
+    class Projected(CLIPVisionModelOnnxConfig):  # type: ignore[misc]
+        outputs = {name: {0: "batch_size"} for name in ("image_embeds", "last_hidden_state")}  # noqa: RUF012
+
+    return Projected(config, task="feature-extraction")

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeload.errors import ConfigError
 
-__all__ = ["TASKS", "check_task", "is_encoder_alone", "task_of_config", "task_of_graph"]
+__all__ = ["TASKS", "check_task", "is_encoder_alone", "is_projected", "task_of_config", "task_of_graph"]
 
 TASKS = {
     "feature-extraction": "AutoModel",
@@ -46,6 +46,7 @@ _ARCHITECTURES: dict[str, str | None] = {
     "ForImageClassificationWithTeacher": "image-classification",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
+    "ModelWithProjection": "feature-extraction",
     **dict.fromkeys(("MTModel", "DoubleHeadsModel", "EncoderDecoderModel")),
     "Model": "feature-extraction",
 }
@@ -82,6 +83,11 @@ def task_of_config(config: Mapping[str, Any]) -> str | None:
 def is_encoder_alone(architecture: str) -> bool:
     """Whether it is the encoder of a model that has a decoder, too, such as T5EncoderModel: for feature-extraction."""
     return architecture.endswith("EncoderModel")
+
+
+def is_projected(architecture: str) -> bool:
+    """Whether it is a tower and the projection behind it, as CLIPVisionModelWithProjection: for feature-extraction."""
+    return architecture.endswith("ModelWithProjection")
 
 
 def task_of_graph(inputs: Sequence[str], outputs: Mapping[str, Sequence[int | str]], config: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import view_of
 from pipeload_export.source.refused import Refused, reason
 from pipeload_export.source.ropes import follow_lengths
-from pipeload_export.source.task import TASKS, is_encoder_alone
+from pipeload_export.source.task import TASKS, is_encoder_alone, is_projected
 from pipeload_export.source.tokenizer import resolve_tokenizer
 from pipeload_export.source.trace import LEAST_DISK_BYTES, check_supported, trace
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
@@ -169,9 +169,10 @@ def _class_of(config: Any, task: str) -> Any:
     import transformers
 
     named = str(next(iter(config.architectures or ()), ""))
-    if task == "feature-extraction" and is_encoder_alone(named) and hasattr(transformers, named):
-        # AutoModel has no more than one class for a config, which is that of the encoder and its decoder. Classes of a
-        # checkpoint's own code are found by AutoModel alone.
+    special = is_encoder_alone(named) or is_projected(named)
+    if task == "feature-extraction" and special and hasattr(transformers, named):
+        # AutoModel has no more than one class for a config: the encoder with its decoder, the tower without projection.
+        # Classes of a checkpoint's own code are found by AutoModel alone.
         return getattr(transformers, named)
     return getattr(transformers, TASKS[task])
 

@@ -29,11 +29,13 @@ _LONG = {"short_factor": [1.0 + n / 8 for n in range(8)], "long_factor": [1.5 + 
 _LONGROPE = {**_DECODER, "original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope", **_LONG}}
 _SOFTCAP = {**_DECODER, "head_dim": 16, "sliding_window": 12, "attn_logit_softcapping": 2.0}
 
+_TOWER = {**_SIZES, "projection_dim": 24, "image_size": 32, "patch_size": 8, "initializer_range": 0.3}
 _T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 3, "num_heads": 2, "vocab_size": 200}
 
 # name -> (class of transformers, class of its config, the config's arguments)
 CHECKPOINTS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "bert": ("BertModel", "BertConfig", _SMALL),
+    "clip-projection": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", _TOWER),
     "bigbird": ("BigBirdModel", "BigBirdConfig", {**_SMALL, "block_size": 4, "num_random_blocks": 1}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _SOFTCAP),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER),
@@ -96,6 +98,15 @@ def test_the_streamed_model_answers_as_its_source(
     assert found.tokens_equal == found.tokens
     assert bool(found.tokens) == ("CausalLM" in CHECKPOINTS[name][0])
     assert {"torch", "transformers", "pipeload"} == set(found.versions)
+
+
+def test_a_tower_keeps_the_projection_that_its_class_has(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """AutoModel has the tower alone for the same config, and the projection was dropped without a word."""
+    found = exported(checkpoint("clip-projection"), tmp_path / "target")
+    assert found.task == "feature-extraction"
+    assert found.parity is not None
+    assert {output.output for output in found.parity.outputs} == {"image_embeds", "last_hidden_state"}
+    assert {spec.name: spec.shape[-1] for spec in found.free_outputs}["image_embeds"] == 24
 
 
 @pytest.mark.slow

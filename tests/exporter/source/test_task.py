@@ -40,6 +40,7 @@ def test_what_is_no_task_is_refused() -> None:
     ("architecture", "task"),
     [
         ("BertModel", "feature-extraction"),
+        ("CLIPVisionModelWithProjection", "feature-extraction"),
         ("GPT2LMHeadModel", "text-generation"),
         ("MarianMTModel", None),
         ("GPT2DoubleHeadsModel", None),
