@@ -86,7 +86,7 @@ def _opened(data: bytes) -> Any:
 
 
 def _images() -> Iterator[tuple[str, bytes]]:
-    """Seeded noise in all sizes, modes and orientations, as files."""
+    """Seeded noise in all sizes, modes and orientations, and an animation, as files."""
     import PIL.Image
 
     random = np.random.default_rng(0)
@@ -103,6 +103,8 @@ def _images() -> Iterator[tuple[str, bytes]]:
         exif = PIL.Image.Exif()
         exif[_ORIENTATION] = orientation
         yield f"an image with the EXIF orientation {orientation}", _file(picture, exif=exif)
+    frames = [_noise(random, 48, 64) for _ in range(3)]
+    yield "an animated image", _file(frames[0], "GIF", save_all=True, append_images=frames[1:])
 
 
 def _noise(random: np.random.Generator, height: int, width: int) -> Any:

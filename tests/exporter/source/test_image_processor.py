@@ -78,4 +78,5 @@ def test_all_kinds_of_images_are_compared() -> None:
     assert {image.mode for image in images} == {"RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16"}
     assert {image.getexif().get(0x0112) for image in images} == {None, 3, 6}
     assert (1, 1) in {image.size for image in images}
+    assert max(getattr(image, "n_frames", 1) for image in images) > 1
     assert all(np.asarray(image).size for image in images)
