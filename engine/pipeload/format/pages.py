@@ -23,7 +23,7 @@ def page_floor(nbytes: int) -> int:
 
 
 def memory_ceil(nbytes: int) -> int:
-    """Memory that so many bytes occupy: whole pages of the system."""
+    """Memory that this number of bytes occupies: whole pages of the system."""
     return -(-nbytes // _MEMORY_PAGE_BYTES) * _MEMORY_PAGE_BYTES
 
 

@@ -33,7 +33,7 @@ from pipeload_export.shard.trial import Arrays, Event, Refused, Trial, agree, ru
 __all__ = ["Sampler"]
 
 _DRAWN_BYTES, _MOST_INPUT_BYTES = 8, 1 << 30
-"""Of a number while inputs are drawn, and of one input; larger ones are refused, as sizes that nobody has."""
+"""Of a number while inputs are drawn, and of one input; larger ones are refused, as sizes that no input has."""
 _COMPARED = 3
 """Runs in which a fused graph is compared with the graph that it was made from."""
 

@@ -177,7 +177,7 @@ def test_rates_have_a_unit_per_second(text: str, rate: int | None) -> None:
             ("--contenders", "pipeload,llama.cpp"),
             "There is no contender llama.cpp. The known ones are pipeload, single",
         ),
-        (("--contenders", ","), "names nobody"),
+        (("--contenders", ","), "--contenders is empty"),
         (("--disk", "400"), "'400' is no rate for --disk. Write it with its unit and /s, such as 400MB/s"),
         (("--disk", "400/s"), "such as 400MB/s"),
         (("--disk", "fast/s"), "'fast/s' is no rate"),

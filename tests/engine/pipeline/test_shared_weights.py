@@ -46,7 +46,7 @@ def _reserved(rig: Rig) -> int:
 
 
 def _stopping(gate: Gate) -> Callable[[Shard], None]:
-    """Stops whoever reads the first block."""
+    """Stops the loader that reads the first block."""
     return lambda shard: gate.stop_here() if shard.name == "block.000" else None
 
 

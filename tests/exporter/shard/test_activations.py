@@ -16,7 +16,7 @@ POINTS = [{"b": b, "s": s} for b in (1, 2, 3) for s in (4, 6, 9)]
 
 
 def steps(*formulas: Callable[[int, int], int]) -> list[list[LiveTensor]]:
-    """Runs in which each node has one tensor, of so many bytes."""
+    """Runs in which each node has one tensor, of this number of bytes."""
     return [nodes(*(formula(p["b"], p["s"]) for formula in formulas)) for p in POINTS]
 
 

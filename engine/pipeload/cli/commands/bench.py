@@ -131,7 +131,7 @@ def _names(text: str) -> tuple[ContenderName, ...]:
     wanted = [name.strip() for name in text.split(",") if name.strip()]
     known: dict[str, ContenderName] = {name: name for name in CONTENDERS}
     if not wanted or (unknown := [name for name in wanted if name not in known]):
-        named = f"There is no contender {', '.join(unknown)}." if wanted else "--contenders names nobody."
+        named = f"There is no contender {', '.join(unknown)}." if wanted else "--contenders is empty."
         raise typer.BadParameter(f"{named} The known ones are {', '.join(CONTENDERS)}.")
     return tuple(dict.fromkeys(known[name] for name in wanted))
 

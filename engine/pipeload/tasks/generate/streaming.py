@@ -118,7 +118,7 @@ class TextStream:
     def _put(self, item: str | _End) -> None:
         self._pieces.put(item)
         if self._wake is not None:
-            # The reader's loop may have ended: then nobody waits.
+            # The reader's loop may have ended: then no reader waits.
             with suppress(RuntimeError):
                 self._wake()
 
