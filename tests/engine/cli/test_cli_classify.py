@@ -71,6 +71,8 @@ def test_classify_shows_entities_with_their_place(tmp_path: Path, call: Call) ->
     assert result.stdout == "Anna sat\n  0.9999  PER  anna  0-4\n"
     facts = json.loads(call(runner, "classify", "Anna sat", "--json").stdout)[0]["labels"]
     assert [(fact["word"], fact["start"], fact["end"]) for fact in facts] == [("anna", 0, 4)]
+    twice = [call(runner, "classify", "Anna Anna", "--aggregation", how).stdout for how in ("none", "first")]
+    assert [lines.count("PER") for lines in twice] == [2, 1]
 
 
 def test_classify_takes_images_by_path_and_from_stdin(tmp_path: Path, call: Call) -> None:

@@ -44,8 +44,8 @@ class ToyModel:
     def embed(self, texts: Any, **options: Any) -> Any:
         return embed.embed(self, texts, **options)
 
-    def classify(self, inputs: Any, *, top_k: int) -> Any:
-        return classify.classify(self, inputs, top_k=top_k)
+    def classify(self, inputs: Any, **options: Any) -> Any:
+        return classify.classify(self, inputs, **options)
 
     def zero_shot(self, texts: Any, labels: Any, **options: Any) -> Any:
         return zero_shot.zero_shot(self, texts, labels, **options)

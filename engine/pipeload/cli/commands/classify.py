@@ -12,7 +12,7 @@ import typer
 from pipeload.cli.options import Budget, Directory, Json, JsonLines, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
 from pipeload.cli.texts import argued_texts, refuse_images
-from pipeload.tasks.classify.entities import Entity
+from pipeload.tasks.classify.entities import Aggregation, Entity
 from pipeload.tasks.classify.labels import Label
 
 __all__ = ["CHUNK", "classify", "print_labels"]
@@ -34,6 +34,13 @@ def classify(
         ),
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels for each input.")] = 5,
+    aggregation: Annotated[
+        Aggregation,
+        typer.Option(
+            metavar="HOW",
+            help="How tokens become entities, as in transformers: none, simple, first, average or max.",
+        ),
+    ] = "simple",
     budget: Budget = "auto",
     as_json: Json = False,
     json_lines: JsonLines = False,
@@ -49,7 +56,7 @@ def classify(
 
         pipeload classify models/nli "It rains." --pair "The street is wet."
 
-        pipeload classify models/ner - < letters.txt
+        pipeload classify models/ner - --aggregation first < letters.txt
     """
     with open_model(directory, budget, stats=stats, trace=trace) as model:
         images = model.manifest.task == "image-classification"
@@ -60,7 +67,8 @@ def classify(
         wanted = _read(inputs, images=images)
         results: list[list[Label]] = []
         for chunk in chunks(wanted, CHUNK, "Classifying"):
-            found = model.classify([value if pair is None else (str(value), pair) for _, value in chunk], top_k=top_k)
+            values = [value if pair is None else (str(value), pair) for _, value in chunk]
+            found = model.classify(values, top_k=top_k, aggregation_strategy=aggregation)
             results.extend(found)
             if json_lines:
                 for (name, _), labels in zip(chunk, found, strict=True):

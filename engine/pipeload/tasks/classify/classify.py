@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, get_args, overload
 
 from pipeload.errors import ConfigError
 from pipeload.tasks.arguments import check_positive, check_several
-from pipeload.tasks.classify.entities import entities
+from pipeload.tasks.classify.entities import Aggregation, entities
 from pipeload.tasks.classify.labels import Label, scores, top_labels
 from pipeload.tasks.classify.logits import logits_of, text_logits
 from pipeload.tasks.images import Image, image_processor_of
@@ -35,15 +35,24 @@ def classify(
     *,
     top_k: int | None = ...,
     batch_size: int = ...,
+    aggregation_strategy: Aggregation = ...,
 ) -> list[list[Label]]: ...
 @overload
-def classify(self: Runner, inputs: Image | Pair, *, top_k: int | None = ..., batch_size: int = ...) -> list[Label]: ...
+def classify(
+    self: Runner,
+    inputs: Image | Pair,
+    *,
+    top_k: int | None = ...,
+    batch_size: int = ...,
+    aggregation_strategy: Aggregation = ...,
+) -> list[Label]: ...
 def classify(
     self: Runner,
     inputs: Image | Pair | list[Input],
     *,
     top_k: int | None = TOP_K,
     batch_size: int = BATCH_SIZE,
+    aggregation_strategy: Aggregation = "simple",
 ) -> list[Label] | list[list[Label]]:
     """The labels of each text, pair of texts or image, best first; for one input a list, for several a list of lists.
 
@@ -57,6 +66,10 @@ def classify(
             `[height, width, 3]`. Several inputs are a list; a tuple of two texts is one pair.
         top_k: the most labels for each input, None for all. A token classifier ignores it.
         batch_size: the most inputs in one pass; a pass takes fewer if the memory budget cannot hold this many.
+        aggregation_strategy: how a token classifier's tokens become entities, as in transformers: "none" (each token is
+            one, its label with the prefix of the tag), "simple" (neighbouring tokens of one tag), or words of one tag,
+            where a word has the label of its "first" token, of the "average" of its tokens, or of the one with the
+            largest score ("max"). Other models ignore it.
 
     Raises:
         ConfigError: the model is no classifier, or an input or argument is invalid.
@@ -70,6 +83,10 @@ def classify(
     """
     if top_k is not None:
         check_positive("top_k", top_k)
+    if aggregation_strategy not in get_args(Aggregation):
+        raise ConfigError(
+            f"aggregation_strategy is {aggregation_strategy!r}; choose one of {', '.join(get_args(Aggregation))}."
+        )
     task = self.manifest.task
     if task not in ("text-classification", "token-classification", "image-classification"):
         raise ConfigError(
@@ -86,7 +103,7 @@ def classify(
             check_several(inputs)  # type: ignore[arg-type]
         texts = [text_or_pair(each) for each in (inputs if several else [inputs])]  # type: ignore[union-attr]
         results = (
-            _entities(self, texts, batch_size)
+            _entities(self, texts, batch_size, aggregation_strategy)
             if task == "token-classification"
             else _labels(self, texts, top_k, batch_size)
         )
@@ -100,7 +117,7 @@ def _labels(runner: Runner, texts: Sequence[TextOrPair], top_k: int | None, batc
     return [top_labels(scores(row, config.problem_type), config, top_k) for row in rows]
 
 
-def _entities(runner: Runner, texts: Sequence[Any], batch_size: int) -> list[list[Label]]:
+def _entities(runner: Runner, texts: Sequence[Any], batch_size: int, strategy: Aggregation) -> list[list[Label]]:
     for text in texts:
         if isinstance(text, tuple):
             raise ConfigError("A token classifier takes single texts, not pairs. Pass the texts in a list.")
@@ -113,7 +130,7 @@ def _entities(runner: Runner, texts: Sequence[Any], batch_size: int) -> list[lis
             logits = logits_of(runner, arrays)
             with made_by_model("logits", logits):
                 return [
-                    [*entities(row[mask], part[index], rows[index], tokenizer, config)]
+                    [*entities(row[mask], part[index], rows[index], tokenizer, config, strategy)]
                     for index, row, mask in zip(indices, logits, arrays["attention_mask"] != 0, strict=True)
                 ]
 

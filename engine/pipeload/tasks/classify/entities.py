@@ -1,12 +1,20 @@
 """Named entities: neighbouring tokens of one label, out of a token classifier's logits.
 
-The grouping is that of transformers' token-classification pipeline with `aggregation_strategy="simple"`.
+The grouping is that of transformers' token-classification pipeline:
+```
+none      each token is an entity, its label with the prefix of the tag: B-PER
+simple    neighbouring tokens of one tag
+first     neighbouring words of one tag; a word has the label of its first token,
+average   that of the mean of its tokens' scores,
+max       or that of the token with the largest score
+```
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +23,9 @@ from pipeload.tasks.classify.labels import Label, softmax
 from pipeload.tasks.model_files import ModelConfig
 from pipeload.tasks.text.tokenizer import Encoded, Tokenizer
 
-__all__ = ["Entity", "entities"]
+__all__ = ["Aggregation", "Entity", "entities"]
+
+Aggregation = Literal["none", "simple", "first", "average", "max"]
 
 _OUTSIDE = "O"
 """The label of tokens that belong to no entity; such groups are left out."""
@@ -40,6 +50,17 @@ class Entity(Label):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Token:
+    scores: NDArray[np.float32]
+    word: str
+    start: int
+    end: int
+    continues: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """A token, or the tokens of a word, with one label."""
+
     label: str
     score: float
     word: str
@@ -53,7 +74,12 @@ class _Token:
 
 
 def entities(
-    logits: NDArray[np.float32], text: str, encoded: Encoded, tokenizer: Tokenizer, config: ModelConfig
+    logits: NDArray[np.float32],
+    text: str,
+    encoded: Encoded,
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    strategy: Aggregation,
 ) -> list[Entity]:
     """The entities of one text, in its order.
 
@@ -63,44 +89,70 @@ def entities(
         encoded: its tokens.
         tokenizer: the tokenizer that made them.
         config: names the labels.
+        strategy: how tokens become entities.
     """
-    groups: list[list[_Token]] = []
-    for token in _tokens(softmax(logits), text, encoded, tokenizer, config):
-        if groups and groups[-1][-1].tag == token.tag and not token.label.startswith("B-"):
-            groups[-1].append(token)
+    words: list[list[_Token]] = []
+    for token in _tokens(softmax(logits), text, encoded, tokenizer):
+        if words and token.continues and strategy not in ("none", "simple"):
+            words[-1].append(token)
         else:
-            groups.append([token])
-    found = (_entity(group, tokenizer) for group in groups)
+            words.append([token])
+    parts = [_part(word, tokenizer, config, strategy) for word in words]
+    if strategy == "none":
+        found = [_entity(part.label, [part], part.word) for part in parts]
+    else:
+        groups: list[list[_Part]] = []
+        for part in parts:
+            if groups and groups[-1][-1].tag == part.tag and not part.label.startswith("B-"):
+                groups[-1].append(part)
+            else:
+                groups.append([part])
+        found = [
+            _entity(group[0].label.split("-", 1)[-1], group, tokenizer.join([part.word for part in group]))
+            for group in groups
+        ]
     return [entity for entity in found if entity.label != _OUTSIDE]
 
 
-def _tokens(
-    probabilities: NDArray[np.float32], text: str, encoded: Encoded, tokenizer: Tokenizer, config: ModelConfig
-) -> list[_Token]:
-    best = probabilities.argmax(axis=-1)
-    tokens = []
-    for index, (id_, special, (start, end)) in enumerate(
-        zip(encoded.ids, encoded.special, encoded.offsets, strict=True)
+def _tokens(probabilities: NDArray[np.float32], text: str, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[_Token]:
+    for scores, id_, special, (start, end) in zip(
+        probabilities, encoded.ids, encoded.special, encoded.offsets, strict=True
     ):
         if not special:
-            tokens.append(
-                _Token(
-                    label=config.label(int(best[index])),
-                    score=float(probabilities[index, best[index]]),
-                    # Text outside the vocabulary is shown as it stands in the text.
-                    word=text[start:end] if id_ == tokenizer.unknown_id else tokenizer.token(id_),
-                    start=start,
-                    end=end,
-                )
+            unknown = id_ == tokenizer.unknown_id
+            yield _Token(
+                scores=scores,
+                # Text outside the vocabulary is shown as it stands in the text.
+                word=text[start:end] if unknown else tokenizer.token(id_),
+                start=start,
+                end=end,
+                continues=not unknown and tokenizer.continues_word(id_, text, start, end),
             )
-    return tokens
 
 
-def _entity(group: Sequence[_Token], tokenizer: Tokenizer) -> Entity:
+def _part(tokens: Sequence[_Token], tokenizer: Tokenizer, config: ModelConfig, strategy: Aggregation) -> _Part:
+    if strategy == "average":
+        scores = np.mean([token.scores for token in tokens], axis=0)
+    elif strategy == "max":
+        scores = max((token.scores for token in tokens), key=np.max)
+    else:
+        scores = tokens[0].scores
+    best = int(scores.argmax())
+    words = [token.word for token in tokens]
+    return _Part(
+        label=config.label(best),
+        score=float(scores[best]),
+        word=words[0] if strategy in ("none", "simple") else tokenizer.join(words),
+        start=tokens[0].start,
+        end=tokens[-1].end,
+    )
+
+
+def _entity(label: str, parts: Sequence[_Part], word: str) -> Entity:
     return Entity(
-        label=group[0].label.split("-", 1)[-1],
-        score=float(np.mean([token.score for token in group])),
-        word=tokenizer.join([token.word for token in group]),
-        start=group[0].start,
-        end=group[-1].end,
+        label=label,
+        score=float(np.mean([part.score for part in parts])),
+        word=word,
+        start=parts[0].start,
+        end=parts[-1].end,
     )

@@ -249,6 +249,16 @@ class Tokenizer:
         with self._library("cannot tell a token by its id"):
             return self._backend.id_to_token(id_) or ""
 
+    def continues_word(self, id_: int, text: str, start: int, end: int) -> bool:
+        """Whether the token at `start` to `end` of a text continues the word of the token before it.
+
+        Where the vocabulary marks such tokens (WordPiece), the mark says so; elsewhere a space between two tokens does.
+        """
+        with self._library("cannot tell how its words are marked"):
+            if getattr(self._backend.model, "continuing_subword_prefix", None):
+                return len(self.token(id_)) != end - start
+            return start > 0 and " " not in text[start - 1 : start + 1]
+
     def join(self, tokens: Sequence[str]) -> str:
         """The text of consecutive vocabulary entries."""
         with self._library("cannot join tokens"):

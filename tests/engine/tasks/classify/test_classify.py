@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,12 +15,13 @@ from tests.engine.tasks.fakes import (
     manifest,
     run_by_torch,
     write_bert_tokenizer,
+    write_gpt_tokenizer,
     write_json,
 )
 
 from pipeload.errors import ConfigError
 from pipeload.tasks.classify.classify import classify
-from pipeload.tasks.classify.entities import Entity
+from pipeload.tasks.classify.entities import Aggregation, Entity
 from pipeload.tasks.classify.labels import Label, scores
 
 pytest.importorskip("tokenizers")
@@ -148,33 +151,46 @@ def test_entities_in_a_batch_are_those_of_each_text_alone(tmp_path: Path, side: 
     assert classify(runner, texts) == [classify(runner, text) for text in texts]
 
 
-def test_entities_equal_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", get_args(Aggregation))
+@pytest.mark.parametrize("words", ["marked", "apart"])
+def test_entities_equal_those_of_transformers(tmp_path: Path, words: str, strategy: Aggregation) -> None:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     runner = _tagger(tmp_path, {})
+    if words == "apart":
+        write_gpt_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
     labels = {int(index): tag for index, tag in TAGS.items()}
-    config = transformers.BertConfig(vocab_size=len(WORDS), id2label=labels, initializer_range=3.0, **shape)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), id2label=labels, initializer_range=3.0, **shape)
     model = transformers.BertForTokenClassification(config).eval()
     runner.function = run_by_torch(model)
     pipeline = transformers.TokenClassificationPipeline(
         model=model,
-        tokenizer=transformers.AutoTokenizer.from_pretrained(tmp_path),
+        tokenizer=tokenizer,
         framework="pt",
-        aggregation_strategy="simple",
+        aggregation_strategy=strategy,
     )
-    texts = ["Anna and Bob sat in Paris", "xyz zyx the CAT   mats", "London", "the cats nicely"]
-    ours = classify(runner, texts)
+    texts = ["Anna and Bob sat in Paris", "xyz zyx the CAT   mats", "London", "the cats nicely", "Anna,Bob-mats. cat"]
+    ours = classify(runner, texts, aggregation_strategy=strategy)
     for text, found in zip(texts, ours, strict=True):
-        theirs = pipeline(text)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Tokenizer does not support real words")
+            theirs = pipeline(text)
         assert len(found) == len(theirs)
         for mine, other in zip(found, theirs, strict=True):
             facts = asdict(mine)
-            assert facts.pop("label") == other.pop("entity_group")
+            assert facts.pop("label") == other.pop("entity" if strategy == "none" else "entity_group")
+            other.pop("index", None)
             assert facts.pop("score") == pytest.approx(other.pop("score"), rel=1e-4)
             assert facts == other
     assert sum(map(len, ours)) > 4
+
+
+def test_an_aggregation_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="aggregation_strategy is 'last'; choose one of none, simple, first, av"):
+        classify(_tagger(tmp_path, {}), "anna", aggregation_strategy="last")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("problem_type", [None, "multi_label_classification", "regression"])
