@@ -28,7 +28,8 @@ def _pipeload(cache: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_smallest_budget_of_plan_works_for_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [("run", "--random"), ("embed", "the cat")], ids=lambda command: command[0])
+def test_the_smallest_budget_of_plan_works_for_commands(tmp_path: Path, command: tuple[str, str]) -> None:
     """It left out what commands import and open: `embed` needed 13 MB more than the figure of `plan`."""
     pytest.importorskip("onnx")
     pytest.importorskip("tokenizers")
@@ -37,4 +38,4 @@ def test_the_smallest_budget_of_plan_works_for_run(tmp_path: Path) -> None:
     planned = json.loads(_pipeload(tmp_path, "plan", str(directory), "--budget=8GB", "--json"))
     smallest = planned["smallest_budget_bytes"]
     for _ in range(3):
-        _pipeload(tmp_path, "run", str(directory), "--random", f"--budget={smallest}")
+        _pipeload(tmp_path, command[0], str(directory), command[1], f"--budget={smallest}")
