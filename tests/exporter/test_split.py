@@ -309,6 +309,29 @@ def test_a_quantised_table_is_read_by_row(per_row: bool, shard: Callable[..., Sh
     answers_agree(sharded)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_table_of_four_bits_is_read_by_its_own_operator(packed: bool, shard: Callable[..., Sharded]) -> None:
+    """As onnxruntime's 4-bit decoders have it: two numbers in a byte, or numbers of ONNX's own type."""
+    builder = Builder(opset=21)
+    ids = builder.input("input_ids", ["batch", "length"])
+    values = builder.random.integers(0, 256, (4 * ROWS, WIDTH // 2))
+    if packed:
+        table = builder.constant(values, np.uint8)
+    else:
+        numbers = np.stack([values & 15, values >> 4], axis=-1).ravel()
+        table = "table"
+        builder.initializers.append(helper.make_tensor(table, TensorProto.UINT4, [4 * ROWS, WIDTH], numbers.tolist()))
+    scales = builder.constant(builder.random.random((4 * ROWS, WIDTH // 16)) / 100, np.float32)
+    options = {"gather_axis": 0, "quantize_axis": 1, "block_size": 16} | ({"bits": 4} if packed else {})
+    x = builder.op("GatherBlockQuantized", table, ids, scales, domain="com.microsoft", **options)
+    for _ in range(3):
+        x = builder.layer(x)
+    builder.output(x, "hidden", ["batch", "length", WIDTH])
+    sharded = shard(builder.model())
+    assert sharded.blocks == 3
+    answers_agree(sharded)
+
+
 def test_compressed_weights_stay_compressed(shard: Callable[..., Sharded]) -> None:
     builder = Builder()
     x = builder.embed(builder.input("input_ids", ["batch", "length"]))
