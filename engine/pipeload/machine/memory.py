@@ -7,7 +7,6 @@ import resource
 import sys
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +29,6 @@ _AUTO_SHARE, _AUTO_SPARE_BYTES = 0.99, 2_000_000
 """The budget "auto" takes this fraction of free memory, less the spare bytes: the kernel charges some beside RSS, and
 plans outlast swings of free memory by 0.5 % (`Replanner.limit_bytes`). What is left lies between them and a kill."""
 _LOOK_S = 0.25
-_PRESSURE = Path("/proc/pressure/memory")
-_PRESSURE_PERCENT = 10.0
-"""Percentage of the time in which some process waited for memory."""
-_SCARCE_SHARE = 0.1
-_PRESSED_SHARE = 0.95
 _PAGE_BYTES = resource.getpagesize()
 _STATM, _STATUS = "/proc/self/statm", Path("/proc/self/status")
 _LIBRARY_BYTES = 25_000_000
@@ -135,11 +129,7 @@ def auto_budget_bytes() -> int:
 
 
 class FreeMemory:
-    """The memory that cgroup and machine leave to this process, looked up no more often than it changes.
-
-    Where the kernel reports that processes wait for memory (PSI) while little of the machine's memory is free, the
-    result is below the memory that the process occupies.
-    """
+    """The memory that cgroup and machine leave to this process, looked up no more often than it changes."""
 
     def __init__(self) -> None:
         self._looked_s = float("-inf")
@@ -149,17 +139,5 @@ class FreeMemory:
         """The bytes that the whole process may occupy."""
         if time.monotonic() - self._looked_s > _LOOK_S:
             self._free_bytes = auto_budget_bytes()
-            if _pressed():
-                self._free_bytes = min(self._free_bytes, int(rss_bytes() * _PRESSED_SHARE))
             self._looked_s = time.monotonic()
         return self._free_bytes
-
-
-def _pressed() -> bool:
-    machine = psutil.virtual_memory()
-    if machine.available > machine.total * _SCARCE_SHARE:
-        return False
-    with suppress(OSError, LookupError, ValueError):
-        some = _PRESSURE.read_text().splitlines()[0]
-        return float(some.split("avg10=")[1].split()[0]) > _PRESSURE_PERCENT
-    return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,40 +42,10 @@ def test_free_memory_is_looked_up_no_more_often_than_it_changes(monkeypatch: pyt
     now, looked = [1000.0], []
     monkeypatch.setattr(memory.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(memory, "auto_budget_bytes", lambda: looked.append(now[0]) or len(looked))
-    monkeypatch.setattr(memory, "_pressed", lambda: False)
     free = memory.FreeMemory()
     assert [free(), free(), free()] == [1, 1, 1]
     now[0] += 60
     assert [free(), free()] == [2, 2]
-
-
-def test_under_pressure_less_is_free_than_the_process_occupies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "auto_budget_bytes", lambda: 10**12)
-    monkeypatch.setattr(memory, "rss_bytes", lambda: 10**9)
-    monkeypatch.setattr(memory, "_pressed", lambda: True)
-    assert 0.9 * 10**9 < memory.FreeMemory()() < 10**9
-
-
-@pytest.mark.parametrize(
-    ("text", "available", "pressed"),
-    [
-        ("some avg10=25.00 avg60=1.00 avg300=0.00 total=1\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0\n", 5, True),
-        ("some avg10=5.00 avg60=99.00 avg300=0.00 total=1\n", 5, False),
-        ("some avg10=99.00 avg60=99.00 avg300=0.00 total=1\n", 50, False),
-        ("", 5, False),
-        ("nonsense\n", 5, False),
-        (None, 5, False),
-    ],
-    ids=["waiting", "hardly waiting", "enough free", "empty", "nonsense", "no such file"],
-)
-def test_pressure_is_waiting_for_memory_while_little_is_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, available: int, pressed: bool
-) -> None:
-    if text is not None:
-        (tmp_path / "memory").write_text(text)
-    monkeypatch.setattr(memory, "_PRESSURE", tmp_path / "memory")
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=available, total=100))
-    assert memory._pressed() is pressed
 
 
 def test_a_peak_is_what_the_system_saw_where_it_is_a_new_one_and_else_lies_between_what_was_noted_and_that() -> None:
