@@ -21,6 +21,7 @@ from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
 from pipeload_export.check.parity import check_parity
+from pipeload_export.check.running import check_running
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
@@ -82,7 +83,7 @@ def export(
             put random numbers where some are missing. The manifest names them.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
         verify: check all files, compare the shards with the unsplit model, and let the engine run the finished
-            directory beside a checkpoint's own model.
+            directory, beside the own model of a checkpoint.
         progress: called with the name of the step, its bytes done, and its bytes in total (0 where that is not known).
 
     Returns:
@@ -132,6 +133,8 @@ def export(
                 parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
                 manifest = replace(manifest, parity=parity)
                 write(manifest, staging.result)
+            elif verify:
+                check_running(staging.result, manifest, notify)
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))

@@ -65,6 +65,22 @@ def test_engine_runs_it(source: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+def test_what_the_engine_cannot_run_is_not_exported(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs whose shards answered right in onnxruntime became directories that `load` or `run` refused."""
+
+    def run(*_: object) -> None:
+        raise pipeload.RunError("'block.000' does not run.")
+
+    before = names(source.parent)
+    monkeypatch.setattr(pipeload.Model, "run", run)
+    with pytest.raises(ExportError, match=r"^The engine cannot run what was exported: 'block\.000' does not run\.$"):
+        export(source, tmp_path / "target")
+    assert names(source.parent) == before
+    assert export(source, tmp_path / "target", verify=False)
+
+
 def test_external_data(source: Path, tmp_path: Path) -> None:
     inline = export(source, tmp_path / "inline")
     external = export(write_onnx(tmp_path / "external.onnx", external=True), tmp_path / "target")
@@ -99,6 +115,7 @@ def test_progress_reaches_the_end_of_every_step(source: Path, tmp_path: Path) ->
         "check the graphs",
         "run the unsplit model",
         "run the shards",
+        "run the engine",
     } <= set(last)
     assert all(done == total for done, total in last.values()), last
 

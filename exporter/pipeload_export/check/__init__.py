@@ -10,6 +10,7 @@ graphs    is a shard's graph valid, and does it point to the weights of the mani
 boundaries  lengths at which a model may change, from its config
 questions   seeded inputs on both sides of them
 beginning   what tells an input with another answer from those with the right one
+running   does the engine open the finished directory, and run it?
 parity    the answers of the finished directory, run by the engine, and of the checkpoint itself
 verify    files, graphs and answers of a sharded model directory
 ```

@@ -264,7 +264,8 @@ def _inputs(
             values = random.integers(0, 256, shape)
         else:
             values = _mask(shape, sizes)
-        inputs[spec.name] = np.ascontiguousarray(values.astype(dtype))
+        # Not ascontiguousarray, which makes a number an array of one.
+        inputs[spec.name] = np.asarray(values, dtype, order="C")
     return inputs
 
 

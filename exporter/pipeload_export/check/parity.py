@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import pipeload
-from pipeload.errors import BudgetError, ConfigError, ExportError, PipeloadError, RunError
+from pipeload.errors import ConfigError, ExportError, PipeloadError, RunError
 from pipeload.format.closeness import range_of
 from pipeload.format.manifest import Manifest, Parity, Verification
-from pipeload.measuring.profiler import measure
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
@@ -26,12 +25,11 @@ from pipeload_export.check.beginning import Traits, beginning
 from pipeload_export.check.cases import as_taken
 from pipeload_export.check.compare import limit_of
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
+from pipeload_export.check.running import given_room, opened
 from pipeload_export.source.asking import Answers, ask, visible
 from pipeload_export.source.tracing import Request
 
 __all__ = ["check_parity"]
-
-_Made = TypeVar("_Made")
 
 _EFFECTS = 10
 """An output may differ by this many times of what the rounding of the source's own embeddings does to it: every
@@ -84,31 +82,13 @@ def check_parity(
     comparison = _Comparison(manifest, asked, answers, remedy)
     # The source is gone when the engine begins.
     try:
-        with _load(directory) as model:
+        with opened(directory) as model:
             comparison.run(model, progress)
     except ExportError:
         raise
     except PipeloadError as error:
         raise ExportError(f"The engine cannot run what was exported: {error}") from error
     return comparison.result()
-
-
-def _load(directory: Path) -> pipeload.Model:
-    """The model under the free memory, or under the smallest budget that works: an export has no budget to keep."""
-    options: dict[str, Any] = {"verify": False, "profile": measure()}
-    try:
-        return pipeload.load(directory, **options)
-    except BudgetError as error:
-        return pipeload.load(directory, error.needed_bytes, **options)
-
-
-def _given_room(model: pipeload.Model, call: Callable[[], _Made]) -> _Made:
-    """What the call returns, under a larger budget where it needs one."""
-    try:
-        return call()
-    except BudgetError as error:
-        model.set_budget(error.needed_bytes)
-        return call()
 
 
 @dataclass(slots=True)
@@ -169,7 +149,7 @@ class _Comparison:
 
     def _question(self, model: pipeload.Model, number: int, question: Question) -> None:
         try:
-            found = _given_room(model, partial(model.run, question.inputs))
+            found = given_room(model, partial(model.run, question.inputs))
         except (ConfigError, RunError):
             # Some sources make positions beyond their config while they run. To refuse those is no wrong answer.
             if question.length <= min((n for n, key in self.asked.boundaries.items() if "position" in key), default=0):
@@ -190,7 +170,7 @@ class _Comparison:
         with model.new_state(length + tokens.shape[1]) as state:
             for step in range(tokens.shape[1]):
                 inputs = _text(self.manifest, ids, state.length)
-                found.append(_given_room(model, partial(model.step, inputs, state))[:, -1])
+                found.append(given_room(model, partial(model.step, inputs, state))[:, -1])
                 ids = tokens[:, step : step + 1]
         logits = np.stack(found, axis=1)
         case = Traits.of_prompt(prompt, tokens.shape[1])

@@ -17,7 +17,6 @@ import pipeload
 from pipeload.errors import ConfigError, ExportError, ShardError
 from pipeload.format.manifest import Manifest, read
 from pipeload_export import export, verify
-from pipeload_export.check import parity
 from pipeload_export.check.boundaries import boundaries
 from pipeload_export.source import asking, tracer
 from pipeload_export.source.asking import visible
@@ -212,7 +211,7 @@ def test_what_the_engine_cannot_run_is_not_exported(
     def load(*_: object, **__: object) -> Any:
         raise ShardError("'block.000' is damaged.")
 
-    monkeypatch.setattr(parity.pipeload, "load", load)
+    monkeypatch.setattr(pipeload, "load", load)
     said = refusal(checkpoint("bert"), tmp_path / "target")
     assert said == "The engine cannot run what was exported: 'block.000' is damaged."
 
@@ -226,7 +225,7 @@ def test_a_small_machine_streams(
         budgets.append(budget)
         return load(directory, budget, **options)
 
-    monkeypatch.setattr(parity.pipeload, "load", with_little_memory)
+    monkeypatch.setattr(pipeload, "load", with_little_memory)
     assert (found := exported(checkpoint("bert"), tmp_path / "target").parity) is not None
     assert found.longest == 64
     assert len(budgets) == 2, "the second is the smallest that works"
