@@ -52,6 +52,9 @@ _ARCHITECTURES: dict[str, str | None] = {
 }
 """End of an architecture's name -> task, None for heads without one. `Model` comes last: others end with it as well."""
 
+_OF_ENCODER_DECODERS = frozenset({"decoder_input_ids", "encoder_hidden_states"})
+"""Inputs of an encoder with its decoder, or of such a decoder alone."""
+
 
 def check_task(task: str) -> str:
     """The task as the manifest calls it, for a synonym too.
@@ -104,6 +107,9 @@ def task_of_graph(inputs: Sequence[str], outputs: Mapping[str, Sequence[int | st
     if "start_logits" in outputs and "end_logits" in outputs:
         return "question-answering"
     if "logits" not in outputs:
+        return "feature-extraction"
+    if len(outputs["logits"]) == 3 and not _OF_ENCODER_DECODERS.isdisjoint(inputs):
+        # Its logits are of words to come, for which pipeload has no task: `run` answers.
         return "feature-extraction"
     if any("past" in name for name in inputs):
         return "text-generation"

@@ -143,6 +143,10 @@ class TestTask:
             ("input_ids", {"logits": 3}, {}, "token-classification"),
             ("input_ids", {"logits": 3}, {"vocab_size": 100}, "fill-mask"),
             ("input_ids", {"logits": 3}, {"architectures": ["BertForMaskedLM"]}, "fill-mask"),
+            # The decoder of a T5 was one that labels tokens, or fills masks.
+            ("encoder_hidden_states", {"logits": 3}, {}, "feature-extraction"),
+            ("decoder_input_ids", {"logits": 3}, {"vocab_size": 100}, "feature-extraction"),
+            ("decoder_input_ids", {"logits": 2}, {}, "text-classification"),
         ],
     )
     def test_of_a_graph(self, inputs: str, outputs: dict[str, int], config: dict[str, object], task: str) -> None:
