@@ -255,6 +255,8 @@ class Replanner:
         if len(self._slacks) == _PATIENCE and least > slack + share:
             self._slacks.clear()
             self._set_runtime(planner.runtime_bytes(self._profile) - (least - slack))
+            # These passes have shown that the room stays: it is taken at once, unless it had to be given back before.
+            self._patience = max(self._patience, _PATIENCE - 1)
 
     def _grow(self, more_bytes: int, current: Plan) -> None:
         before, corrected = self._profile, self._corrected

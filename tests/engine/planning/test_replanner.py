@@ -355,6 +355,24 @@ def test_memory_that_passes_leave_is_used_when_some_have_left_it() -> None:
     assert case.replanner.learned.runtime_bytes == planner.runtime_bytes(case.replanner.profile)
 
 
+def test_room_that_a_correction_finds_is_taken_at_once_unless_it_was_given_back_before() -> None:
+    case = _Case(budget=400 * MB)
+    before = case.plan
+    _peaks(case, -30 * MB, PATIENCE)
+    after = case.pass_()
+    assert after.streamed_bytes < before.streamed_bytes
+    # It was too much: the process outgrows the plan, and has another one before it outgrows the budget.
+    for _ in range(2):
+        _peaks(case, case.plan.budget_bytes - case.plan.peak_bytes - 100_000, 1)
+        given_back = case.pass_()
+    assert given_back.streamed_bytes > after.streamed_bytes
+    _peaks(case, -30 * MB, PATIENCE)
+    assert case.pass_().layout == given_back.layout
+    for _ in range(2 * PATIENCE):
+        case.pass_()
+    assert case.plan.streamed_bytes < given_back.streamed_bytes
+
+
 def test_a_small_budget_leaves_what_the_heap_may_take_in_one_pass() -> None:
     """Python's arenas have 1 MiB: half a percent of 128 MB is less, and 2,000 passes went over it."""
     case = _Case(budget=150 * MB)
