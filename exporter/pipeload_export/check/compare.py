@@ -65,24 +65,29 @@ def compare(
     limits = {name: max(known[name], _INT8_LIMIT if made and known[name] else 0) for name in names}
     differences = partial(_differences, manifest, cases, limits, inner)
     worst = differences(wanted, found)
-    if any(not result.max_rel_error <= result.limit for result in worst):
+    if any(map(_fails, worst)):
         # onnxruntime's own optimisation changes the answers where they are rounded coarsely: like with like.
         optimised = run_unsplit(against, names, plain, progress, narrowed=given, optimised=True)
         own, alike = differences(wanted, optimised), differences(optimised, found)
         worst = tuple(map(_best, worst, alike, own))
     has_narrow = any(edge.dtype == "float16" for edge in manifest.edges)
-    if has_narrow and any(not result.max_rel_error <= result.limit for result in worst):
+    if has_narrow and any(map(_fails, worst)):
         rounded = run_shards(directory, manifest, cases, progress, rounded=True)
         effects = differences(found, [_dequantised(arrays, made, like=wanted[0]) for arrays in rounded])
         worst = tuple(map(_allowing, worst, effects))
     for result in worst:
-        if not result.max_rel_error <= result.limit:
+        if _fails(result):
             raise ExportError(
                 f"Output '{result.output}' of the shards differs from the unsplit model by {result.max_abs_error:.3g}, "
                 f"which is {result.max_rel_error:.3g} of its range; the limit is {result.limit:.3g}. "
                 "If the shards were made from that very graph, please report the model."
             )
     return worst
+
+
+def _fails(result: Verification) -> bool:
+    """Whether a difference is above its limit, or no number."""
+    return not result.max_rel_error <= result.limit
 
 
 def limit_of(dtype: str, inner: Iterable[str] = ()) -> float:

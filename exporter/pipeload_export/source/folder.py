@@ -7,13 +7,22 @@ import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from pipeload.errors import ConfigError, ExportError
 from pipeload.tasks.model_files import SENTENCE_FILES
 from pipeload_export.extra import require_modules
 
-__all__ = ["SIDE_FILES", "choose_weights", "float32_bytes", "read_json", "side_files", "side_files_of_graph"]
+__all__ = [
+    "NARROW",
+    "SIDE_FILES",
+    "choose_weights",
+    "float32_bytes",
+    "read_header",
+    "read_json",
+    "side_files",
+    "side_files_of_graph",
+]
 
 SIDE_FILES = (
     "config.json",
@@ -35,6 +44,8 @@ _INDEX = "model.safetensors.index.json"
 _PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _MAX_HEADER_BYTES = 100 << 20
+NARROW = ("F16", "BF16")
+"""Names of 16-bit floats in the header of a safetensors file."""
 
 
 def choose_weights(names: Iterable[str], where: str) -> list[str]:
@@ -124,18 +135,28 @@ def float32_bytes(folder: Path, weights: list[str]) -> int:
     return sum(_safetensors_bytes(folder / name) for name in weights)
 
 
+def read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str] | None, int]:
+    """The header of a safetensors file: tensor -> its entry, the metadata, and the first byte behind the header.
+
+    Raises:
+        ValueError, TypeError, AttributeError, RecursionError: it is damaged.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
+    metadata = entries.pop("__metadata__", None)
+    return entries, metadata, 8 + length
+
+
 def _safetensors_bytes(path: Path) -> int:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+            tensors, _, begin = read_header(file)
+            end = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
             widened: int = sum(
                 prod(entry["shape"]) * 4
-                if entry["dtype"] in ("F16", "BF16", "F32")
+                if entry["dtype"] in (*NARROW, "F32")
                 else entry["data_offsets"][1] - entry["data_offsets"][0]
-                for entry in tensors
+                for entry in tensors.values()
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ExportError(f"{path} is no safetensors file: {error!r}. Fetch it again.") from error

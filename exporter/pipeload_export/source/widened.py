@@ -14,11 +14,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeload_export.source.folder import NARROW, read_header
+
 __all__ = ["MAPPED_FROM_BYTES", "widen"]
 
 MAPPED_FROM_BYTES = 2 << 30
 """Smaller models (in float32) are held in memory, which is faster."""
-_NARROW = ("F16", "BF16")
 _PIECE_BYTES = 32 << 20
 
 
@@ -33,14 +34,12 @@ def widen(view: Path) -> None:
     """
     for link in sorted(view.glob("*.safetensors")):
         with link.open("rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(begin - 8))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            if not any(entry["dtype"] in _NARROW for entry in entries.values()):
+            entries, metadata, begin = read_header(file)
+            if not any(entry["dtype"] in NARROW for entry in entries.values()):
                 continue
             made = link.with_name(f"{link.name}.widened")
             with made.open("wb") as target:
-                _write(target, file, begin, entries, header.get("__metadata__"))
+                _write(target, file, begin, entries, metadata)
         made.replace(link)
 
 
@@ -51,7 +50,7 @@ def _write(target: BinaryIO, file: BinaryIO, begin: int, entries: dict[str, Any]
     for name in order:
         entry = entries[name]
         first, last = entry["data_offsets"]
-        narrow = entry["dtype"] in _NARROW
+        narrow = entry["dtype"] in NARROW
         nbytes = 4 * prod(entry["shape"]) if narrow else last - first
         dtype = "F32" if narrow else entry["dtype"]
         wide[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [place, place + nbytes]}
@@ -63,7 +62,7 @@ def _write(target: BinaryIO, file: BinaryIO, begin: int, entries: dict[str, Any]
         first, last = entries[name]["data_offsets"]
         file.seek(begin + first)
         for piece in _pieces(file, last - first):
-            target.write(_float32(piece, entries[name]["dtype"]) if entries[name]["dtype"] in _NARROW else piece)
+            target.write(_float32(piece, entries[name]["dtype"]) if entries[name]["dtype"] in NARROW else piece)
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:
