@@ -69,6 +69,28 @@ class Layout:
     threads: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Memory beside the weights, with one number of threads.
+
+    Attributes:
+        sessions: shard -> bytes of its session.
+        packing_bytes: to pack any resident shard, beside that shard itself.
+        second_copy_bytes: a Loading Agent that packs any streamed shard, beside weights and packed copy.
+    """
+
+    sessions: Mapping[str, int]
+    packing_bytes: int
+    second_copy_bytes: int
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard], threads: int) -> _Beside:
+        sessions = {shard.name: session_bytes(shard, threads) for shard in shards}
+        copies = [second_copy_bytes(shard) for shard in shards]
+        packing = (memory_ceil(s.nbytes) + copy + sessions[s.name] for s, copy in zip(shards, copies, strict=True))
+        return cls(sessions, max(packing), max(copies))
+
+
 def session_bytes(shard: Shard, threads: int) -> int:
     """Bytes of a shard's session with this many intra-op threads, beside its weights: graph, kernels, thread pool."""
     return _GRAPH_FACTOR * shard.graph.nbytes + _THREAD_BYTES * threads
@@ -94,13 +116,13 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
     for threads in sorted(speed.times, reverse=True):
-        sessions = {shard.name: session_bytes(shard, threads) for shard in shards}
+        beside = _Beside.of(shards, threads)
         # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
         for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in slots:
                 layout = _fill(
-                    order, choices, free, count, buffers, size, sessions, packed=packed, pack_streamed=pack_streamed
+                    order, choices, free, count, buffers, size, beside, packed=packed, pack_streamed=pack_streamed
                 )
                 if layout is not None:
                     yield replace(layout, threads=threads)
@@ -113,18 +135,18 @@ def _fill(
     loaders: int,
     buffers: int,
     buffer_bytes: int,
-    sessions: Mapping[str, int],
+    beside: _Beside,
     *,
     packed: bool,
     pack_streamed: bool,
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit."""
-    shards = [shard for group in order for shard in group]
-    packing = max(memory_ceil(s.nbytes) + second_copy_bytes(s) + sessions[s.name] for s in shards) if packed else 0
+    sessions = beside.sessions
+    packing = beside.packing_bytes if packed else 0
     used = packing + buffers * (buffer_bytes + max(sessions.values()))
     if pack_streamed:
         # Each Loading Agent packs a shard of its own.
-        used += buffers * buffer_bytes + min(loaders, buffers) * max(map(second_copy_bytes, shards))
+        used += buffers * buffer_bytes + min(loaders, buffers) * beside.second_copy_bytes
     # A shard's streamed range must fit into a buffer. The packed copy of a shard takes memory for the whole shard.
     count = 1 if pack_streamed else None
     fitting = {
