@@ -19,6 +19,7 @@ from tests.engine.toy import make_toy
 from tests.exporter.models import ROWS, write_gpt2, write_onnx
 from tests.models import traced_here
 from tests.shared import folder_of_the_run, made_by_one
+from tests.variants.changes import half
 
 from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadError, ShardError
 from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, Verification, read, write
@@ -276,11 +277,9 @@ class TestAnswers:
     def test_16_bit_edges_allow_what_another_rounding_of_them_changes(
         self, unsplit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool
     ) -> None:
-        from onnxruntime.transformers.float16 import convert_float_to_float16
-
         narrow, other = tmp_path / "narrow.onnx", tmp_path / "other.onnx"
-        onnx.save(convert_float_to_float16(onnx.load(unsplit)), narrow)
-        onnx.save(convert_float_to_float16(onnx.load(write_onnx(other, seed=int(wrong)))), other)
+        half(keep_io_types=False)(unsplit, narrow)
+        half(keep_io_types=False)(write_onnx(other, seed=int(wrong)), other)
         export(narrow, tmp_path / "narrow")
         # As deep models have it: the usual limit is less than roundings add up to.
         monkeypatch.setitem(compare_module._LIMITS, "float16", 1e-6)
