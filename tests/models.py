@@ -90,6 +90,8 @@ TOYS: Mapping[str, Mapping[str, Any]] = {
     "toy-other": {"blocks": 6, "width": 64, "seed": 1},
     "toy-decoder": {"blocks": 4, "width": 64, "decoder": True},
     "toy-large": {"blocks": 8, "width": 1024},
+    "toy-narrow": {"blocks": 6, "width": 96, "gain": True, "narrow": True},
+    "toy-narrow-decoder": {"blocks": 4, "width": 64, "decoder": True, "narrow": True},
     "toy-common": {"blocks": 6, "width": 64, "common": True},
     "toy-large-common": {"blocks": 8, "width": 1024, "common": True},
 }

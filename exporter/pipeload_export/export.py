@@ -30,10 +30,13 @@ from pipeload_export.source.folder import read_json
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 
-__all__ = ["KvCache", "export"]
+__all__ = ["KvCache", "Weights", "export"]
 
 KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
+
+Weights = Literal["auto", "fp32"]
+"""How float32 weights are stored: in 16 bits where that loses nothing, or as they are."""
 
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
@@ -55,6 +58,7 @@ def export(
     revision: str | None = None,
     opset: int | None = None,
     whole: bool = False,
+    weights: Weights = "auto",
     kv_cache: KvCache = "model",
     force: bool = False,
     trust_remote_code: bool = False,
@@ -75,6 +79,9 @@ def export(
         revision: branch, tag or commit of a model on the hub.
         opset: version of the ONNX operators; None for the library's choice.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
+        weights: how float32 weights are stored. "auto" takes 16 bits for every tensor whose values all fit bfloat16 or
+            float16 exactly, as those of most checkpoints do: the answers are the same bit for bit, from half the bytes.
+            "fp32" leaves all as they are.
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
         force: replace an existing sharded model directory, once the new one is complete.
@@ -100,8 +107,9 @@ def export(
         >>> len([shard for shard in manifest.shards if shard.role == "block"])
         6
     """
-    if kv_cache not in get_args(KvCache):
-        raise ConfigError(f"The KV caches cannot be {kv_cache!r}; take one of {', '.join(get_args(KvCache))}.")
+    for what, given, known in (("KV caches", kv_cache, get_args(KvCache)), ("weights", weights, get_args(Weights))):
+        if given not in known:
+            raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(known)}.")
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -128,7 +136,14 @@ def export(
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify)
             )
-            manifest = _build(unsplit, staging.result, whole=whole, kv_cache=kv_cache, verify=verify, progress=notify)
+            manifest = _build(
+                *(unsplit, staging.result),
+                whole=whole,
+                weights=weights,
+                kv_cache=kv_cache,
+                verify=verify,
+                progress=notify,
+            )
             if verify and isinstance(found, Checkpoint):
                 parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
                 manifest = replace(manifest, parity=parity)
@@ -145,7 +160,14 @@ def export(
 
 
 def _build(
-    unsplit: Unsplit, result: Path, *, whole: bool, kv_cache: KvCache, verify: bool, progress: Notify
+    unsplit: Unsplit,
+    result: Path,
+    *,
+    whole: bool,
+    weights: Weights,
+    kv_cache: KvCache,
+    verify: bool,
+    progress: Notify,
 ) -> Manifest:
     from pipeload_export.check.padding import takes_left_padding
     from pipeload_export.split import split  # needs the extra [export], which importing this module does not
@@ -158,6 +180,7 @@ def _build(
         shards,
         whole=whole,
         int8_caches=kv_cache == "int8",
+        exact_16_bits=weights == "auto",
         published=_published(unsplit),
         progress=lambda _, done, total: progress(_WRITING, done, total),
     )

@@ -16,7 +16,7 @@ from pipeload_export.cut.caches import find_caches
 from pipeload_export.cut.head import HeadCut, cut_head
 from pipeload_export.cut.placement import Piece, place
 from pipeload_export.cut.tables import Lift, lift_tables
-from pipeload_export.graph.graph import Graph, dtype_name, operators
+from pipeload_export.graph.graph import Graph, dtype_name, operators, storage_dtype
 from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import drop_dead, normalise
 from pipeload_export.graph.runtime import open_session
@@ -26,6 +26,7 @@ from pipeload_export.rewrite.settings import fix_settings
 from pipeload_export.shard.alignment import related_inputs, related_structure
 from pipeload_export.shard.published import Published
 from pipeload_export.shard.sampler import Sampler
+from pipeload_export.write.narrow import given_type, stored_type
 from pipeload_export.write.shards import ShardWriter
 
 __all__ = ["SplitModel", "split"]
@@ -57,6 +58,7 @@ def split(
     *,
     whole: bool = False,
     int8_caches: bool = False,
+    exact_16_bits: bool = True,
     published: Published | None = None,
     progress: Notify | None = None,
 ) -> SplitModel:
@@ -71,6 +73,7 @@ def split(
             files lie there too: on the disk whose free space was checked, and in a folder that goes if the split fails.
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         int8_caches: make the KV caches int8.
+        exact_16_bits: store float32 weights in 16 bits where all values of a tensor stay the same.
         published: sizes of inputs that the files beside the graph name.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
 
@@ -85,7 +88,12 @@ def split(
     graph = load(model_path)
     try:
         return _split(
-            graph, shards_dir, whole=whole, int8_caches=int8_caches, published=published, progress=progress or silent
+            *(graph, shards_dir),
+            whole=whole,
+            int8_caches=int8_caches,
+            exact_16_bits=exact_16_bits,
+            published=published,
+            progress=progress or silent,
         )
     except Exception:
         # A graph that onnxruntime refuses as a whole fails anywhere; onnxruntime's words are the reason then.
@@ -94,7 +102,14 @@ def split(
 
 
 def _split(
-    graph: Graph, shards_dir: Path, *, whole: bool, int8_caches: bool, published: Published | None, progress: Notify
+    graph: Graph,
+    shards_dir: Path,
+    *,
+    whole: bool,
+    int8_caches: bool,
+    exact_16_bits: bool,
+    published: Published | None,
+    progress: Notify,
 ) -> SplitModel:
     fix_settings(graph)
     normalise(graph)
@@ -107,7 +122,15 @@ def _split(
     cuts = find_cuts(graph, whole=whole)
     activation = {name for segment in cuts.segments for name in segment}
     lifts = lift_tables(graph, block_bytes=cuts.block_bytes, activation=activation)
-    head = cut_head(graph, block_bytes=cuts.block_bytes, tables=[lift.table for lift in lifts]) if cuts.count else None
+    stored = stored_type if exact_16_bits else given_type
+    head = None
+    if cuts.count:
+        head = cut_head(
+            graph,
+            block_bytes=cuts.block_bytes,
+            tables=[lift.table for lift in lifts],
+            item_bytes=lambda table: storage_dtype(stored(table)).itemsize,
+        )
     tables = dict.fromkeys(lift.table for lift in lifts)
     ends = [head.input, head.table, *([head.bias] if head.bias else [])] if head else []
     drop_dead(graph, [*ends, *tables, *(lift.indices for lift in lifts)])
@@ -119,7 +142,7 @@ def _split(
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     taken = tuple(_input_spec(value, graph, published) for value in graph.inputs)
     sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir, published)
-    writer = ShardWriter(graph, shards_dir, sampler, progress)
+    writer = ShardWriter(graph, shards_dir, sampler, progress, stored_type=stored)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:
         writer.write_piece(piece, lifts)

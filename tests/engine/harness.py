@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 import pipeload
 from pipeload.format import manifest as manifests
+from pipeload.format.placement import place
 from pipeload.pipeline.session import ShardSession, to_array, to_value
 from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
+from pipeload.storage.widening import widen
 
 EMULATED = os.environ.get("PIPELOAD_EMULATED") == "1"
 PATIENCE_S = 900 if EMULATED else 60
@@ -136,8 +138,11 @@ def run_in_one_sweep(directory: Path, calls: Sequence[Arrays], *, threads: int) 
     @contextmanager
     def borrow(index: int) -> Iterator[ShardSession]:
         shard = manifest.shards[index]
-        parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
+        placement = place(shard, (0, shard.nbytes))
+        parts = [Part(0, shard.nbytes, Buffer(placement.nbytes), placement.read_at, placement.places)]
         assert storage.read_weights(shard, parts, lambda: False)
+        if placement.places:
+            widen(shard, parts)
         with storage.graph(shard) as graph:
             session = ShardSession(shard, graph, parts, threads)
         yield session

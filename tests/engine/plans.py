@@ -21,13 +21,25 @@ from pipeload.planning.planner import Plan
 _GRAPH = FileRecord(path="x", nbytes=12_000, sha256="0" * 64)
 
 
-def shard_of(name: str, sizes: Sequence[int], *, takes: tuple[str, ...] = (), makes: tuple[str, ...] = ()) -> Shard:
-    """A shard with a tensor of each size, one after the other."""
+def shard_of(
+    name: str,
+    sizes: Sequence[int],
+    *,
+    takes: tuple[str, ...] = (),
+    makes: tuple[str, ...] = (),
+    narrow: bool = False,
+) -> Shard:
+    """A shard with a tensor of each size, one after the other; if narrow, of 16 bits that are widened."""
     tensors, place = [], PAGE_BYTES
     for k, nbytes in enumerate(sizes):
-        tensors.append(WeightSpec(name=f"{name}.{k}", dtype="int8", shape=(nbytes,), offset=place))
-        place += nbytes
-    weights = WeightsRange(path=name, offset=PAGE_BYTES, nbytes=sum(sizes), sha256="0" * 64) if sum(sizes) else None
+        if narrow:
+            kind = {"dtype": "bfloat16", "shape": (-(-nbytes // 2),), "widened": f"{name}.{k}.wide"}
+        else:
+            kind = {"dtype": "int8", "shape": (nbytes,)}
+        tensors.append(WeightSpec(name=f"{name}.{k}", offset=place, **kind))
+        place += tensors[-1].nbytes
+    held = place - PAGE_BYTES
+    weights = WeightsRange(path=name, offset=PAGE_BYTES, nbytes=held, sha256="0" * 64) if held else None
     return Shard(
         name=name,
         role="block",
@@ -51,11 +63,11 @@ def with_common(manifest: Manifest, *groups: Sequence[int]) -> Manifest:
     return replace(manifest, shards=tuple(shards))
 
 
-def manifest_of(*shards: Sequence[int]) -> Manifest:
-    """A manifest whose shards s0, s1 ... have tensors of these sizes, each in a file of its own."""
+def manifest_of(*shards: Sequence[int], narrow: bool = False) -> Manifest:
+    """A manifest whose shards s0, s1 ... have tensors of these sizes, each in a file of its own; see `shard_of`."""
     return Manifest(
         exporter="tests", source="", model_type="", task="", inputs=(), outputs=(), edges=(), files=(),
-        shards=tuple(shard_of(f"s{k}", sizes) for k, sizes in enumerate(shards)),
+        shards=tuple(shard_of(f"s{k}", sizes, narrow=narrow) for k, sizes in enumerate(shards)),
         structures={"s": Structure(activations=((ByteTerm(nbytes=10),),))},
     )  # fmt: skip
 

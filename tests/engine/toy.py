@@ -3,6 +3,7 @@
     prologue          embedded = table[input_ids]; hidden.0 = embedded @ w; mask from attention_mask
     block.000 ...     hidden.k+1 = hidden.k + tanh(hidden.k @ w + b) * mask        (a decoder adds a cached running sum)
                       with `gain`, tanh(...) * g; `common`: all blocks have the weights of the first
+                      `narrow`: w and the table are bfloat16, and g float16; `rounded`: the same values in float32
     epilogue          an encoder's last_hidden_state; a decoder's input for its head
     head.000, .001    a decoder's head, cut along the vocabulary, tied to the table
 
@@ -59,18 +60,30 @@ def make_toy(
     decoder: bool = False,
     gain: bool = False,
     common: bool = False,
+    narrow: bool = False,
+    rounded: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write a toy into a new directory. A block has about `4 * width * width` bytes of weights."""
-    return _Toy(directory, blocks, width, decoder, gain, common, seed).write()
+    """Write a toy into a new directory. A block has about `4 * width * width` bytes of weights, half that if narrow."""
+    return _Toy(directory, blocks, width, decoder, gain, common, narrow, rounded, seed).write()
 
 
 class _Toy:
     def __init__(
-        self, directory: Path, blocks: int, width: int, decoder: bool, gain: bool, common: bool, seed: int
+        self,
+        directory: Path,
+        blocks: int,
+        width: int,
+        decoder: bool,
+        gain: bool,
+        common: bool,
+        narrow: bool,
+        rounded: bool,
+        seed: int,
     ) -> None:
         self._directory, self._blocks, self._width = directory, blocks, width
         self._decoder, self._gain, self._common = decoder, gain, common
+        self._narrow, self._rounded = narrow, rounded
         self._random = np.random.default_rng(seed)
         self._files: list[FileRecord] = []
         self._shards: list[Shard] = []
@@ -173,8 +186,9 @@ class _Toy:
         names, row = [], 0
         for k, rows in enumerate(HEAD_ROWS):
             name, weight, width = f"head.{k:03d}", f"head.{k}.rows", self._width
-            offset, data = lookup.table.offset + row * 4 * width, table[row : row + rows].tobytes()
-            spec = WeightSpec(name=weight, dtype="float32", shape=(rows, width), offset=offset)
+            part = table[row : row + rows]
+            offset, data = lookup.table.offset + row * width * (2 if self._narrow else 4), self._stored(weight, part)
+            spec = self._spec(weight, part, offset)
             span = WeightsRange(path=lookup.path, offset=offset, nbytes=len(data), sha256=_sha256(data))
             hidden = ("batch_size", "sequence_length", width)
             nodes = [
@@ -202,7 +216,7 @@ class _Toy:
             span, tensors = borrowed
         else:
             tensors = self._weights_file(name, weights)
-            data = b"".join(array.tobytes() for array in weights.values())
+            data = b"".join(self._stored(*item) for item in weights.items())
             path = f"shards/{name}.safetensors"
             span = WeightsRange(path=path, offset=tensors[0].offset, nbytes=len(data), sha256=_sha256(data))
         graph = _graph(name, nodes, takes, makes, tensors, Path(span.path).name)
@@ -234,16 +248,35 @@ class _Toy:
     def _weights_file(self, name: str, weights: Arrays) -> list[WeightSpec]:
         header, begins = {}, [0]
         for key, array in weights.items():
-            begins.append(begins[-1] + array.nbytes)
-            header[key] = {"dtype": "F32", "shape": array.shape, "data_offsets": begins[-2:]}
+            begins.append(begins[-1] + len(self._stored(key, array)))
+            dtype = _SAFETENSORS[self._dtype(key)]
+            header[key] = {"dtype": dtype, "shape": array.shape, "data_offsets": begins[-2:]}
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
-        data = b"".join(array.tobytes() for array in weights.values())
+        data = b"".join(self._stored(*item) for item in weights.items())
         self._file(f"shards/{name}.safetensors", len(text).to_bytes(8, "little") + text + data)
         return [
-            WeightSpec(name=key, dtype="float32", shape=array.shape, offset=8 + len(text) + begin)
+            self._spec(key, array, 8 + len(text) + begin)
             for (key, array), begin in zip(weights.items(), begins, strict=False)
         ]
+
+    def _spec(self, key: str, array: NDArray[np.float32], offset: int) -> WeightSpec:
+        dtype = self._dtype(key)
+        widened = None if dtype == "float32" else f"{key}.wide"
+        return WeightSpec(name=key, dtype=dtype, shape=array.shape, offset=offset, widened=widened)
+
+    def _dtype(self, key: str) -> str:
+        return _ROUNDED.get(key.rsplit(".", 1)[-1], "float32") if self._narrow else "float32"
+
+    def _stored(self, key: str, array: NDArray[np.float32]) -> bytes:
+        import ml_dtypes  # comes with onnx
+
+        kinds = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+        kind = kinds.get(_ROUNDED.get(key.rsplit(".", 1)[-1], ""))
+        if kind is None or not (self._narrow or self._rounded):
+            return array.tobytes()
+        rounded = array.astype(kind)
+        return rounded.tobytes() if self._narrow else rounded.astype(np.float32).tobytes()
 
     def _file(self, path: str, data: bytes) -> FileRecord:
         (self._directory / path).write_bytes(data)
@@ -256,6 +289,9 @@ class _Toy:
 
 
 _GRAPH_BYTES = 12_000
+_ROUNDED = {"w": "bfloat16", "table": "bfloat16", "rows": "bfloat16", "g": "float16"}
+"""Last part of a tensor's name -> its type in a narrow toy."""
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def _graph(
@@ -277,8 +313,12 @@ def _graph(
     constants = {"last": [2], "second_list": [1], "end": [2**31]}
     small = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in constants.items() if k in used]
     small += [helper.make_tensor("second", TensorProto.INT64, [], [1])] if "second" in used else []
+    numbers = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+    wide = {spec.name: spec.widened for spec in tensors if spec.widened}
+    casts = [("Cast", [key], [made], {"to": TensorProto.FLOAT}) for key, made in wide.items()]
+    nodes = [*casts, *((op, [wide.get(key, key) for key in args], *rest) for op, args, *rest in nodes)]
     for spec in tensors:
-        tensor = TensorProto(name=spec.name, data_type=TensorProto.FLOAT, dims=spec.shape)
+        tensor = TensorProto(name=spec.name, data_type=numbers[spec.dtype], dims=spec.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, entry in (("location", location), ("offset", spec.offset), ("length", spec.nbytes)):
             tensor.external_data.add(key=key, value=str(entry))

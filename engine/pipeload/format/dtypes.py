@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ITEM_BYTES", "ONNX_DTYPES", "SAFETENSORS_DTYPES", "dtype_bytes"]
+__all__ = ["ITEM_BYTES", "NARROW", "ONNX_DTYPES", "SAFETENSORS_DTYPES", "WIDE", "dtype_bytes"]
 
 
 class _Dtype(NamedTuple):
@@ -38,6 +38,9 @@ SAFETENSORS_DTYPES = {dtype.safetensors: dtype.name for dtype in _DTYPES}
 
 ONNX_DTYPES = {dtype.onnx: dtype.name for dtype in _DTYPES}
 """The number in an ONNX tensor (`TensorProto.DataType`) -> NumPy's name."""
+
+NARROW, WIDE = frozenset({"bfloat16", "float16"}), "float32"
+"""Types of tensors that may be widened when they are loaded, and the type that they get."""
 
 
 def dtype_bytes(dtype: str) -> int:

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeload.format.dims import MOST_PARTS, parts, symbols
-from pipeload.format.dtypes import ITEM_BYTES
+from pipeload.format.dtypes import ITEM_BYTES, NARROW
 from pipeload.format.records import PAGE_BYTES, FileRecord, Manifest, Shard, TensorSpec, WeightSpec
 
 __all__ = ["faults"]
@@ -127,7 +127,8 @@ def _shard_faults(
         if name not in available and name not in fetched:
             yield f"shard '{shard.name}' takes '{name}', which nothing before it makes"
     yield from _repeated(f"of shard '{shard.name}', input", shard.inputs)
-    yield from _repeated(f"of shard '{shard.name}', tensor", (tensor.name for tensor in shard.tensors))
+    named = [name for tensor in shard.tensors for name in (tensor.name, tensor.widened) if name is not None]
+    yield from _repeated(f"of shard '{shard.name}', tensor", named)
     if shard.structure not in m.structures:
         yield f"shard '{shard.name}' has the unknown structure '{shard.structure}'"
     if known_files.get(shard.graph.path) != shard.graph:
@@ -257,6 +258,7 @@ def _is_weight(spec: WeightSpec) -> bool:
         and all(map(_is_size, spec.shape))
         # NumPy refuses a shape whose other dimensions are too large even where one of them is 0.
         and (0 not in spec.shape or math.prod(size or 1 for size in spec.shape) <= _MOST_NUMBER)
+        and (spec.widened is None or spec.dtype in NARROW)
     )
 
 

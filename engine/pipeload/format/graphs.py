@@ -3,18 +3,18 @@
 ONNX Runtime itself loads every tensor that the graph takes from a file and the session is not given: no plan would
 count these bytes, and no hash would cover them. A graph is a protobuf message; only the few fields that can name a
 file are read.
-Source: onnx.proto (https://github.com/onnx/onnx), and "Encoding" of Protocol Buffers (https://protobuf.dev).
+Source: onnx.proto (https://github.com/onnx/onnx).
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pipeload.errors import ShardError
 from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload.format.manifest import Shard
+from pipeload.format.protobuf import fields, packed, text
 
 __all__ = ["check_graph"]
 
@@ -84,7 +84,7 @@ def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:
     if depth > _MOST_DEPTH:
         raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
     outermost = kind == "graph" and depth == 1
-    for number, value in _fields(data):
+    for number, value in fields(data):
         child = _CHILDREN[kind].get(number)
         if child is None or isinstance(value, int):
             continue
@@ -96,7 +96,7 @@ def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:
                 found.hidden.append(name)
         elif child in ("input", "output"):
             if outermost and child == "output":
-                found.outputs.append(_text(dict(_fields(value)).get(1, b"")))
+                found.outputs.append(text(dict(fields(value)).get(1, b"")))
         else:
             _collect(child, value, depth + 1, found)
 
@@ -104,64 +104,19 @@ def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:
 def _tensor(data: memoryview) -> tuple[str, _Place | None]:
     """A tensor's name, and its place if that is in another file."""
     name, dtype, dims, external, entries = "", None, [], False, {}
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
-            dims += [value] if isinstance(value, int) else _packed(value)
+            dims += [value] if isinstance(value, int) else packed(value)
         elif number == 2 and isinstance(value, int):
             dtype = ONNX_DTYPES.get(value)
         elif number == 8:
-            name = _text(value)
+            name = text(value)
         elif number == 13 and not isinstance(value, int):
-            entry = dict(_fields(value))
-            entries[_text(entry.get(1, b""))] = _text(entry.get(2, b""))
+            entry = dict(fields(value))
+            entries[text(entry.get(1, b""))] = text(entry.get(2, b""))
         elif number == 14:
             external = value == _EXTERNAL
     if not external and not entries:
         return name, None
     place = (entries.get("location", ""), entries.get("offset", "0"), entries.get("length", ""))
     return name, (dtype, *place, tuple(dims))
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of each field of a protobuf message: an int, or the bytes of a text, a message or a float."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        if wire == 2:
-            size, at = _varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"a field has the unknown kind {wire}")
-        if at + size > len(data):
-            raise ValueError("it ends in the middle of a field")
-        yield number, data[at : at + size]
-        at += size
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number has more than ten bytes")
-
-
-def _packed(data: memoryview) -> list[int]:
-    values, at = [], 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        values.append(value)
-    return values
-
-
-def _text(value: int | bytes | memoryview) -> str:
-    return "" if isinstance(value, int) else bytes(value).decode("utf-8", "replace")

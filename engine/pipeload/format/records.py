@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
-from pipeload.format.dtypes import ITEM_BYTES
+from pipeload.format.dtypes import ITEM_BYTES, WIDE
 
 FORMAT_VERSION = 1
 PAGE_BYTES = 4096
@@ -41,17 +41,37 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSpec:
-    """One tensor in a weights file; `offset` counts bytes from the start of the file."""
+    """One tensor in a weights file.
+
+    Attributes:
+        name: its name in the file and in the shard's graph.
+        dtype: its type in the file.
+        shape: its dimensions.
+        offset: its first byte, counted from the start of the file.
+        widened: of a tensor that is stored in 16 bits and used in float32: the name of the tensor that the graph makes
+            of it with a `Cast`. The engine does that instead, while it loads the shard. None: it is used as it is.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    widened: str | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensor occupies."""
+        """Bytes that the tensor occupies in its file."""
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def memory_dtype(self) -> str:
+        """Its type in memory while its shard runs."""
+        return self.dtype if self.widened is None else WIDE
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that it occupies in memory while its shard runs."""
+        return prod(self.shape) * ITEM_BYTES[self.memory_dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +105,7 @@ class Lookup:
     """Rows of a table that the engine reads from the weights file, instead of loading the table.
 
     Equals `Gather(table, indices, axis=0)`: the edge `output` has the shape of `indices` followed by
-    `table.shape[1:]`. Negative indices count from the end, as in ONNX.
+    `table.shape[1:]`. Negative indices count from the end, as in ONNX. Rows of a table that is `widened` are float32.
     """
 
     path: str
@@ -123,8 +143,13 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that loading the shard brings into memory."""
+        """Bytes of weights that are read to load the shard."""
         return self.weights.nbytes if self.weights else 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that its weights occupy in memory while it runs."""
+        return self.nbytes + sum(spec.memory_bytes - spec.nbytes for spec in self.tensors)
 
 
 def first_places(shards: Sequence[Shard]) -> list[int]:

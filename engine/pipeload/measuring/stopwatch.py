@@ -21,6 +21,7 @@ from typing import cast
 import numpy as np
 
 from pipeload.format.manifest import Manifest, Shard
+from pipeload.format.placement import place
 from pipeload.machine.heap import trim
 from pipeload.machine.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
 from pipeload.machine.threads import together
@@ -32,6 +33,7 @@ from pipeload.planning.needs import in_arena
 from pipeload.planning.profile import ShardTimes
 from pipeload.storage.buffers import Part
 from pipeload.storage.weights import Storage
+from pipeload.storage.widening import widen
 
 __all__ = ["Stopwatch"]
 
@@ -61,6 +63,8 @@ class Stopwatch:
     def __init__(self, storage: Storage, manifest: Manifest, threads: Sequence[int], progress: Notify) -> None:
         self._storage, self._manifest, self._threads, self._progress = storage, manifest, threads, progress
         self._buffer = filled_buffer(max(shard.nbytes for shard in manifest.shards))
+        self._placements = {shard.name: place(shard, (0, 0)) for shard in manifest.shards}
+        self._wide = filled_buffer(max(placement.nbytes for placement in self._placements.values()))
         self._largest = max(manifest.shards, key=lambda shard: shard.nbytes).name
         self.activation_bytes: int | None = None
         self.settled_bytes = 0
@@ -86,6 +90,7 @@ class Stopwatch:
             sweep.run([Feed(pieces=[inputs], positions=1 if self._manifest.caches else None)], self._borrow)
         finally:
             self._buffer.close()
+            self._wide.close()
         return {
             threads: {shard.name: self._times(threads, shard) for shard in self._manifest.shards}
             for threads in self._threads
@@ -126,7 +131,7 @@ class Stopwatch:
         if shard.name == self._largest:
             trim()
             made_bytes = sum(to_array(value).nbytes for value in results)
-            self.settled_bytes = rss_bytes() - self._buffer.nbytes - passed_bytes - made_bytes
+            self.settled_bytes = rss_bytes() - self._buffer.nbytes - self._wide.nbytes - passed_bytes - made_bytes
         if shard.name in self._chosen:
             # Memory that an arena keeps for the next run would not be seen.
             self._watch_memory(passed_bytes, lambda: run(self._open(shard, self._threads[0], arena=False)))
@@ -138,7 +143,7 @@ class Stopwatch:
                 beside = partial(self._stream, shard, threads, run, _CHOSEN_S)
                 for _, run_s in self._beside_reader(shard, beside):
                     self._seen["loading_run_s", threads, shard.structure].append(run_s)
-                if _PACKING_FACTOR * shard.nbytes <= auto_budget_bytes() - rss_bytes():
+                if _PACKING_FACTOR * shard.memory_bytes <= auto_budget_bytes() - rss_bytes():
                     pack_s, runs = self._pack(shard, threads, run)
                     self._seen["pack_s", threads, shard.structure].append(pack_s)
                     self._seen["packed_run_s", threads, shard.structure].extend(runs)
@@ -157,7 +162,7 @@ class Stopwatch:
     def _stream(
         self, shard: Shard, threads: int, run: Callable[[ShardSession], object], enough_s: float
     ) -> list[tuple[float, float]]:
-        """Seconds to make a session, and of its first run: a streamed shard's session gets no other."""
+        """Seconds to widen and to make a session, and of its first run: a streamed shard's session gets no other."""
         seen: list[tuple[float, float]] = []
         while _go_on([run_s for _, run_s in seen], enough_s):
             begin = time.perf_counter()
@@ -169,7 +174,7 @@ class Stopwatch:
         return seen
 
     def _pack(self, shard: Shard, threads: int, run: Callable[[ShardSession], object]) -> tuple[float, list[float]]:
-        """Seconds to make a packed session, and of its runs but the first: a packed shard's session stays."""
+        """Seconds to widen and to pack, and of the runs but the first: a packed shard's session stays."""
         runs: list[float] = []
         trim()
         begin = time.perf_counter()
@@ -214,6 +219,10 @@ class Stopwatch:
 
     def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
         parts = [Part(0, shard.nbytes, self._buffer)]
+        placement = self._placements[shard.name]
+        if placement.places:
+            parts.append(Part(0, 0, self._wide, placement.read_at, placement.places))
+            widen(shard, parts)
         arena = arena and in_arena(self._manifest)
         with self._storage.graph(shard) as graph:
             return ShardSession(shard, graph, parts, threads, packed=packed, arena=arena)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pipeload.errors import LoadError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, Shard, first_places
-from pipeload.format.pages import memory_ceil, room_bytes
+from pipeload.format.pages import room_bytes
+from pipeload.format.placement import place
 from pipeload.machine.heap import trim
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import LoadedShard, Task
@@ -19,6 +20,7 @@ from pipeload.planning.layouts import second_copy_bytes, session_bytes, staying
 from pipeload.planning.needs import in_arena
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
+from pipeload.storage.widening import widen
 from pipeload.tracing.trace import Kind, Trace
 
 __all__ = ["MEMORY_REMEDY", "Loader"]
@@ -96,11 +98,12 @@ class Loader:
         packed = plan.packed_streamed and not task.resident
         whole = 0, shard.nbytes
         begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
+        placement = place(shard, (begin, end))
         # No other agent loads this shard now, so its kept parts are in memory, or this agent loads them.
         kept = self._exchange.residents.parts.get(task.index, ())
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
-        reserved = memory_ceil(shard.nbytes) if task.resident else plan.buffer_bytes * (1 + packed)
+        reserved = placement.nbytes if task.resident else plan.buffer_bytes * (1 + packed)
         shared = shard.weights if task.resident and shard.weights in self._common else None
         if shared is not None and not plan.packed:
             # No other agent loads a shard with these weights now, so they are in memory, or this agent reads them.
@@ -126,12 +129,13 @@ class Loader:
         complete = True
         try:
             if shared is None:
-                loaded.buffer, unread = self._memory.take_buffer() if loaded.pooled else Buffer(shard.nbytes), True
+                loaded.buffer, unread = self._memory.take_buffer() if loaded.pooled else Buffer(placement.nbytes), True
             else:
-                loaded.buffer, unread = self._memory.shared.join(shared, keep_bytes)
+                loaded.buffer, unread = self._memory.shared.join(shared, placement.nbytes, keep_bytes)
                 keep_bytes = 0
             begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
-            parts = sorted([Part(begin, end, loaded.buffer), *begun], key=lambda part: part.begin)
+            streamed = Part(begin, end, loaded.buffer, placement.read_at, placement.places)
+            parts = sorted([streamed, *begun], key=lambda part: (part.begin, part.end))
             if unread:
                 nbytes = sum(part.end - part.begin for part in parts)
                 with self._trace.span(agent, "read", shard.name, nbytes=nbytes, pass_number=task.pass_number):
@@ -139,6 +143,9 @@ class Loader:
                 if complete:
                     with self._lock:
                         self._read_bytes += nbytes
+            if complete and unread and placement.places:
+                with self._trace.span(agent, "widen", shard.name, pass_number=task.pass_number):
+                    widen(shard, [*parts, *kept])
             if complete:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
@@ -174,8 +181,9 @@ class Loader:
         if loaded is None or loaded.buffer is None or stale():
             return
         with self._trace.span(_agent(), "pack", shard.name):
-            whole = [Part(0, shard.nbytes, loaded.buffer)]
-            session = self._session(shard, whole, packed=True)
+            placement = place(shard, (0, shard.nbytes))
+            whole = Part(0, shard.nbytes, loaded.buffer, placement.read_at, placement.places)
+            session = self._session(shard, [whole], packed=True)
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
         if self._exchange.residents.swap(task.index, packed, stale):

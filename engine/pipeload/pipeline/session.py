@@ -19,7 +19,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +32,7 @@ from pipeload.format.manifest import Shard
 from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.storage.buffers import Part, tensor_in
 from pipeload.storage.model_files import unreadable
+from pipeload.storage.weights import GraphFile
 
 __all__ = ["ShardSession", "Stopper", "Value", "shrink_arena", "to_array", "to_value"]
 
@@ -42,6 +42,8 @@ Value: TypeAlias = ort.OrtValue
 _BFLOAT16 = 16
 """ONNX's number for an element type that NumPy does not have."""
 _PROVIDERS = ["CPUExecutionProvider"]
+_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Of a graph that is given as bytes: where the files lie that it names."""
 _SPIN_US = 50
 _ARENA_LOCK = threading.Lock()
 _SAME_AS_REQUESTED = 1
@@ -136,7 +138,7 @@ class ShardSession:
 
     Args:
         shard: its record in the manifest.
-        graph: its `.onnx` file.
+        graph: its graph.
         parts: memory that holds all of its weights. It must stay unchanged until the session is gone; a packed session
             needs it only during construction.
         threads: intra-op threads.
@@ -151,7 +153,7 @@ class ShardSession:
     def __init__(
         self,
         shard: Shard,
-        graph: Path,
+        graph: GraphFile,
         parts: Sequence[Part],
         threads: int,
         *,
@@ -174,31 +176,38 @@ class ShardSession:
         # Threads spin briefly while they wait for the next operator: other shards and the Loading Agents need the
         # cores, and by default the threads of a new pool would keep one busy until its first run.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+        names = [spec.widened or spec.name for spec in shard.tensors]
         weights: list[Value] = []
         if shard.weights is not None:
             offset = shard.weights.offset
-            weights = [to_value(tensor_in(parts, spec, offset), spec.dtype) for spec in shard.tensors]
+            weights = [to_value(tensor_in(parts, spec, offset), spec.memory_dtype) for spec in shard.tensors]
         self._borrowed: list[Value] = []
         if packed:
             # onnxruntime copies these values: the session needs nothing of the buffers afterwards.
-            options.add_external_initializers([spec.name for spec in shard.tensors], weights)
+            options.add_external_initializers(names, weights)
         else:
             options.add_session_config_entry("session.disable_prepacking", "1")
             self._borrowed = weights
-            for spec, value in zip(shard.tensors, weights, strict=True):
-                options.add_initializer(spec.name, value)
+            for name, value in zip(names, weights, strict=True):
+                options.add_initializer(name, value)
+        given: str | bytes = str(graph.path)
+        if graph.widened is not None:
+            given = graph.widened
+            options.add_session_config_entry(_FOLDER, str(graph.path.parent))
         try:
             # Without onnxruntime's fallback, which would try once more, and print "EP Error" to stdout.
-            self._session = ort.InferenceSession(str(graph), options, providers=_PROVIDERS, enable_fallback=0)
+            self._session = ort.InferenceSession(given, options, providers=_PROVIDERS, enable_fallback=0)
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
             if "pthread_create" in str(error):
                 raise LoadError(
                     f"No thread to compute shard '{shard.name}' can be started. Load the model with threads=1. "
                     f"{THREADS_REMEDY}"
                 ) from error
-            if system := system_error_in(error, str(graph)):
+            if system := system_error_in(error, str(graph.path)):
                 raise unreadable(shard.graph.path, system) from error
-            raise LoadError(f"onnxruntime refused shard '{shard.name}' ({graph.name}): {first_line(error)}") from error
+            raise LoadError(
+                f"onnxruntime refused shard '{shard.name}' ({graph.path.name}): {first_line(error)}"
+            ) from error
 
     def run(
         self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value] | None = None

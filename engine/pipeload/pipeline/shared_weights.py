@@ -49,13 +49,14 @@ class SharedWeights:
             uses = [use for use in self._uses.values() if not use.reserved_bytes]
             return sum((use.shards - 1) * use.buffer.nbytes for use in uses)
 
-    def join(self, span: WeightsRange, reserved_bytes: int) -> tuple[Buffer, bool]:
+    def join(self, span: WeightsRange, nbytes: int, reserved_bytes: int) -> tuple[Buffer, bool]:
         """The range's buffer, for one more shard; and whether it is new, so that the caller must fill it.
 
         The caller is the only one that loads a shard of this range now.
 
         Args:
             span: the range.
+            nbytes: size of a new buffer.
             reserved_bytes: what a new buffer has reserved, apart from the shard; `leave` returns them.
 
         Raises:
@@ -64,7 +65,7 @@ class SharedWeights:
         with self._lock:
             use = self._uses.get(span)
             if use is None:
-                use = self._uses[span] = _Use(Buffer(span.nbytes), reserved_bytes)
+                use = self._uses[span] = _Use(Buffer(nbytes), reserved_bytes)
             use.shards += 1
             return use.buffer, use.shards == 1
 

@@ -217,7 +217,7 @@ class Sweep:
             rows = self._storage.read_rows(lookup, to_array(indices), keep_cached=keep_cached)
         except IndexError as error:
             raise ConfigError(f"'{lookup.indices}' is out of range: {error}.") from error
-        return to_value(rows, lookup.table.dtype)
+        return to_value(rows, lookup.table.memory_dtype)
 
 
 def _going_on(feeds: Sequence[Feed]) -> list[Feed]:

@@ -17,9 +17,10 @@ from typing import TypeAlias
 
 from pipeload.format.manifest import Shard, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
+from pipeload.format.placement import place
 from pipeload.planning.rates import Rates
 
-__all__ = ["Layout", "Range", "layouts", "second_copy_bytes", "session_bytes", "staying"]
+__all__ = ["Layout", "Range", "layouts", "second_copy_bytes", "session_bytes", "staying", "whole_bytes"]
 
 Range: TypeAlias = tuple[int, int]
 """First byte of a part of a shard's weights, and the byte after its last one."""
@@ -48,7 +49,8 @@ class _Choice:
 
     @classmethod
     def of(cls, shard: Shard, streamed: Range) -> _Choice:
-        return cls(streamed, room_bytes(*streamed), sum(room_bytes(*part) for part in staying(shard, streamed)))
+        staying_bytes = sum(room_bytes(*part) for part in staying(shard, streamed))
+        return cls(streamed, place(shard, streamed).nbytes, staying_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,24 +73,32 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """Memory beside the weights, with one number of threads.
+    """Memory of whole shards, and beside the weights, with one number of threads.
 
     Attributes:
+        whole: shard -> bytes of the buffer for all of its weights.
         sessions: shard -> bytes of its session.
         packing_bytes: to pack any resident shard, beside that shard itself.
         second_copy_bytes: a Loading Agent that packs any streamed shard, beside weights and packed copy.
     """
 
+    whole: Mapping[str, int]
     sessions: Mapping[str, int]
     packing_bytes: int
     second_copy_bytes: int
 
     @classmethod
     def of(cls, shards: Sequence[Shard], threads: int) -> _Beside:
+        whole = {shard.name: whole_bytes(shard) for shard in shards}
         sessions = {shard.name: session_bytes(shard, threads) for shard in shards}
-        copies = [second_copy_bytes(shard) for shard in shards]
-        packing = (memory_ceil(s.nbytes) + copy + sessions[s.name] for s, copy in zip(shards, copies, strict=True))
-        return cls(sessions, max(packing), max(copies))
+        copies = {shard.name: second_copy_bytes(shard) for shard in shards}
+        packing = max(whole[name] + copies[name] + sessions[name] for name in whole)
+        return cls(whole, sessions, packing, max(copies.values()))
+
+    def group_bytes(self, group: _Group, *, packed: bool) -> int:
+        """Memory of a resident group."""
+        copies = len(group) if packed else 1
+        return self.whole[group[0].name] * copies + sum(self.sessions[shard.name] for shard in group)
 
 
 def session_bytes(shard: Shard, threads: int) -> int:
@@ -98,11 +108,16 @@ def session_bytes(shard: Shard, threads: int) -> int:
 
 def second_copy_bytes(shard: Shard) -> int:
     """Bytes that packing a shard takes beside its weights and their packed copy: a copy of the tensor in work."""
-    return memory_ceil(max((spec.nbytes for spec in shard.tensors), default=shard.nbytes))
+    return memory_ceil(max((spec.memory_bytes for spec in shard.tensors), default=shard.nbytes))
+
+
+def whole_bytes(shard: Shard) -> int:
+    """Bytes of the buffer that holds all weights of a shard."""
+    return place(shard, (0, shard.nbytes)).nbytes
 
 
 def staying(shard: Shard, streamed: Range) -> list[Range]:
-    """The parts of a shard's weights that stay in memory while a range of them is streamed."""
+    """The parts of a shard's weights that stay in memory, as they are stored, while a range of them is streamed."""
     begin, end = streamed
     return [part for part in ((0, begin), (end, shard.nbytes)) if part[0] < part[1]]
 
@@ -115,14 +130,18 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     sizes = _buffer_sizes(shards, choices)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
+    widens = any(spec.widened is not None for shard in shards for spec in shard.tensors)
     for threads in sorted(speed.times, reverse=True):
         beside = _Beside.of(shards, threads)
         # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
-        for packed, pack_streamed in product((False, True), ways):
+        for packed, pack_streamed, narrow in product((False, True), ways, (False, True) if widens else (False,)):
             for count, buffers, size in slots:
                 layout = _fill(
-                    order, choices, free, count, buffers, size, beside, packed=packed, pack_streamed=pack_streamed
+                    *(order, choices, free, count, buffers, size, beside),
+                    packed=packed,
+                    pack_streamed=pack_streamed,
+                    narrow=narrow,
                 )
                 if layout is not None:
                     yield replace(layout, threads=threads)
@@ -139,11 +158,14 @@ def _fill(
     *,
     packed: bool,
     pack_streamed: bool,
+    narrow: bool,
 ) -> Layout | None:
-    """Fill the memory beside the buffers with weights that stay; None when the layout does not fit."""
-    sessions = beside.sessions
+    """Fill the memory beside the buffers with weights that stay; None when the layout does not fit.
+
+    Weights that stay as they are stored come first where `narrow`, and whole shards otherwise.
+    """
     packing = beside.packing_bytes if packed else 0
-    used = packing + buffers * (buffer_bytes + max(sessions.values()))
+    used = packing + buffers * (buffer_bytes + max(beside.sessions.values()))
     if pack_streamed:
         # Each Loading Agent packs a shard of its own.
         used += buffers * buffer_bytes + min(loaders, buffers) * beside.second_copy_bytes
@@ -156,23 +178,25 @@ def _fill(
     chosen = {name: found[0] for name, found in fitting.items() if found}
     used += sum(choice.staying_bytes for choice in chosen.values())
     whole = [group for group in order if group[0].name not in chosen]
-    used += sum(_whole_bytes(group, sessions, packed=packed) for group in whole)
+    used += sum(beside.group_bytes(group, packed=packed) for group in whole)
     if used > free:
         return None
-    for group in order:
-        if group[0].name in chosen:
+    for widest in (False, True) if narrow else (True, False):
+        for group in [group for group in order if group[0].name in chosen]:
             staying_bytes = sum(chosen[shard.name].staying_bytes for shard in group)
-            more = _whole_bytes(group, sessions, packed=packed) - staying_bytes
-            if used + more <= free:
-                whole.append(group)
-                for shard in group:
-                    del chosen[shard.name]
-                used += more
-    for name in [shard.name for group in order for shard in group if shard.name in chosen]:
-        used -= chosen[name].staying_bytes
-        *_, least = (choice for choice in fitting[name] if used + choice.staying_bytes <= free)
-        chosen[name] = least
-        used += least.staying_bytes
+            if widest:
+                more = beside.group_bytes(group, packed=packed) - staying_bytes
+                if used + more <= free:
+                    whole.append(group)
+                    for shard in group:
+                        del chosen[shard.name]
+                    used += more
+                continue
+            for name in [shard.name for shard in group]:
+                used -= chosen[name].staying_bytes
+                *_, least = (choice for choice in fitting[name] if used + choice.staying_bytes <= free)
+                chosen[name] = least
+                used += least.staying_bytes
     if bool(buffers) != bool(chosen) or buffers > len(chosen):
         return None
     ranges = {name: choice.streamed for name, choice in chosen.items()}
@@ -202,12 +226,6 @@ def _groups(shards: Sequence[Shard]) -> list[_Group]:
     return [tuple(group) for group in found.values()]
 
 
-def _whole_bytes(group: _Group, sessions: Mapping[str, int], *, packed: bool) -> int:
-    """Memory of a resident group."""
-    copies = len(group) if packed else 1
-    return memory_ceil(group[0].nbytes) * copies + sum(sessions[shard.name] for shard in group)
-
-
 def _choices(shard: Shard, *, alone: bool) -> list[_Choice]:
     """Ranges of a shard that may be streamed while the rest stays: adjacent tensors; the largest range first.
 
@@ -229,6 +247,9 @@ def _choices(shard: Shard, *, alone: bool) -> list[_Choice]:
     for begin, end in ranges:
         if not found or found[-1][1] - found[-1][0] - (end - begin) >= step:
             found.append((begin, end))
+    if any(spec.widened is not None for spec in shard.tensors):
+        # All of it stays as it is stored, and is widened into a buffer for each pass.
+        found.append((0, 0))
     return [_Choice.of(shard, streamed) for streamed in found]
 
 

@@ -45,7 +45,7 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
             known = dict.fromkeys((*LOADERS, plan.loaders), seen)
     seconds: dict[str, dict[str, float]] = {}
     for span in spans:
-        if span.kind in ("run", "session", "pack"):
+        if span.kind in ("run", "widen", "session", "pack"):
             seconds.setdefault(span.shard, {})[span.kind] = span.end_s - span.begin_s
     old = planner.times_of(manifest, profile, plan.threads)
     measured = {threads: dict(times) for threads, times in profile.times.items()}
@@ -60,8 +60,8 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
             times[shard.name] = _slower(times[shard.name], ratio)
         measured[plan.threads][shard.name] = replace(
             measured[plan.threads][shard.name],
-            session_s=found.get("session", was.session_s),
-            pack_s=was.pack_s if packed else found.get("pack", was.pack_s),
+            session_s=found["session"] + found.get("widen", 0.0) if "session" in found else was.session_s,
+            pack_s=found["pack"] + found.get("widen", 0.0) if "pack" in found and not packed else was.pack_s,
         )
     if plan.direct:
         return replace(profile, read_bytes_per_s=known, times=measured)

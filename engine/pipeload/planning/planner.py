@@ -22,6 +22,10 @@ there is no cliff between a model that fits and one that does not. Resident shar
 ones, so that reading never pauses. There is no LRU: a cyclic scan that is larger than a cache hits nothing in it.
 Shards with the same weights (one range of a file) are resident or streamed together: resident, they share its memory.
 
+Weights that are stored in 16 bits are widened to 32 as a shard is loaded. Kept parts stay in 16 bits, and may be all of
+a shard: then nothing of it is read, and each pass widens it into a buffer. A resident shard has 32 bits. Which of the
+two comes first is tried both ways: parts save twice as much reading for the same memory, resident shards the widening.
+
 The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
 CPU); fills the remaining memory with shards in their order of residence; simulates the schedule of each layout
 (`pipeload.planning.schedule`); and takes the fastest.
@@ -35,9 +39,8 @@ from typing import Any
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
-from pipeload.format.pages import memory_ceil
 from pipeload.machine.sizes import format_bytes
-from pipeload.planning.layouts import Layout, Range, layouts, session_bytes
+from pipeload.planning.layouts import Layout, Range, layouts, session_bytes, whole_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
@@ -81,7 +84,8 @@ class Plan:
         buffers: streamed shards that are in memory together: one runs, the others are being read or wait.
         buffer_bytes: size of each buffer; 0 when nothing is streamed.
         resident: names of the shards that stay in memory between passes.
-        partly_resident: name of a partly resident shard -> the range of its weights that is streamed.
+        partly_resident: name of a partly resident shard -> the range of its weights that is streamed; (0, 0) where all
+            of them stay in 16 bits.
         packed: resident shards are laid out for the CPU (prepacked), one after another once the first pass is over.
         packed_streamed: streamed shards are prepacked by the Loading Agents. `weights_bytes` then has a packed copy for
             each buffer, and a second copy of the tensor in work for each agent.
@@ -89,8 +93,9 @@ class Plan:
         threads: intra-op threads of a session.
         process_bytes, pass_bytes, cache_bytes, packing_bytes: see the picture above; process_bytes includes the
             runtime.
-        resident_bytes: weights that stay in memory between passes, those of partly resident shards included. A range
-            of a file that several resident shards have in common counts once, or if they are packed, for each.
+        resident_bytes: weights that stay in memory between passes, those of partly resident shards included, in bytes
+            of their files. A range of a file that several resident shards have in common counts once, or if they are
+            packed, for each.
         streamed_bytes: weights that are read in every steady pass.
         peak_bytes: predicted peak of the process.
         first_pass_s, steady_pass_s: predicted seconds; None when the profile was not measured.
@@ -256,7 +261,7 @@ def budget_for_latency(
     # Above this budget everything is resident and packed, and more memory is of no use.
     threads = max(Rates.of(manifest, profile, options.get("threads")).times)
     most = process_bytes(profile) + needs.pass_bytes + needs.cache_bytes
-    most += 2 * sum(memory_ceil(shard.nbytes) + session_bytes(shard, threads) for shard in manifest.shards)
+    most += 2 * sum(whole_bytes(shard) + session_bytes(shard, threads) for shard in manifest.shards)
     try:
         least = plan(1).budget_bytes
     except BudgetError as error:
@@ -314,17 +319,17 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
 
 def _too_small(manifest: Manifest, budget_bytes: int, process_bytes: int, needs: Needs, threads: int) -> BudgetError:
     fixed = process_bytes + needs.pass_bytes + needs.cache_bytes
-    largest = max(manifest.shards, key=lambda shard: shard.nbytes)
+    largest = max(manifest.shards, key=lambda shard: shard.memory_bytes)
     session = max(session_bytes(shard, threads) for shard in manifest.shards)
-    needed = fixed + int((memory_ceil(largest.nbytes) + session) / (1 - _SPARE_SHARE))
+    needed = fixed + int((whole_bytes(largest) + session) / (1 - _SPARE_SHARE))
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
         f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + "
         f"{format_bytes(needs.pass_bytes)} activations + "
         f"{format_bytes(needs.cache_bytes)} caches + the largest shard '{largest.name}' with "
-        f"{format_bytes(largest.nbytes)} ({format_bytes(max(0, budget_bytes - fixed))} were left for it), rounded up. "
-        f"Raise the budget to at least {needed} bytes, or pass smaller inputs.",
+        f"{format_bytes(largest.memory_bytes)} ({format_bytes(max(0, budget_bytes - fixed))} were left for it), "
+        f"rounded up. Raise the budget to at least {needed} bytes, or pass smaller inputs.",
         needed_bytes=needed,
         budget_bytes=budget_bytes,
     )

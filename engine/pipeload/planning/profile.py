@@ -12,10 +12,10 @@ class ShardTimes:
     """Seconds that one shard takes.
 
     Attributes:
-        session_s: create a session over a buffer, not packed.
+        session_s: create a session over a buffer, not packed; and widen the weights before, where they have 16 bits.
         run_s: run it, not packed, while nothing else goes on.
         loading_run_s: the same while Loading Agents read.
-        pack_s: create a packed session from a buffer.
+        pack_s: create a packed session from a buffer; and widen the weights before.
         packed_run_s: run it packed, while nothing else goes on.
     """
 

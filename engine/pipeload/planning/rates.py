@@ -18,6 +18,7 @@ _CACHED_SHARE = 0.9
 ASSUMED_READ_BYTES_PER_S = 1e9
 _ASSUMED_RUN_BYTES_PER_S = 4e9
 _ASSUMED_PACK_BYTES_PER_S = 0.7e9
+_ASSUMED_WIDEN_BYTES_PER_S = 4e9
 _ASSUMED_PACKED_SHARE = 0.9
 _ASSUMED_SESSION_S = 0.002
 """Without a profile: a middling disk, and computing that is bound by memory."""
@@ -85,11 +86,12 @@ class Rates:
 
 
 def _assumed_times(shard: Shard) -> ShardTimes:
-    run_s = shard.nbytes / _ASSUMED_RUN_BYTES_PER_S
+    run_s = shard.memory_bytes / _ASSUMED_RUN_BYTES_PER_S
+    widen_s = (shard.memory_bytes - shard.nbytes) / _ASSUMED_WIDEN_BYTES_PER_S
     return ShardTimes(
-        session_s=_ASSUMED_SESSION_S,
+        session_s=_ASSUMED_SESSION_S + widen_s,
         run_s=run_s,
         loading_run_s=run_s,
-        pack_s=shard.nbytes / _ASSUMED_PACK_BYTES_PER_S,
+        pack_s=shard.memory_bytes / _ASSUMED_PACK_BYTES_PER_S + widen_s,
         packed_run_s=run_s * _ASSUMED_PACKED_SHARE,
     )

@@ -5,7 +5,7 @@ the buffer that the (j - buffers)-th streamed shard has left, after the reads th
 
 ```
 read_j    = max(agent free, buffer free = end of run_(j - buffers), read_(j - 1)) + bytes_j / bandwidth
-loaded_j  = read_j + session_j                        the agent is free again
+loaded_j  = read_j + session_j                        the agent is free again; weights of 16 bits are widened first
 run_j     = max(run_(j - 1), loaded_j) + compute_j    resident shards are always loaded
 ```
 
@@ -45,7 +45,7 @@ class ShardWork:
         cold_bytes: bytes read for the first pass.
         steady_bytes: bytes read for every later pass; 0 also for a resident shard.
         streamed: loaded for every pass, into a buffer.
-        session_s: seconds to make its session.
+        session_s: seconds to widen its weights and to make its session.
         run_s: seconds to run it while nothing is read.
         loading_run_s: seconds to run it while Loading Agents read.
     """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeload.errors import LoadError
 from pipeload.format.manifest import WeightSpec
 from pipeload.format.pages import memory_ceil, page_floor
 
-__all__ = ["Buffer", "BufferPool", "Part", "tensor_in"]
+__all__ = ["Buffer", "BufferPool", "Part", "stored_in", "tensor_in"]
 
 
 class Buffer:
@@ -51,16 +51,13 @@ class Buffer:
         """A writable view of the bytes `begin` to `end`."""
         return self._view[begin:end]
 
-    def tensor(self, spec: WeightSpec, range_offset: int) -> NDArray[Any]:
-        """A tensor inside the buffer, without a copy; bfloat16 appears as uint16.
-
-        Args:
-            spec: the tensor, with its offset in the file.
-            range_offset: where in the file the range in this buffer begins.
-        """
-        dtype = np.dtype(np.uint16 if spec.dtype == "bfloat16" else spec.dtype)
-        begin = spec.offset - range_offset
-        return np.frombuffer(self._map, dtype=dtype, count=prod(spec.shape), offset=begin).reshape(spec.shape)
+    def array(self, dtype: str, shape: tuple[int, ...], begin: int) -> NDArray[Any]:
+        """The tensor that begins at this byte of the buffer, without a copy; bfloat16 appears as uint16."""
+        element = np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
+        if 0 in shape:
+            # It may lie behind the last byte.
+            return np.empty(shape, element)
+        return np.frombuffer(self._map, dtype=element, count=prod(shape), offset=begin).reshape(shape)
 
     def close(self) -> None:
         """Give the memory back to the system."""
@@ -79,16 +76,25 @@ class Part:
     Attributes:
         begin: first byte, counted from the beginning of the shard's range.
         end: the byte after the last one.
-        buffer: memory that begins with the page in which `begin` lies.
+        buffer: the memory that holds it.
+        read_at: place in the buffer of the page in which `begin` lies.
+        places: name of a tensor -> its first byte in the buffer, for tensors of the shard that were moved or widened
+            there (`pipeload.storage.widening`); those between `begin` and `end` are among them.
     """
 
     begin: int
     end: int
     buffer: Buffer
+    read_at: int = 0
+    places: Mapping[str, int] = field(default_factory=dict)
+
+    def piece(self, begin: int, end: int) -> memoryview:
+        """The memory of a range that was counted from the page in which the part begins."""
+        return self.buffer.piece(self.read_at + begin, self.read_at + end)
 
 
-def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
-    """The tensor as an array over the part that holds it, without a copy; bfloat16 appears as uint16.
+def stored_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+    """The tensor as it is stored, as an array over the part that was read; bfloat16 appears as uint16.
 
     Args:
         parts: all parts of a shard's weights.
@@ -96,8 +102,22 @@ def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDA
         range_offset: where in the file the shard's range begins.
     """
     place = spec.offset - range_offset
-    part = next(part for part in parts if part.begin <= place < max(part.end, part.begin + 1))
-    return part.buffer.tensor(spec, range_offset + page_floor(part.begin))
+    part = next((part for part in parts if part.begin <= place < part.end), parts[0])
+    return part.buffer.array(spec.dtype, spec.shape, part.read_at + place - page_floor(part.begin))
+
+
+def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
+    """The tensor as the shard's graph takes it, as an array over the part that holds it, without a copy.
+
+    Args:
+        parts: all parts of a shard's weights, whose tensors were widened where that is due.
+        spec: the tensor, with its offset in the file.
+        range_offset: where in the file the shard's range begins.
+    """
+    for part in parts:
+        if spec.name in part.places:
+            return part.buffer.array(spec.memory_dtype, spec.shape, part.places[spec.name])
+    return stored_in(parts, spec, range_offset)
 
 
 class BufferPool:

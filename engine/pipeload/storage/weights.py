@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import LoadError, ShardError
+from pipeload.format.casts import without_casts
 from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
@@ -31,8 +33,9 @@ from pipeload.storage.model_files import ModelFiles, unreadable
 from pipeload.storage.ranges import OpenFile, read_range, set_direct, wrong_size
 from pipeload.storage.stamps import Stamp, Stamps, is_fresh, stamp_of
 from pipeload.storage.tied import TiedTable
+from pipeload.storage.widening import widened
 
-__all__ = ["Storage"]
+__all__ = ["GraphFile", "Storage"]
 
 _PIECE_BYTES, _MOST_PIECE_BYTES = 8 << 20, 64 << 20
 """The first read of a load, and the largest: between two reads the disk waits for a processor."""
@@ -42,6 +45,19 @@ _MAX_HEADER_BYTES = 100 << 20
 _MOST_GRAPH_BYTES = 16 << 20
 _ROW_ATTEMPTS = 3
 """A file that changes while its rows are read is opened at most this many times."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """A shard's graph.
+
+    Attributes:
+        path: its file.
+        widened: the graph that takes the place of the file's, over widened weights; None where none are widened.
+    """
+
+    path: Path
+    widened: bytes | None = None
 
 
 class Storage:
@@ -62,7 +78,7 @@ class Storage:
         self._stamps = stamps if stamps is not None else Stamps(None)
         self._tied: dict[str, TiedTable] = {}
         self._headers: dict[str, bytes] = {}
-        self._graphs: dict[str, Stamp] = {}
+        self._graphs: dict[str, tuple[Stamp, bytes | None]] = {}
         self._tensors: dict[str, list[WeightSpec]] = {}
         self._slices: dict[str, list[WeightSpec]] = {}
         heads: dict[str, list[str]] = {}
@@ -82,7 +98,7 @@ class Storage:
                 self._tied[path] = TiedTable(path, heads[path])
 
     @contextmanager
-    def graph(self, shard: Shard) -> Iterator[Path]:
+    def graph(self, shard: Shard) -> Iterator[GraphFile]:
         """The shard's graph file, checked; its reader must be done with it when the context ends.
 
         Raises:
@@ -96,19 +112,21 @@ class Storage:
             )
         with self._open(record) as file:
             hashed = not self._verify or self._stamps.has(record.path, file.stamp)
-            if not hashed or self._graphs.get(shard.name) != file.stamp:
+            stamp, graph = self._graphs.get(shard.name, (None, None))
+            if not hashed or stamp != file.stamp:
                 with _named(record.path):
                     data = os.pread(file.descriptor, record.nbytes, 0)
                 if not hashed and hashlib.sha256(data).hexdigest() != record.sha256:
                     raise ShardError(_damaged(record.path))
                 check_graph(shard, data)
-                self._graphs[shard.name] = file.stamp
+                graph = without_casts(shard, data)
+                self._graphs[shard.name] = file.stamp, graph
                 if not hashed:
                     self._stamps.add(record.path, file.stamp, file.stamp_now())
             path = self._files.path(record.path)
             failure: LoadError | None = None
             try:
-                yield path
+                yield GraphFile(path, graph)
             except LoadError as error:
                 failure = error
             with _named(record.path):
@@ -203,7 +221,8 @@ class Storage:
             keep_cached: leave the rows in the page cache for the next call.
 
         Returns:
-            Array of shape `indices.shape + table.shape[1:]`; bfloat16 appears as uint16.
+            Array of shape `indices.shape + table.shape[1:]`, float32 for a table that is widened; bfloat16 of any other
+            appears as uint16.
 
         Raises:
             ShardError: the file is missing, truncated, damaged or foreign.
@@ -227,6 +246,8 @@ class Storage:
                         break
         else:
             raise ShardError(f"'{lookup.path}' changes all the time while it is read. Copy or export the model again.")
+        if table.widened is not None:
+            unique = widened(unique, table.dtype)
         result: NDArray[Any] = unique[inverse.reshape(indices.shape)]
         return result
 
@@ -258,7 +279,7 @@ class Storage:
                 file,
                 span.offset + begin,
                 part.end - begin,
-                _over(part.buffer) if small else part.buffer.piece,
+                _over(part.buffer) if small else part.piece,
                 _CHECK_BYTES if small else _PIECE_BYTES,
                 most_bytes=0 if small else _MOST_PIECE_BYTES,
                 direct=direct,

@@ -41,6 +41,7 @@ _COLOURS: dict[Kind, tuple[str, str]] = {
     # Okabe and Ito, "Color Universal Design": told apart with every kind of colour vision; a darker one for odd shards.
     "run": ("#0072b2", "#005a8e"),
     "read": ("#f0b441", "#d9931a"),
+    "widen": ("#56b4e9", "#56b4e9"),
     "session": ("#009e73", "#009e73"),
     "pack": ("#cc79a7", "#cc79a7"),
     "free": ("#56504a", "#56504a"),
@@ -50,13 +51,14 @@ _COLOURS: dict[Kind, tuple[str, str]] = {
 _MEANINGS: dict[Kind, str] = {
     "run": "run: even, odd shards",
     "read": "read: even, odd shards",
+    "widen": "widen to 32 bits",
     "session": "make session",
     "pack": "pack",
     "free": "free",
     "wait": "wait",
     "reserve": "wait for budget",
 }
-_LEGEND_ORDER: tuple[Kind, ...] = ("run", "read", "session", "pack", "free", "wait", "reserve")
+_LEGEND_ORDER: tuple[Kind, ...] = ("run", "read", "widen", "session", "pack", "free", "wait", "reserve")
 _HATCHES: dict[Kind, str] = {"reserve": "/////"}
 _EDGES: dict[Kind, str] = {"reserve": "#a8a8a8"}
 """Hatches have the colour of the edges."""

@@ -38,7 +38,7 @@ __all__ = [
     "read_bytes",
 ]
 
-Kind = Literal["wait", "reserve", "read", "session", "pack", "run", "free"]
+Kind = Literal["wait", "reserve", "read", "widen", "session", "pack", "run", "free"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WAITING: frozenset[str] = frozenset({"wait", "reserve"})
 """Kinds of spans in which an agent does nothing: it waits for a shard, for work, or for budget."""

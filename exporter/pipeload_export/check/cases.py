@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.format.casts import without_casts
 from pipeload.format.manifest import Manifest, TensorSpec, evaluate_dim, symbols
 from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.folder import read_json
@@ -144,10 +145,11 @@ def _with_images(chosen: Sequence[Sizes], images: Sequence[tuple[int, int]]) -> 
 
 
 def _graphs(manifest: Manifest, directory: Path) -> list[GraphProto]:
-    """The graphs of the shards, in order, without their weights."""
+    """The graphs of the shards, in order, without their weights, and as if these were stored in 32 bits."""
     import onnx  # needs the extra [export], which importing this module does not
 
-    return [onnx.load(directory / shard.graph.path, load_external_data=False).graph for shard in manifest.shards]
+    files = ((shard, (directory / shard.graph.path).read_bytes()) for shard in manifest.shards)
+    return [onnx.load_model_from_string(without_casts(shard, data) or data).graph for shard, data in files]
 
 
 def _from_graphs(

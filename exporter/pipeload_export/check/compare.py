@@ -106,8 +106,8 @@ def _coarsest(dtype: str, inner: Iterable[str]) -> str:
 
 def _inner(manifest: Manifest) -> set[str]:
     """Element types of weights and edges."""
-    weights = {spec.dtype for shard in manifest.shards for spec in shard.tensors}
-    tables = {lookup.table.dtype for shard in manifest.shards for lookup in shard.lookups}
+    weights = {spec.memory_dtype for shard in manifest.shards for spec in shard.tensors}
+    tables = {lookup.table.memory_dtype for shard in manifest.shards for lookup in shard.lookups}
     return weights | tables | {spec.dtype for spec in manifest.edges}
 
 

@@ -58,7 +58,7 @@ def merge(directory: Path, target: Path) -> Path:
         ir_version = max(ir_version, model.ir_version)
         _add_opsets(opsets, model, shard)
         for lookup in shard.lookups:
-            nodes.append(_gather(lookup))
+            nodes.extend(_gather(lookup))
             if all(lookup.table.name != tensor.name for tensor in initializers):
                 initializers.append(_table(lookup))
         _rename_inner(model.graph, shard, rooms)
@@ -126,8 +126,11 @@ def _move_weights(graph: GraphProto, shard: Shard) -> None:
                     entry.value = (folder / entry.value).as_posix()
 
 
-def _gather(lookup: Lookup) -> NodeProto:
-    return helper.make_node("Gather", [lookup.table.name, lookup.indices], [lookup.output], lookup.output, axis=0)
+def _gather(lookup: Lookup) -> Iterator[NodeProto]:
+    rows = f"{lookup.output}.rows" if lookup.table.widened else lookup.output
+    yield helper.make_node("Gather", [lookup.table.name, lookup.indices], [rows], rows, axis=0)
+    if lookup.table.widened:
+        yield helper.make_node("Cast", [rows], [lookup.output], lookup.output, to=_NUMBERS[lookup.table.memory_dtype])
 
 
 def _table(lookup: Lookup) -> TensorProto:

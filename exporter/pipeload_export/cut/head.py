@@ -14,7 +14,7 @@ MatMul over [K, N] 1.6 / 4.6 / 15.8, FusedMatMul(transB) 1.6 / 3.6 / 14.2, Gemm(
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -51,7 +51,9 @@ class HeadCut:
     rows: tuple[tuple[int, int], ...]
 
 
-def cut_head(graph: Graph, *, block_bytes: int, tables: Iterable[str]) -> HeadCut | None:
+def cut_head(
+    graph: Graph, *, block_bytes: int, tables: Iterable[str], item_bytes: Callable[[Constant], int]
+) -> HeadCut | None:
     """Take the vocabulary head out of the graph, if it is tied to a lifted table or larger than a block.
 
     The graph is changed unless None is returned.
@@ -60,6 +62,7 @@ def cut_head(graph: Graph, *, block_bytes: int, tables: Iterable[str]) -> HeadCu
         graph: normalised.
         block_bytes: weights of one block.
         tables: names of the constants that were lifted.
+        item_bytes: of an element of a constant, as it is stored.
     """
     tails = [tail for name in graph.output_names if (tail := _tail(graph, name)) is not None]
     tail = max(tails, key=lambda t: t.rows.nbytes, default=None)
@@ -80,7 +83,7 @@ def cut_head(graph: Graph, *, block_bytes: int, tables: Iterable[str]) -> HeadCu
         table=table,
         tied=tied is not None,
         bias=tail.bias,
-        rows=tuple(_slices(graph.constants[table], block_bytes)),
+        rows=tuple(_slices(graph.constants[table], block_bytes, item_bytes(graph.constants[table]))),
     )
 
 
@@ -172,10 +175,10 @@ def _same_rows(table: Constant, rows: Constant) -> bool:
     return all(np.array_equal(first[i : i + _COMPARED_ROWS], second[i : i + _COMPARED_ROWS]) for i in pieces)
 
 
-def _slices(table: Constant, block_bytes: int) -> list[tuple[int, int]]:
+def _slices(table: Constant, block_bytes: int, item_bytes: int) -> list[tuple[int, int]]:
     """Equal parts of the rows, none above a block's bytes, each beginning at a page of the file."""
     row_bytes = table.nbytes // table.shape[0]
-    step = PAGE_BYTES // gcd(PAGE_BYTES, row_bytes)
+    step = PAGE_BYTES // gcd(PAGE_BYTES, table.shape[1] * item_bytes)
     most = max(block_bytes // (row_bytes * step), 1) * step
     count = -(-table.shape[0] // most)
     each = -(-table.shape[0] // (count * step)) * step

@@ -51,7 +51,8 @@ class Constant:
         dtype: ONNX's number of the element type.
         shape: its dimensions.
         load: reads the values; the array is only borrowed, and may be a view of a file. bfloat16 and the types of
-            8 bits appear in NumPy's view of them (`ml_dtypes`).
+            8 bits appear in NumPy's view of them (`ml_dtypes`). Those of a weight that is stored in 16 bits are
+            float32, and become its type as they are written.
     """
 
     dtype: int

@@ -8,6 +8,7 @@ the same as the graph it was made from.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
@@ -38,6 +39,7 @@ class Structures:
         self._sampler = sampler
         self._examples: dict[str, list[tuple[int, str]]] = {}
         self._refused: set[str] = set()
+        self._stored: dict[str, list[tuple[int, ...]]] = {}
         self.known: dict[str, Structure] = {}
 
     def choose(self, shard: int, plain: Fused, fused: Fused | None) -> tuple[Fused, str]:
@@ -63,6 +65,18 @@ class Structures:
         self.known[name] = self._bound(chosen, events)
         alike.append((shard, name))
         return chosen, name
+
+    def stored(self, name: str, dtypes: Sequence[int]) -> str:
+        """The structure of a shard whose weights are stored in these types, of one that was chosen."""
+        variants = self._stored.setdefault(name, [])
+        if tuple(dtypes) not in variants:
+            variants.append(tuple(dtypes))
+        place = variants.index(tuple(dtypes))
+        if not place:
+            return name
+        # The same work, over other bytes.
+        self.known[f"{name}.{place}"] = self.known[name]
+        return f"{name}.{place}"
 
     def _bound(self, fused: Fused, events: list[list[Event]]) -> Structure:
         sampler, graph = self._sampler, fused.model.graph

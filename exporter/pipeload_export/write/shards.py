@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from onnx import GraphProto, ModelProto, ValueInfoProto, helper
 
+from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload.format.manifest import FileRecord, Lookup, Role, Shard, TensorSpec, WeightSpec, WeightsRange
 from pipeload.notify import Notify
 from pipeload_export.cut.head import HeadCut, slice_graph
@@ -18,6 +20,7 @@ from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
 from pipeload_export.shard.fuse import Fused, fuse
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.structure import Structures
+from pipeload_export.write.narrow import StoredType, narrow, wide_name, with_casts
 from pipeload_export.write.shared import SharedWeights, by_use
 from pipeload_export.write.weights import WeightsFile, in_order, write_weights
 
@@ -26,6 +29,7 @@ __all__ = ["ShardWriter"]
 _TABLES = "embeddings"
 _HEAD = "head"
 _IR_VERSION = 10
+_NUMBERS = {name: number for number, name in ONNX_DTYPES.items()}
 
 
 class ShardWriter:
@@ -35,6 +39,7 @@ class ShardWriter:
         graph: the whole model's, without the parts that were lifted out.
         folder: where the files go.
         sampler: runs the shards.
+        stored_type: in which type a constant is stored.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Attributes:
@@ -42,8 +47,11 @@ class ShardWriter:
         structures: of those shards.
     """
 
-    def __init__(self, graph: Graph, folder: Path, sampler: Sampler, progress: Notify) -> None:
+    def __init__(
+        self, graph: Graph, folder: Path, sampler: Sampler, progress: Notify, *, stored_type: StoredType
+    ) -> None:
         self._graph = graph
+        self._stored_type = stored_type
         self._folder = folder
         self._sampler = sampler
         self._progress = progress
@@ -62,8 +70,10 @@ class ShardWriter:
         """Write the lifted tables; one that slices of the head point into comes first, at the start of a page."""
         tied = head if head and head.tied else None
         if tables:
-            order = sorted(in_order(tables), key=lambda item: tied is None or item[0] != tied.table)
-            self._tables = self._write_weights(_TABLES, order, head=tied)
+            stored = {name: self._stored(table) for name, table in tables.items()}
+            order = sorted(in_order(stored), key=lambda item: tied is None or item[0] != tied.table)
+            widened = {name: wide_name(name) for name, table in tables.items() if stored[name].dtype != table.dtype}
+            self._tables = self._write_weights(_TABLES, order, widened, head=tied)
 
     def write_piece(self, piece: Piece, lifts: Sequence[Lift]) -> None:
         """Write one shard that was cut out of the graph."""
@@ -82,11 +92,13 @@ class ShardWriter:
         chosen, structure = self.structures.choose(len(self.shards), plain, fused)
         for name, dtype in chosen.dtypes.items():
             graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
-        written = self._write_weights(piece.name, in_order(by_use(chosen))) if chosen.external else None
-        if written and (stored := self._shared.share(written, chosen)):
+        chosen, widened = narrow(replace(chosen, external=by_use(chosen)), self._stored_type)
+        structure = self.structures.stored(structure, [constant.dtype for constant in chosen.external.values()])
+        written = self._write_weights(piece.name, in_order(chosen.external), widened) if chosen.external else None
+        if written and (known := self._shared.share(written, chosen)):
             self.files.remove(written.record)
             (self._folder / f"{piece.name}.safetensors").unlink()
-            written = stored
+            written = known
         self._add(
             piece.name,
             piece.role,
@@ -103,7 +115,10 @@ class ShardWriter:
             assert self._tables is not None
             file = self._tables
         else:
-            file = self._write_weights(_HEAD, [(head.table, self._graph.constants[head.table])], head=head)
+            given = self._graph.constants[head.table]
+            stored = self._stored(given)
+            widened = {head.table: wide_name(head.table)} if stored.dtype != given.dtype else {}
+            file = self._write_weights(_HEAD, [(head.table, stored)], widened, head=head)
         table = next(spec for spec in file.tensors if spec.name == head.table)
         for index, (begin, _) in enumerate(head.rows):
             model, weights = slice_graph(self._graph, head, index, self._sampler.shape(head.input))
@@ -112,6 +127,8 @@ class ShardWriter:
             chosen, structure = self.structures.choose(len(self.shards), plain, None)
             self._graph.types.update((name, (dtype, None)) for name, dtype in chosen.dtypes.items())
             ((name, constant),) = weights.items()
+            types = {name: _NUMBERS[table.dtype]} if table.widened else {}
+            chosen, casts = with_casts(chosen, types)
             part = file.slices[head.table, begin]
             self._add(
                 f"{_HEAD}.{index:03d}",
@@ -119,7 +136,7 @@ class ShardWriter:
                 chosen,
                 structure,
                 weights=part,
-                tensors=(WeightSpec(name=name, dtype=table.dtype, shape=constant.shape, offset=part.offset),),
+                tensors=(replace(table, name=name, shape=constant.shape, offset=part.offset, widened=casts.get(name)),),
                 lookups=(),
             )
 
@@ -135,8 +152,16 @@ class ShardWriter:
             shape=self._sampler.shape(name) or (),
         )
 
+    def _stored(self, table: Constant) -> Constant:
+        return Constant(self._stored_type(table), table.shape, table.load)
+
     def _write_weights(
-        self, name: str, constants: Sequence[tuple[str, Constant]], *, head: HeadCut | None = None
+        self,
+        name: str,
+        constants: Sequence[tuple[str, Constant]],
+        widened: Mapping[str, str],
+        *,
+        head: HeadCut | None = None,
     ) -> WeightsFile:
         def written(count: int) -> None:
             # Constants that several shards use are written more than once.
@@ -144,7 +169,8 @@ class ShardWriter:
             self._progress(f"writing {name}", self._done, self._total)
 
         rows = {head.table: head.rows} if head else None
-        result = write_weights(self._folder / f"{name}.safetensors", constants, rows=rows, written=written)
+        path = self._folder / f"{name}.safetensors"
+        result = write_weights(path, constants, widened=widened, rows=rows, written=written)
         self.files.append(result.record)
         return result
 

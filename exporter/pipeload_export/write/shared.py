@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from onnx import GraphProto
-
-from pipeload_export.graph.graph import SUBGRAPHS, Constant, node_inputs
+from pipeload_export.graph.graph import Constant, node_inputs
 from pipeload_export.shard.fuse import Fused
+from pipeload_export.write.names import all_names, rename
 from pipeload_export.write.weights import WeightsFile
 
 __all__ = ["SharedWeights", "by_use"]
@@ -38,32 +35,14 @@ class SharedWeights:
         stored = self._stored.setdefault((written.range.sha256, places), written)
         if stored is written:
             return None
-        names = {own.name: known.name for own, known in zip(written.tensors, stored.tensors, strict=True)}
+        pairs = list(zip(written.tensors, stored.tensors, strict=True))
+        names = {own.name: known.name for own, known in pairs}
+        casts = {own.widened: known.widened for own, known in pairs if own.widened and known.widened}
         graph = fused.model.graph
-        if _all_names(graph).difference(names).intersection(names.values()):
+        if all_names(graph).difference(names, casts).intersection([*names.values(), *casts.values()]):
             return None
-        _rename(graph, names)
+        rename(graph, names | casts)
         constants = {names[name]: constant for name, constant in fused.external.items()}
         fused.external.clear()
         fused.external.update(constants)
         return stored
-
-
-def _all_names(graph: GraphProto) -> set[str]:
-    found = {value.name for value in (*graph.input, *graph.initializer)}
-    for node in graph.node:
-        found.update(node.output)
-        for item in node.attribute:
-            for inner in (item.g, *item.graphs) if item.type in SUBGRAPHS else ():
-                found |= _all_names(inner)
-    return found
-
-
-def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
-    for tensor in graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        for item in node.attribute:
-            for inner in (item.g, *item.graphs) if item.type in SUBGRAPHS else ():
-                _rename(inner, names)

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeload.format.dtypes import ONNX_DTYPES, SAFETENSORS_DTYPES
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
-from pipeload_export.graph.graph import Constant
+from pipeload_export.graph.graph import Constant, storage_dtype
 from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["WeightsFile", "in_order", "write_weights"]
@@ -59,6 +58,7 @@ def write_weights(
     path: Path,
     constants: Sequence[tuple[str, Constant]],
     *,
+    widened: Mapping[str, str] | None = None,
     rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     written: Callable[[int], None] | None = None,
 ) -> WeightsFile:
@@ -67,6 +67,7 @@ def write_weights(
     Args:
         path: the file to make, in the folder of the shards.
         constants: names and values.
+        widened: name of a tensor that is stored in 16 bits -> name of what the graph casts it to.
         rows: name of a tensor -> the slices of it that shards load alone, first row and end.
         written: called with the number of bytes of each piece that was written.
     """
@@ -92,7 +93,7 @@ def write_weights(
     with path.open("wb") as file:
         file.write(prefix)
         for _, constant in constants:
-            for piece in _pieces(constant.load()):
+            for piece in _pieces(constant):
                 file.write(piece)
                 digests.update(piece)
                 if written:
@@ -110,6 +111,7 @@ def write_weights(
                 dtype=ONNX_DTYPES[constant.dtype],
                 shape=constant.shape,
                 offset=begin + entries[name]["data_offsets"][0],
+                widened=(widened or {}).get(name),
             )
             for name, constant in constants
         ),
@@ -126,12 +128,13 @@ def _range(path: str, digests: RangeDigests, begin: int, end: int) -> WeightsRan
     return WeightsRange(path=path, offset=begin, nbytes=end - begin, sha256=digests.hexdigest(begin, end))
 
 
-def _pieces(array: NDArray[Any]) -> Iterator[memoryview]:
-    """The bytes of an array in C order; of a view, only a piece at a time is copied."""
+def _pieces(constant: Constant) -> Iterator[memoryview]:
+    """The bytes of a constant in C order; of a view, or of values of another type, only a piece at a time is copied."""
+    array, dtype = constant.load(), storage_dtype(constant.dtype)
     if not array.nbytes:
         return
     rows = array.reshape(1) if array.ndim == 0 else array
     step = max(_PIECE_BYTES * len(rows) // rows.nbytes, 1)
     for begin in range(0, len(rows), step):
-        piece = np.ascontiguousarray(rows[begin : begin + step])
+        piece = np.ascontiguousarray(rows[begin : begin + step], dtype)
         yield piece.reshape(-1).view(np.uint8).data

@@ -22,12 +22,13 @@ from tests.engine.plans import slots_bytes
 from pipeload.errors import PipeloadError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
-from pipeload.format.pages import page_ceil, room_bytes
+from pipeload.format.pages import room_bytes
+from pipeload.format.placement import place
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import ShardSession, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
-from pipeload.planning.layouts import Range, session_bytes, staying
+from pipeload.planning.layouts import Range, session_bytes, staying, whole_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
@@ -90,9 +91,9 @@ def plan_by_hand(
     whole = [shard for shard in manifest.shards if shard.name in resident]
     buffers = min(buffers, len(streamed))
     ranges = {shard.name: partly.get(shard.name, (0, shard.nbytes)) for shard in streamed}
-    buffer_bytes = max((room_bytes(*part) for part in ranges.values()), default=0)
+    buffer_bytes = max((place(shard, ranges[shard.name]).nbytes for shard in streamed), default=0)
     own = whole if packed else [shard for shard in whole if shard.name not in _followers(manifest, resident)]
-    weights = sum(page_ceil(shard.nbytes) for shard in own) + sum(session_bytes(shard, 1) for shard in whole)
+    weights = sum(whole_bytes(shard) for shard in own) + sum(session_bytes(shard, 1) for shard in whole)
     weights += sum(_staying_bytes(shard, ranges[shard.name]) for shard in streamed)
     streamed_bytes = sum(end - begin for begin, end in ranges.values())
     plan = Plan(

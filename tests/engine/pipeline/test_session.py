@@ -23,11 +23,11 @@ from pipeload.machine.memory import rss_bytes
 from pipeload.pipeline import session as sessions
 from pipeload.pipeline.session import ShardSession, Stopper, shrink_arena, to_array, to_value
 from pipeload.storage.buffers import Buffer, Part, tensor_in
-from pipeload.storage.weights import Storage
+from pipeload.storage.weights import GraphFile, Storage
 
 
 @pytest.fixture
-def block(toy: Path) -> tuple[Shard, Path, list[Part]]:
+def block(toy: Path) -> tuple[Shard, GraphFile, list[Part]]:
     manifest = manifests.read(toy)
     shard, storage = manifest.shards[1], Storage(toy, manifest)
     parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
@@ -228,7 +228,7 @@ def test_a_graph_that_onnxruntime_refuses_is_named(block: Any, tmp_path: Path) -
     shard, _, parts = block
     (tmp_path / "block.000.onnx").write_bytes(b"no graph")
     with pytest.raises(LoadError, match=r"refused shard 'block.000' \(block.000.onnx\)") as caught:
-        ShardSession(shard, tmp_path / "block.000.onnx", parts, 1)
+        ShardSession(shard, GraphFile(tmp_path / "block.000.onnx"), parts, 1)
     assert caught.value.__cause__ is not None
 
 
@@ -292,7 +292,7 @@ def test_a_stopper_ends_a_running_session(tmp_path: Path) -> None:
         "endless (float[1] x) => (float[1] y) <int64 n = {9000000000000000}, bool go = {1}>"
         f"{{ y = Loop <body = {body}> (n, go, x) }}",
     )
-    session, stopper = ShardSession(shard, path, [], 1), Stopper()
+    session, stopper = ShardSession(shard, GraphFile(path), [], 1), Stopper()
     call = Background(session.run, {"x": to_value(np.ones(1, np.float32))}, stopper)
     stopper.stop()
     assert isinstance(call.wait(), ClosedError)
@@ -301,7 +301,7 @@ def test_a_stopper_ends_a_running_session(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_shard_without_weights_runs(tmp_path: Path, packed: bool) -> None:
     shard, path = _bare(tmp_path, "double", "double (float[1] x) => (float[1] y) { y = Add(x, x) }")
-    session = ShardSession(shard, path, [Part(0, 0, Buffer(0))], 1, packed=packed)
+    session = ShardSession(shard, GraphFile(path), [Part(0, 0, Buffer(0))], 1, packed=packed)
     (result,) = session.run({"x": to_value(np.full(1, 21, np.float32))}, Stopper())
     np.testing.assert_array_equal(to_array(result), [42])
 
@@ -312,9 +312,9 @@ def test_a_shard_without_weights_runs(tmp_path: Path, packed: bool) -> None:
 def test_the_hosts_own_sessions_are_not_touched(block: Any) -> None:
     shard, graph, parts = block
     severity = ort.get_default_logger_severity() if hasattr(ort, "get_default_logger_severity") else None
-    before = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    before = ort.InferenceSession(str(graph.path), providers=["CPUExecutionProvider"])
     session = ShardSession(shard, graph, parts, 1)
-    after = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    after = ort.InferenceSession(str(graph.path), providers=["CPUExecutionProvider"])
     expected = _run(session)
     for own in (before, after):
         np.testing.assert_allclose(own.run(None, _inputs())[0], expected, atol=1e-6)
@@ -382,7 +382,7 @@ def test_an_output_that_is_kept_keeps_no_other_one_in_memory(tmp_path: Path, in_
         inputs=("one", "shape"),
         outputs=tuple(names),
     )
-    session = ShardSession(shard, path, [], 1)
+    session = ShardSession(shard, GraphFile(path), [], 1)
     values = {"one": to_value(np.ones(1, np.float32)), "shape": to_value(np.array([nbytes // 4]))}
     place = {"cache": to_value(np.zeros(1, np.float32))} if in_place else None
     cache, hidden = session.run(values, Stopper(), place)

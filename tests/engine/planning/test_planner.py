@@ -11,9 +11,10 @@ from tests.engine.plans import manifest_of, slots_bytes
 
 from pipeload.errors import BudgetError, ConfigError
 from pipeload.format.manifest import Manifest
-from pipeload.format.pages import page_ceil, room_bytes
+from pipeload.format.pages import room_bytes
+from pipeload.format.placement import place
 from pipeload.planning import planner
-from pipeload.planning.layouts import session_bytes, staying
+from pipeload.planning.layouts import session_bytes, staying, whole_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.planning.profile import Profile, ShardTimes
@@ -85,6 +86,8 @@ _OPTIONS = st.fixed_dictionaries(
         "threads": st.sampled_from([None, 1, 3]),
     }
 )
+_NARROW = st.sampled_from([False, False, True])
+"""Whether weights are stored in 16 bits."""
 _PROFILES = st.one_of(
     st.none(),
     st.fixed_dictionaries(
@@ -110,20 +113,50 @@ _settings = settings(
 )
 
 
-def _case(shards: list[list[int]], measured: dict[str, Any] | None) -> tuple[Manifest, Profile]:
-    manifest = manifest_of(*shards)
+def _case(
+    shards: list[list[int]], measured: dict[str, Any] | None, *, narrow: bool = False
+) -> tuple[Manifest, Profile]:
+    manifest = manifest_of(*shards, narrow=narrow)
     return manifest, PROFILE if measured is None else _measured(manifest, **measured)
+
+
+# Weights of 16 bits
+
+
+def test_weights_that_fit_in_16_bits_are_not_read_and_those_that_fit_in_32_not_widened() -> None:
+    blocks = [[6 * MB, MB, MB]] * 12
+    manifest = manifest_of(*blocks, narrow=True)
+    profile = replace(_measured(manifest, read_bytes_per_s={1: 2e8}), runtime_bytes=18 * MB)
+    buffers = 3 * 16 * MB
+    reads = []
+    for share in (0, 0.3, 0.6, 0.9):
+        plan = _plan(manifest, 100 * MB + buffers + int(share * manifest.weight_bytes), profile)
+        reads.append(plan.streamed_bytes)
+    assert reads == sorted(reads, reverse=True)
+    stored = _plan(manifest, 100 * MB + buffers + manifest.weight_bytes, profile)
+    assert stored.streamed_bytes == 0
+    assert set(stored.partly_resident.values()) == {(0, 0)}
+    wide = _plan(manifest, 100 * MB + 2 * manifest.weight_bytes + 40 * MB, profile)
+    assert (wide.streamed_bytes, wide.buffers, len(wide.resident)) == (0, 0, 12)
+
+
+def test_where_reading_costs_nothing_shards_are_resident_rather_than_widened() -> None:
+    manifest = manifest_of(*[[8 * MB]] * 12, narrow=True)
+    budget = 100 * MB + 6 * 17 * MB
+    fast = _measured(manifest, read_bytes_per_s={1: 1e12}, session_s=0.05)
+    slow = _measured(manifest, read_bytes_per_s={1: 1e8}, session_s=1e-4)
+    assert len(_plan(manifest, budget, fast).resident) > len(_plan(manifest, budget, slow).resident)
 
 
 # For anything
 
 
 @_settings
-@given(_SHARDS, _PROFILES, _OPTIONS, st.integers(1, 2000 * MB))
+@given(_SHARDS, _PROFILES, _OPTIONS, st.integers(1, 2000 * MB), _NARROW)
 def test_the_predicted_peak_keeps_to_the_budget_or_the_named_budget_works(
-    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], budget: int
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], budget: int, narrow: bool
 ) -> None:
-    manifest, profile = _case(shards, measured)
+    manifest, profile = _case(shards, measured, narrow=narrow)
     try:
         plan = _plan(manifest, budget, profile, **options)
     except BudgetError as error:
@@ -133,11 +166,11 @@ def test_the_predicted_peak_keeps_to_the_budget_or_the_named_budget_works(
 
 
 @_settings
-@given(_SHARDS, _PROFILES, _OPTIONS, _SHARES)
+@given(_SHARDS, _PROFILES, _OPTIONS, _SHARES, _NARROW)
 def test_a_plan_adds_up(
-    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], share: float
+    shards: list[list[int]], measured: dict[str, Any] | None, options: dict[str, Any], share: float, narrow: bool
 ) -> None:
-    manifest, profile = _case(shards, measured)
+    manifest, profile = _case(shards, measured, narrow=narrow)
     budget = _needed(manifest, profile, **options) + int(share * manifest.weight_bytes)
     plan = _plan(manifest, budget, profile, **options)
     streamed = [shard for shard in manifest.shards if shard.name not in plan.resident]
@@ -145,7 +178,7 @@ def test_a_plan_adds_up(
     assert len(resident) == len(plan.resident)
     # Memory.
     sessions = {shard.name: session_bytes(shard, plan.threads) for shard in manifest.shards}
-    weights = slots_bytes(plan, manifest.shards) + sum(page_ceil(s.nbytes) + sessions[s.name] for s in resident)
+    weights = slots_bytes(plan, manifest.shards) + sum(whole_bytes(s) + sessions[s.name] for s in resident)
     ranges = {shard.name: plan.partly_resident.get(shard.name, (0, shard.nbytes)) for shard in streamed}
     weights += sum(room_bytes(*part) for shard in streamed for part in staying(shard, ranges[shard.name]))
     assert plan.weights_bytes == weights
@@ -159,8 +192,8 @@ def test_a_plan_adds_up(
     assert plan.resident_bytes + plan.streamed_bytes == manifest.weight_bytes
     # Buffers.
     assert plan.buffer_bytes % 4096 == 0
-    for part in ranges.values():
-        assert room_bytes(*part) <= plan.buffer_bytes
+    for shard in streamed:
+        assert place(shard, ranges[shard.name]).nbytes <= plan.buffer_bytes
     assert (plan.buffers == 0) == (not streamed)
     assert plan.buffers <= min(len(streamed), plan.loaders + 1)
     # The streamed range of a shard begins and ends where a tensor does, and neither it nor the rest is empty.
@@ -171,7 +204,7 @@ def test_a_plan_adds_up(
             assert shard.weights is not None
             places = {spec.offset - shard.weights.offset for spec in shard.tensors} | {shard.nbytes}
             assert {begin, end} <= places
-            assert 0 < end - begin < shard.nbytes
+            assert 0 < end - begin < shard.nbytes or (narrow and begin == end)
             assert not plan.packed_streamed, "a packed copy takes memory for all of the shard"
     # Numbers.
     assert plan.loaders == (options["loaders"] or plan.loaders)

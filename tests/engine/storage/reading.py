@@ -59,9 +59,9 @@ def read_shard(storage: Storage, shard: Shard, *cuts: int, direct: bool = True) 
 
 def open_graph(storage: Storage, shard: Shard, during: Callable[[Path], object] = str) -> bytes:
     """The bytes that onnxruntime would read, after the path was changed."""
-    with storage.graph(shard) as path:
-        content = path.read_bytes()
-        during(path)
+    with storage.graph(shard) as graph:
+        content = graph.path.read_bytes()
+        during(graph.path)
     return content
 
 

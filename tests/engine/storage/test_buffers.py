@@ -64,9 +64,8 @@ def test_buffers_begin_at_a_page() -> None:
 
 
 def test_a_closed_buffer_gives_its_memory_back_even_while_arrays_live() -> None:
-    spec = WeightSpec(name="w", dtype="float32", shape=(1024,), offset=0)
     buffer = Buffer(4096)
-    array = buffer.tensor(spec, 0)
+    array = buffer.array("float32", (1024,), 0)
     array[:] = 1
     buffer.close()
     # Zeros, never a dangling pointer.

@@ -28,6 +28,10 @@ def export(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     opset: Annotated[int | None, typer.Option(min=1, help="Version of the ONNX operators, at most 20.")] = None,
     whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
+    weights: Annotated[
+        pipeload_export.Weights,
+        typer.Option(help="Store float32 weights in 16 bits where that loses nothing, or all as they are."),
+    ] = "auto",
     kv_cache: Annotated[
         pipeload_export.KvCache,
         typer.Option(help="KV caches as the model has them, or rounded to int8: a quarter of the memory."),
@@ -73,6 +77,7 @@ def export(
             revision=revision,
             opset=opset,
             whole=whole,
+            weights=weights,
             kv_cache=kv_cache,
             force=force,
             trust_remote_code=trust_remote_code,

@@ -1,0 +1,95 @@
+"""Weights of a shard -> the same in 16 bits, where that loses nothing.
+
+The graph takes the stored values through a `Cast` to float32, so that any ONNX program runs it. The casts come first:
+onnxruntime then runs each just before the first node that needs it, and holds one wide tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from pipeload_export.graph.graph import Constant, storage_dtype
+from pipeload_export.shard.fuse import Fused
+from pipeload_export.write.names import all_names, rename
+
+__all__ = ["StoredType", "given_type", "narrow", "stored_type", "wide_name", "with_casts"]
+
+StoredType: TypeAlias = Callable[[Constant], int]
+"""ONNX's number of the element type in which a constant is stored."""
+
+_LEAST_BYTES = 16 << 10
+"""Of smaller tensors nothing is gained: each has a node in the graph, and an array in memory."""
+_PIECE = 1 << 22
+"""Values that are looked at in one step."""
+
+
+def stored_type(constant: Constant) -> int:
+    """ONNX's number of the element type in which a constant is stored: of 16 bits if all values stay the same.
+
+    The values are read piece by piece, as far as they fit.
+    """
+    if constant.dtype == TensorProto.FLOAT and constant.nbytes >= _LEAST_BYTES:
+        for dtype in (TensorProto.BFLOAT16, TensorProto.FLOAT16):
+            if all(_is_exact(piece, dtype) for piece in _pieces(constant)):
+                return int(dtype)
+    return constant.dtype
+
+
+def given_type(constant: Constant) -> int:
+    """The element type that a constant has."""
+    return constant.dtype
+
+
+def narrow(fused: Fused, stored_type: StoredType) -> tuple[Fused, dict[str, str]]:
+    """A shard's graph over weights as they are stored, and for each tensor of 16 bits the name of what it becomes."""
+    names = all_names(fused.model.graph)
+    stored = {
+        name: Constant(stored_type(constant), constant.shape, constant.load)
+        for name, constant in fused.external.items()
+        if wide_name(name) not in names
+    }
+    types = {name: one.dtype for name, one in stored.items() if one.dtype != fused.external[name].dtype}
+    return with_casts(replace(fused, external=fused.external | stored), types)
+
+
+def with_casts(fused: Fused, types: Mapping[str, int]) -> tuple[Fused, dict[str, str]]:
+    """The graph over initializers of other types, and for each of them the name of what it is cast to."""
+    casts = {name: wide_name(name) for name in types}
+    model = ModelProto()
+    model.CopyFrom(fused.model)
+    graph = model.graph
+    rename(graph, casts, initializers=False)
+    for proto in graph.initializer:
+        proto.data_type = types.get(proto.name, proto.data_type)
+    nodes = [helper.make_node("Cast", [name], [made], made, to=TensorProto.FLOAT) for name, made in casts.items()]
+    nodes += graph.node
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return replace(fused, model=model), casts
+
+
+def wide_name(name: str) -> str:
+    """The name of the float32 tensor that becomes of one that is stored in 16 bits."""
+    return f"{name}.float32"
+
+
+def _pieces(constant: Constant) -> Iterator[NDArray[np.float32]]:
+    array = constant.load()
+    rows = array.reshape(1) if array.ndim == 0 else array
+    step = max(_PIECE * len(rows) // max(rows.size, 1), 1)
+    return (rows[begin : begin + step] for begin in range(0, len(rows), step))
+
+
+def _is_exact(piece: NDArray[np.float32], dtype: int) -> bool:
+    bits = np.ascontiguousarray(piece).view(np.uint32)
+    if dtype == TensorProto.BFLOAT16:
+        return not (bits & 0xFFFF).any()
+    with np.errstate(over="ignore"):
+        back: NDArray[Any] = piece.astype(storage_dtype(dtype)).astype(np.float32)
+    return bool(np.isfinite(back).all() and np.array_equal(back.view(np.uint32), bits))
