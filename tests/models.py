@@ -179,7 +179,7 @@ def _make_architecture(directory: Path, name: str) -> None:
 def traced_here() -> Iterator[None]:
     """Do in this process what the exporter does in children, which would import torch and transformers again."""
     from pipeload.errors import ExportError
-    from pipeload_export.source import asking, beside, reference, sources, tracer, tracing
+    from pipeload_export.source import asking, beside, reference, sentences, sources, tracer, tracing
     from pipeload_export.source.refused import Refused
 
     def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
@@ -195,17 +195,21 @@ def traced_here() -> Iterator[None]:
         with warnings.catch_warnings():
             reference.answer(questions, folder)
 
-    def resolve(_: str, request: Any, folder: Path, **__: object) -> str | None:
-        with warnings.catch_warnings():
-            try:
-                beside._resolve(request, folder)
-            except Refused as refusal:
-                return str(refusal)
-        return None
+    def in_child(work: Callable[[Any, Path], None]) -> Callable[..., str | None]:
+        def run(_: str, request: Any, folder: Path, **__: object) -> str | None:
+            with warnings.catch_warnings():
+                try:
+                    work(request, folder)
+                except Refused as refusal:
+                    return str(refusal)
+            return None
+
+        return run
 
     with (
         mock.patch.object(sources, "export_checkpoint", export_checkpoint),
-        mock.patch.object(beside, "run_child", resolve),
+        mock.patch.object(beside, "run_child", in_child(beside._resolve)),
+        mock.patch.object(sentences, "run_child", in_child(sentences._answer)),
         mock.patch.object(asking, "put_questions", put_questions),
     ):
         yield

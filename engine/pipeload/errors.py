@@ -14,7 +14,7 @@ PipeloadError
 
 Beside it there are three warnings: `TruncationWarning`, texts were cut to the number of tokens that the model takes;
 `QuantisationWarning`, the model's answers depend on what is computed together; and `EmbeddingWarning`, `embed` refuses
-the model that was exported.
+the model that was exported, or its vectors were not compared.
 
 A message gives the fact, the value and the remedy. The cause, where there is one, is chained (`raise ... from`).
 
@@ -99,7 +99,10 @@ class TruncationWarning(UserWarning):
 
 
 class EmbeddingWarning(UserWarning):
-    """`embed` refuses the exported model, while `run` takes it. No error: `warnings.filterwarnings` silences it."""
+    """`embed` refuses the exported model, while `run` takes it, or its vectors were not compared.
+
+    No error: `warnings.filterwarnings` silences it.
+    """
 
 
 class QuantisationWarning(UserWarning):

@@ -22,6 +22,7 @@ from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
+from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
 from pipeload_export.check.verify import verify as verify_directory
 from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
@@ -43,7 +44,6 @@ _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 <<
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
 _KEPT_ONNX = "model.onnx"
-_MODULES = "modules.json"
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
 )
@@ -90,13 +90,14 @@ def export(
             put random numbers where some are missing. The manifest names them.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
         verify: check all files, compare the shards with the unsplit model, and let the engine run the finished
-            directory, beside the own model of a checkpoint.
+            directory, beside the own model of a checkpoint, and beside sentence-transformers where that is installed.
         progress: called with the name of the step, its bytes done, and its bytes in total (0 where that is not known).
 
     Returns:
         The manifest that was written, with the differences that were found.
 
-    An `EmbeddingWarning` says why `embed` refuses a model of sentence-transformers whose modules pipeload lacks.
+    An `EmbeddingWarning` says why `embed` refuses a model of sentence-transformers whose modules pipeload lacks, or why
+    its vectors were not compared with those of sentence-transformers.
 
     Raises:
         ConfigError: an argument cannot be used.
@@ -155,7 +156,7 @@ def export(
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
                 keeping.commit()
             staging.commit()
-    _warn_of_embed(Path(target), manifest)
+    _warn_of_embed(Path(target), manifest, found)
     return manifest
 
 
@@ -220,15 +221,27 @@ def _build(
     return manifest
 
 
-def _warn_of_embed(directory: Path, manifest: Manifest) -> None:
-    """Warn if the model was made for embeddings, and `embed` refuses it; `run` needs nothing of its modules."""
+def _warn_of_embed(directory: Path, manifest: Manifest, found: Checkpoint | Unsplit) -> None:
+    """Warn if the model was made for embeddings, and `embed` refuses it (`run` needs nothing of its modules), or makes
+    vectors that could not be compared.
+    """
     files = ModelFiles(directory, manifest, verify=False)
-    if manifest.task != "feature-extraction" or _MODULES not in files.records:
+    if manifest.task != "feature-extraction" or MODULES not in files.records:
         return
     try:
         check_embed(FilesOnly(directory, manifest, files))
     except PipeloadError as error:
         warnings.warn(f"The model was exported, and embed refuses it: {error}", EmbeddingWarning, stacklevel=3)
+        return
+    if not isinstance(found, Checkpoint) or not manifest.parity or manifest.parity.vectors:
+        return
+    if makes_vectors(directory, manifest):
+        warnings.warn(
+            "The model was exported, and the vectors of embed were not compared with those of sentence-transformers: "
+            f"{obstacle(directory, manifest, found.request)}",
+            EmbeddingWarning,
+            stacklevel=3,
+        )
 
 
 def _published(unsplit: Unsplit) -> Published:

@@ -55,8 +55,12 @@ def parity_report(found: Parity | None) -> str:
         facts.append(f"{found.tokens_equal} of {found.tokens} greedy tokens equal")
     if found.beyond:
         facts.append(f"not beyond {', '.join(map(str, found.beyond))} tokens, which the config names too")
+    if vectors := found.vectors:
+        most = f"up to {vectors.longest} tokens{', cut there' if vectors.cut else ''}"
+        facts.append(f"vectors of {len(vectors.cases)} calls of embed with texts of {most}")
     facts.append(", ".join(f"{library} {version}" for library, version in found.versions.items()))
-    return f"{differences(found.outputs)}\n  {'; '.join(facts)}"
+    compared = (*found.outputs, vectors.difference) if vectors else found.outputs
+    return f"{differences(compared)}\n  {'; '.join(facts)}"
 
 
 def differences(found: Iterable[Verification]) -> str:

@@ -65,7 +65,8 @@ def faults(m: Manifest) -> Iterator[str]:
     for name in sorted(outputs - {name for shard in m.shards for name in shard.outputs}):
         yield f"output '{name}' is made by no shard"
     yield from _cache_faults(m)
-    for found in (*m.verification, *(m.parity.outputs if m.parity else ())):
+    vectors = (m.parity.vectors.difference,) if m.parity and m.parity.vectors else ()
+    for found in (*m.verification, *(m.parity.outputs if m.parity else ()), *vectors):
         if not all(0 <= n < math.inf for n in (found.max_abs_error, found.max_rel_error, found.limit)):
             yield f"the verification of output '{found.output}' has an error or limit that is no number"
 

@@ -243,6 +243,23 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vectors:
+    """The exporter's findings when it compared the vectors of `embed` with those of sentence-transformers.
+
+    Attributes:
+        cases: the texts that were compared: how many, and with which prompt.
+        longest: tokens of the longest of them, as the model takes it.
+        cut: whether that one has more tokens than the model takes.
+        difference: the difference that came closest to its limit, in parts of the range of all vectors.
+    """
+
+    cases: tuple[str, ...]
+    longest: int
+    cut: bool
+    difference: Verification
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
     """The exporter's findings when it compared the streamed model with its source, transformers' eager model.
 
@@ -254,6 +271,7 @@ class Parity:
         tokens: greedy tokens of the source.
         tokens_equal: those of them that the streamed model chooses too; at the others two logits are as good as equal.
         versions: library -> version.
+        vectors: of a checkpoint of sentence-transformers; None where vectors were not compared.
     """
 
     cases: tuple[str, ...]
@@ -263,6 +281,7 @@ class Parity:
     tokens: int = 0
     tokens_equal: int = 0
     versions: dict[str, str]
+    vectors: Vectors | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

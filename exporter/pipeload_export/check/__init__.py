@@ -12,6 +12,7 @@ questions   seeded inputs on both sides of them
 beginning   what tells an input with another answer from those with the right one
 running   does the engine open the finished directory, and run it?
 parity    the answers of the finished directory, run by the engine, and of the checkpoint itself
+vectors   the vectors of `embed`, and those of sentence-transformers
 verify    files, graphs and answers of a sharded model directory
 ```
 """

@@ -18,7 +18,7 @@ from pipeload.notify import Notify
 from pipeload_export.check.cases import Case
 from pipeload_export.check.chain import run_shards, run_unsplit
 
-__all__ = ["compare", "limit_of"]
+__all__ = ["compare", "limit_of", "limit_of_source"]
 
 _LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference that is allowed, in parts of the output's range. Float16 has 11 bits and bfloat16 has 8, and an
@@ -33,6 +33,12 @@ allows the shards. Over static int8 with seeded weights 0.5 was seen: there the 
 _ROUNDINGS, _ROUNDED_LIMIT = 2.0, 0.05
 """What one more rounding of each float16 edge changes, times the first and at most the second, is allowed too: shards
 round edges that the unsplit graph keeps as float32. SmolLM2's 30 layers in float16 differ by 0.0175."""
+
+_EFFECTS = 10
+"""An answer may differ from the source's by this many times of what the rounding of the source's own embeddings does to
+it: every operation of a model rounds, not only the first."""
+_MOST_SOURCE_LIMIT = 0.01
+"""In parts of the range. A source that rounding moves further has no answer that could be compared."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -98,6 +104,16 @@ def limit_of(dtype: str, inner: Iterable[str] = ()) -> float:
         inner: of the tensors that it is made from; the coarsest of them counts.
     """
     return _LIMITS[_coarsest(dtype, inner)] if dtype in _LIMITS else 0.0
+
+
+def limit_of_source(effect: float, span: float) -> float:
+    """The largest allowed difference from an answer of the source, float32, in parts of its range.
+
+    Args:
+        effect: how far the answer moves when the source's embeddings change by their rounding.
+        span: the range.
+    """
+    return min(max(limit_of("float32"), _EFFECTS * effect / span), _MOST_SOURCE_LIMIT)
 
 
 def _coarsest(dtype: str, inner: Iterable[str]) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,17 @@ from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
 from pipeload_export.check.beginning import Traits, beginning
 from pipeload_export.check.cases import as_taken
-from pipeload_export.check.compare import limit_of
+from pipeload_export.check.compare import limit_of_source
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
 from pipeload_export.check.running import given_room, opened
+from pipeload_export.check.vectors import ask_vectors
 from pipeload_export.source.asking import Answers, ask, visible
 from pipeload_export.source.tracing import Request
 
 __all__ = ["check_parity"]
 
-_EFFECTS = 10
-"""An output may differ by this many times of what the rounding of the source's own embeddings does to it: every
-operation of a model rounds, not only the first."""
-_MOST_LIMIT = 0.01
-"""In parts of the range. A source that rounding moves further has no answer that could be compared."""
 _INT8_LIMIT = 0.1
-"""The same in parts of the range where caches are int8."""
+"""The most difference in parts of the range where caches are int8."""
 
 
 def check_parity(
@@ -54,8 +50,8 @@ def check_parity(
         remedy: ends the message about answers that differ: what the user can do.
 
     Raises:
-        ExportError: an output of the streamed model differs by more than its limit; the engine cannot run it; or the
-            source cannot be asked.
+        ExportError: an output of the streamed model, or a vector of `embed`, differs by more than its limit; the engine
+            cannot run it; or the source cannot be asked.
     """
     positions = read_config(ModelFiles(directory, manifest, verify=False)).max_positions
     asked = questionnaire(manifest, directory, weight_bytes=request.weight_bytes, positions=positions)
@@ -80,15 +76,21 @@ def check_parity(
             f"({silences[0]}). Leave the comparison out with --no-verify."
         )
     comparison = _Comparison(manifest, asked, answers, remedy)
+    sentences = ask_vectors(directory, manifest, request, work, progress)
     # The source is gone when the engine begins.
     try:
         with opened(directory) as model:
             comparison.run(model, progress)
+            vectors = sentences.compare(model, remedy, progress) if sentences else None
     except ExportError:
         raise
     except PipeloadError as error:
         raise ExportError(f"The engine cannot run what was exported: {error}") from error
-    return comparison.result()
+    found = comparison.result()
+    if sentences is None:
+        return found
+    versions = {**found.versions, "sentence-transformers": sentences.answers.version}
+    return replace(found, vectors=vectors, versions=versions)
 
 
 @dataclass(slots=True)
@@ -197,8 +199,7 @@ class _Comparison:
                 f"{self._beginning(case)}. {self.remedy}"
             )
         span = self._span(name)
-        limit = max(limit_of("float32"), _EFFECTS * self.answers.effects[key].get(name, 0.0) / span)
-        limit = min(limit, _MOST_LIMIT)
+        limit = limit_of_source(self.answers.effects[key].get(name, 0.0), span)
         if any(cache.scale for cache in self.manifest.caches):
             limit = max(limit, _INT8_LIMIT)
         same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))

@@ -19,7 +19,7 @@ from pipeload_export.check.boundaries import boundaries
 from pipeload_export.check.cases import ENCODER, Sizes, as_taken, end_texts, index_limits, sample_cases
 from pipeload_export.source.folder import read_json
 
-__all__ = ["Prompt", "Question", "Questionnaire", "questionnaire"]
+__all__ = ["Prompt", "Question", "Questionnaire", "affordable_tokens", "questionnaire"]
 
 _SEED = 20241128
 _TEXT = {
@@ -136,6 +136,11 @@ def questionnaire(manifest: Manifest, directory: Path, *, weight_bytes: int, pos
             ids = _ids((batch, length), limits["input_ids"], padding_id, np.random.default_rng([_SEED, 1, number]))
             prompts.append(Prompt(name=f"{new_tokens} tokens after {batch} x {length}", ids=ids))
     return Questionnaire(questions=questions, prompts=tuple(prompts), new_tokens=new_tokens, boundaries=known)
+
+
+def affordable_tokens(manifest: Manifest, config: Mapping[str, Any], weight_bytes: int) -> int:
+    """The most tokens of one text that an export may spend time and memory on."""
+    return min(_longest(manifest, config), _MOST_OPERATIONS // (weight_bytes // 4 + 1))
 
 
 def _past(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> bool:

@@ -24,6 +24,7 @@ from pipeload_export.boundary import boundary
 from pipeload_export.check.cases import Case, sample_cases
 from pipeload_export.check.compare import compare
 from pipeload_export.check.parity import check_parity
+from pipeload_export.check.vectors import makes_vectors, obstacle
 from pipeload_export.extra import has_module, how_to_install, require_modules
 from pipeload_export.graph.runtime import open_session
 from pipeload_export.source.sources import Checkpoint, find_source
@@ -89,17 +90,23 @@ def verify(
         if source is None:
             skipped = () if against else ("comparison with the source: pass the checkpoint with --source",)
             return replace(report, skipped=(*report.skipped, *skipped))
-        checked = "the engine, streaming, answers as the source's own model does"
-        return replace(report, checks=(*report.checks, checked), parity=_parity(directory, str(source), notify))
+        return _with_parity(report, directory, str(source), notify)
 
 
-def _parity(directory: Path, source: str, notify: Notify) -> Parity:
+def _with_parity(report: Report, directory: Path, source: str, notify: Notify) -> Report:
     manifest = read(directory)
     found = find_source(source, task=manifest.task, progress=notify)
     if not isinstance(found, Checkpoint):
         raise ConfigError(f"'{source}' is an ONNX graph, not the checkpoint of a model. Pass it with --against.")
     with TemporaryDirectory(prefix="pipeload-verify-") as folder:
-        return check_parity(directory, manifest, found.request, Path(folder), notify, _REMEDY)
+        parity = check_parity(directory, manifest, found.request, Path(folder), notify, _REMEDY)
+    checks, skipped = [*report.checks, "the engine, streaming, answers as the source's own model does"], report.skipped
+    if parity.vectors:
+        checks.append("embed makes the vectors of sentence-transformers")
+    elif makes_vectors(directory, manifest):
+        why = obstacle(directory, manifest, found.request)
+        skipped = (*skipped, f"comparison of vectors with those of sentence-transformers: {why}")
+    return replace(report, checks=tuple(checks), skipped=skipped, parity=parity)
 
 
 def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:

@@ -25,5 +25,6 @@ refused   what that process refuses
 ropes     rotary positions that depend on the length, so that a trace follows them
 asking    seeded inputs -> the answers of the checkpoint's own model, in a child process
 reference the program of that process
+sentences texts -> the vectors of sentence-transformers itself, in a child process
 ```
 """

@@ -21,7 +21,7 @@ from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 from pipeload_export.source.tracing import Request, run_child
 
-__all__ = ["Answers", "Questions", "ask", "visible"]
+__all__ = ["Answers", "Questions", "ask", "answering_bytes", "visible"]
 
 _CHILD = "import sys; from pipeload_export.source.reference import run_child; run_child(*sys.argv[1:])"
 _WEIGHTS_FACTOR, _MAPPED_FACTOR, _LIBRARIES_BYTES = 1.2, 0.1, 900 << 20
@@ -125,13 +125,7 @@ def ask(
     Raises:
         ExportError: there is not enough memory, or the source could not be loaded.
     """
-    factor = _MAPPED_FACTOR if request.mapped else _WEIGHTS_FACTOR
-    needed, free = int(request.weight_bytes * factor) + _LIBRARIES_BYTES, auto_budget_bytes()
-    if needed > free:
-        raise ExportError(
-            f"Comparing with {request.name} takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are "
-            "free. Do it on a larger machine, or leave the comparison out with --no-verify."
-        )
+    needed = answering_bytes(request)
     folder.mkdir(parents=True)
     for number, inputs in enumerate(cases):
         for name, array in inputs.items():
@@ -146,6 +140,18 @@ def ask(
     progress(_STEP, total, total)
     found = json.loads((folder / "answers.json").read_bytes())
     return Answers(folder=folder, outputs={int(n): names for n, names in found.pop("outputs").items()}, **found)
+
+
+def answering_bytes(request: Request) -> int:
+    """An estimate of the child's peak memory. Raises ExportError if less is free."""
+    factor = _MAPPED_FACTOR if request.mapped else _WEIGHTS_FACTOR
+    needed, free = int(request.weight_bytes * factor) + _LIBRARIES_BYTES, auto_budget_bytes()
+    if needed > free:
+        raise ExportError(
+            f"Comparing with {request.name} takes about {format_bytes(needed)} of memory, and {format_bytes(free)} are "
+            "free. Do it on a larger machine, or leave the comparison out with --no-verify."
+        )
+    return needed
 
 
 def put_questions(questions: Questions, folder: Path, needed: int, tick: Callable[[], None]) -> None:

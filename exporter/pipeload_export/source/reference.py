@@ -17,11 +17,11 @@ from pipeload_export.source.asking import Questions, visible
 from pipeload_export.source.refused import reason
 from pipeload_export.source.tracer import load_model, serve
 
-__all__ = ["answer", "run_child"]
+__all__ = ["MAX_ERROR_CHARACTERS", "answer", "nudge", "run_child", "untouched"]
 
 _NUDGE = 1e-7
 """Relative change of the embeddings: about the rounding of float32, which no two implementations share."""
-_MAX_ERROR_CHARACTERS = 300
+MAX_ERROR_CHARACTERS = 300
 
 
 def run_child(request_path: str, folder: str, parent: str) -> None:
@@ -50,7 +50,7 @@ def answer(questions: Questions, folder: Path) -> None:
             found = _outputs(model, inputs, questions.outputs)
             effects[f"case.{number}"] = _effects(found, _outputs(model, inputs, questions.outputs, nudged=True))
         except Exception as error:  # noqa: BLE001 - the source takes no inputs of this size
-            errors[f"case.{number}"] = reason(error, _MAX_ERROR_CHARACTERS)
+            errors[f"case.{number}"] = reason(error, MAX_ERROR_CHARACTERS)
             continue
         outputs[number] = list(found)
         for name, array in found.items():
@@ -62,7 +62,7 @@ def answer(questions: Questions, folder: Path) -> None:
             text = {"input_ids": np.concatenate([ids, tokens[:, :-1]], axis=1)}
             found, moved = (_outputs(model, text, ["logits"], nudged=nudged) for nudged in (False, True))
         except Exception as error:  # noqa: BLE001 - nor this text
-            errors[f"prompt.{number}"] = reason(error, _MAX_ERROR_CHARACTERS)
+            errors[f"prompt.{number}"] = reason(error, MAX_ERROR_CHARACTERS)
             continue
         effects[f"prompt.{number}"] = _effects(found, moved)
         np.save(folder / f"answer.prompt.{number}.tokens.npy", tokens)
@@ -80,7 +80,7 @@ def _outputs(
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         tensors["use_cache"] = False
-    with _untouched(model), torch.no_grad(), _nudge(model) if nudged else nullcontext():
+    with untouched(model), torch.no_grad(), nudge(model) if nudged else nullcontext():
         found = model(**tensors, return_dict=True)
     mask = inputs.get("attention_mask")
     return {name: visible(found[name].float().numpy(), mask) for name in wanted if torch.is_tensor(found.get(name))}
@@ -96,7 +96,7 @@ def _continued(model: Any, ids: NDArray[Any], new_tokens: int) -> tuple[NDArray[
         max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
     tensor = torch.from_numpy(ids)
-    with _untouched(model), torch.no_grad():
+    with untouched(model), torch.no_grad():
         made = model.generate(tensor, attention_mask=torch.ones_like(tensor))
     logits = torch.stack(made.logits, dim=1).float().numpy()
     return made.sequences[:, ids.shape[1] :].numpy(), logits
@@ -112,7 +112,7 @@ def _effects(found: Mapping[str, NDArray[Any]], moved: Mapping[str, NDArray[Any]
 
 
 @contextmanager
-def _nudge(model: Any) -> Iterator[None]:
+def nudge(model: Any) -> Iterator[None]:
     """A context in which the embeddings differ by the rounding of float32."""
     import torch
 
@@ -138,7 +138,7 @@ def _nudge(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(model: Any) -> Iterator[None]:
+def untouched(model: Any) -> Iterator[None]:
     """A context that undoes what a pass leaves in the modules: a dynamic rope's frequencies, BigBird's attention."""
     modules = list(model.modules())
     configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}

@@ -29,7 +29,7 @@ from pipeload_export.source.trace import LEAST_DISK_BYTES, check_supported, trac
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 from pipeload_export.source.widened import widen
 
-__all__ = ["load_model", "run_child", "seeded_model", "serve"]
+__all__ = ["attention_of", "load_model", "run_child", "seeded_model", "serve"]
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
 
@@ -122,12 +122,12 @@ def seeded_model(seeded: Seeded) -> Any:
     import transformers
 
     kind = getattr(transformers, seeded.config_class)
-    config = kind(**seeded.config, **_attention(kind(**seeded.config)))
+    config = kind(**seeded.config, **attention_of(kind(**seeded.config)))
     torch.manual_seed(seeded.seed)
     return getattr(transformers, seeded.model_class)(config)
 
 
-def _attention(config: Any) -> dict[str, str]:
+def attention_of(config: Any) -> dict[str, str]:
     """The implementation of attention that a model is loaded with, to be traced and to be its reference."""
     # Eager, transformers 4.57 adds the alibi of Falcon twice: in the mask, and to the scores.
     return _SDPA if config.model_type == "falcon" and config.alibi else _EAGER
@@ -155,7 +155,7 @@ def _gguf_model(path: Path) -> Any:
     check_supported(config.model_type, _CACHED["text-generation"])
     gguf = GgufFile(path)
     gguf.configure(config)
-    model = transformers.AutoModelForCausalLM.from_config(config, **_attention(config))
+    model = transformers.AutoModelForCausalLM.from_config(config, **attention_of(config))
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
     if missing:
@@ -198,7 +198,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
             config=config,
             dtype=torch.float32,
             use_safetensors=True,
-            **_attention(config),
+            **attention_of(config),
             **options,
         )
     except ValueError as error:

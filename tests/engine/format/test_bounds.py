@@ -49,6 +49,12 @@ def _negative_error(content: Any) -> None:
     content["verification"].append({"output": "x", "max_abs_error": -1.0, "max_rel_error": 0.0, "limit": 1.0})
 
 
+def _negative_error_of_vectors(content: Any) -> None:
+    none = {"max_abs_error": 0.0, "max_rel_error": 0.0, "limit": 1.0}
+    vectors = {"cases": [], "longest": 1, "cut": False, "difference": {"output": "embed", **none, "limit": -1.0}}
+    content["parity"] = {"cases": [], "longest": 1, "outputs": [], "versions": {}, "vectors": vectors}
+
+
 def _many_shards(content: Any) -> None:
     block = content["shards"][2]
     content["shards"][3:3] = [{**block, "name": f"block.{k}"} for k in range(20_000)]
@@ -81,6 +87,7 @@ _FAULTS = [
     (lambda m: m["edges"].append(m["edges"][0]), "edge '.*' occurs twice"),
     (_set("outputs", to=[]), "'last_hidden_state', which is no edge and no output"),
     (_negative_error, "the verification of output 'x' has an error or limit that is no number"),
+    (_negative_error_of_vectors, "the verification of output 'embed' has an error or limit that is no number"),
 ]
 
 
