@@ -85,7 +85,8 @@ def export(
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
         force: replace an existing sharded model directory, once the new one is complete.
-        trust_remote_code: run the checkpoint's own Python code. Read it first.
+        trust_remote_code: run the Python code of the checkpoint, or of the tokenizer beside an `.onnx` file. Read it
+            first.
         allow_missing: where weights of a checkpoint do not fit the model, leave those out that it has no place for, and
             put random numbers where some are missing. The manifest names them.
         keep_onnx: a folder in which the unsplit ONNX model is kept, for comparison.
@@ -135,7 +136,7 @@ def export(
             unsplit = (
                 found.to_onnx(staging.work, notify)
                 if isinstance(found, Checkpoint)
-                else resolve_beside(found, staging.work, notify)
+                else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
             manifest = _build(
                 *(unsplit, staging.result),

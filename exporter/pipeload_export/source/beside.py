@@ -35,12 +35,18 @@ _CONFIG_KEYS = ("model_type", "tokenizer_class", "image_size", "num_channels")
 
 
 class _Beside(msgspec.Struct, frozen=True, kw_only=True):
-    """The parent's request to the child: file name -> path."""
+    """The parent's request to the child.
+
+    Attributes:
+        files: file name -> path.
+        trust_remote_code: run the tokenizer's own Python files.
+    """
 
     files: dict[str, str]
+    trust_remote_code: bool = False
 
 
-def resolve_beside(found: Unsplit, work: Path, progress: Notify) -> Unsplit:
+def resolve_beside(found: Unsplit, work: Path, progress: Notify, *, trust_remote_code: bool = False) -> Unsplit:
     """The model of an `.onnx` file with its tokenizer and image processor resolved; where transformers is not
     installed, as it is.
 
@@ -48,9 +54,11 @@ def resolve_beside(found: Unsplit, work: Path, progress: Notify) -> Unsplit:
         found: the model.
         work: folder for what is written.
         progress: told of the step.
+        trust_remote_code: run the Python code that a tokenizer brings along.
 
     Raises:
-        ExportError: transformers cannot open them, or the engine would make other ids of a text or pixels of an image.
+        ExportError: transformers cannot open them, one brings Python code that is not allowed, or the engine would make
+            other ids of a text or pixels of an image.
     """
     files = _vocabularies(found) | dict(found.side_files)
     if not {*TOKENIZER_FILES, _PROCESSOR} & files.keys() or not has_module("transformers"):
@@ -60,11 +68,14 @@ def resolve_beside(found: Unsplit, work: Path, progress: Notify) -> Unsplit:
     folder.mkdir()
     error = run_child(
         _CHILD,
-        _Beside(files={name: str(path.absolute()) for name, path in files.items()}),
+        _Beside(
+            files={name: str(path.absolute()) for name, path in (_code(found) | files).items()},
+            trust_remote_code=trust_remote_code,
+        ),
         folder,
         fact=f"Reading the files beside '{found.source}'",
         needed=_LIBRARIES_BYTES,
-        online=False,
+        online=trust_remote_code,
         tick=lambda: None,
     )
     if error:
@@ -79,9 +90,18 @@ def run_child_beside(request_path: str, folder: str, parent: str) -> None:
 
 def _vocabularies(found: Unsplit) -> dict[str, Path]:
     """The files of tokenizers that a sharded model directory does not keep, where the others lie."""
-    folders = dict.fromkeys([found.path.parent, *(path.parent for path in found.side_files.values())])
-    places = [folder / name for folder in reversed(folders) for name in (*TOKENIZER_FILES, *_MORE_FILES)]
+    places = [folder / name for folder in _folders(found) for name in (*TOKENIZER_FILES, *_MORE_FILES)]
     return {place.name: place for place in places if place.is_file()}
+
+
+def _code(found: Unsplit) -> dict[str, Path]:
+    """The Python files there, of which some tokenizers are made."""
+    return {path.name: path for folder in _folders(found) for path in folder.glob("*.py")}
+
+
+def _folders(found: Unsplit) -> list[Path]:
+    """Where the files of the model lie; those of a later folder win."""
+    return list(dict.fromkeys([found.path.parent, *(path.parent for path in found.side_files.values())]))[::-1]
 
 
 def _resolve(request: _Beside, folder: Path) -> None:
@@ -95,7 +115,7 @@ def _resolve(request: _Beside, folder: Path) -> None:
     if settings:
         _write(source / _SETTINGS, older_tokenizer_config(settings, has_json="tokenizer.json" in request.files))
     if "tokenizer.json" in request.files or settings or "model_type" in config:
-        resolve_tokenizer(source, folder)
+        resolve_tokenizer(source, folder, trust_remote_code=request.trust_remote_code)
     # Those of speech have a rate.
     if "sampling_rate" not in read_json(source / _PROCESSOR):
         resolve_image_processor(source, folder)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-__all__ = ["Refused", "reason"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["Refused", "only_trusted_code", "reason"]
 
 _MOST_CHARACTERS = 600
 
 
 class Refused(Exception):  # noqa: N818
     """The model cannot be exported, for a reason that needs no traceback."""
+
+
+@contextmanager
+def only_trusted_code() -> Iterator[None]:
+    """Wraps the loading of a checkpoint or a tokenizer by transformers: refuses one whose code may not be run."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise Refused(
+            "it brings Python code of its own. Read that code, and if you trust it, export with --trust-remote-code."
+        ) from error
 
 
 def reason(error: Exception, most: int = _MOST_CHARACTERS) -> str:

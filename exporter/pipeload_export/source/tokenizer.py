@@ -17,7 +17,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.tasks.text.tokenizer import Tokenizer
 from pipeload_export.source.bare import files_only
 from pipeload_export.source.folder import read_json
-from pipeload_export.source.refused import Refused
+from pipeload_export.source.refused import Refused, only_trusted_code
 from pipeload_export.source.tracing import RESOLVED
 
 __all__ = ["TOKENIZER_FILES", "resolve_tokenizer"]
@@ -76,13 +76,15 @@ def _reference(checkpoint: Path, *, trust_remote_code: bool) -> Any:
     config, settings = (read_json(checkpoint / name) for name in ("config.json", "tokenizer_config.json"))
     named = settings.get("tokenizer_class") or settings.get("auto_map") or config.get("tokenizer_class")
     kind = AutoTokenizer if named or config.get("model_type") in TOKENIZER_MAPPING_NAMES else PreTrainedTokenizerFast
-    options = {"trust_remote_code": True} if trust_remote_code else {"local_files_only": True}
+    # Where trust is neither given nor denied, transformers asks at the terminal.
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     with foreign_errors(
         Refused,
         "transformers cannot open its tokenizer",
         "Fetch its files again, or take them out of the folder to export a model that takes token ids only.",
     ):
-        return kind.from_pretrained(checkpoint, **options)
+        with only_trusted_code():
+            return kind.from_pretrained(checkpoint, **options)
 
 
 def _compare(folder: Path, reference: Any) -> None:

@@ -21,7 +21,7 @@ from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
 from pipeload_export.source.gguf import GgufFile, reading_once
 from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import view_of
-from pipeload_export.source.refused import Refused, reason
+from pipeload_export.source.refused import Refused, only_trusted_code, reason
 from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS, is_encoder_alone, is_projected
 from pipeload_export.source.tokenizer import resolve_tokenizer
@@ -188,7 +188,7 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
         widen(source)
     # All files are here by now; only a model's own code may be in another repository.
     options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": not trusted}
-    try:
+    with only_trusted_code():
         config = transformers.AutoConfig.from_pretrained(source, **options)
         check_supported(config.model_type, _CACHED.get(request.task, request.task))
         model, gaps = load_whole(
@@ -201,12 +201,6 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
             **attention_of(config),
             **options,
         )
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise Refused(
-            "it brings Python code of its own. Read that code, and if you trust it, export with --trust-remote-code."
-        ) from error
     if gaps != Gaps():
         (folder / GAPS_NAME).write_bytes(msgspec.json.encode(gaps))
     if request.task == "text-classification" and model.config.pad_token_id is None:

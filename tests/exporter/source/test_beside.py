@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from pipeload_export import export
 from pipeload_export.source import beside
 
 
-def _exported(source: Path, target: Path) -> Any:
+def _exported(source: Path, target: Path, **options: Any) -> Any:
     """The tokenizer of an export."""
     from tokenizers import Tokenizer
 
     with traced_here():
-        export(source, target)
+        export(source, target, **options)
     return Tokenizer.from_file(str(target / "tokenizer.json"))
 
 
@@ -71,6 +72,35 @@ def test_a_tokenizer_that_the_engine_reads_otherwise_is_refused(tmp_path: Path) 
     with pytest.raises(ExportError, match=r"with the files beside it: pipeload would make other tokens of "):
         export(write_onnx(folder / "model.onnx"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["m", "m/onnx"])
+def test_code_of_a_tokenizer_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The option was taken, and the code beside an `.onnx` file refused as if it had not been given."""
+    from transformers.utils import hub
+
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(hub, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = write_fast(tmp_path / "m", tokenizer_class="OwnFast", auto_map={"AutoTokenizer": [None, "own.OwnFast"]})
+    write_json(folder / "config.json", {"model_type": "own"})
+    (folder / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+        "from transformers import BertTokenizerFast\n\n"
+        "class OwnFast(BertTokenizerFast):\n"
+        "    def __init__(self, *arguments, **options):\n"
+        "        super().__init__(*arguments, **options)\n"
+        "        self.add_tokens(['ab'])\n"
+    )
+    (tmp_path / place).mkdir(exist_ok=True)
+    source = write_onnx(tmp_path / place / "model.onnx")
+    with pytest.raises(ExportError, match=r"brings Python code of its own.*--trust-remote-code"):
+        _exported(source, tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    tokenizer = _exported(source, tmp_path / "out", trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+    assert tokenizer.encode("ab c", add_special_tokens=False).tokens == ["ab", "c"]
 
 
 def test_without_transformers_the_files_are_kept_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
