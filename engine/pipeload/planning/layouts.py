@@ -35,22 +35,30 @@ _SMALL_SHARE = 0.1
 """A shard below this fraction of the largest becomes resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
 """The streamed range of a shard, and each kept part before or behind it, are at least this fraction of the shard."""
-_BUFFER_SIZES = 12
-"""At most this many sizes of a buffer are tried."""
+_RANGE_SIZES = 12
+"""At most this many sizes of streamed ranges are tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """A range of a shard that may be streamed: bytes of the buffer for it, and of memory for the kept parts."""
+    """A range of a shard that may be streamed.
+
+    Attributes:
+        streamed: the range.
+        read_bytes: memory for its pages.
+        buffer_bytes: of the buffer for it: the same, or more where weights are widened.
+        staying_bytes: of memory for the kept parts.
+    """
 
     streamed: Range
+    read_bytes: int
     buffer_bytes: int
     staying_bytes: int
 
     @classmethod
     def of(cls, shard: Shard, streamed: Range) -> _Choice:
         staying_bytes = sum(room_bytes(*part) for part in staying(shard, streamed))
-        return cls(streamed, place(shard, streamed).nbytes, staying_bytes)
+        return cls(streamed, room_bytes(*streamed), place(shard, streamed).nbytes, staying_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +135,7 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     order = _residence_order(_groups(shards))
     counts = [loaders] if loaders else speed.loaders
     choices = {shard.name: _choices(shard, alone=len(group) == 1) for group in order for shard in group}
-    sizes = _buffer_sizes(shards, choices)
+    sizes = _range_sizes(shards, choices)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
     widens = any(spec.widened is not None for shard in shards for spec in shard.tensors)
@@ -153,7 +161,7 @@ def _fill(
     free: int,
     loaders: int,
     buffers: int,
-    buffer_bytes: int,
+    read_bytes: int,
     beside: _Beside,
     *,
     packed: bool,
@@ -162,19 +170,21 @@ def _fill(
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit.
 
-    Weights that stay as they are stored come first where `narrow`, and whole shards otherwise.
+    No shard has a larger streamed range than `read_bytes`. Weights that stay as they are stored come first where
+    `narrow`, and whole shards otherwise.
     """
     packing = beside.packing_bytes if packed else 0
+    # The packed copy of a shard takes memory for the whole shard.
+    most = 1 if pack_streamed else None
+    fitting = {
+        name: [choice for choice in found[:most] if buffers and choice.read_bytes <= read_bytes]
+        for name, found in choices.items()
+    }
+    buffer_bytes = max((choice.buffer_bytes for found in fitting.values() for choice in found), default=0)
     used = packing + buffers * (buffer_bytes + max(beside.sessions.values()))
     if pack_streamed:
         # Each Loading Agent packs a shard of its own.
         used += buffers * buffer_bytes + min(loaders, buffers) * beside.second_copy_bytes
-    # A shard's streamed range must fit into a buffer. The packed copy of a shard takes memory for the whole shard.
-    count = 1 if pack_streamed else None
-    fitting = {
-        name: [choice for choice in found[:count] if buffers and choice.buffer_bytes <= buffer_bytes]
-        for name, found in choices.items()
-    }
     chosen = {name: found[0] for name, found in fitting.items() if found}
     used += sum(choice.staying_bytes for choice in chosen.values())
     whole = [group for group in order if group[0].name not in chosen]
@@ -253,12 +263,12 @@ def _choices(shard: Shard, *, alone: bool) -> list[_Choice]:
     return [_Choice.of(shard, streamed) for streamed in found]
 
 
-def _buffer_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choice]]) -> list[int]:
-    """Sizes of a buffer worth a try: those of the ranges of the largest shards that can be streamed."""
+def _range_sizes(shards: Sequence[Shard], choices: Mapping[str, Sequence[_Choice]]) -> list[int]:
+    """Sizes worth a try for the largest streamed range: those of the ranges of the largest shards."""
     largest = max(shard.nbytes for shard in shards)
-    sizes = {c.buffer_bytes for s in shards for c in choices[s.name] if s.nbytes > largest * _SMALL_SHARE}
-    ordered = sorted(sizes or {memory_ceil(largest)}, reverse=True)
-    step = -(-len(ordered) // _BUFFER_SIZES)
+    sizes = {c.read_bytes for s in shards for c in choices[s.name] if s.nbytes > largest * _SMALL_SHARE}
+    ordered = sorted(sizes - {0} or {memory_ceil(largest)}, reverse=True)
+    step = -(-len(ordered) // _RANGE_SIZES)
     return ordered[::step]
 
 
