@@ -149,7 +149,7 @@ def _split(
     if head:
         writer.write_head(head)
     writer.finish()
-    inputs = related_inputs(inputs, sampler.sums)
+    inputs = related_inputs(inputs, sampler.sums, sampler.fixed)
 
     dims = tuple(dict.fromkeys(symbol for spec in inputs for dim in spec.shape for symbol in symbols(dim)))
     known = {*graph.output_names, *(spec.name for spec in inputs)}
@@ -171,7 +171,9 @@ def _split(
         caches=caches,
         head=Head(input=head.input, output=head.output, shards=slices) if head else None,
         shards=tuple(writer.shards),
-        structures={name: related_structure(one, sampler.sums) for name, one in writer.structures.known.items()},
+        structures={
+            name: related_structure(one, sampler.sums, sampler.fixed) for name, one in writer.structures.known.items()
+        },
         dims=dims,
         files=tuple(writer.files),
         quantised_dynamically=quantised_dynamically,

@@ -123,7 +123,8 @@ def sample_cases(manifest: Manifest, directory: Path) -> list[Case]:
     if roles.has_images:
         if not limits:
             chosen = [Sizes(batch=batch, length=0) for batch in (1, 2, 3)]
-        chosen = _with_images(chosen, published.images or (_IMAGE,))
+        images = [roles.fitted(image) for image in published.images or (_IMAGE,)]
+        chosen = _with_images(chosen, list(dict.fromkeys(images)))
     # A generator for each case: the values of one case do not depend on the others.
     return [
         Case(
@@ -186,6 +187,7 @@ class _Roles:
         caches = {cache.input for cache in manifest.caches}
         self.caches = caches
         self._edges: dict[str, int] = {}
+        self._one_size: dict[int, int] = {}
         self._channels: dict[str, int] = {}
         self._extents: dict[str, Extent] = {}
         self._batch: set[str] = set()
@@ -200,7 +202,9 @@ class _Roles:
                 _, channels, *edges = spec.shape
                 if isinstance(channels, str):
                     self._channels[channels] = published.channels or 3
-                self._edges |= {dim: place for place, dim in enumerate(edges) if isinstance(dim, str)}
+                if free := {dim: place for place, dim in enumerate(edges) if isinstance(dim, str)}:
+                    self._edges |= free
+                    self._one_size |= {place: dim for place, dim in enumerate(edges) if isinstance(dim, int)}
             elif spec.name in limits:
                 self._text |= set().union(*others)
             for (name, axis), extent in extents.items():
@@ -218,6 +222,10 @@ class _Roles:
     def has_sounds(self) -> bool:
         """Whether convolutions take something else than images, of a free length, in steps."""
         return any(extent.step > 1 for extent in self._extents.values())
+
+    def fitted(self, image: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of an image, with the size that the model takes where an edge has one only."""
+        return self._one_size.get(0, image[0]), self._one_size.get(1, image[1])
 
     def dims(self, spec: TensorSpec, sizes: Sizes) -> tuple[int, ...]:
         """The input's shape in a case."""

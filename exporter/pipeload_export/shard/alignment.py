@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import numpy as np
 
+from pipeload.format.dims import parts
 from pipeload.format.manifest import ByteTerm, Structure, TensorSpec, symbols
 
 __all__ = ["Sums", "aligned", "related_inputs", "related_structure"]
@@ -50,20 +52,38 @@ def aligned(specs: Sequence[TensorSpec]) -> Iterator[Sums]:
             yield {**equal, name: (text, past)}
 
 
-def related_inputs(specs: Sequence[TensorSpec], sums: Sums) -> tuple[TensorSpec, ...]:
-    """The inputs without the symbols that are sums of others."""
-    return tuple(
-        replace(spec, shape=tuple(" + ".join(sums[str(dim)]) if dim in sums else dim for dim in spec.shape))
-        for spec in specs
-    )
+def related_inputs(specs: Sequence[TensorSpec], sums: Sums, fixed: Mapping[str, int]) -> tuple[TensorSpec, ...]:
+    """The inputs without the symbols that are sums of others or have one size."""
+    return tuple(replace(spec, shape=tuple(_related(dim, sums, fixed) for dim in spec.shape)) for spec in specs)
 
 
-def related_structure(structure: Structure, sums: Sums) -> Structure:
-    """The same bytes, in terms of the other symbols."""
-    return replace(structure, activations=tuple(_expanded(formula, sums) for formula in structure.activations))
+def _related(dim: int | str, sums: Sums, fixed: Mapping[str, int]) -> int | str:
+    if isinstance(dim, int):
+        return dim
+    terms = [int(term) if term.isdecimal() else fixed.get(term, term) for term in sums.get(dim, parts(dim))]
+    names, size = [term for term in terms if isinstance(term, str)], sum(t for t in terms if isinstance(t, int))
+    return " + ".join([*names, *([str(size)] if size else [])]) if names else size
 
 
-def _expanded(formula: Sequence[ByteTerm], sums: Sums) -> tuple[ByteTerm, ...]:
-    return tuple(
+def related_structure(structure: Structure, sums: Sums, fixed: Mapping[str, int]) -> Structure:
+    """The same bytes, in terms of the symbols that `related_inputs` leaves."""
+    return replace(structure, activations=tuple(_expanded(formula, sums, fixed) for formula in structure.activations))
+
+
+def _expanded(formula: Sequence[ByteTerm], sums: Sums, fixed: Mapping[str, int]) -> tuple[ByteTerm, ...]:
+    terms = (
         replace(term, dims=dims) for term in formula for dims in product(*(sums.get(dim, (dim,)) for dim in term.dims))
+    )
+    return tuple(_at(term, fixed) for term in terms)
+
+
+def _at(term: ByteTerm, fixed: Mapping[str, int]) -> ByteTerm:
+    """The term where some of its symbols have one size; it may be of a run in which they still had more."""
+    pairs = list(zip(term.dims, term.steps or (1,) * len(term.dims), strict=True))
+    known, free = ([pair for pair in pairs if (pair[0] in fixed) is wanted] for wanted in (True, False))
+    return replace(
+        term,
+        nbytes=term.nbytes * prod(-(-fixed[dim] // step) for dim, step in known),
+        dims=tuple(dim for dim, _ in free),
+        steps=tuple(step for _, step in free) if term.steps else (),
     )

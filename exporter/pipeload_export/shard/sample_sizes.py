@@ -3,7 +3,8 @@
 Which sizes go together is not written in a graph. Images and sounds get whole patches and frames, as the graph's
 convolutions make them, or the sizes that the model's publisher names. Where the shards refuse independent sizes, other
 plans are tried: symbols that are the sum of two others, as a length of cache and text together is, masks
-that hide nothing, and texts that end with the id that the graph looks for.
+that hide nothing, and texts that end with the id that the graph looks for. Where images of independent heights and
+widths are refused, one edge keeps a size and the other is free, as in a reader of lines of text; then both have one.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _COUNTS = ((1, 2, 3), (2, 4, 6), (5, 6, 7))
 _FRAMES = ((25, 50, 75),)
 """Frames of a sound: models of it have several layers of convolutions, which leave nothing of a short one."""
 _MOST_PATCHES = 64
+_MOST_PATCHES_OF_ONE_EDGE = 16
+"""Likewise, along one edge while the other is free: the height of a line of text, or the bands of a sound."""
 _TRACED_BATCH, _TRACED_LENGTH = 2, 16
 _CONVOLUTIONS = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
 """Operators that take images first -> the place of their weights."""
@@ -50,7 +53,7 @@ class Plan:
     """How the sizes of symbols are chosen.
 
     Attributes:
-        fixed: symbols that have one size.
+        fixed: symbols that have one size, which the manifest gives in their place.
         sizes: symbols that have other sizes than usual.
         sums: symbols that are the sum of others.
         ones: integers are ones; otherwise zeros and ones.
@@ -113,12 +116,12 @@ def _plans_of_extents(
 ) -> Iterator[Plan]:
     """Plans for a model of images or sounds."""
     channels = _channels(graph, specs)
-    steps = {name: extent.step for name, extent in extents.items()}
-    is_image = any(len(spec.shape) == 4 and steps.keys() & set(spec.shape) for spec in specs)
+    largest = max(extent.step for extent in extents.values())
+    is_image = any(len(spec.shape) == 4 and extents.keys() & set(spec.shape) for spec in specs)
     edges = _edges(specs, extents)
     counts = list(_COUNTS if is_image else _FRAMES)
     for height, width in published.images if is_image else ():
-        fewest = min(height // max(steps.values()), width // max(steps.values()))
+        fewest = min(height // largest, width // largest)
         if fewest > 1:
             counts.append((fewest - 1, fewest, fewest + 1))
     # Other sizes than those of images and sounds may belong together as well, such as those of texts beside them.
@@ -128,13 +131,47 @@ def _plans_of_extents(
     ]
     relations: list[Sums] = [sums for place, sums in enumerate(others) if sums or not place]
     for chosen, sums in product(dict.fromkeys(counts), relations):
-        sizes = {name: tuple(extent.size(count) for count in chosen) for name, extent in extents.items()}
-        yield Plan(fixed=channels, sizes=sizes, steps=steps, sums=sums)
+        yield _counted(dict.fromkeys(extents, chosen), extents, fixed=channels, sums=sums)
+    if not published.images:
+        yield from _plans_of_counts(extents, channels)
     for pair, sums in product(published.images if is_image else (), relations):
-        yield Plan(fixed=channels | {name: pair[place] for name, place in edges.items()}, sums=sums)
-    for patches in range(1, _MOST_PATCHES + 1) if not published.images else ():
-        one = {name: extent.size(patches) for name, extent in extents.items()}
-        yield Plan(fixed=channels | one)
+        one = {name: pair[place] for name, place in edges.items()}
+        for kept, chosen in product(one, dict.fromkeys(counts)) if len(one) > 1 else ():
+            free = {name: chosen for name in one if name != kept}
+            yield _counted(free, extents, fixed=channels | {kept: one[kept]}, sums=sums)
+        yield Plan(fixed=channels | one, sums=sums)
+
+
+def _plans_of_counts(extents: Mapping[str, Extent], channels: Mapping[str, int]) -> Iterator[Plan]:
+    """Plans for a model that takes one number of patches along an edge, or its multiples, which no file names."""
+    free = _COUNTS[0]
+    # One patch comes last: a table of any number of positions fits it, whose rows are then all added to it.
+    for kept, patches in product(extents if len(extents) > 1 else (), (*range(2, _MOST_PATCHES_OF_ONE_EDGE + 1), 1)):
+        others = {name: free for name in extents if name != kept}
+        if patches > 1:
+            yield _counted({**others, kept: [patches * count for count in free]}, extents, fixed=channels)
+        yield _counted(others, extents, fixed={**channels, kept: extents[kept].size(patches)})
+    # Along both edges it comes first, before images that take gigabytes, but says nothing of other sizes.
+    yield _counted(dict.fromkeys(extents, (1,)), extents, fixed=channels)
+    for patches in range(2, _MOST_PATCHES + 1):
+        yield _counted(dict.fromkeys(extents, tuple(patches * count for count in free)), extents, fixed=channels)
+        yield Plan(fixed={**channels, **{name: extent.size(patches) for name, extent in extents.items()}})
+
+
+def _counted(
+    counts: Mapping[str, Sequence[int]],
+    extents: Mapping[str, Extent],
+    *,
+    fixed: Mapping[str, int],
+    sums: Sums | None = None,
+) -> Plan:
+    """The plan in which symbols make these numbers of positions."""
+    return Plan(
+        fixed=fixed,
+        sizes={name: tuple(map(extents[name].size, chosen)) for name, chosen in counts.items()},
+        steps={name: extents[name].step for name in counts},
+        sums=sums or {},
+    )
 
 
 def _symbolic_extents(graph: Graph, specs: Sequence[TensorSpec]) -> dict[str, Extent]:

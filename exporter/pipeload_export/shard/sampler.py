@@ -108,6 +108,11 @@ class Sampler:
         return tuple(n for n in self._names if n not in self._plan.sums and len({p[n] for p in self.points}) > 1)
 
     @property
+    def fixed(self) -> Mapping[str, int]:
+        """Symbols that have one size, the only one of which something is known."""
+        return self._plan.fixed
+
+    @property
     def sums(self) -> Sums:
         """Symbols whose sizes follow from those of others."""
         return self._plan.sums
@@ -230,16 +235,25 @@ class Sampler:
         points = plan.points(self._names)
         most = len(points)
         while len(points) * 2 > most:
-            self._begin(plan, points)
             try:
-                for before in self._steps:
-                    self._do(before, None, trials)
-                return self._do(step, plain, trials)
+                # Nearly every plan that is refused is so at its smallest sizes or at its largest.
+                for end in (points[:1], points[-1:]) if trials and not plan.partial else ():
+                    self._run_all(plan, end, step, plain, trials)
+                return self._run_all(plan, points, step, plain, trials)
             except Refused as refused:
                 if not plan.partial:
                     return None
                 points = [point for place, point in enumerate(points) if place not in refused.places]
         return None
+
+    def _run_all(
+        self, plan: Plan, points: list[dict[str, int]], step: _Step, plain: Fused | None, trials: _Trials | None
+    ) -> _Done:
+        """All steps, then this one, at these sizes."""
+        self._begin(plan, points)
+        for before in self._steps:
+            self._do(before, None, trials)
+        return self._do(step, plain, trials)
 
     def _do(self, step: _Step, plain: Fused | None, trials: _Trials | None = None) -> _Done:
         chosen, events = step.fused, list[list[Event]]()
