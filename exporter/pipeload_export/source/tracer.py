@@ -124,7 +124,7 @@ def seeded_model(seeded: Seeded) -> Any:
     kind = getattr(transformers, seeded.config_class)
     config = kind(**seeded.config, **attention_of(kind(**seeded.config)))
     torch.manual_seed(seeded.seed)
-    return getattr(transformers, seeded.model_class)(config)
+    return getattr(transformers, seeded.model_class)(config).to(getattr(torch, seeded.dtype)).float()
 
 
 def attention_of(config: Any) -> dict[str, str]:

@@ -56,12 +56,20 @@ _POLL_S = 0.2
 
 
 class Seeded(msgspec.Struct, frozen=True, kw_only=True):
-    """A model with random weights: transformers' classes, the config's fields, the seed."""
+    """A model with random weights.
+
+    Attributes:
+        model_class, config_class: transformers' classes.
+        config: the config's fields.
+        seed: of torch.
+        dtype: torch's name of the type that the weights are rounded to, as a checkpoint of that type has them.
+    """
 
     model_class: str
     config_class: str
     config: dict[str, Any]
     seed: int
+    dtype: str = "float32"
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

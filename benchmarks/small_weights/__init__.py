@@ -1,0 +1,1 @@
+"""Small weights: what 16 bits buy, with the same answers."""
