@@ -29,7 +29,8 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
         plan: the plan of the pass.
         spans: the agents' spans during the pass.
     """
-    reads = [span for span in spans if span.kind == "read"]
+    # A throttled disk makes up for what it rested while an agent widened: only together do they tell what it sustains.
+    reads = [span for span in spans if span.kind in ("read", "widen")]
     read_bytes, reading_s = sum(span.nbytes for span in reads), busy_s(reads)
     known = profile.read_bytes_per_s if plan.direct else profile.cached_read_bytes_per_s
     inference = [span for span in spans if span.agent == "inference"]

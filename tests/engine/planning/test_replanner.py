@@ -482,6 +482,21 @@ def test_bandwidth_through_the_page_cache_is_another_one() -> None:
     assert profile.read_bytes_per_s == before.read_bytes_per_s
 
 
+def test_a_disk_that_rests_while_weights_are_widened_sustains_less_than_it_reads() -> None:
+    plan = replace(_Case().plan, loaders=1)
+    spans = [_span("run", "s0", 0.0, 0.4)]
+    for number in range(4):
+        begin = number / 10
+        spans.append(_span("read", f"s{number}", begin, begin + 0.07, 40 * MB, "loader-0"))
+        spans.append(_span("widen", f"s{number}", begin + 0.07, begin + 0.1, 0, "loader-0"))
+    profile = learn(MANIFEST, replace(_profile(), read_bytes_per_s={1: 1e9}), plan, spans)
+    assert profile.read_bytes_per_s[1] == pytest.approx(40 * MB / 0.1)
+    # Where another agent reads meanwhile, nothing rests.
+    spans += [_span("read", f"s{k + 5}", k / 10 + 0.07, k / 10 + 0.1, 20 * MB, "loader-1") for k in range(4)]
+    profile = learn(MANIFEST, replace(_profile(), read_bytes_per_s={1: 1e9, 2: 1e9}), replace(plan, loaders=2), spans)
+    assert profile.read_bytes_per_s[2] == pytest.approx(60 * MB / 0.1)
+
+
 def test_a_few_bytes_say_nothing_about_the_bandwidth() -> None:
     profile = learn(MANIFEST, _profile(), _Case().plan, [_span("read", "s0", 0.0, 1.0, 1000)])
     assert profile.read_bytes_per_s == _profile().read_bytes_per_s
