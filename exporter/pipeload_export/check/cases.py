@@ -202,8 +202,8 @@ class _Roles:
                 _, channels, *edges = spec.shape
                 if isinstance(channels, str):
                     self._channels[channels] = published.channels or 3
-                if free := {dim: place for place, dim in enumerate(edges) if isinstance(dim, str)}:
-                    self._edges |= free
+                self._edges |= {dim: place for place, dim in enumerate(edges) if isinstance(dim, str)}
+                if any(name == spec.name for name, _ in extents):
                     self._one_size |= {place: dim for place, dim in enumerate(edges) if isinstance(dim, int)}
             elif spec.name in limits:
                 self._text |= set().union(*others)
@@ -215,8 +215,8 @@ class _Roles:
 
     @property
     def has_images(self) -> bool:
-        """Whether the size of images is free."""
-        return bool(self._edges)
+        """Whether the model takes images."""
+        return bool(self._edges or self._one_size)
 
     @property
     def has_sounds(self) -> bool:

@@ -99,11 +99,12 @@ def test_a_call_with_another_size_is_refused_with_the_one_that_works(tmp_path: P
         _answer(tmp_path / "target", np.zeros((1, 3, 16, 64), np.float32))
 
 
-def test_images_are_compared_at_the_size_of_the_fixed_edge(tmp_path: Path) -> None:
-    manifest: Manifest = export(_net(tmp_path, rows=3), tmp_path / "target", whole=True)
+@pytest.mark.parametrize(("columns", "width"), [(None, 224), (3, 3 * _STEP)])
+def test_images_are_compared_at_the_size_of_the_fixed_edges(columns: int | None, width: int, tmp_path: Path) -> None:
+    manifest: Manifest = export(_net(tmp_path, rows=3, columns=columns), tmp_path / "target", whole=True)
     cases = sample_cases(manifest, tmp_path / "target")
-    assert {case.inputs["pixels"].shape[2:] for case in cases} == {(3 * _STEP, 224)}
-    assert all(f"{3 * _STEP} x 224 pixels" in case.name for case in cases)
+    assert [case.inputs["pixels"].shape for case in cases] == [(n, 3, 3 * _STEP, width) for n in (1, 2, 3)]
+    assert [case.name for case in cases] == [f"{n} x {3 * _STEP} x {width} pixels" for n in (1, 2, 3)]
 
 
 def test_memory_grows_with_the_free_edge_and_holds_the_fixed_one(tmp_path: Path) -> None:
