@@ -8,7 +8,7 @@ boundary   exceptions of the system and of libraries -> ExportErrors
 staging    a folder that becomes the target at once, or never; all temporary work lies in it
 source/    the SOURCE that a user names -> an unsplit ONNX graph
 graph/     that graph, sorted and without detours
-rewrite/   KV caches written in place
+rewrite/   KV caches written in place, weights rounded
 cut/       where shards begin and end
 shard/     each shard optimised, sampled, described
 write/     safetensors files, graph files, the manifest
@@ -23,6 +23,6 @@ Importing this package needs no more than the engine does; torch, onnx and the o
 from __future__ import annotations
 
 from pipeload_export.check.verify import Report, verify
-from pipeload_export.export import KvCache, Weights, export
+from pipeload_export.export import BlockSize, KvCache, Weights, export
 
-__all__ = ["KvCache", "Report", "Weights", "export", "verify"]
+__all__ = ["BlockSize", "KvCache", "Report", "Weights", "export", "verify"]

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import pipeload
 from pipeload.errors import ConfigError, EmbeddingWarning, ExportError, PipeloadError
-from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, write
+from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, SmallWeights, write
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
@@ -31,18 +31,25 @@ from pipeload_export.source.folder import read_json
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 
-__all__ = ["KvCache", "Weights", "export"]
+__all__ = ["BlockSize", "KvCache", "Weights", "export"]
 
 KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
 
-Weights = Literal["auto", "fp32"]
-"""How float32 weights are stored: in 16 bits where that loses nothing, or as they are."""
+Weights = Literal["auto", "fp32", "int8", "int4"]
+"""How float32 weights are stored: in 16 bits where that loses nothing, as they are, or those of products and tables
+rounded to 8 or 4 bits with a scale for each block of them."""
+
+BlockSize = Literal["16", "32", "64", "128", "256"]
+"""Weights of 8 or 4 bits that have one scale."""
 
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
+_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
+_FINE_BITS = 8
+"""Of tables, the head that is tied to one, and products that narrow: 4 bits hurt there most."""
 _KEPT_ONNX = "model.onnx"
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
@@ -60,6 +67,8 @@ def export(
     whole: bool = False,
     weights: Weights = "auto",
     kv_cache: KvCache = "model",
+    block_size: int = 32,
+    asymmetric: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
     allow_missing: bool = False,
@@ -81,9 +90,13 @@ def export(
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         weights: how float32 weights are stored. "auto" takes 16 bits for every tensor whose values all fit bfloat16 or
             float16 exactly, as those of most checkpoints do: the answers are the same bit for bit, from half the bytes.
-            "fp32" leaves all as they are.
+            "fp32" leaves all as they are. "int8" and "int4" round the weights of products and tables, to 8 or 4 bits
+            with a scale for each block. Tables, products that are tied to one, and products that make at most half as
+            many values as they sum over, have 8 bits in either.
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
+        block_size: weights of 8 or 4 bits that have one scale: 16, 32, 64, 128 or 256.
+        asymmetric: give each block of a product's weights a zero of its own.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the Python code of the checkpoint, or of the tokenizer beside an `.onnx` file. Read it
             first.
@@ -109,9 +122,13 @@ def export(
         >>> len([shard for shard in manifest.shards if shard.role == "block"])
         6
     """
-    for what, given, known in (("KV caches", kv_cache, get_args(KvCache)), ("weights", weights, get_args(Weights))):
+    for what, given, known in (
+        ("KV caches", kv_cache, get_args(KvCache)),
+        ("weights", weights, get_args(Weights)),
+        ("size of blocks", block_size, tuple(map(int, get_args(BlockSize)))),
+    ):
         if given not in known:
-            raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(known)}.")
+            raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -138,6 +155,11 @@ def export(
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
+            if weights in _BITS:
+                small = SmallWeights(
+                    bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=not asymmetric
+                )
+                unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
             manifest = _build(
                 *(unsplit, staging.result),
                 whole=whole,
@@ -161,6 +183,18 @@ def export(
     return manifest
 
 
+def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Notify) -> Unsplit:
+    """The unsplit model with rounded weights."""
+    from pipeload_export.rewrite.rounding import Rounding  # needs the extra [export]
+    from pipeload_export.rewrite.small_weights import write_with_small_weights
+
+    folder.mkdir()
+    coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
+    fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
+    path = write_with_small_weights(unsplit.path, folder, coarse, fine, progress)
+    return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), small_weights=small)
+
+
 def _build(
     unsplit: Unsplit,
     result: Path,
@@ -182,7 +216,7 @@ def _build(
         shards,
         whole=whole,
         int8_caches=kv_cache == "int8",
-        exact_16_bits=weights == "auto",
+        exact_16_bits=weights != "fp32",
         published=_published(unsplit),
         progress=lambda _, done, total: progress(_WRITING, done, total),
     )
@@ -211,6 +245,7 @@ def _build(
         unused_weights=unsplit.unused_weights,
         quantised_dynamically=model.quantised_dynamically,
         rope_change=unsplit.rope_change,
+        small_weights=unsplit.small_weights,
     )
     write(manifest, result)
     manifest = replace(manifest, takes_left_padding=takes_left_padding(result, manifest, progress))

@@ -132,7 +132,7 @@ def _split(
             item_bytes=lambda table: storage_dtype(stored(table)).itemsize,
         )
     tables = dict.fromkeys(lift.table for lift in lifts)
-    ends = [head.input, head.table, *([head.bias] if head.bias else [])] if head else []
+    ends = [head.input, *head.parts, *([head.bias] if head.bias else [])] if head else []
     drop_dead(graph, [*ends, *tables, *(lift.indices for lift in lifts)])
     if random := sorted(_RANDOM.intersection(operators(graph.nodes))):
         raise ExportError(
@@ -145,7 +145,7 @@ def _split(
     writer = ShardWriter(graph, shards_dir, sampler, progress, stored_type=stored)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:
-        writer.write_piece(piece, lifts)
+        writer.write_piece(piece, lifts, head)
     if head:
         writer.write_head(head)
     writer.finish()

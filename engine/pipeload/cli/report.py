@@ -23,10 +23,13 @@ def print_json(value: Any) -> None:
 def summary(manifest: Manifest) -> dict[str, Any]:
     """A few facts about the model; keys of sizes end with `_bytes`."""
     missing = {"missing_weights": len(manifest.missing_weights)} if manifest.missing_weights else {}
+    small = manifest.small_weights
+    weights = {"weights": f"int{small.bits}, {small.block_size} to a scale"} if small else {}
     return {
         "source": manifest.source,
         "model_type": manifest.model_type,
         "task": manifest.task,
+        **weights,
         "shards": len(manifest.shards),
         "blocks": sum(shard.role == "block" for shard in manifest.shards),
         "pass_bytes": sum(shard.nbytes for shard in manifest.shards),

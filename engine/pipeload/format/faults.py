@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeload.format.dims import MOST_PARTS, parts, symbols
 from pipeload.format.dtypes import ITEM_BYTES, NARROW
-from pipeload.format.records import PAGE_BYTES, FileRecord, Manifest, Shard, TensorSpec, WeightSpec
+from pipeload.format.records import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, TensorSpec, WeightSpec
 
 __all__ = ["faults"]
 
@@ -27,6 +27,8 @@ _MOST_DIM_CHARACTERS = 1000
 _MOST_TERMS = 10_000
 """Of the formulas of one structure."""
 _MOST_NUMBER = 2**63 - 1
+_MOST_BLOCK = 1 << 20
+"""Weights that have one scale."""
 _CACHE_RANK = 4
 """Of a cache that is written in place."""
 
@@ -65,6 +67,9 @@ def faults(m: Manifest) -> Iterator[str]:
     for name in sorted(outputs - {name for shard in m.shards for name in shard.outputs}):
         yield f"output '{name}' is made by no shard"
     yield from _cache_faults(m)
+    small = m.small_weights
+    if small and not all(0 < n <= _MOST_BLOCK for n in (small.bits, small.fine_bits, small.block_size)):
+        yield f"it has weights of {small.bits} and {small.fine_bits} bits in blocks of {small.block_size}"
     vectors = (m.parity.vectors.difference,) if m.parity and m.parity.vectors else ()
     for found in (*m.verification, *(m.parity.outputs if m.parity else ()), *vectors):
         if not all(0 <= n < math.inf for n in (found.max_abs_error, found.max_rel_error, found.limit)):
@@ -155,6 +160,24 @@ def _shard_faults(
             yield f"table '{table.name}' of shard '{shard.name}' has no valid dtype and shape"
         elif record is None or not 0 <= table.offset <= table.offset + table.nbytes <= record.nbytes:
             yield f"table '{table.name}' of shard '{shard.name}' lies outside '{lookup.path}'"
+        elif lookup.parts:
+            yield from _part_faults(lookup, shard, record)
+
+
+def _part_faults(lookup: Lookup, shard: Shard, record: FileRecord) -> Iterator[str]:
+    table, rows = lookup.table, 0
+    for part in lookup.parts:
+        what = f"part '{part.name}' of table '{table.name}' of shard '{shard.name}'"
+        if not _is_weight(part) or not part.shape or part.dtype != table.dtype:
+            yield f"{what} has no valid dtype and shape"
+            return
+        if math.prod(part.shape[1:]) != math.prod(table.shape[1:]):
+            yield f"{what} has rows of another size"
+        if not part.offset + part.nbytes <= record.nbytes:
+            yield f"{what} lies outside '{lookup.path}'"
+        rows += part.shape[0]
+    if rows != table.shape[0]:
+        yield f"the parts of table '{table.name}' of shard '{shard.name}' have {rows} rows of {table.shape[0]}"
 
 
 def _tensor_faults(shard: Shard, begin: int, end: int) -> Iterator[str]:

@@ -106,12 +106,21 @@ class Lookup:
 
     Equals `Gather(table, indices, axis=0)`: the edge `output` has the shape of `indices` followed by
     `table.shape[1:]`. Negative indices count from the end, as in ONNX. Rows of a table that is `widened` are float32.
+
+    Attributes:
+        path: the table's file.
+        table: the table.
+        indices: the graph input or edge with the rows that are wanted.
+        output: the edge that holds them.
+        parts: where the rows do not lie one behind the other from the table's offset on: the tensors of the file that
+            hold them, in order. The shape of a row may be another one there.
     """
 
     path: str
     table: WeightSpec
     indices: str
     output: str
+    parts: tuple[WeightSpec, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,6 +294,24 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SmallWeights:
+    """How the exporter rounded the weights of products and tables.
+
+    Attributes:
+        bits: of each weight of most products: 8 or 4.
+        fine_bits: of tables, products that are tied to one, and products that narrow: they make at most half as many
+            values as they sum over.
+        block_size: weights that have one scale.
+        symmetric: zero lies in the middle of each block's range; else blocks of products have a zero of their own.
+    """
+
+    bits: int
+    fine_bits: int
+    block_size: int
+    symmetric: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeChange:
     """Longer texts have other rotary frequencies, in all their positions.
 
@@ -308,6 +335,7 @@ class Manifest:
         takes_left_padding: the model answers for a text that is padded on the left, behind a mask, as it does for the
             text alone; None where this was not tried.
         rope_change: where the rotary frequencies depend on the length of a text; None where they do not.
+        small_weights: how the exporter rounded weights; None where they are the source's.
     """
 
     format: int = FORMAT_VERSION
@@ -331,6 +359,7 @@ class Manifest:
     quantised_dynamically: bool = False
     takes_left_padding: bool | None = None
     rope_change: RopeChange | None = None
+    small_weights: SmallWeights | None = None
 
     @property
     def weight_bytes(self) -> int:

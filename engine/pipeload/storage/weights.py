@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ class Storage:
         tables: dict[str, dict[str, int]] = {}
         for shard in manifest.shards:
             for lookup in shard.lookups:
-                self._tensors.setdefault(lookup.path, []).append(lookup.table)
+                self._tensors.setdefault(lookup.path, []).extend(lookup.parts or (lookup.table,))
                 tables.setdefault(lookup.path, {})[lookup.table.name] = lookup.table.nbytes
         for path, sizes in tables.items():
             if sum(spec.nbytes for spec in self._slices.get(path, [])) >= sum(sizes.values()):
@@ -241,7 +243,7 @@ class Storage:
                 if self._verify:
                     self._check_table(file)
                 with _named(lookup.path):
-                    _read_rows(file, table, places, unique, keep_cached=keep_cached)
+                    _read_rows(file, lookup, places, unique, keep_cached=keep_cached)
                     if not self._verify or file.stamp_now() == file.stamp:
                         break
         else:
@@ -361,23 +363,26 @@ def _with_gaps(parts: Sequence[Part], nbytes: int) -> list[Part]:
     return sorted([*parts, *(Part(*gap, scratch) for gap in gaps if scratch)], key=lambda part: (part.begin, part.end))
 
 
-def _read_rows(
-    file: OpenFile, table: WeightSpec, places: Sequence[int], rows: NDArray[Any], *, keep_cached: bool
-) -> None:
+def _read_rows(file: OpenFile, lookup: Lookup, places: Sequence[int], rows: NDArray[Any], *, keep_cached: bool) -> None:
     """Read the rows at these places of a table, one into each row of the array."""
     flat = rows.view(np.uint8).reshape(-1).data if rows.size else memoryview(b"")
     row_bytes = len(flat) // max(len(places), 1)
     set_direct(file.descriptor, False)
+    parts = lookup.parts or (lookup.table,)
+    firsts = [0, *accumulate(part.shape[0] for part in parts)]
     advise = getattr(os, "posix_fadvise", None)
     if advise:
-        advise(file.descriptor, table.offset, table.nbytes, os.POSIX_FADV_RANDOM)
+        for part in parts:
+            advise(file.descriptor, part.offset, part.nbytes, os.POSIX_FADV_RANDOM)
     for row, place in enumerate(places):
-        begin = table.offset + place * row_bytes
+        number = bisect_right(firsts, place) - 1
+        begin = parts[number].offset + (place - firsts[number]) * row_bytes
         count = os.preadv(file.descriptor, [flat[row * row_bytes : (row + 1) * row_bytes]], begin)
         if count != row_bytes:
             raise wrong_size(file, begin + count)
     if advise and not keep_cached:
-        advise(file.descriptor, table.offset, table.nbytes, os.POSIX_FADV_DONTNEED)
+        for part in parts:
+            advise(file.descriptor, part.offset, part.nbytes, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

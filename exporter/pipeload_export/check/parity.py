@@ -34,6 +34,9 @@ __all__ = ["check_parity"]
 
 _INT8_LIMIT = 0.1
 """The most difference in parts of the range where caches are int8."""
+_SMALL_LIMIT = 1.0
+"""The same where weights were rounded: the difference is reported. Answers that differ by all of their range are those
+of another model."""
 
 
 def check_parity(
@@ -202,6 +205,8 @@ class _Comparison:
         limit = limit_of_source(self.answers.effects[key].get(name, 0.0), span)
         if any(cache.scale for cache in self.manifest.caches):
             limit = max(limit, _INT8_LIMIT)
+        if self.manifest.small_weights:
+            limit = _SMALL_LIMIT
         same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
         error = np.abs(np.subtract(wanted, found, where=~same, out=np.zeros(wanted.shape), dtype=np.float64))
         worst = float(error.max(initial=0.0))

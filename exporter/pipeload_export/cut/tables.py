@@ -3,6 +3,7 @@
 ```
 Gather(table, ids)                       -> rows of the table, fetched by the engine
 Gather(Mul(Cast(quantised), scale), ids) -> Mul(Cast(rows of quantised), rows of scale)
+GatherBlockQuantized(bytes, ids, scales) -> GatherBlockQuantized(rows of bytes, 0 1 2 ..., rows of scales)
 ```
 """
 
@@ -10,19 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from pipeload.format.dtypes import ONNX_DTYPES
-from pipeload_export.graph.graph import Constant, Graph, attribute, node_inputs
+from pipeload_export.graph.graph import Constant, Graph, attribute, known_constant, node_inputs
+from pipeload_export.graph.types import table_shape
 
 __all__ = ["Lift", "lift_tables"]
 
 _LEAST_BYTES = 64 << 10
+_FLOAT_BYTES = 4
 _LEAST_SHARE = 1 / 4
 """A table whose indices the graph computes needs one shard more in every pass: below this part of a block, the table
 is cheaper to load."""
+_BLOCKS = "GatherBlockQuantized"
 _ROW_WISE = frozenset({"Cast", "Identity", "Mul", "Sub", "Add", "Div"})
 
 
@@ -59,7 +64,7 @@ def lift_tables(graph: Graph, *, block_bytes: int, activation: Collection[str]) 
             if _depends_on(producers, indices, stops, shapes):
                 continue
         rows = _Rows(graph, producers, constant, node)
-        if rows.take():
+        if _take_blocks(graph, node, rows) if node.op_type == _BLOCKS else rows.take():
             lifts += rows.lifts
             replaced[output] = rows.nodes
             shapes[output] = node
@@ -81,7 +86,12 @@ def lift_tables(graph: Graph, *, block_bytes: int, activation: Collection[str]) 
 
 
 def _nbytes(graph: Graph, node: NodeProto, constant: Mapping[str, frozenset[str]]) -> int:
-    """Bytes of the table that a Gather takes rows of; 0 for every other node."""
+    """Bytes of the table that a Gather takes rows of, of a rounded one as floats; 0 for every other node."""
+    if node.op_type == _BLOCKS and node.domain == "com.microsoft":
+        shape = table_shape(graph, node)
+        if shape is None or node.input[1] in constant or node.output[0] in graph.output_names:
+            return 0
+        return _FLOAT_BYTES * prod(shape)
     if node.op_type != "Gather" or node.domain not in ("", "ai.onnx") or attribute(node, "axis", 0) != 0:
         return 0
     table, indices = node.input
@@ -230,10 +240,48 @@ class _Rows:
         return output
 
 
+def _take_blocks(graph: Graph, node: NodeProto, rows: _Rows) -> bool:
+    """Whether the table of a GatherBlockQuantized can be lifted; then the operator takes rows that were looked up.
+
+    It gets them in the order in which they are wanted, so that its own indices only count.
+    """
+    if len(node.input) != len(("table", "indices", "scales")) or not all(n in graph.constants for n in node.input[::2]):
+        return False
+    table, scales = (graph.constants[name] for name in node.input[::2])
+    is_plain = attribute(node, "gather_axis", 0) == 0 and attribute(node, "quantize_axis", 1) in (-1, 1)
+    if not is_plain or {table.dtype, scales.dtype} - ONNX_DTYPES.keys() or {len(table.shape), len(scales.shape)} != {2}:
+        return False
+    indices, output = node.input[1], node.output[0]
+    names = {name: f"{output}.{name}" for name in ("shape", "count", "line", "order", "zero", "one")}
+    for name, value in (("zero", 0), ("one", 1)):
+        graph.constants[names[name]] = known_constant(np.array(value, np.int64))
+    flat = []
+    for what, name, constant in (("bytes", node.input[0], table), ("scales", node.input[2], scales)):
+        found, width = f"{output}.{what}", f"{output}.{what}.width"
+        rows.lifts.append(Lift(table=name, indices=indices, output=found))
+        graph.constants[width] = known_constant(np.array([-1, constant.shape[1]], np.int64))
+        rows.nodes.append(helper.make_node("Reshape", [found, width], [f"{found}.flat"]))
+        flat.append(f"{found}.flat")
+    rows.nodes += [
+        helper.make_node("Shape", [indices], [names["shape"]]),
+        helper.make_node("Size", [indices], [names["count"]]),
+        helper.make_node("Range", [names["zero"], names["count"], names["one"]], [names["line"]]),
+        helper.make_node("Reshape", [names["line"], names["shape"]], [names["order"]]),
+    ]
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [flat[0], names["order"], flat[1]]
+    rows.nodes.append(copy)
+    return True
+
+
 def _shape_of_rows(graph: Graph, gather: NodeProto, node: NodeProto) -> list[NodeProto]:
     """Shape(Gather(table, indices)) without the rows: the indices' shape, followed by a row's."""
     table = gather.input[0]
-    shape = graph.constants[table].shape if table in graph.constants else graph.types[table][1]
+    if gather.op_type == _BLOCKS:
+        shape: tuple[int | str | None, ...] | None = table_shape(graph, gather)
+    else:
+        shape = graph.constants[table].shape if table in graph.constants else graph.types[table][1]
     assert shape is not None
     row = np.array(shape[1:], np.int64)
     before, tail = f"{node.output[0]}.indices", f"{node.output[0]}.row"

@@ -29,6 +29,7 @@ __all__ = [
     "known_constant",
     "node_inputs",
     "operators",
+    "same_values",
     "storage_dtype",
     "tensor_proto",
     "sort_nodes",
@@ -40,6 +41,7 @@ PACKED = frozenset(
     for name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
     if hasattr(TensorProto, name)
 )
+_COMPARED_ROWS = 1024
 SUBGRAPHS = (AttributeProto.GRAPH, AttributeProto.GRAPHS)
 
 
@@ -179,6 +181,19 @@ def dtype_name(elem_type: int) -> str:
 def known_constant(array: NDArray[Any]) -> Constant:
     """A constant whose values are in memory."""
     return Constant(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, lambda: array)
+
+
+def same_values(one: Constant, other: Constant) -> bool:
+    """Whether two constants have the same type, shape and values, compared piece by piece."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.load is other.load:
+        return True
+    first, second = one.load(), other.load()
+    if not one.shape:
+        return bool(np.array_equal(first, second))
+    pieces = range(0, one.shape[0], _COMPARED_ROWS)
+    return all(np.array_equal(first[i : i + _COMPARED_ROWS], second[i : i + _COMPARED_ROWS]) for i in pieces)
 
 
 def tensor_proto(name: str, constant: Constant) -> TensorProto:

@@ -6,14 +6,14 @@ from contextlib import suppress
 from typing import Any
 
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from pipeload.errors import ExportError
 from pipeload.format.dtypes import ONNX_DTYPES
-from pipeload_export.graph.graph import Graph, tensor_proto
+from pipeload_export.graph.graph import Graph, attribute, tensor_proto
 from pipeload_export.graph.runtime import dtype_of, open_session
 
-__all__ = ["SMALL_BYTES", "elem_type_of", "infer_types", "plain_model", "type_of"]
+__all__ = ["SMALL_BYTES", "elem_type_of", "infer_types", "plain_model", "table_shape", "type_of"]
 
 SMALL_BYTES = 64 << 10
 """Up to this size a result may be larger than its inputs."""
@@ -26,7 +26,8 @@ def infer_types(graph: Graph) -> dict[str, tuple[int, tuple[int | str | None, ..
     # Values of large constants do not matter for shapes, and a proto cannot hold more than 2 GB of them.
     inputs = [*graph.inputs, *(helper.make_tensor_value_info(n, c.dtype, c.shape) for n, c in large.items())]
     outputs = [helper.make_empty_tensor_value_info(value.name) for value in graph.outputs]
-    model = plain_model(graph, graph.nodes, inputs, outputs, small)
+    nodes, stand_ins = _understood(graph)
+    model = plain_model(graph, nodes, [*inputs, *stand_ins], outputs, small)
     # A graph that ONNX cannot infer may still run; its types are then taken from onnxruntime.
     with suppress(Exception):
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -36,6 +37,45 @@ def infer_types(graph: Graph) -> dict[str, tuple[int, tuple[int | str | None, ..
     known |= {value.name: type_of(value) for value in graph.outputs if value.type.HasField("tensor_type")}
     unknown = [n for node in graph.nodes for n in node.output if n and not known.get(n, (0, None))[0]]
     return known | {name: (dtype, None) for name, dtype in _ask_session(model, unknown).items()}
+
+
+def _understood(graph: Graph) -> tuple[list[NodeProto], list[ValueInfoProto]]:
+    """The nodes, with ONNX's operators for those of rounded weights, and the inputs that stand for their floats."""
+    nodes: list[NodeProto] = []
+    stand_ins = []
+    for node in graph.nodes:
+        shape: tuple[int, int] | None = None
+        if node.domain == "com.microsoft" and node.op_type == "MatMulNBits":
+            shape = attribute(node, "K"), attribute(node, "N")
+            weight, place, like = f"{node.output[0]}.floats", 1, helper.make_node("MatMul", node.input[:1], node.output)
+        elif node.domain == "com.microsoft" and node.op_type == "GatherBlockQuantized":
+            shape = table_shape(graph, node)
+            weight, place = f"{node.output[0]}.floats", 0
+            like = helper.make_node("Gather", node.input[1:2], node.output, axis=attribute(node, "gather_axis", 0))
+        if shape is None:
+            nodes.append(node)
+            continue
+        like.input.insert(place, weight)
+        nodes.append(like)
+        stand_ins.append(helper.make_tensor_value_info(weight, _type_of_scales(graph, node), shape))
+    return nodes, stand_ins
+
+
+def table_shape(graph: Graph, node: NodeProto) -> tuple[int, int] | None:
+    """Rows and columns of the floats that a GatherBlockQuantized finds in a constant matrix; None where there is none.
+
+    Several values may share a byte.
+    """
+    table = graph.constants.get(node.input[0])
+    if table is None or len(table.shape) != 2:
+        return None
+    packed = 8 // attribute(node, "bits", 4) if table.dtype == TensorProto.UINT8 else 1
+    return table.shape[0], table.shape[1] * packed
+
+
+def _type_of_scales(graph: Graph, node: NodeProto) -> int:
+    scales = graph.constants.get(node.input[2])
+    return scales.dtype if scales else TensorProto.FLOAT
 
 
 def _ask_session(model: ModelProto, names: list[str]) -> dict[str, int]:

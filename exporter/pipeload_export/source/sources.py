@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeload.errors import ConfigError, ExportError
-from pipeload.format.manifest import RopeChange
+from pipeload.format.manifest import RopeChange, SmallWeights
 from pipeload.notify import Notify
 from pipeload_export.extra import require_exporters, require_modules
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
@@ -52,6 +52,7 @@ class Unsplit:
         missing_weights: names of the weights that are random, since the checkpoint lacks them.
         unused_weights: names of the checkpoint's weights that the model does not use.
         rope_change: where its rotary frequencies depend on the length of a text.
+        small_weights: how its weights were rounded.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Unsplit:
     missing_weights: tuple[str, ...] = ()
     unused_weights: tuple[str, ...] = ()
     rope_change: RopeChange | None = None
+    small_weights: SmallWeights | None = None
 
     @property
     def nbytes(self) -> int:

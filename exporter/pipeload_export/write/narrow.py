@@ -49,17 +49,12 @@ def given_type(constant: Constant) -> int:
 def narrow(fused: Fused, stored_type: StoredType) -> tuple[Fused, dict[str, str]]:
     """A shard's graph over weights as they are stored, and for each tensor of 16 bits the name of what it becomes."""
     names = all_names(fused.model.graph)
-    stored = {
-        name: Constant(stored_type(constant), constant.shape, constant.load)
-        for name, constant in fused.external.items()
-        if wide_name(name) not in names
-    }
-    types = {name: one.dtype for name, one in stored.items() if one.dtype != fused.external[name].dtype}
-    return with_casts(replace(fused, external=fused.external | stored), types)
+    types = {name: stored_type(constant) for name, constant in fused.external.items() if wide_name(name) not in names}
+    return with_casts(fused, {name: dtype for name, dtype in types.items() if dtype != fused.external[name].dtype})
 
 
 def with_casts(fused: Fused, types: Mapping[str, int]) -> tuple[Fused, dict[str, str]]:
-    """The graph over initializers of other types, and for each of them the name of what it is cast to."""
+    """The graph over weights that are stored in other types, and for each of them the name of what it is cast to."""
     casts = {name: wide_name(name) for name in types}
     model = ModelProto()
     model.CopyFrom(fused.model)
@@ -71,7 +66,10 @@ def with_casts(fused: Fused, types: Mapping[str, int]) -> tuple[Fused, dict[str,
     nodes += graph.node
     del graph.node[:]
     graph.node.extend(nodes)
-    return replace(fused, model=model), casts
+    stored = {
+        name: Constant(dtype, fused.external[name].shape, fused.external[name].load) for name, dtype in types.items()
+    }
+    return replace(fused, model=model, external=fused.external | stored), casts
 
 
 def wide_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,14 +68,16 @@ class ShardWriter:
 
     def write_tables(self, tables: Mapping[str, Constant], head: HeadCut | None) -> None:
         """Write the lifted tables; one that slices of the head point into comes first, at the start of a page."""
+        if not tables:
+            return
         tied = head if head and head.tied else None
-        if tables:
-            stored = {name: self._stored(table) for name, table in tables.items()}
-            order = sorted(in_order(stored), key=lambda item: tied is None or item[0] != tied.table)
-            widened = {name: wide_name(name) for name, table in tables.items() if stored[name].dtype != table.dtype}
-            self._tables = self._write_weights(_TABLES, order, widened, head=tied)
+        if tied and tied.product:
+            cut = {tied.tied, *(name for name in tied.scales if name in tables)}
+            self._tables = self._write_cut(_TABLES, tied, [item for item in in_order(tables) if item[0] not in cut])
+        else:
+            self._tables = self._write_tables(_TABLES, tables, tied)
 
-    def write_piece(self, piece: Piece, lifts: Sequence[Lift]) -> None:
+    def write_piece(self, piece: Piece, lifts: Sequence[Lift], head: HeadCut | None) -> None:
         """Write one shard that was cut out of the graph."""
         graph = self._graph
         nodes = [graph.nodes[index] for index in piece.nodes]
@@ -94,7 +96,9 @@ class ShardWriter:
             graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
         chosen, widened = narrow(replace(chosen, external=by_use(chosen)), self._stored_type)
         structure = self.structures.stored(structure, [constant.dtype for constant in chosen.external.values()])
-        written = self._write_weights(piece.name, in_order(chosen.external), widened) if chosen.external else None
+        written = (
+            self._write_weights(piece.name, in_order(chosen.external), widened=widened) if chosen.external else None
+        )
         if written and (known := self._shared.share(written, chosen)):
             self.files.remove(written.record)
             (self._folder / f"{piece.name}.safetensors").unlink()
@@ -106,7 +110,7 @@ class ShardWriter:
             structure,
             weights=written.range if written else None,
             tensors=written.tensors if written else (),
-            lookups=tuple(self._lookup(lift) for lift in mine),
+            lookups=tuple(self._lookup(lift, head) for lift in mine),
         )
 
     def write_head(self, head: HeadCut) -> None:
@@ -114,21 +118,19 @@ class ShardWriter:
         if head.tied:
             assert self._tables is not None
             file = self._tables
+        elif head.product is None:
+            file = self._write_tables(_HEAD, {head.table: self._graph.constants[head.table]}, head)
         else:
-            given = self._graph.constants[head.table]
-            stored = self._stored(given)
-            widened = {head.table: wide_name(head.table)} if stored.dtype != given.dtype else {}
-            file = self._write_weights(_HEAD, [(head.table, stored)], widened, head=head)
-        table = next(spec for spec in file.tensors if spec.name == head.table)
+            file = self._write_cut(_HEAD, head, [])
+        table = next((spec for spec in file.tensors if spec.name == head.table), None)
         for index, (begin, _) in enumerate(head.rows):
             model, weights = slice_graph(self._graph, head, index, self._sampler.shape(head.input))
             model.ir_version = _IR_VERSION
             plain, _ = fuse(model, weights, self._folder, computes_constants=False)
             chosen, structure = self.structures.choose(len(self.shards), plain, None)
             self._graph.types.update((name, (dtype, None)) for name, dtype in chosen.dtypes.items())
-            ((name, constant),) = weights.items()
-            types = {name: _NUMBERS[table.dtype]} if table.widened else {}
-            chosen, casts = with_casts(chosen, types)
+            stored = dict.fromkeys(weights, _NUMBERS[table.dtype]) if table and table.widened else {}
+            chosen, casts = with_casts(replace(chosen, external=weights), stored)
             part = file.slices[head.table, begin]
             self._add(
                 f"{_HEAD}.{index:03d}",
@@ -136,9 +138,16 @@ class ShardWriter:
                 chosen,
                 structure,
                 weights=part,
-                tensors=(replace(table, name=name, shape=constant.shape, offset=part.offset, widened=casts.get(name)),),
+                tensors=tuple(_one_after_another(chosen.external, casts, part.offset)),
                 lookups=(),
             )
+
+    def _write_cut(self, name: str, head: HeadCut, others: Sequence[tuple[str, Constant]]) -> WeightsFile:
+        """Write the rounded rows of a head so that each slice has its rows and their scales together."""
+        cuts = [head.cut(self._graph, index) for index in range(len(head.rows))]
+        runs = {(head.table, begin): list(cut) for (begin, _), cut in zip(head.rows, cuts, strict=True)}
+        parts = [item for cut in cuts for item in cut.items()]
+        return self._write_weights(name, [*parts, *others], runs=runs)
 
     def finish(self) -> None:
         """Tell the progress function that the last byte is written."""
@@ -152,25 +161,30 @@ class ShardWriter:
             shape=self._sampler.shape(name) or (),
         )
 
-    def _stored(self, table: Constant) -> Constant:
-        return Constant(self._stored_type(table), table.shape, table.load)
+    def _write_tables(self, name: str, tables: Mapping[str, Constant], head: HeadCut | None) -> WeightsFile:
+        """Write tables, the one that the head is cut from first, at the start of a page."""
+        stored = {key: Constant(self._stored_type(table), table.shape, table.load) for key, table in tables.items()}
+        order = sorted(in_order(stored), key=lambda item: head is None or item[0] != head.table)
+        widened = {key: wide_name(key) for key, table in tables.items() if stored[key].dtype != table.dtype}
+        rows = {head.table: head.rows} if head else None
+        return self._write_weights(name, order, widened=widened, rows=rows)
 
     def _write_weights(
         self,
         name: str,
         constants: Sequence[tuple[str, Constant]],
-        widened: Mapping[str, str],
         *,
-        head: HeadCut | None = None,
+        widened: Mapping[str, str] | None = None,
+        rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+        runs: Mapping[tuple[str, int], Sequence[str]] | None = None,
     ) -> WeightsFile:
         def written(count: int) -> None:
             # Constants that several shards use are written more than once.
             self._done = min(self._done + count, self._total)
             self._progress(f"writing {name}", self._done, self._total)
 
-        rows = {head.table: head.rows} if head else None
         path = self._folder / f"{name}.safetensors"
-        result = write_weights(path, constants, widened=widened, rows=rows, written=written)
+        result = write_weights(path, constants, widened=widened, rows=rows, runs=runs, written=written)
         self.files.append(result.record)
         return result
 
@@ -224,10 +238,17 @@ class ShardWriter:
                     shape = (None,) * ranks.pop()
                 value.CopyFrom(helper.make_tensor_value_info(value.name, fused.dtypes[value.name], shape))
 
-    def _lookup(self, lift: Lift) -> Lookup:
+    def _lookup(self, lift: Lift, head: HeadCut | None) -> Lookup:
         assert self._tables is not None
-        table = next(spec for spec in self._tables.tensors if spec.name == lift.table)
-        return Lookup(path=self._tables.record.path, table=table, indices=lift.indices, output=lift.output)
+        specs = {spec.name: spec for spec in self._tables.tensors}
+        table, parts = specs.get(lift.table), tuple[WeightSpec, ...]()
+        if table is None:
+            # Of a rounded table that the head is tied to each slice lies in its own place, between scales.
+            assert head is not None
+            name = head.table if lift.table == head.tied else lift.table
+            parts = tuple(specs[f"{name}[{begin}:{end}]"] for begin, end in head.rows)
+            table = replace(parts[0], name=lift.table, shape=self._graph.constants[lift.table].shape)
+        return Lookup(path=self._tables.record.path, table=table, indices=lift.indices, output=lift.output, parts=parts)
 
     def _value(self, name: str) -> ValueInfoProto:
         if name in self._inputs:
@@ -242,3 +263,11 @@ class ShardWriter:
         domains = {node.domain for node in graph.node} | {""}
         opsets = [helper.make_opsetid(d, v) for d, v in self._graph.opsets.items() if d in domains]
         return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="pipeload")
+
+
+def _one_after_another(weights: Mapping[str, Constant], casts: Mapping[str, str], offset: int) -> Iterator[WeightSpec]:
+    """Where the tensors of one slice lie in its file."""
+    for name, constant in weights.items():
+        dtype = dtype_name(constant.dtype)
+        yield WeightSpec(name=name, dtype=dtype, shape=constant.shape, offset=offset, widened=casts.get(name))
+        offset += constant.nbytes

@@ -60,6 +60,7 @@ def write_weights(
     *,
     widened: Mapping[str, str] | None = None,
     rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+    runs: Mapping[tuple[str, int], Sequence[str]] | None = None,
     written: Callable[[int], None] | None = None,
 ) -> WeightsFile:
     """Write tensors in the given order, and hash them on the way.
@@ -69,6 +70,7 @@ def write_weights(
         constants: names and values.
         widened: name of a tensor that is stored in 16 bits -> name of what the graph casts it to.
         rows: name of a tensor -> the slices of it that shards load alone, first row and end.
+        runs: key of a slice -> the tensors, one behind the other, that a shard loads alone.
         written: called with the number of bytes of each piece that was written.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -88,6 +90,8 @@ def write_weights(
         for name, constant in constants
         for first, end in (rows or {}).get(name, ())
     }
+    for key, names in (runs or {}).items():
+        spans[key] = begin + entries[names[0]]["data_offsets"][0], begin + entries[names[-1]]["data_offsets"][1]
     digests = RangeDigests([(0, size), (begin, size), *spans.values()])
     digests.update(prefix)
     with path.open("wb") as file:

@@ -82,6 +82,7 @@ def test_the_fields_are_pinned() -> None:
         "quantised_dynamically",
         "takes_left_padding",
         "rope_change",
+        "small_weights",
         "missing_weights",
         "unused_weights",
     }
@@ -178,6 +179,17 @@ def _set(*path: str | int, to: Any) -> Callable[[Any], None]:
     return change
 
 
+def _parts(rows: tuple[int, ...], width: int = 64, offset: int = 4096, dtype: str = "float32") -> Callable[[Any], None]:
+    """The first table in parts of so many rows."""
+
+    def change(content: Any) -> None:
+        content["shards"][0]["lookups"][0]["parts"] = [
+            {"name": f"part.{count}", "dtype": dtype, "shape": [count, width], "offset": offset} for count in rows
+        ]
+
+    return change
+
+
 _FAULTS = [
     (_set("shards", to=[]), "lists no shards"),
     (_set("shards", 1, "name", to="prologue"), "shard 'prologue' occurs twice"),
@@ -212,6 +224,11 @@ _FAULTS = [
     (_set("shards", 2, "tensors", 1, "offset", to=20478), "is not aligned"),
     (_set("shards", 0, "lookups", 0, "table", "shape", to=[]), "no valid dtype and shape"),
     (_set("shards", 0, "lookups", 0, "table", "shape", to=[97, 64]), "lies outside"),
+    (_parts(rows=(50, 40)), "the parts of table .* have 90 rows of 96"),
+    (_parts(rows=(50, 46), width=32), "part .* has rows of another size"),
+    (_parts(rows=(50, 46), offset=1 << 40), "part .* lies outside"),
+    (_parts(rows=(50, 46), dtype="int8"), "part .* has no valid dtype and shape"),
+    (_set("small_weights", to={"bits": 0, "fine_bits": 8, "block_size": 32, "symmetric": True}), "weights of 0 and 8"),
     (_set("shards", 0, "lookups", 0, "path", to="shards/other"), "lies outside 'shards/other'"),
     (_set("outputs", 0, "name", to="logits"), "output 'logits' is made by no shard"),
     (_set("outputs", 0, "name", to="input_ids"), "output 'input_ids' is made by no shard"),

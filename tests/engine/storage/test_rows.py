@@ -94,6 +94,28 @@ def test_rows_of_every_element_type_are_read(toy: Path, dtype: str) -> None:
     assert rows.tobytes() == expected.tobytes()
 
 
+def test_rows_of_a_table_in_parts_come_from_their_own_part(toy: Path, table: Any) -> None:
+    manifest = manifests.read(toy)
+    _, lookup, whole = table
+    row_bytes = whole[0].nbytes
+    # The parts in another order than in the file: each row is found by its part's offset, not by the table's.
+    order = [(64, 32), (0, 5), (5, 59)]
+    parts = tuple(
+        replace(
+            lookup.table,
+            name=f"part.{first}",
+            shape=(count, *whole.shape[1:]),
+            offset=lookup.table.offset + first * row_bytes,
+        )
+        for first, count in order
+    )
+    storage = Storage(toy, replace(manifest, shards=(replace(manifest.shards[0], lookups=()),)))
+    expected = np.concatenate([whole[first : first + count] for first, count in order])
+    for indices in (np.arange(96), np.array([[31, 32], [36, 37]]), np.array([-1, 0])):
+        rows = storage.read_rows(replace(lookup, parts=parts), indices, keep_cached=False)
+        np.testing.assert_array_equal(rows, expected[indices])
+
+
 @pytest.mark.parametrize(("damage", "words"), HEADER_DAMAGE)
 @pytest.mark.parametrize("again", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("verify", [True, False])

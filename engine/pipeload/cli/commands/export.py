@@ -30,12 +30,16 @@ def export(
     whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
     weights: Annotated[
         pipeload_export.Weights,
-        typer.Option(help="Store float32 weights in 16 bits where that loses nothing, or all as they are."),
+        typer.Option(help="Weights in 16 bits where that loses nothing, all as they are, or rounded to 8 or 4 bits."),
     ] = "auto",
     kv_cache: Annotated[
         pipeload_export.KvCache,
         typer.Option(help="KV caches as the model has them, or rounded to int8: a quarter of the memory."),
     ] = "model",
+    block_size: Annotated[pipeload_export.BlockSize, typer.Option(help="Rounded weights that have one scale.")] = "32",
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Give each block of rounded weights a zero of its own.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
     keep_onnx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the unsplit ONNX model in this folder.")
@@ -65,6 +69,8 @@ def export(
 
         pipeload export ./gpt-checkpoint gpt --kv-cache int8
 
+        pipeload export catalog:smollm2-135m smollm2-int8 --weights int8
+
         pipeload export ./model.onnx model --force --json
     """
     if verbose:
@@ -79,6 +85,8 @@ def export(
             whole=whole,
             weights=weights,
             kv_cache=kv_cache,
+            block_size=int(block_size),
+            asymmetric=asymmetric,
             force=force,
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing,
