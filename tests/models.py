@@ -92,6 +92,7 @@ TOYS: Mapping[str, Mapping[str, Any]] = {
     "toy-large": {"blocks": 8, "width": 1024},
     "toy-narrow": {"blocks": 6, "width": 96, "gain": True, "narrow": True},
     "toy-narrow-decoder": {"blocks": 4, "width": 64, "decoder": True, "narrow": True},
+    "toy-small": {"blocks": 6, "width": 64, "small": True},
     "toy-common": {"blocks": 6, "width": 64, "common": True},
     "toy-large-common": {"blocks": 8, "width": 1024, "common": True},
 }

@@ -144,7 +144,7 @@ def run_in_one_sweep(directory: Path, calls: Sequence[Arrays], *, threads: int) 
         if placement.places:
             widen(shard, parts)
         with storage.graph(shard) as graph:
-            session = ShardSession(shard, graph, parts, threads)
+            session = ShardSession(shard, graph, parts, threads, packed=shard.packed)
         yield session
 
     feeds = []

@@ -15,6 +15,7 @@ from pipeload.format.manifest import (
     WeightSpec,
     WeightsRange,
 )
+from pipeload.format.placement import place
 from pipeload.planning.layouts import second_copy_bytes, session_bytes
 from pipeload.planning.planner import Plan
 
@@ -55,11 +56,11 @@ def shard_of(
 def with_common(manifest: Manifest, *groups: Sequence[int]) -> Manifest:
     """The manifest, with the weights of the first shard of each group for the others of the group too."""
     shards = list(manifest.shards)
-    for number, (first, *others) in enumerate(groups):
+    for group, (first, *others) in enumerate(groups):
         weights = shards[first].weights
-        weights = replace(weights, path=f"common{number}") if weights else None
-        for place in (first, *others):
-            shards[place] = replace(shards[place], weights=weights, tensors=shards[first].tensors)
+        weights = replace(weights, path=f"common{group}") if weights else None
+        for number in (first, *others):
+            shards[number] = replace(shards[number], weights=weights, tensors=shards[first].tensors)
     return replace(manifest, shards=tuple(shards))
 
 
@@ -74,6 +75,12 @@ def manifest_of(*shards: Sequence[int], narrow: bool = False) -> Manifest:
 
 def slots_bytes(plan: Plan, shards: Sequence[Shard]) -> int:
     """Memory for the shards that are streamed: their buffers and sessions, and what packing them takes."""
-    copies = plan.buffers * plan.buffer_bytes + min(plan.loaders, plan.buffers) * max(map(second_copy_bytes, shards))
+    copies = min(plan.loaders, plan.buffers) * max(map(second_copy_bytes, shards))
+    copies *= plan.packed_streamed or any(shard.packed for shard in shards)
+    # A resident shard that is always packed needs its buffer only while it is loaded.
+    residents = [shard for shard in shards if shard.packed and shard.name in plan.resident]
+    copies += max(
+        (place(s, (0, s.nbytes)).nbytes + second_copy_bytes(s) for s in shards if s.packed), default=0
+    ) * bool(residents)
     sessions = max(session_bytes(shard, plan.threads) for shard in shards)
-    return plan.buffers * (plan.buffer_bytes + sessions) + copies * plan.packed_streamed
+    return plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + sessions) + copies

@@ -4,6 +4,7 @@
     block.000 ...     hidden.k+1 = hidden.k + tanh(hidden.k @ w + b) * mask        (a decoder adds a cached running sum)
                       with `gain`, tanh(...) * g; `common`: all blocks have the weights of the first
                       `narrow`: w and the table are bfloat16, and g float16; `rounded`: the same values in float32
+                      `small`: w has 4 bits, q, with a scale for each 32 of them, s
     epilogue          an encoder's last_hidden_state; a decoder's input for its head
     head.000, .001    a decoder's head, cut along the vocabulary, tied to the table
 
@@ -62,10 +63,11 @@ def make_toy(
     common: bool = False,
     narrow: bool = False,
     rounded: bool = False,
+    small: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write a toy into a new directory. A block has about `4 * width * width` bytes of weights, half that if narrow."""
-    return _Toy(directory, blocks, width, decoder, gain, common, narrow, rounded, seed).write()
+    return _Toy(directory, blocks, width, decoder, gain, common, narrow, rounded, small, seed).write()
 
 
 class _Toy:
@@ -79,11 +81,12 @@ class _Toy:
         common: bool,
         narrow: bool,
         rounded: bool,
+        small: bool,
         seed: int,
     ) -> None:
         self._directory, self._blocks, self._width = directory, blocks, width
         self._decoder, self._gain, self._common = decoder, gain, common
-        self._narrow, self._rounded = narrow, rounded
+        self._narrow, self._rounded, self._small = narrow, rounded, small
         self._random = np.random.default_rng(seed)
         self._files: list[FileRecord] = []
         self._shards: list[Shard] = []
@@ -123,6 +126,10 @@ class _Toy:
             nodes, takes, makes = self._block(k)
             own = self._stem(k)
             weights = {f"{own}.w": self._normal(width, width), f"{own}.b": self._normal(width)}
+            if self._small:
+                q = self._random.integers(0, 256, (width, width // _BLOCK, _BLOCK // 2), dtype=np.uint8)
+                scales = np.abs(self._normal(*q.shape[:2])) / 4
+                weights = {f"{own}.q": q, f"{own}.s": scales, f"{own}.b": weights[f"{own}.b"]}
             if self._gain:
                 weights[f"{own}.g"] = self._normal(width)
             first = self._shards[1] if self._common and k else None
@@ -160,8 +167,13 @@ class _Toy:
         hidden = ("batch_size", "sequence_length", self._width)
         takes = {f"hidden.{k}": hidden, "mask": ("batch_size", "mask_length", 1)}
         makes = {f"hidden.{k + 1}": hidden}
+        product = ("MatMul", [f"hidden.{k}", f"{self._stem(k)}.w"], ["product"], {})
+        if self._small:
+            sizes = {"K": self._width, "N": self._width, "bits": 4, "block_size": _BLOCK, "accuracy_level": 4}
+            parts = [f"hidden.{k}", f"{self._stem(k)}.q", f"{self._stem(k)}.s"]
+            product = ("MatMulNBits", parts, ["product"], {"domain": "com.microsoft", **sizes})
         nodes = [
-            ("MatMul", [f"hidden.{k}", f"{self._stem(k)}.w"], ["product"], {}),
+            product,
             ("Add", ["product", f"{self._stem(k)}.b"], ["biased"], {}),
             ("Tanh", ["biased"], ["squashed" if self._gain else "active"], {}),
         ]
@@ -231,6 +243,7 @@ class _Toy:
                 inputs=tuple(takes),
                 outputs=tuple(makes),
                 lookups=lookups,
+                packed=any(op == "MatMulNBits" for op, *_ in nodes),
                 structure=role,
             )
         )
@@ -262,11 +275,12 @@ class _Toy:
 
     def _spec(self, key: str, array: NDArray[np.float32], offset: int) -> WeightSpec:
         dtype = self._dtype(key)
-        widened = None if dtype == "float32" else f"{key}.wide"
+        widened = f"{key}.wide" if dtype.endswith("16") else None
         return WeightSpec(name=key, dtype=dtype, shape=array.shape, offset=offset, widened=widened)
 
     def _dtype(self, key: str) -> str:
-        return _ROUNDED.get(key.rsplit(".", 1)[-1], "float32") if self._narrow else "float32"
+        last = key.rsplit(".", 1)[-1]
+        return "uint8" if last == "q" else _ROUNDED.get(last, "float32") if self._narrow else "float32"
 
     def _stored(self, key: str, array: NDArray[np.float32]) -> bytes:
         import ml_dtypes  # comes with onnx
@@ -291,7 +305,8 @@ class _Toy:
 _GRAPH_BYTES = 12_000
 _ROUNDED = {"w": "bfloat16", "table": "bfloat16", "rows": "bfloat16", "g": "float16"}
 """Last part of a tensor's name -> its type in a narrow toy."""
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_BLOCK = 32
+_SAFETENSORS = {"uint8": "U8", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def _graph(
@@ -313,7 +328,12 @@ def _graph(
     constants = {"last": [2], "second_list": [1], "end": [2**31]}
     small = [helper.make_tensor(k, TensorProto.INT64, [len(v)], v) for k, v in constants.items() if k in used]
     small += [helper.make_tensor("second", TensorProto.INT64, [], [1])] if "second" in used else []
-    numbers = {"float32": TensorProto.FLOAT, "bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+    numbers = {
+        "uint8": TensorProto.UINT8,
+        "float32": TensorProto.FLOAT,
+        "bfloat16": TensorProto.BFLOAT16,
+        "float16": TensorProto.FLOAT16,
+    }
     wide = {spec.name: spec.widened for spec in tensors if spec.widened}
     casts = [("Cast", [key], [made], {"to": TensorProto.FLOAT}) for key, made in wide.items()]
     nodes = [*casts, *((op, [wide.get(key, key) for key in args], *rest) for op, args, *rest in nodes)]
@@ -330,7 +350,8 @@ def _graph(
         [value(*item) for item in makes.items()],
         small,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     # As large as the graph of a real block, since plans take a session's memory from that.
     model.doc_string = "x" * _GRAPH_BYTES
     return bytes(model.SerializeToString())

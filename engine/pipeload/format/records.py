@@ -136,6 +136,9 @@ class Shard:
         inputs: edges and graph inputs that it takes, in the order of its graph.
         outputs: edges and graph outputs that it makes.
         lookups: rows that the engine fetches before it runs the shard.
+        packed: its sessions are packed (weights laid out for the CPU) wherever it is loaded: kernels for weights of few
+            bits (MatMulNBits) round otherwise, and take many times as long, when they are not. False in older
+            directories.
         structure: id of its structure; shards of one structure have the same graph up to names and weights, and
             inputs of the same shapes. In older directories the shapes may differ, and the bound is above all of them.
     """
@@ -148,6 +151,7 @@ class Shard:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     lookups: tuple[Lookup, ...] = ()
+    packed: bool = False
     structure: str
 
     @property

@@ -106,7 +106,7 @@ class Stopwatch:
             session_s=session_s,
             run_s=run_s,
             loading_run_s=typical("loading_run_s", shard.structure),
-            # Where there was no room to pack, nothing is gained by it.
+            # Where there was no room to pack, nothing is gained by it. What is always packed was timed as a session.
             pack_s=typical("pack_s", shard.structure) if packed else session_s,
             packed_run_s=typical("packed_run_s", shard.structure) if packed else run_s,
         )
@@ -143,7 +143,7 @@ class Stopwatch:
                 beside = partial(self._stream, shard, threads, run, _CHOSEN_S)
                 for _, run_s in self._beside_reader(shard, beside):
                     self._seen["loading_run_s", threads, shard.structure].append(run_s)
-                if _PACKING_FACTOR * shard.memory_bytes <= auto_budget_bytes() - rss_bytes():
+                if not shard.packed and _PACKING_FACTOR * shard.memory_bytes <= auto_budget_bytes() - rss_bytes():
                     pack_s, runs = self._pack(shard, threads, run)
                     self._seen["pack_s", threads, shard.structure].append(pack_s)
                     self._seen["packed_run_s", threads, shard.structure].extend(runs)
@@ -225,7 +225,7 @@ class Stopwatch:
             widen(shard, parts)
         arena = arena and in_arena(self._manifest)
         with self._storage.graph(shard) as graph:
-            return ShardSession(shard, graph, parts, threads, packed=packed, arena=arena)
+            return ShardSession(shard, graph, parts, threads, packed=packed or shard.packed, arena=arena)
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

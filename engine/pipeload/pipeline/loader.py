@@ -95,7 +95,9 @@ class Loader:
 
     def _load(self, task: Task, shard: Shard) -> LoadedShard | None:
         plan, agent = self._memory.plan, _agent()
-        packed = plan.packed_streamed and not task.resident
+        packed = shard.packed or (plan.packed_streamed and not task.resident)
+        # The session of such a shard has its own copy of the weights: they need their buffer only until it is made.
+        apart = shard.packed and task.resident
         whole = 0, shard.nbytes
         begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
         placement = place(shard, (begin, end))
@@ -103,13 +105,14 @@ class Loader:
         kept = self._exchange.residents.parts.get(task.index, ())
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
-        reserved = placement.nbytes if task.resident else plan.buffer_bytes * (1 + packed)
-        shared = shard.weights if task.resident and shard.weights in self._common else None
+        reserved = placement.nbytes if task.resident else plan.buffer_bytes * (1 + plan.packed_streamed)
+        # Until the session is made.
+        passing = (placement.nbytes if apart else 0) + (second_copy_bytes(shard) if packed else 0)
+        shared = shard.weights if task.resident and not apart and shard.weights in self._common else None
         if shared is not None and not plan.packed:
             # No other agent loads a shard with these weights now, so they are in memory, or this agent reads them.
             keep_bytes, reserved = 0 if shared in self._memory.shared else reserved, 0
-        second_copy = second_copy_bytes(shard) if packed else 0
-        reserved += session_bytes(shard, plan.threads) + second_copy
+        reserved += session_bytes(shard, plan.threads) + (second_copy_bytes(shard) if packed else 0)
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
@@ -150,8 +153,12 @@ class Loader:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
                     loaded.session = self._session(shard, [*parts, *kept], packed=packed)
-                loaded.reserved_bytes -= second_copy
-                self._memory.reservations.release(second_copy)
+                if apart and loaded.buffer is not None:
+                    loaded.buffer.close()
+                    loaded.buffer = None
+                    trim()
+                loaded.reserved_bytes -= passing
+                self._memory.reservations.release(passing)
             self._memory.sample()
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)

@@ -102,7 +102,7 @@ class Room:
         before, residents = self._memory.plan, self._exchange.residents
         for index, loaded in residents.shards.items():
             shard = self._manifest.shards[index]
-            packed = loaded.buffer is None and shard.nbytes > 0
+            packed = loaded.buffer is None and shard.nbytes > 0 and not shard.packed
             # Shards that share their weights have reserved other bytes where they are to be packed.
             reserves_other = loaded.shared is not None and plan.packed != before.packed
             unfit = plan.threads != before.threads or (packed and not plan.packed) or reserves_other

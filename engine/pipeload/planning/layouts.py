@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
+from math import prod
 from typing import TypeAlias
 
 from pipeload.format.manifest import Shard, first_places
@@ -20,7 +21,7 @@ from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.format.placement import place
 from pipeload.planning.rates import Rates
 
-__all__ = ["Layout", "Range", "layouts", "second_copy_bytes", "session_bytes", "staying", "whole_bytes"]
+__all__ = ["Layout", "Range", "layouts", "least_bytes", "second_copy_bytes", "session_bytes", "staying", "whole_bytes"]
 
 Range: TypeAlias = tuple[int, int]
 """First byte of a part of a shard's weights, and the byte after its last one."""
@@ -31,6 +32,9 @@ _Group: TypeAlias = tuple[Shard, ...]
 _GRAPH_FACTOR, _THREAD_BYTES = 26, 60_000
 """Memory of a session: for each byte of its graph, and for each thread. Measured with onnxruntime 1.31 on blocks of
 BERT, GPT-2 and Llama, which took 24 to 28 bytes for a byte of the graph."""
+_BLOB_RANK, _BLOCK_BYTES = 3, 8
+"""MatMulNBits takes `[rows, blocks, bytes]`. A packed copy has the blobs, the scales twice, and a sum for each block:
+measured with onnxruntime 1.31 for 4 and 8 bits in blocks of 16 to 128."""
 _SMALL_SHARE = 0.1
 """A shard below this fraction of the largest becomes resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
@@ -88,12 +92,14 @@ class _Beside:
         sessions: shard -> bytes of its session.
         packing_bytes: to pack any resident shard, beside that shard itself.
         second_copy_bytes: a Loading Agent that packs any streamed shard, beside weights and packed copy.
+        apart_bytes: to load any resident shard that is always packed, until its session has a copy of its own.
     """
 
     whole: Mapping[str, int]
     sessions: Mapping[str, int]
     packing_bytes: int
     second_copy_bytes: int
+    apart_bytes: int
 
     @classmethod
     def of(cls, shards: Sequence[Shard], threads: int) -> _Beside:
@@ -101,7 +107,8 @@ class _Beside:
         sessions = {shard.name: session_bytes(shard, threads) for shard in shards}
         copies = {shard.name: second_copy_bytes(shard) for shard in shards}
         packing = max(whole[name] + copies[name] + sessions[name] for name in whole)
-        return cls(whole, sessions, packing, max(copies.values()))
+        apart = (place(s, (0, s.nbytes)).nbytes + copies[s.name] for s in shards if s.packed)
+        return cls(whole, sessions, packing, max(copies.values()), max(apart, default=0))
 
     def group_bytes(self, group: _Group, *, packed: bool) -> int:
         """Memory of a resident group."""
@@ -110,8 +117,18 @@ class _Beside:
 
 
 def session_bytes(shard: Shard, threads: int) -> int:
-    """Bytes of a shard's session with this many intra-op threads, beside its weights: graph, kernels, thread pool."""
-    return _GRAPH_FACTOR * shard.graph.nbytes + _THREAD_BYTES * threads
+    """Bytes of a shard's session with this many intra-op threads, beside its buffer: graph, kernels, thread pool, and
+    the weights of a session that is always packed.
+    """
+    return _GRAPH_FACTOR * shard.graph.nbytes + _THREAD_BYTES * threads + (_packed_bytes(shard) if shard.packed else 0)
+
+
+def _packed_bytes(shard: Shard) -> int:
+    """The weights in a packed session of a shard that is always packed: its own copies, and what kernels for weights of
+    few bits add to each block.
+    """
+    blocks = (prod(spec.shape[:2]) for spec in shard.tensors if spec.dtype == "uint8" and len(spec.shape) == _BLOB_RANK)
+    return memory_ceil(shard.memory_bytes + _BLOCK_BYTES * sum(blocks))
 
 
 def second_copy_bytes(shard: Shard) -> int:
@@ -120,8 +137,15 @@ def second_copy_bytes(shard: Shard) -> int:
 
 
 def whole_bytes(shard: Shard) -> int:
-    """Bytes of the buffer that holds all weights of a shard."""
-    return place(shard, (0, shard.nbytes)).nbytes
+    """Bytes of the buffer that holds all weights of a resident shard; none where its session has its own copy."""
+    return 0 if shard.packed else place(shard, (0, shard.nbytes)).nbytes
+
+
+def least_bytes(shards: Sequence[Shard], threads: int) -> int:
+    """The least memory for weights that works: one buffer, for one shard after the other."""
+    buffer = max(place(shard, (0, shard.nbytes)).nbytes for shard in shards)
+    copy = max((second_copy_bytes(shard) for shard in shards if shard.packed), default=0)
+    return buffer + copy + max(session_bytes(shard, threads) for shard in shards)
 
 
 def staying(shard: Shard, streamed: Range) -> list[Range]:
@@ -184,11 +208,15 @@ def _fill(
     used = packing + buffers * (buffer_bytes + max(beside.sessions.values()))
     if pack_streamed:
         # Each Loading Agent packs a shard of its own.
-        used += buffers * buffer_bytes + min(loaders, buffers) * beside.second_copy_bytes
+        used += buffers * buffer_bytes
+    if pack_streamed or beside.apart_bytes:
+        used += min(loaders, buffers) * beside.second_copy_bytes
     chosen = {name: found[0] for name, found in fitting.items() if found}
     used += sum(choice.staying_bytes for choice in chosen.values())
     whole = [group for group in order if group[0].name not in chosen]
     used += sum(beside.group_bytes(group, packed=packed) for group in whole)
+    apart = any(group[0].packed for group in whole)
+    used += beside.apart_bytes if apart else 0
     if used > free:
         return None
     for widest in (False, True) if narrow else (True, False):
@@ -196,7 +224,9 @@ def _fill(
             staying_bytes = sum(chosen[shard.name].staying_bytes for shard in group)
             if widest:
                 more = beside.group_bytes(group, packed=packed) - staying_bytes
+                more += beside.apart_bytes if group[0].packed and not apart else 0
                 if used + more <= free:
+                    apart = apart or group[0].packed
                     whole.append(group)
                     for shard in group:
                         del chosen[shard.name]

@@ -54,7 +54,7 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
     for shard in manifest.shards:
         found, was = seconds.get(shard.name, {}), old[shard.name]
         packed = plan.packed and shard.name in plan.resident and plan.steady_pass_s is not None
-        ran_s = was.packed_run_s if packed else was.loading_run_s
+        ran_s = was.packed_run_s if packed or shard.packed else was.loading_run_s
         ratio = found["run"] / ran_s if "run" in found and ran_s else 1.0
         # A machine that computes more slowly than it did does so with any number of threads.
         for times in measured.values():

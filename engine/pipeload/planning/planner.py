@@ -40,7 +40,7 @@ from typing import Any
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
 from pipeload.machine.sizes import format_bytes
-from pipeload.planning.layouts import Layout, Range, layouts, session_bytes, whole_bytes
+from pipeload.planning.layouts import Layout, Range, layouts, least_bytes, session_bytes, whole_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
@@ -286,7 +286,7 @@ def _work(
         own = times[shard.name]
         resident = shard.name in layout.resident
         begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
-        packed = layout.packed if resident else layout.packed_streamed
+        packed = shard.packed or (layout.packed if resident else layout.packed_streamed)
         # A resident shard has the computer to itself while nothing is streamed; only reading slows computing down.
         slowdown = own.loading_run_s / own.run_s if own.run_s else 1.0
         run_s = own.packed_run_s if packed else own.run_s
@@ -320,8 +320,7 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
 def _too_small(manifest: Manifest, budget_bytes: int, process_bytes: int, needs: Needs, threads: int) -> BudgetError:
     fixed = process_bytes + needs.pass_bytes + needs.cache_bytes
     largest = max(manifest.shards, key=lambda shard: shard.memory_bytes)
-    session = max(session_bytes(shard, threads) for shard in manifest.shards)
-    needed = fixed + int((whole_bytes(largest) + session) / (1 - _SPARE_SHARE))
+    needed = fixed + int(least_bytes(manifest.shards, threads) / (1 - _SPARE_SHARE))
     needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "

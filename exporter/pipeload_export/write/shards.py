@@ -16,7 +16,7 @@ from pipeload_export.cut.head import HeadCut, slice_graph
 from pipeload_export.cut.placement import Piece
 from pipeload_export.cut.tables import Lift
 from pipeload_export.graph.external_data import set_place
-from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
+from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs, operators
 from pipeload_export.shard.fuse import Fused, fuse
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.structure import Structures
@@ -224,6 +224,7 @@ class ShardWriter:
                 inputs=tuple(value.name for value in fused.model.graph.input),
                 outputs=tuple(value.name for value in fused.model.graph.output),
                 lookups=lookups,
+                packed="MatMulNBits" in operators(fused.model.graph.node),
                 structure=structure,
             )
         )
