@@ -20,6 +20,7 @@ from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
+from pipeload_export.check.accuracy import check_error, measure_accuracy
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
 from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
@@ -69,6 +70,7 @@ def export(
     kv_cache: KvCache = "model",
     block_size: int = 32,
     asymmetric: bool = False,
+    max_error: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     allow_missing: bool = False,
@@ -97,6 +99,7 @@ def export(
             leaves them as they are.
         block_size: weights of 8 or 4 bits that have one scale: 16, 32, 64, 128 or 256.
         asymmetric: give each block of a product's weights a zero of its own.
+        max_error: fail where rounding weights changes an output by more than this part of its range.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the Python code of the checkpoint, or of the tokenizer beside an `.onnx` file. Read it
             first.
@@ -129,6 +132,8 @@ def export(
     ):
         if given not in known:
             raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
+    if max_error is not None and (weights not in _BITS or not verify):
+        raise ConfigError("A largest error is only measured where weights are rounded, and the result is verified.")
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -155,6 +160,7 @@ def export(
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
+            floats = unsplit.path
             if weights in _BITS:
                 small = SmallWeights(
                     bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=not asymmetric
@@ -168,6 +174,12 @@ def export(
                 verify=verify,
                 progress=notify,
             )
+            if verify and manifest.small_weights:
+                accuracy = measure_accuracy(staging.result, manifest, floats, notify)
+                if max_error is not None:
+                    check_error(accuracy, max_error)
+                manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
+                write(manifest, staging.result)
             if verify and isinstance(found, Checkpoint):
                 parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
                 manifest = replace(manifest, parity=parity)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from tests.exporter.graphs import encoder
 from tests.exporter.models import write_json, write_onnx
 
 import pipeload
@@ -246,3 +247,18 @@ def test_inspect_imports_nothing_of_the_extra(exported: Path) -> None:
         [sys.executable, "-c", code, str(exported)], env=environment(), stdout=subprocess.PIPE, check=True
     )
     assert done.stdout.decode().splitlines()[-1] == "[]"
+
+
+def test_the_command_and_inspect_say_what_the_weights_are(run: Run, tmp_path: Path) -> None:
+    source = encoder(layers=3).save(tmp_path / "model.onnx")
+    code, out, err = run(
+        "export", source, tmp_path / "small", "--weights", "int4", "--block-size", "16", "--asymmetric"
+    )
+    assert code == 0, err
+    small = read(tmp_path / "small").small_weights
+    assert small
+    assert (small.bits, small.block_size, small.symmetric) == (4, 16, False)
+    for text in (out, run("inspect", tmp_path / "small")[1]):
+        assert "int4, 16 to a scale" in text
+        assert "each block with its own zero" in text
+        assert "worst of its range" in text

@@ -9,10 +9,10 @@ from typing import Any
 import msgspec
 import typer
 
-from pipeload.format.manifest import Manifest, Parity, Verification
+from pipeload.format.manifest import Manifest, Parity, SmallWeights, Verification
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["differences", "parity_report", "print_json", "print_table", "summary", "table"]
+__all__ = ["accuracy_report", "differences", "parity_report", "print_json", "print_table", "summary", "table"]
 
 
 def print_json(value: Any) -> None:
@@ -64,6 +64,30 @@ def parity_report(found: Parity | None) -> str:
     facts.append(", ".join(f"{library} {version}" for library, version in found.versions.items()))
     compared = (*found.outputs, vectors.difference) if vectors else found.outputs
     return f"{differences(compared)}\n  {'; '.join(facts)}"
+
+
+def accuracy_report(small: SmallWeights) -> str:
+    """How weights were rounded, and what that did to the answers."""
+    zero = "" if small.symmetric else ", each block with its own zero"
+    fine = f", tables and products that narrow in {small.fine_bits}" if small.fine_bits != small.bits else ""
+    how = f"  products in {small.bits} bits{fine}; {small.block_size} weights to a scale{zero}"
+    found = small.accuracy
+    if found is None:
+        return f"{how}\n  not compared with the source"
+    rows = [("output", "worst error", "mean error", "worst of its range")]
+    rows += [
+        (one.output, f"{one.max_abs_error:.2e}", f"{one.mean_abs_error:.2e}", f"{one.max_rel_error:.2e}")
+        for one in found.outputs
+    ]
+    facts = [f"{len(found.inputs)} inputs"]
+    if found.cosine is not None:
+        facts.append(f"cosine at least {found.cosine:.5f}")
+    if found.top1 is not None:
+        facts.append(f"{found.top1:.1%} of the first choices equal")
+    if found.perplexity is not None and found.source_perplexity:
+        change = found.perplexity / found.source_perplexity - 1
+        facts.append(f"perplexity {found.perplexity:.2f}, the source's {found.source_perplexity:.2f} ({change:+.2%})")
+    return f"{how}\n{table(rows)}\n  {'; '.join(facts)}"
 
 
 def differences(found: Iterable[Verification]) -> str:

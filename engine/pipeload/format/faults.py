@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeload.format.dims import MOST_PARTS, parts, symbols
 from pipeload.format.dtypes import ITEM_BYTES, NARROW
-from pipeload.format.records import PAGE_BYTES, FileRecord, Lookup, Manifest, Shard, TensorSpec, WeightSpec
+from pipeload.format.records import PAGE_BYTES, Accuracy, FileRecord, Lookup, Manifest, Shard, TensorSpec, WeightSpec
 
 __all__ = ["faults"]
 
@@ -70,10 +70,19 @@ def faults(m: Manifest) -> Iterator[str]:
     small = m.small_weights
     if small and not all(0 < n <= _MOST_BLOCK for n in (small.bits, small.fine_bits, small.block_size)):
         yield f"it has weights of {small.bits} and {small.fine_bits} bits in blocks of {small.block_size}"
+    if small and small.accuracy and not all(map(math.isfinite, _numbers(small.accuracy))):
+        yield "the accuracy of its weights is no number"
     vectors = (m.parity.vectors.difference,) if m.parity and m.parity.vectors else ()
     for found in (*m.verification, *(m.parity.outputs if m.parity else ()), *vectors):
         if not all(0 <= n < math.inf for n in (found.max_abs_error, found.max_rel_error, found.limit)):
             yield f"the verification of output '{found.output}' has an error or limit that is no number"
+
+
+def _numbers(accuracy: Accuracy) -> Iterator[float]:
+    for one in accuracy.outputs:
+        yield from (one.max_abs_error, one.mean_abs_error, one.max_rel_error)
+    known = (accuracy.cosine, accuracy.top1, accuracy.perplexity, accuracy.source_perplexity)
+    yield from (number for number in known if number is not None)
 
 
 def _dimension_faults(m: Manifest) -> Iterator[str]:

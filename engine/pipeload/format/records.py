@@ -298,6 +298,37 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OutputError:
+    """How far an output is from the source's: worst and mean of all values, and the worst in parts of its range."""
+
+    output: str
+    max_abs_error: float
+    mean_abs_error: float
+    max_rel_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """The exporter's findings when it compared a model with rounded weights with its source.
+
+    Attributes:
+        inputs: what both answered.
+        outputs: the error of each output of floats.
+        cosine: of a model for embeddings, between its embedding of a text and the source's; the worst of all texts.
+        top1: of a model with logits, how often the first choice is the source's, in parts of one.
+        perplexity: of a decoder, over the passage that the exporter brings along.
+        source_perplexity: the source's over the same.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[OutputError, ...]
+    cosine: float | None = None
+    top1: float | None = None
+    perplexity: float | None = None
+    source_perplexity: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SmallWeights:
     """How the exporter rounded the weights of products and tables.
 
@@ -307,12 +338,14 @@ class SmallWeights:
             values as they sum over.
         block_size: weights that have one scale.
         symmetric: zero lies in the middle of each block's range; else blocks of products have a zero of their own.
+        accuracy: what that did to the answers; None where it was not measured.
     """
 
     bits: int
     fine_bits: int
     block_size: int
     symmetric: bool
+    accuracy: Accuracy | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from pipeload.format.manifest import Manifest, Parity, Verification
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
+from pipeload_export.check.accuracy import text_inputs
 from pipeload_export.check.beginning import Traits, beginning
-from pipeload_export.check.cases import as_taken
 from pipeload_export.check.compare import limit_of_source
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
 from pipeload_export.check.running import given_room, opened
@@ -174,7 +173,7 @@ class _Comparison:
         ids, found = prompt.ids, []
         with model.new_state(length + tokens.shape[1]) as state:
             for step in range(tokens.shape[1]):
-                inputs = _text(self.manifest, ids, state.length)
+                inputs = text_inputs(self.manifest, ids, state.length)
                 found.append(given_room(model, partial(model.step, inputs, state))[:, -1])
                 ids = tokens[:, step : step + 1]
         logits = np.stack(found, axis=1)
@@ -244,14 +243,3 @@ class _Comparison:
 
     def _beginning(self, case: Traits) -> str:
         return beginning(case, self._equal_cases, self.asked.boundaries)
-
-
-def _text(manifest: Manifest, ids: NDArray[Any], past: int) -> Mapping[str, NDArray[Any]]:
-    batch, new = ids.shape
-    made = {
-        "input_ids": ids,
-        "attention_mask": np.ones((batch, past + new), np.int64),
-        "position_ids": np.tile(np.arange(past, past + new), (batch, 1)),
-        "token_type_ids": np.zeros(ids.shape, np.int64),
-    }
-    return as_taken(manifest, made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +11,7 @@ import pipeload_export
 from pipeload.cli.loudness import show_libraries
 from pipeload.cli.options import Json
 from pipeload.cli.progress import progress_bars
-from pipeload.cli.report import differences, parity_report, print_json, print_table, summary
+from pipeload.cli.report import accuracy_report, differences, parity_report, print_json, print_table, summary
 
 __all__ = ["export"]
 
@@ -40,6 +40,10 @@ def export(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Give each block of rounded weights a zero of its own.")
     ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0, help="Fail where rounding changes an output by more than this part of its range."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
     keep_onnx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the unsplit ONNX model in this folder.")
@@ -87,6 +91,7 @@ def export(
             kv_cache=kv_cache,
             block_size=int(block_size),
             asymmetric=asymmetric,
+            max_error=max_error,
             force=force,
             trust_remote_code=trust_remote_code,
             allow_missing=allow_missing,
@@ -95,11 +100,15 @@ def export(
             progress=progress,
         )
     if as_json:
-        facts = {"verification": manifest.verification, "parity": manifest.parity}
+        facts: dict[str, Any] = {"verification": manifest.verification, "parity": manifest.parity}
+        facts |= {"small_weights": manifest.small_weights} if manifest.small_weights else {}
         print_json({"target": str(target), **summary(manifest), **facts})
         return
     print_table(f"{manifest.source} -> {target}", summary(manifest))
     typer.echo(differences(manifest.verification))
+    if manifest.small_weights:
+        typer.echo("with rounded weights, beside the source's:")
+        typer.echo(accuracy_report(manifest.small_weights))
     if manifest.parity:
         typer.echo("streamed by the engine and compared with the source:")
         typer.echo(parity_report(manifest.parity))

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from pipeload.cli.options import Directory, Json
-from pipeload.cli.report import differences, parity_report, print_json, print_table, summary, table
+from pipeload.cli.report import accuracy_report, differences, parity_report, print_json, print_table, summary, table
 from pipeload.format.manifest import Manifest, Shard, TensorSpec, first_places, read
 from pipeload.machine.sizes import format_bytes
 
@@ -42,6 +42,9 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
         typer.echo(f"\nhead: '{manifest.head.output}' in {len(manifest.head.shards)} slices of the vocabulary")
     typer.echo("\ncompared with the unsplit model when it was exported")
     typer.echo(differences(manifest.verification))
+    if manifest.small_weights:
+        typer.echo("\nwith rounded weights, beside the source's")
+        typer.echo(accuracy_report(manifest.small_weights))
     typer.echo("\nstreamed by the engine and compared with the source")
     typer.echo(parity_report(manifest.parity))
 
@@ -71,6 +74,7 @@ def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
         ],
         "verification": manifest.verification,
         "parity": manifest.parity,
+        "small_weights": manifest.small_weights,
     }
 
 
