@@ -39,6 +39,9 @@ _EFFECTS = 10
 it: every operation of a model rounds, not only the first."""
 _MOST_SOURCE_LIMIT = 0.01
 """In parts of the range. A source that rounding moves further has no answer that could be compared."""
+_SMALL_LIMIT = 1.0
+"""The same where weights were rounded: the difference is reported. Answers that differ by all of their range are those
+of another model."""
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -106,14 +109,18 @@ def limit_of(dtype: str, inner: Iterable[str] = ()) -> float:
     return _LIMITS[_coarsest(dtype, inner)] if dtype in _LIMITS else 0.0
 
 
-def limit_of_source(effect: float, span: float) -> float:
+def limit_of_source(manifest: Manifest, effect: float, span: float) -> float:
     """The largest allowed difference from an answer of the source, float32, in parts of its range.
 
     Args:
+        manifest: of the model that was compared.
         effect: how far the answer moves when the source's embeddings change by their rounding.
         span: the range.
     """
-    return min(max(limit_of("float32"), _EFFECTS * effect / span), _MOST_SOURCE_LIMIT)
+    if manifest.small_weights:
+        return _SMALL_LIMIT
+    limit = min(max(limit_of("float32"), _EFFECTS * effect / span), _MOST_SOURCE_LIMIT)
+    return max(limit, _INT8_LIMIT) if any(cache.scale for cache in manifest.caches) else limit
 
 
 def _coarsest(dtype: str, inner: Iterable[str]) -> str:

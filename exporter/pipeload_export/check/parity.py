@@ -31,12 +31,6 @@ from pipeload_export.source.tracing import Request
 
 __all__ = ["check_parity"]
 
-_INT8_LIMIT = 0.1
-"""The most difference in parts of the range where caches are int8."""
-_SMALL_LIMIT = 1.0
-"""The same where weights were rounded: the difference is reported. Answers that differ by all of their range are those
-of another model."""
-
 
 def check_parity(
     directory: Path, manifest: Manifest, request: Request, work: Path, progress: Notify, remedy: str
@@ -201,11 +195,7 @@ class _Comparison:
                 f"{self._beginning(case)}. {self.remedy}"
             )
         span = self._span(name)
-        limit = limit_of_source(self.answers.effects[key].get(name, 0.0), span)
-        if any(cache.scale for cache in self.manifest.caches):
-            limit = max(limit, _INT8_LIMIT)
-        if self.manifest.small_weights:
-            limit = _SMALL_LIMIT
+        limit = limit_of_source(self.manifest, self.answers.effects[key].get(name, 0.0), span)
         same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
         error = np.abs(np.subtract(wanted, found, where=~same, out=np.zeros(wanted.shape), dtype=np.float64))
         worst = float(error.max(initial=0.0))

@@ -80,6 +80,7 @@ class Asked:
     """What was asked and answered, before the engine begins.
 
     Attributes:
+        manifest: the model's.
         calls: the texts.
         answers: of sentence-transformers.
         modules: the kinds of its modules, in order, for messages.
@@ -87,6 +88,7 @@ class Asked:
         cut: whether that text has more tokens than the model takes.
     """
 
+    manifest: Manifest
     calls: tuple[Call, ...]
     answers: Sentences
     modules: tuple[str, ...]
@@ -107,7 +109,9 @@ class Asked:
         """
         span = range_of(np.concatenate([array.ravel() for array in self.answers.vectors.values()]), "float32")
         equal: list[str] = []
-        worst = Verification(output="embed", max_abs_error=0.0, max_rel_error=0.0, limit=limit_of_source(0.0, span))
+        worst = Verification(
+            output="embed", max_abs_error=0.0, max_rel_error=0.0, limit=limit_of_source(self.manifest, 0.0, span)
+        )
         for number, wanted in self.answers.vectors.items():
             progress("compare the vectors", number, len(self.calls))
             call = self.calls[number]
@@ -138,7 +142,7 @@ class Asked:
                 f"{fault}: for {call.name} they are {list(found.shape)} instead of {list(wanted.shape)}; {named}. "
                 f"{remedy}"
             )
-        limit = limit_of_source(effect, span)
+        limit = limit_of_source(self.manifest, effect, span)
         same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
         error = np.abs(np.subtract(wanted, found, where=~same, out=np.zeros(wanted.shape), dtype=np.float64))
         most = float(error.max(initial=0.0))
@@ -180,7 +184,9 @@ def ask_vectors(directory: Path, manifest: Manifest, request: Request, work: Pat
         )
     encoded = tokenizer.encode(text)
     kinds = tuple(kind.rpartition(".")[2] for kind in _modules(directory))
-    return Asked(calls=calls, answers=answers, modules=kinds, longest=len(encoded.ids), cut=encoded.cut)
+    return Asked(
+        manifest=manifest, calls=calls, answers=answers, modules=kinds, longest=len(encoded.ids), cut=encoded.cut
+    )
 
 
 def _calls(directory: Path, long: str) -> Iterator[Call]:

@@ -105,6 +105,15 @@ def test_right_vectors_are_recorded(tmp_path: Path, kinds: tuple[str, ...], mode
         assert model.embed("a cat").shape == (width,)
 
 
+def test_vectors_of_rounded_weights_are_reported_not_refused(tmp_path: Path) -> None:
+    source = write_sentences(tmp_path / "source", "Normalize", pooling_mode_mean_tokens=True)
+    exported(source, tmp_path / "target", weights="int4")
+    parity = read(tmp_path / "target").parity
+    assert parity is not None
+    assert parity.vectors is not None
+    assert 1e-4 < parity.vectors.difference.max_rel_error < parity.vectors.difference.limit
+
+
 def _without(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
     """The engine leaves a module out."""
 
