@@ -37,9 +37,9 @@ __all__ = ["BlockSize", "KvCache", "Weights", "export"]
 KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
 
-Weights = Literal["auto", "fp32", "int8", "int4"]
-"""How float32 weights are stored: in 16 bits where that loses nothing, as they are, or those of products and tables
-rounded to 8 or 4 bits with a scale for each block of them."""
+Weights = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
+"""How float32 weights are stored: in 16 bits where that loses nothing, as they are, rounded to 16 bits, or those of
+products and tables rounded to 8 or 4 bits with a scale for each block of them."""
 
 BlockSize = Literal["16", "32", "64", "128", "256"]
 """Weights of 8 or 4 bits that have one scale."""
@@ -48,6 +48,7 @@ _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 <<
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
+_TYPES: dict[Weights, str] = {"bf16": "bfloat16", "fp16": "float16"}
 _BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
 _FINE_BITS = 8
 """Of tables, the head that is tied to one, and products that narrow: 4 bits hurt there most."""
@@ -92,9 +93,9 @@ def export(
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         weights: how float32 weights are stored. "auto" takes 16 bits for every tensor whose values all fit bfloat16 or
             float16 exactly, as those of most checkpoints do: the answers are the same bit for bit, from half the bytes.
-            "fp32" leaves all as they are. "int8" and "int4" round the weights of products and tables, to 8 or 4 bits
-            with a scale for each block. Tables, products that are tied to one, and products that make at most half as
-            many values as they sum over, have 8 bits in either.
+            "fp32" leaves all as they are. "bf16" and "fp16" round to 16 bits what does not fit. "int8" and "int4" round
+            the weights of products and tables, to 8 or 4 bits with a scale for each block. Tables, products that are
+            tied to one, and products that make at most half as many values as they sum over, have 8 bits in either.
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
         block_size: weights of 8 or 4 bits that have one scale: 16, 32, 64, 128 or 256.
@@ -132,7 +133,7 @@ def export(
     ):
         if given not in known:
             raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
-    if max_error is not None and (weights not in _BITS or not verify):
+    if max_error is not None and (weights in ("auto", "fp32") or not verify):
         raise ConfigError("A largest error is only measured where weights are rounded, and the result is verified.")
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
@@ -161,10 +162,7 @@ def export(
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
             floats = unsplit.path
-            if weights in _BITS:
-                small = SmallWeights(
-                    bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=not asymmetric
-                )
+            if small := _small(weights, block_size, symmetric=not asymmetric):
                 unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
             manifest = _build(
                 *(unsplit, staging.result),
@@ -195,12 +193,25 @@ def export(
     return manifest
 
 
+def _small(weights: Weights, block_size: int, *, symmetric: bool) -> SmallWeights | None:
+    """How weights are to be rounded; None where they are not."""
+    if weights in _TYPES:
+        return SmallWeights(dtype=_TYPES[weights], bits=16, fine_bits=16, block_size=1, symmetric=True)
+    if weights in _BITS:
+        return SmallWeights(bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=symmetric)
+    return None
+
+
 def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Notify) -> Unsplit:
     """The unsplit model with rounded weights."""
     from pipeload_export.rewrite.rounding import Rounding  # needs the extra [export]
+    from pipeload_export.rewrite.sixteen import write_with_16_bits
     from pipeload_export.rewrite.small_weights import write_with_small_weights
 
     folder.mkdir()
+    if small.dtype:
+        path = write_with_16_bits(unsplit.path, folder, small.dtype)
+        return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), small_weights=small)
     coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
     fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
     path = write_with_small_weights(unsplit.path, folder, coarse, fine, progress)

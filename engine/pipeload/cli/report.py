@@ -24,7 +24,9 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     """A few facts about the model; keys of sizes end with `_bytes`."""
     missing = {"missing_weights": len(manifest.missing_weights)} if manifest.missing_weights else {}
     small = manifest.small_weights
-    weights = {"weights": f"int{small.bits}, {small.block_size} to a scale"} if small else {}
+    weights = {}
+    if small:
+        weights["weights"] = small.dtype or f"int{small.bits}, {small.block_size} to a scale"
     return {
         "source": manifest.source,
         "model_type": manifest.model_type,
@@ -70,7 +72,11 @@ def accuracy_report(small: SmallWeights) -> str:
     """How weights were rounded, and what that did to the answers."""
     zero = "" if small.symmetric else ", each block with its own zero"
     fine = f", tables and products that narrow in {small.fine_bits}" if small.fine_bits != small.bits else ""
-    how = f"  products in {small.bits} bits{fine}; {small.block_size} weights to a scale{zero}"
+    how = (
+        f"  large weights rounded to {small.dtype}"
+        if small.dtype
+        else f"  products in {small.bits} bits{fine}; {small.block_size} weights to a scale{zero}"
+    )
     found = small.accuracy
     if found is None:
         return f"{how}\n  not compared with the source"

@@ -330,10 +330,12 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallWeights:
-    """How the exporter rounded the weights of products and tables.
+    """How the exporter rounded weights.
 
     Attributes:
-        bits: of each weight of most products: 8 or 4.
+        dtype: "bfloat16" or "float16": large tensors of float32 were rounded to this type; None where the weights of
+            products and tables have blocks of few bits.
+        bits: of each weight of most products: 8 or 4; or 16.
         fine_bits: of tables, products that are tied to one, and products that narrow: they make at most half as many
             values as they sum over.
         block_size: weights that have one scale.
@@ -341,6 +343,7 @@ class SmallWeights:
         accuracy: what that did to the answers; None where it was not measured.
     """
 
+    dtype: str | None = None
     bits: int
     fine_bits: int
     block_size: int

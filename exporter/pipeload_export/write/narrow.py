@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from pipeload_export.graph.graph import Constant, storage_dtype
+from pipeload_export.rewrite.sixteen import LEAST_BYTES
 from pipeload_export.shard.fuse import Fused
 from pipeload_export.write.names import all_names, rename
 
@@ -23,8 +24,6 @@ __all__ = ["StoredType", "given_type", "narrow", "stored_type", "wide_name", "wi
 StoredType: TypeAlias = Callable[[Constant], int]
 """ONNX's number of the element type in which a constant is stored."""
 
-_LEAST_BYTES = 16 << 10
-"""Of smaller tensors nothing is gained: each has a node in the graph, and an array in memory."""
 _PIECE = 1 << 22
 """Values that are looked at in one step."""
 
@@ -34,7 +33,7 @@ def stored_type(constant: Constant) -> int:
 
     The values are read piece by piece, as far as they fit.
     """
-    if constant.dtype == TensorProto.FLOAT and constant.nbytes >= _LEAST_BYTES:
+    if constant.dtype == TensorProto.FLOAT and constant.nbytes >= LEAST_BYTES:
         for dtype in (TensorProto.BFLOAT16, TensorProto.FLOAT16):
             if all(_is_exact(piece, dtype) for piece in _pieces(constant)):
                 return int(dtype)

@@ -30,7 +30,7 @@ def export(
     whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
     weights: Annotated[
         pipeload_export.Weights,
-        typer.Option(help="Weights in 16 bits where that loses nothing, all as they are, or rounded to 8 or 4 bits."),
+        typer.Option(help="Weights in 16 bits where that loses nothing, as they are, or rounded to 16, 8 or 4 bits."),
     ] = "auto",
     kv_cache: Annotated[
         pipeload_export.KvCache,
