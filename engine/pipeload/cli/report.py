@@ -85,7 +85,7 @@ def accuracy_report(small: SmallWeights) -> str:
         (one.output, f"{one.max_abs_error:.2e}", f"{one.mean_abs_error:.2e}", f"{one.max_rel_error:.2e}")
         for one in found.outputs
     ]
-    facts = [f"{len(found.inputs)} inputs"]
+    facts = [f"{len(found.inputs)} input{'s' * (len(found.inputs) != 1)}"]
     if found.cosine is not None:
         facts.append(f"cosine at least {found.cosine:.5f}")
     if found.top1 is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
@@ -22,8 +21,8 @@ from pipeload_export.graph.types import table_shape
 
 __all__ = ["Lift", "lift_tables"]
 
-_LEAST_BYTES = 64 << 10
-_FLOAT_BYTES = 4
+_LEAST_BYTES, _LEAST_ROUNDED_BYTES = 64 << 10, 8 << 10
+"""Of a table that is worth looking up by row. A rounded one may have an eighth of the bytes of its floats."""
 _LEAST_SHARE = 1 / 4
 """A table whose indices the graph computes needs one shard more in every pass: below this part of a block, the table
 is cheaper to load."""
@@ -51,7 +50,7 @@ def lift_tables(graph: Graph, *, block_bytes: int, activation: Collection[str]) 
     constant = graph.constant_sources()
     producers = graph.producers()
     given = {value.name for value in graph.inputs}
-    candidates = [node for node in graph.nodes if _nbytes(graph, node, constant) >= _LEAST_BYTES]
+    candidates = [node for node in graph.nodes if _nbytes(graph, node, constant) >= _least_bytes(node)]
     stops = set(activation) | {node.output[0] for node in candidates}
     lifts: list[Lift] = []
     replaced: dict[str, list[NodeProto]] = {}
@@ -85,13 +84,17 @@ def lift_tables(graph: Graph, *, block_bytes: int, activation: Collection[str]) 
     return lifts
 
 
+def _least_bytes(node: NodeProto) -> int:
+    return _LEAST_ROUNDED_BYTES if node.op_type == _BLOCKS else _LEAST_BYTES
+
+
 def _nbytes(graph: Graph, node: NodeProto, constant: Mapping[str, frozenset[str]]) -> int:
-    """Bytes of the table that a Gather takes rows of, of a rounded one as floats; 0 for every other node."""
+    """Bytes of the table that a Gather takes rows of; 0 for every other node."""
     if node.op_type == _BLOCKS and node.domain == "com.microsoft":
         shape = table_shape(graph, node)
         if shape is None or node.input[1] in constant or node.output[0] in graph.output_names:
             return 0
-        return _FLOAT_BYTES * prod(shape)
+        return graph.constants[node.input[0]].nbytes
     if node.op_type != "Gather" or node.domain not in ("", "ai.onnx") or attribute(node, "axis", 0) != 0:
         return 0
     table, indices = node.input

@@ -14,13 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tests.exporter.conftest import Arrays, Sharded, assert_same_answers
-from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder
+from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder, load_normalised
 from tests.marks import slow
 
 from pipeload.errors import ConfigError, ExportError
 from pipeload_export import export
 from pipeload_export.check.cases import Case
 from pipeload_export.check.chain import run_unsplit
+from pipeload_export.cut.tables import lift_tables
 from pipeload_export.graph.graph import known_constant
 from pipeload_export.rewrite import rounding
 from pipeload_export.rewrite.rounding import Rounding, round_rows
@@ -207,3 +208,15 @@ def test_a_graph_without_floats_to_round_is_refused_with_the_remedy(tmp_path: Pa
 def test_unknown_roundings_are_refused_before_anything_is_read(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be .*; take one of"):
         export(tmp_path / "absent.onnx", tmp_path / "target", **options)
+
+
+@pytest.mark.parametrize(("blocks", "lifted"), [(3, 2), (5, 0)])
+def test_a_rounded_table_is_compared_with_a_block_by_the_bytes_that_it_has(
+    blocks: int, lifted: int, tmp_path: Path
+) -> None:
+    # A table whose indices the graph computes needs a shard more: that pays from a quarter of a block on.
+    build = Builder()
+    ids = build.op("Add", build.input("ids", ["batch", "length"]), build.constant(np.array(1)))
+    build.output(build.op("Tanh", build.embed(ids)), "rows", ["batch", "length", WIDTH])
+    graph = load_normalised(rounded(build.model(), tmp_path / "rounded", EIGHT))
+    assert len(lift_tables(graph, block_bytes=blocks * ROWS * WIDTH, activation=())) == lifted
