@@ -25,8 +25,12 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     missing = {"missing_weights": len(manifest.missing_weights)} if manifest.missing_weights else {}
     small = manifest.small_weights
     weights = {}
-    if small:
-        weights["weights"] = small.dtype or f"int{small.bits}, {small.block_size} to a scale"
+    stored = {spec.dtype for shard in manifest.shards for spec in shard.tensors if spec.widened}
+    if small and not small.dtype:
+        weights["weights"] = f"int{small.bits}, {small.block_size} to a scale"
+    elif stored:
+        rounded = f", rounded to {small.dtype}" if small else ""
+        weights["weights"] = f"stored in {' and '.join(sorted(stored))}, used in float32{rounded}"
     return {
         "source": manifest.source,
         "model_type": manifest.model_type,

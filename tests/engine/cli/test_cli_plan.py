@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.pipeline.rig import plan_by_hand
 from typer.testing import CliRunner, Result
 
 from pipeload.cli import app
@@ -17,6 +20,8 @@ from pipeload.machine.memory import rss_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.measuring import profile_store
 from pipeload.planning.profile import Profile, ShardTimes
+
+commands = importlib.import_module("pipeload.cli.commands.plan")
 
 TIMES = ShardTimes(session_s=1e-4, run_s=1e-4, loading_run_s=1e-4, pack_s=1e-4, packed_run_s=1e-4)
 PACKED = replace(TIMES, run_s=1.0, loading_run_s=1.0)
@@ -161,3 +166,29 @@ def test_the_process_is_measured_with_the_tokenizer_that_commands_load(
     assert call("--budget", "8GB").exit_code == 0
     assert len(alive) == 2
     assert alive[1] == "measured"
+
+
+def test_shards_that_stay_in_16_bits_are_told_apart_from_those_that_are_read_in_part(
+    made_toys: Callable[[str], Path],
+) -> None:
+    manifest = manifests.read(made_toys("toy-narrow"))
+    half = manifest.shards[2].tensors[1].offset - manifest.shards[2].tensors[0].offset
+    plan = plan_by_hand(manifest, partly={"block.000": (0, 0), "block.001": (0, half), "block.002": (0, 0)})
+    plan = replace(plan, first_pass_s=1.0, steady_pass_s=1.0)
+    profile = Profile(
+        process_bytes=1,
+        cores=2,
+        read_bytes_per_s={1: 1e9},
+        times={2: {shard.name: TIMES for shard in manifest.shards}},
+    )
+    facts = commands._facts(manifest, profile, plan)
+    assert (facts["resident_16_bit_shards"], facts["partly_resident_shards"]) == (2, 1)
+    assert commands._shown(manifest, facts)["resident in 16 bits"] == "2 of 8, widened for each pass"
+    wide = commands._facts(manifest, profile, replace(plan, partly_resident={}))
+    assert "resident in 16 bits" not in commands._shown(manifest, wide)
+
+
+def test_inspect_says_how_weights_are_stored(made_toys: Callable[[str], Path]) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(made_toys("toy-narrow"))]).stdout
+    assert "  weights        stored in bfloat16 and float16, used in float32\n" in shown
+    assert "used in float32" not in CliRunner().invoke(app, ["inspect", str(made_toys("toy"))]).stdout

@@ -177,7 +177,8 @@ def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
         "resident_bytes": plan.resident_bytes,
         "resident": [shard.name for shard in manifest.shards if shard.name in plan.resident],
         "resident_shards": len(plan.resident),
-        "partly_resident_shards": len(plan.partly_resident),
+        "partly_resident_shards": sum(begin < end for begin, end in plan.partly_resident.values()),
+        "resident_16_bit_shards": sum(begin == end for begin, end in plan.partly_resident.values()),
         "shards": len(manifest.shards),
         "packed": plan.packed,
         "packed_streamed": plan.packed_streamed,
@@ -193,6 +194,7 @@ def _shown(manifest: Manifest, facts: dict[str, Any]) -> dict[str, str]:
     count, resident = facts["shards"], facts["resident"]
     names = f": {_names(manifest, resident)}" if resident else ""
     buffers = f"{facts['buffers']} of {format_bytes(facts['buffer_bytes'])}" if facts["buffers"] else "none"
+    stored = facts["resident_16_bit_shards"]
     return {
         "steady pass": f"{_time(facts['steady_pass_s'])}, T* {_time(facts['steady_bound_s'])}",
         "cold first pass": f"{_time(facts['first_pass_s'])}, T* {_time(facts['first_bound_s'])}",
@@ -200,6 +202,7 @@ def _shown(manifest: Manifest, facts: dict[str, Any]) -> dict[str, str]:
         "read in each pass": _weights(facts, "streamed"),
         "stays in memory": _weights(facts, "resident"),
         "resident": f"{len(resident)} of {count} shards{names}",
+        **({"resident in 16 bits": f"{stored} of {count}, widened for each pass"} if stored else {}),
         "partly resident": f"{facts['partly_resident_shards']} of {count}",
         "Loading Agents": f"{facts['loaders']}, {'past' if facts['direct'] else 'through'} the page cache",
         "buffers": buffers,
