@@ -28,7 +28,7 @@ from pipeload_export.rewrite.rounding import Rounding, round_rows
 from pipeload_export.rewrite.small_weights import write_with_small_weights
 
 EIGHT, FOUR = Rounding(bits=8, block_size=32), Rounding(bits=4, block_size=32)
-SIZES = {"batch": 2, "length": 7}
+SIZES = {"batch": 2, "length": 7, "num_channels": 3, "height": 32, "width": 32}
 
 
 def rounded(source: Path | onnx.ModelProto, folder: Path, coarse: Rounding, fine: Rounding = EIGHT) -> Path:
