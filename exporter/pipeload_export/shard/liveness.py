@@ -23,6 +23,9 @@ _ALIASES = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
 _FLOAT = 4
 _WIDEST = 4
 """Bytes of an element of a large selection; only shape arithmetic selects wider ones."""
+_PACKED_BITS, _ROUNDS_ACTIVATIONS = 4, 4
+"""Of a MatMulNBits: bits for which onnxruntime has a packed kernel at every accuracy level, and the level at which it
+has one for 8 bits too."""
 _ATTENTION = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 
 
@@ -68,7 +71,7 @@ def live_tensors(model: ModelProto, events: Sequence[Event], shapes: Mapping[str
         if event.node < len(nodes):
             last_use.update(dict.fromkeys(nodes[event.node].input, place))
     owner: dict[str, str] = {}
-    known = dict(shapes)
+    known, weights = dict(shapes), {proto.name: tuple(proto.dims) for proto in model.graph.initializer}
     begun: dict[str, tuple[int, tuple[int, ...]]] = {}
     result = []
     for place, event in enumerate(events):
@@ -88,14 +91,16 @@ def live_tensors(model: ModelProto, events: Sequence[Event], shapes: Mapping[str
                 # A cache is written where it lies.
                 if node.op_type != "TensorScatter" or name not in outputs:
                     begun[name] = place, factors
-        result += [LiveTensor(factors=taken, first=place, last=place) for taken in _scratch(node, known)]
+        result += [LiveTensor(factors=taken, first=place, last=place) for taken in _scratch(node, known, weights)]
     for name, (place, factors) in begun.items():
         last = end if name in outputs else last_use.get(name, place)
         result.append(LiveTensor(factors=factors, first=place, last=last))
     return result
 
 
-def _scratch(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _scratch(
+    node: NodeProto, shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, tuple[int, ...]]
+) -> list[tuple[int, ...]]:
     """Memory that a kernel takes for itself while it works, at most: factors of the bytes of each piece.
 
     Found by measuring kernels of onnxruntime 1.31 one by one; those that are not listed take none.
@@ -123,7 +128,19 @@ def _scratch(node: NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> list[tup
     if kind in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"):
         return [(1, *shape) for shape in taken[:1] if node.input[0] in shapes]
     if kind == "MatMulNBits":
-        # Without prepacking, all of the weight is decompressed.
+        # Activations are rounded. Where no packed kernel fits, all of the weight is decompressed.
+        rounded = [(_FLOAT, *shape) for shape in taken[:1] if node.input[0] in shapes]
         columns, rows = int(attribute(node, "N")), int(attribute(node, "K"))
-        return [(_FLOAT, columns, rows), *((2, *shape) for shape in taken[:1] if node.input[0] in shapes)]
+        return rounded if _has_packed_kernel(node, weights) else [(_FLOAT, columns, rows), *rounded]
     return []
+
+
+def _has_packed_kernel(node: NodeProto, weights: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether onnxruntime packs a MatMulNBits: not one with floats as zero points, nor 8 bits at other levels."""
+    bits = attribute(node, "bits", 4)
+    if bits != _PACKED_BITS and attribute(node, "accuracy_level", 0) != _ROUNDS_ACTIVATIONS:
+        return False
+    zeros = weights.get(node.input[3]) if len(node.input) > 3 and node.input[3] else None
+    blocks = -(-int(attribute(node, "K")) // int(attribute(node, "block_size")))
+    # Zero points of 4 bits share bytes; floats do not.
+    return zeros is None or prod(zeros) == int(attribute(node, "N")) * -(-blocks * bits // 8)
