@@ -126,6 +126,7 @@ class Loader:
             buffer=None,
             reserved_bytes=reserved,
             pooled=not task.resident,
+            packed=packed,
             shared=shared,
         )
         begun: list[Part] = []
@@ -156,6 +157,7 @@ class Loader:
                 if apart and loaded.buffer is not None:
                     loaded.buffer.close()
                     loaded.buffer = None
+                if packed:
                     trim()
                 loaded.reserved_bytes -= passing
                 self._memory.reservations.release(passing)

@@ -42,6 +42,7 @@ class LoadedShard:
         buffer: the memory of its weights; None when a packed session has its own copy.
         reserved_bytes: what is reserved for this shard alone.
         pooled: the buffer belongs to the pool.
+        packed: its session has copies of the weights in the heap.
         shared: the range whose buffer other resident shards use too; None when the buffer is this shard's own.
     """
 
@@ -50,6 +51,7 @@ class LoadedShard:
     buffer: Buffer | None
     reserved_bytes: int
     pooled: bool
+    packed: bool = False
     shared: WeightsRange | None = None
 
 

@@ -72,8 +72,12 @@ class Room:
             complete: whether all resident shards and kept parts were in memory.
         """
         pass_bytes = self._pass_bytes(self._needs)
-        peak = self._memory.take_peak(pass_bytes)
-        self._replanner.correct(self._memory.plan, peak, pass_bytes, complete=complete and self._memory.complete)
+        plan, peak = self._memory.plan, self._memory.take_peak(pass_bytes)
+        # Loading Agents that pack have all of their copies at the same moment in few passes: most passes tell of room
+        # that others need.
+        packs = any(shard.packed and shard.name not in plan.resident for shard in self._manifest.shards)
+        complete = complete and self._memory.complete and not (packs or plan.packed_streamed)
+        self._replanner.correct(plan, peak, pass_bytes, complete=complete)
 
     def start(self, next_pass: int) -> None:
         """Let the Loading Agents begin at the first shard of a pass."""

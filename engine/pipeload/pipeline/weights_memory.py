@@ -87,6 +87,9 @@ class WeightsMemory:
         freed_bytes = shard.reserved_bytes
         try:
             shard.session = None
+            if shard.packed:
+                # Small copies lie in the heap, which would keep them.
+                trim()
             buffer, shard.buffer = shard.buffer, None
             if buffer is not None:
                 if shard.pooled:

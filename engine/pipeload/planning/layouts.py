@@ -16,7 +16,7 @@ from itertools import combinations, product
 from math import prod
 from typing import TypeAlias
 
-from pipeload.format.manifest import Shard, first_places
+from pipeload.format.manifest import Shard, WeightSpec, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.format.placement import place
 from pipeload.planning.rates import Rates
@@ -32,9 +32,9 @@ _Group: TypeAlias = tuple[Shard, ...]
 _GRAPH_FACTOR, _THREAD_BYTES = 26, 60_000
 """Memory of a session: for each byte of its graph, and for each thread. Measured with onnxruntime 1.31 on blocks of
 BERT, GPT-2 and Llama, which took 24 to 28 bytes for a byte of the graph."""
-_BLOB_RANK, _BLOCK_BYTES = 3, 8
-"""MatMulNBits takes `[rows, blocks, bytes]`. A packed copy has the blobs, the scales twice, and a sum for each block:
-measured with onnxruntime 1.31 for 4 and 8 bits in blocks of 16 to 128."""
+_BLOB_RANK, _BLOCK_BYTES, _SCALE_BYTES = 3, 8, 4
+"""MatMulNBits takes `[rows, blocks, bytes]`. A packed copy has the blobs, the scales twice, and a sum for each block;
+the scales are in work with their blobs. Measured with onnxruntime 1.31 for 4 and 8 bits in blocks of 16 to 128."""
 _SMALL_SHARE = 0.1
 """A shard below this fraction of the largest becomes resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
@@ -127,13 +127,18 @@ def _packed_bytes(shard: Shard) -> int:
     """The weights in a packed session of a shard that is always packed: its own copies, and what kernels for weights of
     few bits add to each block.
     """
-    blocks = (prod(spec.shape[:2]) for spec in shard.tensors if spec.dtype == "uint8" and len(spec.shape) == _BLOB_RANK)
-    return memory_ceil(shard.memory_bytes + _BLOCK_BYTES * sum(blocks))
+    return memory_ceil(shard.memory_bytes + _BLOCK_BYTES * sum(map(_blocks, shard.tensors)))
 
 
 def second_copy_bytes(shard: Shard) -> int:
     """Bytes that packing a shard takes beside its weights and their packed copy: a copy of the tensor in work."""
-    return memory_ceil(max((spec.memory_bytes for spec in shard.tensors), default=shard.nbytes))
+    tensors = (spec.memory_bytes + _SCALE_BYTES * _blocks(spec) for spec in shard.tensors)
+    return memory_ceil(max(tensors, default=shard.nbytes))
+
+
+def _blocks(spec: WeightSpec) -> int:
+    """The blocks of a matrix of few bits; 0 of any other tensor."""
+    return prod(spec.shape[:2]) if spec.dtype == "uint8" and len(spec.shape) == _BLOB_RANK else 0
 
 
 def whole_bytes(shard: Shard) -> int:

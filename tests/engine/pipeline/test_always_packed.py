@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.engine import toy as toys
 from tests.engine.harness import Gate, assert_same, run_python, run_sequentially
-from tests.engine.pipeline.rig import NAMES, fail_once, rigged
+from tests.engine.pipeline.rig import NAMES, Scripted, fail_once, rigged
 
 import pipeload
 from pipeload.errors import LoadError
@@ -167,3 +167,15 @@ def test_agents_wait_for_each_other_where_the_plan_has_room_for_one_copy(small: 
         gate.open()
         call.result()
         rig.check()
+
+
+@pytest.mark.parametrize(("resident", "tells"), [((), False), (NAMES, True)])
+def test_passes_whose_agents_pack_do_not_tell_how_much_room_is_left(
+    small: Path, monkeypatch: pytest.MonkeyPatch, resident: tuple[str, ...], tells: bool
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(Scripted, "correct", lambda *_, complete: told.append(complete))
+    with rigged(small, resident=resident) as rig:
+        rig.check(passes=3)
+    assert told[-1] == tells
+    assert len(told) >= 2
