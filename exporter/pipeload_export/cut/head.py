@@ -99,7 +99,7 @@ def slice_graph(
     nodes = [helper.make_node("FusedMatMul", [head.input, name], [made], domain="com.microsoft", transB=1)]
     values = []
     if head.bias is not None:
-        part = np.ascontiguousarray(graph.constants[head.bias].load()[begin:end])
+        part = np.ascontiguousarray(graph.constants[head.bias].values()[begin:end])
         values.append(helper.make_tensor("bias", table.dtype, part.shape, part.tobytes(), raw=True))
         nodes.append(helper.make_node("Add", [made, "bias"], [output]))
     made_shape = None if shape is None else [*shape[:-1], end - begin]

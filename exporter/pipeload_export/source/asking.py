@@ -19,6 +19,7 @@ from pipeload.errors import ExportError
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
+from pipeload_export.source.refused import Declined
 from pipeload_export.source.tracing import Request, run_child
 
 __all__ = ["Answers", "Questions", "ask", "answering_bytes", "visible"]
@@ -133,10 +134,23 @@ def ask(
     for number, ids in enumerate(prompts):
         np.save(folder / f"prompt.{number}.npy", ids)
     questions = Questions(
-        model=request, cases=len(cases), prompts=len(prompts), new_tokens=new_tokens, outputs=list(outputs)
+        model=msgspec.structs.replace(request, hollow=request.widened_bytes > 0 and request.may_be_hollow),
+        cases=len(cases),
+        prompts=len(prompts),
+        new_tokens=new_tokens,
+        outputs=list(outputs),
     )
     total = len(cases) + len(prompts)
-    put_questions(questions, folder, needed, lambda: progress(_STEP, min(_answered(folder), total), total))
+
+    def tick() -> None:
+        progress(_STEP, min(_answered(folder), total), total)
+
+    try:
+        put_questions(questions, folder, needed, tick)
+    except Declined:
+        # With float32 files on the disk, which take room and time.
+        model = msgspec.structs.replace(questions.model, hollow=False)
+        put_questions(msgspec.structs.replace(questions, model=model), folder, needed, tick)
     progress(_STEP, total, total)
     found = json.loads((folder / "answers.json").read_bytes())
     return Answers(folder=folder, outputs={int(n): names for n, names in found.pop("outputs").items()}, **found)
@@ -155,7 +169,7 @@ def answering_bytes(request: Request) -> int:
 
 
 def put_questions(questions: Questions, folder: Path, needed: int, tick: Callable[[], None]) -> None:
-    """Run the child. Raises ExportError if it refuses or dies."""
+    """Run the child. Raises ExportError if it refuses or dies, Declined if it needs the weights in memory."""
     name = questions.model.name
     error = run_child(
         _CHILD,
