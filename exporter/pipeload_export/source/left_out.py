@@ -42,6 +42,7 @@ def weights_left_out(hollow: Hollow, folder: Path) -> Iterator[None]:
         "_jit_pass_onnx_eval_peephole": leaving.peephole,
         "_jit_pass_onnx_constant_fold": leaving.fold,
         "_jit_pass_onnx_deduplicate_initializers": leaving.leave_out,
+        "_jit_pass_onnx_graph_shape_type_inference": leaving.infer,
     }
     with ExitStack() as stack:
         for name, mine in passes.items():
@@ -95,6 +96,14 @@ class _Leaving:
 
         return run
 
+    def infer(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Shapes follow from those of weights; torch would put the values into a model of ONNX."""
+
+        def run(graph: Any, params: dict[str, Any], opset: int) -> None:
+            original(graph, {name: tensor for name, tensor in params.items() if not self._is_empty(tensor)}, opset)
+
+        return run
+
     def leave_out(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Weights of one address become one; then they leave the graph, which gets inputs in their place."""
 
@@ -114,7 +123,7 @@ class _Leaving:
         return run
 
     def _distinct(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors, with others in the place of views of empty memory: one for each view, all of different values."""
+        """The tensors, with others in the place of empty memory: one for each view, all of different values."""
         import torch
 
         known: dict[tuple[Any, ...], Any] = {}

@@ -1,8 +1,8 @@
-"""Declines the trace of a hollow model whose way depends on the values of weights, such as a loop over chosen experts.
+"""Declines the trace of a hollow model that the values of weights steer, such as a loop over chosen experts.
 
-A tensor that is computed from empty weights is *weighted*; one whose size depends on the values of a weighted one (where
-a mask is true, for instance) is *sized*. Operations on both are traced like any other. But where Python reads a value of
-the first or a size of the second, the trace would be another one with the weights.
+A tensor that is computed from empty weights is *weighted*; one whose size depends on the values of a weighted one
+(where a mask is true, for instance) is *sized*. Operations on both are traced like any other. But where Python reads a
+value of the first or a size of the second, the trace would be another one with the weights.
 """
 
 from __future__ import annotations
