@@ -120,11 +120,12 @@ def _constant_node(node: NodeProto, files: _Files) -> Constant | None:
 
 
 def _bring_in(node: NodeProto, files: _Files) -> None:
-    """Replace tensors in attributes that lie in an external file by their values."""
+    """Replace tensors in attributes that lie in an external file by their values; they need no names."""
     for item in node.attribute:
         for tensor in (item.t, *item.tensors) if item.type in (item.TENSOR, item.TENSORS) else ():
             if tensor.data_location == TensorProto.EXTERNAL:
                 tensor.CopyFrom(tensor_proto(tensor.name, _constant_of(tensor, files)))
+            tensor.ClearField("name")  # optimum gives one where weights lie in a file, so shards would depend on that
         for graph in (item.g, *item.graphs) if item.type in SUBGRAPHS else ():
             for tensor in graph.initializer:
                 if tensor.data_location == TensorProto.EXTERNAL:
