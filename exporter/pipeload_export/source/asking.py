@@ -6,6 +6,7 @@ The child, `reference`, reads a request from a file and inputs from others, and 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ _CHILD = "import sys; from pipeload_export.source.reference import run_child; ru
 _WEIGHTS_FACTOR, _MAPPED_FACTOR, _LIBRARIES_BYTES = 1.2, 0.1, 900 << 20
 """Memory of the child per byte of float32 weights, likewise where they are mapped, and beside them: the libraries, and
 the activations of a case."""
+_RESIDENT_SHARE = 1 / 2
+"""Float32 files up to this part of the free memory stay in it between passes, where disk has room for them. Reading the
+checkpoint for each operation is slower than that, and faster than reading twice the bytes from float32 files."""
 _MOST_COLUMNS = 8192
 """Of a vocabulary this many logits are kept for each position, evenly spread, so that memory and disk stay bounded."""
 _STEP = "ask the source"
@@ -134,7 +138,7 @@ def ask(
     for number, ids in enumerate(prompts):
         np.save(folder / f"prompt.{number}.npy", ids)
     questions = Questions(
-        model=msgspec.structs.replace(request, hollow=request.widened_bytes > 0 and request.may_be_hollow),
+        model=msgspec.structs.replace(request, hollow=_reads_as_needed(request, folder)),
         cases=len(cases),
         prompts=len(prompts),
         new_tokens=new_tokens,
@@ -154,6 +158,14 @@ def ask(
     progress(_STEP, total, total)
     found = json.loads((folder / "answers.json").read_bytes())
     return Answers(folder=folder, outputs={int(n): names for n, names in found.pop("outputs").items()}, **found)
+
+
+def _reads_as_needed(request: Request, folder: Path) -> bool:
+    """Whether the source reads weights of 16 bits for each operation, instead of float32 files made of them."""
+    if not request.widened_bytes or not request.may_be_hollow:
+        return False
+    stays = request.widened_bytes <= auto_budget_bytes() * _RESIDENT_SHARE
+    return not stays or request.widened_bytes > shutil.disk_usage(folder.parent).free // 2
 
 
 def answering_bytes(request: Request) -> int:

@@ -24,7 +24,7 @@ from pipeload_export.check.cases import Case
 from pipeload_export.check.chain import run_unsplit
 from pipeload_export.check.parts import run_parts
 from pipeload_export.graph.from_checkpoint import constants_at
-from pipeload_export.source import hollow, left_out, sources, tracing
+from pipeload_export.source import asking, hollow, left_out, sources, tracing
 from pipeload_export.source.places import Place, place_of, places_in
 from pipeload_export.source.sources import Checkpoint, find_source
 from pipeload_export.source.tracing import Request, export_checkpoint, needed_memory_bytes
@@ -92,6 +92,7 @@ def test_verification_and_the_source_need_no_weights_in_memory_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "MAPPED_FROM_BYTES", 0)
+    monkeypatch.setattr(asking, "_RESIDENT_SHARE", 0)
     write_gpt2(tmp_path / "checkpoint")
     in_16_bits(tmp_path / "checkpoint", "bfloat16")
     # Neither float32 files nor a loaded model.
