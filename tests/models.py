@@ -183,7 +183,7 @@ def traced_here() -> Iterator[None]:
     from pipeload_export.source import asking, beside, reference, sentences, sources, tracer, tracing
     from pipeload_export.source.refused import Refused
 
-    def export_checkpoint(request: Request, folder: Path, progress: object) -> Path:
+    def export_checkpoint(request: Request, folder: Path, progress: object, **_: object) -> Path:
         folder.mkdir(parents=True)
         with warnings.catch_warnings():
             try:

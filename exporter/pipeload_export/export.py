@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import warnings
 from contextlib import ExitStack
@@ -24,11 +25,12 @@ from pipeload_export.check.accuracy import check_error, measure_accuracy
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
 from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
-from pipeload_export.check.verify import verify as verify_directory
+from pipeload_export.check.verify import runner, verify_made
 from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.beside import resolve_beside
 from pipeload_export.source.folder import read_json
+from pipeload_export.source.refused import Declined
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 
@@ -57,6 +59,7 @@ _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
 )
 _WRITING = "write the shards"
+_LOGGER = logging.getLogger("pipeload_export")
 
 
 def export(
@@ -153,15 +156,16 @@ def export(
             allow_missing=allow_missing,
             progress=notify,
         )
-        _check_space(staging.disk, found)
+        if not isinstance(found, Checkpoint):
+            _check_space(staging.disk, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
             unsplit = (
-                found.to_onnx(staging.work, notify)
+                _traced(found, staging, weights, notify, keep=keeping is not None)
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
-            floats = unsplit.path
+            floats = runner(unsplit.path, unsplit.weights)
             if small := _small(weights, block_size, symmetric=not asymmetric):
                 unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
             manifest = _build(
@@ -210,12 +214,28 @@ def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Noti
 
     folder.mkdir()
     if small.dtype:
-        path = write_with_16_bits(unsplit.path, folder, small.dtype)
-        return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), small_weights=small)
-    coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
-    fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
-    path = write_with_small_weights(unsplit.path, folder, coarse, fine, progress)
-    return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), small_weights=small)
+        path = write_with_16_bits(unsplit.path, unsplit.weights, folder, small.dtype)
+    else:
+        coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
+        fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
+        path = write_with_small_weights(unsplit.path, unsplit.weights, folder, coarse, fine, progress)
+    return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
+
+
+def _traced(found: Checkpoint, staging: Staging, weights: Weights, progress: Notify, *, keep: bool) -> Unsplit:
+    """The ONNX graph of a checkpoint, without its weights where that is possible, and where the graph is not kept."""
+    request = found.request
+    nbytes, obstacle = request.weight_bytes, None
+    if request.may_be_hollow and not keep:
+        _check_space(staging.disk, request.stored_bytes if weights == "auto" else nbytes, nbytes)
+        try:
+            return found.to_onnx(staging.work, progress, hollow=True)
+        except Declined as declined:
+            obstacle = str(declined)
+            _LOGGER.info("%s is exported with its weights in memory: %s.", request.name, obstacle)
+            shutil.rmtree(staging.work / "onnx")
+    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
+    return found.to_onnx(staging.work, progress, obstacle=obstacle)
 
 
 def _build(
@@ -241,6 +261,7 @@ def _build(
         int8_caches=kv_cache == "int8",
         exact_16_bits=weights != "fp32",
         published=_published(unsplit),
+        stored=unsplit.weights,
         progress=lambda _, done, total: progress(_WRITING, done, total),
     )
     written = sum(record.nbytes for record in model.files)
@@ -274,7 +295,7 @@ def _build(
     manifest = replace(manifest, takes_left_padding=takes_left_padding(result, manifest, progress))
     write(manifest, result)
     if verify:
-        report = verify_directory(result, unsplit.path, progress)
+        report = verify_made(result, unsplit.path, unsplit.weights, progress)
         manifest = replace(manifest, verification=report.differences)
         write(manifest, result)
     return manifest
@@ -328,14 +349,15 @@ def _keep(unsplit: Unsplit, folder: Path, *, move: bool) -> None:
         shutil.copyfile(file, folder / name)
 
 
-def _check_space(disk: Path, found: Checkpoint | Unsplit) -> None:
-    factor, nbytes = (
-        (_CHECKPOINT_DISK_FACTOR, found.request.weight_bytes)
-        if isinstance(found, Checkpoint)
-        else (_ONNX_DISK_FACTOR, found.nbytes)
-    )
-    widened = found.request.widened_bytes if isinstance(found, Checkpoint) else 0
-    needed = int(nbytes * factor) + widened + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
+def _check_space(disk: Path, needed: float, nbytes: int) -> None:
+    """Raise ExportError if a disk has no room.
+
+    Args:
+        disk: a folder on it.
+        needed: bytes that graph and shards take.
+        nbytes: bytes of the weights in float32.
+    """
+    needed = int(needed) + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise ExportError(

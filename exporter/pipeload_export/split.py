@@ -26,6 +26,7 @@ from pipeload_export.rewrite.settings import fix_settings
 from pipeload_export.shard.alignment import related_inputs, related_structure
 from pipeload_export.shard.published import Published
 from pipeload_export.shard.sampler import Sampler
+from pipeload_export.source.places import Weights
 from pipeload_export.write.narrow import given_type, stored_type
 from pipeload_export.write.shards import ShardWriter
 
@@ -60,6 +61,7 @@ def split(
     int8_caches: bool = False,
     exact_16_bits: bool = True,
     published: Published | None = None,
+    stored: Weights | None = None,
     progress: Notify | None = None,
 ) -> SplitModel:
     """Cut a transformer's ONNX graph into shards, and write them.
@@ -75,6 +77,7 @@ def split(
         int8_caches: make the KV caches int8.
         exact_16_bits: store float32 weights in 16 bits where all values of a tensor stay the same.
         published: sizes of inputs that the files beside the graph name.
+        stored: the weights of the graph that lie in a checkpoint.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Raises:
@@ -85,7 +88,7 @@ def split(
         >>> [shard.name for shard in model.shards]
         ['prologue', 'block.000', 'block.001', 'epilogue']
     """
-    graph = load(model_path)
+    graph = load(model_path, stored)
     try:
         return _split(
             *(graph, shards_dir),

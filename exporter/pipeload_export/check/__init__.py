@@ -4,6 +4,7 @@
 merge     the shards -> one graph over the same weights, to compare with
 cases     seeded inputs that suit a model
 chain     the shards one after another, and the unsplit graph, in plain onnxruntime
+parts     the unsplit graph in bounded memory, where its weights lie in a checkpoint
 compare   the answers of the two, and by how much they differ
 padding   does padding on the left change the answers of a decoder that takes no positions?
 graphs    is a shard's graph valid, and does it point to the weights of the manifest?

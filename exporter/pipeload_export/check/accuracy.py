@@ -25,7 +25,7 @@ from pipeload.tasks.model_files import read_config
 from pipeload.tasks.runner import FilesOnly
 from pipeload.tasks.text.tokenizer import tokenizer_of
 from pipeload_export.check.cases import Case, as_taken, sample_cases
-from pipeload_export.check.chain import run_unsplit
+from pipeload_export.check.compare import Unsplit
 from pipeload_export.check.running import given_room, opened
 
 __all__ = ["check_error", "measure_accuracy", "text_inputs"]
@@ -40,13 +40,13 @@ _STEP = "measure what rounding the weights does"
 Arrays = dict[str, NDArray[Any]]
 
 
-def measure_accuracy(directory: Path, manifest: Manifest, source: Path, progress: Notify) -> Accuracy:
+def measure_accuracy(directory: Path, manifest: Manifest, source: Unsplit, progress: Notify) -> Accuracy:
     """Compare the answers of the directory, run by the engine, with those of the graph whose weights were rounded.
 
     Args:
         directory: the sharded model directory.
         manifest: its manifest.
-        source: the graph with the weights as they were.
+        source: runs the graph with the weights as they were.
         progress: called with the name of the step, the part done, and the whole.
 
     Raises:
@@ -55,7 +55,7 @@ def measure_accuracy(directory: Path, manifest: Manifest, source: Path, progress
     cases = list(_texts(directory, manifest)) or _samples(directory, manifest)
     names = [spec.name for spec in manifest.free_outputs if spec.dtype.startswith(("float", "bfloat"))]
     given = [replace(case, inputs={**case.inputs, **_no_caches(manifest, case)}) for case in cases]
-    wanted = run_unsplit(source, names, given, progress)
+    wanted = source(names, given, progress)
     found = []
     try:
         with opened(directory) as model:

@@ -24,7 +24,7 @@ from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
 from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 
-__all__ = ["run_shards", "run_unsplit"]
+__all__ = ["run_session", "run_shards", "run_unsplit"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -81,7 +81,7 @@ def run_unsplit(
     for number, case in enumerate(cases):
         progress("run the unsplit model", number, len(cases))
         inputs = {name: a.astype(types[name]) if name in narrowed else a for name, a in case.inputs.items()}
-        results.append(_run(session, names, {**inputs, **settings}, f"The unsplit graph ({case.name})"))
+        results.append(run_session(session, names, {**inputs, **settings}, f"The unsplit graph ({case.name})"))
     progress("run the unsplit model", len(cases), len(cases))
     return results
 
@@ -130,7 +130,7 @@ def run_shards(
                 for lookup in shard.lookups
             }
             inputs = {name: fetched[name] if name in fetched else state[name] for name in shard.inputs}
-            made = _run(session, list(shard.outputs), inputs, f"Shard '{shard.name}' ({case.name})")
+            made = run_session(session, list(shard.outputs), inputs, f"Shard '{shard.name}' ({case.name})")
             made |= {name: _rounded_again(made[name], random) for name in narrow.intersection(made)}
             if shard.name in slices:
                 head.append(made[shard.outputs[0]])
@@ -170,7 +170,10 @@ def _needs(shard: Any) -> list[str]:
     return [*shard.inputs, *(lookup.indices for lookup in shard.lookups)]
 
 
-def _run(session: ort.InferenceSession, names: list[str], inputs: Mapping[str, NDArray[Any]], what: str) -> Arrays:
+def run_session(
+    session: ort.InferenceSession, names: list[str], inputs: Mapping[str, NDArray[Any]], what: str
+) -> Arrays:
+    """The outputs `names` by name. Raises ExportError, which names `what`, if the graph does not run."""
     try:
         return dict(zip(names, run(session, names, inputs), strict=True))
     except Exception as error:  # onnxruntime's exceptions have no common base

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,9 @@ from pipeload.format.closeness import range_of
 from pipeload.format.manifest import Cache, Manifest, Verification
 from pipeload.notify import Notify
 from pipeload_export.check.cases import Case
-from pipeload_export.check.chain import run_shards, run_unsplit
+from pipeload_export.check.chain import run_shards
 
-__all__ = ["compare", "limit_of", "limit_of_source"]
+__all__ = ["Unsplit", "compare", "limit_of", "limit_of_source"]
 
 _LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference that is allowed, in parts of the output's range. Float16 has 11 bits and bfloat16 has 8, and an
@@ -46,8 +46,23 @@ of another model."""
 Arrays = dict[str, NDArray[Any]]
 
 
+class Unsplit(Protocol):
+    """Answers as the unsplit model does: `run_unsplit` or `run_parts` of its graph."""
+
+    def __call__(
+        self,
+        wanted: Iterable[str],
+        cases: Sequence[Case],
+        progress: Notify,
+        *,
+        narrowed: Collection[str] = (),
+        optimised: bool = False,
+    ) -> list[Arrays]:
+        """The outputs `wanted` for each case."""
+
+
 def compare(
-    directory: Path, manifest: Manifest, against: Path, cases: list[Case], progress: Notify
+    directory: Path, manifest: Manifest, unsplit: Unsplit, cases: list[Case], progress: Notify
 ) -> tuple[Verification, ...]:
     """For each output of the model, the worst difference over all cases.
 
@@ -64,7 +79,7 @@ def compare(
     # Sessions are made one after another, and the first is gone before the second comes.
     plain = [replace(case, inputs=_dequantised(case.inputs, given)) for case in cases]
     names = [spec.name for spec in specs]
-    wanted = run_unsplit(against, names, plain, progress, narrowed=given)
+    wanted = unsplit(names, plain, progress, narrowed=given)
     found = run_shards(directory, manifest, cases, progress)
     _check_caches(manifest, cases, found)
     found = [_dequantised(arrays, made, like=wanted[0]) for arrays in found]
@@ -76,7 +91,7 @@ def compare(
     worst = differences(wanted, found)
     if any(map(_fails, worst)):
         # onnxruntime's own optimisation changes the answers where they are rounded coarsely: like with like.
-        optimised = run_unsplit(against, names, plain, progress, narrowed=given, optimised=True)
+        optimised = unsplit(names, plain, progress, narrowed=given, optimised=True)
         own, alike = differences(wanted, optimised), differences(optimised, found)
         worst = tuple(map(_best, worst, alike, own))
     has_narrow = any(edge.dtype == "float16" for edge in manifest.edges)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,15 +23,17 @@ from pipeload.notify import Notify
 from pipeload.storage.weights import Storage
 from pipeload_export.boundary import boundary
 from pipeload_export.check.cases import Case, sample_cases
-from pipeload_export.check.compare import compare
+from pipeload_export.check.chain import run_unsplit
+from pipeload_export.check.compare import Unsplit, compare
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.vectors import makes_vectors, obstacle
 from pipeload_export.extra import has_module, how_to_install, require_modules
 from pipeload_export.graph.runtime import open_session
+from pipeload_export.source.places import Weights
 from pipeload_export.source.sources import Checkpoint, find_source
 from pipeload_export.write.digests import RangeDigests
 
-__all__ = ["Report", "verify"]
+__all__ = ["Report", "runner", "verify", "verify_made"]
 
 _PIECE_BYTES = 4 << 20
 _REMEDY = "Export it from this source again, or pass the source that it was made from."
@@ -86,7 +89,7 @@ def verify(
     """
     directory = Path(directory)
     with boundary(f"{directory} could not be verified", directory, progress) as notify:
-        report = _verify(directory, None if against is None else Path(against), notify)
+        report = _verify(directory, None if against is None else _unsplit_at(Path(against)), notify)
         if source is None:
             skipped = () if against else ("comparison with the source: pass the checkpoint with --source",)
             return replace(report, skipped=(*report.skipped, *skipped))
@@ -109,15 +112,42 @@ def _with_parity(report: Report, directory: Path, source: str, notify: Notify) -
     return replace(report, checks=tuple(checks), skipped=skipped, parity=parity)
 
 
-def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:
+def verify_made(directory: Path, graph: Path, weights: Weights | None, notify: Notify) -> Report:
+    """Check a sharded model directory that was just made.
+
+    Args:
+        directory: the sharded model directory.
+        graph: the file that it was made from.
+        weights: those of its weights that lie in a checkpoint.
+        notify: as for `verify`.
+
+    Raises:
+        PipeloadError: as `verify` does.
+    """
+    return _verify(directory, runner(graph, weights), notify)
+
+
+def runner(graph: Path, weights: Weights | None) -> Unsplit:
+    """What runs an unsplit graph, some of whose weights may lie in a checkpoint."""
+    if weights is None:
+        return partial(run_unsplit, graph)
+    from pipeload_export.check.parts import run_parts  # needs onnx
+
+    return partial(run_parts, graph, weights)
+
+
+def _unsplit_at(path: Path) -> Unsplit:
+    require_modules("onnx")
+    if not path.is_file():
+        raise ConfigError(
+            f"There is no unsplit model at {path}. Pass the .onnx file that the shards were made from, which "
+            "`pipeload export --keep-onnx DIR` keeps."
+        )
+    return partial(run_unsplit, path)
+
+
+def _verify(directory: Path, unsplit: Unsplit | None, notify: Notify) -> Report:
     manifest = read(directory)
-    if against is not None:
-        require_modules("onnx")
-        if not against.is_file():
-            raise ConfigError(
-                f"There is no unsplit model at {against}. Pass the .onnx file that the shards were made from, which "
-                "`pipeload export --keep-onnx DIR` keeps."
-            )
     _raise_all(_file_faults(directory, manifest, notify))
     _raise_all(_weight_faults(directory, manifest))
     checks = ["sizes and sha256 of all files", "safetensors headers and weights of every shard"]
@@ -133,11 +163,11 @@ def _verify(directory: Path, against: Path | None, notify: Notify) -> Report:
     checks.append("every shard opens in plain onnxruntime")
     cases: list[Case] = []
     differences: tuple[Verification, ...] = ()
-    if against is None:
+    if unsplit is None:
         skipped.append("comparison with the unsplit model: pass it with --against")
     else:
         cases = sample_cases(manifest, directory)
-        differences = compare(directory, manifest, against, cases, notify)
+        differences = compare(directory, manifest, unsplit, cases, notify)
         rounded = any(cache.scale for cache in manifest.caches)
         but = ", but for the rounding of its int8 caches" if rounded else ""
         checks.append(f"the chain of shards computes what the unsplit model computes{but}")

@@ -125,7 +125,7 @@ def slice_graph(
         next(item for item in product.attribute if item.name == "N").i = end - begin
     nodes, values = [product], []
     if head.bias is not None:
-        part = np.ascontiguousarray(graph.constants[head.bias].load()[begin:end])
+        part = np.ascontiguousarray(graph.constants[head.bias].values()[begin:end])
         values.append(helper.make_tensor("bias", dtype, part.shape, part.tobytes(), raw=True))
         nodes.append(helper.make_node("Add", [made, "bias"], [output]))
     made_shape = None if shape is None else [*shape[:-1], end - begin]

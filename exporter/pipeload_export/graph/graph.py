@@ -53,13 +53,19 @@ class Constant:
         dtype: ONNX's number of the element type.
         shape: its dimensions.
         load: reads the values; the array is only borrowed, and may be a view of a file. bfloat16 and the types of
-            8 bits appear in NumPy's view of them (`ml_dtypes`). Those of a weight that is stored in 16 bits are
-            float32, and become its type as they are written.
+            8 bits appear in NumPy's view of them (`ml_dtypes`). Those of a weight that is stored in 16 bits may be
+            float32, and become its type as they are written; those of a float32 weight may be floats of 16 bits, as
+            the file that they are read from has them.
     """
 
     dtype: int
     shape: tuple[int, ...]
     load: Callable[[], NDArray[Any]]
+
+    def values(self) -> NDArray[Any]:
+        """The values in the type that the graph computes with: float32 where `load` gives floats of 16 bits."""
+        array = self.load()
+        return np.asarray(array, np.float32) if self.dtype == TensorProto.FLOAT else array
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +204,7 @@ def same_values(one: Constant, other: Constant) -> bool:
 
 def tensor_proto(name: str, constant: Constant) -> TensorProto:
     """The constant as an initializer that carries its values inside."""
-    proto: TensorProto = numpy_helper.from_array(np.asarray(constant.load(), order="C"), name)
+    proto: TensorProto = numpy_helper.from_array(np.asarray(constant.values(), order="C"), name)
     if proto.data_type != constant.dtype or tuple(proto.dims) != tuple(constant.shape):
         raise ExportError(
             f"Constant '{name}' is {proto.data_type}{tuple(proto.dims)}, expected {constant.dtype}{constant.shape}."

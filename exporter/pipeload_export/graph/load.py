@@ -19,6 +19,7 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from pipeload.errors import ExportError
 from pipeload_export.graph.external_data import check_places, data_file
+from pipeload_export.graph.from_checkpoint import constants_at
 from pipeload_export.graph.graph import (
     PACKED,
     SUBGRAPHS,
@@ -30,14 +31,19 @@ from pipeload_export.graph.graph import (
     storage_dtype,
     tensor_proto,
 )
+from pipeload_export.source.places import Weights
 
 __all__ = ["load"]
 
 _UNKNOWN = ("?", "-1", "None")
 
 
-def load(path: Path) -> Graph:
+def load(path: Path, weights: Weights | None = None) -> Graph:
     """Read a model's structure, sorted; weights in external files are left there.
+
+    Args:
+        path: the model's file.
+        weights: those that lie in a checkpoint, and are inputs of the model's file.
 
     Raises:
         ExportError: it is no ONNX model, has a cycle, a tensor without a source, or a missing weights file.
@@ -56,14 +62,22 @@ def load(path: Path) -> Graph:
         model = onnx.inliner.inline_local_functions(model)
     if model.graph.sparse_initializer:
         raise ExportError(f"{path} has sparse initializers, which shards cannot hold. Export it with dense ones.")
-    return _graph_of(model, path)
+    return _graph_of(model, path, weights or Weights(places={}, order=[]))
 
 
-def _graph_of(model: ModelProto, path: Path) -> Graph:
+def _graph_of(model: ModelProto, path: Path, weights: Weights) -> Graph:
     for value in (*model.graph.input, *model.graph.output):
         _forget_unknown_sizes(value)
     files = _Files(path)
     constants = {tensor.name: _constant_of(tensor, files) for tensor in model.graph.initializer}
+    outside, forget_weights = constants_at(weights.places)
+    constants |= outside
+    constants = {name: constants[name] for name in (*weights.order, *constants) if name in constants}
+
+    def forget() -> None:
+        files.forget()
+        forget_weights()
+
     nodes = []
     for node in model.graph.node:
         constant = _constant_node(node, files)
@@ -82,7 +96,7 @@ def _graph_of(model: ModelProto, path: Path) -> Graph:
         inputs=inputs,
         outputs=list(model.graph.output),
         opsets={entry.domain if entry.domain != "ai.onnx" else "": entry.version for entry in model.opset_import},
-        forget=files.forget,
+        forget=forget,
     )
 
 
@@ -106,11 +120,12 @@ def _constant_node(node: NodeProto, files: _Files) -> Constant | None:
 
 
 def _bring_in(node: NodeProto, files: _Files) -> None:
-    """Replace tensors in attributes that lie in an external file by their values."""
+    """Replace tensors in attributes that lie in an external file by their values; they need no names."""
     for item in node.attribute:
         for tensor in (item.t, *item.tensors) if item.type in (item.TENSOR, item.TENSORS) else ():
             if tensor.data_location == TensorProto.EXTERNAL:
                 tensor.CopyFrom(tensor_proto(tensor.name, _constant_of(tensor, files)))
+            tensor.ClearField("name")  # optimum gives one where weights lie in a file, so shards would depend on that
         for graph in (item.g, *item.graphs) if item.type in SUBGRAPHS else ():
             for tensor in graph.initializer:
                 if tensor.data_location == TensorProto.EXTERNAL:

@@ -161,7 +161,7 @@ def _fold_large(graph: Graph, node: NodeProto, small_names: set[str]) -> bool:
         return False
     for name, constant in zip(filter(None, node.output), made, strict=True):
         if constant.nbytes < SMALL_BYTES:
-            constant = known_constant(constant.load())
+            constant = known_constant(constant.values())
             small_names.add(name)
         graph.constants[name] = constant
     return True

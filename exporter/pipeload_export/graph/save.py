@@ -83,7 +83,7 @@ class GraphFile:
                 inside.append(tensor_proto(name, constant))
             else:
                 offset = self.begin()
-                self.write(constant.load())
+                self.write(constant.values())
                 self.declare(name, constant.dtype, constant.shape, offset)
                 graph.forget()
         model = plain_model(graph, graph.nodes, graph.inputs, graph.outputs, [*inside, *self._initializers.values()])

@@ -19,6 +19,7 @@ from pipeload.errors import ExportError
 from pipeload_export.graph.graph import Constant
 from pipeload_export.graph.load import load
 from pipeload_export.graph.save import GraphFile
+from pipeload_export.source.places import Weights
 
 __all__ = ["LEAST_BYTES", "write_with_16_bits"]
 
@@ -27,11 +28,12 @@ LEAST_BYTES = 16 << 10
 _TYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
-def write_with_16_bits(source: Path, folder: Path, dtype: str) -> Path:
+def write_with_16_bits(source: Path, stored: Weights | None, folder: Path, dtype: str) -> Path:
     """Write the graph with rounded weights.
 
     Args:
         source: the unsplit graph.
+        stored: those of its weights that lie in a checkpoint.
         folder: an existing folder for the graph and its data.
         dtype: "bfloat16" or "float16". A tensor with a value that float16 has no room for stays as it is.
 
@@ -41,7 +43,7 @@ def write_with_16_bits(source: Path, folder: Path, dtype: str) -> Path:
     Raises:
         ExportError: it has no weights of float32.
     """
-    graph = load(source)
+    graph = load(source, stored)
     large = {
         name: Constant(constant.dtype, constant.shape, partial(_rounded, constant, _TYPES[dtype]))
         for name, constant in graph.constants.items()
@@ -59,7 +61,7 @@ def write_with_16_bits(source: Path, folder: Path, dtype: str) -> Path:
 
 
 def _rounded(constant: Constant, kind: Any) -> NDArray[np.float32]:
-    values: NDArray[np.float32] = constant.load()
+    values: NDArray[np.float32] = constant.values()
     with np.errstate(over="ignore"):
         rounded = values.astype(kind).astype(np.float32)
     return rounded if np.array_equal(np.isfinite(rounded), np.isfinite(values)) else values

@@ -28,6 +28,7 @@ from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import drop_dead, normalise
 from pipeload_export.graph.save import GraphFile
 from pipeload_export.rewrite.rounding import Rounding, round_rows, rounded_shapes
+from pipeload_export.source.places import Weights
 
 __all__ = ["DATA_NAME", "GRAPH_NAME", "write_with_small_weights"]
 
@@ -44,11 +45,14 @@ _ONNX, _DOMAIN = ("", "ai.onnx"), "com.microsoft"
 _STEP = "round the weights"
 
 
-def write_with_small_weights(source: Path, folder: Path, coarse: Rounding, fine: Rounding, progress: Notify) -> Path:
+def write_with_small_weights(
+    source: Path, stored: Weights | None, folder: Path, coarse: Rounding, fine: Rounding, progress: Notify
+) -> Path:
     """Write the graph with rounded weights.
 
     Args:
         source: the unsplit graph.
+        stored: those of its weights that lie in a checkpoint.
         folder: an existing folder for the graph and its data.
         coarse: how weights of most products are rounded.
         fine: how tables are, products that are tied to one, and products that narrow: those that make at most half as
@@ -61,7 +65,7 @@ def write_with_small_weights(source: Path, folder: Path, coarse: Rounding, fine:
     Raises:
         ExportError: it has no weight that could be rounded.
     """
-    graph = load(source)
+    graph = load(source, stored)
     normalise(graph)
     found = _find(graph, coarse, fine)
     if not found:

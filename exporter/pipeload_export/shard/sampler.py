@@ -23,7 +23,7 @@ from pipeload.errors import ExportError
 from pipeload.format.dims import MOST_PARTS
 from pipeload.format.manifest import TensorSpec, evaluate_dim
 from pipeload.machine.sizes import format_bytes
-from pipeload_export.graph.graph import Constant, Graph
+from pipeload_export.graph.graph import Constant, Graph, storage_dtype
 from pipeload_export.shard.alignment import Sums
 from pipeload_export.shard.fuse import Fused
 from pipeload_export.shard.published import Published
@@ -265,9 +265,9 @@ class Sampler:
                 for state, point in zip(self._states, self.points, strict=True)
             ]
             if step.table is not None:
-                table = step.table.load()
+                table, dtype = step.table.load(), storage_dtype(step.table.dtype)
                 try:
-                    results = [[table[arrays[step.inputs[0]]]] for arrays in inputs]
+                    results = [[np.asarray(table[arrays[step.inputs[0]]], dtype)] for arrays in inputs]
                 except IndexError as error:
                     raise Refused(str(error), range(len(inputs))) from error
             else:

@@ -155,7 +155,7 @@ def _add_weights(fused: Fused, folder: Path, options: ort.SessionOptions, *, in_
             continue
         # The file must be there, but onnxruntime takes the values that it is given.
         model.graph.initializer[index].CopyFrom(external_initializer(proto.name, constant, "zeros.bin", 0))
-        array = np.ascontiguousarray(constant.load()).reshape(constant.shape)
+        array = np.ascontiguousarray(constant.values()).reshape(constant.shape)
         if constant.dtype == TensorProto.BFLOAT16:
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), constant.dtype)
         else:

@@ -12,6 +12,11 @@ tracer    the program of that process
 trace     a model of transformers -> a graph, by the library that runs on the installed transformers
 by_optimum    by optimum, with transformers 4
 by_torch  by torch's own exporter, with newer ones
+hollow    a model whose weights stay in its checkpoint
+places    where they lie there
+left_out  its graph, and the place of each weight
+steering  whether weights would change the trace
+filling   its answers: weights are read for each operation
 older_form    a checkpoint folder as the installed transformers reads it
 widened   16-bit weights of a checkpoint as float32 files that are mapped
 config_keys   which keys of config.json have a meaning

@@ -6,6 +6,7 @@ The child, `reference`, reads a request from a file and inputs from others, and 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeload.errors import ExportError
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
+from pipeload_export.source.refused import Declined
 from pipeload_export.source.tracing import Request, run_child
 
 __all__ = ["Answers", "Questions", "ask", "answering_bytes", "visible"]
@@ -27,6 +29,9 @@ _CHILD = "import sys; from pipeload_export.source.reference import run_child; ru
 _WEIGHTS_FACTOR, _MAPPED_FACTOR, _LIBRARIES_BYTES = 1.2, 0.1, 900 << 20
 """Memory of the child per byte of float32 weights, likewise where they are mapped, and beside them: the libraries, and
 the activations of a case."""
+_RESIDENT_SHARE = 1 / 2
+"""Float32 files up to this part of the free memory stay in it between passes, where disk has room for them. Reading the
+checkpoint for each operation is slower than that, and faster than reading twice the bytes from float32 files."""
 _MOST_COLUMNS = 8192
 """Of a vocabulary this many logits are kept for each position, evenly spread, so that memory and disk stay bounded."""
 _STEP = "ask the source"
@@ -133,13 +138,34 @@ def ask(
     for number, ids in enumerate(prompts):
         np.save(folder / f"prompt.{number}.npy", ids)
     questions = Questions(
-        model=request, cases=len(cases), prompts=len(prompts), new_tokens=new_tokens, outputs=list(outputs)
+        model=msgspec.structs.replace(request, hollow=_reads_as_needed(request, folder)),
+        cases=len(cases),
+        prompts=len(prompts),
+        new_tokens=new_tokens,
+        outputs=list(outputs),
     )
     total = len(cases) + len(prompts)
-    put_questions(questions, folder, needed, lambda: progress(_STEP, min(_answered(folder), total), total))
+
+    def tick() -> None:
+        progress(_STEP, min(_answered(folder), total), total)
+
+    try:
+        put_questions(questions, folder, needed, tick)
+    except Declined:
+        # With float32 files on the disk, which take room and time.
+        model = msgspec.structs.replace(questions.model, hollow=False)
+        put_questions(msgspec.structs.replace(questions, model=model), folder, needed, tick)
     progress(_STEP, total, total)
     found = json.loads((folder / "answers.json").read_bytes())
     return Answers(folder=folder, outputs={int(n): names for n, names in found.pop("outputs").items()}, **found)
+
+
+def _reads_as_needed(request: Request, folder: Path) -> bool:
+    """Whether the source reads weights of 16 bits for each operation, instead of float32 files made of them."""
+    if not request.widened_bytes or not request.may_be_hollow:
+        return False
+    stays = request.widened_bytes <= auto_budget_bytes() * _RESIDENT_SHARE
+    return not stays or request.widened_bytes > shutil.disk_usage(folder.parent).free // 2
 
 
 def answering_bytes(request: Request) -> int:
@@ -155,7 +181,7 @@ def answering_bytes(request: Request) -> int:
 
 
 def put_questions(questions: Questions, folder: Path, needed: int, tick: Callable[[], None]) -> None:
-    """Run the child. Raises ExportError if it refuses or dies."""
+    """Run the child. Raises ExportError if it refuses or dies, Declined if it needs the weights in memory."""
     name = questions.model.name
     error = run_child(
         _CHILD,

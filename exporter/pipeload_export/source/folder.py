@@ -22,6 +22,7 @@ __all__ = [
     "read_json",
     "side_files",
     "side_files_of_graph",
+    "weight_files",
 ]
 
 SIDE_FILES = (
@@ -125,6 +126,21 @@ def float32_bytes(folder: Path, weights: list[str]) -> int:
     """
     if weights[0].endswith(".gguf"):
         return _gguf_bytes(folder / weights[0])
+    return sum(map(_safetensors_bytes, _parts(folder, weights)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder.
+
+    Raises:
+        ConfigError: there are none.
+        ExportError: one is missing.
+    """
+    return _parts(folder, choose_weights((path.name for path in folder.iterdir()), f"'{folder}'"))
+
+
+def _parts(folder: Path, weights: list[str]) -> list[Path]:
+    """The files with tensors: those that the index names, if there is one."""
     if weights[0] == _INDEX:
         parts = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
@@ -132,7 +148,7 @@ def float32_bytes(folder: Path, weights: list[str]) -> int:
         weights = sorted(set(parts.values()))
     if missing := [name for name in weights if not (folder / name).is_file()]:
         raise ExportError(f"{folder} lacks {', '.join(missing)}. Fetch the checkpoint again.")
-    return sum(_safetensors_bytes(folder / name) for name in weights)
+    return [folder / name for name in weights]
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str] | None, int]:

@@ -19,7 +19,7 @@ from pipeload_export.source.folder import read_json
 from pipeload_export.source.refused import Refused
 from pipeload_export.source.task import task_of_config
 
-__all__ = ["Gaps", "load_whole", "refuse_missing"]
+__all__ = ["Gaps", "load_whole", "refuse_missing", "unused_of"]
 
 _SEED = 0
 _MOST_NAMES = 4
@@ -63,7 +63,7 @@ def load_whole(kind: Any, folder: Path, *, allow_missing: bool, **options: Any) 
         computed = {name for name in frozen if torch.equal(parameters[name], again.get_parameter(name))}
         missing = [name for name in missing if name not in computed]
     misfits = sorted(_named(found["mismatched_keys"]))
-    unused = tuple(sorted(_unused(model, found["unexpected_keys"])))
+    unused = tuple(sorted(unused_of(model, found["unexpected_keys"])))
     if not allow_missing:
         who = type(model).__name__
         if misfits:
@@ -112,7 +112,7 @@ def _named(mismatched: Iterable[Any]) -> Iterator[str]:
         yield entry if isinstance(entry, str) else str(entry[0])
 
 
-def _unused(model: Any, names: Iterable[str]) -> Iterator[str]:
+def unused_of(model: Any, names: Iterable[str]) -> Iterator[str]:
     """Those of the names that lie inside of what the model runs, not in a head that it leaves out."""
     base = model.base_model_prefix
     modules = dict(model.named_modules())

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload_export.source.asking import Questions, visible
-from pipeload_export.source.refused import reason
-from pipeload_export.source.tracer import load_model, serve
+from pipeload_export.source.filling import answering
+from pipeload_export.source.refused import Declined, reason
+from pipeload_export.source.tracer import load_hollow, load_model, serve
 
 __all__ = ["MAX_ERROR_CHARACTERS", "answer", "nudge", "run_child", "untouched"]
 
@@ -35,10 +36,17 @@ def answer(questions: Questions, folder: Path) -> None:
     Each question meets the model as it was loaded: some keep what earlier inputs were like.
     """
     warnings.simplefilter("ignore")
+    if not questions.model.hollow:
+        _answer(load_model(questions.model, folder).eval(), questions, folder)
+        return
+    with answering(load_hollow(questions.model, folder)) as model:
+        _answer(model, questions, folder)
+
+
+def _answer(model: Any, questions: Questions, folder: Path) -> None:
     import torch
     import transformers
 
-    model = load_model(questions.model, folder).eval()
     outputs: dict[int, list[str]] = {}
     effects: dict[str, Mapping[str, float]] = {}
     errors: dict[str, str] = {}
@@ -49,6 +57,8 @@ def answer(questions: Questions, folder: Path) -> None:
         try:
             found = _outputs(model, inputs, questions.outputs)
             effects[f"case.{number}"] = _effects(found, _outputs(model, inputs, questions.outputs, nudged=True))
+        except Declined:
+            raise
         except Exception as error:  # noqa: BLE001 - the source takes no inputs of this size
             errors[f"case.{number}"] = reason(error, MAX_ERROR_CHARACTERS)
             continue
@@ -61,6 +71,8 @@ def answer(questions: Questions, folder: Path) -> None:
             tokens, logits = _continued(model, ids, questions.new_tokens)
             text = {"input_ids": np.concatenate([ids, tokens[:, :-1]], axis=1)}
             found, moved = (_outputs(model, text, ["logits"], nudged=nudged) for nudged in (False, True))
+        except Declined:
+            raise
         except Exception as error:  # noqa: BLE001 - nor this text
             errors[f"prompt.{number}"] = reason(error, MAX_ERROR_CHARACTERS)
             continue

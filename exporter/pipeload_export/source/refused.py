@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Refused", "only_trusted_code", "reason"]
+__all__ = ["Declined", "Refused", "only_trusted_code", "reason"]
 
 _MOST_CHARACTERS = 600
 
 
 class Refused(Exception):  # noqa: N818
     """The model cannot be exported, for a reason that needs no traceback."""
+
+
+class Declined(Exception):  # noqa: N818
+    """One way to export the model does not work, and another may. The message ends without a full stop."""
 
 
 @contextmanager

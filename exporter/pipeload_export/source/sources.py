@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import RopeChange, SmallWeights
 from pipeload.notify import Notify
@@ -25,6 +27,7 @@ from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 from pipeload_export.source.external import external_files
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files, side_files_of_graph
 from pipeload_export.source.hub import fetch_checkpoint
+from pipeload_export.source.places import WEIGHTS_NAME, Weights
 from pipeload_export.source.ropes import change_of
 from pipeload_export.source.task import TASKS, check_task, task_of_config, task_of_graph
 from pipeload_export.source.tracing import GAPS_NAME, RESOLVED, Request, export_checkpoint
@@ -53,6 +56,7 @@ class Unsplit:
         unused_weights: names of the checkpoint's weights that the model does not use.
         rope_change: where its rotary frequencies depend on the length of a text.
         small_weights: how its weights were rounded.
+        weights: those that the graph has no values of, and where they lie in a checkpoint; None if it has all.
     """
 
     path: Path
@@ -66,6 +70,7 @@ class Unsplit:
     unused_weights: tuple[str, ...] = ()
     rope_change: RopeChange | None = None
     small_weights: SmallWeights | None = None
+    weights: Weights | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,10 +94,22 @@ class Checkpoint:
     side_files: Mapping[str, Path]
     side_json: Mapping[str, Mapping[str, Any]]
 
-    def to_onnx(self, work: Path, progress: Notify) -> Unsplit:
-        """Export it into the folder `onnx` in `work`. Raises ExportError if that fails."""
+    def to_onnx(self, work: Path, progress: Notify, *, hollow: bool = False, obstacle: str | None = None) -> Unsplit:
+        """Export it into a new folder `onnx` in `work`.
+
+        Args:
+            work: an existing folder.
+            progress: told what is written.
+            hollow: leave the weights in the checkpoint.
+            obstacle: why they cannot stay there, where that was tried.
+
+        Raises:
+            Declined: they cannot stay there; another call without `hollow` may do it.
+            ExportError: it fails.
+        """
         folder = work / "onnx"
-        path = export_checkpoint(self.request, folder, progress)
+        request = msgspec.structs.replace(self.request, hollow=hollow)
+        path = export_checkpoint(request, folder, progress, obstacle=obstacle)
         # The checkpoint's own files win over those that the libraries wrote, which are the same in other words; but the
         # resolved tokenizer wins over its own.
         files = side_files(folder) | dict(self.side_files) | side_files(folder / RESOLVED)
@@ -109,6 +126,7 @@ class Checkpoint:
             missing_weights=tuple(gaps.get("missing", ())),
             unused_weights=tuple(gaps.get("unused", ())),
             rope_change=change_of(config),
+            weights=msgspec.json.decode((folder / WEIGHTS_NAME).read_bytes(), type=Weights) if hollow else None,
         )
 
 
@@ -192,11 +210,13 @@ def _from_folder(
     is_gguf = weights[0].endswith(".gguf")
     task = (task or "text-generation") if is_gguf else _task_of_folder(folder, source, task)
     nbytes = float32_bytes(folder, weights)
-    is_wide = is_gguf or sum((folder / name).stat().st_size for name in weights) >= nbytes
+    stored_bytes = sum((folder / name).stat().st_size for name in weights)
+    is_wide = is_gguf or stored_bytes >= nbytes
     request = Request(
         name=f"'{source}'",
         task=task,
         weight_bytes=nbytes,
+        stored_bytes=stored_bytes,
         widened_bytes=0 if is_wide or nbytes < MAPPED_FROM_BYTES else nbytes,
         folder=str(folder.resolve()),
         gguf=weights[0] if is_gguf else None,

@@ -11,7 +11,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,11 @@ import msgspec
 
 from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
 from pipeload_export.source.gguf import GgufFile, reading_once
+from pipeload_export.source.hollow import Hollow, hollow_model
 from pipeload_export.source.image_processor import resolve_image_processor
+from pipeload_export.source.left_out import weights_left_out
 from pipeload_export.source.older_form import view_of
-from pipeload_export.source.refused import Refused, only_trusted_code, reason
+from pipeload_export.source.refused import Declined, Refused, only_trusted_code, reason
 from pipeload_export.source.ropes import follow_lengths
 from pipeload_export.source.task import TASKS, is_encoder_alone, is_projected
 from pipeload_export.source.tokenizer import resolve_tokenizer
@@ -29,7 +31,7 @@ from pipeload_export.source.trace import LEAST_DISK_BYTES, check_supported, trac
 from pipeload_export.source.tracing import GAPS_NAME, Request, Seeded
 from pipeload_export.source.widened import widen
 
-__all__ = ["attention_of", "load_model", "run_child", "seeded_model", "serve"]
+__all__ = ["attention_of", "load_hollow", "load_model", "run_child", "seeded_model", "serve"]
 
 Asked = TypeVar("Asked", bound=msgspec.Struct)
 
@@ -62,9 +64,11 @@ def serve(kind: type[Asked], work: Callable[[Asked, Path], None], request_path: 
     if os.getppid() != int(parent):
         return
     request = msgspec.json.decode(Path(request_path).read_bytes(), type=kind)
-    error, number = None, None
+    error, number, declined = None, None, None
     try:
         work(request, Path(folder))
+    except Declined as other:
+        declined = str(other)
     except Refused as refusal:
         error = str(refusal)
     except Exception as exception:  # whatever the libraries raise becomes the parent's ExportError
@@ -77,7 +81,9 @@ def serve(kind: type[Asked], work: Callable[[Asked, Path], None], request_path: 
         if (number := _full(exception, Path(folder).parent)) is not None:
             # The answer needs room as well.
             shutil.rmtree(folder, ignore_errors=True)
-    Path(folder).with_name("result.json").write_text(json.dumps({"error": error, "errno": number}))
+    Path(folder).with_name("result.json").write_text(
+        json.dumps({"error": error, "errno": number, "declined": declined})
+    )
 
 
 def _full(exception: Exception, folder: Path) -> int | None:
@@ -89,7 +95,8 @@ def _full(exception: Exception, folder: Path) -> int | None:
 
 def _export(request: Request, folder: Path) -> None:
     warnings.simplefilter("ignore")
-    model = load_model(request, folder)
+    hollow = load_hollow(request, folder) if request.hollow else None
+    model = hollow.model if hollow else load_model(request, folder)
     follow_lengths(model)
     if request.gguf:
         _save_gguf_tokenizer(Path(str(request.folder), request.gguf), folder)
@@ -100,7 +107,8 @@ def _export(request: Request, folder: Path) -> None:
             resolve_image_processor(checkpoint, folder)
     model.config.use_cache = request.task in _CACHED
     task = _CACHED.get(request.task, request.task)
-    trace(model, folder, task=task, opset=request.opset)
+    with weights_left_out(hollow, folder) if hollow else nullcontext():
+        trace(model, folder, task=task, opset=request.opset)
     if (gaps := folder / GAPS_NAME).exists() and not request.allow_missing:
         found = msgspec.json.decode(gaps.read_bytes(), type=Gaps)
         refuse_missing(folder.glob("*.onnx"), found, type(model).__name__, request.task, Path(str(request.folder)))
@@ -180,17 +188,12 @@ def _class_of(config: Any, task: str) -> Any:
 def _checkpoint_model(request: Request, folder: Path) -> Any:
     """The model in a checkpoint folder; what the checkpoint lacks is written into `folder`."""
     import torch
-    import transformers
 
-    trusted = request.trust_remote_code
-    source = view_of(Path(str(request.folder)), folder.with_name("checkpoint"))
+    source, options = _opened(request, folder)
     if request.widened_bytes:
         widen(source)
-    # All files are here by now; only a model's own code may be in another repository.
-    options: dict[str, Any] = {"trust_remote_code": trusted, "local_files_only": not trusted}
     with only_trusted_code():
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        check_supported(config.model_type, _CACHED.get(request.task, request.task))
+        config = _config_of(source, request.task, options)
         model, gaps = load_whole(
             _class_of(config, request.task),
             source,
@@ -203,8 +206,46 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
         )
     if gaps != Gaps():
         (folder / GAPS_NAME).write_bytes(msgspec.json.encode(gaps))
-    if request.task == "text-classification" and model.config.pad_token_id is None:
+    _pad(model.config, request.task)
+    return model
+
+
+def load_hollow(request: Request, folder: Path) -> Hollow:
+    """The model of a checkpoint folder without its weights. Raises Declined if that is not possible."""
+    import torch
+
+    source, options = _opened(request, folder)
+    with only_trusted_code():
+        config = _config_of(source, request.task, options)
+    if hasattr(config, "auto_map"):
+        raise Declined("its Python code is its own")
+    kind = _class_of(config, request.task)
+    # Classes of models have the function under a name of their own.
+    make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    hollow = hollow_model(lambda: make(config, dtype=torch.float32, **attention_of(config)), source)
+    _pad(hollow.model.config, request.task)
+    return hollow
+
+
+def _opened(request: Request, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A view of the checkpoint folder, and how transformers opens it."""
+    trusted = request.trust_remote_code
+    source = view_of(Path(str(request.folder)), folder.with_name("checkpoint"))
+    # All files are here by now; only a model's own code may be in another repository.
+    return source, {"trust_remote_code": trusted, "local_files_only": not trusted}
+
+
+def _config_of(source: Path, task: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    check_supported(config.model_type, _CACHED.get(task, task))
+    return config
+
+
+def _pad(config: Any, task: str) -> None:
+    """Give a model for labels of texts an id for padding."""
+    if task == "text-classification" and config.pad_token_id is None:
         # Such a model labels a text's last token, whatever it is: transformers takes one text at a time. With an id
         # that no token has, batches are traced, and the engine takes one text at a time, too.
-        model.config.pad_token_id = -1
-    return model
+        config.pad_token_id = -1

@@ -27,10 +27,13 @@ from pipeload.errors import ExportError
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
+from pipeload_export.extra import has_optimum
+from pipeload_export.source.refused import Declined
 from pipeload_export.source.widened import MAPPED_FROM_BYTES
 
 __all__ = [
     "GAPS_NAME",
+    "HOLLOW_FROM_BYTES",
     "RESOLVED",
     "Request",
     "Seeded",
@@ -51,6 +54,10 @@ _INLINE_BYTES = 2 << 30
 _INLINE_FACTOR, _EXTERNAL_FACTOR, _LIBRARIES_BYTES = 4.4, 2.5, 350 << 20
 """Peak memory per byte of float32 weights, and without any. Measured with torch 2.13 and optimum-onnx 0.1 on BERT
 (0.4 GB: 4.4) and on GPT-2 and GPT-J shapes (2.3 and 3.3 GB: 2.4)."""
+_HOLLOW_FACTOR, _HOLLOW_BYTES = 0.02, 1 << 30
+"""The same where the weights stay in the checkpoint: page tables, and libraries with the graph and activations."""
+HOLLOW_FROM_BYTES = 256 << 20
+"""Smaller models (in float32) are traced with their weights: it is as fast, and optimum's own way."""
 _CHILD = "import sys; from pipeload_export.source.tracer import run_child; run_child(*sys.argv[1:])"
 _POLL_S = 0.2
 
@@ -79,6 +86,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         name: the model's name in messages.
         task: one of `TASKS`.
         weight_bytes: size of the weights in float32.
+        stored_bytes: size of the checkpoint's files with weights.
         folder: the checkpoint, if it is not a seeded model.
         gguf: the file in the folder, if it is GGUF.
         seeded: the model, if it is made here.
@@ -86,11 +94,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         trust_remote_code: run the checkpoint's own Python files.
         allow_missing: go on with random numbers where the checkpoint lacks weights.
         widened_bytes: size of the float32 files that are made of the checkpoint's, to be mapped; 0 for none.
+        hollow: trace the model without its weights, which stay in the checkpoint.
     """
 
     name: str
     task: str
     weight_bytes: int
+    stored_bytes: int = 0
     folder: str | None = None
     gguf: str | None = None
     seeded: Seeded | None = None
@@ -98,6 +108,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     trust_remote_code: bool = False
     allow_missing: bool = False
     widened_bytes: int = 0
+    hollow: bool = False
+
+    @property
+    def may_be_hollow(self) -> bool:
+        """Whether to try that first: the model is a large checkpoint, and optimum traces it."""
+        return bool(self.folder) and not self.gguf and self.weight_bytes >= HOLLOW_FROM_BYTES and has_optimum()
 
     @property
     def mapped(self) -> bool:
@@ -105,24 +121,34 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.folder) and not self.gguf and self.weight_bytes >= MAPPED_FROM_BYTES
 
 
-def needed_memory_bytes(weight_bytes: int) -> int:
-    """An estimate of the child's peak memory for a model of that size (in float32)."""
+def needed_memory_bytes(weight_bytes: int, *, hollow: bool = False) -> int:
+    """An estimate of the child's peak memory for a model of that size (in float32), traced with its weights or not."""
+    if hollow:
+        return _HOLLOW_BYTES + int(_HOLLOW_FACTOR * weight_bytes)
     factor = _INLINE_FACTOR if weight_bytes < _INLINE_BYTES else _EXTERNAL_FACTOR
     return _LIBRARIES_BYTES + int(factor * weight_bytes)
 
 
-def export_checkpoint(request: Request, folder: Path, progress: Notify) -> Path:
+def export_checkpoint(request: Request, folder: Path, progress: Notify, *, obstacle: str | None = None) -> Path:
     """Write the unsplit ONNX graph, config and tokenizer into a new folder. Returns the graph's path.
 
+    Args:
+        request: the child's orders.
+        folder: where to.
+        progress: told what is written.
+        obstacle: why the weights cannot stay in the checkpoint, where that was tried.
+
     Raises:
+        Declined: the model cannot be traced without its weights.
         ExportError: there is not enough memory, or the libraries could not export the model.
     """
-    needed, free = needed_memory_bytes(request.weight_bytes), auto_budget_bytes()
+    needed, free = needed_memory_bytes(request.weight_bytes, hollow=request.hollow), auto_budget_bytes()
     if needed > free:
+        why = f" Its weights cannot stay in the checkpoint meanwhile: {obstacle}." if obstacle else ""
         raise ExportError(
             f"Exporting {request.name} ({format_bytes(request.weight_bytes)} of weights in float32) takes about "
             f"{format_bytes(needed)} of memory, and {format_bytes(free)} are free. Export it on a larger machine: "
-            "the sharded model directory can then be copied."
+            f"the sharded model directory can then be copied.{why}"
         )
     folder.mkdir(parents=True)
     error = run_child(
@@ -132,7 +158,7 @@ def export_checkpoint(request: Request, folder: Path, progress: Notify) -> Path:
         fact=f"Exporting {request.name} to ONNX",
         needed=needed,
         online=request.trust_remote_code,
-        tick=lambda: progress("export to ONNX", *_written(folder, request.weight_bytes)),
+        tick=lambda: progress("export to ONNX", *_written(folder, 0 if request.hollow else request.weight_bytes)),
     )
     if error:
         raise ExportError(f"{request.name} cannot be exported to ONNX: {error}")
@@ -178,6 +204,7 @@ def run_child(
         tick: called several times a second; what it raises ends the child.
 
     Raises:
+        Declined: the child cannot do it in the way that it was asked to, and may be able to do it in another.
         ExportError: the child died.
         OSError: the disk is full.
     """
@@ -208,6 +235,8 @@ def run_child(
     answer = json.loads(result_path.read_bytes())
     if number := answer["errno"]:
         raise OSError(number, os.strerror(number), str(folder.parent))
+    if answer["declined"]:
+        raise Declined(answer["declined"])
     return str(answer["error"]) if answer["error"] else None
 
 

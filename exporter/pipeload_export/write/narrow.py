@@ -31,9 +31,11 @@ _PIECE = 1 << 22
 def stored_type(constant: Constant) -> int:
     """ONNX's number of the element type in which a constant is stored: of 16 bits if all values stay the same.
 
-    The values are read piece by piece, as far as they fit.
+    The values are read piece by piece, as far as they fit; not those of a file of bfloat16, which fit.
     """
     if constant.dtype == TensorProto.FLOAT and constant.nbytes >= LEAST_BYTES:
+        if constant.load().dtype == storage_dtype(TensorProto.BFLOAT16):
+            return int(TensorProto.BFLOAT16)
         for dtype in (TensorProto.BFLOAT16, TensorProto.FLOAT16):
             if all(_is_exact(piece, dtype) for piece in _pieces(constant)):
                 return int(dtype)
@@ -80,7 +82,7 @@ def _pieces(constant: Constant) -> Iterator[NDArray[np.float32]]:
     array = constant.load()
     rows = array.reshape(1) if array.ndim == 0 else array
     step = max(_PIECE * len(rows) // max(rows.size, 1), 1)
-    return (rows[begin : begin + step] for begin in range(0, len(rows), step))
+    return (np.asarray(rows[begin : begin + step], np.float32) for begin in range(0, len(rows), step))
 
 
 def _is_exact(piece: NDArray[np.float32], dtype: int) -> bool:

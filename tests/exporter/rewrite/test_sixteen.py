@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", _KINDS)
 def test_large_weights_have_values_of_the_type_and_others_stay(source: Path, tmp_path: Path, dtype: str) -> None:
     (tmp_path / "rounded").mkdir()
-    before, after = load(source), load(write_with_16_bits(source, tmp_path / "rounded", dtype))
+    before, after = load(source), load(write_with_16_bits(source, None, tmp_path / "rounded", dtype))
     assert before.constants.keys() == after.constants.keys()
     changed = 0
     for name, constant in before.constants.items():
@@ -51,7 +51,7 @@ def test_a_tensor_beyond_float16_stays_as_it_is(source: Path, tmp_path: Path) ->
     large.raw_data = values.tobytes()
     onnx.save(model, source)
     (tmp_path / "rounded").mkdir()
-    after = load(write_with_16_bits(source, tmp_path / "rounded", "float16"))
+    after = load(write_with_16_bits(source, None, tmp_path / "rounded", "float16"))
     np.testing.assert_array_equal(after.constants[large.name].load(), values)
 
 
@@ -78,4 +78,4 @@ def test_a_graph_without_large_weights_is_refused(tmp_path: Path) -> None:
     graph = onnx.helper.make_graph([node], "g", [value("x", 1, [1])], [value("y", 1, [1])])
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
     with pytest.raises(ExportError, match="Export it with --weights auto"):
-        write_with_16_bits(path, tmp_path, "bfloat16")
+        write_with_16_bits(path, None, tmp_path, "bfloat16")

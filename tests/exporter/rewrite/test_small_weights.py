@@ -38,7 +38,7 @@ def rounded(source: Path | onnx.ModelProto, folder: Path, coarse: Rounding, fine
         source = folder / "source.onnx"
     (folder / "made").mkdir()
     return write_with_small_weights(
-        source, folder / "made", coarse, replace(fine, block_size=coarse.block_size), lambda *_: None
+        source, None, folder / "made", coarse, replace(fine, block_size=coarse.block_size), lambda *_: None
     )
 
 

@@ -1,0 +1,127 @@
+"""Where the weights of a graph lie in the safetensors files of a checkpoint.
+
+A weight of a graph is a tensor of the checkpoint, or a view of one: its transpose, or a slice of a fused one.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeload.machine.files import open_file
+from pipeload_export.source.folder import read_header
+
+__all__ = ["ITEM_BYTES", "WEIGHTS_NAME", "Place", "Places", "Weights", "place_of", "bytes_at", "places_in", "values_at"]
+
+
+WEIGHTS_NAME = "weights.json"
+"""File beside a graph that tells where its weights lie in the checkpoint."""
+
+ITEM_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
+"""Types of tensors that become weights, and the bytes of an element."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one weight lies.
+
+    Attributes:
+        file: path of the safetensors file.
+        dtype: of the tensor in the file, as its header names it.
+        begin: the tensor's first byte in the file.
+        elements: number of elements of the tensor.
+        shape: of the weight.
+        strides: for each dimension of the weight, the elements of the tensor from one to the next.
+        offset: the tensor's element that is the weight's first.
+    """
+
+    file: str
+    dtype: str
+    begin: int
+    elements: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+Places: TypeAlias = dict[str, Place]
+"""Name of a weight -> where it lies."""
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """The weights of a graph that was traced without them.
+
+    Attributes:
+        places: of those that the graph has no values of; they are among its inputs.
+        order: names of all of its weights, in the order in which it would have them.
+    """
+
+    places: Places
+    order: list[str]
+
+
+def places_in(files: Iterable[Path]) -> Places:
+    """Where each tensor of the files lies. Only their headers are read.
+
+    Raises:
+        ValueError, TypeError, AttributeError, RecursionError, KeyError: a header is damaged.
+    """
+    found: Places = {}
+    for path in files:
+        with path.open("rb") as file:
+            entries, _, begin = read_header(file)
+        for name, entry in entries.items():
+            shape = tuple(entry["shape"])
+            found[name] = Place(
+                file=str(path.resolve()),
+                dtype=entry["dtype"],
+                begin=begin + entry["data_offsets"][0],
+                elements=prod(shape),
+                shape=shape,
+                strides=tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))),
+            )
+    return found
+
+
+def place_of(tensor: Place, shape: Iterable[int], strides: Iterable[int], offset: int) -> Place:
+    """Where a view of a whole tensor lies."""
+    return msgspec.structs.replace(tensor, shape=tuple(shape), strides=tuple(strides), offset=offset)
+
+
+@contextmanager
+def bytes_at(place: Place) -> Iterator[memoryview]:
+    """The bytes of the whole tensor in the file, mapped and never written. They are gone behind the context."""
+    nbytes = place.elements * ITEM_BYTES[place.dtype]
+    first = place.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    before = place.begin - first
+    with open_file(Path(place.file)) as descriptor:
+        mapped = mmap.mmap(descriptor, before + nbytes, mmap.MAP_PRIVATE, offset=first)
+    with mapped, memoryview(mapped) as whole, whole[before:] as part:
+        yield part
+
+
+def values_at(place: Place, file: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+    """The values of a weight in the type that the file has: a view of the file.
+
+    Args:
+        place: of the weight.
+        file: the bytes of its file; None opens it.
+    """
+    import ml_dtypes  # it comes with onnx
+
+    dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
+    item_bytes = ITEM_BYTES[place.dtype]
+    data = np.memmap(place.file, np.uint8, "r") if file is None else file
+    data = data[place.begin : place.begin + place.elements * item_bytes]
+    if place.begin % item_bytes:
+        data = data.copy()
+    flat = data.view(dtypes[place.dtype])[place.offset :]
+    strides = [stride * item_bytes for stride in place.strides]
+    return np.lib.stride_tricks.as_strided(flat, place.shape, strides, writeable=False)

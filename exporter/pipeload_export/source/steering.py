@@ -1,0 +1,94 @@
+"""Declines the trace of a hollow model that the values of weights steer, such as a loop over chosen experts.
+
+A tensor that is computed from empty weights is *weighted*; one whose size depends on the values of a weighted one
+(where a mask is true, for instance) is *sized*. Operations on both are traced like any other. But where Python reads a
+value of the first or a size of the second, the trace would be another one with the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from pipeload_export.source.hollow import Hollow
+from pipeload_export.source.refused import Declined
+
+__all__ = ["not_steered"]
+
+_READING = ("__bool__", "__contains__", "__float__", "__index__", "__int__", "equal", "is_nonzero", "item", "tolist")
+"""Functions of tensors whose result is a number of Python's."""
+_MEASURING = ("__iter__", "__len__", "nelement", "numel", "size")
+"""Functions of tensors whose result is a size."""
+_SIZING = frozenset({"_unique", "_unique2", "bincount", "masked_select", "nonzero", "nonzero_numpy", "unique_dim"})
+"""Operations whose result has a size that depends on values."""
+_PUTTING = ("copy", "index_add", "index_copy", "index_put", "masked_scatter", "scatter")
+"""Beginnings of the names of operations whose result has the size of their first tensor."""
+_WEIGHTED, _SIZED = "_pipeload_weighted", "_pipeload_sized"
+
+
+@contextmanager
+def not_steered(hollow: Hollow) -> Iterator[None]:
+    """A context in which the model's forward pass raises Declined if empty weights steer it."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sizes = {*(getattr(torch.Tensor, name) for name in _MEASURING), torch.Tensor.shape.__get__}
+    values = {*(getattr(torch.Tensor, name) for name in _READING), torch.equal}
+
+    def tensors_in(*values: Any) -> list[Any]:
+        return [leaf for leaf in tree_leaves(values) if torch.is_tensor(leaf)]
+
+    def is_weighted(tensor: Any) -> bool:
+        if getattr(tensor, _WEIGHTED, False):
+            return True
+        parameter = hollow.parameter_of(tensor)
+        return parameter is not None and not parameter.always
+
+    class Operations(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            given = tensors_in(args, kwargs)
+            name = func._schema.name.removeprefix("aten::")
+            weighted = any(map(is_weighted, given))
+            masks = [one for one in given[1:] if name == "index" and one.dtype in (torch.bool, torch.uint8)]
+            sizing = (weighted and name in _SIZING) or any(map(is_weighted, masks))
+            sources = given[:1] if name.startswith(_PUTTING) else given
+            sized = sizing or any(getattr(one, _SIZED, False) for one in sources)
+            found = func(*args, **(kwargs or {}))
+            for tensor in tensors_in(found):
+                for mark, holds in ((_WEIGHTED, weighted), (_SIZED, sized)):
+                    if holds:
+                        setattr(tensor, mark, True)
+            return found
+
+    class Functions(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            by_size = func in sizes and getattr(args[0], _SIZED, False)
+            if by_size or (func in values and any(map(is_weighted, tensors_in(args, kwargs)))):
+                raise Declined(_STEERED)
+            return func(*args, **(kwargs or {}))
+
+    watching = ExitStack()
+
+    def begin(*_: Any) -> None:
+        watching.enter_context(Functions())
+        watching.enter_context(Operations())
+
+    def end(*_: Any) -> None:
+        watching.close()
+
+    # The pass alone: torch's exporter computes with constants afterwards.
+    hooks = [
+        hollow.model.register_forward_pre_hook(begin),
+        hollow.model.register_forward_hook(end, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_STEERED = "the values of its weights decide what the model computes"
