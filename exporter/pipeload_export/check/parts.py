@@ -29,7 +29,7 @@ from pipeload_export.source.places import Weights
 __all__ = ["run_parts"]
 
 _PART_BYTES = 256 << 20
-"""A part has at most so many bytes of weights, but for those of a single node."""
+"""The most bytes of weights in a part, but for a single node that has more."""
 _FED_BYTES = 64 << 10
 """Larger constants are inputs of their part, without a copy; operators want the values of small ones early."""
 _NO_TENSORS = ("Sequence", "SplitToSequence", "Optional")
