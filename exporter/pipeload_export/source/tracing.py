@@ -56,8 +56,9 @@ _INLINE_FACTOR, _EXTERNAL_FACTOR, _LIBRARIES_BYTES = 4.4, 2.5, 350 << 20
 (0.4 GB: 4.4) and on GPT-2 and GPT-J shapes (2.3 and 3.3 GB: 2.4)."""
 _HOLLOW_FACTOR, _HOLLOW_BYTES = 0.02, 1 << 30
 """The same where the weights stay in the checkpoint: page tables, and libraries with the graph and activations."""
-HOLLOW_FROM_BYTES = 256 << 20
-"""Smaller models (in float32) are traced with their weights: it is as fast, and optimum's own way."""
+HOLLOW_FROM_BYTES: int | None = None
+"""Checkpoints of so many bytes of float32 weights are traced without them first; None: those whose weights have no room
+in free memory."""
 _CHILD = "import sys; from pipeload_export.source.tracer import run_child; run_child(*sys.argv[1:])"
 _POLL_S = 0.2
 
@@ -113,7 +114,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def may_be_hollow(self) -> bool:
         """Whether to try that first: the model is a large checkpoint, and optimum traces it."""
-        return bool(self.folder) and not self.gguf and self.weight_bytes >= HOLLOW_FROM_BYTES and has_optimum()
+        if not self.folder or self.gguf or not has_optimum():
+            return False
+        if HOLLOW_FROM_BYTES is None:
+            return needed_memory_bytes(self.weight_bytes) > auto_budget_bytes()
+        return self.weight_bytes >= HOLLOW_FROM_BYTES
 
     @property
     def mapped(self) -> bool:

@@ -31,7 +31,7 @@ from pipeload_export.source.tracing import Request, export_checkpoint, needed_me
 from pipeload_export.write.narrow import stored_type
 
 _QUICK = ("bert", "llama")
-_SLOW = ("gemma2", "gpt2", "gpt_neo", "gptj", "opt", "phi", "qwen2", "qwen3", "qwen3_moe", "vit")
+_SLOW = ("gemma2", "gpt2", "gpt_neo", "gptj", "opt", "phi", "qwen2", "qwen3", "qwen3_moe")
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,16 @@ def both(checkpoint: Path, folder: Path, task: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(tracing, "HOLLOW_FROM_BYTES", 1 << 60)
         other = export(checkpoint, folder / "ordinary", task=task, whole=True, verify=False)
     return one, other
+
+
+def test_a_checkpoint_that_memory_has_room_for_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "HOLLOW_FROM_BYTES", None)
+    request = Request(name="a", task="feature-extraction", weight_bytes=1 << 30, folder="a")
+    needed = needed_memory_bytes(1 << 30)
+    for free, expected in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(tracing, "auto_budget_bytes", lambda free=free: free)
+        assert request.may_be_hollow == expected
+    assert not Request(name="a", task="feature-extraction", weight_bytes=1 << 30).may_be_hollow
 
 
 def in_16_bits(folder: Path, dtype: str) -> None:
