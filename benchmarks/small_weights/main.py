@@ -14,7 +14,7 @@ from pipeload.machine.sizes import format_bytes
 CASES = tuple(
     Case(
         name=f"{name}-bf16",
-        contenders=("pipeload", "single", "mmap"),
+        contenders=("pipeload", "single"),
         # Of the stored bytes: a quarter, a half and three quarters of what the weights take in float32.
         percents=(50, 100, 150),
         disks=(400,),
@@ -28,14 +28,11 @@ CASES = tuple(
 
 
 def rows(records: Sequence[Record]) -> str:
-    """Pipeload at every limit: against T* with the stored bytes, and against the memory-mapped session."""
+    """Pipeload at every limit, against T* with the stored bytes."""
     lines = []
     for record in records:
         if record.contender != "pipeload":
             continue
-        setting = (record.model, record.budget_bytes, record.disk_bytes_per_s)
-        others = {r.contender: r for r in records if (r.model, r.budget_bytes, r.disk_bytes_per_s) == setting}
-        mapped = others.get("mmap")
         lines.append(
             [
                 record.model,
@@ -44,10 +41,10 @@ def rows(records: Sequence[Record]) -> str:
                 f"{record.bound_s / record.steady_s:.2f}" if record.bound_s and record.steady_s else "-",
                 format_bytes(record.peak_bytes or 0),
                 f"{record.max_error:.0e}" if record.max_error is not None else "-",
-                f"{mapped.steady_s / record.steady_s:.2f} x" if mapped and mapped.steady_s and record.steady_s else "-",
+                format_bytes(int(record.read_bytes)) if record.read_bytes is not None else "-",
             ]
         )
-    names = ("model", "budget", "steady", "T*/steady", "peak", "max error", "speed, mmap = 1")
+    names = ("model", "budget", "steady", "T*/steady", "peak", "max error", "read in a pass")
     return markdown_table(names, lines)
 
 
