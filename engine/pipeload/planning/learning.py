@@ -37,7 +37,8 @@ def learn(manifest: Manifest, profile: Profile, plan: Plan, spans: Sequence[Span
     pass_s = max(s.end_s for s in inference) - min(s.begin_s for s in inference) if inference else 0.0
     # A disk that rests between reads can be faster, for a while, than one under constant load.
     if not known or (read_bytes >= _LEAST_READ_BYTES and reading_s > pass_s * _BUSY_SHARE):
-        seen = read_bytes / reading_s if reading_s else ASSUMED_READ_BYTES_PER_S
+        # A pass may widen what stays in 16 bits, and read nothing.
+        seen = read_bytes / reading_s if read_bytes and reading_s else ASSUMED_READ_BYTES_PER_S
         if known:
             # A change of the storage that one number of Loading Agents shows holds for the other numbers too.
             before = known.get(plan.loaders) or max(known.values())

@@ -57,8 +57,8 @@ _INLINE_FACTOR, _EXTERNAL_FACTOR, _LIBRARIES_BYTES = 4.4, 2.5, 350 << 20
 _HOLLOW_FACTOR, _HOLLOW_BYTES = 0.02, 1 << 30
 """The same where the weights stay in the checkpoint: page tables, and libraries with the graph and activations."""
 HOLLOW_FROM_BYTES: int | None = None
-"""Checkpoints of so many bytes of float32 weights are traced without them first; None: those whose weights have no room
-in free memory."""
+"""Checkpoints from this size on, in float32, are traced without their weights first; None: those whose weights have no
+room in free memory."""
 _CHILD = "import sys; from pipeload_export.source.tracer import run_child; run_child(*sys.argv[1:])"
 _POLL_S = 0.2
 

@@ -482,6 +482,14 @@ def test_bandwidth_through_the_page_cache_is_another_one() -> None:
     assert profile.read_bytes_per_s == before.read_bytes_per_s
 
 
+def test_a_pass_that_only_widens_tells_nothing_of_the_disk() -> None:
+    spans = [_span("run", "s0", 0.0, 0.1), _span("widen", "s0", 0.0, 0.1, agent="loader-0")]
+    plan = replace(_Case().plan, loaders=1)
+    for known in ({}, {1: 5e8}):
+        found = learn(MANIFEST, replace(_profile(), read_bytes_per_s=known), plan, spans).read_bytes_per_s
+        assert found == known if known else min(found.values()) > 0
+
+
 def test_a_disk_that_rests_while_weights_are_widened_sustains_less_than_it_reads() -> None:
     plan = replace(_Case().plan, loaders=1)
     spans = [_span("run", "s0", 0.0, 0.4)]
