@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.study import LARGE, Case, main, markdown_table
+from benchmarks.budget_sweep.main import CASES as WIDE
+from benchmarks.study import main, markdown_table
 from pipeload.bench.record import Record
 from pipeload.bench.table import seconds
 from pipeload.machine.sizes import format_bytes
 
 CASES = tuple(
-    Case(
-        name=f"{name}-bf16",
-        contenders=("pipeload", "single"),
-        # Of the stored bytes: a quarter, a half and three quarters of what the weights take in float32.
-        percents=(50, 100, 150),
-        disks=(400,),
-        sizes=sizes,
-        settling=1 if name == "gpt2-xl" else 6,
-        passes=3 if name == "gpt2-xl" else 5,
-        rounds=2 if name == "gpt2-xl" else 3,
-    )
-    for name, sizes in LARGE.items()
+    # Of the stored bytes: a quarter, a half and three quarters of what the weights take in float32.
+    replace(case, name=f"{case.name}-bf16", contenders=("pipeload", "single"), percents=(50, 100, 150), disks=(400,))
+    for case in WIDE
 )
 
 

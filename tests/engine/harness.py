@@ -139,7 +139,7 @@ def run_in_one_sweep(directory: Path, calls: Sequence[Arrays], *, threads: int) 
     def borrow(index: int) -> Iterator[ShardSession]:
         shard = manifest.shards[index]
         placement = place(shard, (0, shard.nbytes))
-        parts = [Part(0, shard.nbytes, Buffer(placement.nbytes), placement.read_at, placement.places)]
+        parts = [Part(0, shard.nbytes, Buffer(placement.nbytes), placement)]
         assert storage.read_weights(shard, parts, lambda: False)
         if placement.places:
             widen(shard, parts)

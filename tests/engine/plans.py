@@ -16,7 +16,7 @@ from pipeload.format.manifest import (
     WeightsRange,
 )
 from pipeload.format.placement import place
-from pipeload.planning.layouts import second_copy_bytes, session_bytes
+from pipeload.planning.footprint import second_copy_bytes, session_bytes
 from pipeload.planning.planner import Plan
 
 _GRAPH = FileRecord(path="x", nbytes=12_000, sha256="0" * 64)

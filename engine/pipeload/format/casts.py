@@ -6,10 +6,9 @@ engine makes the float32 values while it loads the shard: its graph has them as 
 
 from __future__ import annotations
 
-import posixpath
-
 from pipeload.errors import ShardError
 from pipeload.format.dtypes import ONNX_DTYPES, WIDE
+from pipeload.format.graphs import location_of
 from pipeload.format.manifest import Shard, WeightSpec
 from pipeload.format.protobuf import encoded, fields, spans, text
 
@@ -93,7 +92,7 @@ def _name(tensor: memoryview) -> str:
 def _widened(shard: Shard, spec: WeightSpec) -> bytes:
     assert shard.weights is not None
     assert spec.widened is not None
-    location = posixpath.relpath(f"/{shard.weights.path}", f"/{posixpath.dirname(shard.graph.path)}")
+    location = location_of(shard.weights.path, shard.graph.path)
     entries = {"location": location, "offset": str(spec.offset), "length": str(spec.memory_bytes)}
     tensor = b"".join(encoded(_DIMS, size) for size in spec.shape)
     tensor += encoded(_DATA_TYPE, _NUMBERS[WIDE]) + encoded(_NAME, spec.widened.encode())

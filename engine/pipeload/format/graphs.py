@@ -16,7 +16,7 @@ from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload.format.manifest import Shard
 from pipeload.format.protobuf import fields, packed, text
 
-__all__ = ["check_graph"]
+__all__ = ["check_graph", "location_of"]
 
 _CHILDREN = {
     "model": {7: "graph", 25: "function"},
@@ -58,9 +58,7 @@ def check_graph(shard: Shard, data: bytes) -> None:
         raise ShardError(f"'{name}' is no ONNX graph: {error}. Copy or export the model again.") from error
     expected: dict[str, _Place] = {}
     if shard.weights is not None:
-        # Of absolute paths: for others the library asks for the working directory twice, and the host may change it
-        # in between.
-        location = posixpath.relpath(f"/{shard.weights.path}", f"/{posixpath.dirname(name)}")
+        location = location_of(shard.weights.path, name)
         for spec in shard.tensors:
             expected[spec.name] = (spec.dtype, location, str(spec.offset), str(spec.nbytes), spec.shape)
     faults = [f"it takes '{key}' from a file in the middle of the graph" for key in found.hidden]
@@ -77,6 +75,13 @@ def check_graph(shard: Shard, data: bytes) -> None:
             f"'{name}' is not the graph that the manifest describes: {faults[0][:1000]}"
             f"{f'; and {len(faults) - 1} more' if faults[1:] else ''}. Export the model again."
         )
+
+
+def location_of(weights: str, graph: str) -> str:
+    """How a graph names a weights file; both paths are relative to the model directory."""
+    # Of absolute paths: for others the library asks for the working directory twice, and the host may change it in
+    # between.
+    return posixpath.relpath(f"/{weights}", f"/{posixpath.dirname(graph)}")
 
 
 def _collect(kind: str, data: memoryview, depth: int, found: _Found) -> None:

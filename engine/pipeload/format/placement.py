@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pipeload.format.manifest import PAGE_BYTES, Shard
 from pipeload.format.pages import memory_ceil, page_ceil, page_floor, room_bytes
 
-__all__ = ["Placement", "place"]
+__all__ = ["AS_READ", "Placement", "place"]
 
 _ALIGNED_BYTES = 64
 
@@ -40,6 +40,10 @@ class Placement:
     places: Mapping[str, int] = field(default_factory=dict)
 
 
+AS_READ = Placement(0)
+"""Of a buffer that begins with the page in which a range begins, and whose bytes are used where they are read."""
+
+
 def place(shard: Shard, streamed: tuple[int, int]) -> Placement:
     """Where the weights lie.
 
@@ -49,7 +53,7 @@ def place(shard: Shard, streamed: tuple[int, int]) -> Placement:
             weights; the tensors outside of it are kept elsewhere as they are stored.
     """
     begin, end = streamed
-    if all(spec.widened is None for spec in shard.tensors):
+    if not shard.widens:
         return Placement(room_bytes(begin, end))
     assert shard.weights is not None
     places: dict[str, int] = {}

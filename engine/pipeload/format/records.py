@@ -160,6 +160,11 @@ class Shard:
         return self.weights.nbytes if self.weights else 0
 
     @property
+    def widens(self) -> bool:
+        """Whether any of its tensors is widened as it is loaded."""
+        return any(spec.widened is not None for spec in self.tensors)
+
+    @property
     def memory_bytes(self) -> int:
         """Bytes that its weights occupy in memory while it runs."""
         return self.nbytes + sum(spec.memory_bytes - spec.nbytes for spec in self.tensors)

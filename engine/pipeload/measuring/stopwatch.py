@@ -221,7 +221,7 @@ class Stopwatch:
         parts = [Part(0, shard.nbytes, self._buffer)]
         placement = self._placements[shard.name]
         if placement.places:
-            parts.append(Part(0, 0, self._wide, placement.read_at, placement.places))
+            parts.append(Part(0, 0, self._wide, placement))
             widen(shard, parts)
         arena = arena and in_arena(self._manifest)
         with self._storage.graph(shard) as graph:

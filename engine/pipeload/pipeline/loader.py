@@ -16,7 +16,8 @@ from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import LoadedShard, Task
 from pipeload.pipeline.session import ShardSession
 from pipeload.pipeline.weights_memory import WeightsMemory
-from pipeload.planning.layouts import second_copy_bytes, session_bytes, staying
+from pipeload.planning.footprint import second_copy_bytes, session_bytes
+from pipeload.planning.layouts import staying
 from pipeload.planning.needs import in_arena
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
@@ -107,12 +108,13 @@ class Loader:
         keep_bytes = sum(room_bytes(*part) for part in ranges)
         reserved = placement.nbytes if task.resident else plan.buffer_bytes * (1 + plan.packed_streamed)
         # Until the session is made.
-        passing = (placement.nbytes if apart else 0) + (second_copy_bytes(shard) if packed else 0)
+        copy = second_copy_bytes(shard) if packed else 0
+        passing = copy + placement.nbytes if apart else copy
         shared = shard.weights if task.resident and not apart and shard.weights in self._common else None
         if shared is not None and not plan.packed:
             # No other agent loads a shard with these weights now, so they are in memory, or this agent reads them.
             keep_bytes, reserved = 0 if shared in self._memory.shared else reserved, 0
-        reserved += session_bytes(shard, plan.threads) + (second_copy_bytes(shard) if packed else 0)
+        reserved += session_bytes(shard, plan.threads) + copy
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
@@ -138,7 +140,7 @@ class Loader:
                 loaded.buffer, unread = self._memory.shared.join(shared, placement.nbytes, keep_bytes)
                 keep_bytes = 0
             begun.extend(Part(*part, Buffer(room_bytes(*part))) for part in ranges)
-            streamed = Part(begin, end, loaded.buffer, placement.read_at, placement.places)
+            streamed = Part(begin, end, loaded.buffer, placement)
             parts = sorted([streamed, *begun], key=lambda part: (part.begin, part.end))
             if unread:
                 nbytes = sum(part.end - part.begin for part in parts)
@@ -190,8 +192,7 @@ class Loader:
         if loaded is None or loaded.buffer is None or stale():
             return
         with self._trace.span(_agent(), "pack", shard.name):
-            placement = place(shard, (0, shard.nbytes))
-            whole = Part(0, shard.nbytes, loaded.buffer, placement.read_at, placement.places)
+            whole = Part(0, shard.nbytes, loaded.buffer, place(shard, (0, shard.nbytes)))
             session = self._session(shard, [whole], packed=True)
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session

@@ -4,6 +4,7 @@
 profile     measured facts about machine, process and model
 needs       memory of a pass beside weights
 rates       speeds from a profile, or assumed without one
+footprint   memory of a shard's buffer, session and copies
 layouts     ways to use the memory that is left for weights
 schedule    duration of a pass, and its lower bound
 planner     manifest + profile + budget -> Plan

@@ -13,15 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from math import prod
 from typing import TypeAlias
 
-from pipeload.format.manifest import Shard, WeightSpec, first_places
+from pipeload.format.manifest import Shard, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
 from pipeload.format.placement import place
+from pipeload.planning.footprint import Footprint
 from pipeload.planning.rates import Rates
 
-__all__ = ["Layout", "Range", "layouts", "least_bytes", "second_copy_bytes", "session_bytes", "staying", "whole_bytes"]
+__all__ = ["Layout", "Range", "layouts", "staying"]
 
 Range: TypeAlias = tuple[int, int]
 """First byte of a part of a shard's weights, and the byte after its last one."""
@@ -29,12 +29,6 @@ Range: TypeAlias = tuple[int, int]
 _Group: TypeAlias = tuple[Shard, ...]
 """A shard alone, or all shards with the same weights."""
 
-_GRAPH_FACTOR, _THREAD_BYTES = 26, 60_000
-"""Memory of a session: for each byte of its graph, and for each thread. Measured with onnxruntime 1.31 on blocks of
-BERT, GPT-2 and Llama, which took 24 to 28 bytes for a byte of the graph."""
-_BLOB_RANK, _BLOCK_BYTES, _SCALE_BYTES = 3, 8, 4
-"""MatMulNBits takes `[rows, blocks, bytes]`. A packed copy has the blobs, the scales twice, and a sum for each block;
-the scales are in work with their blobs. Measured with onnxruntime 1.31 for 4 and 8 bits in blocks of 16 to 128."""
 _SMALL_SHARE = 0.1
 """A shard below this fraction of the largest becomes resident first: it saves a session, and costs next to nothing."""
 _TINY_SHARE = 0.02
@@ -83,76 +77,6 @@ class Layout:
     threads: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class _Beside:
-    """Memory of whole shards, and beside the weights, with one number of threads.
-
-    Attributes:
-        whole: shard -> bytes of the buffer for all of its weights.
-        sessions: shard -> bytes of its session.
-        packing_bytes: to pack any resident shard, beside that shard itself.
-        second_copy_bytes: a Loading Agent that packs any streamed shard, beside weights and packed copy.
-        apart_bytes: to load any resident shard that is always packed, until its session has a copy of its own.
-    """
-
-    whole: Mapping[str, int]
-    sessions: Mapping[str, int]
-    packing_bytes: int
-    second_copy_bytes: int
-    apart_bytes: int
-
-    @classmethod
-    def of(cls, shards: Sequence[Shard], threads: int) -> _Beside:
-        whole = {shard.name: whole_bytes(shard) for shard in shards}
-        sessions = {shard.name: session_bytes(shard, threads) for shard in shards}
-        copies = {shard.name: second_copy_bytes(shard) for shard in shards}
-        packing = max(whole[name] + copies[name] + sessions[name] for name in whole)
-        apart = (place(s, (0, s.nbytes)).nbytes + copies[s.name] for s in shards if s.packed)
-        return cls(whole, sessions, packing, max(copies.values()), max(apart, default=0))
-
-    def group_bytes(self, group: _Group, *, packed: bool) -> int:
-        """Memory of a resident group."""
-        copies = len(group) if packed else 1
-        return self.whole[group[0].name] * copies + sum(self.sessions[shard.name] for shard in group)
-
-
-def session_bytes(shard: Shard, threads: int) -> int:
-    """Bytes of a shard's session with this many intra-op threads, beside its buffer: graph, kernels, thread pool, and
-    the weights of a session that is always packed.
-    """
-    return _GRAPH_FACTOR * shard.graph.nbytes + _THREAD_BYTES * threads + (_packed_bytes(shard) if shard.packed else 0)
-
-
-def _packed_bytes(shard: Shard) -> int:
-    """The weights in a packed session of a shard that is always packed: its own copies, and what kernels for weights of
-    few bits add to each block.
-    """
-    return memory_ceil(shard.memory_bytes + _BLOCK_BYTES * sum(map(_blocks, shard.tensors)))
-
-
-def second_copy_bytes(shard: Shard) -> int:
-    """Bytes that packing a shard takes beside its weights and their packed copy: a copy of the tensor in work."""
-    tensors = (spec.memory_bytes + _SCALE_BYTES * _blocks(spec) for spec in shard.tensors)
-    return memory_ceil(max(tensors, default=shard.nbytes))
-
-
-def _blocks(spec: WeightSpec) -> int:
-    """The blocks of a matrix of few bits; 0 of any other tensor."""
-    return prod(spec.shape[:2]) if spec.dtype == "uint8" and len(spec.shape) == _BLOB_RANK else 0
-
-
-def whole_bytes(shard: Shard) -> int:
-    """Bytes of the buffer that holds all weights of a resident shard; none where its session has its own copy."""
-    return 0 if shard.packed else place(shard, (0, shard.nbytes)).nbytes
-
-
-def least_bytes(shards: Sequence[Shard], threads: int) -> int:
-    """The least memory for weights that works: one buffer, for one shard after the other."""
-    buffer = max(place(shard, (0, shard.nbytes)).nbytes for shard in shards)
-    copy = max((second_copy_bytes(shard) for shard in shards if shard.packed), default=0)
-    return buffer + copy + max(session_bytes(shard, threads) for shard in shards)
-
-
 def staying(shard: Shard, streamed: Range) -> list[Range]:
     """The parts of a shard's weights that stay in memory, as they are stored, while a range of them is streamed."""
     begin, end = streamed
@@ -167,12 +91,12 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     sizes = _range_sizes(shards, choices)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
-    widens = any(spec.widened is not None for shard in shards for spec in shard.tensors)
+    orders = (False, True) if any(shard.widens for shard in shards) else (False,)
     for threads in sorted(speed.times, reverse=True):
-        beside = _Beside.of(shards, threads)
+        beside = Footprint.of(shards, threads)
         # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
-        for packed, pack_streamed, narrow in product((False, True), ways, (False, True) if widens else (False,)):
+        for packed, pack_streamed, narrow in product((False, True), ways, orders):
             for count, buffers, size in slots:
                 layout = _fill(
                     *(order, choices, free, count, buffers, size, beside),
@@ -184,6 +108,67 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
                     yield replace(layout, threads=threads)
 
 
+class _Filling:
+    """Memory that is filled with weights that stay, step by step.
+
+    Args:
+        order: groups of shards, in the order in which they get memory.
+        fitting: shard -> ranges of it that may be streamed, the largest first; none of a shard that must be whole.
+        free: bytes for all weights.
+        beside: memory of shards, and beside them.
+        packed: whether resident shards are packed.
+        used: bytes that are taken already.
+
+    Attributes:
+        chosen: shard that is not whole -> its streamed range.
+        whole: groups that stay as a whole.
+        used: bytes that are taken.
+    """
+
+    def __init__(
+        self,
+        order: Sequence[_Group],
+        fitting: Mapping[str, Sequence[_Choice]],
+        free: int,
+        beside: Footprint,
+        *,
+        packed: bool,
+        used: int,
+    ) -> None:
+        self._order, self._fitting, self._free = order, fitting, free
+        self._beside, self._packed = beside, packed
+        self.chosen = {name: found[0] for name, found in fitting.items() if found}
+        self.whole = [group for group in order if group[0].name not in self.chosen]
+        self.used = used + sum(choice.staying_bytes for choice in self.chosen.values())
+        self.used += sum(beside.group_bytes(group, packed=packed) for group in self.whole)
+        self._apart = any(group[0].packed for group in self.whole)
+        self.used += beside.apart_bytes if self._apart else 0
+
+    def keep_whole(self) -> None:
+        """Keep groups as a whole, as far as there is memory."""
+        for group in self._left():
+            more = self._beside.group_bytes(group, packed=self._packed)
+            more -= sum(self.chosen[shard.name].staying_bytes for shard in group)
+            more += self._beside.apart_bytes if group[0].packed and not self._apart else 0
+            if self.used + more <= self._free:
+                self._apart = self._apart or group[0].packed
+                self.whole.append(group)
+                self.used += more
+                for shard in group:
+                    del self.chosen[shard.name]
+
+    def keep_parts(self) -> None:
+        """Keep as much as there is memory for of shards that are not whole."""
+        for name in [shard.name for group in self._left() for shard in group]:
+            self.used -= self.chosen[name].staying_bytes
+            *_, least = (one for one in self._fitting[name] if self.used + one.staying_bytes <= self._free)
+            self.chosen[name] = least
+            self.used += least.staying_bytes
+
+    def _left(self) -> list[_Group]:
+        return [group for group in self._order if group[0].name in self.chosen]
+
+
 def _fill(
     order: Sequence[_Group],
     choices: Mapping[str, Sequence[_Choice]],
@@ -191,7 +176,7 @@ def _fill(
     loaders: int,
     buffers: int,
     read_bytes: int,
-    beside: _Beside,
+    beside: Footprint,
     *,
     packed: bool,
     pack_streamed: bool,
@@ -216,32 +201,13 @@ def _fill(
         used += buffers * buffer_bytes
     if pack_streamed or beside.apart_bytes:
         used += min(loaders, buffers) * beside.second_copy_bytes
-    chosen = {name: found[0] for name, found in fitting.items() if found}
-    used += sum(choice.staying_bytes for choice in chosen.values())
-    whole = [group for group in order if group[0].name not in chosen]
-    used += sum(beside.group_bytes(group, packed=packed) for group in whole)
-    apart = any(group[0].packed for group in whole)
-    used += beside.apart_bytes if apart else 0
-    if used > free:
+    filling = _Filling(order, fitting, free, beside, packed=packed, used=used)
+    if filling.used > free:
         return None
-    for widest in (False, True) if narrow else (True, False):
-        for group in [group for group in order if group[0].name in chosen]:
-            staying_bytes = sum(chosen[shard.name].staying_bytes for shard in group)
-            if widest:
-                more = beside.group_bytes(group, packed=packed) - staying_bytes
-                more += beside.apart_bytes if group[0].packed and not apart else 0
-                if used + more <= free:
-                    apart = apart or group[0].packed
-                    whole.append(group)
-                    for shard in group:
-                        del chosen[shard.name]
-                    used += more
-                continue
-            for name in [shard.name for shard in group]:
-                used -= chosen[name].staying_bytes
-                *_, least = (choice for choice in fitting[name] if used + choice.staying_bytes <= free)
-                chosen[name] = least
-                used += least.staying_bytes
+    steps = (filling.keep_parts, filling.keep_whole) if narrow else (filling.keep_whole, filling.keep_parts)
+    for step in steps:
+        step()
+    chosen, whole, used = filling.chosen, filling.whole, filling.used
     if bool(buffers) != bool(chosen) or buffers > len(chosen):
         return None
     ranges = {name: choice.streamed for name, choice in chosen.items()}
@@ -292,7 +258,7 @@ def _choices(shard: Shard, *, alone: bool) -> list[_Choice]:
     for begin, end in ranges:
         if not found or found[-1][1] - found[-1][0] - (end - begin) >= step:
             found.append((begin, end))
-    if any(spec.widened is not None for spec in shard.tensors):
+    if shard.widens:
         # All of it stays as it is stored, and is widened into a buffer for each pass.
         found.append((0, 0))
     return [_Choice.of(shard, streamed) for streamed in found]

@@ -40,7 +40,8 @@ from typing import Any
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
 from pipeload.machine.sizes import format_bytes
-from pipeload.planning.layouts import Layout, Range, layouts, least_bytes, session_bytes, whole_bytes
+from pipeload.planning.footprint import least_bytes, session_bytes, whole_bytes
+from pipeload.planning.layouts import Layout, Range, layouts
 from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates

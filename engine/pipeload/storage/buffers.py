@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeload.errors import LoadError
 from pipeload.format.manifest import WeightSpec
 from pipeload.format.pages import memory_ceil, page_floor
+from pipeload.format.placement import AS_READ, Placement
 
 __all__ = ["Buffer", "BufferPool", "Part", "stored_in", "tensor_in"]
 
@@ -77,20 +78,18 @@ class Part:
         begin: first byte, counted from the beginning of the shard's range.
         end: the byte after the last one.
         buffer: the memory that holds it.
-        read_at: place in the buffer of the page in which `begin` lies.
-        places: name of a tensor -> its first byte in the buffer, for tensors of the shard that were moved or widened
-            there (`pipeload.storage.widening`); those between `begin` and `end` are among them.
+        placement: where it is read to in the buffer, and where the tensors lie that are moved or widened there
+            (`pipeload.storage.widening`); those between `begin` and `end` are among them.
     """
 
     begin: int
     end: int
     buffer: Buffer
-    read_at: int = 0
-    places: Mapping[str, int] = field(default_factory=dict)
+    placement: Placement = AS_READ
 
     def piece(self, begin: int, end: int) -> memoryview:
         """The memory of a range that was counted from the page in which the part begins."""
-        return self.buffer.piece(self.read_at + begin, self.read_at + end)
+        return self.buffer.piece(self.placement.read_at + begin, self.placement.read_at + end)
 
 
 def stored_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
@@ -103,7 +102,7 @@ def stored_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDA
     """
     place = spec.offset - range_offset
     part = next((part for part in parts if part.begin <= place < part.end), parts[0])
-    return part.buffer.array(spec.dtype, spec.shape, part.read_at + place - page_floor(part.begin))
+    return part.buffer.array(spec.dtype, spec.shape, part.placement.read_at + place - page_floor(part.begin))
 
 
 def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDArray[Any]:
@@ -115,8 +114,8 @@ def tensor_in(parts: Sequence[Part], spec: WeightSpec, range_offset: int) -> NDA
         range_offset: where in the file the shard's range begins.
     """
     for part in parts:
-        if spec.name in part.places:
-            return part.buffer.array(spec.memory_dtype, spec.shape, part.places[spec.name])
+        if spec.name in part.placement.places:
+            return part.buffer.array(spec.memory_dtype, spec.shape, part.placement.places[spec.name])
     return stored_in(parts, spec, range_offset)
 
 

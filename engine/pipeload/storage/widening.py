@@ -38,12 +38,11 @@ def widen(shard: Shard, parts: Sequence[Part]) -> None:
     offset = shard.weights.offset
     specs = {spec.name: spec for spec in shard.tensors}
     for part in parts:
-        inside = [part.begin <= specs[name].offset - offset < part.end for name in part.places]
+        places = part.placement.places
+        own = [name for name in places if part.begin <= specs[name].offset - offset < part.end]
         # Tensors of other parts overwrite what was read.
-        for own in (True, False):
-            for (name, place), is_own in zip(part.places.items(), inside, strict=True):
-                if is_own is own:
-                    _move(stored_in(parts, specs[name], offset), specs[name], part, place)
+        for name in dict.fromkeys([*own, *places]):
+            _move(stored_in(parts, specs[name], offset), specs[name], part, places[name])
 
 
 def widened(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from pipeload.notify import Notify
 from pipeload_export.check.cases import Case
 from pipeload_export.check.chain import run_shards
 
-__all__ = ["Unsplit", "compare", "limit_of", "limit_of_source"]
+__all__ = ["Unsplit", "compare", "distance", "limit_of", "limit_of_source"]
 
 _LIMITS = {"float64": 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference that is allowed, in parts of the output's range. Float16 has 11 bits and bfloat16 has 8, and an
@@ -112,6 +112,13 @@ def compare(
 def _fails(result: Verification) -> bool:
     """Whether a difference is above its limit, or no number."""
     return not result.max_rel_error <= result.limit
+
+
+def distance(one: NDArray[Any], other: NDArray[Any]) -> NDArray[np.float64]:
+    """How far each value is from its counterpart; 0 where both are the same infinity, or no number."""
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    apart: NDArray[np.float64] = np.subtract(one, other, where=~same, out=np.zeros(one.shape), dtype=np.float64)
+    return np.abs(apart)
 
 
 def limit_of(dtype: str, inner: Iterable[str] = ()) -> float:
@@ -259,10 +266,10 @@ def _difference(
             )
     a, b = (np.concatenate([array.astype(np.float64).ravel() for array in arrays]) for arrays in (wanted, found))
     # Where the unsplit model gives NaN or infinity, the shards must give the same.
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
-    if same.all():
+    apart = distance(a, b)
+    if not apart.any():
         return Verification(output=name, max_abs_error=0.0, max_rel_error=0.0, limit=limit)
-    error = float(np.abs(np.subtract(a, b, where=~same, out=np.zeros_like(a))).max())
+    error = float(apart.max())
     values = np.concatenate([wanted[number].astype(np.float64).ravel() for number in ranged]) if ranged else a
     relative = error / range_of(values, _coarsest(wanted[0].dtype.name, inner)) if np.isfinite(error) else float("inf")
     return Verification(output=name, max_abs_error=error, max_rel_error=relative, limit=limit)

@@ -22,7 +22,7 @@ from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
 from pipeload_export.check.accuracy import text_inputs
 from pipeload_export.check.beginning import Traits, beginning
-from pipeload_export.check.compare import limit_of_source
+from pipeload_export.check.compare import distance, limit_of_source
 from pipeload_export.check.questions import Prompt, Question, Questionnaire, questionnaire
 from pipeload_export.check.running import given_room, opened
 from pipeload_export.check.vectors import ask_vectors
@@ -196,8 +196,7 @@ class _Comparison:
             )
         span = self._span(name)
         limit = limit_of_source(self.manifest, self.answers.effects[key].get(name, 0.0), span)
-        same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
-        error = np.abs(np.subtract(wanted, found, where=~same, out=np.zeros(wanted.shape), dtype=np.float64))
+        error = distance(wanted, found)
         worst = float(error.max(initial=0.0))
         relative = worst / span if np.isfinite(worst) else float("inf")
         if not relative <= limit:

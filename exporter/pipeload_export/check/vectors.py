@@ -26,7 +26,7 @@ from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload.tasks.text.tokenizer import Tokenizer
-from pipeload_export.check.compare import limit_of_source
+from pipeload_export.check.compare import distance, limit_of_source
 from pipeload_export.check.questions import affordable_tokens
 from pipeload_export.check.running import given_room
 from pipeload_export.extra import has_module, how_to_install
@@ -143,8 +143,7 @@ class Asked:
                 f"{remedy}"
             )
         limit = limit_of_source(self.manifest, effect, span)
-        same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
-        error = np.abs(np.subtract(wanted, found, where=~same, out=np.zeros(wanted.shape), dtype=np.float64))
+        error = distance(wanted, found)
         most = float(error.max(initial=0.0))
         if not most / span <= limit:
             text = int((~(error / span <= limit)).any(axis=1).argmax())

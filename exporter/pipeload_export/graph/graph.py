@@ -29,6 +29,7 @@ __all__ = [
     "known_constant",
     "node_inputs",
     "operators",
+    "row_pieces",
     "same_values",
     "storage_dtype",
     "tensor_proto",
@@ -200,6 +201,13 @@ def same_values(one: Constant, other: Constant) -> bool:
         return bool(np.array_equal(first, second))
     pieces = range(0, one.shape[0], _COMPARED_ROWS)
     return all(np.array_equal(first[i : i + _COMPARED_ROWS], second[i : i + _COMPARED_ROWS]) for i in pieces)
+
+
+def row_pieces(array: NDArray[Any], elements: int) -> Iterator[NDArray[Any]]:
+    """An array in pieces of some rows, each with about `elements` of them and at least a row; a number is one row."""
+    rows = array.reshape(1) if array.ndim == 0 else array
+    step = max(elements * len(rows) // max(rows.size, 1), 1)
+    return (rows[begin : begin + step] for begin in range(0, len(rows), step))
 
 
 def tensor_proto(name: str, constant: Constant) -> TensorProto:

@@ -107,19 +107,18 @@ def bytes_at(place: Place) -> Iterator[memoryview]:
         yield part
 
 
-def values_at(place: Place, file: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+def values_at(place: Place, file: NDArray[np.uint8]) -> NDArray[Any]:
     """The values of a weight in the type that the file has: a view of the file.
 
     Args:
         place: of the weight.
-        file: the bytes of its file; None opens it.
+        file: the bytes of its file.
     """
     import ml_dtypes  # it comes with onnx
 
     dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
     item_bytes = ITEM_BYTES[place.dtype]
-    data = np.memmap(place.file, np.uint8, "r") if file is None else file
-    data = data[place.begin : place.begin + place.elements * item_bytes]
+    data = file[place.begin : place.begin + place.elements * item_bytes]
     if place.begin % item_bytes:
         data = data.copy()
     flat = data.view(dtypes[place.dtype])[place.offset :]

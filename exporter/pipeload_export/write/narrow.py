@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from pipeload_export.graph.graph import Constant, storage_dtype
+from pipeload_export.graph.graph import Constant, row_pieces, storage_dtype
 from pipeload_export.rewrite.sixteen import LEAST_BYTES
 from pipeload_export.shard.fuse import Fused
 from pipeload_export.write.names import all_names, rename
@@ -79,10 +79,7 @@ def wide_name(name: str) -> str:
 
 
 def _pieces(constant: Constant) -> Iterator[NDArray[np.float32]]:
-    array = constant.load()
-    rows = array.reshape(1) if array.ndim == 0 else array
-    step = max(_PIECE * len(rows) // max(rows.size, 1), 1)
-    return (np.asarray(rows[begin : begin + step], np.float32) for begin in range(0, len(rows), step))
+    return (np.asarray(piece, np.float32) for piece in row_pieces(constant.load(), _PIECE))
 
 
 def _is_exact(piece: NDArray[np.float32], dtype: int) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeload.format.dtypes import ONNX_DTYPES, SAFETENSORS_DTYPES
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
-from pipeload_export.graph.graph import Constant, storage_dtype
+from pipeload_export.graph.graph import Constant, row_pieces, storage_dtype
 from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["WeightsFile", "in_order", "write_weights"]
@@ -137,11 +137,8 @@ def _pieces(constant: Constant) -> Iterator[memoryview]:
     array, dtype = constant.load(), storage_dtype(constant.dtype)
     if not array.nbytes:
         return
-    rows = array.reshape(1) if array.ndim == 0 else array
     if array.dtype == dtype and dtype.itemsize in (1, 2, 4, 8):
         # As integers: NumPy copies its own types much faster.
-        rows, dtype = rows.view(f"u{dtype.itemsize}"), np.dtype(f"u{dtype.itemsize}")
-    step = max(_PIECE_BYTES * len(rows) // rows.nbytes, 1)
-    for begin in range(0, len(rows), step):
-        piece = np.ascontiguousarray(rows[begin : begin + step], dtype)
-        yield piece.reshape(-1).view(np.uint8).data
+        array, dtype = array.view(f"u{dtype.itemsize}"), np.dtype(f"u{dtype.itemsize}")
+    for piece in row_pieces(array, _PIECE_BYTES // array.itemsize):
+        yield np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data

@@ -28,7 +28,8 @@ from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import ShardSession, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
-from pipeload.planning.layouts import Range, session_bytes, staying, whole_bytes
+from pipeload.planning.footprint import session_bytes, whole_bytes
+from pipeload.planning.layouts import Range, staying
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile

@@ -16,7 +16,7 @@ from pipeload.errors import LoadError
 from pipeload.format import manifest as manifests
 from pipeload.pipeline import loader
 from pipeload.pipeline.session import ShardSession
-from pipeload.planning.layouts import least_bytes, second_copy_bytes, session_bytes, whole_bytes
+from pipeload.planning.footprint import least_bytes, second_copy_bytes, session_bytes, whole_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import make_plan
 from pipeload.planning.profile import Profile
@@ -115,7 +115,7 @@ from pathlib import Path
 from pipeload.format import manifest as manifests
 from pipeload.machine.memory import rss_bytes
 from pipeload.pipeline.session import ShardSession, Stopper, to_value
-from pipeload.planning.layouts import session_bytes
+from pipeload.planning.footprint import session_bytes
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.weights import Storage
 import numpy as np

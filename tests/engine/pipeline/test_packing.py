@@ -34,7 +34,7 @@ from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import ShardSession, to_value
 from pipeload.pipeline.sweep import Feed
-from pipeload.planning.layouts import second_copy_bytes, session_bytes
+from pipeload.planning.footprint import second_copy_bytes, session_bytes
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, make_plan
 from pipeload.planning.profile import Profile

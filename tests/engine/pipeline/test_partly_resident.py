@@ -26,7 +26,8 @@ from pipeload.format.manifest import Manifest, Shard
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_value
 from pipeload.pipeline.sweep import Feed
-from pipeload.planning.layouts import Range, session_bytes
+from pipeload.planning.footprint import session_bytes
+from pipeload.planning.layouts import Range
 from pipeload.planning.needs import Needs
 from pipeload.tracing.trace import read_bytes
 

@@ -30,7 +30,7 @@ from pipeload.format.pages import page_ceil
 from pipeload.pipeline import weights_memory
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import to_array
-from pipeload.planning.layouts import session_bytes
+from pipeload.planning.footprint import session_bytes
 from pipeload.planning.planner import Plan
 from pipeload.planning.replanner import Replanner
 

@@ -28,7 +28,7 @@ from pipeload.format.manifest import Shard
 from pipeload.format.pages import memory_ceil
 from pipeload.pipeline import loader as loaders
 from pipeload.pipeline import shared_weights
-from pipeload.planning.layouts import session_bytes
+from pipeload.planning.footprint import session_bytes
 from pipeload.storage.buffers import Buffer
 
 SOME = ("prologue", "block.001", "block.002", "block.005")

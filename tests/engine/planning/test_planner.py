@@ -14,7 +14,8 @@ from pipeload.format.manifest import Manifest
 from pipeload.format.pages import room_bytes
 from pipeload.format.placement import place
 from pipeload.planning import planner
-from pipeload.planning.layouts import session_bytes, staying, whole_bytes
+from pipeload.planning.footprint import session_bytes, whole_bytes
+from pipeload.planning.layouts import staying
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.planning.profile import Profile, ShardTimes

@@ -12,7 +12,8 @@ from tests.engine.plans import manifest_of, slots_bytes, with_common
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
 from pipeload.format.pages import memory_ceil, room_bytes
-from pipeload.planning.layouts import session_bytes, staying
+from pipeload.planning.footprint import session_bytes
+from pipeload.planning.layouts import staying
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, make_plan, predict
 from pipeload.planning.profile import Profile, ShardTimes

@@ -108,10 +108,10 @@ def test_tensors_are_right_wherever_a_part_begins_and_ends(
         buffer = Buffer(placement.nbytes)
         assert buffer.nbytes == placement.nbytes == memory_ceil(placement.nbytes)
         assert placement.read_at % PAGE_BYTES == 0
-        parts = [Part(*streamed, buffer, placement.read_at, placement.places)]
+        parts = [Part(*streamed, buffer, placement)]
         parts += [Part(*part, Buffer(room_bytes(*part))) for part in staying(shard, streamed)]
         for part in parts:
-            _read(shard, bytes(content), part.begin, part.end, part.buffer, part.read_at)
+            _read(shard, bytes(content), part.begin, part.end, part.buffer, part.placement.read_at)
         widen(shard, parts)
         for spec in shard.tensors:
             found = tensor_in(parts, spec, _OFFSET)
