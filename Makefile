@@ -25,7 +25,7 @@ test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 	$(BIN)/python $(PYTEST) -m "not slow and not survey"
 
 test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with other values
-	$(BIN)/python $(PYTEST) -m slow
+	$(BIN)/python $(PYTEST) -m "slow and not survey"
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey
