@@ -8,7 +8,7 @@ boundary   exceptions of the system and of libraries -> ExportErrors
 staging    a folder that becomes the target at once, or never; all temporary work lies in it
 source/    the SOURCE that a user names -> an unsplit ONNX graph
 graph/     that graph, sorted and without detours
-rewrite/   KV caches written in place, weights rounded
+rewrite/   KV caches written in place, weights rounded, or a GGUF file's blocks put in
 cut/       where shards begin and end
 shard/     each shard optimised, sampled, described
 write/     safetensors files, graph files, the manifest

@@ -40,8 +40,8 @@ KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
 
 Weights = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
-"""How float32 weights are stored: in 16 bits where that loses nothing, as they are, rounded to 16 bits, or those of
-products and tables rounded to 8 or 4 bits with a scale for each block of them."""
+"""How float32 weights are stored: in 16 bits where that loses nothing, and a GGUF file's in its own blocks; as they
+are; rounded to 16 bits; or those of products and tables rounded to 8 or 4 bits with a scale for each block of them."""
 
 BlockSize = Literal["16", "32", "64", "128", "256"]
 """Weights of 8 or 4 bits that have one scale."""
@@ -57,6 +57,10 @@ _FINE_BITS = 8
 _KEPT_ONNX = "model.onnx"
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
+)
+_NO_ERROR = (
+    "A largest error is only measured where weights are rounded (--weights bf16, fp16, int8 or int4), or those of a "
+    "GGUF file, and the result is verified."
 )
 _WRITING = "write the shards"
 _LOGGER = logging.getLogger("pipeload_export")
@@ -96,9 +100,10 @@ def export(
         whole: put a model without repeating blocks into one shard, instead of refusing it.
         weights: how float32 weights are stored. "auto" takes 16 bits for every tensor whose values all fit bfloat16 or
             float16 exactly, as those of most checkpoints do: the answers are the same bit for bit, from half the bytes.
-            "fp32" leaves all as they are. "bf16" and "fp16" round to 16 bits what does not fit. "int8" and "int4" round
-            the weights of products and tables, to 8 or 4 bits with a scale for each block. Tables, products that are
-            tied to one, and products that make at most half as many values as they sum over, have 8 bits in either.
+            Products and tables of a GGUF file keep the file's own blocks, and answers are those of its values. "fp32"
+            leaves all as they are. "bf16" and "fp16" round to 16 bits what does not fit. "int8" and "int4" round the
+            weights of products and tables, to 8 or 4 bits with a scale for each block. Tables, products that are tied
+            to one, and products that make at most half as many values as they sum over, have 8 bits in either.
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
         block_size: weights of 8 or 4 bits that have one scale: 16, 32, 64, 128 or 256.
@@ -136,8 +141,8 @@ def export(
     ):
         if given not in known:
             raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
-    if max_error is not None and (weights in ("auto", "fp32") or not verify):
-        raise ConfigError("A largest error is only measured where weights are rounded, and the result is verified.")
+    if max_error is not None and (weights == "fp32" or not verify):
+        raise ConfigError(_NO_ERROR)
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -156,6 +161,9 @@ def export(
             allow_missing=allow_missing,
             progress=notify,
         )
+        gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
+        if max_error is not None and weights == "auto" and not gguf:
+            raise ConfigError(_NO_ERROR)
         if not isinstance(found, Checkpoint):
             _check_space(staging.disk, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
         with ExitStack() as stack:
@@ -168,6 +176,8 @@ def export(
             floats = runner(unsplit.path, unsplit.weights)
             if small := _small(weights, block_size, symmetric=not asymmetric):
                 unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
+            elif gguf:
+                unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
             manifest = _build(
                 *(unsplit, staging.result),
                 whole=whole,
@@ -236,6 +246,27 @@ def _traced(found: Checkpoint, staging: Staging, weights: Weights, progress: Not
             shutil.rmtree(staging.work / "onnx")
     _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
     return found.to_onnx(staging.work, progress, obstacle=obstacle)
+
+
+def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -> Unsplit:
+    """The unsplit model with the blocks of the GGUF file that it was made of, as far as the graph can take them."""
+    from pipeload_export.rewrite.gguf_blocks import LAYOUTS  # needs the extra [export]
+    from pipeload_export.rewrite.gguf_weights import write_with_blocks
+
+    folder.mkdir()
+    kept = write_with_blocks(unsplit.path, gguf, folder, progress)
+    if kept.path is None:
+        return unsplit
+    layouts = [LAYOUTS[kind] for kind in kept.weights]
+    small = SmallWeights(
+        bits=min(layout.bits for layout in layouts),
+        fine_bits=max(layout.bits for layout in layouts),
+        block_size=min(layout.block_size for layout in layouts),
+        symmetric=True,
+        gguf=kept.weights,
+        floats=kept.floats,
+    )
+    return replace(unsplit, path=kept.path, files=tuple(sorted(folder.iterdir())), small_weights=small)
 
 
 def _build(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,3 +33,25 @@ def quantised(shape: tuple[int, int], kind: str, *, seed: int) -> NDArray[np.uin
         scales = random.uniform(1e-4, 2e-4, (rows, columns // size, 1)).astype(np.float16)
         blocks[..., begin : begin + 2] = scales.view(np.uint8)
     return blocks.reshape(rows, -1)
+
+
+def floats_of(rows: NDArray[np.uint8], kind: str) -> NDArray[np.float32]:
+    """Their values, by the package gguf."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    made: NDArray[np.float32] = dequantize(rows, GGMLQuantizationType[kind])
+    return made
+
+
+def write_tensors(path: Path, tensors: Mapping[str, tuple[NDArray[np.uint8], str]]) -> Path:
+    """A GGUF file with quantised tensors, each as rows of bytes and their type, and nothing else."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, (rows, kind) in tensors.items():
+        writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

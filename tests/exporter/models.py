@@ -84,13 +84,26 @@ def write_gpt2(folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path, add: Callable[[Any], object] | None = None) -> Path:
-    """A Llama with its tokenizer in one file, as llama.cpp writes it; `add` gets the writer and adds more."""
+def write_gguf(
+    path: Path,
+    add: Callable[[Any], object] | None = None,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    more_tokens: int = 0,
+) -> Path:
+    """A Llama with its tokenizer in one file, as llama.cpp writes it.
+
+    Args:
+        path: the file.
+        add: gets the writer, and adds more.
+        kinds: part of the name of a tensor -> its type in the file, where that is not F32.
+        more_tokens: of the vocabulary, beside the letters and a few others.
+    """
     import gguf
 
     width, heads, inner, layers = 32, 2, 64, 2
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = ["<unk>", "<s>", "</s>", *letters, "ab", "cd"]
+    tokens = ["<unk>", "<s>", "</s>", *letters, "ab", "cd", *(f"<{number}>" for number in range(more_tokens))]
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("toy")
@@ -119,7 +132,9 @@ def write_gguf(path: Path, add: Callable[[Any], object] | None = None) -> Path:
         shapes |= square | norms | wide | {f"blk.{layer}.ffn_down": (width, inner)}
     for name, shape in shapes.items():
         values = np.ones(shape) if name.endswith("norm") else random.standard_normal(shape) / 8
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+        kind = next((kind for part, kind in (kinds or {}).items() if part in name), "F32")
+        type_ = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(values.astype(np.float32), type_), raw_dtype=type_)
     if add:
         add(writer)
     writer.write_header_to_file()

@@ -26,7 +26,9 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     small = manifest.small_weights
     weights = {}
     stored = {spec.dtype for shard in manifest.shards for spec in shard.tensors if spec.widened}
-    if small and not small.dtype:
+    if small and small.gguf:
+        weights["weights"] = f"{', '.join(small.gguf)} of the GGUF file"
+    elif small and not small.dtype:
         weights["weights"] = f"int{small.bits}, {small.block_size} to a scale"
     elif stored:
         rounded = f", rounded to {small.dtype}" if small else ""
@@ -73,15 +75,8 @@ def parity_report(found: Parity | None) -> str:
 
 
 def accuracy_report(small: SmallWeights) -> str:
-    """How weights were rounded, and what that did to the answers."""
-    zero = "" if small.symmetric else ", each block with its own zero"
-    fine = f", tables and products that narrow in {small.fine_bits}" if small.fine_bits != small.bits else ""
-    how = (
-        f"  large weights rounded to {small.dtype}"
-        if small.dtype
-        else f"  products in {small.bits} bits{fine}; {small.block_size} weights to a scale{zero}"
-    )
-    found = small.accuracy
+    """How weights are kept, and what that did to the answers."""
+    how, found = _blocks_report(small) if small.gguf else _rounding_report(small), small.accuracy
     if found is None:
         return f"{how}\n  not compared with the source"
     rows = [("output", "worst error", "mean error", "worst of its range")]
@@ -98,6 +93,21 @@ def accuracy_report(small: SmallWeights) -> str:
         change = found.perplexity / found.source_perplexity - 1
         facts.append(f"perplexity {found.perplexity:.2f}, the source's {found.source_perplexity:.2f} ({change:+.2%})")
     return f"{how}\n{table(rows)}\n  {'; '.join(facts)}"
+
+
+def _blocks_report(small: SmallWeights) -> str:
+    total = sum(small.gguf.values())
+    kinds = ", ".join(f"{kind} ({count / total:.0%})" for kind, count in small.gguf.items())
+    floats = f"; floats here, though not there: {', '.join(small.floats)}" if small.floats else ""
+    return f"  the GGUF file's own blocks: {kinds}{floats}"
+
+
+def _rounding_report(small: SmallWeights) -> str:
+    if small.dtype:
+        return f"  large weights rounded to {small.dtype}"
+    zero = "" if small.symmetric else ", each block with its own zero"
+    fine = f", tables and products that narrow in {small.fine_bits}" if small.fine_bits != small.bits else ""
+    return f"  products in {small.bits} bits{fine}; {small.block_size} weights to a scale{zero}"
 
 
 def differences(found: Iterable[Verification]) -> str:

@@ -335,17 +335,20 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SmallWeights:
-    """How the exporter rounded weights.
+    """Weights of fewer bits than the source's floats: how the exporter rounded them, or those of a GGUF file as it is.
 
     Attributes:
         dtype: "bfloat16" or "float16": large tensors of float32 were rounded to this type; None where the weights of
             products and tables have blocks of few bits.
-        bits: of each weight of most products: 8 or 4; or 16.
+        bits: of each weight of most products: 8 or 4; or 16. Of a GGUF file's, the least.
         fine_bits: of tables, products that are tied to one, and products that narrow: they make at most half as many
-            values as they sum over.
-        block_size: weights that have one scale.
+            values as they sum over. Of a GGUF file's, the most.
+        block_size: weights that have one scale; of a GGUF file's, the least.
         symmetric: zero lies in the middle of each block's range; else blocks of products have a zero of their own.
         accuracy: what that did to the answers; None where it was not measured.
+        gguf: type of a GGUF file, such as "Q4_1", -> weights that have the file's own blocks of that type. Empty where
+            the exporter rounded.
+        floats: names of the file's quantised tensors that are kept as floats.
     """
 
     dtype: str | None = None
@@ -354,6 +357,8 @@ class SmallWeights:
     block_size: int
     symmetric: bool
     accuracy: Accuracy | None = None
+    gguf: Mapping[str, int] = field(default_factory=dict)
+    floats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ MatMul over [K, N] 1.6 / 4.6 / 15.8, FusedMatMul(transB) 1.6 / 3.6 / 14.2, Gemm(
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import gcd, prod
 
@@ -23,7 +23,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from pipeload.format.manifest import PAGE_BYTES
-from pipeload_export.graph.graph import Constant, Graph, attribute, same_values
+from pipeload_export.graph.graph import Constant, Graph, attribute, same_values, tensor_proto
+from pipeload_export.rewrite.activations import Activations, halved
 
 __all__ = ["HeadCut", "cut_head", "slice_graph"]
 
@@ -43,6 +44,7 @@ class HeadCut:
         tied: name of the table with the same bytes that was lifted out of the graph already, or None.
         scales: names of the constants with a row for each of the table's, scales and zeros of rounded blocks.
         product: the node that multiplies with rounded blocks; None for floats.
+        in_halves: it takes the halves of the input (`rewrite.activations`), which each slice makes.
         bias: name of a constant of shape [vocabulary], or None.
         rows: (begin, end) of each slice.
     """
@@ -53,6 +55,7 @@ class HeadCut:
     tied: str | None
     scales: tuple[str, ...] = ()
     product: NodeProto | None = None
+    in_halves: bool = False
     bias: str | None
     rows: tuple[tuple[int, int], ...]
 
@@ -103,6 +106,7 @@ def cut_head(
         tied=tied,
         scales=tuple(tail.scales),
         product=tail.nodes[-1] if tail.scales else None,
+        in_halves=tail.in_halves,
         bias=tail.bias,
         rows=tuple(_slices(count, row_bytes, stored_bytes, block_bytes)),
     )
@@ -115,15 +119,16 @@ def slice_graph(
     begin, end = head.rows[index]
     output, weights = f"{head.output}[{begin}:{end}]", head.cut(graph, index)
     made = output if head.bias is None else f"{output}.product"
+    opset = graph.opsets.get("", 17)
+    values: list[TensorProto] = []
     if head.product is None:
         dtype = graph.constants[head.table].dtype
-        product = helper.make_node("FusedMatMul", [head.input, *weights], [made], domain="com.microsoft", transB=1)
+        nodes = [helper.make_node("FusedMatMul", [head.input, *weights], [made], domain="com.microsoft", transB=1)]
     else:
-        dtype, product = graph.constants[head.scales[0]].dtype, NodeProto()
-        product.CopyFrom(head.product)
-        product.input[:], product.output[:] = [head.input, *weights], [made]
-        next(item for item in product.attribute if item.name == "N").i = end - begin
-    nodes, values = [product], []
+        dtype = graph.constants[head.scales[0]].dtype
+        activations = Activations(opset)
+        nodes = list(_rounded_product(graph, head, list(weights), made, end - begin, activations))
+        values += [tensor_proto(name, constant) for name, constant in activations.constants.items()]
     if head.bias is not None:
         part = np.ascontiguousarray(graph.constants[head.bias].values()[begin:end])
         values.append(helper.make_tensor("bias", dtype, part.shape, part.tobytes(), raw=True))
@@ -136,8 +141,28 @@ def slice_graph(
         [helper.make_tensor_value_info(output, dtype, made_shape)],
         values,
     )
-    opsets = [helper.make_opsetid("", graph.opsets.get("", 17)), helper.make_opsetid("com.microsoft", 1)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(proto, opset_imports=opsets), weights
+
+
+def _rounded_product(
+    graph: Graph, head: HeadCut, weights: Sequence[str], output: str, count: int, activations: Activations
+) -> Iterator[NodeProto]:
+    """The product of the head's input with `count` rows of rounded blocks."""
+    product = NodeProto()
+    product.CopyFrom(head.product)
+    next(item for item in product.attribute if item.name == "N").i = count
+    given, made = head.input, output
+    if head.in_halves:
+        rank = len(graph.types[head.input][1] or ())
+        given = activations.halves(head.input, rank, attribute(head.product, "block_size"))
+        made = f"{output}.of_halves"
+        yield from activations.take()
+    product.input[:], product.output[:] = [given, *weights], [made]
+    yield product
+    if head.in_halves:
+        activations.joined(made, output)
+        yield from activations.take()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +174,7 @@ class _Tail:
     bias: str | None
     nodes: tuple[NodeProto, ...]
     scales: dict[str, Constant] = field(default_factory=dict)
+    in_halves: bool = False
 
 
 def _tail(graph: Graph, output: str) -> _Tail | None:
@@ -167,6 +193,8 @@ def _tail(graph: Graph, output: str) -> _Tail | None:
             return None
         node, bias = producers[sides[0]], given[0]
         nodes.append(node)
+    if found := halved(producers, node):
+        return _rounded_tail(graph, found.product, output, (*nodes, found.product), bias, found.given)
     if node.op_type == "MatMulNBits":
         return _rounded_tail(graph, node, output, tuple(nodes), bias)
     weight = node.input[1] if len(node.input) >= 2 else ""
@@ -196,9 +224,12 @@ def _tail(graph: Graph, output: str) -> _Tail | None:
 
 
 def _rounded_tail(
-    graph: Graph, node: NodeProto, output: str, nodes: tuple[NodeProto, ...], bias: str | None
+    graph: Graph, node: NodeProto, output: str, nodes: tuple[NodeProto, ...], bias: str | None, whole: str = ""
 ) -> _Tail | None:
-    """The same for a product with rounded blocks, whose scales and zeros have a row for each row of the weight."""
+    """The same for a product with rounded blocks, whose scales and zeros have a row for each row of the weight.
+
+    `whole` is the tensor of which it takes halves, if it does.
+    """
     names = list(node.input[1:])
     count = attribute(node, "N")
     if len(names) > _ROUNDED_PARTS or not all(name in graph.constants for name in names) or not node.input[0]:
@@ -209,7 +240,8 @@ def _rounded_tail(
     if bias is not None and graph.constants[bias].shape != (count,):
         return None
     return _Tail(
-        input=node.input[0],
+        input=whole or node.input[0],
+        in_halves=bool(whole),
         output=output,
         weight=names[0],
         rows=blobs,

@@ -46,7 +46,7 @@ _UNCHANGED = frozenset(
     }
 )
 """Operators that later versions of ONNX took over as they were, for more element types."""
-_UNCHANGED_SINCE = {"ReduceMax": 18, "ReduceMin": 18, "TopK": 11}
+_UNCHANGED_SINCE = {"ReduceMax": 18, "ReduceMin": 18, "Round": 11, "TopK": 11}
 """The same for operators that meant something else before the version that is given."""
 _LENGTH_AXIS = 2
 """Of caches: batch, heads, length, size of a head."""

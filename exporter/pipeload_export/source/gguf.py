@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeload_export.source.config_keys import knows
 from pipeload_export.source.refused import Refused
 
-__all__ = ["GgufFile", "reading_once"]
+__all__ = ["GgufFile", "QuantisedTensor", "quantised_tensors", "reading_once"]
 
 _FACTORS = "rope_freqs.weight"
 _READ_BY_PROCESSORS = ("_exps.", ".ssm_", ".shortconv.")
 """Parts of the names of tensors that transformers reads otherwise than by its table of names."""
 _OF_THE_FILE = ("tensor_data_layout", "vocab_size", "context_length", "rope.scaling.finetuned")
 _MOST_NAMES = 4
+_PLAIN = ("F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64")
 
 _LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -33,6 +38,46 @@ _SPLITS: dict[str | None, str] = {
 }
 """`tokenizer.ggml.pre` -> how a byte-level tokenizer cuts a text into words, as llama.cpp does it."""
 _WITH_FIRST_TOKEN = ("llama-bpe", "llama3", "llama-v3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantisedTensor:
+    """A tensor of a GGUF file that is no plain floats.
+
+    Attributes:
+        name: in the file.
+        kind: GGUF's name of its type, such as "Q4_1".
+        columns: values of a row.
+        rows: `[rows, bytes]`, a view of the file; those of several matrices, one below another.
+    """
+
+    name: str
+    kind: str
+    columns: int
+    rows: NDArray[np.uint8]
+
+    def floats(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The values of some of its rows, as transformers has them."""
+        from gguf import GGMLQuantizationType, dequantize
+
+        made: NDArray[np.float32] = dequantize(rows, GGMLQuantizationType[self.kind])
+        return made
+
+
+def quantised_tensors(path: Path) -> list[QuantisedTensor]:
+    """The quantised matrices of a GGUF file, in its order."""
+    from gguf import GGUFReader
+
+    return [
+        QuantisedTensor(
+            name=tensor.name,
+            kind=tensor.tensor_type.name,
+            columns=int(tensor.shape[0]),
+            rows=tensor.data.reshape(-1, tensor.data.shape[-1]),
+        )
+        for tensor in GGUFReader(str(path)).tensors
+        if tensor.tensor_type.name not in _PLAIN and len(tensor.shape) > 1
+    ]
 
 
 @contextmanager

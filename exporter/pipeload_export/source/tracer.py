@@ -98,8 +98,8 @@ def _export(request: Request, folder: Path) -> None:
     hollow = load_hollow(request, folder) if request.hollow else None
     model = hollow.model if hollow else load_model(request, folder)
     follow_lengths(model)
-    if request.gguf:
-        _save_gguf_tokenizer(Path(str(request.folder), request.gguf), folder)
+    if request.gguf_path:
+        _save_gguf_tokenizer(request.gguf_path, folder)
     if request.folder:
         checkpoint = folder if request.gguf else folder.with_name("checkpoint")
         resolve_tokenizer(checkpoint, folder, trust_remote_code=request.trust_remote_code)
@@ -119,8 +119,8 @@ def load_model(request: Request, folder: Path) -> Any:
     if request.seeded:
         return seeded_model(request.seeded)
     assert request.folder is not None
-    if request.gguf:
-        return _gguf_model(Path(request.folder, request.gguf))
+    if request.gguf_path:
+        return _gguf_model(request.gguf_path)
     return _checkpoint_model(request, folder)
 
 

@@ -121,6 +121,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return self.weight_bytes >= HOLLOW_FROM_BYTES
 
     @property
+    def gguf_path(self) -> Path | None:
+        """The GGUF file, if it is one."""
+        return Path(str(self.folder), self.gguf) if self.gguf else None
+
+    @property
     def mapped(self) -> bool:
         """Whether the weights stay in files while the model runs."""
         return bool(self.folder) and not self.gguf and self.weight_bytes >= MAPPED_FROM_BYTES

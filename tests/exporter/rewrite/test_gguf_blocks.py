@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from tests.exporter.gguf_files import quantised
 
-from pipeload_export.rewrite.gguf_blocks import LAYOUTS, Blocks, Layout, blocks_of
+from pipeload_export.rewrite.gguf_blocks import LAYOUTS, Blocks, blocks_of
+from pipeload_export.rewrite.matrices import Layout
 
 
 def values_of(blocks: Blocks, layout: Layout) -> NDArray[Any]:

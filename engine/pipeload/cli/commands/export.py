@@ -30,7 +30,10 @@ def export(
     whole: Annotated[bool, typer.Option("--whole", help="Make one shard of a model without repeating blocks.")] = False,
     weights: Annotated[
         pipeload_export.Weights,
-        typer.Option(help="Weights in 16 bits where that loses nothing, as they are, or rounded to 16, 8 or 4 bits."),
+        typer.Option(
+            help="Weights in 16 bits where that loses nothing, and in a GGUF file's own blocks; as they are; or "
+            "rounded to 16, 8 or 4 bits."
+        ),
     ] = "auto",
     kv_cache: Annotated[
         pipeload_export.KvCache,
@@ -107,7 +110,7 @@ def export(
     print_table(f"{manifest.source} -> {target}", summary(manifest))
     typer.echo(differences(manifest.verification))
     if manifest.small_weights:
-        typer.echo("with rounded weights, beside the source's:")
+        typer.echo("with weights of few bits, beside the source in float32:")
         typer.echo(accuracy_report(manifest.small_weights))
     if manifest.parity:
         typer.echo("streamed by the engine and compared with the source:")

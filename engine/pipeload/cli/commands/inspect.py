@@ -43,7 +43,7 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
     typer.echo("\ncompared with the unsplit model when it was exported")
     typer.echo(differences(manifest.verification))
     if manifest.small_weights:
-        typer.echo("\nwith rounded weights, beside the source's")
+        typer.echo("\nwith weights of few bits, beside the source in float32")
         typer.echo(accuracy_report(manifest.small_weights))
     typer.echo("\nstreamed by the engine and compared with the source")
     typer.echo(parity_report(manifest.parity))
