@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 _EXPORTED = ROOT / "models" / "exported"
 
 
-def exported(name: str, console: Console) -> tuple[Path, Unsplit]:
+def exported(name: str, console: Console, weights: pipeload_export.Weights = "auto") -> tuple[Path, Unsplit]:
     """The sharded directory of a recipe of models/catalog.toml, and the graph that it was cut from."""
-    directory, unsplit = _EXPORTED / name, _EXPORTED / f"{name}-unsplit"
+    directory = _EXPORTED / (name if weights == "auto" else f"{name}-{weights}")
+    unsplit = directory.with_name(f"{directory.name}-unsplit")
     if not (directory / MANIFEST_NAME).exists() or not unsplit.exists():
         console.print(f"Exporting {name} to {directory.relative_to(ROOT)} ...")
-        pipeload_export.export(f"catalog:{name}", directory, keep_onnx=unsplit, force=True)
+        pipeload_export.export(f"catalog:{name}", directory, weights=weights, keep_onnx=unsplit, force=True)
     return directory, Unsplit(graph=unsplit / "model.onnx", folder=unsplit)
 
 

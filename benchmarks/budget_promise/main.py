@@ -86,7 +86,7 @@ def records(given: argparse.Namespace, console: Console) -> Iterator[dict[str, A
     """All cases that were asked for, run by run."""
     pythons = {"": sys.executable, "latest": given.latest, "newer": given.newer}
     for model in given.models or _MODELS:
-        directory = given.exported / model if given.exported else exported(model, console)[0]
+        directory = given.exported / model if given.exported else exported(model, console, weights="fp32")[0]
         for case in CASES:
             if (given.cases and case.name not in given.cases) or not pythons[case.python]:
                 continue

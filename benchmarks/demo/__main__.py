@@ -69,7 +69,7 @@ CASES = (
         name="smollm2-135m",
         title="SmolLM2-135M-Instruct",
         task="generate",
-        cap_bytes=200_000_000,
+        cap_bytes=148_000_000,
         texts=("The capital of France is",),
         passes=4,
     ),

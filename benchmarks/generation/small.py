@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a real model, under limits that make it stream."""
+"""SmolLM2-135M, a real model, with weights of float32 and under limits that make it stream."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SmallModel:
 @contextmanager
 def small_model(cap_bytes: int, disk_bytes_per_s: int | None, console: Console) -> Iterator[SmallModel]:
     """The model under limits, exported if it is missing, and profiled."""
-    directory, _ = exported(MODEL, console)
+    directory, _ = exported(MODEL, console, weights="fp32")
     with tempfile.TemporaryDirectory(prefix="pipeload-generation-") as folder:
         cache = Path(folder)
         profile(directory, disk_bytes_per_s, cache)

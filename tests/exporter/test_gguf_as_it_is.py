@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.exporter.models import write_gguf
 from tests.models import traced_here
 
 import pipeload
 from pipeload.cli.report import accuracy_report, summary
-from pipeload.errors import ConfigError
+from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import read
 from pipeload_export import export
+from pipeload_export.rewrite import gguf_weights
+from pipeload_export.rewrite.gguf_blocks import Blocks, blocks_of
 
 pytest.importorskip("gguf")
 
@@ -71,3 +75,14 @@ def test_a_largest_error_is_refused_where_floats_stay_floats(tmp_path: Path) -> 
     source = write_gguf(tmp_path / "m.gguf")
     with pytest.raises(ConfigError, match=r"only measured where weights are rounded .* or those of a GGUF file"):
         export(source, tmp_path / "made", weights="fp32", max_error=0.1)
+
+
+def test_answers_that_are_not_those_of_the_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(rows: NDArray[np.uint8], kind: str) -> Blocks:
+        found = blocks_of(rows, kind)
+        return replace(found, scales=found.scales * np.float32(1.1))
+
+    monkeypatch.setattr(gguf_weights, "blocks_of", wrong)
+    source = write_gguf(tmp_path / "m.gguf", kinds=KINDS, more_tokens=1000)
+    with traced_here(), pytest.raises(ExportError, match=r"of its range, and the limit is 0\.01"):
+        export(source, tmp_path / "made")
