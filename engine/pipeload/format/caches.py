@@ -64,6 +64,7 @@ def _growth(manifest: Manifest, cache: Cache) -> tuple[int, int | str] | None:
 
 def past_symbols(manifest: Manifest) -> set[str]:
     """Symbols of the cached tokens: those of the caches that no other input has as a dimension of its own."""
-    caches = [spec for spec in manifest.inputs if spec.name in manifest.cache_inputs]
+    cached = manifest.cache_inputs
+    caches = [spec for spec in manifest.inputs if spec.name in cached]
     fed = {dim for spec in manifest.free_inputs for dim in spec.shape}
     return {symbol for spec in caches for dim in spec.shape for symbol in symbols(dim)} - fed

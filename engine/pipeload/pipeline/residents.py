@@ -30,6 +30,7 @@ class Residents:
         self._shards: dict[int, LoadedShard] = {}
         self._parts: dict[int, Sequence[Part]] = {}
         self._running: int | None = None
+        self._awaited: int | None = None
         self._to_pack: deque[int] = deque()
         self._busy = False
         self._error: BaseException | None = None
@@ -61,7 +62,9 @@ class Residents:
         with self._changed:
             self._running = None
             self._shards.setdefault(index, shard)
-            self._changed.notify_all()
+            # Nobody else waits for it, and waking all agents after each shard takes longer than a small shard runs.
+            if self._awaited == index:
+                self._changed.notify_all()
 
     def drop(self, index: int) -> None:
         """Retire a resident shard; only while the Loading Agents are stopped."""
@@ -130,7 +133,9 @@ class Residents:
             False when the packing had become stale: then the packed copy was retired instead.
         """
         with self._changed:
+            self._awaited = index
             self._changed.wait_for(lambda: stale() or self._running != index)
+            self._awaited = None
             old, wanted = packed, not stale()
             if wanted:
                 old = self._shards[index]

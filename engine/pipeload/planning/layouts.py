@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import combinations, product
 from typing import TypeAlias
 
@@ -93,29 +94,67 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     slots += [(count, 0, 0) for count in counts]
     orders = (False, True) if any(shard.widens for shard in shards) else (False,)
     for threads in sorted(speed.times, reverse=True):
-        beside = Footprint.of(shards, threads)
+        fill = cache(partial(_fill, _Memory(order, choices, free, Footprint.of(shards, threads))))
         # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
+        # No layout that reads in every pass is worth a look where there is room for the packed copies of all shards.
+        some = slots if fill(0, 0, 0, True, False, False) is None else [slot for slot in slots if not slot[1]]
         for packed, pack_streamed, narrow in product((False, True), ways, orders):
-            for count, buffers, size in slots:
-                layout = _fill(
-                    *(order, choices, free, count, buffers, size, beside),
-                    packed=packed,
-                    pack_streamed=pack_streamed,
-                    narrow=narrow,
-                )
+            for count, buffers, size in some:
+                # Beyond one for each buffer, Loading Agents take no memory.
+                layout = fill(min(count, buffers), buffers, size, packed, pack_streamed, narrow)
                 if layout is not None:
-                    yield replace(layout, threads=threads)
+                    yield replace(layout, loaders=count, threads=threads)
+
+
+class _Memory:
+    """What all ways to fill the memory with one number of threads have in common.
+
+    Args:
+        order: groups of shards, in the order in which they get memory.
+        choices: shard -> ranges of it that may be streamed, the largest first.
+        free: bytes for all weights.
+        beside: memory of shards, and beside them.
+    """
+
+    def __init__(
+        self, order: Sequence[_Group], choices: Mapping[str, Sequence[_Choice]], free: int, beside: Footprint
+    ) -> None:
+        self.order, self.free, self.beside = order, free, beside
+        self._choices = choices
+        self._fitting: dict[tuple[int, bool], tuple[dict[str, list[_Choice]], int]] = {}
+        self._group_bytes = {
+            packed: {group[0].name: beside.group_bytes(group, packed=packed) for group in order}
+            for packed in (False, True)
+        }
+        self.most_session_bytes = max(beside.sessions.values())
+
+    def group_bytes(self, *, packed: bool) -> Mapping[str, int]:
+        """First shard of a group -> bytes of the group, where it is resident."""
+        return self._group_bytes[packed]
+
+    def fitting(self, read_bytes: int, *, whole: bool) -> tuple[Mapping[str, Sequence[_Choice]], int]:
+        """Shard -> its ranges of at most `read_bytes`, the largest range only where shards are read as a whole; and the
+        bytes of a buffer for any of them.
+        """
+        key = read_bytes, whole
+        if key not in self._fitting:
+            most = 1 if whole else None
+            fitting = {
+                name: [choice for choice in found[:most] if choice.read_bytes <= read_bytes]
+                for name, found in self._choices.items()
+            }
+            buffer_bytes = max((choice.buffer_bytes for found in fitting.values() for choice in found), default=0)
+            self._fitting[key] = fitting, buffer_bytes
+        return self._fitting[key]
 
 
 class _Filling:
     """Memory that is filled with weights that stay, step by step.
 
     Args:
-        order: groups of shards, in the order in which they get memory.
+        memory: what there is.
         fitting: shard -> ranges of it that may be streamed, the largest first; none of a shard that must be whole.
-        free: bytes for all weights.
-        beside: memory of shards, and beside them.
         packed: whether resident shards are packed.
         used: bytes that are taken already.
 
@@ -127,29 +166,27 @@ class _Filling:
 
     def __init__(
         self,
-        order: Sequence[_Group],
+        memory: _Memory,
         fitting: Mapping[str, Sequence[_Choice]],
-        free: int,
-        beside: Footprint,
         *,
         packed: bool,
         used: int,
     ) -> None:
-        self._order, self._fitting, self._free = order, fitting, free
-        self._beside, self._packed = beside, packed
+        self._order, self._fitting, self._free = memory.order, fitting, memory.free
+        self._apart_bytes, self._bytes = memory.beside.apart_bytes, memory.group_bytes(packed=packed)
         self.chosen = {name: found[0] for name, found in fitting.items() if found}
-        self.whole = [group for group in order if group[0].name not in self.chosen]
+        self.whole = [group for group in self._order if group[0].name not in self.chosen]
         self.used = used + sum(choice.staying_bytes for choice in self.chosen.values())
-        self.used += sum(beside.group_bytes(group, packed=packed) for group in self.whole)
+        self.used += sum(self._bytes[group[0].name] for group in self.whole)
         self._apart = any(group[0].packed for group in self.whole)
-        self.used += beside.apart_bytes if self._apart else 0
+        self.used += self._apart_bytes if self._apart else 0
 
     def keep_whole(self) -> None:
         """Keep groups as a whole, as far as there is memory."""
         for group in self._left():
-            more = self._beside.group_bytes(group, packed=self._packed)
+            more = self._bytes[group[0].name]
             more -= sum(self.chosen[shard.name].staying_bytes for shard in group)
-            more += self._beside.apart_bytes if group[0].packed and not self._apart else 0
+            more += self._apart_bytes if group[0].packed and not self._apart else 0
             if self.used + more <= self._free:
                 self._apart = self._apart or group[0].packed
                 self.whole.append(group)
@@ -170,39 +207,32 @@ class _Filling:
 
 
 def _fill(
-    order: Sequence[_Group],
-    choices: Mapping[str, Sequence[_Choice]],
-    free: int,
-    loaders: int,
+    memory: _Memory,
+    packers: int,
     buffers: int,
     read_bytes: int,
-    beside: Footprint,
-    *,
     packed: bool,
     pack_streamed: bool,
     narrow: bool,
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit.
 
-    No shard has a larger streamed range than `read_bytes`. Weights that stay as they are stored come first where
-    `narrow`, and whole shards otherwise.
+    At most `packers` Loading Agents pack at once. No shard has a larger streamed range than `read_bytes`. Weights that
+    stay as they are stored come first where `narrow`, and whole shards otherwise.
     """
+    order, beside = memory.order, memory.beside
     packing = beside.packing_bytes if packed else 0
     # The packed copy of a shard takes memory for the whole shard.
-    most = 1 if pack_streamed else None
-    fitting = {
-        name: [choice for choice in found[:most] if buffers and choice.read_bytes <= read_bytes]
-        for name, found in choices.items()
-    }
-    buffer_bytes = max((choice.buffer_bytes for found in fitting.values() for choice in found), default=0)
-    used = packing + buffers * (buffer_bytes + max(beside.sessions.values()))
+    # Without a buffer, nothing is streamed, not even a range of no bytes.
+    fitting, buffer_bytes = memory.fitting(read_bytes if buffers else -1, whole=pack_streamed)
+    used = packing + buffers * (buffer_bytes + memory.most_session_bytes)
     if pack_streamed:
         # Each Loading Agent packs a shard of its own.
         used += buffers * buffer_bytes
     if pack_streamed or beside.apart_bytes:
-        used += min(loaders, buffers) * beside.second_copy_bytes
-    filling = _Filling(order, fitting, free, beside, packed=packed, used=used)
-    if filling.used > free:
+        used += packers * beside.second_copy_bytes
+    filling = _Filling(memory, fitting, packed=packed, used=used)
+    if filling.used > memory.free:
         return None
     steps = (filling.keep_parts, filling.keep_whole) if narrow else (filling.keep_whole, filling.keep_parts)
     for step in steps:
@@ -215,7 +245,7 @@ def _fill(
     resident_bytes = sum(shard.nbytes for group in whole for shard in (group if packed else group[:1]))
     resident_bytes += sum(s.nbytes for group in order for s in group if s.name in ranges) - streamed_bytes
     return Layout(
-        loaders=loaders,
+        loaders=packers,
         buffers=buffers,
         buffer_bytes=buffer_bytes,
         resident=frozenset(shard.name for group in whole for shard in group),

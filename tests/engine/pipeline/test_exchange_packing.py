@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
-from tests.engine.harness import Background
+from tests.engine.harness import PATIENCE_S, Background
 from tests.engine.pipeline.exchanges import (
     LOADERS,
     draw,
@@ -52,6 +54,33 @@ def test_residents_are_packed_one_after_another() -> None:
     exchange.deliver(second, None)
     assert not exchange.residents.packing
     assert sorted(retired(exchange)) == [0, 2]
+
+
+def test_a_resident_shard_that_ran_wakes_only_a_packed_copy_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchange = _packing(0)
+    task = draw(exchange)
+    woken: list[int] = []
+    monkeypatch.setattr(exchange._changed, "notify_all", lambda: woken.append(1))
+    for index in (0, 1):
+        shard = exchange.residents.borrow(index)
+        assert shard is not None
+        exchange.residents.give_back(index, shard)
+    assert not woken
+    monkeypatch.undo()
+    shard = exchange.residents.borrow(0)
+    assert shard is not None
+    asked = threading.Event()
+
+    def stale() -> bool:
+        asked.set()
+        return False
+
+    swapping = Background(exchange.residents.swap, 0, shard_at(0), stale)
+    # It holds the lock until it waits.
+    assert asked.wait(PATIENCE_S)
+    exchange.residents.give_back(0, shard)
+    assert swapping.end()
+    exchange.deliver(task, None)
 
 
 @pytest.mark.parametrize("resident", [True, False], ids=["all resident", "one streamed"])

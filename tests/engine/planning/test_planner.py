@@ -15,10 +15,11 @@ from pipeload.format.pages import room_bytes
 from pipeload.format.placement import place
 from pipeload.planning import planner
 from pipeload.planning.footprint import session_bytes, whole_bytes
-from pipeload.planning.layouts import staying
+from pipeload.planning.layouts import layouts, staying
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan, budget_for_latency, make_plan, predict, process_bytes, with_needs
 from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.rates import Rates
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -313,6 +314,14 @@ def test_when_everything_fits_nothing_is_streamed() -> None:
         assert plan.packed
         assert plan.resident == {f"s{k}" for k in range(12)}
         assert (plan.streamed_bytes, plan.buffers, plan.buffer_bytes, plan.partly_resident) == (0, 0, 0, {})
+
+
+def test_where_the_packed_copies_of_all_shards_fit_nothing_else_is_looked_at() -> None:
+    manifest = manifest_of(*BLOCKS)
+    rates = Rates.of(manifest, _measured(manifest), None)
+    packed = next(one.used_bytes for one in layouts(manifest.shards, 3000 * MB, rates, None) if one.packed)
+    assert any(one.buffers for one in layouts(manifest.shards, packed - 1, rates, None))
+    assert not any(one.buffers for one in layouts(manifest.shards, packed, rates, None))
 
 
 def test_packing_that_gains_nothing_is_left_alone() -> None:
