@@ -1,7 +1,8 @@
-"""`python -m benchmarks.generation.main PART`: text generation, measured in four ways; see the README.
+"""`python -m benchmarks.generation.main PART`: text generation, measured in five ways; see the README.
 
 rivals     GPT-2 XL under memory caps, beside llama.cpp, accelerate and AirLLM
 lookup     answers that repeat their prompt, with and without guessed tokens
+bits       weights of 4 and 8 bits, beside llama.cpp
 callers    eight callers at once, beside one
 long       seconds and memory over a long text
 --tables   only write the README's tables and picture again, from results/*.json
@@ -17,6 +18,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from benchmarks.generation import bits as bits_part
 from benchmarks.generation import callers as callers_part
 from benchmarks.generation import long as long_part
 from benchmarks.generation import lookup as lookup_part
@@ -32,6 +34,7 @@ FOLDER = Path(__file__).parent
 PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "rivals": (rivals_part.Report, rivals_part.rows),
     "lookup": (lookup_part.Report, lookup_part.rows),
+    "bits": (bits_part.Report, bits_part.rows),
     "callers": (callers_part.Report, callers_part.rows),
     "long": (long_part.Report, long_part.rows),
 }
@@ -104,6 +107,26 @@ def lookup(
     """Answers that repeat their prompt, with and without guessed tokens."""
     with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
         _keep("lookup", lookup_part.compare(model, tokens, guesses), output)
+
+
+@app.command()
+def bits(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that count.")] = 16,
+    settling: Annotated[int, typer.Option(min=0, help="Tokens after the first that do not count.")] = 8,
+    disk: Annotated[str, typer.Option(metavar="RATE", help="Throttle of the disk.")] = "400MB/s",
+    environments: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where the virtual environments of the others are.")
+    ] = ROOT / ".venv-rivals",
+    output: Output = None,
+) -> None:
+    """Weights of 4 and 8 bits, beside llama.cpp."""
+    rate = _rate(disk)
+    if rate is None:
+        raise typer.BadParameter("the comparison needs a throttle, such as --disk 400MB/s")
+    report = bits_part.compare(
+        tokens=tokens, settling=settling, disk_bytes_per_s=rate, environments=environments, console=Console()
+    )
+    _keep("bits", report, output)
 
 
 @app.command()

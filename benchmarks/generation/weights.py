@@ -5,6 +5,9 @@ catalog:gpt2-xl --> models/exported/gpt2-xl              pipeload's shards
                 '-> models/exported/gpt2-xl-checkpoint   safetensors, as transformers saves them (accelerate)
                     '-> models/exported/gpt2-xl.gguf     fp32 (llama.cpp)
                     '-> models/exported/gpt2-xl-airllm   a file for each layer, split by AirLLM itself
+catalog:gpt2-xl-bf16 -> models/exported/gpt2-xl-bf16-checkpoint
+                        '-> gpt2-xl-bf16-int4, -int8              pipeload's shards
+                        '-> gpt2-xl-bf16.Q4_0.gguf, .Q8_0.gguf    llama.cpp
 ```
 
 What is there is left as it is.
@@ -15,26 +18,33 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf.quants import quantize
 from rich.console import Console
 from safetensors import safe_open
 
 from benchmarks.generation.limited import python_of, run_program
 from benchmarks.models import ROOT, exported
 from pipeload.errors import RunError
+from pipeload_export import Weights, export
 from pipeload_export.source.catalog import SeededRecipe, recipe
 from pipeload_export.source.tracer import seeded_model
 
-__all__ = ["MODEL", "airllm_layers", "checkpoint", "gguf_file", "shards"]
+__all__ = ["MODEL", "airllm_layers", "checkpoint", "gguf_file", "rounded_shards", "shards"]
 
 MODEL = "gpt2-xl"
 _FOLDER = ROOT / "models" / "exported"
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """transformers stores these `[in, out]`, everybody else `[out, in]`."""
+_FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
 
 
 def shards(console: Console) -> Path:
@@ -42,21 +52,34 @@ def shards(console: Console) -> Path:
     return exported(MODEL, console)[0]
 
 
-def checkpoint(console: Console) -> Path:
+def rounded_shards(name: str, weights: Weights, console: Console) -> Path:
+    """The sharded model directory of a checkpoint, its weights rounded. The unsplit graph is not kept."""
+    source = checkpoint(console, name)
+
+    def write(target: Path) -> None:
+        export(source, target, weights=weights)
+
+    return _made(_FOLDER / f"{name}-{weights}", write, console)
+
+
+def checkpoint(console: Console, name: str = MODEL) -> Path:
     """A checkpoint folder as transformers writes it; made from the same seed as the shards."""
-    found = recipe(MODEL)
+    found = recipe(name)
     assert isinstance(found, SeededRecipe)
 
     def write(target: Path) -> None:
-        seeded_model(found.model).save_pretrained(target, max_shard_size="1GB")
+        import torch
 
-    return _made(_FOLDER / f"{MODEL}-checkpoint", write, console)
+        seeded_model(found.model).to(getattr(torch, found.model.dtype)).save_pretrained(target, max_shard_size="1GB")
+
+    return _made(_FOLDER / f"{name}-checkpoint", write, console)
 
 
-def gguf_file(console: Console) -> Path:
-    """The checkpoint as fp32 GGUF, without a tokenizer."""
-    source = checkpoint(console)
-    return _made(_FOLDER / f"{MODEL}.gguf", lambda target: _write_gguf(source, target), console)
+def gguf_file(console: Console, name: str = MODEL, kind: str = "F32") -> Path:
+    """The checkpoint as GGUF, without a tokenizer; its products in blocks of a type, and its tables in Q8_0."""
+    source = checkpoint(console, name)
+    path = _FOLDER / (f"{name}.gguf" if kind == "F32" else f"{name}.{kind}.gguf")
+    return _made(path, lambda target: _write_gguf(source, target, gguf.GGMLQuantizationType[kind]), console)
 
 
 def airllm_layers(console: Console, environments: Path) -> Path:
@@ -88,7 +111,7 @@ def _made(target: Path, write: Callable[[Path], None], console: Console) -> Path
     return target
 
 
-def _write_gguf(source: Path, target: Path) -> None:
+def _write_gguf(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> None:
     config = json.loads((source / "config.json").read_bytes())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
     where = json.loads((source / "model.safetensors.index.json").read_bytes())["weight_map"]
@@ -100,7 +123,7 @@ def _write_gguf(source: Path, target: Path) -> None:
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_file_type(_FILE_TYPES[kind.name])
     writer.add_tokenizer_model("no_vocab")
     for name, file in where.items():
         with safe_open(source / file, framework="numpy") as weights:
@@ -108,12 +131,28 @@ def _write_gguf(source: Path, target: Path) -> None:
         if name.endswith(_TRANSPOSED):
             shape.reverse()
         known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor_info(known, shape, np.dtype(np.float32), 4 * math.prod(shape))
+        own = _kind_of(name, shape, kind)
+        size, nbytes = gguf.GGML_QUANT_SIZES[own]
+        if own is gguf.GGMLQuantizationType.F32:
+            writer.add_tensor_info(known, shape, np.dtype(np.float32), 4 * math.prod(shape))
+        else:
+            stored = [*shape[:-1], shape[-1] // size * nbytes]
+            writer.add_tensor_info(known, stored, np.dtype(np.uint8), math.prod(stored), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, file in where.items():
-        with safe_open(source / file, framework="numpy") as weights:
-            tensor = weights.get_tensor(name)
-        writer.write_tensor_data(tensor.T.copy() if name.endswith(_TRANSPOSED) else tensor)
+        # numpy has no bfloat16.
+        with safe_open(source / file, framework="pt") as weights:
+            tensor = weights.get_tensor(name).float().numpy()
+        tensor = tensor.T.copy() if name.endswith(_TRANSPOSED) else tensor
+        own = _kind_of(name, tensor.shape, kind)
+        writer.write_tensor_data(tensor if own is gguf.GGMLQuantizationType.F32 else quantize(tensor, own))
     writer.close()
+
+
+def _kind_of(name: str, shape: Sequence[int], kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
+    """The type of a tensor: vectors and positions stay floats; the vocabulary, which is the head too, has 8 bits."""
+    if kind is gguf.GGMLQuantizationType.F32 or len(shape) < 2 or name.endswith("wpe.weight"):
+        return gguf.GGMLQuantizationType.F32
+    return gguf.GGMLQuantizationType.Q8_0 if name.endswith("wte.weight") else kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipeload.bench import cgroup
 pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
-from benchmarks.generation import rivals
+from benchmarks.generation import bits, rivals
 from benchmarks.generation.limited import Done, files_of, run_program
 
 pytestmark = pytest.mark.timeout(120, func_only=True)
@@ -62,6 +63,28 @@ def test_who_is_killed_is_no_failure_unless_it_is_pipeload() -> None:
     assert not rivals.Report(machine={}, weight_bytes=1_000, disk_bytes_per_s=400, settling=1, records=(refused,)).ok
 
 
+def _bits(name: str, cap: int | None, done: Done, *, right: bool = True) -> bits.Record:
+    model = bits.Model(name="toy int4", paths={}, percents=())
+    return replace(bits.summarise(model, name, cap, 1_000, done, settling=1), ok=right and done.answer is not None)
+
+
+def test_weights_of_few_bits_are_held_against_the_answer_without_a_cap() -> None:
+    killed = Done(answer=None, peak_bytes=500, killed=True, message="The kernel killed it for memory.")
+    fast, slow = _answer(again_s=1.0), _answer(again_s=2.0, seconds=[9.0, 5.0, 3.0])
+
+    def report(*records: bits.Record) -> bits.Report:
+        return bits.Report(machine={}, disk_bytes_per_s=400, settling=1, records=records)
+
+    both = report(_bits("pipeload", None, fast), _bits("llama.cpp", None, slow))
+    assert both.ok
+    assert "| toy int4 | none | pipeload | 1.0 kB | 1.00 s | 3.00 | 64 | 100 B |" in bits.rows(both)
+    theirs = report(_bits("pipeload", 500, fast), _bits("llama.cpp", 500, killed))
+    assert theirs.ok
+    assert "| toy int4 | 500 B | llama.cpp | 1.0 kB | killed |" in bits.rows(theirs)
+    assert not report(_bits("pipeload", 500, killed), _bits("llama.cpp", 500, slow)).ok
+    assert not report(_bits("pipeload", 500, fast, right=False), _bits("llama.cpp", 500, slow)).ok
+
+
 @pytest.mark.slow
 @pytest.mark.cgroup
 @needs_cgroups
@@ -76,6 +99,7 @@ def test_tokens_are_those_of_one_call(model: Path) -> None:
     assert done.answer["token_ids"] == list(made.token_ids)
     assert done.answer["logprobs"] == pytest.approx(made.logprobs, abs=1e-4)
     assert len(done.answer["seconds"]) == len(done.answer["read_bytes"]) == 4
+    assert done.answer["again_s"] is None
 
 
 @pytest.mark.cgroup

@@ -13,7 +13,7 @@ ORDER = read_order()
 def open_model() -> Step:
     model = llama_cpp.Llama(
         ORDER.model,
-        n_ctx=len(ORDER.prompt) + ORDER.tokens,
+        n_ctx=(1 + ORDER.again) * len(ORDER.prompt) + ORDER.tokens,
         n_threads=ORDER.threads,
         n_threads_batch=ORDER.threads,
         use_mmap=True,

@@ -28,6 +28,7 @@ class Order:
         threads: that compute.
         resident_bytes: weights to keep in memory, for an engine that has to be told.
         copied: those weights are copied out of their memory-mapped files.
+        again: give the prompt once more, behind the answer, and time it.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Order:
     threads: int
     resident_bytes: int = 0
     copied: bool = False
+    again: bool = False
 
 
 class _Laps:
@@ -78,8 +80,14 @@ def decode(order: Order, open_model: Callable[[], Step], library: str) -> dict[s
         token_ids.append(token)
         logprobs.append(logprob)
         new = [token]
+    again_s = None
+    if order.again:
+        begin_s = time.perf_counter()
+        step(new + order.prompt[1:])
+        again_s = time.perf_counter() - begin_s
     return {
         "library": library,
+        "again_s": again_s,
         "token_ids": token_ids,
         "logprobs": logprobs,
         "seconds": laps.seconds,

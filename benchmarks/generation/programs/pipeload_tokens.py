@@ -15,7 +15,7 @@ def main() -> None:
 
         def open_model() -> Step:
             model = stack.enter_context(pipeload.load(order.model, threads=order.threads))
-            session = stack.enter_context(model.session(len(order.prompt) + order.tokens))
+            session = stack.enter_context(model.session((1 + order.again) * len(order.prompt) + order.tokens))
             text: list[int] = []
 
             def step(new: list[int]) -> tuple[int, float]:
