@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from pipeload.errors import ConfigError, ExportError
 from pipeload.tasks.model_files import SENTENCE_FILES
 from pipeload_export.extra import require_modules
+from pipeload_export.source.gguf_header import check_header
 
 __all__ = [
     "NARROW",
@@ -186,6 +187,7 @@ def _gguf_bytes(path: Path) -> int:
     from gguf import GGUFReader
 
     try:
+        check_header(path)
         elements = [int(tensor.n_elements) for tensor in GGUFReader(path).tensors]
     except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise ExportError(f"{path} is no GGUF file, or a damaged one: {error}. Fetch it again.") from error
