@@ -103,10 +103,11 @@ def export(
             Products and tables of a GGUF file keep the file's own blocks, and answers are those of its values. "fp32"
             leaves all as they are. "bf16" and "fp16" round to 16 bits what does not fit. "int8" and "int4" round the
             weights of products and tables, to 8 or 4 bits with a scale for each block. Tables, products that are tied
-            to one, and products that make at most half as many values as they sum over, have 8 bits in either.
+            to one, and products that make at most half as many values as they sum over, have 8 bits in either. With
+            "int8" the products of a model without KV caches have a scale for each output, and multiply integers.
         kv_cache: "int8" makes a decoder's KV caches about a quarter as large, at the price of their rounding; "model"
             leaves them as they are.
-        block_size: weights of 8 or 4 bits that have one scale: 16, 32, 64, 128 or 256.
+        block_size: weights of a block, which have one scale: 16, 32, 64, 128 or 256.
         asymmetric: give each block of a product's weights a zero of its own.
         max_error: fail where rounding weights changes an output by more than this part of its range.
         force: replace an existing sharded model directory, once the new one is complete.
@@ -228,7 +229,8 @@ def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Noti
     else:
         coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
         fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
-        path = write_with_small_weights(unsplit.path, unsplit.weights, folder, coarse, fine, progress)
+        made = write_with_small_weights(unsplit.path, unsplit.weights, folder, coarse, fine, progress)
+        path, small = made.path, replace(small, integers=made.integers)
     return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
 
 

@@ -29,7 +29,8 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     if small and small.gguf:
         weights["weights"] = f"{', '.join(small.gguf)} of the GGUF file"
     elif small and not small.dtype:
-        weights["weights"] = f"int{small.bits}, {small.block_size} to a scale"
+        scales = "a scale for each output" if small.integers else f"{small.block_size} to a scale"
+        weights["weights"] = f"int{small.bits}, {scales}"
     elif stored:
         rounded = f", rounded to {small.dtype}" if small else ""
         weights["weights"] = f"stored in {' and '.join(sorted(stored))}, used in float32{rounded}"
@@ -105,6 +106,11 @@ def _blocks_report(small: SmallWeights) -> str:
 def _rounding_report(small: SmallWeights) -> str:
     if small.dtype:
         return f"  large weights rounded to {small.dtype}"
+    if small.integers:
+        return (
+            f"  products in {small.bits} bits, a scale for each output, activations in 14; "
+            f"tables with {small.block_size} weights to a scale"
+        )
     zero = "" if small.symmetric else ", each block with its own zero"
     fine = f", tables and products that narrow in {small.fine_bits}" if small.fine_bits != small.bits else ""
     return f"  products in {small.bits} bits{fine}; {small.block_size} weights to a scale{zero}"

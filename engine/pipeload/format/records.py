@@ -349,6 +349,8 @@ class SmallWeights:
         gguf: type of a GGUF file, such as "Q4_1", -> weights that have the file's own blocks of that type. Empty where
             the exporter rounded.
         floats: names of the file's quantised tensors that are kept as floats.
+        integers: products multiply integers: weights with a scale for each output in place of blocks, and activations
+            of 14 bits, each row with a scale of its own. Only tables, and products that are tied to one, have blocks.
     """
 
     dtype: str | None = None
@@ -359,6 +361,7 @@ class SmallWeights:
     accuracy: Accuracy | None = None
     gguf: Mapping[str, int] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
+    integers: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,12 +53,19 @@ def _understood(graph: Graph) -> tuple[list[NodeProto], list[ValueInfoProto]]:
             weight, place = f"{node.output[0]}.floats", 0
             like = helper.make_node("Gather", node.input[1:2], node.output, axis=attribute(node, "gather_axis", 0))
         if shape is None:
-            nodes.append(node)
+            nodes += _like_integers(node) if node.op_type == "MatMulIntegerToFloat" else [node]
             continue
         like.input.insert(place, weight)
         nodes.append(like)
         stand_ins.append(helper.make_tensor_value_info(weight, _type_of_scales(graph, node), shape))
     return nodes, stand_ins
+
+
+def _like_integers(node: NodeProto) -> list[NodeProto]:
+    """ONNX's operators that make a tensor of the same type and shape."""
+    integers = f"{node.output[0]}.integers"
+    product = helper.make_node("MatMulInteger", node.input[:2], [integers])
+    return [product, helper.make_node("Cast", [integers], node.output, to=TensorProto.FLOAT)]
 
 
 def table_shape(graph: Graph, node: NodeProto) -> tuple[int, int] | None:

@@ -44,7 +44,7 @@ _RMS_NORM_OPSET = 23
 _WEIGHT_OPS = frozenset(
     {
         *("Conv", "FusedMatMul", "Gemm", "LayerNormalization", "MatMul"),
-        *("MatMulInteger", "MatMulNBits", "QLinearMatMul", "RMSNormalization"),
+        *("MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QLinearMatMul", "RMSNormalization"),
     }
 )
 """Operators that never become constant, because an activation goes into them."""
