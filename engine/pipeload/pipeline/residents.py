@@ -62,7 +62,7 @@ class Residents:
         with self._changed:
             self._running = None
             self._shards.setdefault(index, shard)
-            # Nobody else waits for it, and waking all agents after each shard takes longer than a small shard runs.
+            # No other agent waits for it, and waking them all after each shard takes longer than a small shard runs.
             if self._awaited == index:
                 self._changed.notify_all()
 

@@ -138,7 +138,8 @@ def _evens(matrix: Matrix, piece: NDArray[Any]) -> NDArray[Any]:
     """What rows of a piece `[columns, rows]` are divided by before they are rounded, `[columns, 1]`."""
     if not _narrows(matrix):
         return np.ones((1, 1), np.float32)
-    return np.sqrt(np.maximum(np.abs(piece).max(axis=1, keepdims=True), np.float32(_LEAST)))
+    evens: NDArray[Any] = np.sqrt(np.maximum(np.abs(piece).max(axis=1, keepdims=True), np.float32(_LEAST)))
+    return evens
 
 
 def _rounded(name: str, opset: int) -> Iterator[NodeProto]:
