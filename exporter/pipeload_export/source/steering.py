@@ -24,6 +24,11 @@ _SIZING = frozenset({"_unique", "_unique2", "bincount", "masked_select", "nonzer
 """Operations whose result has a size that depends on values."""
 _PUTTING = ("copy", "index_add", "index_copy", "index_put", "masked_scatter", "scatter")
 """Beginnings of the names of operations whose result has the size of their first tensor."""
+_UNRECORDED = "convolution"
+"""The operation that torch's tracer records as another one inside of it, which it does not see where a mode of
+operations stands in between: the result would be a constant."""
+_CONVOLVING = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", _UNRECORDED)
+"""Functions that do it."""
 _WEIGHTED, _SIZED = "_pipeload_weighted", "_pipeload_sized"
 
 
@@ -32,11 +37,12 @@ def not_steered(hollow: Hollow) -> Iterator[None]:
     """A context in which the model's forward pass raises Declined if empty weights steer it."""
     import torch
     from torch.overrides import TorchFunctionMode
-    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
     from torch.utils._pytree import tree_leaves
 
     sizes = {*(getattr(torch.Tensor, name) for name in _MEASURING), torch.Tensor.shape.__get__}
     values = {*(getattr(torch.Tensor, name) for name in _READING), torch.equal}
+    convolving = {getattr(torch, name) for name in _CONVOLVING}
 
     def tensors_in(*values: Any) -> list[Any]:
         return [leaf for leaf in tree_leaves(values) if torch.is_tensor(leaf)]
@@ -47,28 +53,40 @@ def not_steered(hollow: Hollow) -> Iterator[None]:
         parameter = hollow.parameter_of(tensor)
         return parameter is not None and not parameter.always
 
+    def is_sized(tensor: Any) -> bool:
+        return getattr(tensor, _SIZED, False)
+
+    def marked(found: Any, *, weighted: bool, sized: bool) -> Any:
+        for tensor in tensors_in(found):
+            for mark, holds in ((_WEIGHTED, weighted), (_SIZED, sized)):
+                if holds:
+                    setattr(tensor, mark, True)
+        return found
+
     class Operations(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            given = tensors_in(args, kwargs)
             name = func._schema.name.removeprefix("aten::")
+            if name == _UNRECORDED and torch._C._get_tracing_state() is not None:
+                raise Declined("the trace would lack a convolution of it")
+            given = tensors_in(args, kwargs)
             weighted = any(map(is_weighted, given))
             masks = [one for one in given[1:] if name == "index" and one.dtype in (torch.bool, torch.uint8)]
             sizing = (weighted and name in _SIZING) or any(map(is_weighted, masks))
             sources = given[:1] if name.startswith(_PUTTING) else given
-            sized = sizing or any(getattr(one, _SIZED, False) for one in sources)
-            found = func(*args, **(kwargs or {}))
-            for tensor in tensors_in(found):
-                for mark, holds in ((_WEIGHTED, weighted), (_SIZED, sized)):
-                    if holds:
-                        setattr(tensor, mark, True)
-            return found
+            sized = sizing or any(map(is_sized, sources))
+            return marked(func(*args, **(kwargs or {})), weighted=weighted, sized=sized)
 
     class Functions(TorchFunctionMode):  # type: ignore[misc]
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            by_size = func in sizes and getattr(args[0], _SIZED, False)
-            if by_size or (func in values and any(map(is_weighted, tensors_in(args, kwargs)))):
+            given = tensors_in(args, kwargs)
+            by_size = func in sizes and is_sized(args[0])
+            if by_size or (func in values and any(map(is_weighted, given))):
                 raise Declined(_STEERED)
-            return func(*args, **(kwargs or {}))
+            if func not in convolving:
+                return func(*args, **(kwargs or {}))
+            weighted, sized = any(map(is_weighted, given)), any(map(is_sized, given))
+            with _disable_current_modes():
+                return marked(func(*args, **(kwargs or {})), weighted=weighted, sized=sized)
 
     watching = ExitStack()
 

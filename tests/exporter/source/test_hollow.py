@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pipeload_export.source.sources import Checkpoint, find_source
 from pipeload_export.source.tracing import Request, export_checkpoint, needed_memory_bytes
 from pipeload_export.write.narrow import stored_type
 
-_QUICK = ("bert", "llama")
+_QUICK = ("bert", "llama", "vit")
 _SLOW = ("gemma2", "gpt2", "gpt_neo", "gptj", "opt", "phi", "qwen2", "qwen3", "qwen3_moe")
 
 
@@ -257,6 +258,34 @@ class _Steps:
         return x @ weight[8:40].t()
 
 
+def trace_step(step: Callable[[Any, Any], Any], shape: tuple[int, ...], x: Any, folder: Path) -> None:
+    """Trace a model of one step and one weight without that weight, into `model.onnx`."""
+    import torch
+    from safetensors.torch import save_file
+
+    class Toy(torch.nn.Module):
+        base_model_prefix = ""
+        _keys_to_ignore_on_load_unexpected = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(shape))
+
+        def forward(self, x: Any) -> Any:
+            return step(self.weight, x)
+
+        def tie_weights(self) -> None: ...
+
+        def _get_key_renaming_mapping(self, names: list[str], **_: object) -> dict[str, str]:
+            return dict.fromkeys(names) | {name: name for name in names}
+
+    (folder / "checkpoint").mkdir()
+    save_file({"weight": torch.ones(shape)}, folder / "checkpoint" / "model.safetensors")
+    toy = hollow.hollow_model(Toy, folder / "checkpoint")
+    with left_out.weights_left_out(toy, folder):
+        torch.onnx.export(toy.model, (x,), folder / "model.onnx", dynamo=False, opset_version=17)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("step", "reason"),
@@ -271,37 +300,49 @@ def test_weights_that_steer_a_trace_or_are_computed_from_others_are_declined(
     step: str, reason: str | None, tmp_path: Path
 ) -> None:
     import torch
-    from safetensors.torch import save_file
 
-    class Toy(torch.nn.Module):
-        base_model_prefix = ""
-        _keys_to_ignore_on_load_unexpected = None
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.empty(64, 64 if step != "transposed" else 32))
-
-        def forward(self, x: Any) -> Any:
-            return getattr(_Steps, step)(self.weight, x)
-
-        def tie_weights(self) -> None: ...
-
-        def _get_key_renaming_mapping(self, names: list[str], **_: object) -> dict[str, str]:
-            return dict.fromkeys(names) | {name: name for name in names}
-
-    (tmp_path / "checkpoint").mkdir()
-    save_file({"weight": torch.ones(Toy().weight.shape)}, tmp_path / "checkpoint" / "model.safetensors")
-    toy = hollow.hollow_model(Toy, tmp_path / "checkpoint")
-    sample = torch.ones(3, 64 if step != "transposed" else 32)
-
-    def trace() -> None:
-        with left_out.weights_left_out(toy, tmp_path):
-            torch.onnx.export(toy.model, (sample,), tmp_path / "model.onnx", dynamo=False, opset_version=17)
-
+    arguments = (getattr(_Steps, step), (64, 64 if reason else 32), torch.ones(3, 64 if reason else 32), tmp_path)
     if reason:
         with pytest.raises(hollow.Declined, match=reason):
-            trace()
+            trace_step(*arguments)
         return
-    trace()
+    trace_step(*arguments)
     (place,) = json.loads((tmp_path / "weights.json").read_text())["places"].values()
     assert (place["shape"], place["strides"], place["offset"]) == ([32, 32], [1, 32], 8 * 32)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_convolution_stays_in_the_graph(transposed: bool, dims: int, tmp_path: Path) -> None:
+    import onnx
+    import torch
+
+    convolve = getattr(torch.nn.functional, f"conv{'_transpose' if transposed else ''}{dims}d")
+    shape = (64, 64, *(2,) * dims)
+    trace_step(lambda weight, x: convolve(x, weight).relu(), shape, torch.ones(2, 64, *(4,) * dims), tmp_path)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert kinds == ["ConvTranspose" if transposed else "Conv", "Relu"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_convolution_that_the_trace_would_lack_is_declined(tmp_path: Path) -> None:
+    import torch
+
+    def step(weight: Any, x: Any) -> Any:
+        return torch.ops.aten.conv2d(x, weight)  # none of the functions that are known to convolve
+
+    with pytest.raises(hollow.Declined, match="the trace would lack a convolution"):
+        trace_step(step, (64, 64, 2, 2), torch.ones(2, 64, 4, 4), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_convolution_of_weights_steers_as_they_do(tmp_path: Path) -> None:
+    import torch
+
+    def step(weight: Any, x: Any) -> Any:
+        found = torch.conv1d(x, weight)
+        return found if bool(found.sum() > 0) else x
+
+    with pytest.raises(hollow.Declined, match="the values of its weights decide"):
+        trace_step(step, (64, 64, 2), torch.ones(2, 64, 4), tmp_path)
