@@ -256,7 +256,7 @@ def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -
     from pipeload_export.rewrite.gguf_weights import write_with_blocks
 
     folder.mkdir()
-    kept = write_with_blocks(unsplit.path, gguf, folder, progress)
+    kept = write_with_blocks(unsplit.path, unsplit.weights, gguf, folder, progress)
     if kept.path is None:
         return unsplit
     layouts = [LAYOUTS[kind] for kind in kept.weights]
@@ -268,7 +268,7 @@ def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -
         gguf=kept.weights,
         floats=kept.floats,
     )
-    return replace(unsplit, path=kept.path, files=tuple(sorted(folder.iterdir())), small_weights=small)
+    return replace(unsplit, path=kept.path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
 
 
 def _build(

@@ -18,6 +18,7 @@ from pipeload.format.manifest import read
 from pipeload_export import export
 from pipeload_export.rewrite import gguf_weights
 from pipeload_export.rewrite.gguf_blocks import Blocks, blocks_of
+from pipeload_export.source import asking, gguf_places, hollow, tracer, tracing
 
 pytest.importorskip("gguf")
 
@@ -86,3 +87,23 @@ def test_answers_that_are_not_those_of_the_file_are_refused(tmp_path: Path, monk
     source = write_gguf(tmp_path / "m.gguf", kinds=KINDS, more_tokens=1000)
     with traced_here(), pytest.raises(ExportError, match=r"of its range, and the limit is 0\.01"):
         export(source, tmp_path / "made")
+
+
+def test_a_file_is_exported_without_its_floats_in_memory(
+    directories: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracing, "HOLLOW_FROM_BYTES", 0)
+    monkeypatch.setattr(hollow, "_FILLED_BYTES", 1 << 10)
+    monkeypatch.setattr(gguf_places, "SMALL_BYTES", 1 << 10)
+    monkeypatch.setattr(asking, "_RESIDENT_SHARE", 0)
+    for whole in ("_gguf_model", "load_whole"):
+        monkeypatch.setattr(tracer, whole, None)
+    caplog.set_level("INFO", "pipeload_export")
+    source = write_gguf(tmp_path / "m.gguf", kinds=KINDS, more_tokens=1000)
+    with traced_here():
+        made = [export(source, tmp_path / weights, weights=weights) for weights in ("auto", "fp32")]
+    assert not [record for record in caplog.records if record.name == "pipeload_export"]
+    for one, directory in zip(made, directories, strict=True):
+        other = read(directory)
+        assert (one.shards, one.small_weights) == (other.shards, other.small_weights)
+        assert one.parity

@@ -1,4 +1,4 @@
-"""Weights of a graph that are read from a checkpoint's safetensors files, tensor by tensor."""
+"""Weights of a graph that are read from a checkpoint's files, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from pipeload.errors import ExportError
 from pipeload_export.graph.graph import Constant
-from pipeload_export.source.places import ITEM_BYTES, Place, values_at
+from pipeload_export.source.places import Place, values_at
 
 __all__ = ["constants_at"]
 
@@ -21,14 +21,15 @@ __all__ = ["constants_at"]
 def constants_at(places: Mapping[str, Place]) -> tuple[dict[str, Constant], Callable[[], None]]:
     """Float32 weights at these places, and a function that gives back the memory of all values that were read.
 
-    `load` gives the values in the type that the file has, as a view of the file.
+    `load` gives the values in the type that the file has, as a view of the file; those of matrices of a GGUF file are
+    made anew each time.
 
     Raises:
         ExportError: a file is missing, or ends before a weight does.
     """
     files = {name: _opened(Path(name)) for name in {place.file for place in places.values()}}
     for place in places.values():
-        end = place.begin + place.elements * ITEM_BYTES[place.dtype]
+        end = place.begin + place.nbytes
         if files[place.file].nbytes < end:
             raise ExportError(f"{place.file} ends before byte {end}, where a weight ends. Fetch it again.")
     constants = {

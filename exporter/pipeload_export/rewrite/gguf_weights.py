@@ -26,6 +26,7 @@ from pipeload_export.graph.save import GraphFile
 from pipeload_export.rewrite.gguf_blocks import LAYOUTS, blocks_of
 from pipeload_export.rewrite.matrices import Matrix, find_matrices, has_ranks, replace_matrices
 from pipeload_export.source.gguf import QuantisedTensor, quantised_tensors
+from pipeload_export.source.places import Weights
 
 __all__ = ["KeptBlocks", "write_with_blocks"]
 
@@ -50,7 +51,7 @@ class KeptBlocks:
     floats: tuple[str, ...]
 
 
-def write_with_blocks(source: Path, gguf: Path, folder: Path, progress: Notify) -> KeptBlocks:
+def write_with_blocks(source: Path, stored: Weights | None, gguf: Path, folder: Path, progress: Notify) -> KeptBlocks:
     """Write the graph with those blocks of the file that products and lookups take, if there are any.
 
     Matrices stay floats where a type has no layout, where a table has minima, which lookups do not add, and where the
@@ -58,11 +59,12 @@ def write_with_blocks(source: Path, gguf: Path, folder: Path, progress: Notify) 
 
     Args:
         source: the unsplit graph, with the values of the file as float32.
+        stored: those of its weights that lie in a checkpoint.
         gguf: the file.
         folder: an existing folder for the graph and its data.
         progress: called with the name of the step, the bytes of floats that were looked at, and all of them.
     """
-    graph = load(source)
+    graph = load(source, stored)
     normalise(graph)
     tensors = quantised_tensors(gguf)
     known = [tensor for tensor in tensors if tensor.kind in LAYOUTS]

@@ -130,15 +130,15 @@ def ask(
     Raises:
         ExportError: there is not enough memory, or the source could not be loaded.
     """
-    needed = answering_bytes(request)
     folder.mkdir(parents=True)
     for number, inputs in enumerate(cases):
         for name, array in inputs.items():
             np.save(folder / f"case.{number}.{name}.npy", array)
     for number, ids in enumerate(prompts):
         np.save(folder / f"prompt.{number}.npy", ids)
+    model = msgspec.structs.replace(request, hollow=_reads_as_needed(request, folder))
     questions = Questions(
-        model=msgspec.structs.replace(request, hollow=_reads_as_needed(request, folder)),
+        model=model,
         cases=len(cases),
         prompts=len(prompts),
         new_tokens=new_tokens,
@@ -150,19 +150,23 @@ def ask(
         progress(_STEP, min(_answered(folder), total), total)
 
     try:
-        put_questions(questions, folder, needed, tick)
+        put_questions(questions, folder, answering_bytes(model), tick)
     except Declined:
-        # With float32 files on the disk, which take room and time.
-        model = msgspec.structs.replace(questions.model, hollow=False)
-        put_questions(msgspec.structs.replace(questions, model=model), folder, needed, tick)
+        # With float32 files on the disk, which take room and time, or with all weights in memory.
+        model = msgspec.structs.replace(model, hollow=False)
+        put_questions(msgspec.structs.replace(questions, model=model), folder, answering_bytes(model), tick)
     progress(_STEP, total, total)
     found = json.loads((folder / "answers.json").read_bytes())
     return Answers(folder=folder, outputs={int(n): names for n, names in found.pop("outputs").items()}, **found)
 
 
 def _reads_as_needed(request: Request, folder: Path) -> bool:
-    """Whether the source reads weights of 16 bits for each operation, instead of float32 files made of them."""
-    if not request.widened_bytes or not request.may_be_hollow:
+    """Whether the source reads weights for each operation, instead of float32 files made of them or all at once."""
+    if not request.may_be_hollow:
+        return False
+    if request.gguf:
+        return request.weight_bytes > auto_budget_bytes() * _RESIDENT_SHARE
+    if not request.widened_bytes:
         return False
     stays = request.widened_bytes <= auto_budget_bytes() * _RESIDENT_SHARE
     return not stays or request.widened_bytes > shutil.disk_usage(folder.parent).free // 2
@@ -170,7 +174,7 @@ def _reads_as_needed(request: Request, folder: Path) -> bool:
 
 def answering_bytes(request: Request) -> int:
     """An estimate of the child's peak memory. Raises ExportError if less is free."""
-    factor = _MAPPED_FACTOR if request.mapped else _WEIGHTS_FACTOR
+    factor = _MAPPED_FACTOR if request.mapped or request.hollow else _WEIGHTS_FACTOR
     needed, free = int(request.weight_bytes * factor) + _LIBRARIES_BYTES, auto_budget_bytes()
     if needed > free:
         raise ExportError(

@@ -21,10 +21,10 @@ from unittest import mock
 
 from pipeload_export.source.folder import weight_files
 from pipeload_export.source.gaps import unused_of
-from pipeload_export.source.places import ITEM_BYTES, Place, Places, bytes_at, places_in
+from pipeload_export.source.places import ITEM_BYTES, Place, Places, bytes_at, elements_of, places_in
 from pipeload_export.source.refused import Declined, reason
 
-__all__ = ["Hollow", "Parameter", "hollow_model"]
+__all__ = ["Hollow", "Parameter", "hollow_model", "places_in_folder"]
 
 _FILLED_BYTES = 256 << 10
 """Smaller parameters have their values: torch computes with some, such as 1 + the weight of a norm."""
@@ -128,12 +128,12 @@ class Hollow:
         return flat.data_ptr(), flat.data_ptr() + len(self._memory)
 
 
-def hollow_model(make: Callable[[], Any], checkpoint: Path) -> Hollow:
-    """A hollow model of a checkpoint.
+def hollow_model(make: Callable[[], Any], places: Callable[[Any], Places]) -> Hollow:
+    """A hollow model.
 
     Args:
         make: makes the model of transformers from its config.
-        checkpoint: a folder with safetensors files.
+        places: where the weights of that model lie, by its names.
 
     Raises:
         Declined: the checkpoint and the model do not fit together name by name, or the model's code needs weights.
@@ -144,21 +144,33 @@ def hollow_model(make: Callable[[], Any], checkpoint: Path) -> Hollow:
         with no_init_weights(), _without_values():
             model = make().eval()
             model.tie_weights()
-        tensors = places_in(weight_files(checkpoint))
-        renamed = _renamed(model, list(tensors))
+        mine = places(model)
+    except Declined:
+        raise
     except Exception as error:  # whatever the model's code raises where its weights are not there
         raise Declined(f"the model cannot be made without weights ({reason(error)})") from error
+    _read_buffers(model, mine)
+    return Hollow(model, mine)
+
+
+def places_in_folder(model: Any, checkpoint: Path) -> Places:
+    """Where the weights of a model lie in a checkpoint folder with safetensors files, by the model's names.
+
+    Raises:
+        Declined: the checkpoint has tensors that the model has no place for, or several of one name.
+    """
+    tensors = places_in(weight_files(checkpoint))
+    renamed = _renamed(model, list(tensors))
     mine = {new: tensors[old] for old, new in renamed.items()}
     if len(mine) < len(renamed):
         raise Declined("several tensors of the checkpoint have one name in the model")
-    _read_buffers(model, mine)
     known = model.state_dict().keys()
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     names = [renamed.get(name, name) for name in tensors]
     left = [name for name in names if name not in known and not any(pattern.search(name) for pattern in ignored)]
     if unused := sorted(unused_of(model, left)):
         raise Declined(f"the model has no place for the checkpoint's {unused[0]}")
-    return Hollow(model, mine)
+    return mine
 
 
 @contextmanager
@@ -208,6 +220,10 @@ def _read(place: Place, target: Any) -> None:
     kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     if not place.elements:
         return
+    if place.columns:
+        with torch.no_grad():
+            target.view(-1).copy_(torch.from_numpy(elements_of(place)))
+        return
     with torch.no_grad(), bytes_at(place) as data:
         given = torch.frombuffer(data, dtype=kinds[place.dtype])
         target.view(-1).copy_(given)
@@ -223,6 +239,6 @@ def _tensor_of(names: list[str], given: Any, tensors: Places) -> Place | None:
         raise Declined(f"the checkpoint has {names[0]} more than once")
     if found[0].shape != tuple(given.shape):
         raise Declined(f"the checkpoint's {names[0]} has the shape {list(found[0].shape)}, not {list(given.shape)}")
-    if found[0].dtype not in ITEM_BYTES:
+    if found[0].dtype not in ITEM_BYTES and not found[0].columns:
         raise Declined(f"the checkpoint's {names[0]} is {found[0].dtype}")
     return found[0]

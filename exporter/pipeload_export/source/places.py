@@ -1,4 +1,4 @@
-"""Where the weights of a graph lie in the safetensors files of a checkpoint.
+"""Where the weights of a graph lie in the files of a checkpoint: safetensors, or GGUF.
 
 A weight of a graph is a tensor of the checkpoint, or a view of one: its transpose, or a slice of a fused one.
 """
@@ -19,7 +19,18 @@ from numpy.typing import NDArray
 from pipeload.machine.files import open_file
 from pipeload_export.source.folder import read_header
 
-__all__ = ["ITEM_BYTES", "WEIGHTS_NAME", "Place", "Places", "Weights", "place_of", "bytes_at", "places_in", "values_at"]
+__all__ = [
+    "ITEM_BYTES",
+    "WEIGHTS_NAME",
+    "Place",
+    "Places",
+    "Weights",
+    "bytes_at",
+    "elements_of",
+    "place_of",
+    "places_in",
+    "values_at",
+]
 
 
 WEIGHTS_NAME = "weights.json"
@@ -33,13 +44,15 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Where one weight lies.
 
     Attributes:
-        file: path of the safetensors file.
-        dtype: of the tensor in the file, as its header names it.
+        file: path of the file.
+        dtype: of the tensor in the file, as its header names it: in a GGUF file it may be a type of blocks.
         begin: the tensor's first byte in the file.
         elements: number of elements of the tensor.
         shape: of the weight.
         strides: for each dimension of the weight, the elements of the tensor from one to the next.
         offset: the tensor's element that is the weight's first.
+        columns: of a matrix of a GGUF file, whose elements are no plain part of the file; 0 of others.
+        order: for each row of such a tensor, the row of the file; None for the same.
     """
 
     file: str
@@ -49,6 +62,18 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int = 0
+    columns: int = 0
+    order: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor in the file."""
+        if self.dtype in ITEM_BYTES:
+            return self.elements * ITEM_BYTES[self.dtype]
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[self.dtype]]
+        return int(self.elements // block_elements * block_bytes)
 
 
 Places: TypeAlias = dict[str, Place]
@@ -98,29 +123,46 @@ def place_of(tensor: Place, shape: Iterable[int], strides: Iterable[int], offset
 @contextmanager
 def bytes_at(place: Place) -> Iterator[memoryview]:
     """The bytes of the whole tensor in the file, mapped and never written. They are gone behind the context."""
-    nbytes = place.elements * ITEM_BYTES[place.dtype]
     first = place.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     before = place.begin - first
     with open_file(Path(place.file)) as descriptor:
-        mapped = mmap.mmap(descriptor, before + nbytes, mmap.MAP_PRIVATE, offset=first)
+        mapped = mmap.mmap(descriptor, before + place.nbytes, mmap.MAP_PRIVATE, offset=first)
     with mapped, memoryview(mapped) as whole, whole[before:] as part:
         yield part
 
 
 def values_at(place: Place, file: NDArray[np.uint8]) -> NDArray[Any]:
-    """The values of a weight in the type that the file has: a view of the file.
+    """The values of a weight: a view of the file, in its type; or float32, of a matrix of a GGUF file.
 
     Args:
         place: of the weight.
         file: the bytes of its file.
     """
+    flat = (_matrix(place, file) if place.columns else _plain(place, file))[place.offset :]
+    strides = [stride * flat.itemsize for stride in place.strides]
+    return np.lib.stride_tricks.as_strided(flat, place.shape, strides, writeable=False)
+
+
+def elements_of(place: Place) -> NDArray[np.float32]:
+    """All elements of a matrix of a GGUF file, one behind another."""
+    return _matrix(place, np.memmap(place.file, np.uint8, "r"))
+
+
+def _plain(place: Place, file: NDArray[np.uint8]) -> NDArray[Any]:
     import ml_dtypes  # it comes with onnx
 
     dtypes = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
-    item_bytes = ITEM_BYTES[place.dtype]
-    data = file[place.begin : place.begin + place.elements * item_bytes]
-    if place.begin % item_bytes:
+    data = file[place.begin : place.begin + place.nbytes]
+    if place.begin % ITEM_BYTES[place.dtype]:
         data = data.copy()
-    flat = data.view(dtypes[place.dtype])[place.offset :]
-    strides = [stride * item_bytes for stride in place.strides]
-    return np.lib.stride_tricks.as_strided(flat, place.shape, strides, writeable=False)
+    return data.view(dtypes[place.dtype])
+
+
+def _matrix(place: Place, file: NDArray[np.uint8]) -> NDArray[np.float32]:
+    from gguf import GGMLQuantizationType, dequantize
+
+    rows = file[place.begin : place.begin + place.nbytes].reshape(place.elements // place.columns, -1)
+    values: NDArray[np.float32] = dequantize(rows, GGMLQuantizationType[place.dtype])
+    if place.order is not None:
+        values = values[list(place.order)]
+    return values.reshape(-1)

@@ -12,6 +12,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ import msgspec
 
 from pipeload_export.source.gaps import Gaps, load_whole, refuse_missing
 from pipeload_export.source.gguf import GgufFile, reading_once
-from pipeload_export.source.hollow import Hollow, hollow_model
+from pipeload_export.source.gguf_places import places_in_gguf
+from pipeload_export.source.hollow import Hollow, hollow_model, places_in_folder
 from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.left_out import weights_left_out
 from pipeload_export.source.older_form import view_of
@@ -159,10 +161,8 @@ def _gguf_model(path: Path) -> Any:
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    check_supported(config.model_type, _CACHED["text-generation"])
     gguf = GgufFile(path)
-    gguf.configure(config)
+    config = _gguf_config(path, gguf)
     model = transformers.AutoModelForCausalLM.from_config(config, **attention_of(config))
     tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     missing = set(model.load_state_dict(tensors, strict=False).missing_keys) - set(model._tied_weights_keys or ())
@@ -170,6 +170,32 @@ def _gguf_model(path: Path) -> Any:
         raise Refused(f"the file lacks {len(missing)} of the model's weights, such as {min(missing)}.")
     gguf.apply(model)
     return model
+
+
+@reading_once()
+def _gguf_hollow(path: Path, folder: Path) -> Hollow:
+    """The model in a GGUF file without its weights; small ones go into the folder."""
+    import torch
+    import transformers
+
+    gguf = GgufFile(path)
+    config = _gguf_config(path, gguf)
+    make = transformers.AutoModelForCausalLM.from_config
+    hollow = hollow_model(
+        lambda: make(config, dtype=torch.float32, **attention_of(config)),
+        lambda model: places_in_gguf(path, model, folder),
+    )
+    gguf.apply(hollow.model)
+    return hollow
+
+
+def _gguf_config(path: Path, gguf: GgufFile) -> Any:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    check_supported(config.model_type, _CACHED["text-generation"])
+    gguf.configure(config)
+    return config
 
 
 def _class_of(config: Any, task: str) -> Any:
@@ -211,9 +237,11 @@ def _checkpoint_model(request: Request, folder: Path) -> Any:
 
 
 def load_hollow(request: Request, folder: Path) -> Hollow:
-    """The model of a checkpoint folder without its weights. Raises Declined if that is not possible."""
+    """The model of a checkpoint without its weights. Raises Declined if that is not possible."""
     import torch
 
+    if request.gguf:
+        return _gguf_hollow(Path(str(request.folder), request.gguf), folder)
     source, options = _opened(request, folder)
     with only_trusted_code():
         config = _config_of(source, request.task, options)
@@ -222,7 +250,9 @@ def load_hollow(request: Request, folder: Path) -> Hollow:
     kind = _class_of(config, request.task)
     # Classes of models have the function under a name of their own.
     make = kind.from_config if hasattr(kind, "from_config") else kind._from_config
-    hollow = hollow_model(lambda: make(config, dtype=torch.float32, **attention_of(config)), source)
+    hollow = hollow_model(
+        lambda: make(config, dtype=torch.float32, **attention_of(config)), partial(places_in_folder, checkpoint=source)
+    )
     _pad(hollow.model.config, request.task)
     return hollow
 

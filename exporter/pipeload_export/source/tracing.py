@@ -114,7 +114,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def may_be_hollow(self) -> bool:
         """Whether to try that first: the model is a large checkpoint, and optimum traces it."""
-        if not self.folder or self.gguf or not has_optimum():
+        if not self.folder or not has_optimum():
             return False
         if HOLLOW_FROM_BYTES is None:
             return needed_memory_bytes(self.weight_bytes) > auto_budget_bytes()

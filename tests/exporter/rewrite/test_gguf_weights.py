@@ -32,7 +32,7 @@ def kept(model: onnx.ModelProto, tensors: Tensors, folder: Path) -> KeptBlocks:
     onnx.save(model, folder / "source.onnx")
     (folder / "made").mkdir()
     path = write_tensors(folder / "m.gguf", tensors)
-    return write_with_blocks(folder / "source.onnx", path, folder / "made", lambda *_: None)
+    return write_with_blocks(folder / "source.onnx", None, path, folder / "made", lambda *_: None)
 
 
 def product(weight: NDArray[np.float32], *, flat: bool = False) -> Builder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,9 @@ def test_memory_of_weights_is_never_written(tmp_path: Path) -> None:
     from transformers import AutoConfig, BertModel
 
     config = AutoConfig.from_pretrained(tmp_path / "checkpoint")
-    made = hollow.hollow_model(lambda: BertModel._from_config(config), tmp_path / "checkpoint")
+    made = hollow.hollow_model(
+        lambda: BertModel._from_config(config), partial(hollow.places_in_folder, checkpoint=tmp_path / "checkpoint")
+    )
     real = BertModel.from_pretrained(tmp_path / "checkpoint").state_dict()
     for name, parameter in made.model.named_parameters():
         found = made.parameter_of(parameter)
@@ -281,7 +284,7 @@ def trace_step(step: Callable[[Any, Any], Any], shape: tuple[int, ...], x: Any, 
 
     (folder / "checkpoint").mkdir()
     save_file({"weight": torch.ones(shape)}, folder / "checkpoint" / "model.safetensors")
-    toy = hollow.hollow_model(Toy, folder / "checkpoint")
+    toy = hollow.hollow_model(Toy, partial(hollow.places_in_folder, checkpoint=folder / "checkpoint"))
     with left_out.weights_left_out(toy, folder):
         torch.onnx.export(toy.model, (x,), folder / "model.onnx", dynamo=False, opset_version=17)
 
