@@ -92,19 +92,24 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     sizes = _range_sizes(shards, choices)
     slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
     slots += [(count, 0, 0) for count in counts]
-    orders = (False, True) if any(shard.widens for shard in shards) else (False,)
+    narrow = any(shard.widens for shard in shards)
     for threads in sorted(speed.times, reverse=True):
         fill = cache(partial(_fill, _Memory(order, choices, free, Footprint.of(shards, threads))))
         # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
         # No layout that reads in every pass is worth a look where there is room for the packed copies of all shards.
-        some = slots if fill(0, 0, 0, True, False, False) is None else [slot for slot in slots if not slot[1]]
-        for packed, pack_streamed, narrow in product((False, True), ways, orders):
+        some = slots if fill(0, 0, 0, True, False, len(order)) is None else [slot for slot in slots if not slot[1]]
+        for packed, pack_streamed in product((False, True), ways):
             for count, buffers, size in some:
                 # Beyond one for each buffer, Loading Agents take no memory.
-                layout = fill(min(count, buffers), buffers, size, packed, pack_streamed, narrow)
-                if layout is not None:
-                    yield replace(layout, loaders=count, threads=threads)
+                wanted = min(count, buffers), buffers, size, packed, pack_streamed
+                layout = fill(*wanted, len(order))
+                found = [layout] if layout is not None else []
+                if layout is not None and narrow:
+                    # Fewer shards may be resident, and more of the others stay as it is stored.
+                    most = len(layout.resident)
+                    found += filter(None, (fill(*wanted, fewer) for fewer in sorted({most // 2, 0} - {most})))
+                yield from (replace(each, loaders=count, threads=threads) for each in found)
 
 
 class _Memory:
@@ -181,9 +186,11 @@ class _Filling:
         self._apart = any(group[0].packed for group in self.whole)
         self.used += self._apart_bytes if self._apart else 0
 
-    def keep_whole(self) -> None:
-        """Keep groups as a whole, as far as there is memory."""
+    def keep_whole(self, most: int) -> None:
+        """Keep groups as a whole, as far as there is memory, until there are `most` of them."""
         for group in self._left():
+            if len(self.whole) >= most:
+                return
             more = self._bytes[group[0].name]
             more -= sum(self.chosen[shard.name].staying_bytes for shard in group)
             more += self._apart_bytes if group[0].packed and not self._apart else 0
@@ -213,12 +220,12 @@ def _fill(
     read_bytes: int,
     packed: bool,
     pack_streamed: bool,
-    narrow: bool,
+    whole: int,
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit.
 
-    At most `packers` Loading Agents pack at once. No shard has a larger streamed range than `read_bytes`. Weights that
-    stay as they are stored come first where `narrow`, and whole shards otherwise.
+    At most `packers` Loading Agents pack at once. No shard has a larger streamed range than `read_bytes`. Up to `whole`
+    groups stay as a whole before parts of others stay as they are stored; what memory is left then keeps more groups.
     """
     order, beside = memory.order, memory.beside
     packing = beside.packing_bytes if packed else 0
@@ -234,21 +241,22 @@ def _fill(
     filling = _Filling(memory, fitting, packed=packed, used=used)
     if filling.used > memory.free:
         return None
-    steps = (filling.keep_parts, filling.keep_whole) if narrow else (filling.keep_whole, filling.keep_parts)
-    for step in steps:
-        step()
-    chosen, whole, used = filling.chosen, filling.whole, filling.used
+    filling.keep_whole(whole)
+    filling.keep_parts()
+    if whole < len(order):
+        filling.keep_whole(len(order))
+    chosen, kept, used = filling.chosen, filling.whole, filling.used
     if bool(buffers) != bool(chosen) or buffers > len(chosen):
         return None
     ranges = {name: choice.streamed for name, choice in chosen.items()}
     streamed_bytes = sum(end - begin for begin, end in ranges.values())
-    resident_bytes = sum(shard.nbytes for group in whole for shard in (group if packed else group[:1]))
+    resident_bytes = sum(shard.nbytes for group in kept for shard in (group if packed else group[:1]))
     resident_bytes += sum(s.nbytes for group in order for s in group if s.name in ranges) - streamed_bytes
     return Layout(
         loaders=packers,
         buffers=buffers,
         buffer_bytes=buffer_bytes,
-        resident=frozenset(shard.name for group in whole for shard in group),
+        resident=frozenset(shard.name for group in kept for shard in group),
         partly_resident={name: streamed for name, streamed in ranges.items() if chosen[name].staying_bytes},
         packed=packed,
         packed_streamed=pack_streamed and bool(ranges),

@@ -23,8 +23,9 @@ ones, so that reading never pauses. There is no LRU: a cyclic scan that is large
 Shards with the same weights (one range of a file) are resident or streamed together: resident, they share its memory.
 
 Weights that are stored in 16 bits are widened to 32 as a shard is loaded. Kept parts stay in 16 bits, and may be all of
-a shard: then nothing of it is read, and each pass widens it into a buffer. A resident shard has 32 bits. Which of the
-two comes first is tried both ways: parts save twice as much reading for the same memory, resident shards the widening.
+a shard: then nothing of it is read, and each pass widens it into a buffer. A resident shard has 32 bits. Parts save
+twice as much reading for the same memory, resident shards the widening, which takes processors from computing: which
+comes first is tried both ways, and with half of the resident shards before parts.
 
 The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
 CPU); fills the remaining memory with shards in their order of residence; simulates the schedule of each layout
@@ -45,7 +46,7 @@ from pipeload.planning.layouts import Layout, Range, layouts
 from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
-from pipeload.planning.schedule import Schedule, ShardWork, simulate
+from pipeload.planning.schedule import Schedule, ShardWork, least_steady_s, simulate
 
 __all__ = [
     "LEAST_RUNTIME_BYTES",
@@ -170,10 +171,10 @@ def make_plan(
     for layout in layouts(manifest.shards, free, speed, loaders):
         work = _work(manifest, firsts, layout, speed.times[layout.threads])
         bandwidth = speed.bandwidth(layout.loaders)
-        least_s = max(sum(shard.run_s for shard in work), layout.streamed_bytes / bandwidth)
+        least_s = max(least_steady_s(work, layout.threads, profile.cores), layout.streamed_bytes / bandwidth)
         if least_s > fastest_s * (1 + _CLOSE):
             continue
-        schedule = simulate(work, loaders=layout.loaders, buffers=layout.buffers, read_bytes_per_s=bandwidth)
+        schedule = _simulate(work, layout, bandwidth, profile.cores)
         if layout.threads < most_threads and schedule.steady_s * _FEWER_THREADS > fastest_s:
             continue
         fastest_s = min(fastest_s, schedule.steady_s)
@@ -240,7 +241,7 @@ def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None
     speed = Rates.of(manifest, profile, plan.threads)
     work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
     bandwidth = speed.bandwidth(plan.loaders)
-    return simulate(work, loaders=plan.loaders, buffers=plan.buffers, read_bytes_per_s=bandwidth)
+    return _simulate(work, plan, bandwidth, profile.cores)
 
 
 def budget_for_latency(
@@ -303,6 +304,17 @@ def _work(
             )
         )
     return work
+
+
+def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s: float, cores: int) -> Schedule:
+    return simulate(
+        work,
+        loaders=layout.loaders,
+        buffers=layout.buffers,
+        read_bytes_per_s=read_bytes_per_s,
+        threads=layout.threads,
+        cores=cores,
+    )
 
 
 def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedule]:

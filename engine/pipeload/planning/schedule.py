@@ -12,6 +12,9 @@ run_j     = max(run_(j - 1), loaded_j) + compute_j    resident shards are always
 Passes follow each other without a pause, so reading goes on for the next pass while the last shards of this one run.
 The steady pass is the mean distance between the ends of later ones.
 
+Loading Agents widen weights and make sessions on the processors that compute, so no steady pass is shorter than all of
+this work on all of them: (threads x sum compute + sum session of loaded shards) / cores.
+
 The roofline T* is the shortest time that a pass can take on this machine under any schedule: W bytes of weights, R of
 them resident, bandwidth B, compute time c_i of shard i and its size s_i. Weights that shards have in common count once,
 with the first of them:
@@ -32,7 +35,7 @@ from heapq import heappop, heappush
 from pipeload.format.manifest import Manifest, first_places
 from pipeload.planning.profile import Profile
 
-__all__ = ["Roofline", "Schedule", "ShardWork", "roofline", "simulate"]
+__all__ = ["Roofline", "Schedule", "ShardWork", "least_steady_s", "roofline", "simulate"]
 
 _PASSES = 4
 
@@ -74,7 +77,9 @@ class Roofline:
     steady_s: float
 
 
-def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_bytes_per_s: float) -> Schedule:
+def simulate(
+    work: Sequence[ShardWork], *, loaders: int, buffers: int, read_bytes_per_s: float, threads: int, cores: int
+) -> Schedule:
     """The times of a first and of a steady pass; see the module's docstring.
 
     Args:
@@ -82,6 +87,8 @@ def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_byte
         loaders: number of Loading Agents.
         buffers: streamed shards that are in memory together.
         read_bytes_per_s: bandwidth of this many Loading Agents together.
+        threads: that compute.
+        cores: processors for computing and Loading Agents.
     """
     steady_bytes = sum(shard.steady_bytes for shard in work)
     alone_s = sum(shard.run_s for shard in work)
@@ -108,9 +115,23 @@ def simulate(work: Sequence[ShardWork], *, loaders: int, buffers: int, read_byte
                 slots.append(inference_s)
         ends.append(inference_s)
     # The simulation may still use up shards that a long first pass made ready: in the long run, no pass takes less
-    # time than its reading and its sessions.
-    sessions_s = sum(shard.session_s for shard in work if shard.streamed) / loaders
-    return Schedule(first_s=ends[0], steady_s=max((ends[-1] - ends[1]) / (_PASSES - 2), reading_s, sessions_s))
+    # time than its reading, its sessions, and its work on all cores.
+    sessions_s = sum(shard.session_s for shard in work if shard.streamed)
+    apart_s, work_s = (ends[-1] - ends[1]) / (_PASSES - 2), least_steady_s(work, threads, cores)
+    return Schedule(first_s=ends[0], steady_s=max(apart_s, reading_s, sessions_s / loaders, work_s))
+
+
+def least_steady_s(work: Sequence[ShardWork], threads: int, cores: int) -> float:
+    """The least seconds of a steady pass: its computing, and all of its work on all processors.
+
+    Args:
+        work: the shards.
+        threads: that compute.
+        cores: processors for computing and Loading Agents.
+    """
+    run_s = sum(shard.run_s for shard in work)
+    sessions_s = sum(shard.session_s for shard in work if shard.streamed)
+    return max(run_s, (min(threads, cores) * run_s + sessions_s) / cores)
 
 
 def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> Roofline:

@@ -72,9 +72,9 @@ def _move(stored: NDArray[Any], spec: WeightSpec, part: Part, place: int) -> Non
 def _widen(source: NDArray[Any], dtype: str, target: NDArray[np.float32]) -> None:
     """Widen finite values. NumPy makes a copy of the source first where it overlaps the target."""
     if dtype == "bfloat16":
-        bits = target.view(np.uint32)
-        bits[:] = source
-        np.left_shift(bits, 16, out=bits)
+        # With the order of bytes turned, a bfloat16 and its float32 are the same whole number. NumPy converts those in
+        # one pass through memory, where a copy and a shift take two.
+        target.view(">u4")[:] = source.view(">u2")
         return
     # A float16 whose bits stand in the place of a float32's is too small by a power of two, subnormals too. Four times
     # as fast as NumPy's own conversion.

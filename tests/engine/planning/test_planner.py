@@ -150,6 +150,18 @@ def test_where_reading_costs_nothing_shards_are_resident_rather_than_widened() -
     assert len(_plan(manifest, budget, fast).resident) > len(_plan(manifest, budget, slow).resident)
 
 
+def test_widening_that_computing_has_no_processors_for_is_left_out_of_a_plan() -> None:
+    # One agent could widen all shards while they run, if it had a processor of its own.
+    manifest = manifest_of(*[[8 * MB]] * 12, narrow=True)
+    budget = 100 * MB + 9 * 17 * MB
+    rates: dict[str, Any] = {"read_bytes_per_s": {1: 3e8}, "session_s": 6e-3, "run_bytes_per_s": 1e9}
+    shared = replace(_measured(manifest, **rates), cores=4)
+    apart = replace(shared, cores=8)
+    few, many = (_plan(manifest, budget, profile, loaders=1) for profile in (apart, shared))
+    assert few.streamed_bytes == 0
+    assert len(many.resident) > len(few.resident)
+
+
 # For anything
 
 

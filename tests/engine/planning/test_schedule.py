@@ -16,6 +16,8 @@ given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategi
 
 _settings = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 CLOSE = 1e-9
+ROOM = {"threads": 1, "cores": 100}
+"""Loading Agents have processors of their own."""
 
 
 def _streamed(nbytes: int, run_s: float, session_s: float = 0.0, *, kept: int = 0, loading_s: float = 0.0) -> ShardWork:
@@ -36,7 +38,7 @@ def _resident(nbytes: int, run_s: float, session_s: float = 0.0) -> ShardWork:
 
 
 def _times(work: list[ShardWork], *, loaders: int, buffers: int, bandwidth: float = 1.0) -> tuple[float, float]:
-    schedule = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth)
+    schedule = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth, **ROOM)
     return schedule.first_s, schedule.steady_s
 
 
@@ -63,6 +65,17 @@ def test_a_session_holds_up_its_own_loader_only() -> None:
     work = [_streamed(2, 1.0, 2.0)] * 4
     assert _times(work, loaders=1, buffers=3)[1] == pytest.approx(4 * 4)
     assert _times(work, loaders=2, buffers=3)[1] == pytest.approx(4 * 2)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "steady_s"),
+    [(2, 2, 4 * 3 + 4 * 2 / 2), (1, 2, 4 * 3), (3, 2, 4 * 3 + 4 * 2 / 2), (3, 4, 4 * 3), (4, 4, 4 * 3 + 4 * 2 / 4)],
+)
+def test_work_of_loaders_takes_processors_from_computing(threads: int, cores: int, steady_s: float) -> None:
+    # Four shards compute for 3 seconds and are widened in 2; nothing is read.
+    work = [_streamed(0, 3.0, 2.0)] * 4
+    schedule = simulate(work, loaders=2, buffers=3, read_bytes_per_s=1.0, threads=threads, cores=cores)
+    assert schedule.steady_s == pytest.approx(steady_s)
 
 
 def test_the_storage_serves_one_after_the_other() -> None:
@@ -171,7 +184,7 @@ _LOADERS, _BUFFERS, _BANDWIDTHS = st.integers(1, 4), st.integers(1, 5), st.float
 def test_nothing_is_faster_than_the_roofline(
     work: list[ShardWork], loaders: int, buffers: int, bandwidth: float
 ) -> None:
-    schedule = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth)
+    schedule = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth, **ROOM)
     total_s = sum(shard.run_s for shard in work)
     assert schedule.steady_s >= total_s * (1 - CLOSE)
     assert schedule.steady_s >= sum(shard.steady_bytes for shard in work) / bandwidth * (1 - CLOSE)
@@ -186,7 +199,7 @@ def test_nothing_is_faster_than_the_roofline(
 @given(_work(), _LOADERS, _BUFFERS, _BANDWIDTHS)
 def test_more_buffers_are_never_slower(work: list[ShardWork], loaders: int, buffers: int, bandwidth: float) -> None:
     def schedule(count: int) -> Schedule:
-        return simulate(work, loaders=loaders, buffers=count, read_bytes_per_s=bandwidth)
+        return simulate(work, loaders=loaders, buffers=count, read_bytes_per_s=bandwidth, **ROOM)
 
     fewer, more = schedule(buffers), schedule(buffers + 1)
     assert more.first_s <= fewer.first_s * (1 + CLOSE)
@@ -198,7 +211,7 @@ def test_more_buffers_are_never_slower(work: list[ShardWork], loaders: int, buff
 def test_more_bandwidth_is_never_slower(
     work: list[ShardWork], loaders: int, buffers: int, bandwidth: float, factor: float
 ) -> None:
-    slow = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth)
-    fast = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth * factor)
+    slow = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth, **ROOM)
+    fast = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth * factor, **ROOM)
     assert fast.first_s <= slow.first_s * (1 + CLOSE)
     assert fast.steady_s <= slow.steady_s * (1 + CLOSE)
