@@ -19,8 +19,8 @@ from unittest import mock
 import msgspec
 import numpy as np
 
-from pipeload_export.source.hollow import Hollow, Parameter
-from pipeload_export.source.places import WEIGHTS_NAME, Place, Weights, place_of
+from pipeload_export.source.hollow import Hollow
+from pipeload_export.source.places import WEIGHTS_NAME, Place, Weights, first_values, place_of, same_values
 from pipeload_export.source.refused import Declined
 from pipeload_export.source.steering import not_steered
 
@@ -105,48 +105,60 @@ class _Leaving:
         return run
 
     def leave_out(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Weights of one address become one; then they leave the graph, which gets inputs in their place."""
+        """Equal weights become one; then they leave the graph, which gets inputs in their place."""
 
         def run(graph: Any, params: dict[str, Any], training: bool) -> dict[str, Any]:
-            # Torch compares addresses, then values: here each view of a parameter stands for itself.
+            import torch
+
             found: dict[str, Any] = original(graph, self._distinct(params), training)
             self.order += [value.debugName() for value in graph.inputs()]
             kept = {}
             for name in found:
                 tensor = params[name]
-                if parameter := self._hollow.parameter_of(tensor):
-                    self.places[name] = self._place(name, tensor, parameter)
-                else:
+                parameter = self._hollow.parameter_of(tensor)
+                if parameter is None:
                     kept[name] = tensor
+                    continue
+                if (place := self._place_of(tensor)) is None:
+                    raise Declined(f"the checkpoint lacks {parameter.name}")
+                if tensor.dtype != torch.float32:
+                    raise Declined(f"the graph's weight {name} is {tensor.dtype}")
+                self.places[name] = place
             return kept
 
         return run
 
     def _distinct(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors, with others in the place of empty memory: one for each view, all of different values."""
+        """The tensors, with others in the place of empty memory: their values are equal where those of weights are."""
         import torch
 
-        known: dict[tuple[Any, ...], Any] = {}
-        result = {}
+        known: dict[tuple[Any, ...], list[tuple[Any, Place | None, Any]]] = {}
+        result, count = dict(params), 0
         for name, tensor in params.items():
-            view = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            if self._is_empty(tensor):
-                tensor = known.setdefault(view, torch.tensor(float(len(known))).expand(tensor.shape))
-            result[name] = tensor
+            if not self._is_empty(tensor):
+                continue
+            place = self._place_of(tensor)
+            alike = known.setdefault((tensor.shape, tensor.stride(), place and first_values(place)), [])
+            for address, other, stand_in in alike:
+                if address == tensor.data_ptr() or (place and other and same_values(place, other)):
+                    result[name] = stand_in
+                    break
+            else:
+                result[name] = torch.tensor(float(count)).expand(tensor.shape)
+                alike.append((tensor.data_ptr(), place, result[name]))
+                count += 1
         return result
+
+    def _place_of(self, tensor: Any) -> Place | None:
+        """Where a view of a parameter lies; None if the checkpoint lacks the parameter."""
+        parameter = self._hollow.parameter_of(tensor)
+        if parameter is None or parameter.place is None:
+            return None
+        return place_of(parameter.place, tensor.shape, tensor.stride(), self._hollow.offset_in(parameter, tensor))
 
     def _is_empty(self, tensor: Any) -> bool:
         parameter = self._hollow.parameter_of(tensor)
         return parameter is not None and not parameter.always
-
-    def _place(self, name: str, tensor: Any, parameter: Parameter) -> Place:
-        import torch
-
-        if parameter.place is None:
-            raise Declined(f"the checkpoint lacks {parameter.name}")
-        if tensor.dtype != torch.float32:
-            raise Declined(f"the graph's weight {name} is {tensor.dtype}")
-        return place_of(parameter.place, tensor.shape, tensor.stride(), self._hollow.offset_in(parameter, tensor))
 
 
 def _session_with(places: Mapping[str, Place], kind: type) -> type:

@@ -27,8 +27,10 @@ __all__ = [
     "Weights",
     "bytes_at",
     "elements_of",
+    "first_values",
     "place_of",
     "places_in",
+    "same_values",
     "values_at",
 ]
 
@@ -38,6 +40,11 @@ WEIGHTS_NAME = "weights.json"
 
 ITEM_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
 """Types of tensors that become weights, and the bytes of an element."""
+
+_PIECE_ELEMENTS = 1 << 20
+"""About as many elements of two weights are compared at a time."""
+_FIRST_ELEMENTS = 64
+"""Weights that differ do so among the first, but for padding."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,3 +173,23 @@ def _matrix(place: Place, file: NDArray[np.uint8]) -> NDArray[np.float32]:
     if place.order is not None:
         values = values[list(place.order)]
     return values.reshape(-1)
+
+
+def first_values(place: Place) -> bytes:
+    """The first elements of a weight, the same bytes for the same values of any type."""
+    first: NDArray[np.float32] = _weight(place).flat[:_FIRST_ELEMENTS].astype(np.float32)
+    return (first + np.float32(0)).tobytes()  # -0 equals 0
+
+
+def same_values(one: Place, other: Place) -> bool:
+    """Whether two weights of one shape are equal, read in pieces; one with a NaN equals none."""
+    first, second = _weight(one), _weight(other)
+    rows = max(1, _PIECE_ELEMENTS * len(first) // max(1, first.size))
+    return all(
+        np.array_equal(first[row : row + rows].astype(np.float32), second[row : row + rows].astype(np.float32))
+        for row in range(0, len(first), rows)
+    )
+
+
+def _weight(place: Place) -> NDArray[Any]:
+    return np.atleast_1d(values_at(place, np.memmap(place.file, np.uint8, "r")))

@@ -7,9 +7,12 @@ value of the first or a size of the second, the trace would be another one with 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from types import CodeType
 from typing import Any
+from unittest import mock
 
 from pipeload_export.source.hollow import Hollow
 from pipeload_export.source.refused import Declined
@@ -102,11 +105,35 @@ def not_steered(hollow: Hollow) -> Iterator[None]:
         hollow.model.register_forward_pre_hook(begin),
         hollow.model.register_forward_hook(end, always_call=True),
     ]
+    watchers = (Functions.__torch_function__.__code__, Operations.__torch_dispatch__.__code__)
+    lookup = _lookup_past(watchers, torch.jit._trace._create_interpreter_name_lookup_fn)
     try:
-        yield
+        with mock.patch.object(torch.jit._trace, "_create_interpreter_name_lookup_fn", lookup):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _lookup_past(watchers: Collection[CodeType], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch names some values of a graph as a variable some frames up; here frames of watchers do not count."""
+    from torch.overrides import handle_torch_function
+
+    def create(frames_up: int = 1) -> Callable[[Any], str]:
+        def name_of(tensor: Any) -> str:
+            frame, up, left = sys._getframe(), 0, frames_up + 1
+            while left and frame.f_back:
+                frame, up = frame.f_back, up + 1
+                if frame.f_code is handle_torch_function.__code__:
+                    # The function above tells of itself, then it is called anew.
+                    left += 1
+                elif frame.f_code not in watchers:
+                    left -= 1
+            return str(original(up)(tensor))
+
+        return name_of
+
+    return create
 
 
 _STEERED = "the values of its weights decide what the model computes"
