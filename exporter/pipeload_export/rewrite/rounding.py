@@ -5,7 +5,7 @@ The layout is that of the operators MatMulNBits and GatherBlockQuantized of com.
 ```
 weight [rows, columns]   one row for each output of a product, or for each id of a table
 blobs  [rows, blocks, block_size * bits / 8]  uint8, the first of two values in the low half of a byte
-scales [rows, blocks]                         float32
+scales [rows, blocks]                         float32, of values that fit float16 where its range allows it
 zeros  [rows, ceil(blocks * bits / 8)]        uint8, only where blocks are asymmetric; else half of the range
 ```
 
@@ -93,10 +93,20 @@ def _round(piece: NDArray[Any], columns: int, rounding: Rounding) -> Rounded:
     zeros = np.zeros((rows, -(-scale_shape[1] * rounding.bits // 8)), np.uint8)
     if rounding.bits == 4 and rounding.symmetric:
         _fit(padded.T.reshape(*scale_shape, rounding.block_size), blobs, scales)
-        return Rounded(blobs=blobs, scales=scales, zeros=zeros)
-    quantise = quantize_matmul_4bits if rounding.bits == 4 else quantize_matmul_8bits
-    quantise(blobs, padded, scales, zeros, rounding.block_size, rows, columns, rounding.symmetric)
-    return Rounded(blobs=blobs, scales=scales, zeros=zeros)
+    else:
+        quantise = quantize_matmul_4bits if rounding.bits == 4 else quantize_matmul_8bits
+        quantise(blobs, padded, scales, zeros, rounding.block_size, rows, columns, rounding.symmetric)
+    return Rounded(blobs=blobs, scales=_fitting_16_bits(scales), zeros=zeros)
+
+
+def _fitting_16_bits(scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scales rounded to float16, as GGUF has them, where none is too small or too large for its 11 bits: the writer
+    then stores them in 16 bits.
+    """
+    sizes, limits = np.abs(scales[scales != 0]), np.finfo(np.float16)
+    if sizes.size and (sizes.min() < limits.smallest_normal or sizes.max() > limits.max):
+        return scales
+    return scales.astype(np.float16).astype(np.float32)
 
 
 def _fit(blocks: NDArray[np.float32], blobs: NDArray[np.uint8], scales: NDArray[np.float32]) -> None:
