@@ -33,7 +33,6 @@ from pipeload_export.source.widened import MAPPED_FROM_BYTES
 
 __all__ = [
     "GAPS_NAME",
-    "HOLLOW_FROM_BYTES",
     "RESOLVED",
     "Request",
     "Seeded",
@@ -56,9 +55,6 @@ _INLINE_FACTOR, _EXTERNAL_FACTOR, _LIBRARIES_BYTES = 4.4, 2.5, 350 << 20
 (0.4 GB: 4.4) and on GPT-2 and GPT-J shapes (2.3 and 3.3 GB: 2.4)."""
 _HOLLOW_FACTOR, _HOLLOW_BYTES = 0.02, 1 << 30
 """The same where the weights stay in the checkpoint: page tables, and libraries with the graph and activations."""
-HOLLOW_FROM_BYTES: int | None = None
-"""Checkpoints from this size on, in float32, are traced without their weights first; None: those whose weights have no
-room in free memory."""
 _CHILD = "import sys; from pipeload_export.source.tracer import run_child; run_child(*sys.argv[1:])"
 _POLL_S = 0.2
 
@@ -113,12 +109,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def may_be_hollow(self) -> bool:
-        """Whether to try that first: the model is a large checkpoint, and optimum traces it."""
+        """Whether to try that first: the model is a checkpoint that optimum traces, and takes less memory so; a GGUF file,
+        whose matrices are then taken apart several times, where memory has no room for the ordinary way.
+        """
         if not self.folder or not has_optimum():
             return False
-        if HOLLOW_FROM_BYTES is None:
-            return needed_memory_bytes(self.weight_bytes) > auto_budget_bytes()
-        return self.weight_bytes >= HOLLOW_FROM_BYTES
+        needed = needed_memory_bytes(self.weight_bytes)
+        if self.gguf:
+            return needed > auto_budget_bytes()
+        return needed_memory_bytes(self.weight_bytes, hollow=True) < needed
 
     @property
     def gguf_path(self) -> Path | None:

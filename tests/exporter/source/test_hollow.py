@@ -38,7 +38,7 @@ _SLOW = ("deberta-v2", "gemma2", "gpt2", "gpt_neo", "gptj", "marian", "opt", "ph
 
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "HOLLOW_FROM_BYTES", 0)
+    monkeypatch.setattr(tracing, "_HOLLOW_BYTES", 0)
     monkeypatch.setattr(hollow, "_FILLED_BYTES", 4 << 10)
 
 
@@ -46,18 +46,17 @@ def both(checkpoint: Path, folder: Path, task: str, monkeypatch: pytest.MonkeyPa
     """The manifests of the two ways."""
     with traced_here():
         one = export(checkpoint, folder / "hollow", task=task, whole=True, verify=False)
-        monkeypatch.setattr(tracing, "HOLLOW_FROM_BYTES", 1 << 60)
+        monkeypatch.setattr(tracing, "_HOLLOW_BYTES", 1 << 60)
         other = export(checkpoint, folder / "ordinary", task=task, whole=True, verify=False)
     return one, other
 
 
-def test_a_checkpoint_that_memory_has_room_for_keeps_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "HOLLOW_FROM_BYTES", None)
-    request = Request(name="a", task="feature-extraction", weight_bytes=1 << 30, folder="a")
-    needed = needed_memory_bytes(1 << 30)
-    for free, expected in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr(tracing, "auto_budget_bytes", lambda free=free: free)
-        assert request.may_be_hollow == expected
+def test_the_way_that_takes_less_memory_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for nbytes in (90 << 20, 440 << 20, 1300 << 20, 24 << 30):
+        request = Request(name="a", task="feature-extraction", weight_bytes=nbytes, folder="a")
+        assert request.may_be_hollow == (needed_memory_bytes(nbytes, hollow=True) < needed_memory_bytes(nbytes))
+        assert request.may_be_hollow == (nbytes > 200 << 20)
     assert not Request(name="a", task="feature-extraction", weight_bytes=1 << 30).may_be_hollow
 
 
