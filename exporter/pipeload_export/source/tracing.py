@@ -109,8 +109,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def may_be_hollow(self) -> bool:
-        """Whether to try that first: the model is a checkpoint that optimum traces, and takes less memory so; a GGUF file,
-        whose matrices are then taken apart several times, where memory has no room for the ordinary way.
+        """Whether to try that first: the model is a checkpoint that optimum traces, and takes less memory so.
+
+        Matrices of a GGUF file are then taken apart several times: only where memory has no room for the ordinary way.
         """
         if not self.folder or not has_optimum():
             return False
