@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeload.format.dtypes import ONNX_DTYPES, SAFETENSORS_DTYPES
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
@@ -22,6 +23,8 @@ __all__ = ["WeightsFile", "in_order", "write_weights"]
 
 _PIECE_BYTES = 16 << 20
 _ALIGNED_BYTES = 64
+_STRIP_COLUMNS = 16
+"""Of float32 as many as a line of the cache has. Larger strips of 16 bits took longer, too."""
 _SAFETENSORS_NAMES = {name: short for short, name in SAFETENSORS_DTYPES.items()}
 
 
@@ -141,4 +144,15 @@ def _pieces(constant: Constant) -> Iterator[memoryview]:
         # As integers: NumPy copies its own types much faster.
         array, dtype = array.view(f"u{dtype.itemsize}"), np.dtype(f"u{dtype.itemsize}")
     for piece in row_pieces(array, _PIECE_BYTES // array.itemsize):
-        yield np.ascontiguousarray(piece, dtype).reshape(-1).view(np.uint8).data
+        yield _in_c_order(piece, dtype).reshape(-1).view(np.uint8).data
+
+
+def _in_c_order(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The array as it lies in the file; a matrix that lies by columns, as a transpose, is copied strip by strip."""
+    if array.ndim != 2 or array.flags.c_contiguous or array.strides[0] >= array.strides[1]:
+        return np.ascontiguousarray(array, dtype)
+    made = np.empty(array.shape, dtype)
+    for begin in range(0, array.shape[1], _STRIP_COLUMNS):
+        # NumPy reads along the rows of what it writes: of wide ones each element would be in another line of the cache.
+        made[:, begin : begin + _STRIP_COLUMNS] = array[:, begin : begin + _STRIP_COLUMNS]
+    return made

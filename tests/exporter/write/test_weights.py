@@ -45,6 +45,23 @@ def test_the_library_reads_back_what_was_written(tmp_path: Path) -> None:
             np.testing.assert_array_equal(file.get_tensor(name), constant.load())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("view", ["transpose", "columns", "column", "steps", "backwards"])
+def test_a_view_is_written_as_its_copy_would_be(dtype: str, view: str, tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).integers(-9, 9, (50, 83)).astype(dtype)
+    array = {
+        "transpose": whole.T,
+        "columns": whole[:, 3:40].T,
+        "column": whole[:, 7:8],
+        "steps": whole[::3, ::5].T,
+        "backwards": whole.T[:, ::-1],
+    }[view]
+    number = helper.np_dtype_to_tensor_dtype(array.dtype)
+    write_weights(tmp_path / "w.safetensors", [("view", Constant(number, array.shape, lambda: array))])
+    with safe_open(tmp_path / "w.safetensors", "np") as file:
+        np.testing.assert_array_equal(file.get_tensor("view"), array)
+
+
 def test_data_begins_at_a_page_and_tensors_are_aligned(tmp_path: Path) -> None:
     written = write_weights(tmp_path / "w.safetensors", in_order(constants()))
     assert written.range.offset % PAGE_BYTES == 0
