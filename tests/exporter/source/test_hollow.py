@@ -100,6 +100,16 @@ def test_the_shards_are_those_of_the_ordinary_way(
         assert reasons(caplog) == []
 
 
+def test_a_package_beside_optimum_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum.exporters.onnx import base
+
+    # As if accelerate were installed, with which optimum looks for tied weights in the graph.
+    monkeypatch.setattr(base, "is_accelerate_available", lambda: True)
+    write_gpt2(tmp_path / "checkpoint")
+    one, other = both(tmp_path / "checkpoint", tmp_path, "text-generation", monkeypatch)
+    assert one == other
+
+
 def test_verification_and_the_source_need_no_weights_in_memory_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
