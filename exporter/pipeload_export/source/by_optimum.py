@@ -39,7 +39,7 @@ def _as_models_are() -> Iterator[None]:
         _falcon_rounds(),
         mock.patch.object(save_utils, "maybe_load_preprocessors", load_or_none),
         # Beside accelerate optimum would look for the values of tied weights, which a hollow model's graph lacks.
-        mock.patch.object(base, "is_accelerate_available", lambda: False),
+        mock.patch.object(base, "is_accelerate_available", return_value=False),
         _made(input_generators.DummyPastKeyValuesGenerator, _grouped),
         _made(input_generators.FalconDummyPastKeyValuesGenerator, _repeated),
     ):
