@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["foreign_allocator", "limit_heap", "trim"]
+__all__ = ["foreign_allocator", "limit_heap", "reused", "trim"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
+_MAPPED_BYTES, _KEPT_BYTES = 128 << 10, 1 << 20
+_MOST_BYTES = 1 << 30, 32 << 20
+"""What `reused` asks for, in turn: glibc before 2.35 refuses more than half of a heap of 64 MiB."""
+_LOCK = threading.Lock()
+_limited = False
+_reusing = 0
+"""How many threads are inside of `reused`."""
 
 
 class _Symbol(ctypes.Structure):
@@ -62,14 +70,43 @@ def limit_heap() -> None:
     From this call on, for the rest of the process, blocks from 128 KiB on go back to the system when freed, an arena
     keeps 1 MiB, and threads that have no arena yet share the first: the heap grows no further with their number.
     """
-    _set_option(_M_MMAP_THRESHOLD, 128 << 10)
-    _set_option(_M_TRIM_THRESHOLD, 1 << 20)
-    _set_option(_M_ARENA_MAX, 1)
+    global _limited
+    with _LOCK:
+        if _limited:
+            return
+        _limited = True
+        _set_option(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        _set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        _set_option(_M_ARENA_MAX, 1)
 
 
-def _set_option(option: int, value: int) -> None:
+@contextmanager
+def reused() -> Iterator[None]:
+    """Take large blocks from the heap, too, and let it keep what is freed, so that the next ones take the same pages.
+
+    The system has to clear each page that it gives, which takes longer than to fill it. Without `limit_heap` the C
+    library does so by itself. What the heap keeps goes with `trim`.
+    """
+    global _reusing
+    with _LOCK:
+        _reusing += 1
+        if _limited and _reusing == 1:
+            any(_set_option(_M_MMAP_THRESHOLD, most) for most in _MOST_BYTES)
+            _set_option(_M_TRIM_THRESHOLD, _MOST_BYTES[0])
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _reusing -= 1
+            if _limited and not _reusing:
+                _set_option(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def _set_option(option: int, value: int) -> bool:
+    """Returns whether the C library took it."""
     with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(option, value)
+        return bool(ctypes.CDLL(None).mallopt(option, value))
+    return False
 
 
 @cache

@@ -97,7 +97,7 @@ class Loader:
     def _load(self, task: Task, shard: Shard) -> LoadedShard | None:
         plan, agent = self._memory.plan, _agent()
         packed = shard.packed or (plan.packed_streamed and not task.resident)
-        # The session of such a shard has its own copy of the weights: they need their buffer only until it is made.
+        # The session of such a shard has copies of the weights: they need their buffer only until it is made.
         apart = shard.packed and task.resident
         whole = 0, shard.nbytes
         begin, end = whole if task.resident else plan.partly_resident.get(shard.name, whole)
@@ -155,11 +155,10 @@ class Loader:
             if complete:
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
-                    loaded.session = self._session(shard, [*parts, *kept], packed=packed)
+                    loaded.session = self._session(shard, [*parts, *kept], packed=packed, copied=apart)
                 if apart and loaded.buffer is not None:
                     loaded.buffer.close()
                     loaded.buffer = None
-                if packed:
                     trim()
                 loaded.reserved_bytes -= passing
                 self._memory.reservations.release(passing)
@@ -193,7 +192,7 @@ class Loader:
             return
         with self._trace.span(_agent(), "pack", shard.name):
             whole = Part(0, shard.nbytes, loaded.buffer, place(shard, (0, shard.nbytes)))
-            session = self._session(shard, [whole], packed=True)
+            session = self._session(shard, [whole], packed=True, copied=True)
         packed = LoadedShard(index=task.index, session=session, buffer=None, reserved_bytes=0, pooled=False)
         del session
         if self._exchange.residents.swap(task.index, packed, stale):
@@ -202,9 +201,10 @@ class Loader:
         trim()
         self._memory.sample()
 
-    def _session(self, shard: Shard, parts: Sequence[Part], *, packed: bool) -> ShardSession:
+    def _session(self, shard: Shard, parts: Sequence[Part], *, packed: bool, copied: bool) -> ShardSession:
+        threads = self._memory.plan.threads
         with self._storage.graph(shard) as graph:
-            return ShardSession(shard, graph, parts, self._memory.plan.threads, packed=packed, arena=self._in_arena)
+            return ShardSession(shard, graph, parts, threads, packed=packed, copied=copied, arena=self._in_arena)
 
 
 def _agent() -> str:

@@ -2,8 +2,8 @@
 
 Shards are optimised when they are exported, so sessions are made with optimisation off. A streamed shard borrows
 its weights from buffers, without a copy and without prepacking, and takes a millisecond or two to make. A packed
-session copies the weights and lays them out for the CPU, which costs far more and makes each run faster: it no longer
-needs the buffers.
+session lays them out for the CPU, in memory of its own, which costs far more and makes each run faster. If it is to
+outlive the buffers, it has copies of all other weights as well.
 
 Sessions allocate and free activations at every operator. For models without caches they share one arena, which keeps
 freed memory for the next operator of any shard: the system must clear memory that went back to it before its next use,
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -29,6 +30,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 from pipeload.errors import ClosedError, LoadError, RunError
 from pipeload.foreign import first_line, system_error_in
 from pipeload.format.manifest import Shard
+from pipeload.machine.heap import reused
 from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.storage.buffers import Part, tensor_in
 from pipeload.storage.model_files import unreadable
@@ -141,10 +143,11 @@ class ShardSession:
     Args:
         shard: its record in the manifest.
         graph: its graph.
-        parts: memory that holds all of its weights. It must stay unchanged until the session is gone; a packed session
-            needs it only during construction.
+        parts: memory that holds all of its weights. It must stay unchanged until the session is gone, unless that has
+            copies.
         threads: intra-op threads.
         packed: lay the weights out for the CPU, in memory of the session's own.
+        copied: copy what a packed session needs of the buffers.
         arena: keep activations in the arena that all such sessions share. The outputs of a run lie in it too.
 
     Raises:
@@ -160,6 +163,7 @@ class ShardSession:
         threads: int,
         *,
         packed: bool = False,
+        copied: bool = False,
         arena: bool = False,
     ) -> None:
         self._name = shard.name
@@ -184,11 +188,11 @@ class ShardSession:
             offset = shard.weights.offset
             weights = [to_value(tensor_in(parts, spec, offset), spec.memory_dtype) for spec in shard.tensors]
         self._borrowed: list[Value] = []
-        if packed:
-            # onnxruntime copies these values: the session needs nothing of the buffers afterwards.
+        if not packed:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if copied:
             options.add_external_initializers(names, weights)
         else:
-            options.add_session_config_entry("session.disable_prepacking", "1")
             self._borrowed = weights
             for name, value in zip(names, weights, strict=True):
                 options.add_initializer(name, value)
@@ -198,7 +202,9 @@ class ShardSession:
             options.add_session_config_entry(_FOLDER, str(graph.path.parent))
         try:
             # Without onnxruntime's fallback, which would try once more, and print "EP Error" to stdout.
-            self._session = ort.InferenceSession(given, options, providers=_PROVIDERS, enable_fallback=0)
+            # The next shard that is streamed packs into the memory of this one.
+            with reused() if packed and not copied else nullcontext():
+                self._session = ort.InferenceSession(given, options, providers=_PROVIDERS, enable_fallback=0)
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
             if "pthread_create" in str(error):
                 raise LoadError(

@@ -87,8 +87,8 @@ class WeightsMemory:
         freed_bytes = shard.reserved_bytes
         try:
             shard.session = None
-            if shard.packed:
-                # Small copies lie in the heap, which would keep them.
+            if shard.packed and not shard.pooled:
+                # Small copies lie in the heap, which would keep them. Those of streamed shards stay for the next one.
                 trim()
             buffer, shard.buffer = shard.buffer, None
             if buffer is not None:

@@ -69,7 +69,9 @@ def _packed_bytes(shard: Shard) -> int:
 
 
 def second_copy_bytes(shard: Shard) -> int:
-    """Bytes that packing a shard takes beside its weights and their packed copy: a copy of the tensor in work."""
+    """Bytes that packing a shard takes beside its weights and their packed copy: a copy of the tensor in work; or,
+    where the session borrows its weights, a hole in the heap that this tensor does not fit into.
+    """
     tensors = (spec.memory_bytes + _SCALE_BYTES * _blocks(spec) for spec in shard.tensors)
     return memory_ceil(max(tensors, default=shard.nbytes))
 

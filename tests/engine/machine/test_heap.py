@@ -19,7 +19,30 @@ def test_limiting_the_heap_is_harmless_where_the_c_library_cannot(monkeypatch: p
         raise OSError("no C library")
 
     monkeypatch.setattr(heap.ctypes, "CDLL", refuse)
+    monkeypatch.setattr(heap, "_limited", False)
     heap.limit_heap()
+    with heap.reused():
+        pass
+
+
+def test_large_blocks_come_from_the_heap_only_inside_of_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two threads make sessions at the same time."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(heap, "_limited", True)
+    monkeypatch.setattr(heap, "_set_option", lambda option, value: not told.append((option, value)))
+    with heap.reused():
+        with heap.reused():
+            assert dict(told)[heap._M_MMAP_THRESHOLD] > 1 << 29
+        assert dict(told)[heap._M_MMAP_THRESHOLD] > 1 << 29
+    assert dict(told)[heap._M_MMAP_THRESHOLD] == 128 << 10
+
+
+def test_nothing_is_set_where_the_heap_is_not_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library keeps large blocks by itself then, and any setting would end that."""
+    monkeypatch.setattr(heap, "_limited", False)
+    monkeypatch.setattr(heap, "_set_option", lambda *_: pytest.fail("a setting was changed"))
+    with heap.reused():
+        pass
 
 
 def test_trimming_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ for shard in manifest.shards[1:-1]:
     parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
     storage.read_weights(shard, parts, lambda: False)
     with storage.graph(shard) as graph:
-        sessions.append(ShardSession(shard, graph, parts, 1, packed=True))
+        sessions.append(ShardSession(shard, graph, parts, 1, packed=True, copied=True))
     hidden = to_value(np.ones((1, 1, int(sys.argv[2])), np.float32))
     sessions[-1].run({**inputs, shard.inputs[0]: hidden}, Stopper())
     parts[0].buffer.close()
@@ -145,6 +146,55 @@ def test_the_packed_copies_take_what_the_plan_says(tmp_path: Path) -> None:
     toys.make_toy(tmp_path / "toy", blocks=5, width=width, small=True)
     program = _PROGRAM.replace("sys.argv[1]", repr(str(tmp_path / "toy"))).replace("sys.argv[2]", repr(width))
     assert 0.9 < float(run_python(program).stdout) <= 1.0
+
+
+_STREAMING = """
+import resource, sys
+from contextlib import ExitStack
+from pathlib import Path
+from pipeload.format import manifest as manifests
+from pipeload.machine.heap import limit_heap, trim
+from pipeload.machine.memory import rss_bytes
+from pipeload.pipeline.session import ShardSession
+from pipeload.planning.footprint import second_copy_bytes, session_bytes
+from pipeload.storage.buffers import Buffer, Part
+from pipeload.storage.weights import Storage
+
+limit_heap()
+manifest = manifests.read(Path(sys.argv[1]))
+storage, blocks = Storage(Path(sys.argv[1]), manifest), manifest.shards[1:-1]
+parts, pages, rss = [Part(0, blocks[0].nbytes, Buffer(blocks[0].nbytes))], [], []
+storage.read_weights(blocks[0], parts, lambda: False)
+with storage.graph(blocks[0]) as graph:
+    # The code of onnxruntime that a first session loads.
+    ShardSession(blocks[0], graph, parts, 1, packed=True, copied=True)
+trim()
+begin = rss_bytes()
+for shard in (*blocks, *blocks):
+    storage.read_weights(shard, parts, lambda: False)
+    with storage.graph(shard) as graph:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        session = ShardSession(shard, graph, parts, 1, packed=True)
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    rss.append(rss_bytes())
+    del session
+kept = rss_bytes()
+trim()
+planned = session_bytes(blocks[0], 1) + second_copy_bytes(blocks[0])
+print(pages[0], max(pages[2:]), (max(rss) - begin) / planned, kept - rss_bytes())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_streamed_shards_are_packed_into_the_same_pages_one_after_the_other(tmp_path: Path) -> None:
+    """The system clears each page that it gives, which takes longer than to fill it."""
+    toys.make_toy(tmp_path / "toy", blocks=4, width=2048, small=True)
+    done = run_python(_STREAMING.replace("sys.argv[1]", repr(str(tmp_path / "toy"))))
+    first_pages, later_pages, of_plan, kept = map(float, done.stdout.split())
+    assert first_pages > 500, "the first one takes new memory"
+    assert later_pages < 100, "those behind the second take no more"
+    assert of_plan <= 1
+    assert kept > 2048 * 2048, "the memory is kept, and goes when the heap is trimmed"
 
 
 def test_agents_wait_for_each_other_where_the_plan_has_room_for_one_copy(small: Path, monkeypatch: Any) -> None:

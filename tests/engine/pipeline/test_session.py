@@ -58,7 +58,7 @@ def test_a_shard_computes_what_its_graph_says(block: Any) -> None:
 def test_a_packed_session_computes_the_same_and_no_longer_needs_its_memory(block: Any) -> None:
     shard, graph, parts = block
     expected = _run(ShardSession(shard, graph, parts, 1))
-    packed = ShardSession(shard, graph, parts, 1, packed=True)
+    packed = ShardSession(shard, graph, parts, 1, packed=True, copied=True)
     buffer = parts[0].buffer
     buffer.piece(0, buffer.nbytes)[:] = bytes(buffer.nbytes)
     parts.clear()
