@@ -76,11 +76,20 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """One file of the model directory: its path, size and content's hash."""
+    """One file of the model directory.
+
+    Attributes:
+        path: below the directory, with slashes.
+        nbytes: its size.
+        sha256: of its bytes.
+        ranges_apart: the sha256 leaves out the bytes that lie in `WeightsRange`s of the shards, which have their own.
+            False in older directories.
+    """
 
     path: str
     nbytes: int
     sha256: str
+    ranges_apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from pipeload.format.pages import page_floor
 from pipeload.format.safetensors import check_header
 from pipeload.machine.files import open_file
 from pipeload.storage.buffers import Buffer, Part
+from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.model_files import ModelFiles, unreadable
 from pipeload.storage.ranges import OpenFile, read_range, set_direct, wrong_size
 from pipeload.storage.stamps import Stamp, Stamps, is_fresh, stamp_of
@@ -76,6 +77,7 @@ class Storage:
         self, directory: Path, manifest: Manifest, *, verify: bool = True, stamps: Stamps | None = None
     ) -> None:
         self._files = ModelFiles(directory, manifest, verify=verify)
+        self._ranges = ranges_of(manifest)
         self._verify = verify
         self._stamps = stamps if stamps is not None else Stamps(None)
         self._tied: dict[str, TiedTable] = {}
@@ -298,13 +300,14 @@ class Storage:
         return True
 
     def _hash_whole(self, file: OpenFile, record: FileRecord) -> None:
-        """Compare all of an open file with the manifest's sha256."""
-        digest, scratch = hashlib.sha256(), Buffer(_CHECK_BYTES)
+        """Compare all of an open file with the manifest's digests of it."""
+        ranges = self._ranges.get(record.path, []) if record.ranges_apart else []
+        digests, scratch = FileDigests.of(record, ranges), Buffer(_CHECK_BYTES)
         for piece in read_range(file, 0, record.nbytes, _over(scratch), _CHECK_BYTES):
-            digest.update(piece)
+            digests.update(piece)
             piece.release()
         scratch.close()
-        if digest.hexdigest() != record.sha256:
+        if not digests.agree(record, ranges):
             raise ShardError(_damaged(record.path))
         self._stamps.add(record.path, file.stamp, file.stamp_now())
 

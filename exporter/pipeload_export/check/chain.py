@@ -6,7 +6,8 @@ copied, and a model that is larger than memory can be verified, slowly.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line, foreign_errors
 from pipeload.format.caches import length_input
-from pipeload.format.manifest import Manifest
+from pipeload.format.manifest import Manifest, Shard
 from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
@@ -98,7 +99,13 @@ def _check_names(path: Path, does: str, different: set[str], expected: set[str])
 
 
 def run_shards(
-    directory: Path, manifest: Manifest, cases: Sequence[Case], progress: Notify, *, rounded: bool = False
+    directory: Path,
+    manifest: Manifest,
+    cases: Sequence[Case],
+    progress: Notify,
+    *,
+    rounded: bool = False,
+    sampled: bool = False,
 ) -> list[Arrays]:
     """The outputs of the chain of shards for each case. Each shard is opened once, and freed before the next.
 
@@ -108,6 +115,9 @@ def run_shards(
         cases: the inputs.
         progress: called with the bytes of the shards that are done.
         rounded: move the float16 edges by as much as one more rounding would.
+        sampled: of shards that are built alike, and take the same edges but for those that are theirs alone, only the
+            first runs, and the others are taken to make what it makes. The outputs are not those of the model, but
+            they are made by every kind of shard that it has, in the time of a few of them.
 
     Raises:
         ExportError: a shard does not run.
@@ -119,18 +129,19 @@ def run_shards(
     heads: list[list[NDArray[Any]]] = [[] for _ in cases]
     narrow = {edge.name for edge in manifest.edges if edge.dtype == "float16"} if rounded else set()
     random = np.random.default_rng(0)
+    kinds = _kinds(manifest)
+    known: dict[Hashable, list[list[NDArray[Any]]]] = {}
     done, total = 0, sum(shard.nbytes for shard in manifest.shards)
     for number, shard in enumerate(manifest.shards):
         progress("run the shards", done, total)
-        session = open_session(directory / shard.graph.path, f"shard '{shard.name}'")
+        results = known.get(kinds[number])
+        if results is None:
+            results = _run_shard(directory, storage, shard, cases, states)
+            if sampled:
+                known[kinds[number]] = results
         later = {name for other in manifest.shards[number + 1 :] for name in _needs(other)} | outputs
-        for case, state, head in zip(cases, states, heads, strict=True):
-            fetched = {
-                lookup.output: storage.read_rows(lookup, state[lookup.indices], keep_cached=True)
-                for lookup in shard.lookups
-            }
-            inputs = {name: fetched[name] if name in fetched else state[name] for name in shard.inputs}
-            made = run_session(session, list(shard.outputs), inputs, f"Shard '{shard.name}' ({case.name})")
+        for state, head, arrays in zip(states, heads, results, strict=True):
+            made = dict(zip(shard.outputs, arrays, strict=True))
             made |= {name: _rounded_again(made[name], random) for name in narrow.intersection(made)}
             if shard.name in slices:
                 head.append(made[shard.outputs[0]])
@@ -144,6 +155,29 @@ def run_shards(
         for state, head in zip(states, heads, strict=True):
             state[manifest.head.output] = np.concatenate(head, axis=-1)
     return [{name: state[name] for name in outputs} for state in states]
+
+
+def _kinds(manifest: Manifest) -> list[Hashable]:
+    """Of each shard its structure, and those of the edges that it takes that other shards take too, such as masks."""
+    taken = Counter(name for shard in manifest.shards for name in shard.inputs)
+    return [(shard.structure, *(name if taken[name] > 1 else "" for name in shard.inputs)) for shard in manifest.shards]
+
+
+def _run_shard(
+    directory: Path, storage: Storage, shard: Shard, cases: Sequence[Case], states: Sequence[Arrays]
+) -> list[list[NDArray[Any]]]:
+    """For each case what the shard makes, in order."""
+    session = open_session(directory / shard.graph.path, f"shard '{shard.name}'")
+    results = []
+    for case, state in zip(cases, states, strict=True):
+        fetched = {
+            lookup.output: storage.read_rows(lookup, state[lookup.indices], keep_cached=True)
+            for lookup in shard.lookups
+        }
+        inputs = {name: fetched[name] if name in fetched else state[name] for name in shard.inputs}
+        made = run_session(session, list(shard.outputs), inputs, f"Shard '{shard.name}' ({case.name})")
+        results.append([made[name] for name in shard.outputs])
+    return results
 
 
 def _rounded_again(array: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:
@@ -166,7 +200,7 @@ def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays
     return {**inputs, **{name: with_room(inputs[name], inputs[length].shape[axis]) for name in caches}}
 
 
-def _needs(shard: Any) -> list[str]:
+def _needs(shard: Shard) -> list[str]:
     return [*shard.inputs, *(lookup.indices for lookup in shard.lookups)]
 
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from pipeload.errors import ConfigError, ExportError, PipeloadError, ShardError
 from pipeload.foreign import first_line
-from pipeload.format.manifest import FileRecord, Manifest, Parity, Shard, Verification, WeightsRange, read
+from pipeload.format.manifest import FileRecord, Manifest, Parity, Shard, Verification, read
 from pipeload.machine.files import open_file
 from pipeload.notify import Notify
+from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.weights import Storage
 from pipeload_export.boundary import boundary
 from pipeload_export.check.cases import Case, sample_cases
@@ -31,7 +32,6 @@ from pipeload_export.extra import has_module, how_to_install, require_modules
 from pipeload_export.graph.runtime import open_session
 from pipeload_export.source.places import Weights
 from pipeload_export.source.sources import Checkpoint, find_source
-from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["Report", "runner", "verify", "verify_made"]
 
@@ -184,15 +184,11 @@ def _verify(directory: Path, unsplit: Unsplit | None, notify: Notify) -> Report:
 
 def _file_faults(directory: Path, manifest: Manifest, progress: Notify) -> Iterator[str]:
     """Faults of the files. Each is read once, for its own sha256 and for those of the shards that have a part of it."""
-    parts: dict[str, set[WeightsRange]] = {}
-    for shard in manifest.shards:
-        if shard.weights:
-            parts.setdefault(shard.weights.path, set()).add(shard.weights)
+    ranges = ranges_of(manifest)
     done, total = 0, sum(record.nbytes for record in manifest.files)
     for record in manifest.files:
-        spans = {(part.offset, part.offset + part.nbytes): part.sha256 for part in parts.get(record.path, ())}
-        spans[0, record.nbytes] = record.sha256
-        digests = RangeDigests(spans)
+        spans = ranges.get(record.path, [])
+        digests = FileDigests.of(record, spans)
         try:
             for piece in _pieces(directory, record):
                 digests.update(piece)
@@ -201,7 +197,7 @@ def _file_faults(directory: Path, manifest: Manifest, progress: Notify) -> Itera
             yield str(error)
             continue
         done += record.nbytes
-        if any(digests.hexdigest(*span) != sha256 for span, sha256 in spans.items()):
+        if not digests.agree(record, spans):
             yield f"'{record.path}' is damaged: its sha256 is not the one in the manifest"
 
 

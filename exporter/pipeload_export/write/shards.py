@@ -147,7 +147,7 @@ class ShardWriter:
         cuts = [head.cut(self._graph, index) for index in range(len(head.rows))]
         runs = {(head.table, begin): list(cut) for (begin, _), cut in zip(head.rows, cuts, strict=True)}
         parts = [item for cut in cuts for item in cut.items()]
-        return self._write_weights(name, [*parts, *others], runs=runs)
+        return self._write_weights(name, [*parts, *others], tables=True, runs=runs)
 
     def finish(self) -> None:
         """Tell the progress function that the last byte is written."""
@@ -167,13 +167,14 @@ class ShardWriter:
         order = sorted(in_order(stored), key=lambda item: head is None or item[0] != head.table)
         widened = {key: wide_name(key) for key, table in tables.items() if stored[key].dtype != table.dtype}
         rows = {head.table: head.rows} if head else None
-        return self._write_weights(name, order, widened=widened, rows=rows)
+        return self._write_weights(name, order, tables=True, widened=widened, rows=rows)
 
     def _write_weights(
         self,
         name: str,
         constants: Sequence[tuple[str, Constant]],
         *,
+        tables: bool = False,
         widened: Mapping[str, str] | None = None,
         rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
         runs: Mapping[tuple[str, int], Sequence[str]] | None = None,
@@ -184,7 +185,7 @@ class ShardWriter:
             self._progress(f"writing {name}", self._done, self._total)
 
         path = self._folder / f"{name}.safetensors"
-        result = write_weights(path, constants, widened=widened, rows=rows, runs=runs, written=written)
+        result = write_weights(path, constants, tables=tables, widened=widened, rows=rows, runs=runs, written=written)
         self.files.append(result.record)
         return result
 

@@ -30,6 +30,7 @@ class SharedWeights:
             written: the shard's own file.
             fused: the shard's graph.
         """
+        assert written.range is not None, "a shard's own file is loaded as a whole"
         begin = written.range.offset
         places = tuple((spec.dtype, spec.shape, spec.offset - begin) for spec in written.tensors)
         stored = self._stored.setdefault((written.range.sha256, places), written)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from pipeload.format.dtypes import ONNX_DTYPES, SAFETENSORS_DTYPES
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
+from pipeload.storage.digests import FileDigests
 from pipeload_export.graph.graph import Constant, row_pieces, storage_dtype
-from pipeload_export.write.digests import RangeDigests
 
 __all__ = ["WeightsFile", "in_order", "write_weights"]
 
@@ -34,13 +34,13 @@ class WeightsFile:
 
     Attributes:
         record: the whole file.
-        range: its data.
+        range: its data, where one shard loads all of it; None of a file of tables.
         slices: (name of a tensor, first row) -> these rows, for those that were asked for.
         tensors: the tensors in it, in order.
     """
 
     record: FileRecord
-    range: WeightsRange
+    range: WeightsRange | None
     slices: dict[tuple[str, int], WeightsRange]
     tensors: tuple[WeightSpec, ...]
 
@@ -61,16 +61,18 @@ def write_weights(
     path: Path,
     constants: Sequence[tuple[str, Constant]],
     *,
+    tables: bool = False,
     widened: Mapping[str, str] | None = None,
     rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     runs: Mapping[tuple[str, int], Sequence[str]] | None = None,
     written: Callable[[int], None] | None = None,
 ) -> WeightsFile:
-    """Write tensors in the given order, and hash them on the way.
+    """Write tensors in the given order, and hash each byte once on the way.
 
     Args:
         path: the file to make, in the folder of the shards.
         constants: names and values.
+        tables: the file is no shard's: shards load at most slices of it.
         widened: name of a tensor that is stored in 16 bits -> name of what the graph casts it to.
         rows: name of a tensor -> the slices of it that shards load alone, first row and end.
         runs: key of a slice -> the tensors, one behind the other, that a shard loads alone.
@@ -95,7 +97,8 @@ def write_weights(
     }
     for key, names in (runs or {}).items():
         spans[key] = begin + entries[names[0]]["data_offsets"][0], begin + entries[names[-1]]["data_offsets"][1]
-    digests = RangeDigests([(0, size), (begin, size), *spans.values()])
+    data = [] if tables else [(begin, size)]
+    digests = FileDigests([*data, *spans.values()], apart=True)
     digests.update(prefix)
     with path.open("wb") as file:
         file.write(prefix)
@@ -109,8 +112,8 @@ def write_weights(
             raise AssertionError(f"{path} got {file.tell() - begin} bytes of weights, expected {position}")
     relative = f"{path.parent.name}/{path.name}"
     return WeightsFile(
-        record=FileRecord(path=relative, nbytes=size, sha256=digests.hexdigest(0, size)),
-        range=_range(relative, digests, begin, size),
+        record=FileRecord(path=relative, nbytes=size, sha256=digests.sha256, ranges_apart=True),
+        range=None if tables else _range(relative, digests, begin, size),
         slices={key: _range(relative, digests, *span) for key, span in spans.items()},
         tensors=tuple(
             WeightSpec(
@@ -131,8 +134,8 @@ def _rows_span(offset: int, constant: Constant, first: int, end: int) -> tuple[i
     return offset + first * row_bytes, offset + end * row_bytes
 
 
-def _range(path: str, digests: RangeDigests, begin: int, end: int) -> WeightsRange:
-    return WeightsRange(path=path, offset=begin, nbytes=end - begin, sha256=digests.hexdigest(begin, end))
+def _range(path: str, digests: FileDigests, begin: int, end: int) -> WeightsRange:
+    return WeightsRange(path=path, offset=begin, nbytes=end - begin, sha256=digests.range_sha256(begin, end))
 
 
 def _pieces(constant: Constant) -> Iterator[memoryview]:

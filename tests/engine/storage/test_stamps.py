@@ -18,6 +18,7 @@ from pipeload.errors import ShardError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME
 from pipeload.machine.user_cache import user_cache
+from pipeload.storage import digests
 from pipeload.storage import stamps as stamping
 from pipeload.storage import weights as storages
 from pipeload.storage.buffers import Buffer, Part
@@ -53,7 +54,8 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def hexdigest(self) -> str:
             return self._digest.hexdigest()
 
-    monkeypatch.setattr(storages, "hashlib", SimpleNamespace(sha256=Counting))
+    for module in (storages, digests):
+        monkeypatch.setattr(module, "hashlib", SimpleNamespace(sha256=Counting))
     return counts
 
 

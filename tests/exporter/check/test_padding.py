@@ -17,7 +17,9 @@ from tests.models import traced_here
 import pipeload
 from pipeload.notify import silent
 from pipeload_export import export
+from pipeload_export.check import chain
 from pipeload_export.check.padding import takes_left_padding
+from pipeload_export.graph.runtime import open_session
 
 SMALL = {
     "tie_word_embeddings": False,
@@ -84,6 +86,40 @@ def test_positions_of_the_graph_are_tried(
     sharded = shard(decoder(positions).model())
     assert len(sharded.manifest.caches) == 3
     assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
+
+
+@pytest.mark.parametrize(("positions", "wanted"), [(by_mask, True), (by_column, False)])
+def test_one_shard_of_each_kind_is_opened(
+    positions: Callable[[Builder, str, str], str | None],
+    wanted: bool,
+    shard: Callable[..., Sharded],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sharded = shard(decoder(positions).model())
+    opened: list[str] = []
+    monkeypatch.setattr(chain, "open_session", lambda path, what: opened.append(path.stem) or open_session(path, what))
+    assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
+    blocks = {item.name for item in sharded.manifest.shards if item.role == "block"}
+    assert len(blocks) == 3
+    assert set(opened) & blocks == {"block.000"}
+    kinds = {item.name: item.structure for item in sharded.manifest.shards}
+    assert {kinds[name] for name in opened} == set(kinds.values())
+
+
+def test_blocks_of_one_graph_with_other_masks_are_tried_too(shard: Callable[..., Sharded]) -> None:
+    builder = Builder()
+    ids, mask = (builder.input(name, ["batch", "length"]) for name in ("input_ids", "attention_mask"))
+    ones = builder.op("Expand", builder.constant(1), builder.op("Shape", mask))
+    hides, shows = builder.mask_bias(mask), builder.mask_bias(ones)
+    x = builder.embed(ids)
+    for number in range(4):
+        x = builder.layer(x, bias=shows if number % 2 else hides)
+    builder.output(x, "hidden", ["batch", "length", WIDTH])
+    sharded = shard(builder.model())
+    blocks = [item for item in sharded.manifest.shards if item.role == "block"]
+    assert len(blocks) == 4
+    assert len({item.structure for item in blocks}) == 1
+    assert takes_left_padding(sharded.directory, sharded.manifest, silent) is False
 
 
 def fused_encoder(*, lengths: bool) -> Builder:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from tests.digests import expected_record
 from tests.engine.toy import make_toy
 from tests.exporter.models import ROWS, write_gpt2, write_onnx
 from tests.models import traced_here
@@ -22,7 +23,7 @@ from tests.shared import folder_of_the_run, made_by_one
 from tests.variants.changes import half
 
 from pipeload.errors import ConfigError, ExportError, ManifestError, PipeloadError, ShardError
-from pipeload.format.manifest import Cache, FileRecord, Manifest, Shard, Verification, read, write
+from pipeload.format.manifest import Cache, Manifest, Shard, Verification, read, write
 from pipeload_export import export, verify
 from pipeload_export.check import cases as samples_module
 from pipeload_export.check import compare as compare_module
@@ -51,7 +52,10 @@ def spoil(model: onnx.ModelProto) -> None:
 def rehash(directory: Path) -> None:
     """Make the manifest agree with the files, as an attacker or a broken tool would."""
     manifest = read(directory)
-    records = {record.path: _record(directory, record.path) for record in manifest.files}
+    records = {
+        record.path: expected_record(directory, record.path, manifest.shards, apart=record.ranges_apart)
+        for record in manifest.files
+    }
 
     def fresh(shard: Shard) -> Shard:
         weights = shard.weights
@@ -64,11 +68,6 @@ def rehash(directory: Path) -> None:
         replace(manifest, files=tuple(records.values()), shards=tuple(map(fresh, manifest.shards))),
         directory,
     )
-
-
-def _record(directory: Path, path: str) -> FileRecord:
-    data = (directory / path).read_bytes()
-    return FileRecord(path=path, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def flip(path: Path, position: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from tests.exporter.conftest import Sharded
 
 from pipeload.format.manifest import PAGE_BYTES
+from pipeload.storage import digests
 from pipeload_export.graph.graph import Constant, known_constant
 from pipeload_export.write import weights
 from pipeload_export.write.weights import in_order, write_weights
@@ -70,24 +72,46 @@ def test_data_begins_at_a_page_and_tensors_are_aligned(tmp_path: Path) -> None:
         assert spec.offset % (64 if spec.nbytes % 64 == 0 else item_bytes) == 0
 
 
-def test_hashes_are_of_the_file_and_of_its_data(tmp_path: Path) -> None:
+def test_a_shards_file_has_one_hash_for_its_data_and_one_for_its_header(tmp_path: Path) -> None:
     written = write_weights(tmp_path / "w.safetensors", in_order(constants()))
-    data = (tmp_path / "w.safetensors").read_bytes()
-    assert written.record.nbytes == len(data)
-    assert written.record.sha256 == hashlib.sha256(data).hexdigest()
-    assert written.range.sha256 == hashlib.sha256(data[written.range.offset :]).hexdigest()
+    data, begin = (tmp_path / "w.safetensors").read_bytes(), written.range.offset
+    assert (written.record.nbytes, written.record.ranges_apart) == (len(data), True)
+    assert written.record.sha256 == hashlib.sha256(data[:begin]).hexdigest()
+    assert written.range.sha256 == hashlib.sha256(data[begin:]).hexdigest()
+
+
+def test_every_byte_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+
+    class Counting:
+        def update(self, piece: memoryview) -> None:
+            hashed.append(len(piece))
+
+        def hexdigest(self) -> str:
+            return "0" * 64
+
+    monkeypatch.setattr(digests, "hashlib", SimpleNamespace(sha256=Counting))
+    rows = {"large": [(0, 10), (10, 64)], "matrix": [(3, 40)]}
+    for kind in ({}, {"tables": True}, {"tables": True, "rows": rows}):
+        hashed.clear()
+        written = write_weights(tmp_path / "w.safetensors", in_order(constants()), **kind)
+        assert sum(hashed) == written.record.nbytes
 
 
 def test_slices_are_hashed_while_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_PIECE_BYTES", 1000)
     rows = {"large": [(0, 10), (10, 64)], "matrix": [(3, 40)]}
-    written = write_weights(tmp_path / "w.safetensors", in_order(constants()), rows=rows)
+    written = write_weights(tmp_path / "w.safetensors", in_order(constants()), tables=True, rows=rows)
     data = (tmp_path / "w.safetensors").read_bytes()
     assert set(written.slices) == {("large", 0), ("large", 10), ("matrix", 3)}
     for (name, first), part in written.slices.items():
         spec = next(spec for spec in written.tensors if spec.name == name)
         assert part.offset == spec.offset + first * spec.nbytes // spec.shape[0]
         assert part.sha256 == hashlib.sha256(data[part.offset : part.offset + part.nbytes]).hexdigest()
+    for part in sorted(written.slices.values(), key=lambda part: -part.offset):
+        data = data[: part.offset] + data[part.offset + part.nbytes :]
+    assert written.record.sha256 == hashlib.sha256(data).hexdigest()
+    assert written.range is None
 
 
 def test_views_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
