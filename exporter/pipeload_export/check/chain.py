@@ -158,9 +158,13 @@ def run_shards(
 
 
 def _kinds(manifest: Manifest) -> list[Hashable]:
-    """Of each shard its structure, and those of the edges that it takes that other shards take too, such as masks."""
+    """Of each shard its structure, and those of the edges that it takes that other shards take too, such as masks.
+
+    Its cache is its own, also where the prologue learns the length of texts from it.
+    """
     taken = Counter(name for shard in manifest.shards for name in shard.inputs)
-    return [(shard.structure, *(name if taken[name] > 1 else "" for name in shard.inputs)) for shard in manifest.shards]
+    common = {name for name, count in taken.items() if count > 1} - {cache.input for cache in manifest.caches}
+    return [(shard.structure, *(name if name in common else "" for name in shard.inputs)) for shard in manifest.shards]
 
 
 def _run_shard(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,15 +100,21 @@ def write_weights(
         spans[key] = begin + entries[names[0]]["data_offsets"][0], begin + entries[names[-1]]["data_offsets"][1]
     data = [] if tables else [(begin, size)]
     digests = FileDigests([*data, *spans.values()], apart=True)
-    digests.update(prefix)
-    with path.open("wb") as file:
-        file.write(prefix)
+    with path.open("wb") as file, ThreadPoolExecutor(1, "pipeload-writer") as writer:
+
+        def write(piece: memoryview) -> int:
+            digests.update(piece)
+            return file.write(piece)
+
+        # While one piece is hashed and written, the next one is read from the checkpoint, and turned.
+        before = writer.submit(write, memoryview(prefix))
         for _, constant in constants:
             for piece in _pieces(constant):
-                file.write(piece)
-                digests.update(piece)
+                before.result()
+                before = writer.submit(write, piece)
                 if written:
                     written(len(piece))
+        before.result()
         if file.tell() != begin + position:
             raise AssertionError(f"{path} got {file.tell() - begin} bytes of weights, expected {position}")
     relative = f"{path.parent.name}/{path.name}"
