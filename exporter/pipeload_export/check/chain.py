@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line, foreign_errors
 from pipeload.format.caches import length_input
-from pipeload.format.manifest import Manifest
+from pipeload.format.manifest import Manifest, Shard
 from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
 from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 
-__all__ = ["run_session", "run_shards", "run_unsplit"]
+__all__ = ["needs_of", "run_session", "run_shards", "run_unsplit", "with_rooms"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -113,7 +113,7 @@ def run_shards(
         ExportError: a shard does not run.
     """
     storage = Storage(directory, manifest, verify=False)
-    states: list[Arrays] = [_with_room(manifest, case.inputs) for case in cases]
+    states: list[Arrays] = [with_rooms(manifest, case.inputs) for case in cases]
     outputs = {spec.name for spec in manifest.outputs}
     slices = {} if manifest.head is None else {name: number for number, name in enumerate(manifest.head.shards)}
     heads: list[list[NDArray[Any]]] = [[] for _ in cases]
@@ -123,7 +123,7 @@ def run_shards(
     for number, shard in enumerate(manifest.shards):
         progress("run the shards", done, total)
         session = open_session(directory / shard.graph.path, f"shard '{shard.name}'")
-        later = {name for other in manifest.shards[number + 1 :] for name in _needs(other)} | outputs
+        later = {name for other in manifest.shards[number + 1 :] for name in needs_of(other)} | outputs
         for case, state, head in zip(cases, states, heads, strict=True):
             fetched = {
                 lookup.output: storage.read_rows(lookup, state[lookup.indices], keep_cached=True)
@@ -157,7 +157,7 @@ def _rounded_again(array: NDArray[Any], random: np.random.Generator) -> NDArray[
         return np.where(moved, np.nextafter(array, ends), array)
 
 
-def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+def with_rooms(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """The inputs, with caches that are written in place as long as they will be."""
     caches = [cache.input for cache in manifest.caches if cache.in_place]
     if not caches:
@@ -166,7 +166,8 @@ def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays
     return {**inputs, **{name: with_room(inputs[name], inputs[length].shape[axis]) for name in caches}}
 
 
-def _needs(shard: Any) -> list[str]:
+def needs_of(shard: Shard) -> list[str]:
+    """The tensors that must be there before a shard runs: its inputs, and the indices of its lookups."""
     return [*shard.inputs, *(lookup.indices for lookup in shard.lookups)]
 
 
