@@ -74,9 +74,7 @@ def test_shards_have_the_bits_and_answers_of_the_unsplit_graph_rounded_as_a_whol
     made = round_directory(floats.directory, tmp_path / "made", small(bits), progress=lambda *_: None)
     assert [one.name for one in made.shards] == wanted.names
     for one, other in zip(made.shards, wanted.model.shards, strict=True):
-        found, known = (
-            [folder / item.graph.path] for folder, item in ((tmp_path / "made", one), (wanted.directory, other))
-        )
+        found, known = tmp_path / "made" / one.graph.path, wanted.directory / other.graph.path
         assert rounded_tensors(found) == rounded_tensors(known), one.name
         assert (one.nbytes, one.packed) == (other.nbytes, other.packed)
     assert made.dims == wanted.model.dims
