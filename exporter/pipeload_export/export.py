@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,20 @@ from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
-from pipeload_export.check.accuracy import check_error, measure_accuracy
+from pipeload_export.check.accuracy import (
+    accuracy_cases,
+    check_error,
+    compared_outputs,
+    measure_accuracy,
+    with_no_past,
+)
+from pipeload_export.check.compare import Unsplit as UnsplitModel
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
 from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
 from pipeload_export.check.verify import runner, verify_made
+from pipeload_export.convert.convert import write_rounded
+from pipeload_export.convert.how import BlockSize, How, how_to_round
 from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.beside import resolve_beside
@@ -43,24 +53,18 @@ Weights = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 """How float32 weights are stored: in 16 bits where that loses nothing, and a GGUF file's in its own blocks; as they
 are; rounded to 16 bits; or those of products and tables rounded to 8 or 4 bits with a scale for each block of them."""
 
-BlockSize = Literal["16", "32", "64", "128", "256"]
-"""Weights of 8 or 4 bits that have one scale."""
-
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
-_TYPES: dict[Weights, str] = {"bf16": "bfloat16", "fp16": "float16"}
-_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
-_FINE_BITS = 8
-"""Of tables, the head that is tied to one, and products that narrow: 4 bits hurt there most."""
+_FLOAT_BITS = 32
 _KEPT_ONNX = "model.onnx"
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
 )
 _NO_ERROR = (
-    "A largest error is only measured where weights are rounded (--weights bf16, fp16, int8 or int4), or those of a "
-    "GGUF file, and the result is verified."
+    "An error is only measured where weights are rounded (--weights bf16, fp16, int8 or int4), or those of a "
+    "GGUF file, and the result is verified: leave --max-error out."
 )
 _WRITING = "write the shards"
 _LOGGER = logging.getLogger("pipeload_export")
@@ -78,6 +82,8 @@ def export(
     kv_cache: KvCache = "model",
     block_size: int = 32,
     asymmetric: bool = False,
+    keep: str | Sequence[str] = (),
+    mixed: str | float | None = None,
     max_error: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -109,6 +115,10 @@ def export(
             leaves them as they are.
         block_size: weights of a block, which have one scale: 16, 32, 64, 128 or 256.
         asymmetric: give each block of a product's weights a zero of its own.
+        keep: shards that stay wider than others, as "fp32:block.000,epilogue", or with "int4" also "int8:block.003";
+            one text or several. "head" names all slices of a head. Tables belong to the shards that take rows of them.
+        mixed: keep the shards wider whose rounding does the most, until no output is further from the source's than
+            this part of its range: a number, or a text such as "0.5%".
         max_error: fail where rounding weights changes an output by more than this part of its range.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the Python code of the checkpoint, or of the tokenizer beside an `.onnx` file. Read it
@@ -138,12 +148,18 @@ def export(
     for what, given, known in (
         ("KV caches", kv_cache, get_args(KvCache)),
         ("weights", weights, get_args(Weights)),
-        ("size of blocks", block_size, tuple(map(int, get_args(BlockSize)))),
     ):
         if given not in known:
             raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
-    if max_error is not None and (weights == "fp32" or not verify):
-        raise ConfigError(_NO_ERROR)
+    how = how_to_round(
+        weights,
+        block_size=block_size,
+        asymmetric=asymmetric,
+        keep=keep,
+        mixed=mixed,
+        max_error=max_error,
+        verify=verify,
+    )
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -166,33 +182,31 @@ def export(
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
         if not isinstance(found, Checkpoint):
-            _check_space(staging.disk, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
+            _check_space(staging.disk, found.nbytes * (_ONNX_DISK_FACTOR + _share(how)), found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
             unsplit = (
-                _traced(found, staging, weights, notify, keep=keeping is not None)
+                _traced(found, staging, weights, how, notify, keep=keeping is not None)
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
             floats = runner(unsplit.path, unsplit.weights)
-            if small := _small(weights, block_size, symmetric=not asymmetric):
-                unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
-            elif gguf:
+            if gguf:
                 unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
+            split_into = staging.work / "floats" if how else staging.result
+            split_into.mkdir(exist_ok=True)
             manifest = _build(
-                *(unsplit, staging.result),
+                *(unsplit, split_into),
                 whole=whole,
                 weights=weights,
                 kv_cache=kv_cache,
                 verify=verify,
                 progress=notify,
             )
-            if verify and manifest.small_weights:
-                accuracy = measure_accuracy(staging.result, manifest, floats, notify)
-                if max_error is not None:
-                    check_error(accuracy, max_error)
-                manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
-                write(manifest, staging.result)
+            if how:
+                manifest = write_rounded(split_into, staging.result, staging.work, how, notify, verify=verify)
+            elif verify and manifest.small_weights:
+                manifest = _measured(staging.result, manifest, floats, max_error, notify)
             if verify and isinstance(found, Checkpoint):
                 parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
                 manifest = replace(manifest, parity=parity)
@@ -208,45 +222,45 @@ def export(
     return manifest
 
 
-def _small(weights: Weights, block_size: int, *, symmetric: bool) -> SmallWeights | None:
-    """How weights are to be rounded; None where they are not."""
-    if weights in _TYPES:
-        return SmallWeights(dtype=_TYPES[weights], bits=16, fine_bits=16, block_size=1, symmetric=True)
-    if weights in _BITS:
-        return SmallWeights(bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=symmetric)
-    return None
+def _measured(
+    result: Path, manifest: Manifest, source: UnsplitModel, max_error: float | None, progress: Notify
+) -> Manifest:
+    """The manifest with what the blocks of a GGUF file do to the answers; it is written."""
+    cases = accuracy_cases(result, manifest)
+    wanted = source(compared_outputs(manifest), with_no_past(manifest, cases, unsplit=True), progress)
+    accuracy = measure_accuracy(result, manifest, cases, wanted, progress)
+    if max_error is not None:
+        check_error(accuracy, max_error)
+    assert manifest.small_weights is not None
+    manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
+    write(manifest, result)
+    return manifest
 
 
-def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Notify) -> Unsplit:
-    """The unsplit model with rounded weights."""
-    from pipeload_export.rewrite.rounding import Rounding  # needs the extra [export]
-    from pipeload_export.rewrite.sixteen import write_with_16_bits
-    from pipeload_export.rewrite.small_weights import write_with_small_weights
-
-    folder.mkdir()
-    if small.dtype:
-        path = write_with_16_bits(unsplit.path, unsplit.weights, folder, small.dtype)
-    else:
-        coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
-        fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
-        made = write_with_small_weights(unsplit.path, unsplit.weights, folder, coarse, fine, progress)
-        path, small = made.path, replace(small, integers=made.integers)
-    return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
+def _share(how: How | None) -> float:
+    """The disk that rounded copies of the shards take, in parts of the weights in float32."""
+    if how is None:
+        return 0.0
+    copies = 1 if how.mixed is None else 1 + len(how.levels)
+    return copies * how.small.fine_bits / _FLOAT_BITS
 
 
-def _traced(found: Checkpoint, staging: Staging, weights: Weights, progress: Notify, *, keep: bool) -> Unsplit:
+def _traced(
+    found: Checkpoint, staging: Staging, weights: Weights, how: How | None, progress: Notify, *, keep: bool
+) -> Unsplit:
     """The ONNX graph of a checkpoint, without its weights where that is possible, and where the graph is not kept."""
     request = found.request
     nbytes, obstacle = request.weight_bytes, None
+    rounded = nbytes * _share(how)
     if request.may_be_hollow and not keep:
-        _check_space(staging.disk, request.stored_bytes if weights == "auto" else nbytes, nbytes)
+        _check_space(staging.disk, (nbytes if weights == "fp32" else request.stored_bytes) + rounded, nbytes)
         try:
             return found.to_onnx(staging.work, progress, hollow=True)
         except Declined as declined:
             obstacle = str(declined)
             _LOGGER.info("%s is exported with its weights in memory: %s.", request.name, obstacle)
             shutil.rmtree(staging.work / "onnx")
-    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
+    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes + rounded, nbytes)
     return found.to_onnx(staging.work, progress, obstacle=obstacle)
 
 

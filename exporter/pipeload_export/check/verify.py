@@ -33,7 +33,7 @@ from pipeload_export.graph.runtime import open_session
 from pipeload_export.source.places import Weights
 from pipeload_export.source.sources import Checkpoint, find_source
 
-__all__ = ["Report", "runner", "verify", "verify_made"]
+__all__ = ["Report", "check_files", "runner", "verify", "verify_made"]
 
 _PIECE_BYTES = 4 << 20
 _REMEDY = "Export it from this source again, or pass the source that it was made from."
@@ -125,6 +125,19 @@ def verify_made(directory: Path, graph: Path, weights: Weights | None, notify: N
         PipeloadError: as `verify` does.
     """
     return _verify(directory, runner(graph, weights), notify)
+
+
+def check_files(directory: Path, notify: Notify) -> None:
+    """Check the files and graphs of a sharded model directory that was just made, and not its answers.
+
+    Args:
+        directory: the sharded model directory.
+        notify: as for `verify`.
+
+    Raises:
+        PipeloadError: as `verify` does.
+    """
+    _verify(directory, None, notify)
 
 
 def runner(graph: Path, weights: Weights | None) -> Unsplit:

@@ -77,8 +77,8 @@ class ShardWriter:
         else:
             self._tables = self._write_tables(_TABLES, tables, tied)
 
-    def write_piece(self, piece: Piece, lifts: Sequence[Lift], head: HeadCut | None) -> None:
-        """Write one shard that was cut out of the graph."""
+    def write_piece(self, piece: Piece, lifts: Sequence[Lift], head: HeadCut | None, *, optimise: bool = True) -> None:
+        """Write one shard that was cut out of the graph; without `optimise`, one that is optimised already."""
         graph = self._graph
         nodes = [graph.nodes[index] for index in piece.nodes]
         names = {name for node in nodes for name in node_inputs(node)}
@@ -91,7 +91,7 @@ class ShardWriter:
         for lift in mine:
             self._sampler.fetch(len(self.shards), graph.constants[lift.table], lift.indices, lift.output)
         plain, fused = fuse(model, constants, self._folder, computes_constants=computes)
-        chosen, structure = self.structures.choose(len(self.shards), plain, fused)
+        chosen, structure = self.structures.choose(len(self.shards), plain, fused if optimise else None)
         for name, dtype in chosen.dtypes.items():
             graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
         chosen, widened = narrow(replace(chosen, external=by_use(chosen)), self._stored_type)
