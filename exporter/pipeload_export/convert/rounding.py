@@ -81,7 +81,7 @@ def round_directory(
     for record in beside:
         link_or_copy(source / record.path, target / record.path)
     made = replace(made, files=(*beside, *made.files))
-    share_equal_files(source, manifest.files, target, made.files)
+    share_equal_files(source, manifest, target, made)
     write(made, target)
     return made
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pipeload.format.manifest import FileRecord
+from pipeload.format.manifest import Manifest
+from pipeload.storage.digests import ranges_of
 
 __all__ = ["link_or_copy", "share_equal_files"]
 
@@ -23,21 +23,35 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def share_equal_files(source: Path, known: Iterable[FileRecord], target: Path, made: Iterable[FileRecord]) -> None:
+def share_equal_files(source: Path, known: Manifest, target: Path, made: Manifest) -> None:
     """Put links in the place of files that are equal to some of another directory.
 
     Args:
         source: the other directory.
-        known: its files.
+        known: its manifest.
         target: the directory that was made.
-        made: its files.
+        made: its manifest.
     """
-    places = {(record.nbytes, record.sha256): source / record.path for record in known}
-    for record in made:
-        same, path = places.get((record.nbytes, record.sha256)), target / record.path
-        if same is None or same.stat().st_size != record.nbytes or path.samefile(same):
+    places = {content: source / path for path, content in _contents(known).items()}
+    for name, content in _contents(made).items():
+        same, path = places.get(content), target / name
+        if same is None or same.stat().st_size != path.stat().st_size or path.samefile(same):
             continue
         link = path.with_name(f"{path.name}.link")
         with suppress(OSError):
             os.link(same.resolve(), link)
             link.replace(path)
+
+
+def _contents(manifest: Manifest) -> dict[str, tuple[object, ...]]:
+    """Path of each file -> what its bytes are: a weights file's own digest leaves out the ranges of its shards."""
+    ranges = ranges_of(manifest)
+    return {
+        record.path: (
+            record.nbytes,
+            record.sha256,
+            record.ranges_apart,
+            *sorted((span.offset, span.nbytes, span.sha256) for span in ranges.get(record.path, ())),
+        )
+        for record in manifest.files
+    }

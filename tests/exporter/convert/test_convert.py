@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pipeload_export import convert, export, verify
 from pipeload_export.check.cases import Case
 from pipeload_export.check.chain import run_shards
 from pipeload_export.convert.rounding import round_directory
+from pipeload_export.convert.sharing import share_equal_files
 from pipeload_export.graph.load import load
 from pipeload_export.rewrite.rounding import Rounding
 
@@ -116,6 +119,27 @@ def test_files_in_common_are_the_same_files_and_each_directory_stands_alone(dire
     verify(tmp_path / "eight")
     with pipeload.load(tmp_path / "eight", "1GB") as model:
         assert model.run({name: np.ones((1, 3), np.int64) for name in ("input_ids", "attention_mask")})
+
+
+def test_weights_of_equal_size_and_header_with_other_values_are_not_shared(directory: Path, tmp_path: Path) -> None:
+    """The digest of a weights file leaves out the ranges of its shards."""
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    manifest = read(other)
+    block = next(one for one in manifest.shards if one.name == "block.001")
+    assert block.weights is not None
+    path = other / block.weights.path
+    data = bytearray(path.read_bytes())
+    data[block.weights.offset] ^= 1
+    path.write_bytes(data)
+    sha256 = hashlib.sha256(data[block.weights.offset :]).hexdigest()
+    changed = replace(block, weights=replace(block.weights, sha256=sha256))
+    shards = tuple(changed if one is block else one for one in manifest.shards)
+    manifest = replace(manifest, shards=shards)
+    share_equal_files(directory, read(directory), other, manifest)
+    assert path.read_bytes() == bytes(data)
+    same = [record.path for record in manifest.files if (other / record.path).samefile(directory / record.path)]
+    assert set(same) == {record.path for record in manifest.files} - {block.weights.path}
 
 
 def test_without_hard_links_files_are_copied(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
