@@ -30,9 +30,11 @@ from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.beside import resolve_beside
 from pipeload_export.source.folder import read_json
+from pipeload_export.source.identity import identity_of
 from pipeload_export.source.refused import Declined
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
+from pipeload_export.write.journal import Journal
 
 __all__ = ["BlockSize", "KvCache", "Weights", "export"]
 
@@ -89,7 +91,8 @@ def export(
     """Write a sharded model directory, which is complete and verified when it appears at `target`.
 
     Everything is made in a folder beside the target, which is renamed at the end. When the export fails, or its
-    process is killed at any moment, the target is as it was before.
+    process is killed at any moment, the target is as it was before. The same export of a source that has not changed
+    goes on where a killed one stopped: weights files that were finished are not written again.
 
     Args:
         source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
@@ -165,8 +168,11 @@ def export(
         gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
+        if not allow_missing:  # whose random numbers are others each time
+            options = (whole, weights, kv_cache, block_size, asymmetric, keep_onnx is None)
+            staging.resume(identity_of(found, options))
         if not isinstance(found, Checkpoint):
-            _check_space(staging.disk, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
+            _check_space(staging, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
             unsplit = (
@@ -180,7 +186,7 @@ def export(
             elif gguf:
                 unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
             manifest = _build(
-                *(unsplit, staging.result),
+                *(unsplit, staging),
                 whole=whole,
                 weights=weights,
                 kv_cache=kv_cache,
@@ -239,14 +245,14 @@ def _traced(found: Checkpoint, staging: Staging, weights: Weights, progress: Not
     request = found.request
     nbytes, obstacle = request.weight_bytes, None
     if request.may_be_hollow and not keep:
-        _check_space(staging.disk, request.stored_bytes if weights == "auto" else nbytes, nbytes)
+        _check_space(staging, request.stored_bytes if weights == "auto" else nbytes, nbytes)
         try:
             return found.to_onnx(staging.work, progress, hollow=True)
         except Declined as declined:
             obstacle = str(declined)
             _LOGGER.info("%s is exported with its weights in memory: %s.", request.name, obstacle)
             shutil.rmtree(staging.work / "onnx")
-    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
+    _check_space(staging, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
     return found.to_onnx(staging.work, progress, obstacle=obstacle)
 
 
@@ -273,7 +279,7 @@ def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -
 
 def _build(
     unsplit: Unsplit,
-    result: Path,
+    staging: Staging,
     *,
     whole: bool,
     weights: Weights,
@@ -284,19 +290,22 @@ def _build(
     from pipeload_export.check.padding import takes_left_padding
     from pipeload_export.split import split  # needs the extra [export], which importing this module does not
 
+    result = staging.result
     shards = result / "shards"
     shards.mkdir()
-    # One step, not one for each of perhaps a hundred shards.
-    model = split(
-        unsplit.path,
-        shards,
-        whole=whole,
-        int8_caches=kv_cache == "int8",
-        exact_16_bits=weights != "fp32",
-        published=_published(unsplit),
-        stored=unsplit.weights,
-        progress=lambda _, done, total: progress(_WRITING, done, total),
-    )
+    with Journal(staging.journal, staging.before) as journal:
+        # One step, not one for each of perhaps a hundred shards.
+        model = split(
+            unsplit.path,
+            shards,
+            whole=whole,
+            int8_caches=kv_cache == "int8",
+            exact_16_bits=weights != "fp32",
+            published=_published(unsplit),
+            stored=unsplit.weights,
+            journal=journal,
+            progress=lambda _, done, total: progress(_WRITING, done, total),
+        )
     written = sum(record.nbytes for record in model.files)
     progress(_WRITING, written, written)
     for name, file in unsplit.side_files.items():
@@ -382,18 +391,18 @@ def _keep(unsplit: Unsplit, folder: Path, *, move: bool) -> None:
         shutil.copyfile(file, folder / name)
 
 
-def _check_space(disk: Path, needed: float, nbytes: int) -> None:
+def _check_space(staging: Staging, needed: float, nbytes: int) -> None:
     """Raise ExportError if a disk has no room.
 
     Args:
-        disk: a folder on it.
+        staging: a folder on it, whose files of a killed export need no more room.
         needed: bytes that graph and shards take.
         nbytes: bytes of the weights in float32.
     """
     needed = int(needed) + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
-    free = shutil.disk_usage(disk).free
+    free = shutil.disk_usage(staging.disk).free + staging.kept_bytes
     if needed > free:
         raise ExportError(
-            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at {disk}. "
-            "Make room, or name a target on another disk."
+            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at "
+            f"{staging.disk}. Make room, or name a target on another disk."
         )

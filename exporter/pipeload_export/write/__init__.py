@@ -1,6 +1,7 @@
 """A sharded model directory on disk.
 
 ```
+journal   the weights files that are finished, for the next export if this one is killed
 weights   safetensors files
 shared    equal weights of several shards
 shards    graph files, manifest

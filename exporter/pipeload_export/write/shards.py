@@ -20,6 +20,7 @@ from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
 from pipeload_export.shard.fuse import Fused, fuse
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.structure import Structures
+from pipeload_export.write.journal import Journal
 from pipeload_export.write.narrow import StoredType, narrow, wide_name, with_casts
 from pipeload_export.write.shared import SharedWeights, by_use
 from pipeload_export.write.weights import WeightsFile, in_order, write_weights
@@ -41,6 +42,7 @@ class ShardWriter:
         sampler: runs the shards.
         stored_type: in which type a constant is stored.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
+        journal: of finished weights files; None keeps none.
 
     Attributes:
         shards, files: those written so far.
@@ -48,10 +50,18 @@ class ShardWriter:
     """
 
     def __init__(
-        self, graph: Graph, folder: Path, sampler: Sampler, progress: Notify, *, stored_type: StoredType
+        self,
+        graph: Graph,
+        folder: Path,
+        sampler: Sampler,
+        progress: Notify,
+        *,
+        stored_type: StoredType,
+        journal: Journal | None,
     ) -> None:
         self._graph = graph
         self._stored_type = stored_type
+        self._journal = journal
         self._folder = folder
         self._sampler = sampler
         self._progress = progress
@@ -185,7 +195,15 @@ class ShardWriter:
             self._progress(f"writing {name}", self._done, self._total)
 
         path = self._folder / f"{name}.safetensors"
-        result = write_weights(path, constants, tables=tables, widened=widened, rows=rows, runs=runs, written=written)
+        result = write_weights(
+            *(path, constants),
+            tables=tables,
+            widened=widened,
+            rows=rows,
+            runs=runs,
+            journal=self._journal,
+            written=written,
+        )
         self.files.append(result.record)
         return result
 
