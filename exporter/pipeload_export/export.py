@@ -40,9 +40,11 @@ from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.beside import resolve_beside
 from pipeload_export.source.folder import read_json
+from pipeload_export.source.identity import facts_of, identity_of
 from pipeload_export.source.refused import Declined
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
+from pipeload_export.write.journal import Journal
 
 __all__ = ["BlockSize", "KvCache", "Weights", "export"]
 
@@ -95,7 +97,8 @@ def export(
     """Write a sharded model directory, which is complete and verified when it appears at `target`.
 
     Everything is made in a folder beside the target, which is renamed at the end. When the export fails, or its
-    process is killed at any moment, the target is as it was before.
+    process is killed at any moment, the target is as it was before. The same export of a source that has not changed
+    goes on where a killed one stopped: weights files that were finished are not written again.
 
     Args:
         source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
@@ -181,10 +184,14 @@ def export(
         gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
+        if not allow_missing:  # whose random numbers are others each time
+            options = (whole, weights, kv_cache, repr(how), keep_onnx is None)
+            staging.resume(identity_of({**facts_of(found), "options": options}))
         if not isinstance(found, Checkpoint):
-            _check_space(staging.disk, found.nbytes * (_ONNX_DISK_FACTOR + _share(how)), found.nbytes)
+            _check_space(staging, found.nbytes * (_ONNX_DISK_FACTOR + _share(how)), found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
+            journal = stack.enter_context(Journal(staging.root))
             unsplit = (
                 _traced(found, staging, weights, how, notify, keep=keeping is not None)
                 if isinstance(found, Checkpoint)
@@ -193,10 +200,10 @@ def export(
             floats = runner(unsplit.path, unsplit.weights)
             if gguf:
                 unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
-            split_into = staging.work / "floats" if how else staging.result
+            split_into = staging.floats if how else staging.result
             split_into.mkdir(exist_ok=True)
             manifest = _build(
-                *(unsplit, split_into),
+                *(unsplit, split_into, journal),
                 whole=whole,
                 weights=weights,
                 kv_cache=kv_cache,
@@ -204,7 +211,9 @@ def export(
                 progress=notify,
             )
             if how:
-                manifest = write_rounded(split_into, staging.result, staging.work, how, notify, verify=verify)
+                manifest = write_rounded(
+                    *(split_into, staging.result, staging.work, how, notify), journal=journal, verify=verify
+                )
             elif verify and manifest.small_weights:
                 manifest = _measured(staging.result, manifest, floats, max_error, notify)
             if verify and isinstance(found, Checkpoint):
@@ -253,14 +262,14 @@ def _traced(
     nbytes, obstacle = request.weight_bytes, None
     rounded = nbytes * _share(how)
     if request.may_be_hollow and not keep:
-        _check_space(staging.disk, (nbytes if weights == "fp32" else request.stored_bytes) + rounded, nbytes)
+        _check_space(staging, (nbytes if weights == "fp32" else request.stored_bytes) + rounded, nbytes)
         try:
             return found.to_onnx(staging.work, progress, hollow=True)
         except Declined as declined:
             obstacle = str(declined)
             _LOGGER.info("%s is exported with its weights in memory: %s.", request.name, obstacle)
             shutil.rmtree(staging.work / "onnx")
-    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes + rounded, nbytes)
+    _check_space(staging, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes + rounded, nbytes)
     return found.to_onnx(staging.work, progress, obstacle=obstacle)
 
 
@@ -288,6 +297,7 @@ def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -
 def _build(
     unsplit: Unsplit,
     result: Path,
+    journal: Journal,
     *,
     whole: bool,
     weights: Weights,
@@ -309,6 +319,7 @@ def _build(
         exact_16_bits=weights != "fp32",
         published=_published(unsplit),
         stored=unsplit.weights,
+        journal=journal,
         progress=lambda _, done, total: progress(_WRITING, done, total),
     )
     written = sum(record.nbytes for record in model.files)
@@ -396,18 +407,18 @@ def _keep(unsplit: Unsplit, folder: Path, *, move: bool) -> None:
         shutil.copyfile(file, folder / name)
 
 
-def _check_space(disk: Path, needed: float, nbytes: int) -> None:
+def _check_space(staging: Staging, needed: float, nbytes: int) -> None:
     """Raise ExportError if a disk has no room.
 
     Args:
-        disk: a folder on it.
+        staging: a folder on it, whose files of a killed export need no more room.
         needed: bytes that graph and shards take.
         nbytes: bytes of the weights in float32.
     """
     needed = int(needed) + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
-    free = shutil.disk_usage(disk).free
+    free = shutil.disk_usage(staging.disk).free + staging.kept_bytes
     if needed > free:
         raise ExportError(
-            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at {disk}. "
-            "Make room, or name a target on another disk."
+            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at "
+            f"{staging.disk}. Make room, or name a target on another disk."
         )

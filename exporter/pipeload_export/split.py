@@ -27,6 +27,7 @@ from pipeload_export.shard.alignment import related_inputs, related_structure
 from pipeload_export.shard.published import Published
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.source.places import Weights
+from pipeload_export.write.journal import Journal
 from pipeload_export.write.narrow import given_type, stored_type
 from pipeload_export.write.shards import ShardWriter
 
@@ -73,6 +74,7 @@ def split(
     exact_16_bits: bool = True,
     published: Published | None = None,
     stored: Weights | None = None,
+    journal: Journal | None = None,
     progress: Notify | None = None,
 ) -> SplitModel:
     """Cut a transformer's ONNX graph into shards, and write them.
@@ -89,6 +91,7 @@ def split(
         exact_16_bits: store float32 weights in 16 bits where all values of a tensor stay the same.
         published: sizes of inputs that the files beside the graph name.
         stored: the weights of the graph that lie in a checkpoint.
+        journal: of the weights files that are finished; those of killed exports are taken from it.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Raises:
@@ -107,6 +110,7 @@ def split(
             int8_caches=int8_caches,
             exact_16_bits=exact_16_bits,
             published=published,
+            journal=journal,
             progress=progress or silent,
         )
     except Exception:
@@ -123,6 +127,7 @@ def _split(
     int8_caches: bool,
     exact_16_bits: bool,
     published: Published | None,
+    journal: Journal | None,
     progress: Notify,
 ) -> SplitModel:
     fix_settings(graph)
@@ -156,7 +161,7 @@ def _split(
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
     taken = tuple(input_spec(value, graph, published) for value in graph.inputs)
     sampler = Sampler(graph, taken, last_uses(pieces, lifts, head), shards_dir, published)
-    writer = ShardWriter(graph, shards_dir, sampler, progress, stored_type=stored)
+    writer = ShardWriter(graph, shards_dir, sampler, progress, stored_type=stored, journal=journal)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:
         writer.write_piece(piece, lifts, head)

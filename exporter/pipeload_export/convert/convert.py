@@ -17,7 +17,9 @@ from pipeload_export.check.shard_errors import Units, compare_shards
 from pipeload_export.check.verify import check_files
 from pipeload_export.convert.how import How, RoundedWeights, how_to_round
 from pipeload_export.extra import require_modules
+from pipeload_export.source.identity import identity_of
 from pipeload_export.staging import Staging
+from pipeload_export.write.journal import Journal
 
 __all__ = ["convert", "write_rounded"]
 
@@ -97,14 +99,25 @@ def convert(
             raise ConfigError(
                 f"The target {target} is the directory {source}, or a folder around it. Name another one."
             )
-        with staging:
-            manifest = write_rounded(source, staging.result, staging.work, how, notify, verify=verify)
+        facts = {"manifest": (source / MANIFEST_NAME).read_bytes(), "how": repr(how)}
+        staging.resume(identity_of(facts))
+        with staging, Journal(staging.root) as journal:
+            manifest = write_rounded(
+                *(source, staging.result, staging.work, how, notify), journal=journal, verify=verify
+            )
             staging.commit()
     return manifest
 
 
 def write_rounded(
-    source: Path, result: Path, work: Path, how: How, progress: Notify, *, verify: bool = True
+    source: Path,
+    result: Path,
+    work: Path,
+    how: How,
+    progress: Notify,
+    *,
+    journal: Journal | None = None,
+    verify: bool = True,
 ) -> Manifest:
     """Write a rounded copy of a finished directory.
 
@@ -114,6 +127,7 @@ def write_rounded(
         work: an existing folder for temporary files.
         how: how weights are rounded.
         progress: called with the name of a step, the part done, and the whole.
+        journal: of finished weights files; those of killed conversions are taken from it.
         verify: check the files, and measure what rounding does.
 
     Raises:
@@ -127,7 +141,7 @@ def write_rounded(
     limit = how.mixed or 0.0
     while True:
         kept = mixed.choose(limit) if mixed else how.kept
-        manifest = round_directory(source, result, how.small, kept=kept, progress=progress)
+        manifest = round_directory(source, result, how.small, kept=kept, progress=progress, journal=journal)
         if not verify:
             return manifest
         accuracy = _measured(source, floats, result, manifest, progress)

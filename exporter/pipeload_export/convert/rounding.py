@@ -37,6 +37,7 @@ from pipeload_export.shard.published import read_published
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.source.folder import read_json
 from pipeload_export.split import input_spec, last_uses, written
+from pipeload_export.write.journal import Journal
 from pipeload_export.write.names import rename
 from pipeload_export.write.narrow import stored_type
 from pipeload_export.write.shards import ShardWriter
@@ -51,7 +52,13 @@ _STEP = "round the shards"
 
 
 def round_directory(
-    source: Path, target: Path, small: SmallWeights, *, kept: Mapping[str, str] | None = None, progress: Notify
+    source: Path,
+    target: Path,
+    small: SmallWeights,
+    *,
+    kept: Mapping[str, str] | None = None,
+    progress: Notify,
+    journal: Journal | None = None,
 ) -> Manifest:
     """Write a copy of a sharded model directory with rounded weights, complete with its manifest, and not yet verified.
 
@@ -64,6 +71,7 @@ def round_directory(
         kept: shards that stay wider: name, or "head" for all slices of a head -> "fp32", which is not rounded, or
             "int8". A table belongs to the shards that take rows of it.
         progress: called with the name of the step, the bytes of weights that were written, and all of them.
+        journal: of finished weights files; see `split`.
 
     Returns:
         The manifest that was written.
@@ -76,7 +84,7 @@ def round_directory(
     check_names(manifest, kept)
     (target / _SHARDS).mkdir()
     with TemporaryDirectory(prefix=".parts-", dir=target) as folder:
-        made = _Rounding(source, manifest, small, kept, Parts(Path(folder))).write(target / _SHARDS, progress)
+        made = _Rounding(source, manifest, small, kept, Parts(Path(folder))).write(target / _SHARDS, progress, journal)
     beside = [record for record in manifest.files if Path(record.path).parts[0] != _SHARDS]
     for record in beside:
         link_or_copy(source / record.path, target / record.path)
@@ -139,7 +147,7 @@ class _Rounding:
         self._joined = join(source, manifest)
         self._changed: set[str] = set()
 
-    def write(self, folder: Path, progress: Notify) -> Manifest:
+    def write(self, folder: Path, progress: Notify, journal: Journal | None) -> Manifest:
         """Write the shards; the manifest lists no other files."""
         manifest, (rounded, integers) = self._manifest, self._round()
         if not rounded:
@@ -152,7 +160,9 @@ class _Rounding:
         specs = tuple(input_spec(value, graph, published) for value in graph.inputs)
         sampler = Sampler(graph, specs, last_uses(whole.pieces, whole.lifts, whole.head), folder, published)
         writer = ShardWriter(
-            *(graph, folder, sampler, lambda _, done, total: progress(_STEP, done, total)), stored_type=self._stored
+            *(graph, folder, sampler, lambda _, done, total: progress(_STEP, done, total)),
+            stored_type=self._stored,
+            journal=journal,
         )
         writer.write_tables({lift.table: graph.constants[lift.table] for lift in whole.lifts}, whole.head)
         for piece in whole.pieces:
