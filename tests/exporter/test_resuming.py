@@ -133,7 +133,7 @@ ROUNDING = "weights._write = gate(lambda path, *_: '{}' in str(path) and path.st
 
 @pytest.mark.parametrize("folder", ["floats", "result"])
 def test_rounding_goes_on_where_it_stopped(folder: str, source: Path, tmp_path: Path, written: list[str]) -> None:
-    """A file of the floats is never taken for one of the rounded ones: both have the same name, and may have one size."""
+    """A file of floats is never taken for a rounded one: both have the same name, and may have one size."""
     export(source, tmp_path / "undisturbed", weights="fp16")
     every = len(written)
     kill(source, tmp_path / "target", ROUNDING.format(folder), "export({!r}, {!r}, weights='fp16')")
