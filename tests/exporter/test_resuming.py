@@ -124,11 +124,12 @@ def test_an_export_that_is_killed_twice_keeps_what_both_made(source: Path, tmp_p
         kill(source, tmp_path / "target", at.format(name))
     export(source, tmp_path / "target")
     assert content(tmp_path / "target") == content(tmp_path / "undisturbed")
-    assert {"embeddings", *BLOCKS[:2]}.isdisjoint(written)
+    # Of the file before the one that is begun it is not known whether it is on the disk.
+    assert {"embeddings", *BLOCKS[:1]}.isdisjoint(written)
     assert names(tmp_path) == ["source", "target", "undisturbed"]
 
 
-ROUNDING = "weights._write = gate(lambda path, *_: '{}' in str(path) and path.stem == 'block.001', weights._write)"
+ROUNDING = "weights._write = gate(lambda path, *_: '{}' in str(path) and path.stem == 'block.002', weights._write)"
 
 
 @pytest.mark.parametrize("folder", ["floats", "result"])
@@ -140,7 +141,7 @@ def test_rounding_goes_on_where_it_stopped(folder: str, source: Path, tmp_path: 
     written.clear()
     export(source, tmp_path / "target", weights="fp16")
     assert content(tmp_path / "target") == content(tmp_path / "undisturbed")
-    assert len(written) < every - (2 if folder == "result" else 0)
+    assert len(written) < every
     assert written.count("block.000") == (0 if folder == "result" else 1)
     assert names(tmp_path) == ["source", "target", "undisturbed"]
 
@@ -154,7 +155,7 @@ def test_a_conversion_goes_on_where_it_stopped(source: Path, tmp_path: Path, wri
     convert(tmp_path / "floats", tmp_path / "target", weights="int8", verify=False)
     assert content(tmp_path / "target") == content(tmp_path / "undisturbed")
     assert "block.000" not in written
-    assert "block.001" in written
+    assert "block.002" in written
 
 
 def touch(source: Path) -> None:

@@ -44,7 +44,7 @@ def convert(
     """Write a copy of a sharded model directory with rounded weights; it appears when it is complete and verified.
 
     Shards are rounded one after another, a matrix at a time. Files that both directories have in common, as those of
-    the tokenizer, are hard links where the file system allows it: each directory can be removed without the other.
+    the tokenizer, are stored once where the file system allows it: each directory can be removed without the other.
 
     Args:
         directory: the sharded model directory, with the weights of its source.

@@ -62,7 +62,7 @@ def round_directory(
 ) -> Manifest:
     """Write a copy of a sharded model directory with rounded weights, complete with its manifest, and not yet verified.
 
-    Files that are equal in both directories are hard links where the file system allows that.
+    Files that are equal in both directories are stored once where the file system allows that.
 
     Args:
         source: the directory, whose weights are the source's floats.

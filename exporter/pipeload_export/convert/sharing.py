@@ -1,16 +1,24 @@
-"""Files that two directories have in common: hard links where the file system allows them, copies elsewhere."""
+"""Files that two directories have in common: one on the disk where the file system allows it, copies elsewhere.
+
+Weights files are never hard links: the package onnx refuses external data with more than one, as a possible attack, and
+any ONNX program is to open a shard. Where the file system can (btrfs, xfs), they share their blocks on the disk.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 from pipeload.format.manifest import Manifest
 from pipeload.storage.digests import ranges_of
 
 __all__ = ["link_or_copy", "share_equal_files"]
+
+_WEIGHTS = ".safetensors"
+_FICLONE = 0x40049409
+"""From linux/fs.h: let one file have the blocks of another, until one of them is written to."""
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -24,7 +32,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def share_equal_files(source: Path, known: Manifest, target: Path, made: Manifest) -> None:
-    """Put links in the place of files that are equal to some of another directory.
+    """Let files that are equal to some of another directory be stored once.
 
     Args:
         source: the other directory.
@@ -37,10 +45,22 @@ def share_equal_files(source: Path, known: Manifest, target: Path, made: Manifes
         same, path = places.get(content), target / name
         if same is None or same.stat().st_size != path.stat().st_size or path.samefile(same):
             continue
-        link = path.with_name(f"{path.name}.link")
-        with suppress(OSError):
-            os.link(same.resolve(), link)
-            link.replace(path)
+        twin = path.with_name(f"{path.name}.twin")
+        try:
+            if path.suffix == _WEIGHTS:
+                _clone(same, twin)
+            else:
+                os.link(same.resolve(), twin)
+            twin.replace(path)
+        except OSError:
+            # The file that was written stays.
+            twin.unlink(missing_ok=True)
+
+
+def _clone(source: Path, target: Path) -> None:
+    """Make a file of its own, with the blocks on the disk that the source has. Raises OSError where that cannot be."""
+    with source.open("rb") as known, target.open("xb") as made:
+        fcntl.ioctl(made.fileno(), _FICLONE, known.fileno())
 
 
 def _contents(manifest: Manifest) -> dict[str, tuple[object, ...]]:

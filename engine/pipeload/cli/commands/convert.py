@@ -36,7 +36,7 @@ def convert(
     r"""Make a copy of a sharded model directory with smaller weights, shard by shard.
 
     Memory holds about one matrix of the weights. Files that are equal in DIR and OUT are stored once where the file
-    system has hard links. Needs the extra \[export].
+    system can. Needs the extra \[export].
 
     Examples:
         pipeload convert models/exported/minilm models/exported/minilm-int8 --weights int8
