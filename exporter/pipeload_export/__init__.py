@@ -23,6 +23,6 @@ Importing this package needs no more than the engine does; torch, onnx and the o
 from __future__ import annotations
 
 from pipeload_export.check.verify import Report, verify
-from pipeload_export.export import BlockSize, KvCache, Weights, export
+from pipeload_export.export import BlockSize, DraftWeights, KvCache, Weights, export
 
-__all__ = ["BlockSize", "KvCache", "Report", "Weights", "export", "verify"]
+__all__ = ["BlockSize", "DraftWeights", "KvCache", "Report", "Weights", "export", "verify"]

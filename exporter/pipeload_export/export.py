@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import pipeload
 from pipeload.errors import ConfigError, EmbeddingWarning, ExportError, PipeloadError
-from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, SmallWeights, write
+from pipeload.format.manifest import MANIFEST_NAME, Draft, FileRecord, Manifest, SmallWeights, write
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
@@ -22,6 +22,7 @@ from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
 from pipeload_export.check.accuracy import check_error, measure_accuracy
+from pipeload_export.check.compare import Unsplit as Floats
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
 from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
@@ -34,7 +35,7 @@ from pipeload_export.source.refused import Declined
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
 
-__all__ = ["BlockSize", "KvCache", "Weights", "export"]
+__all__ = ["BlockSize", "DraftWeights", "KvCache", "Weights", "export"]
 
 KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
@@ -43,18 +44,26 @@ Weights = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 """How float32 weights are stored: in 16 bits where that loses nothing, and a GGUF file's in its own blocks; as they
 are; rounded to 16 bits; or those of products and tables rounded to 8 or 4 bits with a scale for each block of them."""
 
+DraftWeights = Literal["int4"]
+"""Weights of a copy of the model that guesses its tokens."""
+
 BlockSize = Literal["16", "32", "64", "128", "256"]
 """Weights of 8 or 4 bits that have one scale."""
 
+_DRAFT_DISK_FACTOR = 0.4
+"""Disk of a draft per byte of float32 weights: it is rounded, and then cut."""
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
 _TYPES: dict[Weights, str] = {"bf16": "bfloat16", "fp16": "float16"}
 _BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
-_FINE_BITS = 8
-"""Of tables, the head that is tied to one, and products that narrow: 4 bits hurt there most."""
+_ROUNDED = SmallWeights(bits=8, fine_bits=8, block_size=32, symmetric=True)
+"""Tables, the head that is tied to one, and products that narrow stay in 8 bits: 4 hurt there most."""
 _KEPT_ONNX = "model.onnx"
+_DRAFT = "draft"
+_DRAFT_FILES = ("config.json",)
+"""Of the files beside the model: the draft's tokens are the model's, which has the tokenizer."""
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
 )
@@ -63,6 +72,7 @@ _NO_ERROR = (
     "GGUF file, and the result is verified."
 )
 _WRITING = "write the shards"
+_DECODES = "text-generation"
 _LOGGER = logging.getLogger("pipeload_export")
 
 
@@ -78,6 +88,7 @@ def export(
     kv_cache: KvCache = "model",
     block_size: int = 32,
     asymmetric: bool = False,
+    draft: DraftWeights | None = None,
     max_error: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -109,6 +120,8 @@ def export(
             leaves them as they are.
         block_size: weights of a block, which have one scale: 16, 32, 64, 128 or 256.
         asymmetric: give each block of a product's weights a zero of its own.
+        draft: "int4" puts a copy with weights of 4 bits beside a decoder, in the folder `draft`: it guesses tokens,
+            which the model checks, so that texts come faster from a model that does not fit into memory.
         max_error: fail where rounding weights changes an output by more than this part of its range.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the Python code of the checkpoint, or of the tokenizer beside an `.onnx` file. Read it
@@ -142,6 +155,10 @@ def export(
     ):
         if given not in known:
             raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
+    if draft is not None and draft not in get_args(DraftWeights):
+        raise ConfigError(f"The draft cannot be {draft!r}; take {', '.join(get_args(DraftWeights))}, or none.")
+    if draft is not None and _BITS.get(weights, 16) <= _BITS[draft]:
+        raise ConfigError(f"A draft of {draft} is no smaller than a model with weights of {weights}. Leave one out.")
     if max_error is not None and (weights == "fp32" or not verify):
         raise ConfigError(_NO_ERROR)
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
@@ -162,19 +179,22 @@ def export(
             allow_missing=allow_missing,
             progress=notify,
         )
+        spare = _DRAFT_DISK_FACTOR if draft else 0.0
         gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
         if not isinstance(found, Checkpoint):
-            _check_space(staging.disk, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
+            _check_space(staging.disk, found.nbytes * (_ONNX_DISK_FACTOR + spare), found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
             unsplit = (
-                _traced(found, staging, weights, notify, keep=keeping is not None)
+                _traced(found, staging, weights, notify, keep=keeping is not None, spare=spare)
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
-            floats = runner(unsplit.path, unsplit.weights)
+            floats, source_graph = runner(unsplit.path, unsplit.weights), unsplit
+            if draft and unsplit.task != _DECODES:
+                raise _no_draft(unsplit.task)
             if small := _small(weights, block_size, symmetric=not asymmetric):
                 unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
             elif gguf:
@@ -199,6 +219,17 @@ def export(
                 write(manifest, staging.result)
             elif verify:
                 check_running(staging.result, manifest, notify)
+            if draft:
+                if not manifest.caches:
+                    raise _no_draft(f"{manifest.task} without KV caches")
+                small = replace(_ROUNDED, bits=_BITS[draft], block_size=block_size, symmetric=not asymmetric)
+                manifest = _with_draft(
+                    *(manifest, staging, _rounded(source_graph, staging.work / _DRAFT, small, notify)),
+                    whole=whole,
+                    kv_cache=kv_cache,
+                    floats=floats if verify else None,
+                    progress=notify,
+                )
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
@@ -213,8 +244,61 @@ def _small(weights: Weights, block_size: int, *, symmetric: bool) -> SmallWeight
     if weights in _TYPES:
         return SmallWeights(dtype=_TYPES[weights], bits=16, fine_bits=16, block_size=1, symmetric=True)
     if weights in _BITS:
-        return SmallWeights(bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=symmetric)
+        return replace(_ROUNDED, bits=_BITS[weights], block_size=block_size, symmetric=symmetric)
     return None
+
+
+def _with_draft(
+    manifest: Manifest,
+    staging: Staging,
+    rounded: Unsplit,
+    *,
+    whole: bool,
+    kv_cache: KvCache,
+    floats: Floats | None,
+    progress: Notify,
+) -> Manifest:
+    """Write a copy with rounded weights into the folder of the draft. Returns the model's manifest, which lists it.
+
+    Args:
+        manifest: the model's.
+        staging: its folder; the model is complete.
+        rounded: the unsplit model with the draft's weights.
+        whole: see `export`.
+        kv_cache: see `export`.
+        floats: runs the graph with the weights as they were; None where nothing is verified.
+        progress: called with the name of the step, the part done, and the whole.
+    """
+    folder = staging.result / _DRAFT
+    folder.mkdir()
+    beside = {name: file for name, file in rounded.side_files.items() if name in _DRAFT_FILES}
+    made = _build(
+        *(replace(rounded, side_files=beside, side_json={}), folder),
+        whole=whole,
+        weights="auto",
+        kv_cache=kv_cache,
+        verify=floats is not None,
+        progress=progress,
+    )
+    top1 = None
+    if floats and made.small_weights:
+        accuracy = measure_accuracy(folder, made, floats, progress, texts=staging.result)
+        top1 = accuracy.top1
+        made = replace(made, small_weights=replace(made.small_weights, accuracy=accuracy))
+        write(made, folder)
+    own = (_record(staging.result, f"{_DRAFT}/{MANIFEST_NAME}"),)
+    files = (*own, *(replace(record, path=f"{_DRAFT}/{record.path}") for record in made.files))
+    draft = Draft(path=_DRAFT, nbytes=made.weight_bytes, top1=top1)
+    manifest = replace(manifest, files=(*manifest.files, *files), draft=draft)
+    write(manifest, staging.result)
+    return manifest
+
+
+def _no_draft(task: str) -> ConfigError:
+    return ConfigError(
+        f"A draft guesses tokens for a model that generates text with KV caches, and this one is for {task}. Leave "
+        "--draft out, or export the model with --task text-generation-with-past."
+    )
 
 
 def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Notify) -> Unsplit:
@@ -234,19 +318,25 @@ def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Noti
     return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
 
 
-def _traced(found: Checkpoint, staging: Staging, weights: Weights, progress: Notify, *, keep: bool) -> Unsplit:
-    """The ONNX graph of a checkpoint, without its weights where that is possible, and where the graph is not kept."""
+def _traced(
+    found: Checkpoint, staging: Staging, weights: Weights, progress: Notify, *, keep: bool, spare: float
+) -> Unsplit:
+    """The ONNX graph of a checkpoint, without its weights where that is possible, and where the graph is not kept.
+
+    `spare` is the disk that is left free for a draft, per byte of float32 weights.
+    """
     request = found.request
     nbytes, obstacle = request.weight_bytes, None
+    draft_bytes = int(nbytes * spare)
     if request.may_be_hollow and not keep:
-        _check_space(staging.disk, request.stored_bytes if weights == "auto" else nbytes, nbytes)
+        _check_space(staging.disk, (request.stored_bytes if weights == "auto" else nbytes) + draft_bytes, nbytes)
         try:
             return found.to_onnx(staging.work, progress, hollow=True)
         except Declined as declined:
             obstacle = str(declined)
             _LOGGER.info("%s is exported with its weights in memory: %s.", request.name, obstacle)
             shutil.rmtree(staging.work / "onnx")
-    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
+    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes + draft_bytes, nbytes)
     return found.to_onnx(staging.work, progress, obstacle=obstacle)
 
 

@@ -40,7 +40,9 @@ _STEP = "measure what rounding the weights does"
 Arrays = dict[str, NDArray[Any]]
 
 
-def measure_accuracy(directory: Path, manifest: Manifest, source: Unsplit, progress: Notify) -> Accuracy:
+def measure_accuracy(
+    directory: Path, manifest: Manifest, source: Unsplit, progress: Notify, texts: Path | None = None
+) -> Accuracy:
     """Compare the answers of the directory, run by the engine, with those of the graph whose weights were rounded.
 
     Args:
@@ -48,11 +50,12 @@ def measure_accuracy(directory: Path, manifest: Manifest, source: Unsplit, progr
         manifest: its manifest.
         source: runs the graph with the weights as they were.
         progress: called with the name of the step, the part done, and the whole.
+        texts: a folder with the tokenizer, where the directory has none.
 
     Raises:
         ExportError: one of them does not run, or the directory makes numbers that are not finite where the source does.
     """
-    cases = list(_texts(directory, manifest)) or _samples(directory, manifest)
+    cases = list(_texts(texts or directory, manifest)) or _samples(directory, manifest)
     names = [spec.name for spec in manifest.free_outputs if spec.dtype.startswith(("float", "bfloat"))]
     given = [replace(case, inputs={**case.inputs, **_no_caches(manifest, case)}) for case in cases]
     wanted = source(names, given, progress)

@@ -43,6 +43,10 @@ def export(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Give each block of rounded weights a zero of its own.")
     ] = False,
+    draft: Annotated[
+        pipeload_export.DraftWeights | None,
+        typer.Option(help="Put a copy with weights of few bits beside a decoder, which guesses its tokens."),
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(min=0, help="Fail where rounding changes an output by more than this part of its range."),
@@ -78,6 +82,8 @@ def export(
 
         pipeload export catalog:smollm2-135m smollm2-int8 --weights int8
 
+        pipeload export ./gpt-checkpoint gpt --draft int4
+
         pipeload export ./model.onnx model --force --json
     """
     if verbose:
@@ -94,6 +100,7 @@ def export(
             kv_cache=kv_cache,
             block_size=int(block_size),
             asymmetric=asymmetric,
+            draft=draft,
             max_error=max_error,
             force=force,
             trust_remote_code=trust_remote_code,
