@@ -62,6 +62,8 @@ _ROUNDED = SmallWeights(bits=8, fine_bits=8, block_size=32, symmetric=True)
 """Tables, the head that is tied to one, and products that narrow stay in 8 bits: 4 hurt there most."""
 _KEPT_ONNX = "model.onnx"
 _DRAFT = "draft"
+_DRAFT_BLOCK = 128
+"""Fewer scales: with 32 weights to one, packed sessions of SmolLM2 take a fifth more memory, and guess 3 % better."""
 _DRAFT_FILES = ("config.json",)
 """Of the files beside the model: the draft's tokens are the model's, which has the tokenizer."""
 _REMEDY = (
@@ -222,7 +224,7 @@ def export(
             if draft:
                 if not manifest.caches:
                     raise _no_draft(f"{manifest.task} without KV caches")
-                small = replace(_ROUNDED, bits=_BITS[draft], block_size=block_size, symmetric=not asymmetric)
+                small = replace(_ROUNDED, bits=_BITS[draft], block_size=_DRAFT_BLOCK)
                 manifest = _with_draft(
                     *(manifest, staging, _rounded(source_graph, staging.work / _DRAFT, small, notify)),
                     whole=whole,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from tests.models import ARCHITECTURES, seeded, traced_here
 import pipeload
 from pipeload.errors import ConfigError, ShardError
 from pipeload.format.manifest import MANIFEST_NAME, read
+from pipeload.planning.drafting import Contender, Drafting
+from pipeload.planning.planner import process_bytes
 from pipeload_export import export, verify
+
+_BUDGET = 1_500_000_000
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,26 @@ def test_verify_reads_the_draft_too(drafted: Path) -> None:
 def test_the_draft_opens_by_itself(drafted: Path) -> None:
     with pipeload.load(drafted / "draft") as model:
         assert len(model.generate([1, 2, 3], max_new_tokens=2, eos_token_id=[]).token_ids) == 2
+
+
+def test_the_model_takes_its_guesses(drafted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Drafting(used=True, draft_bytes=60_000_000, model_bytes=200_000_000, acceptance=0.9, drafts=4, sweep_s=1.0)
+
+    def weigh(model: Contender, *_: object, **__: object) -> Drafting:
+        free = _BUDGET - process_bytes(model.profile)
+        return replace(told, model_bytes=free - told.draft_bytes)
+
+    monkeypatch.setattr("pipeload.opening.weigh", weigh)
+    options = {"max_new_tokens": 24, "eos_token_id": []}
+    with pipeload.load(drafted, _BUDGET) as model:
+        made = model.generate([5, 6, 7], **options)
+        sampled = model.generate([5, 6, 7], do_sample=True, seed=1, temperature=0.3, **options)
+    with pipeload.load(drafted, _BUDGET, draft=None) as model:
+        assert model.generate([5, 6, 7], **options).token_ids == made.token_ids
+        drawn = model.generate([5, 6, 7], do_sample=True, seed=1, temperature=0.3, **options)
+    assert drawn.token_ids == sampled.token_ids
+    assert made.accepted_tokens + sampled.accepted_tokens > 10
+    assert made.sweeps < len(made.token_ids)
 
 
 def test_models_that_do_not_generate_are_refused_in_one_sentence(tmp_path: Path) -> None:
