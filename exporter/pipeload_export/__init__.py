@@ -26,6 +26,16 @@ from __future__ import annotations
 from pipeload_export.check.verify import Report, verify
 from pipeload_export.convert.convert import convert
 from pipeload_export.convert.how import BlockSize, RoundedWeights
-from pipeload_export.export import KvCache, Weights, export
+from pipeload_export.export import DraftWeights, KvCache, Weights, export
 
-__all__ = ["BlockSize", "KvCache", "Report", "RoundedWeights", "Weights", "convert", "export", "verify"]
+__all__ = [
+    "BlockSize",
+    "DraftWeights",
+    "KvCache",
+    "Report",
+    "RoundedWeights",
+    "Weights",
+    "convert",
+    "export",
+    "verify",
+]

@@ -44,6 +44,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "pass_bytes": sum(shard.nbytes for shard in manifest.shards),
         "largest_shard_bytes": max(shard.nbytes for shard in manifest.shards),
         "directory_bytes": sum(record.nbytes for record in manifest.files),
+        **({"draft_bytes": manifest.draft.nbytes} if manifest.draft else {}),
         **missing,
     }
 

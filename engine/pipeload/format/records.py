@@ -395,6 +395,21 @@ class SmallWeights:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A copy of the model with fewer bits, in the same directory, which guesses tokens for it.
+
+    Attributes:
+        path: its folder, a sharded model directory of its own; `files` lists everything in it.
+        nbytes: of its weights.
+        top1: how often its first choice is the source's, in parts of one; None where that was not measured.
+    """
+
+    path: str
+    nbytes: int
+    top1: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RopeChange:
     """Longer texts have other rotary frequencies, in all their positions.
 
@@ -419,6 +434,7 @@ class Manifest:
             text alone; None where this was not tried.
         rope_change: where the rotary frequencies depend on the length of a text; None where they do not.
         small_weights: how the exporter rounded weights; None where they are the source's.
+        draft: a copy with fewer bits that guesses tokens; None where there is none.
     """
 
     format: int = FORMAT_VERSION
@@ -443,6 +459,7 @@ class Manifest:
     takes_left_padding: bool | None = None
     rope_change: RopeChange | None = None
     small_weights: SmallWeights | None = None
+    draft: Draft | None = None
 
     @property
     def weight_bytes(self) -> int:

@@ -44,6 +44,10 @@ def export(
     asymmetric: Asymmetric = False,
     keep: Keep = None,
     mixed: Mixed = None,
+    draft: Annotated[
+        pipeload_export.DraftWeights | None,
+        typer.Option(help="Put a copy with weights of few bits beside a decoder, which guesses its tokens."),
+    ] = None,
     max_error: MaxError = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
     keep_onnx: Annotated[
@@ -78,6 +82,8 @@ def export(
 
         pipeload export ./model.onnx small --weights int4 --mixed 0.5%
 
+        pipeload export ./gpt-checkpoint gpt --draft int4
+
         pipeload export ./model.onnx model --force --json
     """
     if verbose:
@@ -96,6 +102,7 @@ def export(
             asymmetric=asymmetric,
             keep=keep or (),
             mixed=mixed,
+            draft=draft,
             max_error=max_error,
             force=force,
             trust_remote_code=trust_remote_code,
