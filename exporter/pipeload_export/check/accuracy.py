@@ -42,6 +42,8 @@ _MOST_TOKENS, _MOST_PARAGRAPH = 512, 128
 _MOST_BYTES = 128 << 20
 """Of the logits of a text."""
 _DECODES, _EMBEDS = "text-generation", "feature-extraction"
+_PIECE = 1 << 20
+"""Values that are compared in one step."""
 _STEP = "measure what rounding the weights does"
 
 Arrays = dict[str, NDArray[Any]]
@@ -187,20 +189,30 @@ def output_error(name: str, wanted: Sequence[NDArray[Any]], found: Sequence[NDAr
     Raises:
         ExportError: it has values that are no numbers where the source's are.
     """
-    one, other = (np.concatenate([array.astype(np.float64).ravel() for array in arrays]) for arrays in (wanted, found))
-    known = np.isfinite(one)
-    if not np.isfinite(other[known]).all():
-        raise ExportError(
-            f"With rounded weights, output '{name}' has values that are no numbers. Nothing was written. Export the "
-            "model with --weights fp32."
-        )
-    error = np.abs(one[known] - other[known])
-    worst = float(error.max(initial=0.0))
+    worst, total, count, ends = 0.0, 0.0, 0, [np.inf, -np.inf]
+    for before, after in zip(wanted, found, strict=True):
+        # Logits of a text are large, and float64 is twice as large.
+        for begin in range(0, before.size, _PIECE):
+            one, other = (array.reshape(-1)[begin : begin + _PIECE] for array in (before, after))
+            known = np.isfinite(one)
+            if not np.isfinite(other[known]).all():
+                raise ExportError(
+                    f"With rounded weights, output '{name}' has values that are no numbers. Nothing was written. "
+                    "Export the model with --weights fp32."
+                )
+            values = one[known].astype(np.float64)
+            error = np.abs(values - other[known])
+            worst, total, count = (
+                max(worst, float(error.max(initial=0.0))),
+                total + float(error.sum()),
+                count + error.size,
+            )
+            ends = [values.min(initial=ends[0]), values.max(initial=ends[1])]
     return OutputError(
         output=name,
         max_abs_error=worst,
-        mean_abs_error=float(error.mean()) if error.size else 0.0,
-        max_rel_error=worst / range_of(one, "float32"),
+        mean_abs_error=total / count if count else 0.0,
+        max_rel_error=worst / range_of(np.array(ends), "float32"),
     )
 
 

@@ -76,13 +76,15 @@ def test_shards_have_the_bits_and_answers_of_the_unsplit_graph_rounded_as_a_whol
     wanted = shard(whole)
     (tmp_path / "made").mkdir()
     made = round_directory(floats.directory, tmp_path / "made", small(bits), progress=lambda *_: None)
-    # Whether prologue and head are cut depends on their bytes beside a block's: with 4 bits other ones are larger.
-    same_cut = [one.name for one in made.shards] == wanted.names
-    assert same_cut or bits == 4
+    assert [one.name for one in made.shards if one.role != "head"] == [
+        one.name for one in floats.model.shards if one.role != "head"
+    ]
     found = [rounded_tensors(tmp_path / "made" / one.graph.path) for one in made.shards]
     known = [rounded_tensors(wanted.directory / one.graph.path) for one in wanted.model.shards]
     assert sum(found, Counter[str]()) == sum(known, Counter[str]())
-    for one, other in zip(made.shards, wanted.model.shards, strict=True) if same_cut else ():
+    # What is large beside a block depends on the bits: the unsplit graph's other parts may be cut at other places.
+    blocks, others = ([one for one in shards if one.role == "block"] for shards in (made.shards, wanted.model.shards))
+    for one, other in zip(blocks, others, strict=True):
         assert (one.nbytes, one.packed) == (other.nbytes, other.packed)
     assert made.dims == wanted.model.dims
     assert (made.inputs, made.outputs, made.caches) == (floats.model.inputs, floats.model.outputs, floats.model.caches)
