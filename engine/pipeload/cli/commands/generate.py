@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -98,7 +99,7 @@ def generate(
     with ExitStack() as stack:
         if draft not in ("auto", "none"):
             # Opened first, so that it stays in memory: the other model counts the memory it occupies.
-            options["assistant_model"] = stack.enter_context(pipeload.load(draft, budget, draft=None))
+            options["assistant_model"] = stack.enter_context(pipeload.load(Path(draft), budget, draft=None))
         own = "auto" if draft == "auto" else None
         model = stack.enter_context(open_model(directory, budget, stats=stats, trace=trace, quiet=True, draft=own))
         if num_return_sequences is not None:
