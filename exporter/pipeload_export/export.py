@@ -92,7 +92,8 @@ def export(
 
     Everything is made in a folder beside the target, which is renamed at the end. When the export fails, or its
     process is killed at any moment, the target is as it was before. The same export of a source that has not changed
-    goes on where a killed one stopped: weights files that were finished are not written again.
+    goes on where a killed one stopped: weights files that were finished are not written again. With `allow_missing` or
+    `trust_remote_code` it begins anew.
 
     Args:
         source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
@@ -168,7 +169,7 @@ def export(
         gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
-        if not allow_missing:  # whose random numbers are others each time
+        if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
             options = (whole, weights, kv_cache, block_size, asymmetric, keep_onnx is None)
             staging.resume(identity_of(found, options))
         if not isinstance(found, Checkpoint):

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.exporter.models import write_json, write_onnx
+from tests.exporter.models import write_gpt2, write_json, write_onnx
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import MANIFEST_NAME
 from pipeload_export import export
+from pipeload_export.source.tracing import Request
 from pipeload_export.write import journal, weights
 
 BLOCKS = [f"block.{number:03d}" for number in range(3)]
@@ -61,6 +62,13 @@ GATES = {
 """Where the process is killed."""
 
 
+HOLLOW = (
+    "from pipeload_export.source.tracing import Request\n"
+    "Request.may_be_hollow = property(lambda request: bool(request.folder))"
+)
+"""Also a small checkpoint is traced without its weights."""
+
+
 def kill(source: Path, target: Path, gate: str) -> None:
     """Export in a process that is killed at the gate."""
     code = (
@@ -76,6 +84,7 @@ def kill(source: Path, target: Path, gate: str) -> None:
         f"        if closes(*arguments): os.kill(os.getpid(), {signal.SIGKILL.value})\n"
         "        return real(*arguments)\n"
         "    return passed\n"
+        f"{HOLLOW}\n"
         f"{gate}\n"
         f"export({str(source)!r}, {str(target)!r})\n"
     )
@@ -113,6 +122,23 @@ def test_the_result_is_that_of_an_undisturbed_export(
     assert len(written) < len(every), "what was finished is not written again"
     if gate == "before the target is put in place":
         assert written == []
+    assert names(tmp_path) == ["source", "target", "undisturbed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["in the middle of a file", "before the target is put in place"])
+def test_a_checkpoint_whose_weights_stay_in_it(
+    gate: str, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Request, "may_be_hollow", property(lambda request: bool(request.folder)))
+    source = write_gpt2(tmp_path / "source")
+    export(source, tmp_path / "undisturbed")
+    every = list(written)
+    written.clear()
+    kill(source, tmp_path / "target", GATES[gate])
+    export(source, tmp_path / "target")
+    assert content(tmp_path / "target") == content(tmp_path / "undisturbed")
+    assert len(written) < len(every)
     assert names(tmp_path) == ["source", "target", "undisturbed"]
 
 

@@ -19,11 +19,11 @@ _LIBRARIES = ("numpy", "onnx", "onnxruntime", "optimum", "optimum-onnx", "torch"
 
 def identity_of(found: Checkpoint | Unsplit, options: Sequence[str | int | bool]) -> str:
     """A digest of the source (its files by name, size and time), the options, and the versions of the libraries."""
-    files = sorted(_checkpoint_files(found) if isinstance(found, Checkpoint) else found.files)
+    files = _checkpoint_files(found) if isinstance(found, Checkpoint) else found.files
     facts = {
         "source": found.source,
         "request": found.request if isinstance(found, Checkpoint) else None,
-        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "files": [(str(file), (of := file.stat()).st_size, of.st_mtime_ns) for file in sorted(files)],
         "options": options,
         "versions": {"pipeload": pipeload.__version__, **dict(_versions())},
     }
@@ -32,7 +32,8 @@ def identity_of(found: Checkpoint | Unsplit, options: Sequence[str | int | bool]
 
 def _checkpoint_files(found: Checkpoint) -> list[Path]:
     folder = found.request.folder
-    return [path for path in Path(folder).rglob("*") if path.is_file()] if folder else []
+    # A target in the checkpoint's folder has hidden files there while it is made.
+    return [path for path in Path(folder).glob("[!.]*") if path.is_file()] if folder else []
 
 
 def _versions() -> Iterator[tuple[str, str]]:
