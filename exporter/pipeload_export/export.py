@@ -172,10 +172,10 @@ def export(
         if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
             options = (whole, weights, kv_cache, block_size, asymmetric, keep_onnx is None)
             staging.resume(identity_of(found, options))
-        if not isinstance(found, Checkpoint):
-            _check_space(staging, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
+            if not isinstance(found, Checkpoint):
+                _check_space(staging, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
             unsplit = (
                 _traced(found, staging, weights, notify, keep=keeping is not None)
                 if isinstance(found, Checkpoint)

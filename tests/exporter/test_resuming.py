@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,19 @@ def test_only_what_is_known_to_be_whole_is_taken(
     assert len(written) == (1 if happens is damage else every)
 
 
+def test_what_is_taken_over_needs_no_more_room(
+    source: Path, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(source, tmp_path / "target", GATES["before the target is put in place"])
+    room = int(3.05 * source.stat().st_size) + (32 << 20)
+    usage = shutil.disk_usage(tmp_path)._replace(free=room - source.stat().st_size // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    export(source, tmp_path / "target")
+    assert written == []
+    with pytest.raises(ExportError, match="of disk"):
+        export(source, tmp_path / "other")
+
+
 def test_an_export_that_failed_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill(source, tmp_path / "target", GATES["when all are written"])
 
@@ -234,3 +248,8 @@ def test_a_manifest_is_only_in_a_whole_target(source: Path, tmp_path: Path) -> N
     kill(source, tmp_path / "target", GATES["in the middle of a file"])
     export(source, tmp_path / "target", verify=False)
     assert (tmp_path / "target" / MANIFEST_NAME).is_file()
+
+
+def test_a_target_in_a_folder_that_does_not_exist(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "new" / "folder" / "target", verify=False)
+    assert names(tmp_path / "new" / "folder") == ["target"]
