@@ -108,7 +108,8 @@ def export(
 
     Everything is made in a folder beside the target, which is renamed at the end. When the export fails, or its
     process is killed at any moment, the target is as it was before. The same export of a source that has not changed
-    goes on where a killed one stopped: weights files that were finished are not written again.
+    goes on where a killed one stopped: weights files that were finished are not written again. With `allow_missing` or
+    `trust_remote_code` it begins anew.
 
     Args:
         source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
@@ -200,13 +201,13 @@ def export(
         gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
-        if not allow_missing:  # whose random numbers are others each time
+        if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
             options = (whole, weights, kv_cache, repr(how), keep_onnx is None)
             staging.resume(identity_of({**facts_of(found), "options": options}))
-        if not isinstance(found, Checkpoint):
-            _check_space(staging, found.nbytes * (_ONNX_DISK_FACTOR + _share(how, draft)), found.nbytes)
         with ExitStack() as stack:
             stack.enter_context(staging)
+            if not isinstance(found, Checkpoint):
+                _check_space(staging, found.nbytes * (_ONNX_DISK_FACTOR + _share(how, draft)), found.nbytes)
             journal = stack.enter_context(Journal(staging.root))
             unsplit = (
                 _traced(found, staging, weights, _share(how, draft), notify, keep=keeping is not None)

@@ -93,10 +93,8 @@ class Staging:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the files that are taken over."""
-        folders = [self._folder, *(folder for folder in self._leftovers("staging") if self._is_same(folder))]
-        files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-        return sum(file.stat().st_size for file in files)
+        """Bytes of the files that killed exports have left, once this context is entered."""
+        return sum(file.stat().st_size for file in (self._folder / _BEFORE).rglob("*") if file.is_file())
 
     def resume(self, identity: str) -> None:
         """Go on, once this context is entered, where killed exports of the same identity stopped.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.exporter.models import write_json, write_onnx
+from tests.exporter.models import write_gpt2, write_json, write_onnx
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import MANIFEST_NAME
 from pipeload_export import convert, export
+from pipeload_export.source.tracing import Request
 from pipeload_export.write import journal, weights
 
 BLOCKS = [f"block.{number:03d}" for number in range(3)]
@@ -61,6 +63,13 @@ GATES = {
 """Where the process is killed."""
 
 
+HOLLOW = (
+    "from pipeload_export.source.tracing import Request\n"
+    "Request.may_be_hollow = property(lambda request: bool(request.folder))"
+)
+"""Also a small checkpoint is traced without its weights."""
+
+
 def kill(source: Path, target: Path, gate: str, call: str = "export({!r}, {!r})") -> None:
     """Export in a process that is killed at the gate."""
     code = (
@@ -76,6 +85,7 @@ def kill(source: Path, target: Path, gate: str, call: str = "export({!r}, {!r})"
         f"        if closes(*arguments): os.kill(os.getpid(), {signal.SIGKILL.value})\n"
         "        return real(*arguments)\n"
         "    return passed\n"
+        f"{HOLLOW}\n"
         f"{gate}\n"
         f"{call.format(str(source), str(target))}\n"
     )
@@ -113,6 +123,23 @@ def test_the_result_is_that_of_an_undisturbed_export(
     assert len(written) < len(every), "what was finished is not written again"
     if gate == "before the target is put in place":
         assert written == []
+    assert names(tmp_path) == ["source", "target", "undisturbed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["in the middle of a file", "before the target is put in place"])
+def test_a_checkpoint_whose_weights_stay_in_it(
+    gate: str, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Request, "may_be_hollow", property(lambda request: bool(request.folder)))
+    source = write_gpt2(tmp_path / "source")
+    export(source, tmp_path / "undisturbed")
+    every = list(written)
+    written.clear()
+    kill(source, tmp_path / "target", GATES[gate])
+    export(source, tmp_path / "target")
+    assert content(tmp_path / "target") == content(tmp_path / "undisturbed")
+    assert len(written) < len(every)
     assert names(tmp_path) == ["source", "target", "undisturbed"]
 
 
@@ -209,6 +236,19 @@ def test_only_what_is_known_to_be_whole_is_taken(
     assert len(written) == (1 if happens is damage else every)
 
 
+def test_what_is_taken_over_needs_no_more_room(
+    source: Path, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(source, tmp_path / "target", GATES["before the target is put in place"])
+    room = int(3.05 * source.stat().st_size) + (32 << 20)
+    usage = shutil.disk_usage(tmp_path)._replace(free=room - source.stat().st_size // 2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    export(source, tmp_path / "target")
+    assert written == []
+    with pytest.raises(ExportError, match="of disk"):
+        export(source, tmp_path / "other")
+
+
 def test_an_export_that_failed_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kill(source, tmp_path / "target", GATES["when all are written"])
 
@@ -238,3 +278,8 @@ def test_a_manifest_is_only_in_a_whole_target(source: Path, tmp_path: Path) -> N
     kill(source, tmp_path / "target", GATES["in the middle of a file"])
     export(source, tmp_path / "target", verify=False)
     assert (tmp_path / "target" / MANIFEST_NAME).is_file()
+
+
+def test_a_target_in_a_folder_that_does_not_exist(source: Path, tmp_path: Path) -> None:
+    export(source, tmp_path / "new" / "folder" / "target", verify=False)
+    assert names(tmp_path / "new" / "folder") == ["target"]

@@ -26,17 +26,18 @@ def identity_of(facts: Mapping[str, Any]) -> str:
 
 def facts_of(found: Checkpoint | Unsplit) -> dict[str, Any]:
     """The source, and its files by name, size and time."""
-    files = sorted(_checkpoint_files(found) if isinstance(found, Checkpoint) else found.files)
+    files = _checkpoint_files(found) if isinstance(found, Checkpoint) else found.files
     return {
         "source": found.source,
         "request": found.request if isinstance(found, Checkpoint) else None,
-        "files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        "files": [(str(file), (of := file.stat()).st_size, of.st_mtime_ns) for file in sorted(files)],
     }
 
 
 def _checkpoint_files(found: Checkpoint) -> list[Path]:
     folder = found.request.folder
-    return [path for path in Path(folder).rglob("*") if path.is_file()] if folder else []
+    # A target in the checkpoint's folder has hidden files there while it is made.
+    return [path for path in Path(folder).glob("[!.]*") if path.is_file()] if folder else []
 
 
 def _versions() -> Iterator[tuple[str, str]]:
