@@ -153,6 +153,8 @@ class Loader:
                 with self._trace.span(agent, "widen", shard.name, pass_number=task.pass_number):
                     widen(shard, [*parts, *kept])
             if complete:
+                if packed:
+                    self._memory.fit_heap(shard, streamed=not apart)
                 kind: Kind = "pack" if packed else "session"
                 with self._trace.span(agent, kind, shard.name, pass_number=task.pass_number):
                     loaded.session = self._session(shard, [*parts, *kept], packed=packed, copied=apart)

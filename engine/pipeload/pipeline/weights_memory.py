@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
+from pipeload.format.manifest import Shard
 from pipeload.machine.heap import limit_heap, trim
 from pipeload.machine.memory import Peak, PeakWatch, peak_rss_bytes, rss_bytes
 from pipeload.pipeline.messages import LoadedShard
 from pipeload.pipeline.reservations import Reservations
 from pipeload.pipeline.session import shrink_arena
 from pipeload.pipeline.shared_weights import SharedWeights
+from pipeload.planning.footprint import second_copy_bytes
 from pipeload.planning.planner import Plan
 from pipeload.storage.buffers import Buffer, BufferPool, Part
 from pipeload.tracing.trace import Trace
@@ -43,6 +46,8 @@ class WeightsMemory:
         self._trace = trace
         self._in_arena = in_arena
         self._watch = PeakWatch(peak_rss_bytes())
+        self._packing_lock = threading.Lock()
+        self._packed_structure: str | None = None
         _bound_heap(plan)
 
     @property
@@ -72,6 +77,19 @@ class WeightsMemory:
     def take_peak(self, unseen_bytes: int) -> Peak:
         """The most that the process has occupied since the last call; see `PeakWatch.take`."""
         return self._watch.take(peak_rss_bytes(), unseen_bytes)
+
+    def fit_heap(self, shard: Shard, *, streamed: bool) -> None:
+        """Before a shard is packed: give back what the heap keeps, unless the shard fits into it.
+
+        The heap keeps the memory of streamed shards that were packed. A shard of the same structure fits into the holes
+        of the one before, but for at most one tensor of each Loading Agent; one with other sizes may fit into none.
+        """
+        with self._packing_lock:
+            before, self._packed_structure = self._packed_structure, shard.structure if streamed else None
+            reuses = streamed and shard.structure == before
+            missed_bytes = self.plan.loaders * second_copy_bytes(shard)
+            if not reuses or self._rss_bytes() + missed_bytes > self.plan.peak_bytes:
+                trim()
 
     def take_buffer(self) -> Buffer:
         """A buffer for a streamed shard; its bytes are reserved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tests.engine.pipeline.rig import NAMES, Scripted, fail_once, rigged
 import pipeload
 from pipeload.errors import LoadError
 from pipeload.format import manifest as manifests
-from pipeload.pipeline import loader
+from pipeload.format.manifest import Shard
+from pipeload.pipeline import loader, weights_memory
 from pipeload.pipeline.session import ShardSession
 from pipeload.planning.footprint import least_bytes, second_copy_bytes, session_bytes, whole_bytes
 from pipeload.planning.needs import Needs
@@ -195,6 +197,47 @@ def test_streamed_shards_are_packed_into_the_same_pages_one_after_the_other(tmp_
     assert later_pages < 1.5 * first_pages, "of the seven behind it, one finds no hole of its size"
     assert of_plan <= 1
     assert kept > 2048 * 2048, "the memory is kept, and goes when the heap is trimmed"
+
+
+def test_the_heap_is_given_back_before_a_shard_that_may_not_fit_into_its_holes(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it keeps of a shard of another structure, or beside a tensor that finds no hole, may be above the plan."""
+    trims: list[str] = []
+    with rigged(small) as rig:
+        memory, block = rig.pipeline._memory, rig.manifest.shards[1]
+        other = replace(block, structure="another")
+        monkeypatch.setattr(weights_memory, "trim", lambda: trims.append("trim"))
+        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: 0)
+
+        def trimmed(shard: Shard, *, streamed: bool = True) -> bool:
+            trims.clear()
+            memory.fit_heap(shard, streamed=streamed)
+            return bool(trims)
+
+        assert trimmed(block), "what lies in the heap is not known"
+        assert not trimmed(block)
+        assert trimmed(other)
+        assert not trimmed(other)
+        assert trimmed(block, streamed=False), "a resident shard has memory of its own"
+        assert trimmed(block)
+        assert not trimmed(block)
+        most = memory.plan.peak_bytes - memory.plan.loaders * second_copy_bytes(block)
+        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: most)
+        assert not trimmed(block)
+        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: most + 1)
+        assert trimmed(block)
+
+
+def test_streamed_shards_of_one_structure_leave_the_heap_as_it_is(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[str] = []
+    with rigged(small) as rig:
+        monkeypatch.setattr(weights_memory.WeightsMemory, "_is_short", lambda _: False)
+        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: 0)
+        rig.check()
+        monkeypatch.setattr(weights_memory, "trim", lambda: trims.append("trim"))
+        rig.check(passes=2)
+    assert len(trims) <= 1, "all blocks have one structure; closing gives the heap back"
 
 
 def test_agents_wait_for_each_other_where_the_plan_has_room_for_one_copy(small: Path, monkeypatch: Any) -> None:
