@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from pipeload.tasks.classify.rerank import Ranked
     from pipeload.tasks.fill.fill_mask import FilledMask
     from pipeload.tasks.generate.generate import Generation
+    from pipeload.tasks.generate.sequence import NewToken
     from pipeload.tasks.generate.session import Session
     from pipeload.tasks.generate.streaming import TextStream
     from pipeload.tracing.stats import Stats
@@ -82,6 +83,7 @@ __all__ = [
     "LoadError",
     "ManifestError",
     "Model",
+    "NewToken",
     "PipeloadError",
     "Plan",
     "Profile",
@@ -105,6 +107,7 @@ _HOMES = {
     "Generation": "tasks.generate.sequence",
     "Label": "tasks.classify.labels",
     "Model": "model",
+    "NewToken": "tasks.generate.sequence",
     "Plan": "planning.planner",
     "Profile": "planning.profile",
     "Progress": "tracing.trace",
