@@ -19,6 +19,7 @@ tasks/      embed, classify, zero_shot, rerank, answer, fill_mask, generate, cha
 opening     the process measured, the first plan made, the agents started
 model       the facade
 bench/      pipeload beside other ways to run a model
+serve/      models over HTTP
 cli/        the commands
 ```
 """

@@ -35,6 +35,7 @@ COMMANDS = (
     "fill-mask",
     "generate",
     "chat",
+    "serve",
     "timeline",
     "bench",
 )

@@ -29,7 +29,7 @@ BATCH_SIZE = 32
 
 def embed(
     self: Runner,
-    texts: str | Sequence[str] | Sequence[Sequence[int]],
+    texts: str | Sequence[str | Sequence[int]],
     *,
     batch_size: int = BATCH_SIZE,
     prompt: str | None = None,
