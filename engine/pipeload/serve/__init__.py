@@ -14,7 +14,9 @@ sse            events of a stream
 metrics        figures for Prometheus
 log            a line for each request
 door           who may come in
+images         pictures in requests
 routes/        bodies -> calls of a model -> bodies
+openapi        the routes, described for programs
 server         all of it on a port, until SIGTERM
 ```
 """

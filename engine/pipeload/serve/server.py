@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from types import FrameType
 
+import msgspec
 import prometheus_client
 import uvicorn
 from starlette.applications import Starlette
@@ -23,8 +24,9 @@ from pipeload.serve.door import Door
 from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.models import Models
-from pipeload.serve.routes import chat, completions, embeddings, state
-from pipeload.serve.routes.desk import Desk
+from pipeload.serve.openapi import openapi
+from pipeload.serve.routes import chat, classify, completions, embeddings, ranking, responses, state, tokenize
+from pipeload.serve.routes.desk import Desk, DeskRoute
 from pipeload.serve.settings import Settings
 
 __all__ = ["Application", "serve"]
@@ -32,6 +34,7 @@ __all__ = ["Application", "serve"]
 _KEEP_ALIVE_S = 30
 _HEADER_BYTES = 64 << 10
 _BACKLOG = 512
+_ROUTES = (state, chat, completions, responses, embeddings, ranking, classify, tokenize)
 
 
 class Application:
@@ -43,6 +46,7 @@ class Application:
 
     Attributes:
         desk: models, places and figures.
+        routes: what it answers.
         asgi: the application for a server of ASGI.
         opening: opens all models, once the application has started.
         failure: the error of a model that could not be opened.
@@ -57,7 +61,15 @@ class Application:
         self.opening: asyncio.Future[None] | None = None
         self.failure: BaseException | None = None
         self._on_failure = on_failure
-        routes = [one for module in (state, embeddings, chat, completions) for one in module.routes(self.desk)]
+        routes = [one for module in _ROUTES for one in module.routes(self.desk)]
+
+        async def describe(_desk: Desk, _request: Request) -> Response:
+            """All routes, described for programs."""
+            return Response(described, media_type="application/json")
+
+        routes.append(DeskRoute("/openapi.json", describe, self.desk, method="GET"))
+        described = msgspec.json.encode(openapi(routes))
+        self.routes = routes
         app = Starlette(
             routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _answer_without_route}
         )

@@ -8,5 +8,9 @@ embeddings  /v1/embeddings, /embed
 tokens      tokens as text, with their probabilities
 chat        /v1/chat/completions
 completions /v1/completions
+responses   /v1/responses
+ranking     /v1/rerank, /rerank
+classify    /v1/classify
+tokenize    /tokenize
 ```
 """

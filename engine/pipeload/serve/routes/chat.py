@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pipeload.serve.admission import Place
 from pipeload.serve.bodies.chat import (
@@ -27,7 +26,7 @@ from pipeload.serve.errors import ApiError
 from pipeload.serve.generation import Answers, generated
 from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
-from pipeload.serve.routes.desk import Desk, json_response, new_id, note, route
+from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
 from pipeload.serve.routes.tokens import finish_reason, token_logprobs
 from pipeload.serve.sampling import Order, order_of
 from pipeload.serve.sse import DONE, event
@@ -56,9 +55,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that ask for what there is not -> values that ask for nothing."""
 
 
-def routes(desk: Desk) -> list[Route]:
+def routes(desk: Desk) -> list[DeskRoute]:
     """The routes of this module."""
-    return [route("/v1/chat/completions", chat, desk)]
+    return [DeskRoute("/v1/chat/completions", chat, desk, takes=ChatRequest, gives=ChatAnswer)]
 
 
 async def chat(desk: Desk, request: Request) -> Response:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pipeload.serve.admission import Place
 from pipeload.serve.bodies.completions import (
@@ -22,7 +21,7 @@ from pipeload.serve.generation import Answers, generated
 from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.chat import usage_of
-from pipeload.serve.routes.desk import Desk, json_response, new_id, note, route
+from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
 from pipeload.serve.routes.inputs import listed
 from pipeload.serve.routes.tokens import finish_reason, token_text
 from pipeload.serve.sampling import Order, order_of
@@ -40,9 +39,9 @@ __all__ = ["routes"]
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"echo": (False,), "best_of": (1,), "suffix": ("",)}
 
 
-def routes(desk: Desk) -> list[Route]:
+def routes(desk: Desk) -> list[DeskRoute]:
     """The routes of this module."""
-    return [route("/v1/completions", completions, desk)]
+    return [DeskRoute("/v1/completions", completions, desk, takes=CompletionRequest, gives=CompletionAnswer)]
 
 
 async def completions(desk: Desk, request: Request) -> Response:

@@ -25,7 +25,7 @@ from pipeload.serve.sse import EventStream
 if TYPE_CHECKING:
     from pipeload.model import Model
 
-__all__ = ["Desk", "json_response", "new_id", "note", "route"]
+__all__ = ["Desk", "DeskRoute", "json_response", "new_id", "note"]
 
 Endpoint: TypeAlias = Callable[["Desk", Request], Awaitable[Response]]
 
@@ -76,19 +76,33 @@ class Desk:
         return await EventStream(made, stack.aclose).begin()
 
 
-def route(path: str, endpoint: Endpoint, desk: Desk, method: str = "POST") -> Route:
-    """A route whose failures are answers."""
+class DeskRoute(Route):
+    """A route whose failures are answers.
 
-    @wraps(endpoint)
-    async def answer(request: Request) -> Response:
-        try:
-            return await endpoint(desk, request)
-        except (ClientGone, ClientDisconnect):
-            return Response(status_code=_GONE)
-        except Exception as error:  # noqa: BLE001 - the client gets it
-            return error_response(error)
+    Args:
+        path: of its requests.
+        endpoint: answers them; the first line of its docstring says how.
+        desk: what it uses.
+        method: of HTTP.
+        takes: the kind of its requests' bodies, if they have one.
+        gives: the kind of its answers, where these are JSON.
+    """
 
-    return Route(path, answer, methods=[method])
+    def __init__(
+        self, path: str, endpoint: Endpoint, desk: Desk, *, method: str = "POST", takes: Any = None, gives: Any = None
+    ) -> None:
+        @wraps(endpoint)
+        async def answer(request: Request) -> Response:
+            try:
+                return await endpoint(desk, request)
+            except (ClientGone, ClientDisconnect):
+                return Response(status_code=_GONE)
+            except Exception as error:  # noqa: BLE001 - the client gets it
+                return error_response(error)
+
+        super().__init__(path, answer, methods=[method])
+        self.method, self.takes, self.gives = method, takes, gives
+        self.summary = (endpoint.__doc__ or "").partition("\n")[0]
 
 
 def json_response(body: Any) -> Response:

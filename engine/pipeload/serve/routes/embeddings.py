@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pipeload.serve.bodies.embeddings import (
     Embedding,
@@ -21,7 +20,7 @@ from pipeload.serve.bodies.embeddings import (
 )
 from pipeload.serve.errors import ApiError
 from pipeload.serve.reading import read
-from pipeload.serve.routes.desk import Desk, json_response, note, route
+from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, note
 from pipeload.serve.routes.inputs import listed
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -33,9 +32,12 @@ __all__ = ["routes"]
 _TASKS = ("feature-extraction",)
 
 
-def routes(desk: Desk) -> list[Route]:
+def routes(desk: Desk) -> list[DeskRoute]:
     """The routes of this module."""
-    return [route("/v1/embeddings", embeddings, desk), route("/embed", embed, desk)]
+    return [
+        DeskRoute("/v1/embeddings", embeddings, desk, takes=EmbeddingsRequest, gives=EmbeddingsAnswer),
+        DeskRoute("/embed", embed, desk, takes=EmbedRequest, gives=list[list[float]]),
+    ]
 
 
 async def embeddings(desk: Desk, request: Request) -> Response:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeload.serve.errors import ApiError
 from pipeload.serve.settings import LIMITS
 
-__all__ = ["listed"]
+__all__ = ["check_count", "listed"]
 
 
 def listed(given: str | Sequence[str | int | list[int]], name: str) -> list[str | list[int]]:
@@ -26,10 +26,22 @@ def listed(given: str | Sequence[str | int | list[int]], name: str) -> list[str 
         raise ApiError(400, f"{name} is an empty list. Send at least one text.", param=name)
     if all(isinstance(one, int) for one in given):
         return [[*given]]  # type: ignore[list-item] # all of them are numbers
-    if len(given) > LIMITS.inputs:
-        raise ApiError(400, f"{name} has {len(given)} texts; this server takes {LIMITS.inputs} at once.", param=name)
+    check_count(given, name)
     if any(isinstance(one, int) for one in given):
         raise ApiError(
             400, f"{name} has numbers beside texts. Send one text's token ids, or a list of lists.", param=name
         )
     return [*given]  # type: ignore[list-item] # none of them is a number
+
+
+def check_count(given: Sequence[object], name: str) -> None:
+    """Raise ApiError if a request has no input, or too many.
+
+    Args:
+        given: the inputs.
+        name: of their field.
+    """
+    if not given:
+        raise ApiError(400, f"{name} is an empty list. Send at least one.", param=name)
+    if len(given) > LIMITS.inputs:
+        raise ApiError(400, f"{name} has {len(given)} entries; this server takes {LIMITS.inputs} at once.", param=name)

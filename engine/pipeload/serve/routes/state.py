@@ -5,23 +5,22 @@ from __future__ import annotations
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 
 from pipeload.serve.bodies.state import Health, ModelInfo, ModelList
 from pipeload.serve.models import Served
-from pipeload.serve.routes.desk import Desk, json_response, route
+from pipeload.serve.routes.desk import Desk, DeskRoute, json_response
 
 __all__ = ["routes"]
 
 
-def routes(desk: Desk) -> list[Route]:
+def routes(desk: Desk) -> list[DeskRoute]:
     """The routes of this module."""
     return [
-        route("/health", health, desk, "GET"),
-        route("/ready", ready, desk, "GET"),
-        route("/metrics", metrics, desk, "GET"),
-        route("/v1/models", models, desk, "GET"),
-        route("/v1/models/{model:path}", model, desk, "GET"),
+        DeskRoute("/health", health, desk, method="GET", gives=Health),
+        DeskRoute("/ready", ready, desk, method="GET", gives=Health),
+        DeskRoute("/metrics", metrics, desk, method="GET"),
+        DeskRoute("/v1/models", models, desk, method="GET", gives=ModelList),
+        DeskRoute("/v1/models/{model:path}", model, desk, method="GET", gives=ModelInfo),
     ]
 
 
