@@ -7,6 +7,9 @@ bodies/        requests and answers
 reading        bytes of a request -> a body
 models         models by name: opened, called, closed when idle
 admission      places of calls; a client that goes away gives its place up
+guided         grammars that answers follow
+tools          functions that answers call
+forms          the form of an answer: text, JSON, calls
 sampling       a body -> options of `generate`
 generation     prompts -> tokens as they come
 stops          text up to a stop string

@@ -54,6 +54,7 @@ def order_of(
     logprobs: bool,
     top_logprobs: int,
     rules: Sequence[LogitsProcessor] = (),
+    hidden_stops: Sequence[str] = (),
 ) -> Order:
     """The answers that a request wants of a model.
 
@@ -65,6 +66,7 @@ def order_of(
         logprobs: whether the request wants the log-probabilities of tokens.
         top_logprobs: the number of likeliest tokens in the place of each.
         rules: more logits processors.
+        hidden_stops: texts that end an answer, which keeps them.
 
     Raises:
         ApiError: a field is out of range.
@@ -86,8 +88,8 @@ def order_of(
     if sampled:
         options |= {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p}
     stops = _stops(body.stop)
-    if stops:
-        options["stop_strings"] = stops
+    if stops or hidden_stops:
+        options["stop_strings"] = (*stops, *hidden_stops)
     processors = [*_penalties(body, prompts), *rules]
     if processors:
         options["logits_processor"] = processors

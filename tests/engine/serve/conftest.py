@@ -32,6 +32,7 @@ def with_words(directory: Path, **settings: object) -> Path:
     tokenizer = Tokenizer.from_file(path)
     tokenizer.add_tokens([f" w{number}" for number in range(tokenizer.get_vocab_size(), 1000)])
     tokenizer.save(path)
+    write_json(directory, "generation_config.json", {"eos_token_id": 0})
     return directory
 
 

@@ -15,15 +15,22 @@ __all__ = [
     "ChatLogprobs",
     "ChatRequest",
     "ChunkChoice",
+    "CalledFunction",
     "Delta",
+    "FunctionChoice",
     "Message",
+    "NewToolCall",
     "Part",
     "Reply",
+    "ResponseFormat",
     "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolFunction",
     "TopLogprob",
 ]
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Part(msgspec.Struct, kw_only=True):
@@ -33,13 +40,75 @@ class Part(msgspec.Struct, kw_only=True):
     text: str | None = None
 
 
-class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A turn of a conversation."""
+class CalledFunction(msgspec.Struct, kw_only=True):
+    """A function and the arguments of its call, as JSON."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A call of a function in an answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A turn of a conversation; one of role `tool` has the result of a call."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
     refusal: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class ToolFunction(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A function that an answer may call; `parameters` is the JSON schema of its arguments, which answers follow."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """A function that an answer may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class NamedFunction(msgspec.Struct, kw_only=True):
+    """The name of a function."""
+
+    name: str
+
+
+class FunctionChoice(msgspec.Struct, kw_only=True):
+    """The function that the answer must call."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(msgspec.Struct, kw_only=True):
+    """A JSON schema that the answer follows."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class ChatRequest(Choosing, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +119,8 @@ class ChatRequest(Choosing, kw_only=True, forbid_unknown_fields=True):
         max_tokens, max_completion_tokens: the most tokens of an answer.
         logprobs: the log-probabilities of the answer's tokens.
         top_logprobs: the likeliest tokens in the place of each, 0 to 20; needs `logprobs`.
+        response_format: JSON, or JSON that fits a schema.
+        tools, tool_choice, parallel_tool_calls: functions that an answer may, or must, call.
         metadata, store, service_tier, safety_identifier, prompt_cache_key: have no effect.
     """
 
@@ -63,12 +134,12 @@ class ChatRequest(Choosing, kw_only=True, forbid_unknown_fields=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    tools: Any = None
-    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -107,6 +178,7 @@ class Reply(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None = None
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -130,11 +202,18 @@ class ChatAnswer(msgspec.Struct, kw_only=True):
     system_fingerprint: str | None = None
 
 
+class NewToolCall(ToolCall, kw_only=True):
+    """A call of a function, whole, with its place among the calls of an answer."""
+
+    index: int
+
+
 class Delta(msgspec.Struct, kw_only=True, omit_defaults=True):
     """New text of an answer."""
 
     role: str | None = None
     content: str | None = None
+    tool_calls: list[NewToolCall] | None = None
 
 
 class ChunkChoice(msgspec.Struct, kw_only=True):

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,15 +20,18 @@ from pipeload.serve.bodies.chat import (
     ChunkChoice,
     Delta,
     Message,
+    NewToolCall,
     Reply,
+    ToolCall,
 )
 from pipeload.serve.bodies.generation import Usage
 from pipeload.serve.errors import ApiError
+from pipeload.serve.forms import Form
 from pipeload.serve.generation import Answers, generated
 from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
-from pipeload.serve.routes.tokens import finish_reason, token_logprobs
+from pipeload.serve.routes.tokens import token_logprobs
 from pipeload.serve.sampling import Order, order_of
 from pipeload.serve.sse import DONE, event
 from pipeload.serve.stops import StopCutter
@@ -40,11 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["messages_of", "routes", "usage_of"]
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -69,6 +70,7 @@ async def chat(desk: Desk, request: Request) -> Response:
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs. Send logprobs: true.", param="top_logprobs")
     messages = messages_of(body.messages)
+    form = Form(body)
     served = desk.models.find(body.model, ("text-generation",))
     identity: dict[str, Any] = {
         "id": new_id("chatcmpl"),
@@ -77,19 +79,23 @@ async def chat(desk: Desk, request: Request) -> Response:
     }
 
     async def ordered(place: Place, model: Model) -> Order:
-        return await place.run(
-            lambda: order_of(
+        def work() -> Order:
+            prompt = form.prompt(model, messages)
+            return order_of(
                 model,
                 body,
-                [model.chat_prompt(messages)],
+                [prompt],
                 max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
                 logprobs=bool(body.logprobs),
                 top_logprobs=body.top_logprobs or 0,
+                rules=form.rules(model, len(prompt)),
+                hidden_stops=form.hidden_stops,
             )
-        )
+
+        return await place.run(work)
 
     async def events(place: Place, model: Model) -> AsyncGenerator[bytes, None]:
-        return _events(desk, request, body, served, place, model, await ordered(place, model), identity)
+        return _events(desk, request, body, served, place, model, await ordered(place, model), identity, form)
 
     if body.stream:
         return await desk.stream(request, served, events)
@@ -98,7 +104,7 @@ async def chat(desk: Desk, request: Request) -> Response:
         answers, told = Answers(), []
         async for token in generated(place, served, model, order, desk.metrics, answers):
             told.append(token)
-        choices = _choices(model, order, answers, told)
+        choices = _choices(model, order, answers, told, form)
         del model
     usage = usage_of(answers)
     note(request, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
@@ -126,8 +132,29 @@ def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
                     )
             content = "".join(part.text or "" for part in content)
         role = "system" if message.role == "developer" else message.role
-        made.append({"role": role, "content": content or ""} | ({"name": message.name} if message.name else {}))
+        made.append({"role": role, "content": content or ""} | _beside(message, index))
     return made
+
+
+def _beside(message: Message, index: int) -> dict[str, Any]:
+    """Other fields of a message than role and content. Templates take the arguments of calls as objects."""
+    fields: dict[str, Any] = {}
+    if message.name:
+        fields["name"] = message.name
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
+    calls = []
+    for call in message.tool_calls or ():
+        try:
+            arguments = msgspec.json.decode(call.function.arguments, type=dict[str, Any])
+        except (msgspec.MsgspecError, RecursionError) as error:
+            raise ApiError(
+                400, f"Message {index} has arguments that are no JSON object: {error}.", param="messages"
+            ) from error
+        calls.append(
+            {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+        )
+    return fields | ({"tool_calls": calls} if calls else {})
 
 
 def usage_of(answers: Answers) -> Usage:
@@ -136,7 +163,7 @@ def usage_of(answers: Answers) -> Usage:
     return Usage(prompt_tokens=answers.prompt_tokens, completion_tokens=answers.tokens, total_tokens=total)
 
 
-def _choices(model: Model, order: Order, answers: Answers, told: Sequence[NewToken]) -> list[ChatChoice]:
+def _choices(model: Model, order: Order, answers: Answers, told: Sequence[NewToken], form: Form) -> list[ChatChoice]:
     tokenizer = tokenizer_of(model)
     choices, copies = [], order.copies // order.drawn
     for index, one in enumerate(answers.results):
@@ -146,8 +173,10 @@ def _choices(model: Model, order: Order, answers: Answers, told: Sequence[NewTok
         if one.logprobs is not None:
             own = [token for token in told if token.sequence == index // copies]
             logprobs = ChatLogprobs(content=token_logprobs(tokenizer, own))
-        reason: Any = finish_reason(one.finish_reason)
-        choices.append(ChatChoice(index=index, message=Reply(content=text), logprobs=logprobs, finish_reason=reason))
+        content, calls = form.found(text)
+        reply = Reply(content=content, tool_calls=calls or msgspec.UNSET)
+        reason: Any = form.finish_reason(one.finish_reason, calls)
+        choices.append(ChatChoice(index=index, message=reply, logprobs=logprobs, finish_reason=reason))
     return choices
 
 
@@ -160,10 +189,12 @@ async def _events(
     model: Model,
     order: Order,
     identity: dict[str, Any],
+    form: Form,
 ) -> AsyncGenerator[bytes, None]:
     tokenizer = tokenizer_of(model)
     answers = Answers()
-    cutters = [StopCutter(order.stops) for _ in range(order.drawn)]
+    cutters = [StopCutter((*order.stops, *form.shown_until)) for _ in range(order.drawn)]
+    texts, shown = [""] * order.drawn, [""] * order.drawn
     copies = order.copies // order.drawn
     began = False
 
@@ -177,14 +208,24 @@ async def _events(
             began = True
             yield b"".join(chunk(one, Delta(role="assistant", content="")) for one in range(order.drawn))
         cutter = cutters[token.sequence]
-        text = cutter.push(token.text)
+        texts[token.sequence] += token.text
+        text = "" if form.must_call else cutter.push(token.text)
+        calls: list[ToolCall] = []
         if token.finish_reason is not None:
-            text += cutter.flush()
+            whole = StopCutter(order.stops)
+            content, calls = form.found(whole.push(texts[token.sequence]) + whole.flush())
+            if not calls:
+                # Where no call was found, what looked like one is text.
+                text = (content or "")[len(shown[token.sequence]) :]
+        shown[token.sequence] += text
         logprobs = ChatLogprobs(content=token_logprobs(tokenizer, [token])) if body.logprobs else None
         if text or logprobs:
             yield chunk(token.sequence, Delta(content=text), logprobs)
+        if calls:
+            told = [NewToolCall(index=i, id=call.id, function=call.function) for i, call in enumerate(calls)]
+            yield chunk(token.sequence, Delta(tool_calls=told))
         if token.finish_reason is not None:
-            yield chunk(token.sequence, Delta(), reason=finish_reason(token.finish_reason))
+            yield chunk(token.sequence, Delta(), reason=form.finish_reason(token.finish_reason, calls))
     usage = usage_of(answers)
     note(request, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, stream=True)
     if body.stream_options is not None and body.stream_options.include_usage:
