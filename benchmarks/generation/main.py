@@ -1,8 +1,9 @@
-"""`python -m benchmarks.generation.main PART`: text generation, measured in five ways; see the README.
+"""`python -m benchmarks.generation.main PART`: text generation, measured in six ways; see the README.
 
 rivals     GPT-2 XL under memory caps, beside llama.cpp, accelerate and AirLLM
 lookup     answers that repeat their prompt, with and without guessed tokens
 bits       weights of 4 and 8 bits, beside llama.cpp
+drafts     a model that drafts for itself, beside the same without its draft
 callers    eight callers at once, beside one
 long       seconds and memory over a long text
 --tables   only write the README's tables and picture again, from results/*.json
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from benchmarks.generation import bits as bits_part
 from benchmarks.generation import callers as callers_part
+from benchmarks.generation import drafts as drafts_part
 from benchmarks.generation import long as long_part
 from benchmarks.generation import lookup as lookup_part
 from benchmarks.generation import rivals as rivals_part
@@ -35,6 +37,7 @@ PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
     "rivals": (rivals_part.Report, rivals_part.rows),
     "lookup": (lookup_part.Report, lookup_part.rows),
     "bits": (bits_part.Report, bits_part.rows),
+    "drafts": (drafts_part.Report, drafts_part.rows),
     "callers": (callers_part.Report, callers_part.rows),
     "long": (long_part.Report, long_part.rows),
 }
@@ -127,6 +130,30 @@ def bits(
         tokens=tokens, settling=settling, disk_bytes_per_s=rate, environments=environments, console=Console()
     )
     _keep("bits", report, output)
+
+
+@app.command()
+def drafts(
+    percents: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Memory for weights, in percent of the model's, with commas.")
+    ] = "50,75",
+    tokens: Tokens = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 2,
+    disk: Annotated[str, typer.Option(metavar="RATE", help="Throttle of the disk.")] = "400MB/s",
+    output: Output = None,
+) -> None:
+    """A model that drafts for itself, beside the same without its draft."""
+    rate = _rate(disk)
+    if rate is None:
+        raise typer.BadParameter("the comparison needs a throttle, such as --disk 400MB/s")
+    report = drafts_part.compare(
+        percents=tuple(int(percent) for percent in percents.split(",")),
+        tokens=tokens,
+        rounds=rounds,
+        disk_bytes_per_s=rate,
+        console=Console(),
+    )
+    _keep("drafts", report, output)
 
 
 @app.command()

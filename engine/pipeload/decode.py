@@ -279,6 +279,12 @@ class Decoding:
             sizes.append((step.batch, step.capacity))
         return sum(self.full_cache_bytes(*size) for size in sizes)
 
+    def expected(self) -> tuple[int, int]:
+        """The longest text that an open state expects, in tokens, and the bytes of all caches when all have come."""
+        with self._lock:
+            sizes = [(one.batch, max(one.capacity, one.expected)) for one in self._states]
+        return max((tokens for _, tokens in sizes), default=0), sum(self.full_cache_bytes(*size) for size in sizes)
+
     def full_cache_bytes(self, batch: int, capacity: int) -> int:
         """Memory of full caches for a number of sequences and tokens."""
         rows = self._shapes[next(iter(self.caches))][0]

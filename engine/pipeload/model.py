@@ -8,29 +8,38 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.decode import DecodeState, Decoding, Step
-from pipeload.errors import ClosedError, ConfigError, LoadError, QuantisationWarning, RunError
+from pipeload.errors import (
+    BudgetError,
+    ClosedError,
+    ConfigError,
+    LoadError,
+    PipeloadError,
+    QuantisationWarning,
+    RunError,
+)
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
-from pipeload.format.manifest import Manifest, TensorSpec
+from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.sizes import format_bytes, parse_budget
-from pipeload.opening import Options, open_pipeline
+from pipeload.opening import Options, draft_bytes, open_pipeline, weigh_draft
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.planning import needs
+from pipeload.planning.drafting import Drafting
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
@@ -44,12 +53,14 @@ from pipeload.tasks.classify.zero_shot import zero_shot
 from pipeload.tasks.embed.embed import embed
 from pipeload.tasks.fill.fill_mask import fill_mask
 from pipeload.tasks.generate.generate import generate
+from pipeload.tasks.generate.own_draft import DraftRooms, OwnDraft
 from pipeload.tasks.generate.session import Session
 from pipeload.tasks.images import image_sizes
 from pipeload.tasks.text.tokenizer import tokenizer_of
 from pipeload.tracing.stats import Stats
 from pipeload.tracing.trace import Progress, Trace
 
+_Made = TypeVar("_Made")
 _Sizes: TypeAlias = tuple[tuple[str, int], ...]
 
 __all__ = ["Model", "load"]
@@ -67,6 +78,7 @@ def load(
     verify: bool = True,
     profile: Profile | None = None,
     progress: Callable[[Progress], None] | None = None,
+    draft: Literal["auto"] | None = "auto",
 ) -> Model:
     """Open a sharded model directory under a memory budget for the whole process.
 
@@ -86,6 +98,9 @@ def load(
         profile: the measurements of this model on this machine, by `pipeload profile`; None takes the profile kept for
             this machine, or learns from the first passes if there is none.
         progress: called after each shard of each pass, in a thread of the engine.
+        draft: "auto" opens the draft that `pipeload export --draft` has put beside the model, where the budget has room
+            for it and it is expected to pay: it guesses tokens of `generate`, and the model checks them, so the texts
+            stay the same. `Model.draft` says what is expected, or why the draft is left out. None leaves it out.
 
     Returns:
         The model, a context manager.
@@ -124,6 +139,8 @@ def load(
     for name, number in (("loaders", loaders), ("threads", threads)):
         if number is not None and (not isinstance(number, int) or number < 1):
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
+    if draft not in ("auto", None):
+        raise ConfigError(f"draft is {draft!r:.80}; it must be 'auto' or None.")
     budget = parse_budget(memory_budget)
     files = ModelFiles(directory, manifest, verify=verify)
     if manifest.quantised_dynamically:
@@ -147,6 +164,7 @@ def load(
                 profile=profile,
                 progress=progress,
             ),
+            draft=draft is not None,
         )
 
 
@@ -160,11 +178,13 @@ class Model:
         directory: its path.
         manifest: its shards, inputs and outputs.
         files: its own files, such as `config.json`; each is checked when it is read.
+        own_draft: the copy of the model that guesses its tokens; None where there is none, or none was asked for.
+            `draft` tells what it promises.
     """
 
     __module__ = "pipeload"
 
-    def __init__(self, directory: Path, manifest: Manifest, options: Options) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, options: Options, *, draft: bool = False) -> None:
         self.directory = directory
         self.manifest = manifest
         self.files = ModelFiles(directory, manifest, verify=options.verify)
@@ -172,8 +192,19 @@ class Model:
         self._decoding = Decoding(manifest)
         self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
-        opened = open_pipeline(directory, manifest, self._decoding, options, self._bring_in)
+        self.own_draft, beside = self._open_draft(options) if draft else (None, options)
+        try:
+            opened = open_pipeline(directory, manifest, self._decoding, beside, self._bring_in)
+        except BaseException as error:
+            open_draft = self.own_draft is not None and self.own_draft.leave_out(
+                f"the model cannot open beside it. {error}"
+            )
+            if not open_draft or not isinstance(error, BudgetError):
+                raise
+            opened = open_pipeline(directory, manifest, self._decoding, options, self._bring_in)
         self._pipeline, self._replanner = opened.pipeline, opened.replanner
+        if self.own_draft is not None:
+            self.own_draft.follow(self._pipeline.neighbour_takes)
         self._profile_dims = opened.profile_dims
         # The finalizer must not refer to the model. It also runs when the interpreter exits: onnxruntime must not be
         # torn down under running agents.
@@ -193,6 +224,13 @@ class Model:
     def plan(self) -> Plan:
         """How the model runs now; larger inputs may change it."""
         return self._pipeline.plan
+
+    @property
+    def draft(self) -> Drafting | None:
+        """Whether the model's own draft guesses tokens, and what that promises; None where there is none, or `load` was
+        told to leave it out.
+        """
+        return self.own_draft.drafting if self.own_draft else None
 
     @property
     def profile(self) -> Profile:
@@ -225,7 +263,7 @@ class Model:
             ShardError, LoadError, RunError: a shard could not be read, built or run; the next call starts afresh.
             ClosedError: the model was closed before or during the call.
         """
-        return self._arrays(self._start(inputs).result())
+        return self._with_room(lambda: self._arrays(self._start(inputs).result()))
 
     def run_many(
         self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
@@ -270,6 +308,8 @@ class Model:
     def set_budget(self, memory_budget: int | str) -> None:
         """Change the memory budget; this returns after the memory beyond it was given back.
 
+        The budget holds for the model and its own draft together; where they do not fit, the draft is left out.
+
         Args:
             memory_budget: as for `load`.
 
@@ -278,7 +318,10 @@ class Model:
             ClosedError: the model is closed.
         """
         self._check_usable()
-        self._pipeline.set_budget(parse_budget(memory_budget))
+        budget_bytes, before = parse_budget(memory_budget), self.plan.budget_bytes
+        self._with_room(lambda: self._pipeline.set_budget(budget_bytes))
+        if self.own_draft is not None:
+            self.own_draft.set_budget(memory_budget, self.plan.budget_bytes - before)
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.
@@ -310,7 +353,8 @@ class Model:
         Raises:
             As `run`.
         """
-        return self._logits(self._step(Feed(positions=positions), inputs, state), positions)
+        outputs, _ = self._step(positions, 0, inputs, state)
+        return self._logits(outputs, positions)
 
     def step_top(
         self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, top: int, *, positions: int = 1
@@ -330,8 +374,7 @@ class Model:
             As `run`.
         """
         check_positive("top", top)
-        feed = Feed(positions=positions, top=top)
-        outputs = self._step(feed, inputs, state)
+        outputs, feed = self._step(positions, top, inputs, state)
         if feed.top_logits is not None:
             return feed.top_logits
         running = RunningTop(top)
@@ -365,6 +408,8 @@ class Model:
         Stores the figures that passes have taught about the machine, for the next load. This also happens when an
         unclosed model is garbage-collected, and when the interpreter exits.
         """
+        if self.own_draft is not None:
+            self.own_draft.close()
         self._finalizer()
         # Another thread may be closing it at this moment: then this waits until it is closed.
         _end_in(self._pid, self._pipeline)
@@ -387,9 +432,53 @@ class Model:
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
 
-    def _step(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
-        """Run one pass of a decoder. Returns its outputs."""
-        check_positive("positions", feed.positions)
+    def _open_draft(self, options: Options) -> tuple[OwnDraft | None, Options]:
+        """Open the model's own draft where that pays. Returns it, and the model's options beside it."""
+        record = self.manifest.draft
+        if record is None:
+            return None, options
+        if self.manifest.quantised_dynamically:
+            return OwnDraft(Drafting(used=False, reason="the texts of this model are made without drafts")), options
+        name, folder = f"{record.path}/{MANIFEST_NAME}", self.directory / record.path
+        try:
+            data = self.files.read(name, most_bytes=manifests.MOST_BYTES) or b""
+            manifest = manifests.parse(data, self.directory / name)
+            weighed = weigh_draft(self.directory, self.manifest, (folder, manifest), options, self._bring_in)
+            if not weighed.drafting.used:
+                return OwnDraft(weighed.drafting), options
+            model = Model(folder, manifest, weighed.draft)
+        except PipeloadError as error:
+            return OwnDraft(Drafting(used=False, reason=f"it cannot be opened. {error}")), options
+        rooms = DraftRooms(
+            take=model._pipeline.neighbour_takes,
+            expected_bytes=partial(draft_bytes, manifest, model._decoding),
+            counted_bytes=weighed.beside_bytes,
+        )
+        return OwnDraft(weighed.drafting, model, rooms), weighed.model
+
+    def _with_room(self, call: Callable[[], _Made]) -> _Made:
+        """What the call returns. Where only the memory of the draft keeps it from running, the draft is left out."""
+        try:
+            return call()
+        except BudgetError as error:
+            if self.own_draft is None or not self.own_draft.leave_out(f"the model needs its memory. {error}"):
+                raise
+            return call()
+
+    def _step(
+        self, positions: int, top: int, inputs: Mapping[str, NDArray[Any]], state: DecodeState
+    ) -> tuple[dict[str, Value], Feed]:
+        """Run one pass of a decoder. Returns its outputs, and the feed with its largest logits."""
+
+        def once() -> tuple[dict[str, Value], Feed]:
+            # A feed that was refused is of no use any more.
+            feed = Feed(positions=positions, top=top)
+            return self._step_once(feed, inputs, state), feed
+
+        check_positive("positions", positions)
+        return self._with_room(once)
+
+    def _step_once(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
         self._check_usable()
         if not isinstance(state, DecodeState):
             raise ConfigError(f"state is {state!r}; make one with model.new_state().")

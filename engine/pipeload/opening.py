@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeload.decode import CAPACITY_STEP, Decoding
 from pipeload.errors import BudgetError, LoadError
 from pipeload.format import manifest as manifests
+from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest
 from pipeload.machine.cgroups import spare_threads
 from pipeload.machine.heap import foreign_allocator
@@ -19,6 +20,7 @@ from pipeload.measuring import profile_store, profiler
 from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.planning import needs
+from pipeload.planning.drafting import PIECE_TOKENS, Contender, Drafting, weigh
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
@@ -28,10 +30,21 @@ from pipeload.storage.stamps import stamps_of
 from pipeload.storage.weights import Storage
 from pipeload.tracing.trace import Progress
 
-__all__ = ["Opened", "Options", "open_pipeline"]
+__all__ = [
+    "Opened",
+    "Options",
+    "Weighed",
+    "acceptance_of",
+    "draft_bytes",
+    "draft_contender",
+    "open_pipeline",
+    "weigh_draft",
+]
 
 _AGENTS = 3
 """The Inference Agent, the Daemon Agent, and the Loading Agent that packs (`Pipeline._spawn_loaders`)."""
+_ASSUMED_ACCEPTANCE = 0.7
+"""Of a draft whose choices were not compared with the source's."""
 _CLOSING = 2
 """Sessions that are still being destroyed while others are made."""
 
@@ -45,6 +58,7 @@ class Options:
         loaders, threads: see `load`.
         dims: sizes of the symbolic dimensions to plan for.
         verify, profile, progress: see `load`.
+        process_bytes: memory of the process, its other models included, where the caller knows it; None measures.
     """
 
     budget_bytes: int | None
@@ -54,6 +68,7 @@ class Options:
     verify: bool
     profile: Profile | None
     progress: Callable[[Progress], None] | None
+    process_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +86,23 @@ class Opened:
     replanner: Replanner
     profile_dims: Mapping[str, int]
     keep: Callable[[], None] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """How a model and its own draft are to be opened.
+
+    Attributes:
+        drafting: whether the draft pays.
+        model: options of the model beside its draft.
+        draft: options of the draft beside its model.
+        beside_bytes: the draft's passes and caches that both have counted.
+    """
+
+    drafting: Drafting
+    model: Options
+    draft: Options
+    beside_bytes: int
 
 
 def open_pipeline(
@@ -102,8 +134,7 @@ def open_pipeline(
     with OPEN_PIPELINES.lock:
         bring_in()
         process = profiler.measure()
-        # Other models of the process may not have read anything yet of the weights that they will keep.
-        process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
+        process_bytes = options.process_bytes or _with_neighbours(process)
         loaders, threads = _startable(options, len(manifest.shards), process.cores)
         replanner = Replanner(
             manifest,
@@ -124,6 +155,87 @@ def open_pipeline(
         profile_dims=profile_dims,
         keep=keep if options.profile is None else None,
     )
+
+
+def weigh_draft(
+    directory: Path, manifest: Manifest, draft: tuple[Path, Manifest], options: Options, bring_in: Callable[[], object]
+) -> Weighed:
+    """Measure the process, and plan a model alone and beside its own draft.
+
+    Args:
+        directory: the model's sharded directory.
+        manifest: its validated manifest.
+        draft: the same of its draft.
+        options: how to run the model.
+        bring_in: see `open_pipeline`.
+    """
+    with OPEN_PIPELINES.lock:
+        bring_in()
+        process = profiler.measure()
+        process_bytes = _with_neighbours(process)
+    known = options.profile or profile_store.find(directory, profiler.profile_dims(manifest)) or process
+    profile = replace(known, process_bytes=process_bytes, cores=process.cores)
+    guesser = draft_contender(*draft, profile)
+    free_bytes = FreeMemory()()
+    told = weigh(
+        Contender(manifest=manifest, profile=profile, needs=_first_needs(manifest, Decoding(manifest), options.dims)),
+        guesser,
+        budget_bytes=min(options.budget_bytes or free_bytes, free_bytes),
+        acceptance=acceptance_of(manifest),
+        loaders=options.loaders,
+        threads=options.threads,
+    )
+    return Weighed(
+        drafting=told,
+        model=replace(options, process_bytes=process_bytes + told.draft_bytes),
+        draft=replace(
+            options,
+            dims=_draft_dims(draft[1]),
+            process_bytes=process_bytes + told.model_bytes,
+            profile=guesser.profile,
+            progress=None,
+        ),
+        beside_bytes=guesser.needs.pass_bytes + guesser.needs.cache_bytes,
+    )
+
+
+def draft_bytes(manifest: Manifest, decoding: Decoding) -> int:
+    """Memory of a draft beside its weights, when the texts that its open states expect have come."""
+    longest, cache_bytes = decoding.expected()
+    dims = _draft_dims(manifest) | dict.fromkeys(past_symbols(manifest), longest)
+    return needs.pass_bytes(manifest, dims, positions=1) + cache_bytes
+
+
+def draft_contender(directory: Path, manifest: Manifest, model: Profile) -> Contender:
+    """A draft as plans see it: with its kept profile, or assumed times, and the machine and process of its model.
+
+    Args:
+        directory: the draft's sharded directory.
+        manifest: its manifest.
+        model: the profile of the model that it guesses for.
+    """
+    kept = profile_store.find(directory, profiler.profile_dims(manifest))
+    own = kept or replace(model, times={}, dims={})
+    # One process has one runtime.
+    own = replace(own, process_bytes=model.process_bytes, cores=model.cores, runtime_bytes=model.runtime_bytes)
+    return Contender(
+        manifest=manifest, profile=own, needs=_first_needs(manifest, Decoding(manifest), _draft_dims(manifest))
+    )
+
+
+def _draft_dims(manifest: Manifest) -> dict[str, int]:
+    return {symbol: min(size, PIECE_TOKENS) for symbol, size in needs.planning_dims(manifest).items()}
+
+
+def acceptance_of(manifest: Manifest) -> float:
+    """How often the draft's first choice is right, as far as the exporter has measured it."""
+    told = manifest.draft.top1 if manifest.draft else None
+    return _ASSUMED_ACCEPTANCE if told is None else told
+
+
+def _with_neighbours(process: Profile) -> int:
+    """Memory of the process, with that of other models that may not have read yet the weights that they will keep."""
+    return process.process_bytes + OPEN_PIPELINES.to_come_bytes()
 
 
 def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, int | None]:
@@ -150,13 +262,19 @@ def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, i
 
 
 def _first_plan(manifest: Manifest, replanner: Replanner, decoding: Decoding, dims: Mapping[str, int]) -> Plan:
-    pass_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
-    needed = Needs(pass_bytes=pass_bytes)
-    if manifest.caches:
+    needed = _first_needs(manifest, decoding, dims)
+    if needed.cache_bytes:
         # The caller of a decoder will decode: room for the first caches now saves another plan, and reading, then.
         with suppress(BudgetError):
-            return replanner.first_plan(replace(needed, cache_bytes=decoding.full_cache_bytes(1, CAPACITY_STEP)))
-    return replanner.first_plan(needed)
+            return replanner.first_plan(needed)
+    return replanner.first_plan(replace(needed, cache_bytes=0))
+
+
+def _first_needs(manifest: Manifest, decoding: Decoding, dims: Mapping[str, int]) -> Needs:
+    pass_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
+    return Needs(
+        pass_bytes=pass_bytes, cache_bytes=decoding.full_cache_bytes(1, CAPACITY_STEP) if manifest.caches else 0
+    )
 
 
 def _keep_learned(directory: Path, dims: Mapping[str, int], replanner: Replanner) -> None:

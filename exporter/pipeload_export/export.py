@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,27 +15,38 @@ from typing import Literal, get_args
 
 import pipeload
 from pipeload.errors import ConfigError, EmbeddingWarning, ExportError, PipeloadError
-from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest, SmallWeights, write
+from pipeload.format.manifest import MANIFEST_NAME, Draft, FileRecord, Manifest, SmallWeights, write
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
-from pipeload_export.check.accuracy import check_error, measure_accuracy
+from pipeload_export.check.accuracy import (
+    accuracy_cases,
+    check_error,
+    compared_outputs,
+    measure_accuracy,
+    with_no_past,
+)
+from pipeload_export.check.compare import Unsplit as UnsplitModel
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
 from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
 from pipeload_export.check.verify import runner, verify_made
+from pipeload_export.convert.convert import write_rounded
+from pipeload_export.convert.how import BlockSize, How, how_to_round
 from pipeload_export.extra import require_modules
 from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.beside import resolve_beside
 from pipeload_export.source.folder import read_json
+from pipeload_export.source.identity import facts_of, identity_of
 from pipeload_export.source.refused import Declined
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
 from pipeload_export.staging import Staging
+from pipeload_export.write.journal import Journal
 
-__all__ = ["BlockSize", "KvCache", "Weights", "export"]
+__all__ = ["BlockSize", "DraftWeights", "KvCache", "Weights", "export"]
 
 KvCache = Literal["model", "int8"]
 """Element type of KV caches: as the model has them, or 8 bits and a scale for each token and head."""
@@ -43,26 +55,29 @@ Weights = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 """How float32 weights are stored: in 16 bits where that loses nothing, and a GGUF file's in its own blocks; as they
 are; rounded to 16 bits; or those of products and tables rounded to 8 or 4 bits with a scale for each block of them."""
 
-BlockSize = Literal["16", "32", "64", "128", "256"]
-"""Weights of 8 or 4 bits that have one scale."""
+DraftWeights = Literal["int4"]
+"""Weights of a copy of the model that guesses its tokens."""
 
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
-_TYPES: dict[Weights, str] = {"bf16": "bfloat16", "fp16": "float16"}
-_BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
-_FINE_BITS = 8
-"""Of tables, the head that is tied to one, and products that narrow: 4 bits hurt there most."""
+_FLOAT_BITS = 32
 _KEPT_ONNX = "model.onnx"
+_DRAFT = "draft"
+_DRAFT_BLOCK = 128
+"""Fewer scales: with 32 weights to one, packed sessions of SmolLM2 take a fifth more memory, and guess 3 % better."""
+_DRAFT_FILES = ("config.json",)
+"""Of the files beside the model: the draft's tokens are the model's, which has the tokenizer."""
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
 )
 _NO_ERROR = (
-    "A largest error is only measured where weights are rounded (--weights bf16, fp16, int8 or int4), or those of a "
-    "GGUF file, and the result is verified."
+    "An error is only measured where weights are rounded (--weights bf16, fp16, int8 or int4), or those of a "
+    "GGUF file, and the result is verified: leave --max-error out."
 )
 _WRITING = "write the shards"
+_DECODES = "text-generation"
 _LOGGER = logging.getLogger("pipeload_export")
 
 
@@ -78,6 +93,9 @@ def export(
     kv_cache: KvCache = "model",
     block_size: int = 32,
     asymmetric: bool = False,
+    keep: str | Sequence[str] = (),
+    mixed: str | float | None = None,
+    draft: DraftWeights | None = None,
     max_error: float | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -89,7 +107,9 @@ def export(
     """Write a sharded model directory, which is complete and verified when it appears at `target`.
 
     Everything is made in a folder beside the target, which is renamed at the end. When the export fails, or its
-    process is killed at any moment, the target is as it was before.
+    process is killed at any moment, the target is as it was before. The same export of a source that has not changed
+    goes on where a killed one stopped: weights files that were finished are not written again. With `allow_missing` or
+    `trust_remote_code` it begins anew.
 
     Args:
         source: hub id, checkpoint folder, `.gguf` file, `.onnx` file, or `catalog:NAME`.
@@ -109,6 +129,12 @@ def export(
             leaves them as they are.
         block_size: weights of a block, which have one scale: 16, 32, 64, 128 or 256.
         asymmetric: give each block of a product's weights a zero of its own.
+        keep: shards that stay wider than others, as "fp32:block.000,epilogue", or with "int4" also "int8:block.003";
+            one text or several. "head" names all slices of a head. Tables belong to the shards that take rows of them.
+        mixed: keep the shards wider whose rounding does the most, until no output is further from the source's than
+            this part of its range: a number, or a text such as "0.5%".
+        draft: "int4" puts a copy with weights of 4 bits beside a decoder, in the folder `draft`: it guesses tokens,
+            which the model checks, so that texts come faster from a model that does not fit into memory.
         max_error: fail where rounding weights changes an output by more than this part of its range.
         force: replace an existing sharded model directory, once the new one is complete.
         trust_remote_code: run the Python code of the checkpoint, or of the tokenizer beside an `.onnx` file. Read it
@@ -138,12 +164,22 @@ def export(
     for what, given, known in (
         ("KV caches", kv_cache, get_args(KvCache)),
         ("weights", weights, get_args(Weights)),
-        ("size of blocks", block_size, tuple(map(int, get_args(BlockSize)))),
     ):
         if given not in known:
             raise ConfigError(f"The {what} cannot be {given!r}; take one of {', '.join(map(str, known))}.")
-    if max_error is not None and (weights == "fp32" or not verify):
-        raise ConfigError(_NO_ERROR)
+    if draft is not None and draft not in get_args(DraftWeights):
+        raise ConfigError(f"The draft cannot be {draft!r}; take {', '.join(get_args(DraftWeights))}, or none.")
+    if draft is not None and weights == draft:
+        raise ConfigError(f"A draft of {draft} is no smaller than a model with weights of {weights}. Leave one out.")
+    how = how_to_round(
+        weights,
+        block_size=block_size,
+        asymmetric=asymmetric,
+        keep=keep,
+        mixed=mixed,
+        max_error=max_error,
+        verify=verify,
+    )
     with boundary("The export failed, and was undone", Path(target), progress) as notify:
         require_modules("onnx")
         staging = Staging(Path(target), MANIFEST_NAME, force=force)
@@ -165,40 +201,63 @@ def export(
         gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
-        if not isinstance(found, Checkpoint):
-            _check_space(staging.disk, found.nbytes * _ONNX_DISK_FACTOR, found.nbytes)
+        if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
+            options = (whole, weights, kv_cache, repr(how), keep_onnx is None)
+            staging.resume(identity_of({**facts_of(found), "options": options}))
         with ExitStack() as stack:
             stack.enter_context(staging)
+            if not isinstance(found, Checkpoint):
+                _check_space(staging, found.nbytes * (_ONNX_DISK_FACTOR + _share(how, draft)), found.nbytes)
+            journal = stack.enter_context(Journal(staging.root))
             unsplit = (
-                _traced(found, staging, weights, notify, keep=keeping is not None)
+                _traced(found, staging, weights, _share(how, draft), notify, keep=keeping is not None)
                 if isinstance(found, Checkpoint)
                 else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
             )
-            floats = runner(unsplit.path, unsplit.weights)
-            if small := _small(weights, block_size, symmetric=not asymmetric):
-                unsplit = _rounded(unsplit, staging.work / "rounded", small, notify)
-            elif gguf:
+            floats, source_graph = runner(unsplit.path, unsplit.weights), unsplit
+            if draft and unsplit.task != _DECODES:
+                raise _no_draft(unsplit.task)
+            if gguf:
                 unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
+            split_into = staging.floats if how else staging.result
+            split_into.mkdir(exist_ok=True)
             manifest = _build(
-                *(unsplit, staging.result),
+                *(unsplit, split_into, journal),
                 whole=whole,
                 weights=weights,
                 kv_cache=kv_cache,
                 verify=verify,
                 progress=notify,
             )
-            if verify and manifest.small_weights:
-                accuracy = measure_accuracy(staging.result, manifest, floats, notify)
-                if max_error is not None:
-                    check_error(accuracy, max_error)
-                manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
-                write(manifest, staging.result)
+            if how:
+                manifest = write_rounded(
+                    *(split_into, staging.result, staging.work, how, notify), journal=journal, verify=verify
+                )
+            elif verify and manifest.small_weights:
+                manifest = _measured(staging.result, manifest, floats, max_error, notify)
             if verify and isinstance(found, Checkpoint):
                 parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
                 manifest = replace(manifest, parity=parity)
                 write(manifest, staging.result)
             elif verify:
                 check_running(staging.result, manifest, notify)
+            if draft:
+                if not manifest.caches:
+                    raise _no_draft(f"{manifest.task} without KV caches")
+                if gguf:
+                    # The model has the file's blocks, and not the floats that they stand for.
+                    split_into = staging.floats
+                    split_into.mkdir()
+                    _build(
+                        *(source_graph, split_into, journal),
+                        whole=whole,
+                        weights=weights,
+                        kv_cache=kv_cache,
+                        verify=False,
+                        progress=notify,
+                    )
+                draft_how = _draft_how(draft, verify=verify)
+                manifest = _with_draft(manifest, staging, split_into, draft_how, notify, verify=verify)
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
@@ -208,45 +267,93 @@ def export(
     return manifest
 
 
-def _small(weights: Weights, block_size: int, *, symmetric: bool) -> SmallWeights | None:
-    """How weights are to be rounded; None where they are not."""
-    if weights in _TYPES:
-        return SmallWeights(dtype=_TYPES[weights], bits=16, fine_bits=16, block_size=1, symmetric=True)
-    if weights in _BITS:
-        return SmallWeights(bits=_BITS[weights], fine_bits=_FINE_BITS, block_size=block_size, symmetric=symmetric)
-    return None
+def _measured(
+    result: Path, manifest: Manifest, source: UnsplitModel, max_error: float | None, progress: Notify
+) -> Manifest:
+    """The manifest with what the blocks of a GGUF file do to the answers; it is written."""
+    cases = accuracy_cases(result, manifest)
+    wanted = source(compared_outputs(manifest), with_no_past(manifest, cases, unsplit=True), progress)
+    accuracy = measure_accuracy(result, manifest, cases, wanted, progress)
+    if max_error is not None:
+        check_error(accuracy, max_error)
+    assert manifest.small_weights is not None
+    manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
+    write(manifest, result)
+    return manifest
 
 
-def _rounded(unsplit: Unsplit, folder: Path, small: SmallWeights, progress: Notify) -> Unsplit:
-    """The unsplit model with rounded weights."""
-    from pipeload_export.rewrite.rounding import Rounding  # needs the extra [export]
-    from pipeload_export.rewrite.sixteen import write_with_16_bits
-    from pipeload_export.rewrite.small_weights import write_with_small_weights
+def _share(how: How | None, draft: DraftWeights | None) -> float:
+    """The disk that rounded copies of the shards take, in parts of the weights in float32."""
+    share = 0.0 if draft is None else _draft_how(draft, verify=False).small.fine_bits / _FLOAT_BITS
+    if how is None:
+        return share
+    copies = 1 if how.mixed is None else 1 + len(how.levels)
+    return share + copies * how.small.fine_bits / _FLOAT_BITS
 
+
+def _draft_how(draft: DraftWeights, *, verify: bool) -> How:
+    how = how_to_round(
+        draft, block_size=_DRAFT_BLOCK, asymmetric=False, keep=(), mixed=None, max_error=None, verify=verify
+    )
+    assert how is not None
+    return how
+
+
+def _with_draft(
+    manifest: Manifest, staging: Staging, floats: Path, how: How, progress: Notify, *, verify: bool
+) -> Manifest:
+    """Write a rounded copy into the folder of the draft. Returns the model's manifest, which lists the copy's.
+
+    Args:
+        manifest: the model's.
+        staging: its folder; the model is complete.
+        floats: the sharded model directory that is rounded.
+        how: how its weights are rounded.
+        progress: called with the name of the step, the part done, and the whole.
+        verify: check the copy, and measure what rounding does.
+    """
+    folder = staging.result / _DRAFT
     folder.mkdir()
-    if small.dtype:
-        path = write_with_16_bits(unsplit.path, unsplit.weights, folder, small.dtype)
-    else:
-        coarse = Rounding(bits=small.bits, block_size=small.block_size, symmetric=small.symmetric)
-        fine = Rounding(bits=small.fine_bits, block_size=small.block_size)
-        made = write_with_small_weights(unsplit.path, unsplit.weights, folder, coarse, fine, progress)
-        path, small = made.path, replace(small, integers=made.integers)
-    return replace(unsplit, path=path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
+    made = write_rounded(floats, folder, staging.work, how, progress, verify=verify)
+    for record in made.files:
+        if not record.path.startswith("shards/") and record.path not in _DRAFT_FILES:
+            (folder / record.path).unlink()
+    made = replace(made, files=tuple(record for record in made.files if (folder / record.path).exists()))
+    write(made, folder)
+    accuracy = made.small_weights.accuracy if made.small_weights else None
+    draft = Draft(path=_DRAFT, nbytes=made.weight_bytes, top1=accuracy.top1 if accuracy else None)
+    files = (*manifest.files, _record(staging.result, f"{_DRAFT}/{MANIFEST_NAME}"))
+    manifest = replace(manifest, files=files, draft=draft)
+    write(manifest, staging.result)
+    return manifest
 
 
-def _traced(found: Checkpoint, staging: Staging, weights: Weights, progress: Notify, *, keep: bool) -> Unsplit:
-    """The ONNX graph of a checkpoint, without its weights where that is possible, and where the graph is not kept."""
+def _no_draft(task: str) -> ConfigError:
+    return ConfigError(
+        f"A draft guesses tokens for a model that generates text with KV caches, and this one is for {task}. Leave "
+        "--draft out, or export the model with --task text-generation-with-past."
+    )
+
+
+def _traced(
+    found: Checkpoint, staging: Staging, weights: Weights, share: float, progress: Notify, *, keep: bool
+) -> Unsplit:
+    """The ONNX graph of a checkpoint, without its weights where that is possible, and where the graph is not kept.
+
+    `share` is the disk of rounded copies, in parts of the weights in float32.
+    """
     request = found.request
     nbytes, obstacle = request.weight_bytes, None
+    rounded = nbytes * share
     if request.may_be_hollow and not keep:
-        _check_space(staging.disk, request.stored_bytes if weights == "auto" else nbytes, nbytes)
+        _check_space(staging, (nbytes if weights == "fp32" else request.stored_bytes) + rounded, nbytes)
         try:
             return found.to_onnx(staging.work, progress, hollow=True)
         except Declined as declined:
             obstacle = str(declined)
             _LOGGER.info("%s is exported with its weights in memory: %s.", request.name, obstacle)
             shutil.rmtree(staging.work / "onnx")
-    _check_space(staging.disk, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes, nbytes)
+    _check_space(staging, nbytes * _CHECKPOINT_DISK_FACTOR + request.widened_bytes + rounded, nbytes)
     return found.to_onnx(staging.work, progress, obstacle=obstacle)
 
 
@@ -274,6 +381,7 @@ def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -
 def _build(
     unsplit: Unsplit,
     result: Path,
+    journal: Journal,
     *,
     whole: bool,
     weights: Weights,
@@ -295,6 +403,7 @@ def _build(
         exact_16_bits=weights != "fp32",
         published=_published(unsplit),
         stored=unsplit.weights,
+        journal=journal,
         progress=lambda _, done, total: progress(_WRITING, done, total),
     )
     written = sum(record.nbytes for record in model.files)
@@ -382,18 +491,18 @@ def _keep(unsplit: Unsplit, folder: Path, *, move: bool) -> None:
         shutil.copyfile(file, folder / name)
 
 
-def _check_space(disk: Path, needed: float, nbytes: int) -> None:
+def _check_space(staging: Staging, needed: float, nbytes: int) -> None:
     """Raise ExportError if a disk has no room.
 
     Args:
-        disk: a folder on it.
+        staging: a folder on it, whose files of a killed export need no more room.
         needed: bytes that graph and shards take.
         nbytes: bytes of the weights in float32.
     """
     needed = int(needed) + min(2 * nbytes, _VALUED_DISK_BYTES) + _SPARE_DISK_BYTES
-    free = shutil.disk_usage(disk).free
+    free = shutil.disk_usage(staging.disk).free + staging.kept_bytes
     if needed > free:
         raise ExportError(
-            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at {disk}. "
-            "Make room, or name a target on another disk."
+            f"The export takes about {format_bytes(needed)} of disk, and {format_bytes(free)} are free at "
+            f"{staging.disk}. Make room, or name a target on another disk."
         )

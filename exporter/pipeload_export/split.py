@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,14 +27,26 @@ from pipeload_export.shard.alignment import related_inputs, related_structure
 from pipeload_export.shard.published import Published
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.source.places import Weights
+from pipeload_export.write.journal import Journal
 from pipeload_export.write.narrow import given_type, stored_type
 from pipeload_export.write.shards import ShardWriter
 
-__all__ = ["SplitModel", "split"]
+__all__ = ["SplitModel", "Written", "input_spec", "last_uses", "split", "written"]
 
 _RANDOM = frozenset(
     {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """The parts of a `pipeload.format.manifest.Manifest` that follow from the shards that were written."""
+
+    edges: tuple[TensorSpec, ...]
+    head: Head | None
+    shards: tuple[Shard, ...]
+    structures: dict[str, Structure]
+    files: tuple[FileRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +74,7 @@ def split(
     exact_16_bits: bool = True,
     published: Published | None = None,
     stored: Weights | None = None,
+    journal: Journal | None = None,
     progress: Notify | None = None,
 ) -> SplitModel:
     """Cut a transformer's ONNX graph into shards, and write them.
@@ -78,6 +91,7 @@ def split(
         exact_16_bits: store float32 weights in 16 bits where all values of a tensor stay the same.
         published: sizes of inputs that the files beside the graph name.
         stored: the weights of the graph that lie in a checkpoint.
+        journal: of the weights files that are finished; those of killed exports are taken from it.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
 
     Raises:
@@ -96,6 +110,7 @@ def split(
             int8_caches=int8_caches,
             exact_16_bits=exact_16_bits,
             published=published,
+            journal=journal,
             progress=progress or silent,
         )
     except Exception:
@@ -112,11 +127,12 @@ def _split(
     int8_caches: bool,
     exact_16_bits: bool,
     published: Published | None,
+    journal: Journal | None,
     progress: Notify,
 ) -> SplitModel:
     fix_settings(graph)
     normalise(graph)
-    inputs = tuple(_input_spec(value, graph, published) for value in graph.inputs)
+    inputs = tuple(input_spec(value, graph, published) for value in graph.inputs)
     quantised_dynamically = any(kind.startswith("DynamicQuantize") for kind in operators(graph.nodes))
     in_place = write_in_place(graph)
     scales = quantise_caches(graph, in_place) if int8_caches else {}
@@ -143,9 +159,9 @@ def _split(
             "compared, nor given twice. Export a model without them."
         )
     pieces = place(graph, cuts, lifts, kept=[head.input] if head else [])
-    taken = tuple(_input_spec(value, graph, published) for value in graph.inputs)
-    sampler = Sampler(graph, taken, _last_uses(pieces, lifts, head), shards_dir, published)
-    writer = ShardWriter(graph, shards_dir, sampler, progress, stored_type=stored)
+    taken = tuple(input_spec(value, graph, published) for value in graph.inputs)
+    sampler = Sampler(graph, taken, last_uses(pieces, lifts, head), shards_dir, published)
+    writer = ShardWriter(graph, shards_dir, sampler, progress, stored_type=stored, journal=journal)
     writer.write_tables({name: graph.constants[name] for name in tables}, head)
     for piece in pieces:
         writer.write_piece(piece, lifts, head)
@@ -156,8 +172,6 @@ def _split(
 
     dims = tuple(dict.fromkeys(symbol for spec in inputs for dim in spec.shape for symbol in symbols(dim)))
     known = {*graph.output_names, *(spec.name for spec in inputs)}
-    edges = dict.fromkeys(name for shard in writer.shards for name in (*shard.inputs, *shard.outputs))
-    slices = tuple(shard.name for shard in writer.shards if shard.role == "head")
     outputs = tuple(_output_spec(value, writer, dims, head) for value in graph.outputs)
     caches = tuple(
         replace(
@@ -167,23 +181,44 @@ def _split(
         )
         for cache in find_caches(graph, pieces, inputs, outputs)
     )
+    made = written(writer, sampler, head, known)
     return SplitModel(
         inputs=inputs,
         outputs=outputs,
-        edges=tuple(writer.edge(name) for name in edges if name not in known),
+        edges=made.edges,
         caches=caches,
+        head=made.head,
+        shards=made.shards,
+        structures=made.structures,
+        dims=dims,
+        files=made.files,
+        quantised_dynamically=quantised_dynamically,
+    )
+
+
+def written(writer: ShardWriter, sampler: Sampler, head: HeadCut | None, known: Collection[str]) -> Written:
+    """The parts of a manifest that a writer has made.
+
+    Args:
+        writer: has written all shards.
+        sampler: ran them.
+        head: the head that was cut.
+        known: names of the model's inputs and outputs, which are no edges.
+    """
+    edges = dict.fromkeys(name for shard in writer.shards for name in (*shard.inputs, *shard.outputs))
+    slices = tuple(shard.name for shard in writer.shards if shard.role == "head")
+    return Written(
+        edges=tuple(writer.edge(name) for name in edges if name not in known),
         head=Head(input=head.input, output=head.output, shards=slices) if head else None,
         shards=tuple(writer.shards),
         structures={
             name: related_structure(one, sampler.sums, sampler.fixed) for name, one in writer.structures.known.items()
         },
-        dims=dims,
         files=tuple(writer.files),
-        quantised_dynamically=quantised_dynamically,
     )
 
 
-def _last_uses(pieces: Sequence[Piece], lifts: Sequence[Lift], head: HeadCut | None) -> dict[str, int]:
+def last_uses(pieces: Sequence[Piece], lifts: Sequence[Lift], head: HeadCut | None) -> dict[str, int]:
     """Tensor -> number of the last shard that takes it, or looks up rows by it."""
     result: dict[str, int] = {}
     for number, piece in enumerate(pieces):
@@ -194,7 +229,12 @@ def _last_uses(pieces: Sequence[Piece], lifts: Sequence[Lift], head: HeadCut | N
     return result
 
 
-def _input_spec(value: ValueInfoProto, graph: Graph, published: Published | None) -> TensorSpec:
+def input_spec(value: ValueInfoProto, graph: Graph, published: Published | None) -> TensorSpec:
+    """Type and shape of a graph's input, with the sizes that the model's files name.
+
+    Raises:
+        ExportError: the graph does not say its rank, or no input of a shard can have its type.
+    """
     tensor = value.type.tensor_type
     if not tensor.HasField("shape"):
         raise ExportError(

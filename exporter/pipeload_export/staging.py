@@ -3,11 +3,14 @@
 ```
  .NAME.lock                one export to a target at a time (flock: it ends with the process, however that ends)
  .NAME.staging-PID-RANDOM  everything is written here, temporary files too: on the disk whose free space is checked
+   work floats result      temporary files; shards that are to be rounded; what becomes the target
+   identity journal before which export it is; what is finished; files of killed exports of the same identity
  .NAME.old-PID-RANDOM      only where the kernel cannot exchange two folders: the old target, for a moment
 ```
 
 At every moment the target is the old one, or absent as before, or the new one as a whole. The next export to the same
-target removes the leftovers of a killed one, or puts the old target back.
+target removes the leftovers of a killed one, or puts the old target back. Where it is the same export, it takes over
+the files that the killed one has made.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +32,7 @@ from pipeload.errors import ConfigError, ExportError
 
 __all__ = ["Staging"]
 
+_IDENTITY, _JOURNAL, _BEFORE = "identity", "journal", "before"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -65,6 +69,7 @@ class Staging:
         self._wait = wait
         self._lock: int | None = None
         self._folder = self._beside("staging")
+        self._identity = ""
 
     @property
     def work(self) -> Path:
@@ -75,6 +80,29 @@ class Staging:
     def result(self) -> Path:
         """The folder that becomes the target."""
         return self._folder / "result"
+
+    @property
+    def floats(self) -> Path:
+        """A folder for the sharded model directory that is rounded into the result; not made here."""
+        return self._folder / "floats"
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds all others, for a `Journal`."""
+        return self._folder
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the files that killed exports have left, once this context is entered."""
+        return sum(file.stat().st_size for file in (self._folder / _BEFORE).rglob("*") if file.is_file())
+
+    def resume(self, identity: str) -> None:
+        """Go on, once this context is entered, where killed exports of the same identity stopped.
+
+        Args:
+            identity: equal for exports that make the same files.
+        """
+        self._identity = identity
 
     @property
     def disk(self) -> Path:
@@ -127,9 +155,12 @@ class Staging:
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._acquire()
         try:
-            self._clean_up()
+            leftovers = list(self._leftovers("staging"))
+            (self._folder / _BEFORE).mkdir(parents=True)
+            (self._folder / _IDENTITY).write_text(self._identity)
+            self._clean_up(leftovers)
             self.check()
-            self.work.mkdir(parents=True)
+            self.work.mkdir()
             self.result.mkdir()
         except BaseException:
             self.__exit__(None, None, None)
@@ -186,15 +217,36 @@ class Staging:
         pattern = re.compile(rf"\.{re.escape(self._target.name)}\.{kind}-\d+-[0-9a-f]{{8}}")
         yield from (path for path in self._target.parent.iterdir() if pattern.fullmatch(path.name))
 
-    def _clean_up(self) -> None:
+    def _is_same(self, leftover: Path) -> bool:
+        with suppress(OSError, UnicodeDecodeError):
+            return bool(self._identity) and (leftover / _IDENTITY).read_text() == self._identity
+        return False
+
+    def _take_over(self, leftover: Path) -> None:
+        """Move what a killed export has made, and what it had taken over, into the folder of this one."""
+        journal = self._folder / _JOURNAL
+        with suppress(FileNotFoundError), journal.open("ab") as lines:
+            lines.write((leftover / _JOURNAL).read_bytes() + b"\n")
+        _sync_file(journal)
+        before, earlier = self._folder / _BEFORE, leftover / _BEFORE
+        for folder in earlier.iterdir() if earlier.is_dir() else ():
+            folder.rename(before / folder.name)
+        shutil.rmtree(earlier, ignore_errors=True)
+        shutil.rmtree(leftover / "work", ignore_errors=True)
+        leftover.rename(before / leftover.name)
+
+    def _clean_up(self, leftovers: Iterable[Path]) -> None:
         """Under the lock no other process works on this target, so its folders here are leftovers."""
         for old in self._leftovers("old"):
             if self._target.exists():
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 old.rename(self._target)
-        for folder in self._leftovers("staging"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in leftovers:
+            if self._is_same(folder):
+                self._take_over(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -14,6 +14,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from pipeload_export.graph.graph import Graph
 from pipeload_export.graph.load import load
 from pipeload_export.graph.normalise import normalise
+from pipeload_export.graph.save import GraphFile
+from pipeload_export.rewrite.parts import Parts
+from pipeload_export.rewrite.rounding import Rounding
+from pipeload_export.rewrite.small_weights import is_fine, round_weights
 
 WIDTH = 32
 ROWS = 1024
@@ -25,6 +29,26 @@ def load_normalised(path: Path) -> Graph:
     graph = load(path)
     normalise(graph)
     return graph
+
+
+def write_rounded_graph(
+    source: Path | ModelProto, folder: Path, coarse: Rounding, fine: Rounding, *, integers: bool = False
+) -> Path:
+    """The unsplit graph with rounded weights, in a new folder in `folder`, as the file `model.onnx`."""
+    folder.mkdir(exist_ok=True)
+    if not isinstance(source, Path):
+        onnx.save(source, folder / "source.onnx")
+        source = folder / "source.onnx"
+    graph, made = load_normalised(source), folder / "made"
+    made.mkdir()
+    round_weights(
+        *(graph, lambda matrix: fine if is_fine(matrix) else coarse, Parts(made)),
+        integers=integers,
+        outputs=graph.output_names,
+    )
+    with GraphFile(made / "model.onnx", "model.onnx_data") as file:
+        file.finish(graph)
+    return made / "model.onnx"
 
 
 class Builder:

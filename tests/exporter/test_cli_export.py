@@ -262,3 +262,17 @@ def test_the_command_and_inspect_say_what_the_weights_are(run: Run, tmp_path: Pa
         assert "int4, 16 to a scale" in text
         assert "each block with its own zero" in text
         assert "worst of its range" in text
+
+
+def test_convert_makes_what_export_makes_and_inspect_says_what_was_kept(run: Run, tmp_path: Path) -> None:
+    source = encoder(layers=3).save(tmp_path / "model.onnx")
+    assert run("export", source, tmp_path / "floats")[0] == 0
+    options = ("--weights", "int4", "--keep", "fp32:block.000,block.001", "--keep", "int8:block.002")
+    code, out, err = run("convert", tmp_path / "floats", tmp_path / "small", *options)
+    assert code == 0, err
+    for text in (out, run("inspect", tmp_path / "small")[1]):
+        assert "wider, fp32: block.000, block.001" in text
+        assert "wider, int8: block.002" in text
+        assert "what the rounding of each shard does to its own outputs" in text
+    assert run("convert", tmp_path / "floats", tmp_path / "none", "--weights", "int4", "--mixed", "much")[0] == 1
+    assert not (tmp_path / "none").exists()

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from tests.digests import expected_record
 from tests.exporter.conftest import ARCHITECTURES, Sharded, assert_same_answers
 from tests.exporter.graphs import (
@@ -30,6 +31,7 @@ from pipeload.errors import ExportError
 from pipeload.format.manifest import PAGE_BYTES, evaluate_dim
 from pipeload_export.check.cases import sample_cases
 from pipeload_export.split import split
+from pipeload_export.write import narrow
 
 DECODERS = {"gpt2", "gptj", "gptneo", "llama"}
 SIZES = ({"batch": 1, "length": 1}, {"batch": 2, "length": 7}, {"batch": 3, "length": 12})
@@ -378,6 +380,22 @@ def test_progress_ends_at_the_total(shard: Callable[..., Sharded]) -> None:
     shard(encoder().model(), progress=lambda *what: seen.append(what))
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
     assert seen[-1][1] == seen[-1][2]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["32 bits", "16 bits"])
+def test_the_total_is_known_from_the_first_file_on(
+    exact: bool, shard: Callable[..., Sharded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(narrow, "LEAST_BYTES", 0)
+    model = encoder(8).model()
+    for proto in model.graph.initializer if exact else ():
+        array = numpy_helper.to_array(proto)
+        if array.dtype == np.float32:
+            proto.CopyFrom(numpy_helper.from_array(array.astype(ml_dtypes.bfloat16).astype(np.float32), proto.name))
+    seen: list[tuple[str, int, int]] = []
+    shard(model, progress=lambda *what: seen.append(what))
+    assert max(total for _, _, total in seen) < 1.2 * seen[-1][2]
+    assert min(total for _, _, total in seen) > 0.8 * seen[-1][2]
 
 
 def test_a_model_that_draws_random_numbers_is_refused(tmp_path: Path) -> None:

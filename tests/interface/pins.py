@@ -21,6 +21,7 @@ PINNED = Path(__file__).with_name("pinned")
 COMMANDS = (
     "",
     "export",
+    "convert",
     "catalog",
     "inspect",
     "verify",

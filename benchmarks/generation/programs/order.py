@@ -29,6 +29,7 @@ class Order:
         resident_bytes: weights to keep in memory, for an engine that has to be told.
         copied: those weights are copied out of their memory-mapped files.
         again: give the prompt once more, behind the answer, and time it.
+        as_stored: use weights as they lie in their files, and do not lay them out for the processor in other memory.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Order:
     resident_bytes: int = 0
     copied: bool = False
     again: bool = False
+    as_stored: bool = False
 
 
 class _Laps:

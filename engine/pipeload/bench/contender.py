@@ -111,7 +111,14 @@ def _load(spec: Spec, manifest: manifests.Manifest) -> Model:
         sizes = input_dims(manifest, spec.directory, spec.sizes)
     profile = profile_store.read(spec.profile) if spec.profile else None
     return pipeload.load(
-        spec.directory, spec.budget, loaders=spec.loaders, threads=spec.threads, sizes=sizes, profile=profile
+        spec.directory,
+        spec.budget,
+        loaders=spec.loaders,
+        threads=spec.threads,
+        sizes=sizes,
+        profile=profile,
+        # Passes of the model are compared; all contenders make them.
+        draft=None,
     )
 
 

@@ -70,6 +70,8 @@ class Engine(ABC):
         directory: the sharded model directory.
     """
 
+    own_draft = None
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest: Manifest = manifests.read(directory)

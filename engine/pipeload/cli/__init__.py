@@ -17,6 +17,7 @@ from pipeload.cli.commands import (
     catalog,
     chat,
     classify,
+    convert,
     embed,
     export,
     fill_mask,
@@ -54,6 +55,7 @@ def _unwrapped(text: str) -> str:
 
 for _command in (
     export.export,
+    convert.convert,
     catalog.catalog,
     inspect.inspect,
     verify.verify,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -13,6 +12,7 @@ __all__ = [
     "MinNewTokens",
     "MinP",
     "NoRepeatNgramSize",
+    "OwnDraft",
     "RepetitionPenalty",
     "Sample",
     "Seed",
@@ -77,10 +77,17 @@ Lookup = Annotated[
     ),
 ]
 Draft = Annotated[
-    Path | None,
+    str,
     typer.Option(
         "--draft",
-        metavar="DIR",
-        help="Let this smaller model with the same tokenizer guess tokens; the budget holds for both together.",
+        metavar="auto|none|DIR",
+        help="Let the model's own draft guess tokens where it has one and that pays; none does not; or let a smaller "
+        "model with the same tokenizer guess. The budget holds for both together.",
+    ),
+]
+OwnDraft = Annotated[
+    Literal["auto", "none"],
+    typer.Option(
+        "--draft", help="Let the model's own draft guess tokens where it has one and that pays; none does not."
     ),
 ]

@@ -99,6 +99,8 @@ def open_model(
         if stats or LOUDNESS.verbose:
             for line in stats_lines(done, plan):
                 typer.echo(line, err=True)
+            if model.draft is not None:
+                typer.echo(str(model.draft), err=True)
         if trace is not None:
             facts = {
                 "model": directory.name,

@@ -24,6 +24,8 @@ __all__ = ["progress_bars"]
 
 _FEW = 10_000
 """A total below this counts items, not bytes."""
+_SPEED_S = 120
+"""The time that is left follows from the speed of the last two minutes: between files of blocks there are pauses."""
 
 
 @contextmanager
@@ -43,6 +45,7 @@ def progress_bars() -> Iterator[Notify]:
         _Amount(),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
+        speed_estimate_period=_SPEED_S,
     )
     tasks: dict[str, TaskID] = {}
 

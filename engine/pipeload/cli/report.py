@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import typer
 
-from pipeload.format.manifest import Manifest, Parity, SmallWeights, Verification
+from pipeload.format.manifest import Manifest, Parity, ShardError, SmallWeights, Verification
 from pipeload.machine.sizes import format_bytes
 
 __all__ = ["accuracy_report", "differences", "parity_report", "print_json", "print_table", "summary", "table"]
@@ -44,6 +44,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "pass_bytes": sum(shard.nbytes for shard in manifest.shards),
         "largest_shard_bytes": max(shard.nbytes for shard in manifest.shards),
         "directory_bytes": sum(record.nbytes for record in manifest.files),
+        **({"draft_bytes": manifest.draft.nbytes} if manifest.draft else {}),
         **missing,
     }
 
@@ -93,7 +94,15 @@ def accuracy_report(small: SmallWeights) -> str:
     if found.perplexity is not None and found.source_perplexity:
         change = found.perplexity / found.source_perplexity - 1
         facts.append(f"perplexity {found.perplexity:.2f}, the source's {found.source_perplexity:.2f} ({change:+.2%})")
-    return f"{how}\n{table(rows)}\n  {'; '.join(facts)}"
+    own = f"\n{_shards_report(found.shards)}" if found.shards else ""
+    return f"{how}\n{table(rows)}\n  {'; '.join(facts)}{own}"
+
+
+def _shards_report(errors: Sequence[ShardError]) -> str:
+    """What each shard's own rounding does."""
+    rows = [("shard", "worst of its range", "mean of its range")]
+    rows += [(one.shard, f"{one.max_rel_error:.2e}", f"{one.mean_rel_error:.2e}") for one in errors]
+    return f"  what the rounding of each shard does to its own outputs:\n{table(rows)}"
 
 
 def _blocks_report(small: SmallWeights) -> str:
@@ -104,6 +113,14 @@ def _blocks_report(small: SmallWeights) -> str:
 
 
 def _rounding_report(small: SmallWeights) -> str:
+    levels: dict[str, list[str]] = {}
+    for shard, level in small.kept.items():
+        levels.setdefault(level, []).append(shard)
+    kept = "".join(f"\n  wider, {level}: {', '.join(shards)}" for level, shards in levels.items())
+    return f"{_narrow_report(small)}{kept}"
+
+
+def _narrow_report(small: SmallWeights) -> str:
     if small.dtype:
         return f"  large weights rounded to {small.dtype}"
     if small.integers:

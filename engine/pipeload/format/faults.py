@@ -72,10 +72,22 @@ def faults(m: Manifest) -> Iterator[str]:
         yield f"it has weights of {small.bits} and {small.fine_bits} bits in blocks of {small.block_size}"
     if small and small.accuracy and not all(map(math.isfinite, _numbers(small.accuracy))):
         yield "the accuracy of its weights is no number"
+    yield from _draft_faults(m, known_files)
     vectors = (m.parity.vectors.difference,) if m.parity and m.parity.vectors else ()
     for found in (*m.verification, *(m.parity.outputs if m.parity else ()), *vectors):
         if not all(0 <= n < math.inf for n in (found.max_abs_error, found.max_rel_error, found.limit)):
             yield f"the verification of output '{found.output}' has an error or limit that is no number"
+
+
+def _draft_faults(m: Manifest, known_files: Mapping[str, FileRecord]) -> Iterator[str]:
+    if m.draft is None:
+        return
+    if f"{m.draft.path}/pipeload.json" not in known_files:
+        yield f"the manifest of the draft in '{m.draft.path}' is not in the list of files"
+    if not m.caches:
+        yield "it has a draft, and no caches"
+    if not _is_size(m.draft.nbytes) or not 0 <= (m.draft.top1 or 0.0) <= 1:
+        yield f"the draft has {m.draft.nbytes} bytes, and {m.draft.top1} of its first choices are right"
 
 
 def _numbers(accuracy: Accuracy) -> Iterator[float]:

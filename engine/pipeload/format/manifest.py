@@ -29,6 +29,7 @@ from pipeload.format.records import (
     Accuracy,
     ByteTerm,
     Cache,
+    Draft,
     FileRecord,
     Head,
     Lookup,
@@ -38,6 +39,7 @@ from pipeload.format.records import (
     Role,
     RopeChange,
     Shard,
+    ShardError,
     SmallWeights,
     Structure,
     TensorSpec,
@@ -53,10 +55,12 @@ __all__ = [
     "FORMAT_VERSION",
     "LENGTH_AXIS",
     "MANIFEST_NAME",
+    "MOST_BYTES",
     "PAGE_BYTES",
     "Accuracy",
     "ByteTerm",
     "Cache",
+    "Draft",
     "FileRecord",
     "Head",
     "Lookup",
@@ -66,6 +70,7 @@ __all__ = [
     "Role",
     "RopeChange",
     "Shard",
+    "ShardError",
     "SmallWeights",
     "Structure",
     "TensorSpec",
@@ -86,7 +91,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "pipeload.json"
-_MOST_BYTES = 16 << 20
+MOST_BYTES = 16 << 20
 """A manifest of a hundred layers has about 500 kB, and one of 16 MiB takes some seconds to check."""
 _MOST_FAULTS, _FAULT_CHARACTERS = 20, 400
 """A message lists at most this many faults, each with at most this many characters."""
@@ -109,7 +114,7 @@ def content(directory: Path) -> bytes:
     """
     path = directory / MANIFEST_NAME
     try:
-        return read_file(path, most_bytes=_MOST_BYTES)
+        return read_file(path, most_bytes=MOST_BYTES)
     except NotADirectoryError as error:
         raise ManifestError(
             f"{directory} is no directory. Pass the directory that `pipeload export` made, which holds {MANIFEST_NAME}."

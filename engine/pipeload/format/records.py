@@ -322,6 +322,23 @@ class OutputError:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardError:
+    """What rounding one shard's weights does to its outputs, when it takes what the source's shards before it make.
+
+    Both numbers are of the output that is furthest off, in parts of its range.
+
+    Attributes:
+        shard: its name, or "head" for all slices of a head.
+        max_rel_error: the worst of all values.
+        mean_rel_error: the mean of all values.
+    """
+
+    shard: str
+    max_rel_error: float
+    mean_rel_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """The exporter's findings when it compared a model with rounded weights with its source.
 
@@ -332,6 +349,7 @@ class Accuracy:
         top1: of a model with logits, how often the first choice is the source's, in parts of one.
         perplexity: of a decoder, over the passage that the exporter brings along.
         source_perplexity: the source's over the same.
+        shards: each shard's own error, in their order; empty for blocks of a GGUF file, and in older directories.
     """
 
     inputs: tuple[str, ...]
@@ -340,6 +358,7 @@ class Accuracy:
     top1: float | None = None
     perplexity: float | None = None
     source_perplexity: float | None = None
+    shards: tuple[ShardError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,6 +379,7 @@ class SmallWeights:
         floats: names of the file's quantised tensors that are kept as floats.
         integers: products multiply integers: weights with a scale for each output in place of blocks, and activations
             of 14 bits, each row with a scale of its own. Only tables, and products that are tied to one, have blocks.
+        kept: shards that are wider, or "head" for all slices of a head -> "fp32", the source's weights, or "int8".
     """
 
     dtype: str | None = None
@@ -371,6 +391,22 @@ class SmallWeights:
     gguf: Mapping[str, int] = field(default_factory=dict)
     floats: tuple[str, ...] = ()
     integers: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A copy of the model with fewer bits, in the same directory, which guesses tokens for it.
+
+    Attributes:
+        path: its folder, a sharded model directory of its own; `files` lists everything in it.
+        nbytes: of its weights.
+        top1: how often its first choice is the source's, in parts of one; None where that was not measured.
+    """
+
+    path: str
+    nbytes: int
+    top1: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -398,6 +434,7 @@ class Manifest:
             text alone; None where this was not tried.
         rope_change: where the rotary frequencies depend on the length of a text; None where they do not.
         small_weights: how the exporter rounded weights; None where they are the source's.
+        draft: a copy with fewer bits that guesses tokens; None where there is none.
     """
 
     format: int = FORMAT_VERSION
@@ -422,6 +459,7 @@ class Manifest:
     takes_left_padding: bool | None = None
     rope_change: RopeChange | None = None
     small_weights: SmallWeights | None = None
+    draft: Draft | None = None
 
     @property
     def weight_bytes(self) -> int:

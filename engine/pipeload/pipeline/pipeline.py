@@ -169,6 +169,23 @@ class Pipeline:
 
         self.call(Call(work)).result()
 
+    def neighbour_takes(self, nbytes: int) -> None:
+        """Leave more memory to another model of this process; this returns after it was given back.
+
+        Args:
+            nbytes: beyond what the plan knows of it; below 0 that it takes so much less.
+
+        Raises:
+            BudgetError: this model needs the memory; its plan stays.
+            ClosedError: the pipeline was closed.
+        """
+
+        def work(_: Call[None]) -> None:
+            with foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY), self._replanner.beside(nbytes):
+                self._prepare()
+
+        self.call(Call(work)).result()
+
     def close(self) -> None:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
         self._exchange.close()

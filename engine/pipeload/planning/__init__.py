@@ -7,6 +7,7 @@ rates       speeds from a profile, or assumed without one
 footprint   memory of a shard's buffer, session and copies
 layouts     ways to use the memory that is left for weights
 schedule    duration of a pass, and its lower bound
+drafting    does a model's own draft pay?
 planner     manifest + profile + budget -> Plan
 learning    trace of a pass -> better profile
 replanner   another plan when needs, memory or the profile change

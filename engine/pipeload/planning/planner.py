@@ -53,6 +53,7 @@ __all__ = [
     "MOST_RUNTIME_BYTES",
     "Plan",
     "budget_for_latency",
+    "forecast",
     "make_plan",
     "predict",
     "process_bytes",
@@ -236,8 +237,11 @@ def times_of(manifest: Manifest, profile: Profile, threads: int) -> Mapping[str,
 
 def predict(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule | None:
     """The forecast of a measured profile for a plan that was made from another one; None without measurements."""
-    if not profile.measured:
-        return None
+    return forecast(manifest, profile, plan) if profile.measured else None
+
+
+def forecast(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule:
+    """The schedule of a plan, by measured speeds or by assumed ones."""
     speed = Rates.of(manifest, profile, plan.threads)
     work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
     bandwidth = speed.bandwidth(plan.loaders)

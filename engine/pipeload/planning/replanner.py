@@ -167,6 +167,19 @@ class Replanner:
             self._budget_bytes, self._reason = before
             raise
 
+    @contextmanager
+    def beside(self, nbytes: int) -> Iterator[None]:
+        """Count this much more for another model of the process (below 0: less); it stays if the body plans with it."""
+        before = self._least_process_bytes, self._profile, self._reason
+        self._least_process_bytes += nbytes
+        self._profile = replace(self._profile, process_bytes=self._profile.process_bytes + nbytes)
+        self._reason = "asked"
+        try:
+            yield
+        except BaseException:
+            self._least_process_bytes, self._profile, self._reason = before
+            raise
+
     def limit_bytes(self, current: Plan) -> int:
         """Bytes that the process may use now: the budget, or less when less memory is left."""
         free = self._free_bytes()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,6 +26,9 @@ from pipeload.pipeline.top_logits import TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_config, read_generation_config
 from pipeload.tracing.stats import Stats
+
+if TYPE_CHECKING:
+    from pipeload.tasks.generate.own_draft import OwnDraft
 
 __all__ = [
     "Array",
@@ -108,6 +111,10 @@ class Decoder(Runner, Protocol[State]):
     @property
     def stats(self) -> Stats:
         """The figures of all passes so far."""
+
+    @property
+    def own_draft(self) -> OwnDraft | None:
+        """The copy of the model that guesses its tokens; None where there is none, or none was asked for."""
 
     def step(self, inputs: Mapping[str, Array], state: State, *, positions: int = 1) -> NDArray[np.float32]:
         """Run the model over the new tokens and put their keys and values into the state.

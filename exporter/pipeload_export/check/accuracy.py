@@ -6,7 +6,7 @@ others a paragraph at a time. All other models, and texts without a tokenizer, g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -25,37 +25,61 @@ from pipeload.tasks.model_files import read_config
 from pipeload.tasks.runner import FilesOnly
 from pipeload.tasks.text.tokenizer import tokenizer_of
 from pipeload_export.check.cases import Case, as_taken, sample_cases
-from pipeload_export.check.compare import Unsplit
 from pipeload_export.check.running import given_room, opened
 
-__all__ = ["check_error", "measure_accuracy", "text_inputs"]
+__all__ = [
+    "accuracy_cases",
+    "check_error",
+    "compared_outputs",
+    "measure_accuracy",
+    "output_error",
+    "text_inputs",
+    "with_no_past",
+]
 
 _TEXT_INPUTS = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
 _MOST_TOKENS, _MOST_PARAGRAPH = 512, 128
 _MOST_BYTES = 128 << 20
 """Of the logits of a text."""
 _DECODES, _EMBEDS = "text-generation", "feature-extraction"
+_PIECE = 1 << 20
+"""Values that are compared in one step."""
 _STEP = "measure what rounding the weights does"
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def measure_accuracy(directory: Path, manifest: Manifest, source: Unsplit, progress: Notify) -> Accuracy:
-    """Compare the answers of the directory, run by the engine, with those of the graph whose weights were rounded.
+def accuracy_cases(directory: Path, manifest: Manifest) -> list[Case]:
+    """The inputs, without caches: the passage for a model of text with its tokenizer, seeded inputs for others."""
+    return list(_texts(directory, manifest)) or _samples(directory, manifest)
+
+
+def with_no_past(manifest: Manifest, cases: Sequence[Case], *, unsplit: bool) -> list[Case]:
+    """The inputs with empty caches: as the shards take them, or as the unsplit graph does, none of them int8."""
+    return [replace(case, inputs={**case.inputs, **_no_caches(manifest, case, unsplit=unsplit)}) for case in cases]
+
+
+def compared_outputs(manifest: Manifest) -> list[str]:
+    """Names of the outputs of floats that are no caches."""
+    return [spec.name for spec in manifest.free_outputs if spec.dtype.startswith(("float", "bfloat"))]
+
+
+def measure_accuracy(
+    directory: Path, manifest: Manifest, cases: Sequence[Case], wanted: Sequence[Arrays], progress: Notify
+) -> Accuracy:
+    """Compare the answers of the directory, run by the engine, with those of the weights as they were.
 
     Args:
         directory: the sharded model directory.
         manifest: its manifest.
-        source: runs the graph with the weights as they were.
+        cases: from `accuracy_cases`.
+        wanted: for each of them the source's `compared_outputs`.
         progress: called with the name of the step, the part done, and the whole.
 
     Raises:
-        ExportError: one of them does not run, or the directory makes numbers that are not finite where the source does.
+        ExportError: it does not run, or makes numbers that are not finite where the source does.
     """
-    cases = list(_texts(directory, manifest)) or _samples(directory, manifest)
-    names = [spec.name for spec in manifest.free_outputs if spec.dtype.startswith(("float", "bfloat"))]
-    given = [replace(case, inputs={**case.inputs, **_no_caches(manifest, case)}) for case in cases]
-    wanted = source(names, given, progress)
+    names = compared_outputs(manifest)
     found = []
     try:
         with opened(directory) as model:
@@ -75,7 +99,9 @@ def measure_accuracy(directory: Path, manifest: Manifest, source: Unsplit, progr
     )
     return Accuracy(
         inputs=tuple(case.name for case in cases),
-        outputs=tuple(_error(name, [one[name] for one in wanted], [one[name] for one in found]) for name in names),
+        outputs=tuple(
+            output_error(name, [one[name] for one in wanted], [one[name] for one in found]) for name in names
+        ),
         cosine=min(_cosine(one, other) for one, other in pairs) if pairs and manifest.task == _EMBEDS else None,
         top1=_top1(pairs) if first == "logits" else None,
         perplexity=perplexities[1] if perplexities else None,
@@ -144,10 +170,9 @@ def _samples(directory: Path, manifest: Manifest) -> list[Case]:
     ]
 
 
-def _no_caches(manifest: Manifest, case: Case) -> Arrays:
-    """Empty caches as the source's graph takes them: none of them int8."""
-    scales = {cache.scale for cache in manifest.caches if cache.scale}
-    rounded = {cache.input for cache in manifest.caches if cache.scale}
+def _no_caches(manifest: Manifest, case: Case, *, unsplit: bool) -> Arrays:
+    scales = {cache.scale for cache in manifest.caches if cache.scale} if unsplit else set()
+    rounded = {cache.input for cache in manifest.caches if cache.scale} if unsplit else set()
     batch = len(next(iter(case.inputs.values())))
     made = {}
     for spec in manifest.inputs:
@@ -158,21 +183,36 @@ def _no_caches(manifest: Manifest, case: Case) -> Arrays:
     return made
 
 
-def _error(name: str, wanted: list[NDArray[Any]], found: list[NDArray[Any]]) -> OutputError:
-    one, other = (np.concatenate([array.astype(np.float64).ravel() for array in arrays]) for arrays in (wanted, found))
-    known = np.isfinite(one)
-    if not np.isfinite(other[known]).all():
-        raise ExportError(
-            f"With rounded weights, output '{name}' has values that are no numbers. Nothing was written. Export the "
-            "model with --weights fp32."
-        )
-    error = np.abs(one[known] - other[known])
-    worst = float(error.max(initial=0.0))
+def output_error(name: str, wanted: Sequence[NDArray[Any]], found: Sequence[NDArray[Any]]) -> OutputError:
+    """How far an output is from the source's, over all cases.
+
+    Raises:
+        ExportError: it has values that are no numbers where the source's are.
+    """
+    worst, total, count, ends = 0.0, 0.0, 0, [np.inf, -np.inf]
+    for before, after in zip(wanted, found, strict=True):
+        # Logits of a text are large, and float64 is twice as large.
+        for begin in range(0, before.size, _PIECE):
+            one, other = (array.reshape(-1)[begin : begin + _PIECE] for array in (before, after))
+            known = np.isfinite(one)
+            if not np.isfinite(other[known]).all():
+                raise ExportError(
+                    f"With rounded weights, output '{name}' has values that are no numbers. Nothing was written. "
+                    "Export the model with --weights fp32."
+                )
+            values = one[known].astype(np.float64)
+            error = np.abs(values - other[known])
+            worst, total, count = (
+                max(worst, float(error.max(initial=0.0))),
+                total + float(error.sum()),
+                count + error.size,
+            )
+            ends = [values.min(initial=ends[0]), values.max(initial=ends[1])]
     return OutputError(
         output=name,
         max_abs_error=worst,
-        mean_abs_error=float(error.mean()) if error.size else 0.0,
-        max_rel_error=worst / range_of(one, "float32"),
+        mean_abs_error=total / count if count else 0.0,
+        max_rel_error=worst / range_of(np.array(ends), "float32"),
     )
 
 

@@ -25,7 +25,7 @@ from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
 from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 
-__all__ = ["run_session", "run_shards", "run_unsplit"]
+__all__ = ["needs_of", "run_session", "run_shards", "run_unsplit", "with_rooms"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -123,7 +123,7 @@ def run_shards(
         ExportError: a shard does not run.
     """
     storage = Storage(directory, manifest, verify=False)
-    states: list[Arrays] = [_with_room(manifest, case.inputs) for case in cases]
+    states: list[Arrays] = [with_rooms(manifest, case.inputs) for case in cases]
     outputs = {spec.name for spec in manifest.outputs}
     slices = {} if manifest.head is None else {name: number for number, name in enumerate(manifest.head.shards)}
     heads: list[list[NDArray[Any]]] = [[] for _ in cases]
@@ -139,7 +139,7 @@ def run_shards(
             results = _run_shard(directory, storage, shard, cases, states)
             if sampled:
                 known[kinds[number]] = results
-        later = {name for other in manifest.shards[number + 1 :] for name in _needs(other)} | outputs
+        later = {name for other in manifest.shards[number + 1 :] for name in needs_of(other)} | outputs
         for state, head, arrays in zip(states, heads, results, strict=True):
             made = dict(zip(shard.outputs, arrays, strict=True))
             made |= {name: _rounded_again(made[name], random) for name in narrow.intersection(made)}
@@ -158,9 +158,13 @@ def run_shards(
 
 
 def _kinds(manifest: Manifest) -> list[Hashable]:
-    """Of each shard its structure, and those of the edges that it takes that other shards take too, such as masks."""
+    """Of each shard its structure, and those of the edges that it takes that other shards take too, such as masks.
+
+    Its cache is its own, also where the prologue learns the length of texts from it.
+    """
     taken = Counter(name for shard in manifest.shards for name in shard.inputs)
-    return [(shard.structure, *(name if taken[name] > 1 else "" for name in shard.inputs)) for shard in manifest.shards]
+    common = {name for name, count in taken.items() if count > 1} - {cache.input for cache in manifest.caches}
+    return [(shard.structure, *(name if name in common else "" for name in shard.inputs)) for shard in manifest.shards]
 
 
 def _run_shard(
@@ -191,7 +195,7 @@ def _rounded_again(array: NDArray[Any], random: np.random.Generator) -> NDArray[
         return np.where(moved, np.nextafter(array, ends), array)
 
 
-def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+def with_rooms(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
     """The inputs, with caches that are written in place as long as they will be."""
     caches = [cache.input for cache in manifest.caches if cache.in_place]
     if not caches:
@@ -200,7 +204,8 @@ def _with_room(manifest: Manifest, inputs: Mapping[str, NDArray[Any]]) -> Arrays
     return {**inputs, **{name: with_room(inputs[name], inputs[length].shape[axis]) for name in caches}}
 
 
-def _needs(shard: Shard) -> list[str]:
+def needs_of(shard: Shard) -> list[str]:
+    """The tensors that must be there before a shard runs: its inputs, and the indices of its lookups."""
     return [*shard.inputs, *(lookup.indices for lookup in shard.lookups)]
 
 

@@ -33,7 +33,7 @@ from pipeload_export.graph.runtime import open_session
 from pipeload_export.source.places import Weights
 from pipeload_export.source.sources import Checkpoint, find_source
 
-__all__ = ["Report", "runner", "verify", "verify_made"]
+__all__ = ["Report", "check_files", "runner", "verify", "verify_made"]
 
 _PIECE_BYTES = 4 << 20
 _REMEDY = "Export it from this source again, or pass the source that it was made from."
@@ -127,6 +127,19 @@ def verify_made(directory: Path, graph: Path, weights: Weights | None, notify: N
     return _verify(directory, runner(graph, weights), notify)
 
 
+def check_files(directory: Path, notify: Notify) -> None:
+    """Check the files and graphs of a sharded model directory that was just made, and not its answers.
+
+    Args:
+        directory: the sharded model directory.
+        notify: as for `verify`.
+
+    Raises:
+        PipeloadError: as `verify` does.
+    """
+    _verify(directory, None, notify)
+
+
 def runner(graph: Path, weights: Weights | None) -> Unsplit:
     """What runs an unsplit graph, some of whose weights may lie in a checkpoint."""
     if weights is None:
@@ -150,6 +163,7 @@ def _verify(directory: Path, unsplit: Unsplit | None, notify: Notify) -> Report:
     manifest = read(directory)
     _raise_all(_file_faults(directory, manifest, notify))
     _raise_all(_weight_faults(directory, manifest))
+    draft = _verified_draft(directory / manifest.draft.path, notify) if manifest.draft else None
     checks = ["sizes and sha256 of all files", "safetensors headers and weights of every shard"]
     skipped = []
     if has_module("onnx"):
@@ -171,15 +185,24 @@ def _verify(directory: Path, unsplit: Unsplit | None, notify: Notify) -> Report:
         rounded = any(cache.scale for cache in manifest.caches)
         but = ", but for the rounding of its int8 caches" if rounded else ""
         checks.append(f"the chain of shards computes what the unsplit model computes{but}")
+    if draft:
+        checks.append("all of that for the draft, too")
     return Report(
-        shards=len(manifest.shards),
-        files=len(manifest.files),
-        nbytes=sum(record.nbytes for record in manifest.files),
+        shards=len(manifest.shards) + (draft.shards if draft else 0),
+        files=len(manifest.files) + (draft.files if draft else 0),
+        nbytes=sum(record.nbytes for record in manifest.files) + (draft.nbytes if draft else 0),
         checks=tuple(checks),
         skipped=tuple(skipped),
         differences=differences,
         cases=tuple(case.name for case in cases),
     )
+
+
+def _verified_draft(directory: Path, notify: Notify) -> Report:
+    try:
+        return _verify(directory, None, notify)
+    except ShardError as error:
+        raise ShardError(f"The draft in '{directory.name}': {error}") from error
 
 
 def _file_faults(directory: Path, manifest: Manifest, progress: Notify) -> Iterator[str]:

@@ -71,7 +71,12 @@ class HeadCut:
 
 
 def cut_head(
-    graph: Graph, *, block_bytes: int, tables: Iterable[str], item_bytes: Callable[[Constant], int]
+    graph: Graph,
+    *,
+    block_bytes: int,
+    tables: Iterable[str],
+    item_bytes: Callable[[Constant], int],
+    again: bool = False,
 ) -> HeadCut | None:
     """Take the vocabulary head out of the graph, if it is tied to a lifted table or larger than a block.
 
@@ -82,6 +87,7 @@ def cut_head(
         block_bytes: weights of one block.
         tables: names of the constants that were lifted.
         item_bytes: of an element of a constant, as it is stored.
+        again: it was cut before, so it is cut whatever its size.
     """
     tails = [tail for name in graph.output_names if (tail := _tail(graph, name)) is not None]
     tail = max(tails, key=lambda t: t.rows.nbytes, default=None)
@@ -91,7 +97,7 @@ def cut_head(
     row_bytes = sum(constant.nbytes // constant.shape[0] for constant in (tail.rows, *tail.scales.values()))
     stored_bytes = row_bytes if tail.scales else item_bytes(tail.rows) * tail.rows.shape[1]
     count = tail.rows.shape[0]
-    if tied is None and count * row_bytes <= block_bytes:
+    if tied is None and not again and count * row_bytes <= block_bytes:
         return None
     table = tied if tied and not tail.scales else tail.weight
     if table == tail.weight:

@@ -9,7 +9,7 @@ GatherBlockQuantized(bytes, ids, scales) -> GatherBlockQuantized(rows of bytes, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload_export.graph.graph import Constant, Graph, attribute, known_constant, node_inputs
 from pipeload_export.graph.types import table_shape
 
-__all__ = ["Lift", "lift_tables"]
+__all__ = ["Lift", "lift_again", "lift_tables"]
 
 _LEAST_BYTES, _LEAST_ROUNDED_BYTES = 64 << 10, 8 << 10
 """Of a table that is worth looking up by row. A rounded one may have an eighth of the bytes of its floats."""
@@ -52,16 +52,34 @@ def lift_tables(graph: Graph, *, block_bytes: int, activation: Collection[str]) 
     given = {value.name for value in graph.inputs}
     candidates = [node for node in graph.nodes if _nbytes(graph, node, constant) >= _least_bytes(node)]
     stops = set(activation) | {node.output[0] for node in candidates}
+    shapes: dict[str, NodeProto] = {}
+
+    def may_go(node: NodeProto) -> bool:
+        indices = node.input[1]
+        return indices in given or not (
+            _nbytes(graph, node, constant) < block_bytes * _LEAST_SHARE
+            or _depends_on(producers, indices, stops, shapes)
+        )
+
+    return _lifted(graph, candidates, may_go, shapes)
+
+
+def lift_again(graph: Graph) -> list[Lift]:
+    """Take the tables out of a graph that has lookups of tables alone, all of which were lifted before."""
+    return _lifted(graph, [node for node in graph.nodes if node.op_type in ("Gather", _BLOCKS)], lambda _: True, {})
+
+
+def _lifted(
+    graph: Graph, candidates: Iterable[NodeProto], may_go: Callable[[NodeProto], bool], shapes: dict[str, NodeProto]
+) -> list[Lift]:
+    """Lift the tables of those nodes that may go, one after another, and put those that did into `shapes`."""
+    constant, producers = graph.constant_sources(), graph.producers()
     lifts: list[Lift] = []
     replaced: dict[str, list[NodeProto]] = {}
-    shapes: dict[str, NodeProto] = {}
     for node in candidates:
-        indices, output = node.input[1], node.output[0]
-        if indices not in given:
-            if _nbytes(graph, node, constant) < block_bytes * _LEAST_SHARE:
-                continue
-            if _depends_on(producers, indices, stops, shapes):
-                continue
+        if not may_go(node):
+            continue
+        output = node.output[0]
         rows = _Rows(graph, producers, constant, node)
         if _take_blocks(graph, node, rows) if node.op_type == _BLOCKS else rows.take():
             lifts += rows.lifts

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line, system_error_in
 
-__all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "run", "session_options"]
+__all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "packed_options", "run", "session_options"]
 
 LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 """The level at which shards are optimised: portable, unlike "all"."""
@@ -41,9 +41,25 @@ _BFLOAT16 = 16
 
 def session_options() -> ort.SessionOptions:
     """Options of a session over the graph as it is: not optimised, nothing packed or kept, and silent."""
-    options = ort.SessionOptions()
+    options = _plain_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def packed_options() -> ort.SessionOptions:
+    """Options of a session whose weights are packed, as the engine packs shards with weights of few bits.
+
+    The basic optimisations make constants of scales that are stored in 16 bits: with scales that a `Cast` makes while
+    the graph runs, onnxruntime's packed products are wrong.
+    """
+    options = _plain_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options
+
+
+def _plain_options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4
     return options

@@ -33,10 +33,10 @@ from onnx import NodeProto, TensorProto, helper
 
 from pipeload_export.graph.graph import Graph, known_constant, row_pieces
 from pipeload_export.graph.normalise import drop_dead
-from pipeload_export.graph.save import GraphFile
+from pipeload_export.graph.save import TensorFile
 from pipeload_export.rewrite.matrices import NARROWING, Matrix
 
-__all__ = ["integer_matrices", "replace_products", "write_columns"]
+__all__ = ["declared_columns", "integer_matrices", "replace_products", "write_columns"]
 
 _DOMAIN = "com.microsoft"
 _STEPS, _FINE_STEPS, _WEIGHT_STEPS = 63, 126, 127
@@ -60,16 +60,19 @@ _NUMBERS: dict[str, NDArray[Any]] = {
 }
 
 
-def integer_matrices(graph: Graph, matrices: Sequence[Matrix]) -> list[Matrix]:
-    """Those whose products are better made of integers; none of a decoder with KV caches.
+def integer_matrices(graph: Graph, matrices: Sequence[Matrix], outputs: Collection[str]) -> list[Matrix]:
+    """Those whose products are better made of integers, in a model without KV caches.
 
     With caches a pass has a row or two for each text: packed weights are then worth their packing, since the processor
     reads them in the order in which they lie. A table stays what lookups take, and so does a vocabulary head, which is
     cut.
+
+    Args:
+        graph: the model's, or a shard's.
+        matrices: its matrices.
+        outputs: names of the model's outputs.
     """
-    if any("past" in value.name for value in graph.inputs):
-        return []
-    consumers, outputs = graph.consumers(), set(graph.output_names)
+    consumers, outputs = graph.consumers(), set(outputs)
 
     def is_head(node: NodeProto) -> bool:
         made = {node.output[0], *(name for user in consumers.get(node.output[0], []) for name in user.output)}
@@ -111,7 +114,16 @@ def replace_products(graph: Graph, matrices: Collection[Matrix]) -> None:
     drop_dead(graph)
 
 
-def write_columns(file: GraphFile, matrix: Matrix) -> Iterator[int]:
+def declared_columns(matrix: Matrix) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Element types and shapes of the tensors that `write_columns` writes, by name."""
+    return {
+        matrix.named("steps"): (TensorProto.INT8, (matrix.columns, matrix.rows)),
+        matrix.named("scales"): (TensorProto.FLOAT, (matrix.rows,)),
+        **({matrix.named("evens"): (TensorProto.FLOAT, (matrix.columns,))} if _narrows(matrix) else {}),
+    }
+
+
+def write_columns(file: TensorFile, matrix: Matrix) -> Iterator[int]:
     """Round a matrix and write it as `[columns, rows]`, int8 with a scale for each row; after each piece its bytes."""
     values = matrix.constant.values() if matrix.transposed else matrix.constant.values().T
     peaks, evens = np.full(values.shape[1], _LEAST, np.float32), []

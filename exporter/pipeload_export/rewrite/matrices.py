@@ -1,4 +1,4 @@
-"""The matrices of an unsplit graph that products and lookups take, and the nodes that take blocks of few bits instead.
+"""The matrices of a graph that products and lookups take, and the nodes that take blocks of few bits instead.
 
 ```
 before    MatMul(x, weight), Gemm(x, weight, bias), FusedMatMul(x, weight)
@@ -26,7 +26,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from pipeload_export.graph.graph import Constant, Graph, attribute, known_constant, same_values
 from pipeload_export.graph.normalise import drop_dead
-from pipeload_export.graph.save import GraphFile
+from pipeload_export.graph.save import TensorFile
 from pipeload_export.rewrite.activations import Activations
 
 __all__ = [
@@ -109,7 +109,18 @@ class Matrix:
             return self.constant
         return Constant(self.constant.dtype, self.constant.shape[::-1], lambda: self.constant.load().T)
 
-    def add(self, file: GraphFile, layout: Layout, blobs_begin: int, **parts: NDArray[Any]) -> None:
+    def declared(self, layout: Layout) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Element types and shapes of the initializers that `add` makes of blobs, scales and zeros, by name."""
+        shape = blob_shape(self.rows, self.columns, layout)
+        blobs, (rows, blocks, _) = TensorProto.UINT8, shape
+        return {
+            **({self.named("blobs"): (blobs, shape)} if self.products else {}),
+            **({self.named("bytes"): (blobs, (shape[0], prod(shape[1:])))} if self.lookups else {}),
+            self.named("scales"): (TensorProto.FLOAT, (rows, blocks)),
+            **({self.named("zeros"): (blobs, (rows, -(-blocks * layout.bits // 8)))} if layout.has_zeros else {}),
+        }
+
+    def add(self, file: TensorFile, layout: Layout, blobs_begin: int, **parts: NDArray[Any]) -> None:
         """Make initializers of the blobs, which were written, and of other parts: scales, zeros, minima.
 
         Args:

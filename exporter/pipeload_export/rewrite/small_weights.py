@@ -1,85 +1,68 @@
-"""An unsplit graph -> the same graph with weights of 8 or 4 bits, written beside its own weights file.
-
-Each matrix is rounded once, a piece at a time; what the later steps read are the bytes of the file.
-"""
+"""A graph -> the same graph with weights of 8 or 4 bits, which are rounded when they are wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ExportError
-from pipeload.notify import Notify
-from pipeload_export.graph.load import load
-from pipeload_export.graph.normalise import normalise
-from pipeload_export.graph.save import GraphFile
-from pipeload_export.rewrite.integer_products import integer_matrices, replace_products, write_columns
-from pipeload_export.rewrite.matrices import LEAST_BYTES, NARROWING, Layout, Matrix, find_matrices, replace_matrices
+from pipeload_export.graph.graph import Graph
+from pipeload_export.graph.save import TensorFile
+from pipeload_export.rewrite.integer_products import (
+    declared_columns,
+    integer_matrices,
+    replace_products,
+    write_columns,
+)
+from pipeload_export.rewrite.matrices import NARROWING, Layout, Matrix, find_matrices, replace_matrices
+from pipeload_export.rewrite.parts import Parts
 from pipeload_export.rewrite.rounding import Rounding, round_rows
-from pipeload_export.source.places import Weights
 
-__all__ = ["DATA_NAME", "GRAPH_NAME", "Rewritten", "write_with_small_weights"]
+__all__ = ["Choose", "is_fine", "round_weights"]
 
-GRAPH_NAME, DATA_NAME = "model.onnx", "model.onnx_data"
-_BYTE_BITS = 8
-_STEP = "round the weights"
+Choose: TypeAlias = Callable[[Matrix], Rounding | None]
+"""How a matrix is rounded; None where it stays floats."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rewritten:
-    """A graph with rounded weights: its file, and whether products multiply integers."""
-
-    path: Path
-    integers: bool
-
-
-def write_with_small_weights(
-    source: Path, stored: Weights | None, folder: Path, coarse: Rounding, fine: Rounding, progress: Notify
-) -> Rewritten:
-    """Write the graph with rounded weights.
+def round_weights(
+    graph: Graph, choose: Choose, parts: Parts, *, integers: bool = False, outputs: Collection[str] = ()
+) -> tuple[int, int]:
+    """Put weights of few bits in the place of floats.
 
     Args:
-        source: the unsplit graph.
-        stored: those of its weights that lie in a checkpoint.
-        folder: an existing folder for the graph and its data.
-        coarse: how weights of most products are rounded; symmetric blocks of 8 bits become integers with a scale for
-            each output where that is better (`integer_products`).
-        fine: how tables are, products that are tied to one, and products that narrow: those that make at most half as
-            many values as they sum over.
-        progress: called with the name of the step, the bytes of floats that were rounded, and all of them.
+        graph: the model's, or a shard's; it changes.
+        choose: how each matrix is rounded.
+        parts: rounds them, when they are wanted.
+        integers: products are made of integers where that is better (`integer_products`).
+        outputs: names of the model's outputs; only for integers.
 
-    Raises:
-        ExportError: it has no weight that could be rounded.
+    Returns:
+        How many matrices were rounded, and how many of them have products of integers.
     """
-    graph = load(source, stored)
-    normalise(graph)
-    matrices = find_matrices(graph)
-    if not matrices:
-        raise ExportError(
-            "The graph has no weights of float32 that could be rounded: products with a constant matrix, or tables, of "
-            f"at least {LEAST_BYTES >> 10} kB. Export it with --weights fp32, which leaves weights as they are."
-        )
-    integers = integer_matrices(graph, matrices) if coarse.bits == _BYTE_BITS and coarse.symmetric else []
-    blocks = [(matrix, fine if _is_fine(matrix) else coarse) for matrix in matrices if matrix not in integers]
-    replace_matrices(graph, [(matrix, _layout(rounding)) for matrix, rounding in blocks])
-    replace_products(graph, integers)
-    done, total = 0, sum(matrix.constant.nbytes for matrix in matrices)
-    with GraphFile(folder / GRAPH_NAME, DATA_NAME) as file:
-        for pieces in (*(_write(file, *item) for item in blocks), *(write_columns(file, one) for one in integers)):
-            for nbytes in pieces:
-                done += nbytes
-                progress(_STEP, min(done, total), total)
-            graph.forget()
-        file.finish(graph)
-    return Rewritten(path=folder / GRAPH_NAME, integers=bool(integers))
+    chosen = [(matrix, how) for matrix in find_matrices(graph) if (how := choose(matrix)) is not None]
+    if not chosen:
+        return 0, 0
+    whole = integer_matrices(graph, [matrix for matrix, _ in chosen], outputs) if integers else []
+    blocks = [(matrix, how) for matrix, how in chosen if matrix not in whole]
+    replace_matrices(graph, [(matrix, _layout(how)) for matrix, how in blocks])
+    replace_products(graph, whole)
+    for matrix, how in blocks:
+        stays = bool(matrix.lookups)
+        graph.constants |= parts.constants(matrix.declared(_layout(how)), partial(_write, matrix, how), stay=stays)
+    for matrix in whole:
+        write = partial(write_columns, matrix=matrix)
+        graph.constants |= parts.constants(declared_columns(matrix), write, stay=False)
+    return len(chosen), len(whole)
 
 
-def _is_fine(matrix: Matrix) -> bool:
+def is_fine(matrix: Matrix) -> bool:
+    """Whether 4 bits would hurt: tables, products that are tied to one, and products that narrow.
+
+    Those make at most half as many values as they sum over.
+    """
     return bool(matrix.lookups) or matrix.columns >= NARROWING * matrix.rows
 
 
@@ -87,7 +70,7 @@ def _layout(rounding: Rounding) -> Layout:
     return Layout(bits=rounding.bits, block_size=rounding.block_size, has_zeros=not rounding.symmetric)
 
 
-def _write(file: GraphFile, matrix: Matrix, rounding: Rounding) -> Iterator[int]:
+def _write(matrix: Matrix, rounding: Rounding, file: TensorFile) -> Iterator[int]:
     """Round the weight and write it; after each piece its bytes of floats."""
     scales, zeros, begin = [], [], file.begin()
     for piece in round_rows(matrix.constant, rounding, transposed=matrix.transposed):
@@ -95,7 +78,7 @@ def _write(file: GraphFile, matrix: Matrix, rounding: Rounding) -> Iterator[int]
         scales.append(piece.scales)
         zeros.append(piece.zeros)
         yield matrix.constant.nbytes * len(piece.blobs) // matrix.rows
-    parts: dict[str, NDArray[Any]] = {"scales": np.concatenate(scales)}
+    made: dict[str, NDArray[Any]] = {"scales": np.concatenate(scales)}
     if not rounding.symmetric:
-        parts["zeros"] = np.concatenate(zeros)
-    matrix.add(file, _layout(rounding), begin, **parts)
+        made["zeros"] = np.concatenate(zeros)
+    matrix.add(file, _layout(rounding), begin, **made)

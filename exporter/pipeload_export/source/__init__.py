@@ -7,6 +7,7 @@ hub       a model of the Hugging Face hub -> a local checkpoint folder
 folder    the files of a checkpoint folder
 external  the files beside an ONNX graph that hold its weights
 sources   SOURCE -> a checkpoint, or an ONNX graph with its side files
+identity  whether a later export would make the same files
 tracing   a checkpoint -> an unsplit ONNX graph, in a child process
 tracer    the program of that process
 trace     a model of transformers -> a graph, by the library that runs on the installed transformers

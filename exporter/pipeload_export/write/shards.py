@@ -20,6 +20,8 @@ from pipeload_export.graph.graph import Constant, Graph, dtype_name, node_inputs
 from pipeload_export.shard.fuse import Fused, fuse
 from pipeload_export.shard.sampler import Sampler
 from pipeload_export.shard.structure import Structures
+from pipeload_export.write.amount import Amount
+from pipeload_export.write.journal import Journal
 from pipeload_export.write.narrow import StoredType, narrow, wide_name, with_casts
 from pipeload_export.write.shared import SharedWeights, by_use
 from pipeload_export.write.weights import WeightsFile, in_order, write_weights
@@ -41,6 +43,7 @@ class ShardWriter:
         sampler: runs the shards.
         stored_type: in which type a constant is stored.
         progress: called with the file being written, the bytes written so far, and the bytes in total.
+        journal: of finished weights files; None keeps none.
 
     Attributes:
         shards, files: those written so far.
@@ -48,15 +51,22 @@ class ShardWriter:
     """
 
     def __init__(
-        self, graph: Graph, folder: Path, sampler: Sampler, progress: Notify, *, stored_type: StoredType
+        self,
+        graph: Graph,
+        folder: Path,
+        sampler: Sampler,
+        progress: Notify,
+        *,
+        stored_type: StoredType,
+        journal: Journal | None,
     ) -> None:
         self._graph = graph
         self._stored_type = stored_type
+        self._journal = journal
         self._folder = folder
         self._sampler = sampler
         self._progress = progress
-        self._done = 0
-        self._total = sum(constant.nbytes for constant in graph.constants.values())
+        self._amount = Amount(sum(constant.nbytes for constant in graph.constants.values()))
         self._inputs = {value.name: value for value in graph.inputs}
         self._outputs = {value.name: value for value in graph.outputs}
         self._tables: WeightsFile | None = None
@@ -77,8 +87,8 @@ class ShardWriter:
         else:
             self._tables = self._write_tables(_TABLES, tables, tied)
 
-    def write_piece(self, piece: Piece, lifts: Sequence[Lift], head: HeadCut | None) -> None:
-        """Write one shard that was cut out of the graph."""
+    def write_piece(self, piece: Piece, lifts: Sequence[Lift], head: HeadCut | None, *, optimise: bool = True) -> None:
+        """Write one shard that was cut out of the graph; without `optimise`, one that is optimised already."""
         graph = self._graph
         nodes = [graph.nodes[index] for index in piece.nodes]
         names = {name for node in nodes for name in node_inputs(node)}
@@ -91,7 +101,7 @@ class ShardWriter:
         for lift in mine:
             self._sampler.fetch(len(self.shards), graph.constants[lift.table], lift.indices, lift.output)
         plain, fused = fuse(model, constants, self._folder, computes_constants=computes)
-        chosen, structure = self.structures.choose(len(self.shards), plain, fused)
+        chosen, structure = self.structures.choose(len(self.shards), plain, fused if optimise else None)
         for name, dtype in chosen.dtypes.items():
             graph.types[name] = (dtype, graph.types.get(name, (0, None))[1])
         chosen, widened = narrow(replace(chosen, external=by_use(chosen)), self._stored_type)
@@ -151,7 +161,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Tell the progress function that the last byte is written."""
-        self._progress("writing done", self._total, self._total)
+        self._progress("writing done", self._amount.done, self._amount.done)
 
     def edge(self, name: str) -> TensorSpec:
         """Type and shape of a tensor between shards, as far as they are known."""
@@ -180,12 +190,22 @@ class ShardWriter:
         runs: Mapping[tuple[str, int], Sequence[str]] | None = None,
     ) -> WeightsFile:
         def written(count: int) -> None:
-            # Constants that several shards use are written more than once.
-            self._done = min(self._done + count, self._total)
-            self._progress(f"writing {name}", self._done, self._total)
+            self._amount.done += count
+            self._progress(f"writing {name}", self._amount.done, self._amount.total)
 
+        narrow = sum(constant.nbytes for key, constant in constants if key in (widened or {}))
+        nbytes = sum(constant.nbytes for _, constant in constants)
+        self._amount.begin(nbytes, of=nbytes + narrow)
         path = self._folder / f"{name}.safetensors"
-        result = write_weights(path, constants, tables=tables, widened=widened, rows=rows, runs=runs, written=written)
+        result = write_weights(
+            *(path, constants),
+            tables=tables,
+            widened=widened,
+            rows=rows,
+            runs=runs,
+            journal=self._journal,
+            written=written,
+        )
         self.files.append(result.record)
         return result
 

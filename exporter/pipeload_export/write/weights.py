@@ -5,8 +5,10 @@ The library's own writer holds all tensors in memory and cannot pad its header; 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from pipeload.format.dtypes import ONNX_DTYPES, SAFETENSORS_DTYPES
 from pipeload.format.manifest import PAGE_BYTES, FileRecord, WeightSpec, WeightsRange
 from pipeload.storage.digests import FileDigests
 from pipeload_export.graph.graph import Constant, row_pieces, storage_dtype
+from pipeload_export.write.journal import Finished, Journal
 
 __all__ = ["WeightsFile", "in_order", "write_weights"]
 
@@ -65,6 +68,7 @@ def write_weights(
     widened: Mapping[str, str] | None = None,
     rows: Mapping[str, Sequence[tuple[int, int]]] | None = None,
     runs: Mapping[tuple[str, int], Sequence[str]] | None = None,
+    journal: Journal | None = None,
     written: Callable[[int], None] | None = None,
 ) -> WeightsFile:
     """Write tensors in the given order, and hash each byte once on the way.
@@ -76,6 +80,7 @@ def write_weights(
         widened: name of a tensor that is stored in 16 bits -> name of what the graph casts it to.
         rows: name of a tensor -> the slices of it that shards load alone, first row and end.
         runs: key of a slice -> the tensors, one behind the other, that a shard loads alone.
+        journal: has the files that killed exports have finished; such a one is taken, and no tensor is read.
         written: called with the number of bytes of each piece that was written.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -97,24 +102,30 @@ def write_weights(
     }
     for key, names in (runs or {}).items():
         spans[key] = begin + entries[names[0]]["data_offsets"][0], begin + entries[names[-1]]["data_offsets"][1]
-    data = [] if tables else [(begin, size)]
-    digests = FileDigests([*data, *spans.values()], apart=True)
-    digests.update(prefix)
-    with path.open("wb") as file:
-        file.write(prefix)
-        for _, constant in constants:
-            for piece in _pieces(constant):
-                file.write(piece)
-                digests.update(piece)
-                if written:
-                    written(len(piece))
-        if file.tell() != begin + position:
-            raise AssertionError(f"{path} got {file.tell() - begin} bytes of weights, expected {position}")
+    ranges = [*([] if tables else [(begin, size)]), *spans.values()]
+    plan = hashlib.sha256(prefix + repr(ranges).encode()).hexdigest()
+    finished = journal.take(path, plan) if journal else None
+    if finished is None:
+        digests = FileDigests(ranges, apart=True)
+        _write(path, prefix, constants, digests, written)
+        if digests.position != size:
+            raise AssertionError(f"{path} got {digests.position - begin} bytes of weights, expected {position}")
+        finished = Finished(
+            path=journal.name(path) if journal else path.name,
+            plan=plan,
+            nbytes=size,
+            sha256=digests.sha256,
+            ranges=tuple((*span, digests.range_sha256(*span)) for span in ranges),
+        )
+        if journal:
+            journal.add(path, finished)
+    elif written:
+        written(position)
     relative = f"{path.parent.name}/{path.name}"
     return WeightsFile(
-        record=FileRecord(path=relative, nbytes=size, sha256=digests.sha256, ranges_apart=True),
-        range=None if tables else _range(relative, digests, begin, size),
-        slices={key: _range(relative, digests, *span) for key, span in spans.items()},
+        record=FileRecord(path=relative, nbytes=size, sha256=finished.sha256, ranges_apart=True),
+        range=None if tables else _range(relative, finished, begin, size),
+        slices={key: _range(relative, finished, *span) for key, span in spans.items()},
         tensors=tuple(
             WeightSpec(
                 name=name,
@@ -134,8 +145,33 @@ def _rows_span(offset: int, constant: Constant, first: int, end: int) -> tuple[i
     return offset + first * row_bytes, offset + end * row_bytes
 
 
-def _range(path: str, digests: FileDigests, begin: int, end: int) -> WeightsRange:
-    return WeightsRange(path=path, offset=begin, nbytes=end - begin, sha256=digests.range_sha256(begin, end))
+def _range(path: str, finished: Finished, begin: int, end: int) -> WeightsRange:
+    sha256 = finished.range_sha256(begin, end)
+    return WeightsRange(path=path, offset=begin, nbytes=end - begin, sha256=sha256)
+
+
+def _write(
+    path: Path,
+    prefix: bytes,
+    constants: Sequence[tuple[str, Constant]],
+    digests: FileDigests,
+    written: Callable[[int], None] | None,
+) -> None:
+    """Write the file; while one piece is hashed and written, the next one is read from the checkpoint, and turned."""
+    with path.open("wb") as file, ThreadPoolExecutor(1, "pipeload-writer") as writer:
+
+        def write(piece: memoryview) -> None:
+            digests.update(piece)
+            file.write(piece)
+
+        before = writer.submit(write, memoryview(prefix))
+        for _, constant in constants:
+            for piece in _pieces(constant):
+                before.result()
+                before = writer.submit(write, piece)
+                if written:
+                    written(len(piece))
+        before.result()
 
 
 def _pieces(constant: Constant) -> Iterator[memoryview]:

@@ -45,7 +45,7 @@ def test_run_makes_up_inputs_the_same_each_time(tmp_path: Path, call: Call, load
         facts = json.loads(call(runner, "run", *sizes, "--passes=2", "--json").stdout)
         assert len(facts["seconds"]) == 2
         assert facts["outputs"]["logits"]["shape"] == [2, 1]
-    assert loads[0][2] == {"progress": None, "sizes": {"sequence_length": 5, "batch_size": 2}}
+    assert loads[0][2] == {"progress": None, "draft": None, "sizes": {"sequence_length": 5, "batch_size": 2}}
     assert len(first.calls) == 2
     for name, array in first.calls[0].items():
         np.testing.assert_array_equal(array, second.calls[0][name])

@@ -83,6 +83,7 @@ def test_the_fields_are_pinned() -> None:
         "takes_left_padding",
         "rope_change",
         "small_weights",
+        "draft",
         "missing_weights",
         "unused_weights",
     }

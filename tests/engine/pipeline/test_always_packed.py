@@ -181,7 +181,7 @@ for shard in (*blocks, *blocks):
 kept = rss_bytes()
 trim()
 planned = session_bytes(blocks[0], 1) + second_copy_bytes(blocks[0])
-print(pages[0], max(pages[2:]), (max(rss) - begin) / planned, kept - rss_bytes())
+print(pages[0], sum(pages[1:]), (max(rss) - begin) / planned, kept - rss_bytes())
 """
 
 
@@ -192,7 +192,7 @@ def test_streamed_shards_are_packed_into_the_same_pages_one_after_the_other(tmp_
     done = run_python(_STREAMING.replace("sys.argv[1]", repr(str(tmp_path / "toy"))))
     first_pages, later_pages, of_plan, kept = map(float, done.stdout.split())
     assert first_pages > 500, "the first one takes new memory"
-    assert later_pages < 100, "those behind the second take no more"
+    assert later_pages < 1.5 * first_pages, "of the seven behind it, one finds no hole of its size"
     assert of_plan <= 1
     assert kept > 2048 * 2048, "the memory is kept, and goes when the heap is trimmed"
 

@@ -136,6 +136,7 @@ class ToyDecoder(WithFiles):
     """
 
     vocabulary = 20
+    own_draft = draft = None
 
     def __init__(
         self,

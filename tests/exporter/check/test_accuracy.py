@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from pipeload.errors import ConfigError, ExportError
 from pipeload.format.manifest import Accuracy, OutputError, SmallWeights, read
 from pipeload_export import export
 from pipeload_export.check import accuracy as measuring
-from pipeload_export.check.accuracy import check_error, measure_accuracy
+from pipeload_export.check.accuracy import accuracy_cases, check_error, compared_outputs, measure_accuracy
 from pipeload_export.check.chain import run_unsplit
 
 
@@ -55,9 +54,11 @@ def test_a_largest_error_that_nothing_measures_is_refused(options: dict[str, obj
 
 def test_answers_that_are_no_numbers_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = export(source, tmp_path / "target", weights="int8", verify=False)
+    cases = accuracy_cases(tmp_path / "target", manifest)
+    wanted = run_unsplit(source, compared_outputs(manifest), cases, lambda *_: None)
     monkeypatch.setattr(measuring, "given_room", lambda _, call: {n: a * np.nan for n, a in call().items()})
     with pytest.raises(ExportError, match=r"values that are no numbers.*--weights fp32"):
-        measure_accuracy(tmp_path / "target", manifest, partial(run_unsplit, source), lambda *_: None)
+        measure_accuracy(tmp_path / "target", manifest, cases, wanted, lambda *_: None)
 
 
 def test_perplexity_is_that_of_its_definition() -> None:

@@ -88,17 +88,14 @@ def test_positions_of_the_graph_are_tried(
     assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
 
 
-@pytest.mark.parametrize(("positions", "wanted"), [(by_mask, True), (by_column, False)])
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama"])
 def test_one_shard_of_each_kind_is_opened(
-    positions: Callable[[Builder, str, str], str | None],
-    wanted: bool,
-    shard: Callable[..., Sharded],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, sharded_architecture: Callable[[str], Sharded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sharded = shard(decoder(positions).model())
+    sharded = sharded_architecture(name)
     opened: list[str] = []
     monkeypatch.setattr(chain, "open_session", lambda path, what: opened.append(path.stem) or open_session(path, what))
-    assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
+    assert takes_left_padding(sharded.directory, sharded.manifest, silent)
     blocks = {item.name for item in sharded.manifest.shards if item.role == "block"}
     assert len(blocks) == 3
     assert set(opened) & blocks == {"block.000"}

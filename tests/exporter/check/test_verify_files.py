@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,3 +80,16 @@ def test_what_is_no_regular_file_is_named(exported: Path, kind: str) -> None:
         path.symlink_to(path if kind == "loop" else "/dev/zero")
     with pytest.raises(ShardError, match=r"'shards/block\.000\.safetensors' (cannot be read|leads out)"):
         verify(exported)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_directories_whose_files_have_digests_of_all_bytes_are_checked_as_before(name: str, tmp_path: Path) -> None:
+    directory = shutil.copytree(Path(__file__).parents[2] / "data" / "format-1" / name, tmp_path / name)
+    assert not any(record.ranges_apart for record in read(directory).files)
+    verify(directory)
+    path = directory / "shards" / "embeddings.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' is damaged"):
+        verify(directory)

@@ -15,30 +15,26 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tests.engine.pipeline.rig import Scripted, plan_by_hand
 from tests.exporter.conftest import Arrays, Sharded, assert_same_answers
-from tests.exporter.graphs import Builder
+from tests.exporter.graphs import Builder, write_rounded_graph
 from tests.marks import slow
 
 from pipeload.format import manifest as manifests
+from pipeload.format.manifest import SmallWeights
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.needs import Needs
 from pipeload.storage.weights import Storage
 from pipeload_export import export
+from pipeload_export.convert.rounding import round_directory
 from pipeload_export.rewrite.rounding import Rounding
-from pipeload_export.rewrite.small_weights import write_with_small_weights
 
-EIGHT, FOUR = Rounding(bits=8, block_size=32), Rounding(bits=4, block_size=32)
+EIGHT = Rounding(bits=8, block_size=32)
 SIZES = {"batch": 2, "length": 7, "num_channels": 3, "height": 32, "width": 32}
 
 
-def rounded(source: Path | onnx.ModelProto, folder: Path, coarse: Rounding = EIGHT) -> Path:
-    folder.mkdir()
-    if not isinstance(source, Path):
-        onnx.save(source, folder / "source.onnx")
-        source = folder / "source.onnx"
-    (folder / "made").mkdir()
-    return write_with_small_weights(source, None, folder / "made", coarse, EIGHT, lambda *_: None).path
+def rounded(source: Path | onnx.ModelProto, folder: Path) -> Path:
+    return write_rounded_graph(source, folder, EIGHT, EIGHT, integers=True)
 
 
 def operators(path: Path) -> Counter[str]:
@@ -186,18 +182,20 @@ def test_products_share_the_rounding_of_what_they_all_take(architecture: Callabl
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
-    [
-        ("gpt2", EIGHT),  # KV caches: a pass has one row for each text
-        ("bert", FOUR),
-        ("bert", Rounding(bits=8, block_size=32, symmetric=False)),
-    ],
-    ids=["with caches", "4 bits", "asymmetric"],
+    ("name", "bits", "symmetric"),
+    [("gpt2", 8, True), ("bert", 4, True), ("bert", 8, False)],
+    ids=["with caches: a pass has one row for each text", "4 bits", "asymmetric"],
 )
-def test_others_have_blocks(name: str, how: Rounding, architecture: Callable[[str], Path], tmp_path: Path) -> None:
-    found = operators(rounded(architecture(name), tmp_path / "rounded", how))
+def test_others_have_blocks(
+    name: str, bits: int, symmetric: bool, sharded_architecture: Callable[[str], Sharded], tmp_path: Path
+) -> None:
+    small = SmallWeights(bits=bits, fine_bits=8, block_size=32, symmetric=symmetric)
+    made = round_directory(sharded_architecture(name).directory, tmp_path, small, progress=lambda *_: None)
+    found = sum((operators(tmp_path / item.graph.path) for item in made.shards), Counter[str]())
     assert found["MatMulNBits"]
     assert not found["MatMulIntegerToFloat"]
+    assert made.small_weights
+    assert not made.small_weights.integers
 
 
 def test_a_vocabulary_head_and_its_table_keep_blocks(

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tests.exporter.conftest import Arrays, Sharded, assert_same_answers
-from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder, load_normalised
+from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder, load_normalised, write_rounded_graph
 from tests.marks import slow
 
 from pipeload.errors import ConfigError, ExportError
@@ -25,21 +25,13 @@ from pipeload_export.cut.tables import lift_tables
 from pipeload_export.graph.graph import known_constant
 from pipeload_export.rewrite import rounding
 from pipeload_export.rewrite.rounding import Rounding, round_rows
-from pipeload_export.rewrite.small_weights import write_with_small_weights
 
 EIGHT, FOUR = Rounding(bits=8, block_size=32), Rounding(bits=4, block_size=32)
 SIZES = {"batch": 2, "length": 7, "num_channels": 3, "height": 32, "width": 32}
 
 
 def rounded(source: Path | onnx.ModelProto, folder: Path, coarse: Rounding, fine: Rounding = EIGHT) -> Path:
-    folder.mkdir(exist_ok=True)
-    if not isinstance(source, Path):
-        onnx.save(source, folder / "source.onnx")
-        source = folder / "source.onnx"
-    (folder / "made").mkdir()
-    return write_with_small_weights(
-        source, None, folder / "made", coarse, replace(fine, block_size=coarse.block_size), lambda *_: None
-    ).path
+    return write_rounded_graph(source, folder, coarse, replace(fine, block_size=coarse.block_size))
 
 
 def run(path: Path, found: Sharded, inputs: Arrays) -> Arrays:
@@ -197,11 +189,16 @@ def names_of(path: Path) -> set[str]:
     return {tensor.name for tensor in onnx.load(path, load_external_data=False).graph.initializer}
 
 
-def test_a_graph_without_floats_to_round_is_refused_with_the_remedy(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("weights", "remedy"),
+    [("int8", r"could be rounded.*--weights fp32"), ("bf16", r"could be rounded.*--weights auto")],
+)
+def test_a_graph_without_floats_to_round_is_refused_with_the_remedy(weights: Any, remedy: str, tmp_path: Path) -> None:
     build = Builder()
-    build.output(build.op("Relu", build.input("x", ["batch"], TensorProto.FLOAT)), "y", ["batch"])
-    with pytest.raises(ExportError, match=r"no weights of float32 that could be rounded.*--weights fp32"):
-        rounded(build.model(), tmp_path / "rounded", EIGHT)
+    weight = build.constant(np.ones((8, 8), np.float32))
+    build.output(build.op("MatMul", build.input("x", ["batch", 8], TensorProto.FLOAT), weight), "y", ["batch", 8])
+    with pytest.raises(ExportError, match=remedy):
+        export(build.save(tmp_path / "model.onnx"), tmp_path / "target", whole=True, weights=weights)
 
 
 @pytest.mark.parametrize("options", [{"weights": "int3"}, {"weights": "int8", "block_size": 24}], ids=str)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import resource
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +127,20 @@ def test_views_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sum(pieces) == array.nbytes
     with safe_open(tmp_path / "w.safetensors", "np") as file:
         np.testing.assert_array_equal(file.get_tensor("w"), array.T)
+
+
+def test_an_error_of_the_disk_is_raised_and_no_thread_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_PIECE_BYTES", 1000)
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_weights(tmp_path / "w.safetensors", in_order(constants()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pipeload-writer")]
 
 
 def test_bfloat16_passes_through(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pipeload.cli.generation import (
     MinNewTokens,
     MinP,
     NoRepeatNgramSize,
+    OwnDraft,
     RepetitionPenalty,
     Sample,
     Seed,
@@ -75,6 +76,7 @@ def chat(
     stop: Stop = None,
     seed: Seed = None,
     lookup: Lookup = None,
+    draft: OwnDraft = "auto",
     budget: Budget = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON Lines: each answer as an object, when it is complete.")
@@ -120,7 +122,9 @@ def chat(
         "seed": seed,
     }
     generation_settings(written, options)
-    with open_model(directory, budget, stats=stats, trace=trace, quiet=True) as model, model.session() as session:
+    own = None if draft == "none" else draft
+    opened = open_model(directory, budget, stats=stats, trace=trace, quiet=True, draft=own)
+    with opened as model, model.session() as session:
         conversation = _Conversation(model, session, opening, options, max_new_tokens, as_json=as_json)
         try:
             for line in read_turns():

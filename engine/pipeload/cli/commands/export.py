@@ -12,6 +12,7 @@ from pipeload.cli.loudness import show_libraries
 from pipeload.cli.options import Json
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import accuracy_report, differences, parity_report, print_json, print_table, summary
+from pipeload.cli.rounding import Asymmetric, Keep, MaxError, Mixed
 
 __all__ = ["export"]
 
@@ -40,13 +41,14 @@ def export(
         typer.Option(help="KV caches as the model has them, or rounded to int8: a quarter of the memory."),
     ] = "model",
     block_size: Annotated[pipeload_export.BlockSize, typer.Option(help="Rounded weights that have one scale.")] = "32",
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="Give each block of rounded weights a zero of its own.")
-    ] = False,
-    max_error: Annotated[
-        float | None,
-        typer.Option(min=0, help="Fail where rounding changes an output by more than this part of its range."),
+    asymmetric: Asymmetric = False,
+    keep: Keep = None,
+    mixed: Mixed = None,
+    draft: Annotated[
+        pipeload_export.DraftWeights | None,
+        typer.Option(help="Put a copy with weights of few bits beside a decoder, which guesses its tokens."),
     ] = None,
+    max_error: MaxError = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sharded model directory.")] = False,
     keep_onnx: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the unsplit ONNX model in this folder.")
@@ -78,6 +80,10 @@ def export(
 
         pipeload export catalog:smollm2-135m smollm2-int8 --weights int8
 
+        pipeload export ./model.onnx small --weights int4 --mixed 0.5%
+
+        pipeload export ./gpt-checkpoint gpt --draft int4
+
         pipeload export ./model.onnx model --force --json
     """
     if verbose:
@@ -94,6 +100,9 @@ def export(
             kv_cache=kv_cache,
             block_size=int(block_size),
             asymmetric=asymmetric,
+            keep=keep or (),
+            mixed=mixed,
+            draft=draft,
             max_error=max_error,
             force=force,
             trust_remote_code=trust_remote_code,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,7 +56,7 @@ def generate(
     ] = None,
     seed: Seed = None,
     lookup: Lookup = None,
-    draft: Draft = None,
+    draft: Draft = "auto",
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="With --json: the log-probability of each token.")
     ] = False,
@@ -96,10 +97,11 @@ def generate(
         "logprobs": logprobs,
     }
     with ExitStack() as stack:
-        if draft is not None:
+        if draft not in ("auto", "none"):
             # Opened first, so that it stays in memory: the other model counts the memory it occupies.
-            options["assistant_model"] = stack.enter_context(pipeload.load(draft, budget))
-        model = stack.enter_context(open_model(directory, budget, stats=stats, trace=trace, quiet=True))
+            options["assistant_model"] = stack.enter_context(pipeload.load(Path(draft), budget, draft=None))
+        own = "auto" if draft == "auto" else None
+        model = stack.enter_context(open_model(directory, budget, stats=stats, trace=trace, quiet=True, draft=own))
         if num_return_sequences is not None:
             with status("Generating"):
                 several = generate_text(model, text, num_return_sequences=num_return_sequences, **options)

@@ -16,14 +16,16 @@ import pipeload.model  # noqa: F401 - every command that runs a model has it in 
 from pipeload.cli.options import Budget, Directory, Json, read_sizes
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import print_json, print_table, table
-from pipeload.errors import BudgetError, ConfigError
+from pipeload.errors import BudgetError, ConfigError, ManifestError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes, parse_budget
 from pipeload.measuring import profile_store
 from pipeload.measuring.profiler import measure, measure_model, profile_dims
+from pipeload.opening import acceptance_of, draft_contender
 from pipeload.planning import needs, planner
+from pipeload.planning.drafting import Contender, Drafting, weigh
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
@@ -104,11 +106,13 @@ def plan(
         # The user needs the answers about other budgets now, so they come before the error.
         refusal = error
     smallest = _smallest(make)
+    drafting = _drafting(directory, manifest, found, wanted, budget_bytes) if manifest.draft else None
     facts: dict[str, Any] = {
         "plan": _facts(manifest, found, chosen) if chosen else None,
         "smallest_budget_bytes": smallest,
         "latency_budget_bytes": None,
         "sweep": [],
+        **({"draft": drafting} if drafting else {}),
     }
     if target_s is not None:
         meets = planner.budget_for_latency(manifest, found, target_s, **wanted)
@@ -120,6 +124,8 @@ def plan(
     else:
         if chosen:
             print_table(f"{directory} in {format_bytes(budget_bytes)}", _shown(manifest, facts["plan"]))
+        if drafting:
+            typer.echo(str(drafting))
         typer.echo(f"smallest budget that works: {format_bytes(smallest)}")
         if target_s is not None:
             least = facts["latency_budget_bytes"]
@@ -134,6 +140,21 @@ def plan(
             typer.echo(f"\n{table([head, *(_row(fact) for fact in facts['sweep'])])}")
     if refusal:
         raise refusal
+
+
+def _drafting(
+    directory: Path, manifest: Manifest, found: Profile, wanted: dict[str, Any], budget_bytes: int
+) -> Drafting:
+    """Whether the model's own draft would guess tokens."""
+    assert manifest.draft is not None
+    folder = directory / manifest.draft.path
+    try:
+        draft = draft_contender(folder, manifests.read(folder), found)
+    except ManifestError as error:
+        return Drafting(used=False, reason=f"it cannot be opened. {error}")
+    model = Contender(manifest=manifest, profile=found, needs=wanted["needs"])
+    agents = {name: wanted[name] for name in ("loaders", "threads")}
+    return weigh(model, draft, budget_bytes=budget_bytes, acceptance=acceptance_of(manifest), **agents)
 
 
 def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Path | None) -> Profile:

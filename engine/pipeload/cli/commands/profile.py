@@ -16,6 +16,7 @@ from pipeload.format.manifest import Manifest, Shard
 from pipeload.machine.sizes import format_bytes
 from pipeload.measuring import profile_store
 from pipeload.measuring.profiler import measure_model, profile_dims
+from pipeload.notify import Notify
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.images import image_sizes
@@ -62,6 +63,10 @@ def profile(
         found = measure_model(
             directory, manifest, dims=dims, threads=None if threads is None else [threads], progress=progress
         )
+        if manifest.draft and not sizes:
+            # Plans weigh the model's own draft by its times.
+            own = directory / manifest.draft.path
+            profile_store.keep(own, _measured(own, threads, progress))
     kept = profile_store.keep(directory, found)
     if output:
         profile_store.write(found, output, profile_store.identify(directory, dims))
@@ -79,6 +84,12 @@ def profile(
         facts["cache of a token"] = found.cache_bytes_per_token
     typer.echo(table((name, format_bytes(nbytes)) for name, nbytes in facts.items()))
     typer.echo(f"\nkept in {kept}" if kept else "\nnot kept: the user's cache cannot be written")
+
+
+def _measured(directory: Path, threads: int | None, progress: Notify) -> Profile:
+    manifest = manifests.read(directory)
+    chosen = None if threads is None else [threads]
+    return measure_model(directory, manifest, dims=profile_dims(manifest), threads=chosen, progress=progress)
 
 
 def _print_reading(found: Profile) -> None:

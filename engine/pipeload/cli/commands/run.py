@@ -55,7 +55,7 @@ def run(
     """
     given = {name: _read_array(name, file) for name, file in pairs(inputs, "--input").items()}
     dims = read_sizes(sizes)
-    with open_model(directory, budget, stats=stats, trace=trace, sizes=dims) as model:
+    with open_model(directory, budget, stats=stats, trace=trace, sizes=dims, draft=None) as model:
         if random:
             shapes = {name: array.shape for name, array in given.items()}
             given = _random_inputs(model, bind_dims(model.inputs, shapes) | dims) | given

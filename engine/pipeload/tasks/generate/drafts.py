@@ -113,11 +113,16 @@ class DraftLength:
     A sweep that checks n tokens takes `max(R, c(n))`: R is the time for which the storage reads, and c the time for
     which the model computes, a straight line through the measured times. While the storage takes longer, checking more
     tokens costs nothing. With drafts that are right with probability a, k of them make `1 + a + .. + a^k` tokens.
+
+    Args:
+        acceptance: the probability, until drafts were checked.
+        draft_s: the seconds of a draft, until it was timed.
+        read_s: the seconds of a sweep, until it was timed.
     """
 
-    def __init__(self) -> None:
-        self._right = self._wrong = 1.0
-        self._read_s = self._draft_s = 0.0
+    def __init__(self, *, acceptance: float = 0.5, draft_s: float = 0.0, read_s: float = 0.0) -> None:
+        self._right, self._wrong = 2 * acceptance, 2 * (1 - acceptance)
+        self._draft_s, self._read_s = draft_s, read_s
         self._computed_s: dict[int, float] = {}
 
     def choose(self, most: int) -> int:
@@ -133,7 +138,7 @@ class DraftLength:
     def sweep_s(self, tokens: int) -> float:
         """The expected seconds of a sweep over this many tokens."""
         if not self._computed_s:
-            return 1.0
+            return self._read_s or 1.0
         fewest, most = min(self._computed_s), max(self._computed_s)
         least_s = self._computed_s[fewest]
         slope = _FIRST_SLOPE * least_s / fewest

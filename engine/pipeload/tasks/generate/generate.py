@@ -14,6 +14,8 @@ from typing import Any, Unpack, cast, overload
 
 import numpy as np
 
+from pipeload.errors import ClosedError
+from pipeload.planning.drafting import MOST_DRAFTS
 from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.drafts import Assistant, PromptLookup
 from pipeload.tasks.generate.loop import extend, extend_with_drafts
@@ -25,6 +27,7 @@ from pipeload.tasks.generate.options import (
     lookup_tokens,
     warn_of_unused,
 )
+from pipeload.tasks.generate.own_draft import OwnGuesses
 from pipeload.tasks.generate.prompts import (
     Prompt,
     check_assistant,
@@ -108,7 +111,8 @@ def generate(
         max_matching_ngram_size: compare at most this many tokens for that; 2 if neither the caller nor a file sets it.
         assistant_model: another open model, with the same vocabulary, to guess the tokens.
         num_assistant_tokens: it guesses at most this many tokens for a pass; None takes the number from its own
-            `generation_config.json`, or 20.
+            `generation_config.json`, or 20. Without `assistant_model` and lookup the model's own draft guesses, where
+            it is open (see `load`).
         seed: makes draws repeatable; None draws anew each time. Each sequence has random numbers of its own, from the
             seed, the index of its prompt and its index among the sequences of that prompt: the rest of the batch
             changes nothing.
@@ -218,6 +222,9 @@ def generate_prompts(
         elif lookup and not alone:
             guesser = PromptLookup(settings.max_matching_ngram_size or 2)
             extend_with_drafts(reading, sequences[0], guesser, lookup, streamer)
+        elif len(sequences) == 1 and not alone and (own := _own_guesses(runner, read_by)):
+            most = settings.num_assistant_tokens or MOST_DRAFTS
+            extend_with_drafts(reading, sequences[0], own, most, streamer, runner.own_draft)
         else:
             for indices in joined(runner.manifest, [len(one.ids) for one in sequences]):
                 if alone:
@@ -225,3 +232,17 @@ def generate_prompts(
                     reading.state.truncate(0)
                 extend(reading, [sequences[index] for index in indices], streamer)
     return [sequence.result() for sequence in sequences]
+
+
+def _own_guesses(runner: Decoder[Any], read_by: Callable[[Decoder[Any]], Reading[Any]]) -> OwnGuesses | None:
+    """The guesses of a model's own draft, with room for the text; None where there is no open one."""
+    own = runner.own_draft
+    model = own.model if own else None
+    if own is None or model is None:
+        return None
+    try:
+        reading = read_by(model)
+    except ClosedError:  # it was left out at this moment
+        return None
+    own.make_room()
+    return OwnGuesses(reading, runner, own)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pipeload.errors import PipeloadError
 from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.drafts import Drafter, DraftLength
+from pipeload.tasks.generate.own_draft import OwnDraft
 from pipeload.tasks.generate.sampling import Scores
 from pipeload.tasks.generate.sequence import GrowingSequence
 from pipeload.tasks.generate.streaming import Streamer, TextStream
@@ -30,10 +31,15 @@ def extend(reading: Reading[State], sequences: Sequence[GrowingSequence], stream
 
 
 def extend_with_drafts(
-    reading: Reading[State], sequence: GrowingSequence, drafter: Drafter, most: int, streamer: Streamer | None
+    reading: Reading[State],
+    sequence: GrowingSequence,
+    drafter: Drafter,
+    most: int,
+    streamer: Streamer | None,
+    own: OwnDraft | None = None,
 ) -> None:
-    """The same for one sequence, whose passes check drafts of at most this many tokens."""
-    length = DraftLength()
+    """The same for one sequence, whose passes check drafts of at most this many tokens; `own` learns from them."""
+    length, wrong = own.length(DraftLength) if own else DraftLength(), 0
     while sequence.finish_reason is None and not _closed(streamer):
         begin_s = time.perf_counter()
         count = length.choose(min(most, sequence.tokens_left - 1))
@@ -52,6 +58,7 @@ def extend_with_drafts(
             [[*sequence.ids, *draft]], padding=[0], positions=len(draft) + 1, top=sequence.chooser.top
         )
         accepted = _push(sequence, scores, draft, streamer)
+        wrong += accepted < len(draft) and sequence.finish_reason is None
         if sequence.sweeps > 1:
             length.checked(len(draft), accepted)
             stats = reading.decoder.stats
@@ -59,6 +66,8 @@ def extend_with_drafts(
             if (last := stats.last) and stats.passes == passes + 1 and last.calls == 1:
                 computed_s = last.agents["inference"].kinds.get("run", 0.0)
                 length.timed(len(draft) + 1, read_s=last.read_s, computed_s=computed_s)
+    if own:
+        own.learn(length, sequence.accepted, wrong)
 
 
 def _push(sequence: GrowingSequence, scores: Sequence[Scores], draft: Sequence[int], streamer: Streamer | None) -> int:
