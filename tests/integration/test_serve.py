@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from tests.engine.serve.conftest import TEMPLATE, with_words
@@ -230,3 +231,18 @@ def test_a_port_that_is_taken_is_named(folder: Path, address: str) -> None:
     )
     assert done.returncode == 1
     assert f"error: 127.0.0.1:{port} cannot be listened on" in done.stderr
+
+
+def test_a_second_signal_ends_calls_at_once(folder: Path) -> None:
+    openai = pytest.importorskip("openai")
+    with served(folder / "chat", "--budget", "4GB") as (address, process):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="unused", max_retries=0) as client:
+            asked = {"model": "chat", "messages": _MESSAGES, "max_tokens": 90, "n": 8, "temperature": 1}
+            stream = iter(client.chat.completions.create(**asked, stream=True))
+            next(stream)
+            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
+            with suppress(openai.APIError, httpx2.HTTPError):
+                list(stream)
+        process.communicate(timeout=_PATIENCE_S)
+        assert process.returncode == 0

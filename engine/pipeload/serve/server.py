@@ -91,13 +91,17 @@ class Application:
         try:
             yield
         finally:
-            for place in tuple(self.desk.admission.places):
-                place.leave()
+            self.leave()
             opening.cancel()
             await asyncio.wait([opening])
             for served in self.desk.models.served.values():
                 await served.end()
             self._pool.shutdown()
+
+    def leave(self) -> None:
+        """End all calls before their next sweep."""
+        for place in tuple(self.desk.admission.places):
+            place.leave()
 
     async def _open(self) -> None:
         try:
@@ -139,6 +143,8 @@ def serve(settings: Settings, tell: Callable[[str], object]) -> None:
         host, port = listening.getsockname()[:2]
         tell(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         server.run([listening])
+    # After a second signal they may still run, and the interpreter waits for their threads.
+    application.leave()
     if application.failure is not None:
         raise application.failure
 
