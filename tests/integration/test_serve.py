@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 from tests.engine.serve.conftest import TEMPLATE, with_words
@@ -21,6 +20,8 @@ from tests.engine.tasks.fakes import WORDS, write_bert_tokenizer, write_json
 from tests.models import made_once
 
 import pipeload
+
+httpx2 = pytest.importorskip("httpx2")
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("serve")]
 
