@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,6 +40,7 @@ class Served:
         budget: see `Settings`.
         idle_s: see `Settings`.
         executor: runs what takes long.
+        all_served: all models of the server, which have memory under the same budget.
 
     Attributes:
         manifest: its description.
@@ -51,13 +52,22 @@ class Served:
         made: seconds since the epoch, of its manifest.
     """
 
-    def __init__(self, name: str, directory: Path, budget: int | str, idle_s: float | None, executor: Executor) -> None:
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        budget: int | str,
+        idle_s: float | None,
+        executor: Executor,
+        all_served: Mapping[str, Served],
+    ) -> None:
         self.name, self.directory = name, directory
         self.manifest = manifests.read(directory)
         self.made = int((directory / manifests.MANIFEST_NAME).stat().st_mtime)
         self.model: Model | None = None
         self.users = self.generating = self.opened = self.closed = self.sweeps = self.read_bytes = 0
         self._budget, self._idle_s, self._executor = budget, idle_s, executor
+        self._all_served = all_served
         self._lock = asyncio.Lock()
         self._room = asyncio.Condition()
         self._ended = 0
@@ -146,16 +156,28 @@ class Served:
 
     async def _open(self) -> Model:
         begin_s = time.perf_counter()
-        try:
-            model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget))
-        except BudgetError as error:
-            if not self.opened:
-                raise
-            raise ApiError(503, str(error), code="memory_budget_exceeded", retry_after_s=5) from error
+        while True:
+            try:
+                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget))
+                break
+            except BudgetError as error:
+                if await self._close_another():
+                    continue
+                if not self.opened:
+                    raise
+                raise ApiError(503, str(error), code="memory_budget_exceeded", retry_after_s=5) from error
         self.model = model
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
         return model
+
+    async def _close_another(self) -> bool:
+        """Close a model that no call has, if there is one: this one is called, and has no room beside it."""
+        for other in self._all_served.values():
+            if other is not self and other.model is not None and not other.users:
+                await other.close()
+                return True
+        return False
 
     def _begin_closing(self) -> None:
         self._closing = asyncio.get_running_loop().create_task(self.close())
@@ -180,10 +202,9 @@ class Models:
     """
 
     def __init__(self, settings: Settings, executor: Executor) -> None:
-        self.served = {
-            name: Served(name, directory, settings.budget, settings.idle_s, executor)
-            for name, directory in settings.directories.items()
-        }
+        self.served: dict[str, Served] = {}
+        for name, directory in settings.directories.items():
+            self.served[name] = Served(name, directory, settings.budget, settings.idle_s, executor, self.served)
         self.aliases = dict(settings.aliases)
         self.ready = False
 

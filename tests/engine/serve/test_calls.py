@@ -185,6 +185,42 @@ def test_an_idle_model_is_closed_and_opened_by_its_next_call(embedder: Path, cha
     with_server(settings(embedder, chat_model, idle_s=0.0), ask)
 
 
+def test_a_model_without_room_has_one_closed_that_no_call_has(
+    chat_model: Path, embedder: Path, sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has room alone; together they have none."""
+    load = pipeload.load
+
+    def narrow(*arguments: Any, **options: Any) -> Any:
+        if any(one.name == "pipeload-inference" for one in threading.enumerate()):
+            raise pipeload.BudgetError("There is no room.", needed_bytes=2, budget_bytes=1)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(pipeload, "load", narrow)
+
+    async def ask(client: Client) -> None:
+        served = client.application.desk.models.served
+        assert (await client.get("/health")).status == 200
+        assert [one.model is not None for one in served.values()] == [False, True]
+        for _ in range(2):
+            assert (await client.post("/v1/embeddings", {"input": "the cat"})).status == 200
+            assert [one.model is not None for one in served.values()] == [True, False]
+            assert (await client.post(_PATH, _SHORT)).status == 200
+            assert [one.model is not None for one in served.values()] == [False, True]
+        gate = sweeps.stop_at(sweeps.count + 1)
+        call = client.begin("POST", _PATH, _SHORT)
+        await _reached(gate)
+        refused = await client.post("/v1/embeddings", {"input": "the cat"})
+        assert refused.status == 503
+        assert refused.headers["retry-after"] == "5"
+        assert refused.json()["error"]["code"] == "memory_budget_exceeded"
+        gate.open()
+        await _ended(call)
+        assert call.status == 200
+
+    with_server(settings(embedder, chat_model), ask)
+
+
 def test_a_model_that_has_calls_is_not_idle(chat_model: Path, sweeps: Sweeps) -> None:
     async def ask(client: Client) -> None:
         gate = sweeps.stop_at(2)
