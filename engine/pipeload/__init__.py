@@ -19,6 +19,7 @@ tasks/      embed, classify, zero_shot, rerank, answer, fill_mask, generate, cha
 opening     the process measured, the first plan made, the agents started
 model       the facade
 bench/      pipeload beside other ways to run a model
+serve/      models over HTTP
 cli/        the commands
 ```
 """
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from pipeload.tasks.classify.rerank import Ranked
     from pipeload.tasks.fill.fill_mask import FilledMask
     from pipeload.tasks.generate.generate import Generation
+    from pipeload.tasks.generate.sequence import NewToken
     from pipeload.tasks.generate.session import Session
     from pipeload.tasks.generate.streaming import TextStream
     from pipeload.tracing.stats import Stats
@@ -82,6 +84,7 @@ __all__ = [
     "LoadError",
     "ManifestError",
     "Model",
+    "NewToken",
     "PipeloadError",
     "Plan",
     "Profile",
@@ -105,6 +108,7 @@ _HOMES = {
     "Generation": "tasks.generate.sequence",
     "Label": "tasks.classify.labels",
     "Model": "model",
+    "NewToken": "tasks.generate.sequence",
     "Plan": "planning.planner",
     "Profile": "planning.profile",
     "Progress": "tracing.trace",

@@ -36,6 +36,7 @@ COMMANDS = (
     "fill-mask",
     "generate",
     "chat",
+    "serve",
     "timeline",
     "bench",
 )

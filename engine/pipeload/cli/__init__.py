@@ -27,6 +27,7 @@ from pipeload.cli.commands import (
     profile,
     rerank,
     run,
+    serve,
     timeline,
     verify,
     zero_shot,
@@ -69,6 +70,7 @@ for _command in (
     fill_mask.fill_mask,
     generate.generate,
     chat.chat,
+    serve.serve,
     timeline.timeline,
     bench.bench,
 ):

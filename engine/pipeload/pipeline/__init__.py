@@ -7,6 +7,7 @@ cache_room     KV caches with room for more tokens
 sweep          one pass over the shards
 reservations   bytes of the budget, in plan order
 messages       tasks and results that pass between the agents
+callers        callers that may leave
 requests       the queue of calls
 shared_weights weights that resident shards have in common
 residents      shards and parts kept between sweeps, and their packing

@@ -97,9 +97,11 @@ def daemon_agent(
 
 
 def answer(exchange: Exchange, call: Call[Any], outcome: object) -> None:
-    """Give a call's caller the result, or the error that ended it."""
+    """Give a call's caller the result, or the error that ended it. A caller that has left gets nothing."""
+    waits = call.outcome.set_running_or_notify_cancel()
     if not isinstance(outcome, BaseException):
-        call.outcome.set_result(outcome)
+        if waits:
+            call.outcome.set_result(outcome)
         return
     if isinstance(outcome, ClosedError) and exchange.cause is not None:
         for link in _chain(exchange.cause):
@@ -108,7 +110,8 @@ def answer(exchange: Exchange, call: Call[Any], outcome: object) -> None:
                 link.__context__ = None
         outcome.__cause__ = exchange.cause
     _let_go(outcome)
-    call.outcome.set_exception(outcome)
+    if waits:
+        call.outcome.set_exception(outcome)
 
 
 def _let_go(error: BaseException) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Generic
 
 from pipeload.errors import ClosedError
 from pipeload.machine.threads import Result
+from pipeload.pipeline.callers import wait_for
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.needs import Needs
 
@@ -45,9 +46,9 @@ class Call(Generic[Result]):
         self._queue: Calls | None = None
 
     def result(self) -> Result:
-        """Wait for the end of the call. A caller that is interrupted while waiting withdraws the call."""
+        """Wait for the end of the call. A caller that is interrupted while waiting, or leaves, withdraws the call."""
         try:
-            return self.outcome.result()
+            return wait_for(self.outcome)
         except BaseException:
             self.withdraw()
             raise
@@ -151,4 +152,6 @@ def _end(calls: Iterable[Call[Any]], cause: BaseException | None) -> None:
     for call in calls:
         error = ClosedError("The model was closed before the call began.")
         error.__cause__ = cause
-        call.outcome.set_exception(error)
+        # Not where the caller has left, and waits no more.
+        if call.outcome.set_running_or_notify_cancel():
+            call.outcome.set_exception(error)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import TensorSpec
-from pipeload.tasks.arguments import check_positive, check_several
+from pipeload.tasks.arguments import check_positive, check_several, is_whole
 from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_sentence, read_settings
-from pipeload.tasks.runner import Runner, graph_inputs, made_by_model, once_per_runner
+from pipeload.tasks.runner import Runner, config_of, graph_inputs, made_by_model, once_per_runner
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import tokenizer_of
@@ -29,7 +29,7 @@ BATCH_SIZE = 32
 
 def embed(
     self: Runner,
-    texts: str | Sequence[str],
+    texts: str | Sequence[str | Sequence[int]],
     *,
     batch_size: int = BATCH_SIZE,
     prompt: str | None = None,
@@ -45,7 +45,8 @@ def embed(
 
     Args:
         self: a model with the output `last_hidden_state`, or `sentence_embedding` where the graph pools.
-        texts: one text or several; passes take them sorted by length, and the result has their original order.
+        texts: one text or several, or the token ids of several, special tokens included, to which no prompt is added;
+            passes take them sorted by length, and the result has their original order.
         batch_size: the most texts in one pass; a pass takes fewer if the memory budget cannot hold this many.
         prompt: put before each text, such as `"query: "` for E5; None takes the model's own default, if it has one.
         prompt_name: the name of one of the model's own prompts in `config_sentence_transformers.json` instead.
@@ -54,7 +55,8 @@ def embed(
 
     Raises:
         ConfigError: the model makes no text embeddings, has no tokenizer, no such prompt or a module that pipeload
-            lacks, the texts are no sequence, a text is no string or has no tokens, or an argument is invalid.
+            lacks, the texts are no sequence, a text is no string or has no tokens, token ids lie outside the
+            vocabulary, or an argument is invalid.
         ShardError: a file of the tokenizer or of sentence-transformers is damaged.
         BudgetError: not even a single text fits into the memory budget.
 
@@ -64,7 +66,7 @@ def embed(
         (2, 384)
     """
     output = _output(self)
-    several = [texts] if isinstance(texts, str) else texts
+    several: Sequence[str | Sequence[int]] = [texts] if isinstance(texts, str) else texts
     check_several(several)
     check_positive("batch_size", batch_size)
     if truncate_dim is not None:
@@ -99,7 +101,12 @@ def check_embed(runner: Runner) -> None:
 
 
 def _embedded(
-    runner: Runner, output: TensorSpec, recipe: _Recipe, prompt: str, texts: Sequence[str], batch_size: int
+    runner: Runner,
+    output: TensorSpec,
+    recipe: _Recipe,
+    prompt: str,
+    texts: Sequence[str | Sequence[int]],
+    batch_size: int,
 ) -> list[NDArray[np.float32]]:
     def made(indices: Sequence[int], arrays: dict[str, NDArray[np.int64]]) -> list[NDArray[np.float32]]:
         values = runner.run(graph_inputs(runner, arrays))[output.name]
@@ -108,8 +115,18 @@ def _embedded(
             pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])
             return [vector for _, vector in zip(indices, pooled, strict=True)]
 
-    rows = tokenizer_of(runner).encode_all(recipe.prepare(prompt, text) for text in texts)
+    rows = tokenizer_of(runner).encode_all(
+        recipe.prepare(prompt, text) if isinstance(text, str) else _ids(runner, text) for text in texts
+    )
     return by_rows(runner, rows, batch_size, made)
+
+
+def _ids(runner: Runner, ids: Sequence[int]) -> list[int]:
+    """Token ids that a caller passed as a text, checked."""
+    most = config_of(runner).vocab_size or np.iinfo(np.int32).max
+    if not isinstance(ids, list | tuple | np.ndarray) or not all(is_whole(one, 0) and one < most for one in ids):
+        raise ConfigError(f"A text must be a string, or token ids from 0 to {most - 1}, not {ids!r:.80}.")
+    return [int(one) for one in ids]
 
 
 def _none(output: TensorSpec, recipe: _Recipe) -> NDArray[np.float32]:

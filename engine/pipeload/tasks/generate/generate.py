@@ -120,8 +120,11 @@ def generate(
             `token_ids` int64 `[batch, length]`, prompt and text, and `logits` float32 `[batch, vocabulary]`; returns
             logits of that shape. The sequences of a batch come one by one, without padding: batch is 1.
         logprobs: return the log-probabilities of the new tokens.
+        top_logprobs: return this many of the likeliest tokens in the place of each new one too, with their
+            log-probabilities.
         streamer: called with each piece of new text as soon as it is complete, or a `TextStream`; for a single
             sequence.
+        on_token: called with each new token of each sequence, a `NewToken`, as soon as it is chosen.
 
     Raises:
         ConfigError: the model generates no text, a prompt is empty, has ids outside the vocabulary or is too
@@ -176,6 +179,7 @@ def generate_prompts(
     seed = options.get("seed")
     if seed is None:
         seed = cast("int", np.random.SeedSequence().entropy)
+    top_logprobs = options.get("top_logprobs", 0)
     sequences = [
         GrowingSequence(
             row,
@@ -188,8 +192,12 @@ def generate_prompts(
                 eos_ids=ends,
                 custom=options.get("logits_processor", ()),
                 generator=sequence_generator(seed, index, copy) if settings.do_sample else None,
+                least_top=max(1, top_logprobs),
             ),
             logprobs=options.get("logprobs", False),
+            top_logprobs=top_logprobs,
+            index=index * copies + copy,
+            on_token=options.get("on_token"),
         )
         for index, row in enumerate(rows)
         for copy in range(copies)

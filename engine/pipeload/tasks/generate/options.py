@@ -16,6 +16,7 @@ import numpy as np
 from pipeload.errors import ConfigError
 from pipeload.tasks.arguments import is_whole
 from pipeload.tasks.generate.sampling import LogitsProcessor
+from pipeload.tasks.generate.sequence import NewToken
 from pipeload.tasks.generate.streaming import Streamer
 from pipeload.tasks.model_files import GenerationConfig
 from pipeload.tasks.runner import Decoder, generation_config_of
@@ -47,7 +48,9 @@ class GenerationOptions(TypedDict, total=False):
     seed: int | None
     logits_processor: Sequence[LogitsProcessor]
     logprobs: bool
+    top_logprobs: int
     streamer: Streamer | None
+    on_token: Callable[[NewToken], object] | None
 
 
 def generation_settings(written: GenerationConfig, options: GenerationOptions) -> GenerationConfig:
@@ -140,6 +143,7 @@ def check_call(
         ConfigError: a value is invalid.
     """
     seed, streamer = options.get("seed"), options.get("streamer")
+    top_logprobs, on_token = options.get("top_logprobs", 0), options.get("on_token")
     logits_processor, assistant = options.get("logits_processor", ()), options.get("assistant_model")
     if num_return_sequences is not None:
         if not is_whole(num_return_sequences, 1):
@@ -153,6 +157,10 @@ def check_call(
         raise ConfigError(f"seed must be a whole number from 0 on, not {seed!r}.")
     if not isinstance(logits_processor, Sequence) or not all(map(callable, logits_processor)):
         raise ConfigError(f"logits_processor must be a sequence of callables, not {logits_processor!r:.80}.")
+    if not is_whole(top_logprobs, 0):
+        raise ConfigError(f"top_logprobs must be a whole number from 0 on, not {top_logprobs!r:.80}.")
+    if on_token is not None and not callable(on_token):
+        raise ConfigError(f"on_token must be a callable that takes a NewToken, not {on_token!r:.80}.")
     if streamer is not None and not callable(streamer):
         raise ConfigError(f"streamer must be a callable that takes a text, or a TextStream, not {streamer!r:.80}.")
     if assistant is not None and not hasattr(assistant, "new_state"):

@@ -82,6 +82,15 @@ class Scores:
             return log_probability(self.logits, place)
         return float(np.float64(self._top.logits[place]) - self._top.log_total)
 
+    def likeliest(self, count: int) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens, best first, each with the natural logarithm of its probability."""
+        row = self.logits[0]
+        count = min(count, len(row))
+        least = np.partition(row, len(row) - count)[len(row) - count]
+        places = np.flatnonzero(row >= least)
+        best = places[np.argsort(-row[places], kind="stable")][:count]
+        return tuple((self.token(int(place)), self.log_probability(int(place))) for place in best)
+
 
 class TokenChooser:
     """Chooses the tokens of one sequence.
@@ -92,6 +101,7 @@ class TokenChooser:
         eos_ids: tokens that end a text.
         custom: the caller's own processors.
         generator: random numbers, one for each token; None takes the likeliest.
+        least_top: tokens whose scores the caller wants to see, at least 1.
 
     Attributes:
         top: this many of the largest logits are enough to choose from; None needs all of them.
@@ -105,6 +115,7 @@ class TokenChooser:
         eos_ids: Collection[int],
         custom: Sequence[LogitsProcessor] = (),
         generator: np.random.Generator | None = None,
+        least_top: int = 1,
     ) -> None:
         self._penalties = penalties(settings, prompt_tokens=prompt_tokens, eos_ids=eos_ids)
         self._custom: tuple[LogitsProcessor, ...] = tuple(
@@ -114,7 +125,8 @@ class TokenChooser:
         self._generator = generator
         self.top: int | None = None
         if not self._penalties and not custom:
-            self.top = (settings.top_k or None) if generator else 1
+            top = settings.top_k if generator else 1
+            self.top = max(top, least_top) if top else None
 
     def choose(self, ids: Sequence[int], scores: Scores) -> int:
         """The place in the scores of the token that follows the ids.

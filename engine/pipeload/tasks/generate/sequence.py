@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -14,9 +14,36 @@ from pipeload.tasks.generate.stopping import StopStrings
 from pipeload.tasks.model_files import GenerationConfig
 from pipeload.tasks.text.tokenizer import Detokenizer, Tokenizer
 
-__all__ = ["FinishReason", "Generation", "GrowingSequence"]
+__all__ = ["FinishReason", "Generation", "GrowingSequence", "NewToken", "TopLogprobs"]
 
 FinishReason: TypeAlias = Literal["eos", "stop", "length", "abort"]
+
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]
+"""Token ids and the natural logarithms of their probabilities, best first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewToken:
+    """A token that was chosen just now.
+
+    Attributes:
+        sequence: the place of its sequence in the result of `generate`.
+        token_id: the token.
+        text: the text that it completes, without special tokens; empty while a character is not complete. All of them
+            together are the text of the sequence.
+        finish_reason: see `Generation`; None if the sequence goes on.
+        logprob: see `Generation`.
+        top_logprobs: see `Generation`.
+    """
+
+    __module__ = "pipeload"
+
+    sequence: int
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+    logprob: float | None
+    top_logprobs: TopLogprobs | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +59,8 @@ class Generation:
             `max_new_tokens`, `abort` if the reader of a `TextStream` closed it.
         logprobs: for each new token the natural logarithm of its probability by the model's own logits, before any rule
             changed them; None unless `logprobs=True`.
+        top_logprobs: for each new token the likeliest tokens in its place, as pairs of id and log-probability, best
+            first; None without `top_logprobs`.
         sweeps: the number of passes over the weights, including the prompt's.
         drafted_tokens: guessed tokens that these passes checked.
         accepted_tokens: the drafted tokens that were right.
@@ -44,6 +73,7 @@ class Generation:
     prompt_tokens: int
     finish_reason: FinishReason
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
     sweeps: int
     drafted_tokens: int = 0
     accepted_tokens: int = 0
@@ -68,6 +98,9 @@ class GrowingSequence:
         chooser: TokenChooser,
         *,
         logprobs: bool,
+        top_logprobs: int = 0,
+        index: int = 0,
+        on_token: Callable[[NewToken], object] | None = None,
     ) -> None:
         self.ids = list(prompt)
         self.finish_reason: FinishReason | None = None
@@ -81,6 +114,9 @@ class GrowingSequence:
         self.chooser = chooser
         self._pieces: list[str] = []
         self._logprobs: list[float] | None = [] if logprobs else None
+        self._top_count = top_logprobs
+        self._top_logprobs: list[TopLogprobs] | None = [] if top_logprobs else None
+        self._index, self._on_token = index, on_token
 
     @property
     def tokens_left(self) -> int:
@@ -96,6 +132,8 @@ class GrowingSequence:
         self.ids.append(token)
         if self._logprobs is not None:
             self._logprobs.append(scores.log_probability(place))
+        if self._top_logprobs is not None:
+            self._top_logprobs.append(scores.likeliest(self._top_count))
         if self._detokenizer:
             self._pieces.append(self._detokenizer.push(token))
         stopped = self._stops is not None and self._stops.push(token)
@@ -107,7 +145,19 @@ class GrowingSequence:
             self.finish_reason = "length"
         if self.finish_reason and self._detokenizer:
             self._pieces[-1] += self._detokenizer.flush()
-        return self._pieces[-1] if self._pieces else ""
+        piece = self._pieces[-1] if self._pieces else ""
+        if self._on_token is not None:
+            self._on_token(
+                NewToken(
+                    sequence=self._index,
+                    token_id=token,
+                    text=piece,
+                    finish_reason=self.finish_reason,
+                    logprob=self._logprobs[-1] if self._logprobs else None,
+                    top_logprobs=self._top_logprobs[-1] if self._top_logprobs else None,
+                )
+            )
+        return piece
 
     def result(self) -> Generation:
         """The finished sequence. A sequence without a finish reason was aborted."""
@@ -117,6 +167,7 @@ class GrowingSequence:
             prompt_tokens=self._prompt_tokens,
             finish_reason=self.finish_reason or "abort",
             logprobs=None if self._logprobs is None else tuple(self._logprobs),
+            top_logprobs=None if self._top_logprobs is None else tuple(self._top_logprobs),
             sweeps=self.sweeps,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,

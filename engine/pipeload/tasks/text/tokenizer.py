@@ -166,6 +166,17 @@ class Tokenizer:
             encoding = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
             return Encoded(cut=bool(encoding.overflowing), **_tuples(encoding))
 
+    def given(self, ids: Sequence[int]) -> Encoded:
+        """A text that its caller has turned into tokens already, special ones included, cut to `max_length`."""
+        kept = tuple(map(int, ids[: self.max_length]))
+        return Encoded(
+            ids=kept,
+            type_ids=(0,) * len(kept),
+            special=(False,) * len(kept),
+            offsets=((0, 0),) * len(kept),
+            cut=len(ids) > len(kept),
+        )
+
     def windows(self, first: str, second: str, *, long: int, length: int, overlap: int) -> list[Window]:
         """Both texts, the long one in overlapping parts, each with the whole of the other one; see `encode`.
 
@@ -200,9 +211,12 @@ class Tokenizer:
                 found.append(Window(sequences=sequences, words=tuple(encoding.word_ids), **_tuples(encoding)))
             return found
 
-    def encode_all(self, texts: Iterable[TextOrPair]) -> list[Encoded]:
-        """The tokens of each text or pair, as `encode` has them, with one TruncationWarning if any text was cut."""
-        rows = [self.encode(*text) if isinstance(text, tuple) else self.encode(text) for text in texts]
+    def encode_all(self, texts: Iterable[TextOrPair | list[int]]) -> list[Encoded]:
+        """The tokens of each text or pair, as `encode` has them, or of a list of ids, as `given` has them.
+
+        If any was cut, there is one TruncationWarning.
+        """
+        rows = [self._encoded(text) for text in texts]
         if any(row.cut for row in rows):
             # The same words each time, so that Python shows the warning once.
             warnings.warn(
@@ -264,6 +278,11 @@ class Tokenizer:
         with self._library("cannot join tokens"):
             decoder = self._backend.decoder
             return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
+    def _encoded(self, text: TextOrPair | list[int]) -> Encoded:
+        if isinstance(text, list):
+            return self.given(text)
+        return self.encode(*text) if isinstance(text, tuple) else self.encode(text)
 
     def _library(self, fact: str) -> AbstractContextManager[None]:
         """Wraps each use of the library, which trusts its file and raises errors of any type, panics included."""

@@ -1,0 +1,93 @@
+"""Who may come in: the key, the host that a browser believes it talks to, and one line in the log for each request."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Mapping, Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pipeload.serve.errors import ApiError, error_response
+from pipeload.serve.log import log_request
+from pipeload.serve.metrics import Metrics
+from pipeload.serve.settings import Settings, is_loopback
+
+__all__ = ["Door"]
+
+_OPEN = frozenset({"/health", "/ready"})
+"""Routes without a key: the probes of a supervisor, which tell nothing else."""
+
+
+class Door:
+    """Lets requests in, counts them, and logs them.
+
+    Args:
+        app: answers those that may come in.
+        settings: keys and host.
+        metrics: counts.
+        paths: of all routes, for the log and for metrics.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, paths: Sequence[str]) -> None:
+        self._app, self._metrics = app, metrics
+        self._keys = settings.keys
+        self._paths = frozenset(paths)
+        # Without a key, a page that a browser has loaded under a name of its own for this machine could call.
+        self._own_names_only = not settings.keys and is_loopback(settings.host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin_s, status = time.perf_counter(), 499
+        note: dict[str, object] = {}
+        scope.setdefault("state", {})["note"] = note
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            try:
+                self._check(scope["path"], Headers(scope=scope))
+            except ApiError as error:
+                await error_response(error)(scope, receive, send_noting)
+            else:
+                await self._app(scope, receive, send_noting)
+        finally:
+            seconds = time.perf_counter() - begin_s
+            route = self._route(scope["path"])
+            self._metrics.request(route, status, seconds)
+            log_request(scope["method"], route, status, seconds, note)
+
+    def _check(self, path: str, headers: Mapping[str, str]) -> None:
+        """Raise ApiError if a request may not come in."""
+        if self._own_names_only and not is_loopback(_name(headers.get("host", ""))):
+            raise ApiError(
+                403, f"This server answers to localhost, not to '{headers.get('host', ''):.80}'.", code="wrong_host"
+            )
+        if not self._keys or path in _OPEN:
+            return
+        kind, _, key = headers.get("authorization", "").partition(" ")
+        given = key.strip().encode("latin-1", "replace") if kind.lower() == "bearer" else b""
+        # All of them, so that the time says nothing about which one is near.
+        fits = [hmac.compare_digest(given, one) for one in self._keys]
+        if not any(fits):
+            raise ApiError(401, "The API key is missing or wrong. Send it as a bearer token.", code="invalid_api_key")
+
+    def _route(self, path: str) -> str:
+        if path in self._paths:
+            return path
+        return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
+
+
+def _name(host: str) -> str:
+    """A host without its port."""
+    if host.startswith("["):
+        return host.partition("]")[0][1:]
+    return host.rpartition(":")[0] if ":" in host else host

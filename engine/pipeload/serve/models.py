@@ -1,0 +1,244 @@
+"""Models by their names: opened when the server starts or when they are called, closed when they are idle.
+
+The only module of the server that opens models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import pipeload
+from pipeload.errors import BudgetError
+from pipeload.format import manifest as manifests
+from pipeload.machine.heap import trim
+from pipeload.machine.memory import rss_bytes
+from pipeload.machine.sizes import format_bytes
+from pipeload.serve.errors import LOGGER, ApiError
+from pipeload.serve.settings import Settings
+
+if TYPE_CHECKING:
+    from pipeload.model import Model
+
+__all__ = ["Models", "Served"]
+
+Result = TypeVar("Result")
+
+
+class Served:
+    """One model.
+
+    Args:
+        name: its name in requests.
+        directory: its path.
+        budget: see `Settings`.
+        idle_s: see `Settings`.
+        executor: runs what takes long.
+        all_served: all models of the server, which have memory under the same budget.
+
+    Attributes:
+        manifest: its description.
+        model: the open model, or None.
+        users: calls that have it now.
+        generating: those of them that generate, each with KV caches of its own.
+        opened, closed: how many times.
+        sweeps, read_bytes: of its earlier openings.
+        made: seconds since the epoch, of its manifest.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        budget: int | str,
+        idle_s: float | None,
+        executor: Executor,
+        all_served: Mapping[str, Served],
+    ) -> None:
+        self.name, self.directory = name, directory
+        self.manifest = manifests.read(directory)
+        self.made = int((directory / manifests.MANIFEST_NAME).stat().st_mtime)
+        self.model: Model | None = None
+        self.users = self.generating = self.opened = self.closed = self.sweeps = self.read_bytes = 0
+        self._budget, self._idle_s, self._executor = budget, idle_s, executor
+        self._all_served = all_served
+        self._lock = asyncio.Lock()
+        self._room = asyncio.Condition()
+        self._ended = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._closing: asyncio.Task[None] | None = None
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Model]:
+        """The open model; a closed one is opened first.
+
+        Raises:
+            PipeloadError: it cannot be opened.
+            ApiError: the budget has no room for it now.
+        """
+        async with self._lock:
+            model = self.model or await self._open()
+            self.users += 1
+            if self._timer is not None:
+                self._timer.cancel()
+        try:
+            yield model
+        finally:
+            # No name of this frame may keep a model that is closed.
+            del model
+            self.users -= 1
+            if not self.users and self._idle_s is not None:
+                self._timer = asyncio.get_running_loop().call_later(self._idle_s, self._begin_closing)
+
+    @asynccontextmanager
+    async def generates(self) -> AsyncIterator[Callable[[BudgetError], Awaitable[None]]]:
+        """The time of a generation. Gives a function that waits until another one has given memory back."""
+        before = self._ended
+        self.generating += 1
+
+        async def wait_for_room(error: BudgetError) -> None:
+            nonlocal before
+            async with self._room:
+                if self._ended == before and self.generating == 1:
+                    raise error
+                # Those that wait as well hold no memory.
+                self.generating -= 1
+                try:
+                    await self._room.wait_for(lambda: self._ended != before or not self.generating)
+                finally:
+                    self.generating += 1
+                before = self._ended
+
+        try:
+            yield wait_for_room
+        finally:
+            async with self._room:
+                self.generating -= 1
+                self._ended += 1
+                self._room.notify_all()
+
+    async def close(self) -> None:
+        """Close the model, if it is open and no call has it."""
+        async with self._lock:
+            if self.model is None or self.users:
+                return
+            begin_s = time.perf_counter()
+            stats = self.model.stats
+            self.sweeps += stats.passes
+            self.read_bytes += stats.read_bytes
+            await self._on_thread(self.model.close)
+            del stats
+            self.model = None
+            self.closed += 1
+            await self._on_thread(_give_back)
+            LOGGER.info(
+                "%s is closed; the process has %s; %.0f ms",
+                self.name,
+                format_bytes(rss_bytes()),
+                1e3 * (time.perf_counter() - begin_s),
+            )
+
+    async def end(self) -> None:
+        """Close the model for good. Calls that still have it end with ClosedError."""
+        self._idle_s = None
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
+        if self.model is not None:
+            self.model.close()
+
+    async def _open(self) -> Model:
+        begin_s = time.perf_counter()
+        while True:
+            try:
+                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget))
+                break
+            except BudgetError as error:
+                if await self._close_another():
+                    continue
+                if not self.opened:
+                    raise
+                raise ApiError(503, str(error), code="memory_budget_exceeded", retry_after_s=5) from error
+        self.model = model
+        self.opened += 1
+        LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
+        return model
+
+    async def _close_another(self) -> bool:
+        """Close a model that no call has, if there is one: this one is called, and has no room beside it."""
+        for other in self._all_served.values():
+            if other is not self and other.model is not None and not other.users:
+                await other.close()
+                return True
+        return False
+
+    def _begin_closing(self) -> None:
+        self._closing = asyncio.get_running_loop().create_task(self.close())
+
+    async def _on_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+class Models:
+    """All models of a server.
+
+    Args:
+        settings: name them.
+        executor: runs what takes long.
+
+    Attributes:
+        served: by name.
+        ready: all of them have been opened once.
+
+    Raises:
+        ManifestError: a directory holds no valid model.
+    """
+
+    def __init__(self, settings: Settings, executor: Executor) -> None:
+        self.served: dict[str, Served] = {}
+        for name, directory in settings.directories.items():
+            self.served[name] = Served(name, directory, settings.budget, settings.idle_s, executor, self.served)
+        self.aliases = dict(settings.aliases)
+        self.ready = False
+
+    async def open_all(self) -> None:
+        """Open one after another."""
+        for served in self.served.values():
+            async with served.use():
+                pass
+        self.ready = True
+
+    def find(self, name: str | None, tasks: Sequence[str] = ()) -> Served:
+        """The model that a request names; without a name, the only one for these tasks.
+
+        Args:
+            name: of a model, or an alias.
+            tasks: of a route that names no model.
+
+        Raises:
+            ApiError: there is none.
+        """
+        if name:
+            if (found := self.served.get(self.aliases.get(name, name))) is not None:
+                return found
+            known = ", ".join([*self.served, *self.aliases])
+            raise ApiError(
+                404, f"There is no model '{name:.80}' here, only {known}.", code="model_not_found", param="model"
+            )
+        fitting = [one for one in self.served.values() if not tasks or one.manifest.task in tasks]
+        if len(fitting) != 1:
+            names = ", ".join(one.name for one in fitting) or "none of the models here"
+            raise ApiError(400, f"The request names no model, and {names} could answer it.", param="model")
+        return fitting[0]
+
+
+def _give_back() -> None:
+    gc.collect()
+    trim()

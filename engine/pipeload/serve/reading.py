@@ -1,0 +1,108 @@
+"""From the bytes of a request to its body, within limits that are checked before anything is made of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+
+from pipeload.machine.sizes import format_bytes
+from pipeload.serve.errors import ApiError
+from pipeload.serve.settings import LIMITS
+
+__all__ = ["read", "refuse"]
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+async def read(request: Request, kind: type[Body]) -> Body:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is no JSON, too large, too deep, or no such body.
+        ClientDisconnect: the client went away.
+    """
+    named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if named != "application/json":
+        # A page of a stranger can send other types to this server without asking it first.
+        raise ApiError(415, f"The content type is '{named:.80}'; send application/json.")
+    data = await _bytes_of(request)
+    _check_depth(data)
+    try:
+        decoder: msgspec.json.Decoder[Body] = _decoder(kind)
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        field = where.rstrip("`").lstrip(".")
+        raise ApiError(400, f"The request is not as it should be: {error}.", param=field or _named(message)) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"The request is no JSON: {error}.") from error
+
+
+def refuse(body: msgspec.Struct, neutral: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise ApiError if a field asks for what the server cannot do.
+
+    Args:
+        body: the request.
+        neutral: field -> values that ask for nothing.
+    """
+    for name, values in neutral.items():
+        value = getattr(body, name)
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in (None, *values)):
+            known = f" or send {msgspec.json.encode(values[0]).decode()}" if values else ""
+            raise ApiError(
+                400,
+                f"{name} is {_short(value)}, which this server does not do. Leave it out{known}.",
+                code="unsupported_parameter",
+                param=name,
+            )
+
+
+def _short(value: Any) -> str:
+    text = msgspec.json.encode(value).decode()
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _named(message: str) -> str | None:
+    found = re.search(r"field `(\w+)`", message)
+    return found[1] if found else None
+
+
+@cache
+def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+async def _bytes_of(request: Request) -> bytes:
+    most = LIMITS.body_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > most:
+        raise _too_large(most)
+    pieces, size = [], 0
+    async for piece in request.stream():
+        size += len(piece)
+        if size > most:
+            raise _too_large(most)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"The request has more than {format_bytes(most)}. Send less at once.", code="too_large")
+
+
+def _check_depth(data: bytes) -> None:
+    if data.count(b"[") + data.count(b"{") <= LIMITS.json_depth:
+        return
+    depth = 0
+    for found in _TOKEN.finditer(data):
+        first = found[0][:1]
+        depth += (first in b"[{") - (first in b"]}")
+        if depth > LIMITS.json_depth:
+            raise ApiError(400, f"The request has lists and objects deeper than {LIMITS.json_depth}.", code="too_deep")

@@ -1,0 +1,79 @@
+"""The settings of a server."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["LIMITS", "Limits", "Settings", "is_loopback"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The largest requests that are taken.
+
+    Attributes:
+        body_bytes: of a request.
+        json_depth: of lists and objects within one another.
+        inputs: texts, documents or images of a request.
+        prompt_tokens: of a prompt; a model's own positions may allow fewer.
+        copies: answers to one prompt.
+        stops: stop strings.
+        stop_characters: of a stop string.
+        image_bytes: of an image, as a file.
+        image_pixels: of an image; they are counted before it is decoded.
+    """
+
+    body_bytes: int = 16 << 20
+    json_depth: int = 64
+    inputs: int = 2048
+    prompt_tokens: int = 131_072
+    copies: int = 16
+    stops: int = 16
+    stop_characters: int = 256
+    image_bytes: int = 12 << 20
+    image_pixels: int = 16_000_000
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a server runs.
+
+    Attributes:
+        directories: name -> sharded model directory.
+        aliases: other name -> one of these names.
+        budget: the memory budget of the process, as `pipeload.load` takes it.
+        host: address to listen on.
+        port: of TCP; 0 takes a free one.
+        keys: a request must name one of them; none asks for no key.
+        max_waiting: calls that are served or wait, all models together; the next one is refused.
+        idle_s: a model is closed after this many seconds without a call; None keeps it open.
+        drain_s: seconds that calls have to end after SIGTERM.
+        cors_origins: web origins whose pages may call; `*` for any.
+    """
+
+    directories: Mapping[str, Path]
+    aliases: Mapping[str, str]
+    budget: int | str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: tuple[bytes, ...] = ()
+    max_waiting: int = 32
+    idle_s: float | None = None
+    drain_s: float = 20.0
+    cors_origins: tuple[str, ...] = ()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine's own, which no other machine reaches."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
