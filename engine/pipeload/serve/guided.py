@@ -127,5 +127,5 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise ConfigError("Grammars, schemas and tools need llguidance: pip install 'pipeload[guided]'.") from error
+        raise ConfigError("Grammars, schemas and tools need llguidance: pip install llguidance.") from error
     return llguidance

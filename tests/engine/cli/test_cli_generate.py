@@ -33,6 +33,7 @@ def test_generate_prints_json(tmp_path: Path, call: Call) -> None:
         "prompt_tokens": 4,
         "finish_reason": "eos",
         "logprobs": None,
+        "top_logprobs": None,
         "sweeps": 2,
         "drafted_tokens": 0,
         "accepted_tokens": 0,
