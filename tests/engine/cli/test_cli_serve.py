@@ -85,4 +85,6 @@ def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = _serve(tmp_path / "a")
     assert isinstance(result.exception, ConfigError)
-    assert str(result.exception) == "The server needs the package uvicorn: pip install starlette uvicorn prometheus-client."
+    assert str(result.exception) == (
+        "The server needs the package uvicorn: pip install starlette uvicorn prometheus-client."
+    )

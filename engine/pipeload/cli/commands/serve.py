@@ -76,7 +76,9 @@ def serve(
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("pipeload"):
             raise
-        raise ConfigError(f"The server needs the package {error.name}: pip install starlette uvicorn prometheus-client.") from error
+        raise ConfigError(
+            f"The server needs the package {error.name}: pip install starlette uvicorn prometheus-client."
+        ) from error
     named = _named(directories)
     settings = Settings(
         directories=named,
