@@ -14,6 +14,7 @@ shard/     each shard optimised, sampled, described
 write/     safetensors files, graph files, the manifest
 check/     hashes, graphs and answers of the result
 split      graph -> shards: the whole line on one page
+build      the graph -> a directory: shards, side files, manifest
 convert/   a finished directory -> one with smaller weights
 export     all of it, in order
 ```
@@ -25,8 +26,9 @@ from __future__ import annotations
 
 from pipeload_export.check.verify import Report, verify
 from pipeload_export.convert.convert import convert
+from pipeload_export.convert.draft import DraftWeights
 from pipeload_export.convert.how import BlockSize, RoundedWeights
-from pipeload_export.export import DraftWeights, KvCache, Weights, export
+from pipeload_export.export import KvCache, Weights, export
 
 __all__ = [
     "BlockSize",

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
-import pipeload
 from pipeload.errors import ConfigError, EmbeddingWarning, ExportError, PipeloadError
-from pipeload.format.manifest import MANIFEST_NAME, Draft, FileRecord, Manifest, SmallWeights, write
+from pipeload.format.manifest import MANIFEST_NAME, Manifest, SmallWeights, write
 from pipeload.machine.sizes import format_bytes
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.embed.embed import check_embed
 from pipeload.tasks.runner import FilesOnly
 from pipeload_export.boundary import boundary
+from pipeload_export.build import build
 from pipeload_export.check.accuracy import (
     accuracy_cases,
-    check_error,
     compared_outputs,
+    keep_accuracy,
     measure_accuracy,
     with_no_past,
 )
@@ -33,13 +32,12 @@ from pipeload_export.check.compare import Unsplit as UnsplitModel
 from pipeload_export.check.parity import check_parity
 from pipeload_export.check.running import check_running
 from pipeload_export.check.vectors import MODULES, makes_vectors, obstacle
-from pipeload_export.check.verify import runner, verify_made
+from pipeload_export.check.verify import runner
 from pipeload_export.convert.convert import write_rounded
+from pipeload_export.convert.draft import DraftWeights, add_draft, how_to_draft, no_draft
 from pipeload_export.convert.how import BlockSize, How, how_to_round
 from pipeload_export.extra import require_modules
-from pipeload_export.shard.published import Published, read_published
 from pipeload_export.source.beside import resolve_beside
-from pipeload_export.source.folder import read_json
 from pipeload_export.source.identity import facts_of, identity_of
 from pipeload_export.source.refused import Declined
 from pipeload_export.source.sources import Checkpoint, Unsplit, find_source
@@ -55,20 +53,12 @@ Weights = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
 """How float32 weights are stored: in 16 bits where that loses nothing, and a GGUF file's in its own blocks; as they
 are; rounded to 16 bits; or those of products and tables rounded to 8 or 4 bits with a scale for each block of them."""
 
-DraftWeights = Literal["int4"]
-"""Weights of a copy of the model that guesses its tokens."""
-
 _CHECKPOINT_DISK_FACTOR, _ONNX_DISK_FACTOR, _SPARE_DISK_BYTES = 2.2, 1.05, 32 << 20
 """Disk per byte of weights. A checkpoint becomes an ONNX graph, which optimum writes twice, then shards."""
 _VALUED_DISK_BYTES = 2 * (64 << 20)
 """While a shard is fused, its smaller constants lie on the disk twice: at most this many bytes."""
 _FLOAT_BITS = 32
 _KEPT_ONNX = "model.onnx"
-_DRAFT = "draft"
-_DRAFT_BLOCK = 128
-"""Fewer scales: with 32 weights to one, packed sessions of SmolLM2 take a fifth more memory, and guess 3 % better."""
-_DRAFT_FILES = ("config.json",)
-"""Of the files beside the model: the draft's tokens are the model's, which has the tokenizer."""
 _REMEDY = (
     "Nothing was written. Use another model, or an .onnx file of your own; --no-verify exports it with these answers."
 )
@@ -76,7 +66,6 @@ _NO_ERROR = (
     "An error is only measured where weights are rounded (--weights bf16, fp16, int8 or int4), or those of a "
     "GGUF file, and the result is verified: leave --max-error out."
 )
-_WRITING = "write the shards"
 _DECODES = "text-generation"
 _LOGGER = logging.getLogger("pipeload_export")
 
@@ -216,19 +205,20 @@ def export(
             )
             floats, source_graph = runner(unsplit.path, unsplit.weights), unsplit
             if draft and unsplit.task != _DECODES:
-                raise _no_draft(unsplit.task)
+                raise no_draft(unsplit.task)
             if gguf:
                 unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
-            split_into = staging.floats if how else staging.result
-            split_into.mkdir(exist_ok=True)
-            manifest = _build(
-                *(unsplit, split_into, journal),
+            built = partial(
+                build,
+                journal=journal,
                 whole=whole,
-                weights=weights,
-                kv_cache=kv_cache,
-                verify=verify,
+                int8_caches=kv_cache == "int8",
+                exact_16_bits=weights != "fp32",
                 progress=notify,
             )
+            split_into = staging.floats if how else staging.result
+            split_into.mkdir(exist_ok=True)
+            manifest = built(unsplit, split_into, verify=verify)
             if how:
                 manifest = write_rounded(
                     *(split_into, staging.result, staging.work, how, notify), journal=journal, verify=verify
@@ -243,21 +233,13 @@ def export(
                 check_running(staging.result, manifest, notify)
             if draft:
                 if not manifest.caches:
-                    raise _no_draft(f"{manifest.task} without KV caches")
+                    raise no_draft(f"{manifest.task} without KV caches")
                 if gguf:
                     # The model has the file's blocks, and not the floats that they stand for.
                     split_into = staging.floats
                     split_into.mkdir()
-                    _build(
-                        *(source_graph, split_into, journal),
-                        whole=whole,
-                        weights=weights,
-                        kv_cache=kv_cache,
-                        verify=False,
-                        progress=notify,
-                    )
-                draft_how = _draft_how(draft, verify=verify)
-                manifest = _with_draft(manifest, staging, split_into, draft_how, notify, verify=verify)
+                    built(source_graph, split_into, verify=False)
+                manifest = add_draft(manifest, staging, split_into, draft, notify, verify=verify)
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
@@ -273,66 +255,16 @@ def _measured(
     """The manifest with what the blocks of a GGUF file do to the answers; it is written."""
     cases = accuracy_cases(result, manifest)
     wanted = source(compared_outputs(manifest), with_no_past(manifest, cases, unsplit=True), progress)
-    accuracy = measure_accuracy(result, manifest, cases, wanted, progress)
-    if max_error is not None:
-        check_error(accuracy, max_error)
-    assert manifest.small_weights is not None
-    manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
-    write(manifest, result)
-    return manifest
+    return keep_accuracy(result, manifest, measure_accuracy(result, manifest, cases, wanted, progress), max_error)
 
 
 def _share(how: How | None, draft: DraftWeights | None) -> float:
     """The disk that rounded copies of the shards take, in parts of the weights in float32."""
-    share = 0.0 if draft is None else _draft_how(draft, verify=False).small.fine_bits / _FLOAT_BITS
+    share = 0.0 if draft is None else how_to_draft(draft, verify=False).small.fine_bits / _FLOAT_BITS
     if how is None:
         return share
     copies = 1 if how.mixed is None else 1 + len(how.levels)
     return share + copies * how.small.fine_bits / _FLOAT_BITS
-
-
-def _draft_how(draft: DraftWeights, *, verify: bool) -> How:
-    how = how_to_round(
-        draft, block_size=_DRAFT_BLOCK, asymmetric=False, keep=(), mixed=None, max_error=None, verify=verify
-    )
-    assert how is not None
-    return how
-
-
-def _with_draft(
-    manifest: Manifest, staging: Staging, floats: Path, how: How, progress: Notify, *, verify: bool
-) -> Manifest:
-    """Write a rounded copy into the folder of the draft. Returns the model's manifest, which lists the copy's.
-
-    Args:
-        manifest: the model's.
-        staging: its folder; the model is complete.
-        floats: the sharded model directory that is rounded.
-        how: how its weights are rounded.
-        progress: called with the name of the step, the part done, and the whole.
-        verify: check the copy, and measure what rounding does.
-    """
-    folder = staging.result / _DRAFT
-    folder.mkdir()
-    made = write_rounded(floats, folder, staging.work, how, progress, verify=verify)
-    for record in made.files:
-        if not record.path.startswith("shards/") and record.path not in _DRAFT_FILES:
-            (folder / record.path).unlink()
-    made = replace(made, files=tuple(record for record in made.files if (folder / record.path).exists()))
-    write(made, folder)
-    accuracy = made.small_weights.accuracy if made.small_weights else None
-    draft = Draft(path=_DRAFT, nbytes=made.weight_bytes, top1=accuracy.top1 if accuracy else None)
-    files = (*manifest.files, _record(staging.result, f"{_DRAFT}/{MANIFEST_NAME}"))
-    manifest = replace(manifest, files=files, draft=draft)
-    write(manifest, staging.result)
-    return manifest
-
-
-def _no_draft(task: str) -> ConfigError:
-    return ConfigError(
-        f"A draft guesses tokens for a model that generates text with KV caches, and this one is for {task}. Leave "
-        "--draft out, or export the model with --task text-generation-with-past."
-    )
 
 
 def _traced(
@@ -378,71 +310,6 @@ def _with_blocks(unsplit: Unsplit, gguf: Path, folder: Path, progress: Notify) -
     return replace(unsplit, path=kept.path, files=tuple(sorted(folder.iterdir())), weights=None, small_weights=small)
 
 
-def _build(
-    unsplit: Unsplit,
-    result: Path,
-    journal: Journal,
-    *,
-    whole: bool,
-    weights: Weights,
-    kv_cache: KvCache,
-    verify: bool,
-    progress: Notify,
-) -> Manifest:
-    from pipeload_export.check.padding import takes_left_padding
-    from pipeload_export.split import split  # needs the extra [export], which importing this module does not
-
-    shards = result / "shards"
-    shards.mkdir()
-    # One step, not one for each of perhaps a hundred shards.
-    model = split(
-        unsplit.path,
-        shards,
-        whole=whole,
-        int8_caches=kv_cache == "int8",
-        exact_16_bits=weights != "fp32",
-        published=_published(unsplit),
-        stored=unsplit.weights,
-        journal=journal,
-        progress=lambda _, done, total: progress(_WRITING, done, total),
-    )
-    written = sum(record.nbytes for record in model.files)
-    progress(_WRITING, written, written)
-    for name, file in unsplit.side_files.items():
-        (result / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, result / name)
-    for name, value in unsplit.side_json.items():
-        (result / name).write_text(json.dumps(value, indent=2) + "\n")
-    manifest = Manifest(
-        exporter=f"pipeload {pipeload.__version__}",
-        source=unsplit.source,
-        model_type=unsplit.model_type,
-        task=unsplit.task,
-        inputs=model.inputs,
-        outputs=model.outputs,
-        edges=model.edges,
-        caches=model.caches,
-        head=model.head,
-        shards=model.shards,
-        structures=model.structures,
-        files=(*(_record(result, name) for name in sorted({*unsplit.side_files, *unsplit.side_json})), *model.files),
-        dims=model.dims,
-        missing_weights=unsplit.missing_weights,
-        unused_weights=unsplit.unused_weights,
-        quantised_dynamically=model.quantised_dynamically,
-        rope_change=unsplit.rope_change,
-        small_weights=unsplit.small_weights,
-    )
-    write(manifest, result)
-    manifest = replace(manifest, takes_left_padding=takes_left_padding(result, manifest, progress))
-    write(manifest, result)
-    if verify:
-        report = verify_made(result, unsplit.path, unsplit.weights, progress)
-        manifest = replace(manifest, verification=report.differences)
-        write(manifest, result)
-    return manifest
-
-
 def _warn_of_embed(directory: Path, manifest: Manifest, found: Checkpoint | Unsplit) -> None:
     """Warn if the model was made for embeddings, and `embed` refuses it (`run` needs nothing of its modules), or makes
     vectors that could not be compared.
@@ -464,17 +331,6 @@ def _warn_of_embed(directory: Path, manifest: Manifest, found: Checkpoint | Unsp
             EmbeddingWarning,
             stacklevel=3,
         )
-
-
-def _published(unsplit: Unsplit) -> Published:
-    config, processor = (unsplit.side_files.get(name) for name in ("config.json", "preprocessor_config.json"))
-    made = dict(unsplit.side_json.get("preprocessor_config.json", {}))
-    return read_published(read_json(config) if config else {}, read_json(processor) if processor else made)
-
-
-def _record(result: Path, name: str) -> FileRecord:
-    data = (result / name).read_bytes()
-    return FileRecord(path=name, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _keep(unsplit: Unsplit, folder: Path, *, move: bool) -> None:

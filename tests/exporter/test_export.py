@@ -167,7 +167,7 @@ def test_failure_undoes_all(
 ) -> None:
     export(source, tmp_path / "old")
     before = read(tmp_path / "old")
-    monkeypatch.setattr(sys.modules["pipeload_export.export"], "verify_made", fail_with(error))
+    monkeypatch.setattr(sys.modules["pipeload_export.build"], "verify_made", fail_with(error))
     for target in ("old", "new"):
         with pytest.raises(raised, match=message):
             export(source, tmp_path / target, force=True, keep_onnx=tmp_path / "kept")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError, ExportError, PipeloadError
 from pipeload.format.closeness import range_of
-from pipeload.format.manifest import Accuracy, Manifest, OutputError, TensorSpec
+from pipeload.format.manifest import Accuracy, Manifest, OutputError, TensorSpec, write
 from pipeload.notify import Notify
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import read_config
@@ -31,6 +31,7 @@ __all__ = [
     "accuracy_cases",
     "check_error",
     "compared_outputs",
+    "keep_accuracy",
     "measure_accuracy",
     "output_error",
     "text_inputs",
@@ -107,6 +108,20 @@ def measure_accuracy(
         perplexity=perplexities[1] if perplexities else None,
         source_perplexity=perplexities[0] if perplexities else None,
     )
+
+
+def keep_accuracy(directory: Path, manifest: Manifest, accuracy: Accuracy, max_error: float | None) -> Manifest:
+    """Hold the accuracy of small weights against a limit, if there is one, and write it into the manifest.
+
+    Raises:
+        ExportError: the worst error is above the limit.
+    """
+    if max_error is not None:
+        check_error(accuracy, max_error)
+    assert manifest.small_weights is not None
+    manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
+    write(manifest, directory)
+    return manifest
 
 
 def check_error(accuracy: Accuracy, limit: float) -> None:

@@ -25,7 +25,7 @@ from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
 from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
 
-__all__ = ["needs_of", "run_session", "run_shards", "run_unsplit", "with_rooms"]
+__all__ = ["needs_of", "run_session", "run_shard", "run_shards", "run_unsplit", "with_rooms"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -136,7 +136,7 @@ def run_shards(
         progress("run the shards", done, total)
         results = known.get(kinds[number])
         if results is None:
-            results = _run_shard(directory, storage, shard, cases, states)
+            results = _run_cases(directory, storage, shard, cases, states)
             if sampled:
                 known[kinds[number]] = results
         later = {name for other in manifest.shards[number + 1 :] for name in needs_of(other)} | outputs
@@ -167,21 +167,29 @@ def _kinds(manifest: Manifest) -> list[Hashable]:
     return [(shard.structure, *(name if name in common else "" for name in shard.inputs)) for shard in manifest.shards]
 
 
-def _run_shard(
+def _run_cases(
     directory: Path, storage: Storage, shard: Shard, cases: Sequence[Case], states: Sequence[Arrays]
 ) -> list[list[NDArray[Any]]]:
     """For each case what the shard makes, in order."""
     session = open_session(directory / shard.graph.path, f"shard '{shard.name}'")
     results = []
     for case, state in zip(cases, states, strict=True):
-        fetched = {
-            lookup.output: storage.read_rows(lookup, state[lookup.indices], keep_cached=True)
-            for lookup in shard.lookups
-        }
-        inputs = {name: fetched[name] if name in fetched else state[name] for name in shard.inputs}
-        made = run_session(session, list(shard.outputs), inputs, f"Shard '{shard.name}' ({case.name})")
+        made = run_shard(session, storage, shard, state, f"Shard '{shard.name}' ({case.name})")
         results.append([made[name] for name in shard.outputs])
     return results
+
+
+def run_shard(session: ort.InferenceSession, storage: Storage, shard: Shard, state: Arrays, what: str) -> Arrays:
+    """What a shard makes of the tensors that are there, by name.
+
+    Raises:
+        ExportError: it does not run; `what` names it.
+    """
+    fetched = {
+        lookup.output: storage.read_rows(lookup, state[lookup.indices], keep_cached=True) for lookup in shard.lookups
+    }
+    inputs = {name: fetched[name] if name in fetched else state[name] for name in shard.inputs}
+    return run_session(session, list(shard.outputs), inputs, what)
 
 
 def _rounded_again(array: NDArray[Any], random: np.random.Generator) -> NDArray[Any]:

@@ -17,7 +17,7 @@ from pipeload.notify import Notify
 from pipeload.storage.weights import Storage
 from pipeload_export.check.accuracy import compared_outputs, output_error
 from pipeload_export.check.cases import Case
-from pipeload_export.check.chain import needs_of, run_session, with_rooms
+from pipeload_export.check.chain import needs_of, run_shard, with_rooms
 from pipeload_export.graph.runtime import open_session, packed_options, session_options
 
 __all__ = ["HEAD", "Units", "compare_shards", "run_chosen"]
@@ -61,12 +61,7 @@ class Units:
             what = f"Shard '{shard.name}'"
             session = open_session(self._directory / shard.graph.path, what, options)
             for state, found in zip(states, made, strict=True):
-                rows = {
-                    lookup.output: self._storage.read_rows(lookup, state[lookup.indices], keep_cached=True)
-                    for lookup in shard.lookups
-                }
-                inputs = {taken: rows[taken] if taken in rows else state[taken] for taken in shard.inputs}
-                found |= run_session(session, list(shard.outputs), inputs, what)
+                found |= run_shard(session, self._storage, shard, state, what)
         head = self.manifest.head
         if name != HEAD or head is None:
             return made

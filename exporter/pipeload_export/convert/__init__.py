@@ -7,5 +7,6 @@ sharing     files that both directories have in common
 rounding    each shard rounded and written
 mixed       the shards that stay wider, for a given error
 convert     the whole line
+draft       a rounded copy beside the model that it guesses for
 ```
 """

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import get_args
 
 from pipeload.errors import ConfigError
-from pipeload.format.manifest import MANIFEST_NAME, Accuracy, Manifest, write
+from pipeload.format.manifest import MANIFEST_NAME, Accuracy, Manifest
 from pipeload.notify import Notify
 from pipeload_export.boundary import boundary
-from pipeload_export.check.accuracy import accuracy_cases, check_error, measure_accuracy, with_no_past
+from pipeload_export.check.accuracy import accuracy_cases, keep_accuracy, measure_accuracy, with_no_past
 from pipeload_export.check.shard_errors import Units, compare_shards
 from pipeload_export.check.verify import check_files
 from pipeload_export.convert.how import How, RoundedWeights, how_to_round
@@ -151,12 +151,7 @@ def write_rounded(
         # The engine, which has the last word, adds up in another order; that decides how activations are rounded.
         limit *= _PART * how.mixed / worst
         _empty(result)
-    if how.max_error is not None:
-        check_error(accuracy, how.max_error)
-    assert manifest.small_weights is not None
-    manifest = replace(manifest, small_weights=replace(manifest.small_weights, accuracy=accuracy))
-    write(manifest, result)
-    return manifest
+    return keep_accuracy(result, manifest, accuracy, how.max_error)
 
 
 def _measured(source: Path, floats: Manifest, result: Path, manifest: Manifest, progress: Notify) -> Accuracy:

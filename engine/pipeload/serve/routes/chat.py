@@ -24,13 +24,12 @@ from pipeload.serve.bodies.chat import (
     Reply,
     ToolCall,
 )
-from pipeload.serve.bodies.generation import Usage
 from pipeload.serve.errors import ApiError
 from pipeload.serve.forms import Form
 from pipeload.serve.generation import Answers, generated
 from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
-from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
+from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.routes.tokens import token_logprobs
 from pipeload.serve.sampling import Order, order_of
 from pipeload.serve.sse import DONE, event
@@ -41,7 +40,7 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 if TYPE_CHECKING:
     from pipeload.model import Model
 
-__all__ = ["messages_of", "routes", "usage_of"]
+__all__ = ["messages_of", "routes"]
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -101,13 +100,11 @@ async def chat(desk: Desk, request: Request) -> Response:
         return await desk.stream(request, served, events)
     async with desk.call(request, served) as (place, model):
         order = await ordered(place, model)
-        answers, told = Answers(), []
-        async for token in generated(place, served, model, order, desk.metrics, answers):
-            told.append(token)
+        answers = Answers()
+        told = [token async for token in generated(place, served, model, order, desk.metrics, answers)]
         choices = _choices(model, order, answers, told, form)
         del model
-    usage = usage_of(answers)
-    note(request, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+    usage = counted(request, answers)
     return json_response(ChatAnswer(choices=choices, usage=usage, **identity))
 
 
@@ -155,12 +152,6 @@ def _beside(message: Message, index: int) -> dict[str, Any]:
             {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
         )
     return fields | ({"tool_calls": calls} if calls else {})
-
-
-def usage_of(answers: Answers) -> Usage:
-    """The counts of tokens."""
-    total = answers.prompt_tokens + answers.tokens
-    return Usage(prompt_tokens=answers.prompt_tokens, completion_tokens=answers.tokens, total_tokens=total)
 
 
 def _choices(model: Model, order: Order, answers: Answers, told: Sequence[NewToken], form: Form) -> list[ChatChoice]:
@@ -226,8 +217,7 @@ async def _events(
             yield chunk(token.sequence, Delta(tool_calls=told))
         if token.finish_reason is not None:
             yield chunk(token.sequence, Delta(), reason=form.finish_reason(token.finish_reason, calls))
-    usage = usage_of(answers)
-    note(request, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, stream=True)
+    usage = counted(request, answers, stream=True)
     if body.stream_options is not None and body.stream_options.include_usage:
         yield event(ChatChunk(choices=[], usage=usage, **identity))
     yield DONE

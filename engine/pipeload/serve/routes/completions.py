@@ -20,8 +20,7 @@ from pipeload.serve.errors import ApiError
 from pipeload.serve.generation import Answers, generated
 from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
-from pipeload.serve.routes.chat import usage_of
-from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
+from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.routes.inputs import listed
 from pipeload.serve.routes.tokens import finish_reason, token_text
 from pipeload.serve.sampling import Order, order_of
@@ -73,13 +72,11 @@ async def completions(desk: Desk, request: Request) -> Response:
         return await desk.stream(request, served, events)
     async with desk.call(request, served) as (place, model):
         order = await ordered(place, model)
-        answers, told = Answers(), []
-        async for token in generated(place, served, model, order, desk.metrics, answers):
-            told.append(token)
+        answers = Answers()
+        told = [token async for token in generated(place, served, model, order, desk.metrics, answers)]
         choices = _choices(model, order, answers, told)
         del model
-    usage = usage_of(answers)
-    note(request, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens)
+    usage = counted(request, answers)
     return json_response(CompletionAnswer(choices=choices, usage=usage, **identity))
 
 
@@ -128,8 +125,7 @@ async def _events(
             for place_ in range(token.sequence * copies, (token.sequence + 1) * copies):
                 choice = CompletionChoice(index=place_, text=text, logprobs=logprobs, finish_reason=reason)
                 yield event(CompletionAnswer(choices=[choice], **identity))
-    usage = usage_of(answers)
-    note(request, prompt_tokens=usage.prompt_tokens, completion_tokens=usage.completion_tokens, stream=True)
+    usage = counted(request, answers, stream=True)
     if body.stream_options is not None and body.stream_options.include_usage:
         yield event(CompletionAnswer(choices=[], usage=usage, **identity))
     yield DONE

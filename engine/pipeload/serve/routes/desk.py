@@ -16,7 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pipeload.serve.admission import Admission, ClientGone, Place
+from pipeload.serve.bodies.generation import Usage
 from pipeload.serve.errors import error_response
+from pipeload.serve.generation import Answers
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.models import Models, Served
 from pipeload.serve.settings import Settings
@@ -113,6 +115,13 @@ def json_response(body: Any) -> Response:
 def note(request: Request, **fields: object) -> None:
     """Have fields in the request's line of the log."""
     request.scope["state"]["note"].update(fields)
+
+
+def counted(request: Request, answers: Answers, **fields: object) -> Usage:
+    """The counts of tokens, which the request's line of the log has, too."""
+    prompt, made = answers.prompt_tokens, answers.tokens
+    note(request, prompt_tokens=prompt, completion_tokens=made, **fields)
+    return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
 
 
 def new_id(kind: str) -> str:

@@ -26,7 +26,7 @@ from pipeload.serve.generation import Answers, generated
 from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.chat import messages_of
-from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
+from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.sampling import Order, order_of
 from pipeload.serve.sse import event
 
@@ -113,12 +113,10 @@ def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
 def _ended(begun: ResponseAnswer, answers: Answers, item_id: str, request: Request) -> ResponseAnswer:
     (one,) = answers.results
     status: Any = "incomplete" if one.finish_reason == "length" else "completed"
+    counts = counted(request, answers)
     usage = ResponseUsage(
-        input_tokens=answers.prompt_tokens,
-        output_tokens=answers.tokens,
-        total_tokens=answers.prompt_tokens + answers.tokens,
+        input_tokens=counts.prompt_tokens, output_tokens=counts.completion_tokens, total_tokens=counts.total_tokens
     )
-    note(request, prompt_tokens=usage.input_tokens, completion_tokens=usage.output_tokens)
     return msgspec.structs.replace(
         begun,
         status=status,
