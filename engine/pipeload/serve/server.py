@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from pipeload.errors import ConfigError
 from pipeload.serve.admission import Admission
+from pipeload.serve.connections import Connection
 from pipeload.serve.door import Door
 from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.metrics import Metrics
@@ -128,7 +129,7 @@ def serve(settings: Settings, tell: Callable[[str], object]) -> None:
     config = uvicorn.Config(
         application.asgi,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
