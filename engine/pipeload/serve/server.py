@@ -184,4 +184,8 @@ def _listening(host: str, port: int) -> socket.socket:
 async def _answer_without_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     what = "takes no " + request.method if status == 405 else "is no route of this server"
-    return error_response(ApiError(status, f"{request.url.path:.80} {what}."))
+    answer = error_response(ApiError(status, f"{request.url.path:.80} {what}."))
+    if isinstance(error, HTTPException):
+        # The methods that a route takes.
+        answer.headers.update(error.headers or {})
+    return answer
