@@ -16,7 +16,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-survey test-all test-latest test-torch test-arm64 check format clean
+.PHONY: demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -26,6 +26,9 @@ test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 
 test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with other values
 	$(BIN)/python $(PYTEST) -m "slow and not survey"
+
+test-requests: $(STAMP)  ## 10,000 malformed requests to a server
+	PIPELOAD_TEST_REQUESTS=10000 $(BIN)/python -m pytest -m slow tests/integration/test_malformed_requests.py -s
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey

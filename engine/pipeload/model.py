@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -322,6 +322,28 @@ class Model:
         self._with_room(lambda: self._pipeline.set_budget(budget_bytes))
         if self.own_draft is not None:
             self.own_draft.set_budget(memory_budget, self.plan.budget_bytes - before)
+
+    @contextmanager
+    def room_for(self, most_bytes: int, kept_bytes: int = 0) -> Iterator[None]:
+        """Memory under the model's budget for what the body makes; weights give way before it begins.
+
+        Args:
+            most_bytes: that the body takes at once.
+            kept_bytes: that stay, at most as long as the model is open.
+
+        Raises:
+            BudgetError: the model cannot work in what is left; nothing has changed.
+            ClosedError: the model is closed.
+        """
+        self._check_usable()
+        self._pipeline.neighbour_takes(most_bytes)
+        left_bytes = 0
+        try:
+            yield
+            left_bytes = kept_bytes
+        finally:
+            with suppress(ClosedError):
+                self._pipeline.neighbour_takes(left_bytes - most_bytes)
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.

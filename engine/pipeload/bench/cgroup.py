@@ -9,20 +9,21 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeload.errors import ConfigError
 
-__all__ = ["READ_COUNTER", "Outcome", "disk_number", "evict", "permitted", "read_bytes", "run"]
+__all__ = ["READ_COUNTER", "Outcome", "Started", "disk_number", "evict", "permitted", "read_bytes", "run", "started"]
 
 READ_COUNTER = "PIPELOAD_BENCH_READ_COUNTER"
 """Environment variable of the child: the file that counts its cgroup's reads from disks."""
 _ROOT = Path("/sys/fs/cgroup")
 _ENTER = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1" || exit 126; shift; n=$((n - 1)); done; exec "$@"'
 _SAMPLE_S = 0.05
+_END_S = 30
 _UNTHROTTLED_BYTES_PER_S = 1 << 60
 """v1 counts a group's bytes only on disks for which the group has a rule."""
 
@@ -104,6 +105,63 @@ def run(
         return _watch(command, groups, environment, timeout_s, memory)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A child that goes on, in a cgroup of its own.
+
+    Attributes:
+        process: the child; its standard output is a pipe of text.
+        peak_bytes: gives the cgroup's highest usage so far, page cache included; None with v2 before Linux 5.19.
+        oom_kills: gives the number of processes that the kernel has killed for memory.
+    """
+
+    process: subprocess.Popen[str]
+    peak_bytes: Callable[[], int | None]
+    oom_kills: Callable[[], int]
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    *,
+    log: Path,
+    memory_bytes: int | None = None,
+    read_bytes_per_s: int | None = None,
+    disk_of: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Started]:
+    """Start a command in a fresh cgroup; at the end of the context it gets SIGTERM, and SIGKILL 30 s later.
+
+    Args:
+        command: the command to start.
+        log: a file that gets its standard error.
+        memory_bytes: see `run`.
+        read_bytes_per_s: see `run`.
+        disk_of: see `run`.
+        env: see `run`.
+
+    Raises:
+        ConfigError: the disk cannot be throttled.
+        OSError: this process may not make the cgroups; see `permitted`.
+    """
+    with _memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
+        groups = tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(
+                _entering(groups, command), stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+            ) as child,
+        ):
+            try:
+                yield Started(process=child, peak_bytes=memory.peak_bytes, oom_kills=memory.oom_kills)
+            finally:
+                child.terminate()
+                try:
+                    child.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+
+
 def read_bytes() -> int:
     """Bytes that this process's cgroup (in a child of `run`), or else this process, has read from disks so far."""
     counter = os.environ.get(READ_COUNTER)
@@ -158,10 +216,7 @@ def _watch(
     timeout_s: float,
     memory: _MemoryGroup | None,
 ) -> Outcome:
-    if groups:
-        # A shell enters the groups and becomes the command, so that all of the command's memory is charged to them.
-        places = [str(folder / "cgroup.procs") for folder in groups]
-        command = ["/bin/sh", "-c", _ENTER, "enter", str(len(places)), *places, *command]
+    command = _entering(groups, command) if groups else command
     begin = time.monotonic()
     samples: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
@@ -189,6 +244,12 @@ def _watch(
         oom_kills=memory.oom_kills() if memory else None,
         samples=tuple(samples),
     )
+
+
+def _entering(groups: Sequence[Path], command: Sequence[str]) -> list[str]:
+    """A shell enters the groups and becomes the command, so that all of the command's memory is charged to them."""
+    places = [str(folder / "cgroup.procs") for folder in groups]
+    return ["/bin/sh", "-c", _ENTER, "enter", str(len(places)), *places, *command]
 
 
 def _rss_bytes(pid: int) -> int:

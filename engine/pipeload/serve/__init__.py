@@ -17,6 +17,7 @@ sse            events of a stream
 metrics        figures for Prometheus
 log            a line for each request
 door           who may come in
+connections    ended where a request or the taking of an answer lasts too long
 images         pictures in requests
 routes/        bodies -> calls of a model -> bodies
 openapi        the routes, described for programs

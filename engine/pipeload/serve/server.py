@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from pipeload.errors import ConfigError
 from pipeload.serve.admission import Admission
+from pipeload.serve.connections import Connection
 from pipeload.serve.door import Door
 from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.metrics import Metrics
@@ -128,7 +129,7 @@ def serve(settings: Settings, tell: Callable[[str], object]) -> None:
     config = uvicorn.Config(
         application.asgi,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -183,4 +184,8 @@ def _listening(host: str, port: int) -> socket.socket:
 async def _answer_without_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     what = "takes no " + request.method if status == 405 else "is no route of this server"
-    return error_response(ApiError(status, f"{request.url.path:.80} {what}."))
+    answer = error_response(ApiError(status, f"{request.url.path:.80} {what}."))
+    if isinstance(error, HTTPException):
+        # The methods that a route takes.
+        answer.headers.update(error.headers or {})
+    return answer

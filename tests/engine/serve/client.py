@@ -84,8 +84,9 @@ class Client:
         *,
         raw: bytes | None = None,
         headers: dict[str, str] | None = None,
+        unfinished: bool = False,
     ) -> Answer:
-        """Send a request. Its answer comes by and by."""
+        """Send a request, or the begin of one that never ends. Its answer comes by and by."""
         data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
         given = {"host": "localhost:8080", "content-type": "application/json"} | (headers or {})
         scope = {
@@ -109,7 +110,7 @@ class Client:
             nonlocal sent
             if not sent:
                 sent = True
-                return {"type": "http.request", "body": data, "more_body": False}
+                return {"type": "http.request", "body": data, "more_body": unfinished}
             await answer._gone.wait()
             return {"type": "http.disconnect"}
 
