@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tests.engine.serve.client import Client, settings, with_server
 
-from pipeload.serve import page as package
+import pipeload
 from pipeload.serve.routes.page import PATHS
 
-(_FOLDER,) = map(Path, package.__path__)
+_FOLDER = Path(pipeload.__file__).parent / "serve" / "page"
 _FILES = {path.name: path.read_text() for path in _FOLDER.iterdir() if path.is_file()}
 _NAMESPACE = "http://www.w3.org/2000/svg"
 """A name, which no browser asks for."""

@@ -24,6 +24,8 @@ export function startChat() {
 
 function begin() {
   running?.abort();
+  running = null;
+  busy(false);
   messages.length = 0;
   id("chat-log").replaceChildren();
   id("chat-status").textContent = "";
