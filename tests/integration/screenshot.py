@@ -1,6 +1,6 @@
 """The picture of the page in docs/serving.md: `python -m tests.integration.screenshot FILE.png CHAT_DIR EMBEDDER_DIR`.
 
-A server of these two models under 400 MB, four texts that were compared, and a chat of two questions.
+A server of these two models under 375 MB, four texts that were compared, and a chat of two questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def draw(target: Path, chat: Path, embedder: Path) -> None:
     """Write the picture."""
     from playwright.sync_api import expect
 
-    with served(chat, embedder, "--budget", "400MB") as (address, _), browser() as started:
+    with served(chat, embedder, "--budget", "375MB") as (address, _), browser() as started:
         page = started.new_page(viewport=_SIZE, color_scheme="light")
         page.set_default_timeout(_PATIENCE_MS)
         expect.set_options(timeout=_PATIENCE_MS)

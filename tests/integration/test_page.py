@@ -18,6 +18,7 @@ pytest.importorskip("uvicorn")
 from playwright.sync_api import Browser, Page, Request, expect
 from tests.engine.serve.conftest import Sweeps, counted_sweeps
 from tests.integration.browser import CHROMIUM, browser, listening
+from tests.integration.test_serve import folder as folder
 
 from pipeload.serve.server import Application
 from pipeload.serve.settings import Settings

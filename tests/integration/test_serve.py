@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.serve.conftest import TEMPLATE, with_words
+from tests.engine.tasks.fakes import WORDS, write_bert_tokenizer, write_json
+from tests.models import made_once
 
 import pipeload
 
@@ -42,6 +45,20 @@ def served(*arguments: object) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         finally:
             process.terminate()
             process.communicate(timeout=_PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directories of a tiny chat model and a tiny embedder."""
+    for package in ("torch", "transformers", "uvicorn", "openai"):
+        pytest.importorskip(package)
+    made = made_once("llama", "bert")
+    folder = tmp_path_factory.mktemp("served")
+    with_words(Path(shutil.copytree(made / "llama", folder / "chat")), chat_template=TEMPLATE)
+    embedder = Path(shutil.copytree(made / "bert", folder / "embedder"))
+    write_bert_tokenizer(embedder)
+    write_json(embedder, "config.json", {"vocab_size": len(WORDS)})
+    return folder
 
 
 @pytest.fixture(scope="module")
