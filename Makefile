@@ -16,7 +16,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean
+.PHONY: demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -45,6 +45,10 @@ test-torch: $(TORCH_STAMP)  ## exports with transformers 5 or newer, by the expo
 
 test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
 	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)
+
+test-page: $(STAMP)  ## the server's page in the system's Chromium; installs Playwright, 165 MB, into the environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest tests/integration/test_page.py
 
 check: $(STAMP)  ## lint, types, import rules
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ generation     prompts -> tokens as they come
 stops          text up to a stop string
 sse            events of a stream
 metrics        figures for Prometheus
+machine        memory, shards, and lanes of the latest sweep
+page/          a page for people: files that a browser runs
 log            a line for each request
 door           who may come in
 connections    ended where a request or the taking of an answer lasts too long

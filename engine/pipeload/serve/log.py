@@ -14,7 +14,12 @@ LOGGER = logging.getLogger("pipeload.serve")
 
 
 def log_request(method: str, route: str, status: int, seconds: float, note: Mapping[str, object]) -> None:
-    """Log one request, with what its route has noted about it. No text of a request or an answer is logged."""
+    """Log one request, with what its route has noted about it. No text of a request or an answer is logged.
+
+    A page that is open asks for `/machine` each second: these lines come only where they tell of a failure.
+    """
+    if route == "/machine" and status < 400:
+        return
     fields = {"method": method, "route": route, "status": status, "ms": round(1e3 * seconds, 1), **note}
     LOGGER.info(" ".join(f"{name}={value}" for name, value in fields.items()), extra={"fields": fields})
 

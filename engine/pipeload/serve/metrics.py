@@ -28,9 +28,13 @@ class Metrics:
     Args:
         models: those of the engine.
         admission: calls that are served or wait.
+
+    Attributes:
+        tokens_per_s: model -> tokens a second of its latest answer after its first token.
     """
 
     def __init__(self, models: Models, admission: Admission) -> None:
+        self.tokens_per_s: dict[str, float] = {}
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "pipeload_requests", "Requests by route and status.", ("route", "status"), registry=self._registry
@@ -79,7 +83,8 @@ class Metrics:
         self._drafted.labels(model).inc(sum(one.drafted_tokens for one in results))
         self._accepted.labels(model).inc(sum(one.accepted_tokens for one in results))
         if seconds > 0 and max(tokens) > 1:
-            self._rate.labels(model).observe((max(tokens) - 1) / seconds)
+            rate = self.tokens_per_s[model] = (max(tokens) - 1) / seconds
+            self._rate.labels(model).observe(rate)
 
     def text(self) -> bytes:
         """All figures in Prometheus' format."""

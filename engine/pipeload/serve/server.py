@@ -26,7 +26,18 @@ from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.models import Models
 from pipeload.serve.openapi import openapi
-from pipeload.serve.routes import chat, classify, completions, embeddings, ranking, responses, state, tokenize
+from pipeload.serve.routes import (
+    chat,
+    classify,
+    completions,
+    embeddings,
+    machine,
+    page,
+    ranking,
+    responses,
+    state,
+    tokenize,
+)
 from pipeload.serve.routes.desk import Desk, DeskRoute
 from pipeload.serve.settings import Settings
 
@@ -35,7 +46,7 @@ __all__ = ["Application", "serve"]
 _KEEP_ALIVE_S = 30
 _HEADER_BYTES = 64 << 10
 _BACKLOG = 512
-_ROUTES = (state, chat, completions, responses, embeddings, ranking, classify, tokenize)
+_ROUTES = (state, page, machine, chat, completions, responses, embeddings, ranking, classify, tokenize)
 
 
 class Application:
