@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from pipeload.serve.server import Application
+from pipeload.serve.application import Application
 from pipeload.serve.settings import Settings
 
 __all__ = ["CHROMIUM", "browser", "listening"]

@@ -20,7 +20,7 @@ from tests.engine.serve.conftest import Sweeps, counted_sweeps
 from tests.integration.browser import CHROMIUM, browser, listening
 from tests.integration.test_serve import folder as folder
 
-from pipeload.serve.server import Application
+from pipeload.serve.application import Application
 from pipeload.serve.settings import Settings
 
 pytestmark = [

@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
+
 import pipeload
 from pipeload.errors import BudgetError
 from pipeload.format import manifest as manifests
@@ -26,9 +28,18 @@ from pipeload.serve.settings import Settings
 if TYPE_CHECKING:
     from pipeload.model import Model
 
-__all__ = ["Models", "Served"]
+__all__ = ["ModelCounts", "Models", "Served"]
 
 Result = TypeVar("Result")
+
+
+class ModelCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of a model, as `Served` has them, for a process that takes the place of this one."""
+
+    opened: int
+    closed: int
+    sweeps: int
+    read_bytes: int
 
 
 class Served:
@@ -73,6 +84,16 @@ class Served:
         self._ended = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is closed, and no call opens it."""
+        return self.model is None and not self.users and not self._lock.locked()
+
+    @property
+    def counts(self) -> ModelCounts:
+        """Its counts, while it is closed."""
+        return ModelCounts(opened=self.opened, closed=self.closed, sweeps=self.sweeps, read_bytes=self.read_bytes)
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Model]:
@@ -130,11 +151,12 @@ class Served:
                 return
             begin_s = time.perf_counter()
             stats = self.model.stats
+            await self._on_thread(self.model.close)
+            # At once, so that no figure has a sweep twice.
+            self.model = None
             self.sweeps += stats.passes
             self.read_bytes += stats.read_bytes
-            await self._on_thread(self.model.close)
             del stats
-            self.model = None
             self.closed += 1
             await self._on_thread(_give_back)
             LOGGER.info(
@@ -207,6 +229,19 @@ class Models:
             self.served[name] = Served(name, directory, settings.budget, settings.idle_s, executor, self.served)
         self.aliases = dict(settings.aliases)
         self.ready = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether all have been opened once, and are closed."""
+        return self.ready and all(one.idle for one in self.served.values())
+
+    def go_on(self, counts: Mapping[str, ModelCounts]) -> None:
+        """Go on from the counts of the process before this one, in which all have been opened."""
+        for name, count in counts.items():
+            served = self.served[name]
+            served.opened, served.closed = count.opened, count.closed
+            served.sweeps, served.read_bytes = count.sweeps, count.read_bytes
+        self.ready = True
 
     async def open_all(self) -> None:
         """Open one after another."""

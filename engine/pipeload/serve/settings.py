@@ -6,6 +6,7 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 __all__ = ["LIMITS", "Limits", "Settings", "is_loopback"]
 
@@ -61,6 +62,7 @@ class Settings:
         idle_s: a model is closed after this many seconds without a call; None keeps it open.
         drain_s: seconds that calls have to end after SIGTERM.
         cors_origins: web origins whose pages may call; `*` for any.
+        log_format: the form of the log on stderr; None writes none.
     """
 
     directories: Mapping[str, Path]
@@ -73,6 +75,7 @@ class Settings:
     idle_s: float | None = None
     drain_s: float = 20.0
     cors_origins: tuple[str, ...] = ()
+    log_format: Literal["text", "json"] | None = None
 
 
 def is_loopback(host: str) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 
 from tests.engine.harness import PATIENCE_S
 
-from pipeload.serve.server import Application
+from pipeload.serve.application import Application
+from pipeload.serve.handover import Handover
 from pipeload.serve.settings import Settings
 
 __all__ = ["Answer", "Client", "running", "settings", "with_server"]
@@ -131,9 +132,9 @@ class Client:
 
 
 @asynccontextmanager
-async def running(chosen: Settings, *, opened: bool = True) -> AsyncIterator[Client]:
+async def running(chosen: Settings, *, opened: bool = True, handover: Handover | None = None) -> AsyncIterator[Client]:
     """The application from its start to its end; all models are open when it begins, unless the test says otherwise."""
-    application = Application(chosen)
+    application = Application(chosen, handover=handover)
     sent: asyncio.Queue[Any] = asyncio.Queue()
     got: asyncio.Queue[Any] = asyncio.Queue()
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
