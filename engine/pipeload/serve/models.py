@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +27,7 @@ from pipeload.serve.errors import LOGGER, ApiError
 from pipeload.serve.settings import Settings
 
 if TYPE_CHECKING:
+    from pipeload.budget import Budget
     from pipeload.model import Model
 
 __all__ = ["ModelCounts", "Models", "Served"]
@@ -48,10 +50,10 @@ class Served:
     Args:
         name: its name in requests.
         directory: its path.
-        budget: see `Settings`.
+        budget: gives the one that all models share.
         idle_s: see `Settings`.
         executor: runs what takes long.
-        all_served: all models of the server, which have memory under the same budget.
+        all_served: all models of the server.
 
     Attributes:
         manifest: its description.
@@ -67,7 +69,7 @@ class Served:
         self,
         name: str,
         directory: Path,
-        budget: int | str,
+        budget: Callable[[], Budget],
         idle_s: float | None,
         executor: Executor,
         all_served: Mapping[str, Served],
@@ -180,7 +182,7 @@ class Served:
         begin_s = time.perf_counter()
         while True:
             try:
-                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget))
+                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget()))
                 break
             except BudgetError as error:
                 if await self._close_another():
@@ -194,7 +196,9 @@ class Served:
         return model
 
     async def _close_another(self) -> bool:
-        """Close a model that no call has, if there is one: this one is called, and has no room beside it."""
+        """Close a model that no call has, if there is one: this one is called, and not even the least memory of both
+        fits the budget.
+        """
         for other in self._all_served.values():
             if other is not self and other.model is not None and not other.users:
                 await other.close()
@@ -225,8 +229,10 @@ class Models:
 
     def __init__(self, settings: Settings, executor: Executor) -> None:
         self.served: dict[str, Served] = {}
+        # Made with the first model, since it brings the engine in.
+        budget = cache(lambda: pipeload.Budget(settings.budget))
         for name, directory in settings.directories.items():
-            self.served[name] = Served(name, directory, settings.budget, settings.idle_s, executor, self.served)
+            self.served[name] = Served(name, directory, budget, settings.idle_s, executor, self.served)
         self.aliases = dict(settings.aliases)
         self.ready = False
 
