@@ -336,14 +336,18 @@ class Model:
             ClosedError: the model is closed.
         """
         self._check_usable()
-        self._pipeline.neighbour_takes(most_bytes)
+        room = self._with_room(lambda: self._budget.open_share(most_bytes, 0))
         left_bytes = 0
         try:
             yield
             left_bytes = kept_bytes
         finally:
             with suppress(ClosedError):
-                self._pipeline.neighbour_takes(left_bytes - most_bytes)
+                self._budget.extend(room, left_bytes - most_bytes)
+            if left_bytes:
+                self._pipeline.rooms.append(room)
+            if not left_bytes or not self._finalizer.alive:
+                room.leave()
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.

@@ -41,6 +41,7 @@ from pipeload.planning.needs import Needs, in_arena
 from pipeload.planning.planner import Plan
 from pipeload.planning.replanner import Replanner
 from pipeload.planning.schedule import roofline
+from pipeload.planning.shares import Share
 from pipeload.storage.weights import Storage
 from pipeload.tracing.stats import Stats
 from pipeload.tracing.trace import Progress, Trace
@@ -71,6 +72,10 @@ class Pipeline:
         replanner: plans anew between passes.
         progress: called after each shard of each pass, by the Inference Agent.
         cache_bytes: tells the memory of all caches that are open; None for a model without caches.
+
+    Attributes:
+        share: the model's, of its budget.
+        rooms: shares of memory beside it that is in use until the pipeline is closed.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Pipeline:
         cache_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.share = replanner.share
+        self.rooms: list[Share] = []
         self._cache_bytes = cache_bytes
         self._manifest = manifest
         self._storage = storage
@@ -249,7 +255,8 @@ class Pipeline:
             for index in self._exchange.residents.parts:
                 self._memory.release(self._exchange.residents.forget(index))
             self._memory.close()
-            self.share.leave()
+            for share in (self.share, *self.rooms):
+                share.leave()
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
