@@ -206,6 +206,7 @@ def rows(report: Report) -> str:
                 ", ".join(f"{count} x {name}" for name, count in record.faults.items()) or "0",
                 str(record.wrong) if record.count else "-",
                 format_bytes(record.peak_bytes) if record.peak_bytes else "-",
+                format_bytes(record.peak_rss_bytes) if record.peak_rss_bytes else "-",
             ]
         )
     names = (
@@ -218,7 +219,9 @@ def rows(report: Report) -> str:
         "first token, p50 and p99",
         "whole, p50 and p99",
     )
-    return markdown_table((*names, "unfinished", "errors", "other answers", "peak"), lines)
+    return markdown_table(
+        (*names, "unfinished", "errors", "other answers", "peak of the cgroup", "of the process"), lines
+    )
 
 
 def _rate(record: Record) -> str:

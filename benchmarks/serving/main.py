@@ -49,7 +49,7 @@ def load(
     clients: Annotated[str, typer.Option(metavar="NUMBERS", help="Clients, with commas.")] = "1,8,32",
     caps: Annotated[
         str, typer.Option(metavar="PART:SIZE", help="Loads and memory limits, with commas.")
-    ] = "chat:180MB,chat:400MB,embeddings:160MB,embeddings:400MB,mixed:300MB,mixed:600MB",
+    ] = "chat:200MB,chat:400MB,embeddings:180MB,embeddings:400MB,mixed:320MB,mixed:700MB",
     grace: Annotated[float, typer.Option(metavar="SECONDS", help="Time of answers after a turn's end.")] = 10,
     disk: Annotated[
         str, typer.Option(metavar="RATE", help="Throttle of the disk, such as 400MB/s, or none.")
