@@ -110,7 +110,7 @@ function finish(asked, made, answer, failure, stopped, timer) {
 
 function busy(is) {
   id("chat-log").setAttribute("aria-busy", is);
-  id("chat-send").disabled = is;
+  id("chat-send").disabled = is || !id("chat-model").value;
   id("chat-stop").disabled = !is;
   if (is) id("chat-status").textContent = "The model answers.";
   else if (document.activeElement === document.body) id("chat-text").focus(); // Stop had it, and takes none now

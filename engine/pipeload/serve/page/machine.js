@@ -211,7 +211,7 @@ class ModelView {
       ...figures({
         "tokens/s": model.tokens_per_s?.toFixed(1),
         "latest sweep": sweep && time(sweep.seconds),
-        "efficiency, T* / measured": sweep?.efficiency && percent(sweep.efficiency),
+        efficiency: sweep?.efficiency && percent(sweep.efficiency),
         "read at": sweep?.read_bytes_per_s ? gigabytes(sweep.read_bytes_per_s) : null,
         "best measured": model.best_read_bytes_per_s && gigabytes(model.best_read_bytes_per_s),
         sweeps: `${model.sweeps}`,
