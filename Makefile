@@ -16,10 +16,13 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-survey test-all test-latest test-torch test-arm64 check format clean
+.PHONY: demo serve-demo test test-slow test-survey test-all test-latest test-torch test-arm64 check format clean
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
+
+serve-demo: $(STAMP)  ## serve two real models in one memory cgroup of 300 MB, and call them; SERVE_DEMO_ARGS=--once ends then
+	$(BIN)/python -m benchmarks.serve_demo $(SERVE_DEMO_ARGS)
 
 test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 	$(BIN)/python $(PYTEST) -m "not slow and not survey"
