@@ -9,6 +9,8 @@ LATEST := .venv-latest$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 LATEST_STAMP := $(LATEST)/.installed-$(VERSION)
 TORCH := .venv-torch$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 TORCH_STAMP := $(TORCH)/.installed-$(VERSION)
+DOCS := .venv-docs$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
+DOCS_STAMP := $(DOCS)/.installed-$(VERSION)
 # Which tests `make test-latest` runs.
 LATEST_TESTS ?= tests/engine
 WORKERS ?= $(shell nproc)
@@ -16,7 +18,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo serve-demo test test-slow test-survey test-all test-latest test-torch test-arm64 check format clean
+.PHONY: demo serve-demo test test-slow test-survey test-all test-latest test-torch test-arm64 docs check format clean
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -46,6 +48,10 @@ test-torch: $(TORCH_STAMP)  ## exports with transformers 5 or newer, by the expo
 test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
 	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)
 
+docs: $(DOCS_STAMP)  ## the site of docs/ in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "The site is build/site/index.html; $(DOCS)/bin/mkdocs serve shows it while you write."
+
 check: $(STAMP)  ## lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,6 +70,9 @@ $(LATEST_STAMP): pyproject.toml
 
 $(TORCH_STAMP): pyproject.toml
 	@.ci/install $(PYTHON) $(TORCH) torch
+
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	@.ci/install $(PYTHON) $(DOCS) docs
 
 clean:  ## remove what builds and tests made
 	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache models/exported
