@@ -283,7 +283,7 @@ class Model:
             The outputs of each item, in order.
 
         Raises:
-            As `run`; ConfigError also when batch is below 1.
+            PipeloadError: as `run`; ConfigError also when batch is below 1.
         """
         if not isinstance(batch, int | np.integer) or batch < 1:
             raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
@@ -377,7 +377,7 @@ class Model:
             Logits of these positions, `[batch, positions, vocabulary]`.
 
         Raises:
-            As `run`.
+            PipeloadError: as `run`.
         """
         outputs, _ = self._step(positions, 0, inputs, state)
         return self._logits(outputs, positions)
@@ -397,7 +397,7 @@ class Model:
             For each sequence its positions' largest logits.
 
         Raises:
-            As `run`.
+            PipeloadError: as `run`.
         """
         check_positive("top", top)
         outputs, feed = self._step(positions, top, inputs, state)
