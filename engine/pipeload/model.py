@@ -33,6 +33,7 @@ from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.sizes import format_bytes, parse_budget
 from pipeload.opening import Options, draft_bytes, open_pipeline, weigh_draft
+from pipeload.pipeline.joining import Joins, Padding, Rows
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
@@ -189,6 +190,7 @@ class Model:
         self.manifest = manifest
         self.files = ModelFiles(directory, manifest, verify=options.verify)
         self._graph_inputs = GraphInputs(manifest)
+        self._joins = Joins.of(manifest)
         self._decoding = Decoding(manifest)
         self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
@@ -264,6 +266,21 @@ class Model:
             ClosedError: the model was closed before or during the call.
         """
         return self._with_room(lambda: self._arrays(self._start(inputs).result()))
+
+    def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding) -> dict[str, NDArray[Any]]:
+        """`run` for rows of texts, which may share a batch with those of other callers that wait at the same moment.
+
+        Args:
+            inputs: as for `run`, `[rows, length]` each.
+            padding: makes rows longer; it must change no answer.
+
+        Returns:
+            As `run`; what others' rows have added is cut off.
+
+        Raises:
+            As `run`.
+        """
+        return self._with_room(lambda: self._arrays(self._start(inputs, padding=padding).result()))
 
     def run_many(
         self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
@@ -504,7 +521,12 @@ class Model:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
 
     def _start(
-        self, inputs: Mapping[str, NDArray[Any]], *, beside_bytes: int = 0, lent_bytes: int | None = None
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        beside_bytes: int = 0,
+        lent_bytes: int | None = None,
+        padding: Padding | None = None,
     ) -> Call[dict[str, Value]]:
         """Queue one pass.
 
@@ -513,13 +535,21 @@ class Model:
             beside_bytes: memory that the caller needs meanwhile.
             lent_bytes: outputs that callers keep already; the caller will also have those of two passes like this while
                 it runs. None when it has none.
+            padding: see `run_rows`; None for a pass that shares no batch.
         """
         self._check_usable()
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs)
             if lent_bytes is not None:
                 lent_bytes += 2 * sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)
-            return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes, lent_bytes=lent_bytes or 0)
+            return self._submit(
+                Feed(),
+                arrays,
+                dims,
+                beside_bytes=beside_bytes,
+                lent_bytes=lent_bytes or 0,
+                rows=self._rows(dims, padding) if padding else None,
+            )
 
     def _submit(
         self,
@@ -531,6 +561,7 @@ class Model:
         lent_bytes: int = 0,
         state: DecodeState | None = None,
         step: Step | None = None,
+        rows: Rows | None = None,
     ) -> Call[dict[str, Value]]:
         pieces, planned = [arrays], [dims]
         if step:
@@ -546,10 +577,6 @@ class Model:
         pass_bytes, held_bytes = (max(figures) for figures in zip(*found, strict=True))
         # Pieces waiting for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
-        # The fill level of the caches does not change the kind of pass.
-        past = past_symbols(self.manifest)
-        sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
-        profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
         return self._pipeline.submit(
             feed,
             Needs(
@@ -558,7 +585,35 @@ class Model:
                 lent_bytes=lent_bytes,
                 cache_bytes=self._decoding.cache_bytes(state, step),
             ),
-            kind=None if profiled else sizes,
+            kind=self._kind_of(dims),
+            rows=rows,
+        )
+
+    def _kind_of(self, dims: Mapping[str, int]) -> object:
+        """The kind of a pass of these sizes; see `Call`."""
+        # The fill level of the caches does not change it.
+        past = past_symbols(self.manifest)
+        sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
+        return None if all(self._profile_dims.get(symbol) == size for symbol, size in sizes) else sizes
+
+    def _rows(self, dims: Mapping[str, int], padding: Padding) -> Rows | None:
+        """The rows of a pass of these sizes, as others' rows may be joined to them; None where they may not."""
+        joins = self._joins
+        if joins is None or {spec.name for spec in self.inputs} - dict(padding.fills).keys():
+            return None
+
+        def needs_of(count: int, length: int) -> tuple[Needs, object]:
+            sizes = {**dims, joins.rows: count, joins.length: length}
+            pass_bytes, held_bytes = self._pass_needs(tuple(sizes.items()), None, False)
+            return Needs(pass_bytes=pass_bytes, held_bytes=held_bytes), self._kind_of(sizes)
+
+        return Rows(
+            count=dims[joins.rows],
+            length=dims[joins.length],
+            padding=padding,
+            joins=joins,
+            needs_of=needs_of,
+            output_bytes=sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs),
         )
 
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:

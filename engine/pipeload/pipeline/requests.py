@@ -6,13 +6,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Generic
 
 from pipeload.errors import ClosedError
 from pipeload.machine.threads import Result
 from pipeload.pipeline.callers import wait_for
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.needs import Needs
+
+if TYPE_CHECKING:
+    from pipeload.pipeline.joining import Rows
 
 __all__ = ["Call", "Calls"]
 
@@ -27,6 +31,7 @@ class Call(Generic[Result]):
         feed: passes through the shards; without one the call runs no sweep, and no other call joins it.
         needs: memory that its sweep needs beside weights.
         kind: see `Replanner.after_pass`.
+        rows: of the feed, where they may share a batch with those of other calls.
     """
 
     def __init__(
@@ -36,12 +41,14 @@ class Call(Generic[Result]):
         needs: Needs = _NONE,
         *,
         kind: object = None,
+        rows: Rows | None = None,
     ) -> None:
         self.work = work
         self.runs_sweep = feed is not None
         self.feed = feed or Feed()
         self.needs = needs
         self.kind = kind
+        self.rows = rows
         self.outcome: Future[Result] = Future()
         self._queue: Calls | None = None
 
@@ -99,12 +106,16 @@ class Calls:
                     return self._served[0]
             return None
 
-    def join(self) -> list[Call[Any]]:
-        """Take the calls behind the current one that run a sweep too, to serve them together."""
+    def join(self, choose: Callable[[Sequence[Call[Any]]], Sequence[Call[Any]]] = list) -> list[Call[Any]]:
+        """Take the calls behind the current one that run a sweep too, to serve them together.
+
+        Args:
+            choose: those of them that are taken; without it, all of them.
+        """
         with self._changed:
-            joined = []
-            while self._waiting and self._waiting[0].runs_sweep:
-                joined.append(self._waiting.popleft())
+            joined = list(choose([*takewhile(lambda call: call.runs_sweep, self._waiting)]))
+            for call in joined:
+                self._waiting.remove(call)
             self._served += joined
             return joined
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
+from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_config, read_generation_config
@@ -91,6 +92,11 @@ class Runner(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All graph outputs for the given graph inputs. Caches that are left out are empty."""
 
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
+        """`run` for rows of texts, which may share a batch with those of other callers; `padding` brings them to one
+        length, and changes no answer.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class FilesOnly:
@@ -101,6 +107,10 @@ class FilesOnly:
     files: ModelFiles
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Not for such a model."""
+        raise NotImplementedError
+
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
         """Not for such a model."""
         raise NotImplementedError
 

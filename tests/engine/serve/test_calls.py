@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.engine.harness import PATIENCE_S, Gate, smallest_budget
 from tests.engine.serve.client import Answer, Client, running, settings, with_server
@@ -301,3 +302,27 @@ def test_figures_are_told(chat_model: Path) -> None:
         assert line in text.splitlines(), line
     for name in ("rss_bytes", "resident_bytes", "streamed_bytes", "cache_bytes", "read_bytes_total"):
         assert f"pipeload_{name}" in text
+
+
+def test_embeddings_that_wait_share_a_batch_and_equal_those_of_the_library(embedder: Path, sweeps: Sweeps) -> None:
+    texts = ["the cat", "a dog sat", "the mat"]
+
+    async def ask(client: Client) -> None:
+        model = client.application.desk.models.served["embedder"].model
+        vectors = [model.embed(text) for text in texts]
+        gate = sweeps.stop_at(sweeps.count + 1)
+        calls = [client.begin("POST", "/embed", {"inputs": "the cat"})]
+        await _reached(gate)
+        for count, text in enumerate(texts):
+            embed, ours = ("/embed", {"inputs": text, "normalize": False}), ("/v1/embeddings", {"input": text})
+            calls.append(client.begin("POST", *(embed if count == 1 else ours)))
+            await _wait_for_calls(client, "embedder", count + 1)
+        before = sweeps.count
+        gate.open()
+        await _ended(*calls)
+        got = [calls[2].json()[0], *(calls[place].json()["data"][0]["embedding"] for place in (1, 3))]
+        np.testing.assert_array_equal(np.float32(got), np.stack([vectors[place] for place in (1, 0, 2)]))
+        assert (sweeps.count, sweeps.feeds[-1]) == (before + 1, 1)
+        assert 'pipeload_sweep_callers{model="embedder"} 3.0' in (await client.get("/metrics")).body.decode()
+
+    with_server(settings(embedder), ask)

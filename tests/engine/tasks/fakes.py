@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import MANIFEST_NAME, Cache, Manifest, TensorSpec
+from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tracing.stats import Stats
@@ -84,6 +85,9 @@ class ToyRunner(WithFiles):
             raise BudgetError("too small", needed_bytes=2, budget_bytes=1)
         self.calls.append(dict(inputs))
         return self.function(inputs)
+
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
+        return self.run(inputs)
 
 
 def run_by_torch(model: Any) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
@@ -157,6 +161,9 @@ class ToyDecoder(WithFiles):
         self.steps: list[dict[str, Array]] = []
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
         raise NotImplementedError
 
     def new_state(self, capacity: int = 0) -> ToyState:
