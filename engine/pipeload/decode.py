@@ -34,6 +34,7 @@ class DecodeState:
         capacity: tokens that the budget has room for.
         expected: tokens that the next steps will need in the end.
         batch: sequences; 0 before the first step.
+        steps: taken since `expect`, or since it was made: those that have taken fewer go first.
         caches: graph input -> value, as the latest step made it.
     """
 
@@ -50,7 +51,7 @@ class DecodeState:
     ) -> None:
         self.length = 0
         self.capacity = self.expected = self._first_capacity = capacity
-        self.batch = 0
+        self.batch = self.steps = 0
         self.caches: dict[str, Value] = {}
         # Whether the caches were made with the frequencies of texts longer than `RopeChange.tokens`.
         self._is_long = False
@@ -81,7 +82,7 @@ class DecodeState:
 
     def expect(self, tokens: int) -> None:
         """Tell that the next steps will need this many tokens; the next step plans for them."""
-        self.expected = tokens
+        self.expected, self.steps = tokens, 0
         self.capacity = min(self.capacity, max(tokens, self._first_capacity, self.room))
 
     def truncate(self, length: int) -> None:
@@ -222,6 +223,7 @@ class Decoding:
             state.caches = {name: outputs[made] for name, made in self.caches.items()}
         state._is_long = self._is_long(step.length)
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
+        state.steps += 1
 
     def abandon(self, state: DecodeState) -> None:
         """Settle a step that failed or was withdrawn."""

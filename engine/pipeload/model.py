@@ -267,12 +267,15 @@ class Model:
         """
         return self._with_room(lambda: self._arrays(self._start(inputs).result()))
 
-    def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding) -> dict[str, NDArray[Any]]:
+    def run_rows(
+        self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0
+    ) -> dict[str, NDArray[Any]]:
         """`run` for rows of texts, which may share a batch with those of other callers that wait at the same moment.
 
         Args:
             inputs: as for `run`, `[rows, length]` each.
             padding: makes rows longer; it must change no answer.
+            passes: that the caller has had before, for the same task: callers with fewer passes go first.
 
         Returns:
             As `run`; what others' rows have added is cut off.
@@ -280,7 +283,7 @@ class Model:
         Raises:
             As `run`.
         """
-        return self._with_room(lambda: self._arrays(self._start(inputs, padding=padding).result()))
+        return self._with_room(lambda: self._arrays(self._start(inputs, padding=padding, passes=passes).result()))
 
     def run_many(
         self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
@@ -310,10 +313,11 @@ class Model:
         queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
         lent_bytes = self._pipeline.lent_bytes
         try:
-            for inputs, sizes in batches(items, batch):
+            for passes, (inputs, sizes) in enumerate(batches(items, batch)):
                 # The next batch waits in memory while this one runs; the caller has outputs of the two before.
                 waiting_bytes = sum(a.nbytes for a in inputs.values())
-                queue.append((self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes), sizes))
+                call = self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes, passes=passes)
+                queue.append((call, sizes))
                 if len(queue) > 1:
                     yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
             while queue:
@@ -527,6 +531,7 @@ class Model:
         beside_bytes: int = 0,
         lent_bytes: int | None = None,
         padding: Padding | None = None,
+        passes: int = 0,
     ) -> Call[dict[str, Value]]:
         """Queue one pass.
 
@@ -536,6 +541,7 @@ class Model:
             lent_bytes: outputs that callers keep already; the caller will also have those of two passes like this while
                 it runs. None when it has none.
             padding: see `run_rows`; None for a pass that shares no batch.
+            passes: likewise.
         """
         self._check_usable()
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
@@ -549,6 +555,7 @@ class Model:
                 beside_bytes=beside_bytes,
                 lent_bytes=lent_bytes or 0,
                 rows=self._rows(dims, padding) if padding else None,
+                passes=passes,
             )
 
     def _submit(
@@ -562,6 +569,7 @@ class Model:
         state: DecodeState | None = None,
         step: Step | None = None,
         rows: Rows | None = None,
+        passes: int = 0,
     ) -> Call[dict[str, Value]]:
         pieces, planned = [arrays], [dims]
         if step:
@@ -587,6 +595,7 @@ class Model:
             ),
             kind=self._kind_of(dims),
             rows=rows,
+            passes=state.steps if state else passes,
         )
 
     def _kind_of(self, dims: Mapping[str, int]) -> object:

@@ -91,9 +91,9 @@ class Engine(ABC):
         """All graph outputs; caches that are left out are empty."""
         return self._pass(self._with_caches(inputs), positions=None)
 
-    def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding) -> Arrays:
+    def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0) -> Arrays:
         """The same: there is one caller."""
-        del padding
+        del padding, passes
         return self.run(inputs)
 
     def new_state(self, capacity: int = 0) -> ArrayState:

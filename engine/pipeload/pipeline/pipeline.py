@@ -131,9 +131,9 @@ class Pipeline:
         )
 
     def submit(
-        self, feed: Feed, needs: Needs, *, kind: object = None, rows: Rows | None = None
+        self, feed: Feed, needs: Needs, *, kind: object = None, rows: Rows | None = None, passes: int = 0
     ) -> Call[dict[str, Value]]:
-        """Queue one pass; passes run in the order of queueing. For the arguments see `Call`.
+        """Queue one pass. For the arguments see `Call`, for the order `Calls`.
 
         While shards are streamed, one sweep serves all passes that are queued when it begins. Passes whose rows may
         share a batch do so.
@@ -146,7 +146,7 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
         """
-        return self.call(Call(self._serve, feed, needs, kind=kind, rows=rows))
+        return self.call(Call(self._serve, feed, needs, kind=kind, rows=rows, passes=passes))
 
     def call(self, call: Call[Any]) -> Call[Any]:
         """Queue a call, and return it.

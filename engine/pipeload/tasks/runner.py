@@ -92,9 +92,9 @@ class Runner(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All graph outputs for the given graph inputs. Caches that are left out are empty."""
 
-    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         """`run` for rows of texts, which may share a batch with those of other callers; `padding` brings them to one
-        length, and changes no answer.
+        length, and changes no answer. Callers who have had fewer passes before go first.
         """
 
 
@@ -110,7 +110,7 @@ class FilesOnly:
         """Not for such a model."""
         raise NotImplementedError
 
-    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         """Not for such a model."""
         raise NotImplementedError
 

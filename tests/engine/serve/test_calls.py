@@ -119,6 +119,38 @@ def test_a_short_call_waits_for_the_sweep_of_a_long_one_and_takes_the_next(chat_
     with_server(settings(chat_model), ask)
 
 
+def test_a_short_answer_waits_for_two_passes_however_many_long_ones_go_on(chat_model: Path, sweeps: Sweeps) -> None:
+    many = 5
+
+    async def ask(client: Client) -> None:
+        gates = [sweeps.stop_at(1)]
+        long = []
+        for count in range(many):
+            long.append(client.begin("POST", _PATH, {**_LONG, "stream": True}))
+            if not count:
+                await _reached(gates[0])
+        await _wait_for_calls(client, "chat", many - 1)
+        # All of them have had passes when the short one comes, and wait beside the one that runs.
+        gate = sweeps.stop_at(3 * many)
+        gates[0].open()
+        await _reached(gate)
+        await _wait_for_calls(client, "chat", many - 1)
+        short = client.begin("POST", _PATH, _SHORT)
+        await _wait_for_calls(client, "chat", many)
+        stop = sweeps.stop_at(3 * many + 3)
+        gate.open()
+        await _ended(short)
+        assert short.status == 200
+        assert sweeps.count <= 3 * many + 3
+        assert not any(one.ended for one in long)
+        for one in long:
+            one.leave()
+        stop.open()
+        await _ended(*long)
+
+    with_server(settings(chat_model), ask)
+
+
 def test_another_models_generation_keeps_no_call_waiting(chat_model: Path, embedder: Path, sweeps: Sweeps) -> None:
     async def ask(client: Client) -> None:
         gate = sweeps.stop_at(1)

@@ -86,7 +86,7 @@ class ToyRunner(WithFiles):
         self.calls.append(dict(inputs))
         return self.function(inputs)
 
-    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         return self.run(inputs)
 
 
@@ -163,7 +163,7 @@ class ToyDecoder(WithFiles):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         raise NotImplementedError
 
-    def run_rows(self, inputs: Mapping[str, Array], padding: Padding) -> dict[str, Array]:
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         raise NotImplementedError
 
     def new_state(self, capacity: int = 0) -> ToyState:

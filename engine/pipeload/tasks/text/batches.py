@@ -46,11 +46,14 @@ def by_rows(
     """
     tokenizer = tokenizer_of(runner)
     results: dict[int, Result] = {}
+    passes = 0
 
     def run(indices: list[int]) -> None:
+        nonlocal passes
         arrays = tokenizer.batch([rows[i] for i in indices])
         inputs = graph_inputs(runner, arrays)
-        outputs = runner.run(inputs) if alone else runner.run_rows(inputs, tokenizer.padding)
+        outputs = runner.run(inputs) if alone else runner.run_rows(inputs, tokenizer.padding, passes=passes)
+        passes += 1
         results.update(zip(indices, made(indices, arrays, outputs), strict=True))
 
     alone = tokenizer.pads_nothing or apart(runner.manifest, tokenizer.padding_side)
