@@ -80,6 +80,11 @@ class DecodeState:
         # A copy: a pass that was withdrawn may still make some larger.
         return max((value.shape()[self._length_axis] for value in [*self.caches.values()]), default=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches, with the room behind their tokens."""
+        return sum(to_array(value).nbytes for value in [*self.caches.values()])
+
     def expect(self, tokens: int) -> None:
         """Tell that the next steps will need this many tokens; the next step plans for them."""
         self.expected, self.steps = tokens, 0
@@ -148,6 +153,7 @@ class Decoding:
     Attributes:
         caches: graph input -> the graph output that takes its place; empty for a model without caches.
         in_place: the shards write new tokens into the caches that they get.
+        keeps_beginnings: the caches of a text serve each text that begins as it does.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -158,6 +164,13 @@ class Decoding:
         self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
         self._lengths = _lengths(manifest, self._grown)
         self._can_be_cut = can_be_cut(manifest)
+        change = manifest.rope_change
+        self.keeps_beginnings = (
+            bool(manifest.caches)
+            and self._can_be_cut
+            and not manifest.quantised_dynamically
+            and (change is None or change.keeps_caches)
+        )
         self._lock = threading.Lock()
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
 

@@ -181,6 +181,8 @@ class Model:
         files: its own files, such as `config.json`; each is checked when it is read.
         own_draft: the copy of the model that guesses its tokens; None where there is none, or none was asked for.
             `draft` tells what it promises.
+        give_back: called before a pass that needs more than the plan has beside weights, with the missing bytes: its
+            owner may close decode states that it keeps, so that no weights leave memory for them.
     """
 
     __module__ = "pipeload"
@@ -194,6 +196,7 @@ class Model:
         self._decoding = Decoding(manifest)
         self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
+        self.give_back: Callable[[int], object] | None = None
         self.own_draft, beside = self._open_draft(options) if draft else (None, options)
         try:
             opened = open_pipeline(directory, manifest, self._decoding, beside, self._bring_in)
@@ -233,6 +236,11 @@ class Model:
         told to leave it out.
         """
         return self.own_draft.drafting if self.own_draft else None
+
+    @property
+    def keeps_beginnings(self) -> bool:
+        """Whether a text can go on from the caches of another one that begins as it does."""
+        return self._decoding.keeps_beginnings
 
     @property
     def profile(self) -> Profile:
@@ -585,13 +593,20 @@ class Model:
         pass_bytes, held_bytes = (max(figures) for figures in zip(*found, strict=True))
         # Pieces waiting for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
+        cache_bytes = self._decoding.cache_bytes(state, step)
+        if self.give_back is not None:
+            plan = self.plan
+            has_bytes = plan.pass_bytes + plan.cache_bytes + plan.budget_bytes - plan.peak_bytes
+            if (missing := pass_bytes + beside_bytes + cache_bytes - has_bytes) > 0:
+                self.give_back(missing)
+                cache_bytes = self._decoding.cache_bytes(state, step)
         return self._pipeline.submit(
             feed,
             Needs(
                 pass_bytes=pass_bytes + beside_bytes,
                 held_bytes=held_bytes + beside_bytes,
                 lent_bytes=lent_bytes,
-                cache_bytes=self._decoding.cache_bytes(state, step),
+                cache_bytes=cache_bytes,
             ),
             kind=self._kind_of(dims),
             rows=rows,

@@ -43,6 +43,11 @@ class ArrayState:
         self.length = 0
         self.caches: Arrays = {}
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches."""
+        return sum(array.nbytes for array in self.caches.values())
+
     def expect(self, tokens: int) -> None:
         """Does nothing: this state needs no plan."""
 

@@ -21,6 +21,7 @@ from pipeload.machine.heap import trim
 from pipeload.machine.memory import rss_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.serve.errors import LOGGER, ApiError
+from pipeload.serve.prefixes import Prefixes
 from pipeload.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Served:
         idle_s: see `Settings`.
         executor: runs what takes long.
         all_served: all models of the server, which have memory under the same budget.
+        prefix_cache_bytes: see `Settings`.
 
     Attributes:
         manifest: its description.
@@ -50,6 +52,7 @@ class Served:
         opened, closed: how many times.
         sweeps, read_bytes: of its earlier openings.
         made: seconds since the epoch, of its manifest.
+        prefixes: KV caches of texts that have ended.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Served:
         idle_s: float | None,
         executor: Executor,
         all_served: Mapping[str, Served],
+        prefix_cache_bytes: int | None = None,
     ) -> None:
         self.name, self.directory = name, directory
         self.manifest = manifests.read(directory)
@@ -68,6 +72,7 @@ class Served:
         self.users = self.generating = self.opened = self.closed = self.sweeps = self.read_bytes = 0
         self._budget, self._idle_s, self._executor = budget, idle_s, executor
         self._all_served = all_served
+        self.prefixes = Prefixes(prefix_cache_bytes)
         self._lock = asyncio.Lock()
         self._room = asyncio.Condition()
         self._ended = 0
@@ -132,6 +137,7 @@ class Served:
             stats = self.model.stats
             self.sweeps += stats.passes
             self.read_bytes += stats.read_bytes
+            self.prefixes.end()
             await self._on_thread(self.model.close)
             del stats
             self.model = None
@@ -151,6 +157,7 @@ class Served:
             self._timer.cancel()
         if self._closing is not None:
             await asyncio.wait([self._closing])
+        self.prefixes.end()
         if self.model is not None:
             self.model.close()
 
@@ -167,6 +174,7 @@ class Served:
                     raise
                 raise ApiError(503, str(error), code="memory_budget_exceeded", retry_after_s=5) from error
         self.model = model
+        self.prefixes.begin(model)
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
         return model
@@ -204,7 +212,15 @@ class Models:
     def __init__(self, settings: Settings, executor: Executor) -> None:
         self.served: dict[str, Served] = {}
         for name, directory in settings.directories.items():
-            self.served[name] = Served(name, directory, settings.budget, settings.idle_s, executor, self.served)
+            self.served[name] = Served(
+                name,
+                directory,
+                settings.budget,
+                settings.idle_s,
+                executor,
+                self.served,
+                settings.prefix_cache_bytes,
+            )
         self.aliases = dict(settings.aliases)
         self.ready = False
 

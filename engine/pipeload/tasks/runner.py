@@ -55,6 +55,10 @@ class DecodeState(Protocol):
     def length(self) -> int:
         """Tokens per sequence that the caches hold, padding included."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches."""
+
     def expect(self, tokens: int) -> None:
         """Plan for this many tokens from now on."""
 

@@ -115,6 +115,10 @@ class ToyState:
     def length(self) -> int:
         return self.ids.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.positions.nbytes
+
     def expect(self, tokens: int) -> None:
         self.expected = tokens
 
