@@ -168,6 +168,7 @@ class Budget:
                 one.share.asked_pass = one.share.last_pass
             wants = own.extremes[1] - own.usable_bytes
             if wants > 0:
+                _give_back_kept(resting, wants - unused_bytes)
                 self._move(share, wants, wants, others, resting, wait=False)
         finally:
             self._moving.release()
@@ -255,6 +256,7 @@ class Budget:
     def _gather(self, share: Share, error: BudgetError, most_bytes: int = 0) -> bool:
         lacks = error.needed_bytes - error.budget_bytes
         others = [one for one in self._models if one.share is not share]
+        _give_back_kept(others, lacks - sum(map(_unused_bytes, others)))
         if sum(_unused_bytes(one) + _spare_bytes(one) for one in others) < lacks:
             return False
         return self._move(share, lacks, max(lacks, most_bytes), others, others, wait=True) > 0
@@ -315,6 +317,15 @@ def budget_of(memory_budget: int | str | Budget) -> Budget:
 def _rests(one: Share, taker: Share) -> bool:
     """Whether a model has had no pass since the taker's latest one, and was not asked for memory since its own."""
     return one.last_pass < taker.last_pass and one.asked_pass != one.last_pass
+
+
+def _give_back_kept(models: Sequence[Pipeline], nbytes: int) -> None:
+    """Let models close caches that they keep for later, of this many bytes: before any weights give way."""
+    for one in sorted(models, key=lambda pipeline: pipeline.share.last_pass):
+        before = one.extremes[0]
+        if nbytes > 0 and one.share.give_back is not None:
+            one.share.give_back(nbytes)
+            nbytes -= before - one.extremes[0]
 
 
 def _unused_bytes(one: Pipeline) -> int:

@@ -34,6 +34,7 @@ class DecodeState:
         capacity: tokens that the budget has room for.
         expected: tokens that the next steps will need in the end.
         batch: sequences; 0 before the first step.
+        steps: taken since `expect`, or since it was made: those that have taken fewer go first.
         caches: graph input -> value, as the latest step made it.
     """
 
@@ -50,7 +51,7 @@ class DecodeState:
     ) -> None:
         self.length = 0
         self.capacity = self.expected = self._first_capacity = capacity
-        self.batch = 0
+        self.batch = self.steps = 0
         self.caches: dict[str, Value] = {}
         # Whether the caches were made with the frequencies of texts longer than `RopeChange.tokens`.
         self._is_long = False
@@ -79,9 +80,14 @@ class DecodeState:
         # A copy: a pass that was withdrawn may still make some larger.
         return max((value.shape()[self._length_axis] for value in [*self.caches.values()]), default=0)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches, with the room behind their tokens."""
+        return sum(to_array(value).nbytes for value in [*self.caches.values()])
+
     def expect(self, tokens: int) -> None:
         """Tell that the next steps will need this many tokens; the next step plans for them."""
-        self.expected = tokens
+        self.expected, self.steps = tokens, 0
         self.capacity = min(self.capacity, max(tokens, self._first_capacity, self.room))
 
     def truncate(self, length: int) -> None:
@@ -147,6 +153,7 @@ class Decoding:
     Attributes:
         caches: graph input -> the graph output that takes its place; empty for a model without caches.
         in_place: the shards write new tokens into the caches that they get.
+        keeps_beginnings: the caches of a text serve each text that begins as it does.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -157,6 +164,13 @@ class Decoding:
         self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
         self._lengths = _lengths(manifest, self._grown)
         self._can_be_cut = can_be_cut(manifest)
+        change = manifest.rope_change
+        self.keeps_beginnings = (
+            bool(manifest.caches)
+            and self._can_be_cut
+            and not manifest.quantised_dynamically
+            and (change is None or change.keeps_caches)
+        )
         self._lock = threading.Lock()
         self._states: weakref.WeakSet[DecodeState] = weakref.WeakSet()
 
@@ -222,6 +236,7 @@ class Decoding:
             state.caches = {name: outputs[made] for name, made in self.caches.items()}
         state._is_long = self._is_long(step.length)
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
+        state.steps += 1
 
     def abandon(self, state: DecodeState) -> None:
         """Settle a step that failed or was withdrawn."""

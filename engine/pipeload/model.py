@@ -34,6 +34,7 @@ from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.sizes import format_bytes
 from pipeload.opening import Options, draft_bytes, open_pipeline, weigh_draft
+from pipeload.pipeline.joining import Joins, Padding, Rows
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
@@ -191,6 +192,7 @@ class Model:
         self.manifest = manifest
         self.files = ModelFiles(directory, manifest, verify=options.verify)
         self._graph_inputs = GraphInputs(manifest)
+        self._joins = Joins.of(manifest)
         self._decoding = Decoding(manifest)
         self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
@@ -234,6 +236,22 @@ class Model:
         return self.own_draft.drafting if self.own_draft else None
 
     @property
+    def keeps_beginnings(self) -> bool:
+        """Whether a text can go on from the caches of another one that begins as it does."""
+        return self._decoding.keeps_beginnings
+
+    @property
+    def give_back(self) -> Callable[[int], object] | None:
+        """Called with the bytes that are missing, before a pass that needs more than the plan has beside weights, and
+        before weights give way to another model of the budget: its owner may close decode states that it keeps.
+        """
+        return self._pipeline.share.give_back
+
+    @give_back.setter
+    def give_back(self, call: Callable[[int], object] | None) -> None:
+        self._pipeline.share.give_back = call
+
+    @property
     def profile(self) -> Profile:
         """The figures of the machine; passes refine them."""
         return self._replanner.profile
@@ -266,6 +284,24 @@ class Model:
         """
         return self._with_room(lambda: self._arrays(self._start(inputs).result()))
 
+    def run_rows(
+        self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0
+    ) -> dict[str, NDArray[Any]]:
+        """`run` for rows of texts, which may share a batch with those of other callers that wait at the same moment.
+
+        Args:
+            inputs: as for `run`, `[rows, length]` each.
+            padding: makes rows longer; it must change no answer.
+            passes: that the caller has had before, for the same task: callers with fewer passes go first.
+
+        Returns:
+            As `run`; what others' rows have added is cut off.
+
+        Raises:
+            As `run`.
+        """
+        return self._with_room(lambda: self._arrays(self._start(inputs, padding=padding, passes=passes).result()))
+
     def run_many(
         self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
     ) -> Iterator[dict[str, NDArray[Any]]]:
@@ -294,10 +330,10 @@ class Model:
         queue: deque[tuple[Call[dict[str, Value]], Arrays, list[int]]] = deque()
         lent_bytes = self._pipeline.lent_bytes
         try:
-            for inputs, sizes in batches(items, batch):
+            for passes, (inputs, sizes) in enumerate(batches(items, batch)):
                 # The next batch waits in memory while this one runs; the caller has outputs of the two before.
                 waiting_bytes = sum(a.nbytes for a in inputs.values())
-                call = self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes)
+                call = self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes, passes=passes)
                 queue.append((call, inputs, sizes))
                 if len(queue) > 1:
                     yield from split_batch(self._outputs_of(*queue[0][:2]), queue.popleft()[2])
@@ -539,7 +575,13 @@ class Model:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]
 
     def _start(
-        self, inputs: Mapping[str, NDArray[Any]], *, beside_bytes: int = 0, lent_bytes: int | None = None
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        beside_bytes: int = 0,
+        lent_bytes: int | None = None,
+        padding: Padding | None = None,
+        passes: int = 0,
     ) -> Call[dict[str, Value]]:
         """Queue one pass.
 
@@ -548,13 +590,23 @@ class Model:
             beside_bytes: memory that the caller needs meanwhile.
             lent_bytes: outputs that callers keep already; the caller will also have those of two passes like this while
                 it runs. None when it has none.
+            padding: see `run_rows`; None for a pass that shares no batch.
+            passes: likewise.
         """
         self._check_usable()
         with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs)
             if lent_bytes is not None:
                 lent_bytes += 2 * sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)
-            return self._submit(Feed(), arrays, dims, beside_bytes=beside_bytes, lent_bytes=lent_bytes or 0)
+            return self._submit(
+                Feed(),
+                arrays,
+                dims,
+                beside_bytes=beside_bytes,
+                lent_bytes=lent_bytes or 0,
+                rows=self._rows(dims, padding) if padding else None,
+                passes=passes,
+            )
 
     def _submit(
         self,
@@ -566,6 +618,8 @@ class Model:
         lent_bytes: int = 0,
         state: DecodeState | None = None,
         step: Step | None = None,
+        rows: Rows | None = None,
+        passes: int = 0,
     ) -> Call[dict[str, Value]]:
         pieces, planned = [arrays], [dims]
         if step:
@@ -581,10 +635,13 @@ class Model:
         pass_bytes, held_bytes = (max(figures) for figures in zip(*found, strict=True))
         # Pieces waiting for their turn in a shard are in memory too.
         beside_bytes += (len(pieces) - 1) * held_bytes
-        # The fill level of the caches does not change the kind of pass.
-        past = past_symbols(self.manifest)
-        sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
-        profiled = all(self._profile_dims.get(symbol) == size for symbol, size in sizes)
+        cache_bytes = self._decoding.cache_bytes(state, step)
+        if (give_back := self.give_back) is not None:
+            plan = self.plan
+            has_bytes = plan.pass_bytes + plan.cache_bytes + plan.budget_bytes - plan.peak_bytes
+            if (missing := pass_bytes + beside_bytes + cache_bytes - has_bytes) > 0:
+                give_back(missing)
+                cache_bytes = self._decoding.cache_bytes(state, step)
         self._budget.called(self._pipeline.share)
         return self._pipeline.submit(
             feed,
@@ -592,9 +649,38 @@ class Model:
                 pass_bytes=pass_bytes + beside_bytes,
                 held_bytes=held_bytes + beside_bytes,
                 lent_bytes=lent_bytes,
-                cache_bytes=self._decoding.cache_bytes(state, step),
+                cache_bytes=cache_bytes,
             ),
-            kind=None if profiled else sizes,
+            kind=self._kind_of(dims),
+            rows=rows,
+            passes=state.steps if state else passes,
+        )
+
+    def _kind_of(self, dims: Mapping[str, int]) -> object:
+        """The kind of a pass of these sizes; see `Call`."""
+        # The fill level of the caches does not change it.
+        past = past_symbols(self.manifest)
+        sizes = tuple(sorted((symbol, size) for symbol, size in dims.items() if symbol not in past))
+        return None if all(self._profile_dims.get(symbol) == size for symbol, size in sizes) else sizes
+
+    def _rows(self, dims: Mapping[str, int], padding: Padding) -> Rows | None:
+        """The rows of a pass of these sizes, as others' rows may be joined to them; None where they may not."""
+        joins = self._joins
+        if joins is None or {spec.name for spec in self.inputs} - dict(padding.fills).keys():
+            return None
+
+        def needs_of(count: int, length: int) -> tuple[Needs, object]:
+            sizes = {**dims, joins.rows: count, joins.length: length}
+            pass_bytes, held_bytes = self._pass_needs(tuple(sizes.items()), None, False)
+            return Needs(pass_bytes=pass_bytes, held_bytes=held_bytes), self._kind_of(sizes)
+
+        return Rows(
+            count=dims[joins.rows],
+            length=dims[joins.length],
+            padding=padding,
+            joins=joins,
+            needs_of=needs_of,
+            output_bytes=sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs),
         )
 
     def _outputs_of(self, call: Call[dict[str, Value]], inputs: Arrays) -> dict[str, NDArray[Any]]:

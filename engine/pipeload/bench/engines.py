@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeload.bench.spec import Unsplit
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
+from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
@@ -41,6 +42,11 @@ class ArrayState:
     def __init__(self) -> None:
         self.length = 0
         self.caches: Arrays = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches."""
+        return sum(array.nbytes for array in self.caches.values())
 
     def expect(self, tokens: int) -> None:
         """Does nothing: this state needs no plan."""
@@ -89,6 +95,11 @@ class Engine(ABC):
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """All graph outputs; caches that are left out are empty."""
         return self._pass(self._with_caches(inputs), positions=None)
+
+    def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0) -> Arrays:
+        """The same: there is one caller."""
+        del padding, passes
+        return self.run(inputs)
 
     def new_state(self, capacity: int = 0) -> ArrayState:
         """An empty cache; the capacity is not needed."""

@@ -9,6 +9,7 @@ reservations   bytes of the budget, in plan order
 messages       tasks and results that pass between the agents
 callers        callers that may leave
 requests       the queue of calls
+joining        rows of several calls in one batch
 shared_weights weights that resident shards have in common
 residents      shards and parts kept between sweeps, and their packing
 exchange       where the agents meet

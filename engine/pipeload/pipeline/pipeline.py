@@ -28,6 +28,7 @@ from pipeload.machine.memory import peak_rss_bytes
 from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
+from pipeload.pipeline.joining import Batch, Rows, grouped
 from pipeload.pipeline.ledger import Ledger
 from pipeload.pipeline.lent_outputs import LentOutputs
 from pipeload.pipeline.loader import MEMORY_REMEDY, Loader
@@ -178,10 +179,13 @@ class Pipeline:
             peak_read_bytes_per_s=max(bandwidths, default=None),
         )
 
-    def submit(self, feed: Feed, needs: Needs, *, kind: object = None) -> Call[dict[str, Value]]:
-        """Queue one pass; passes run in the order of queueing. For the arguments see `Call`.
+    def submit(
+        self, feed: Feed, needs: Needs, *, kind: object = None, rows: Rows | None = None, passes: int = 0
+    ) -> Call[dict[str, Value]]:
+        """Queue one pass. For the arguments see `Call`, for the order `Calls`.
 
-        While shards are streamed, one sweep serves all passes that are queued when it begins.
+        While shards are streamed, one sweep serves all passes that are queued when it begins. Passes whose rows may
+        share a batch do so.
 
         Returns:
             The outputs by name, when the pass is over. Waiting for them raises BudgetError when the pass does not fit
@@ -191,7 +195,7 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
         """
-        return self.call(Call(self._serve, feed, needs, kind=kind))
+        return self.call(Call(self._serve, feed, needs, kind=kind, rows=rows, passes=passes))
 
     def call(self, call: Call[Any]) -> Call[Any]:
         """Queue a call, and return it.
@@ -283,16 +287,28 @@ class Pipeline:
 
     def _serve(self, call: Call[dict[str, Value]]) -> dict[str, Value]:
         """Serve a call, and the calls waiting behind it. Returns its outputs."""
-        calls = [call]
-        if self.plan.streamed_bytes:
-            calls += self._exchange.calls.join()
         try:
+            return self._serve_joined(call)
+        except _RowsFailed:
+            if self._exchange.broken:
+                self._room.recover()
+        return self._serve_joined(call)
+
+    def _serve_joined(self, call: Call[dict[str, Value]]) -> dict[str, Value]:
+        """The same. Raises `_RowsFailed` where the call has failed with rows of others, and is to run alone."""
+        calls, batches = [call], list[Batch]()
+        failure: BaseException | None = None
+        try:
+            if self.plan.streamed_bytes:
+                calls += self._exchange.calls.join()
+            elif call.rows is not None:
+                calls += self._exchange.calls.join(lambda waiting: self._grouped([call, *waiting])[0][1:])
             self.share.pass_begins()
-            self._admit(calls)
+            batches = self._admit(calls)
             cold = self._coldness()
             begin_s = self._ledger.begin()
             self._sweep.run(
-                [one.feed for one in calls],
+                [one.feed for one in batches],
                 lambda index: self._borrow(index, calls, begin_s),
                 keep_rows_cached=not self.plan.streamed_bytes,
             )
@@ -300,38 +316,50 @@ class Pipeline:
             self._ledger.add(begin_s, end_s, self._bound_s(cold), len(calls))
             if self.plan.streamed_bytes:
                 self._exchange.calls.expect(len(calls), _GATHER_SHARE * (end_s - begin_s))
-            for one in calls:
-                if one.feed.positions is None:
-                    self._lent.add(one.feed.outputs.values())
-        except BaseException as error:
-            for other in calls[1:]:
+        except BaseException as error:  # noqa: BLE001 - every caller gets it
+            failure = error
+        again = [one for batch in batches if batch.settle() for one in batch.calls]
+        answered = [one for one in calls if one not in again]
+        try:
+            self._exchange.calls.part([one for one in again if one is not call])
+            if failure is None:
+                for one in answered:
+                    if one.feed.positions is None:
+                        self._lent.add(one.feed.outputs.values())
+        except BaseException as error:  # noqa: BLE001 - likewise
+            failure = error
+        for one in answered:
+            if one is not call:
                 # A copy for each caller: raising adds frames, and with them the caller's own arrays.
-                answer(self._exchange, other, other.feed.error or _copy_of(error))
-            own = call.feed.error
-            if own is not None and own is not error:
-                # This error ended the call before the sweep failed, and has a cause of its own.
-                raise own  # noqa: B904
-            raise
-        for other in calls[1:]:
-            answer(self._exchange, other, other.feed.error or other.feed.outputs)
+                ended = one.feed.outputs if failure is None else _copy_of(failure)
+                answer(self._exchange, one, one.feed.error or ended)
+        if call in again:
+            raise _RowsFailed
         if call.feed.error is not None:
+            # It ended the call, perhaps before the sweep failed, and has a cause of its own.
             raise call.feed.error
+        if failure is not None:
+            raise failure
         return call.feed.outputs
 
-    def _admit(self, calls: list[Call[dict[str, Value]]]) -> None:
-        """Make room for a sweep. Calls that do not fit in together leave the list, and wait."""
+    def _grouped(self, calls: Sequence[Call[Any]]) -> list[list[Call[Any]]]:
+        return grouped(calls, self.plan.pass_bytes + max(0, self.plan.budget_bytes - self.plan.peak_bytes))
+
+    def _admit(self, calls: list[Call[dict[str, Value]]]) -> list[Batch]:
+        """Make room for a sweep, in batches. Calls that do not fit in together leave the list, and wait."""
         while True:
-            kinds = tuple(one.kind for one in calls)
+            batches = [Batch(group) for group in self._grouped(calls)]
+            kinds = tuple(one.kind for one in batches)
             kind = kinds[0] if len(kinds) == 1 else kinds
             if kind != self._kind and self._in_arena:
                 # Its pieces have the sizes of the latest passes.
                 shrink_arena()
             self._kind = kind
-            needs = _joint([one.needs for one in calls])
+            needs = _joint([one.needs for one in batches], len(calls))
             try:
                 with foreign_errors(RunError, _PLAN_FACT, MEMORY_REMEDY):
                     self._prepare(needs, strict=len(calls) > 1)
-                return
+                return batches
             except BudgetError:
                 if len(calls) == 1:
                     raise
@@ -415,10 +443,14 @@ class Pipeline:
                 self._exchange.calls.submit(Call(lambda _: self._prepare()))
 
 
-def _joint(needs: Sequence[Needs]) -> Needs:
+class _RowsFailed(Exception):  # noqa: N818 - no caller sees it
+    """A shard failed for rows of several calls."""
+
+
+def _joint(needs: Sequence[Needs], callers: int) -> Needs:
     """What one sweep needs that serves all of these: the shards run for one feed at a time."""
     running = max(one.pass_bytes - one.held_bytes for one in needs)
-    held_bytes = sum(one.held_bytes for one in needs) + (len(needs) - 1) * _CALLER_BYTES
+    held_bytes = sum(one.held_bytes for one in needs) + (callers - 1) * _CALLER_BYTES
     return Needs(
         pass_bytes=running + held_bytes,
         held_bytes=held_bytes,

@@ -6,13 +6,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Generic
 
 from pipeload.errors import ClosedError
 from pipeload.machine.threads import Result
 from pipeload.pipeline.callers import wait_for
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning.needs import Needs
+
+if TYPE_CHECKING:
+    from pipeload.pipeline.joining import Rows
 
 __all__ = ["Call", "Calls"]
 
@@ -27,6 +31,8 @@ class Call(Generic[Result]):
         feed: passes through the shards; without one the call runs no sweep, and no other call joins it.
         needs: memory that its sweep needs beside weights.
         kind: see `Replanner.after_pass`.
+        rows: of the feed, where they may share a batch with those of other calls.
+        passes: that its caller has had for the same text, or the same texts, before.
     """
 
     def __init__(
@@ -36,12 +42,16 @@ class Call(Generic[Result]):
         needs: Needs = _NONE,
         *,
         kind: object = None,
+        rows: Rows | None = None,
+        passes: int = 0,
     ) -> None:
         self.work = work
         self.runs_sweep = feed is not None
         self.feed = feed or Feed()
         self.needs = needs
         self.kind = kind
+        self.rows = rows
+        self.passes = passes
         self.outcome: Future[Result] = Future()
         self._queue: Calls | None = None
 
@@ -62,6 +72,10 @@ class Call(Generic[Result]):
 class Calls:
     """The waiting calls, in order, and the calls being served.
 
+    The caller who has had the fewest passes is next, so that those who begin do not wait for all who go on; but no two
+    calls in a row overtake others, so that a call with k calls before it waits for at most 2k + 1 passes beside the one
+    that runs. Calls that run no sweep, and those behind them, are not overtaken.
+
     Args:
         changed: the exchange's condition, under whose lock the queue lies too.
     """
@@ -73,6 +87,7 @@ class Calls:
         self._waiting: deque[Call[Any]] = deque()
         self._served: list[Call[Any]] = []
         self._expected, self._patience_s = 1, 0.0
+        self._overtook = False
 
     def submit(self, call: Call[Result]) -> Call[Result]:
         """Queue a call, and return it. Raises ClosedError when closed."""
@@ -95,16 +110,32 @@ class Calls:
                 self._expected, self._patience_s = 1, 0.0
                 # The callers may have withdrawn all calls meanwhile.
                 if self._waiting and not self._closed:
-                    self._served = [self._waiting.popleft()]
+                    self._served = [self._take()]
                     return self._served[0]
             return None
 
-    def join(self) -> list[Call[Any]]:
-        """Take the calls behind the current one that run a sweep too, to serve them together."""
+    def _take(self) -> Call[Any]:
+        call = self._waiting[0]
+        if not self._overtook:
+            call = min(self._sweeping() or [call], key=lambda one: one.passes)
+        self._overtook = call is not self._waiting[0]
+        self._waiting.remove(call)
+        return call
+
+    def _sweeping(self) -> list[Call[Any]]:
+        """The waiting calls that run a sweep, up to one that runs none."""
+        return [*takewhile(lambda call: call.runs_sweep, self._waiting)]
+
+    def join(self, choose: Callable[[Sequence[Call[Any]]], Sequence[Call[Any]]] = list) -> list[Call[Any]]:
+        """Take the calls behind the current one that run a sweep too, to serve them together.
+
+        Args:
+            choose: those of them that are taken; without it, all of them.
+        """
         with self._changed:
-            joined = []
-            while self._waiting and self._waiting[0].runs_sweep:
-                joined.append(self._waiting.popleft())
+            joined = list(choose(self._sweeping()))
+            for call in joined:
+                self._waiting.remove(call)
             self._served += joined
             return joined
 

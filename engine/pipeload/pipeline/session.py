@@ -17,7 +17,7 @@ process-wide state: every session has its own threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from typing import Any, TypeAlias
@@ -80,7 +80,12 @@ class _Owner:
 
 
 class Stopper:
-    """Ends the session that runs under it, from any thread."""
+    """Ends the session that runs under it, from any thread.
+
+    Attributes:
+        stopped: it was used.
+        then: called when it is used.
+    """
 
     def __init__(self) -> None:
         self._options = ort.RunOptions()
@@ -88,11 +93,14 @@ class Stopper:
         # The CPU has no such graphs, but onnxruntime's Python asks in each run, and "not there" is an exception: 44 us.
         self._options.add_run_config_entry("gpu_graph_id", "0")
         self.stopped = False
+        self.then: Callable[[], object] | None = None
 
     def stop(self) -> None:
         """Make the running session, and every later one, fail."""
         self.stopped = True
         self._options.terminate = True
+        if self.then is not None:
+            self.then()
 
 
 def shrink_arena() -> None:

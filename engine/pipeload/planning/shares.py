@@ -42,6 +42,8 @@ class Share:
         last_pass: the number of its latest pass among those of all models; opening counts as one.
         asked_pass: the number of its latest pass when it was last asked for memory.
         give_up: closes the model, and returns whether it was open; None where it is no luxury.
+        give_back: closes caches that are kept for later, until they had as many bytes as it is called with; None where
+            none are kept.
     """
 
     def __init__(self, shares: Shares, usable_bytes: int | None, brought_bytes: int, *, fixed: bool) -> None:
@@ -52,6 +54,7 @@ class Share:
         self.fixed = fixed
         self.occupied: Callable[[], int] = _nothing
         self.give_up: Callable[[str], bool] | None = None
+        self.give_back: Callable[[int], object] | None = None
         self.last_pass = self.asked_pass = 0
 
     @property

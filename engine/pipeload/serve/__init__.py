@@ -5,6 +5,7 @@ settings       what the user has asked for, and limits of requests
 errors         failures -> answers in OpenAI's shape
 bodies/        requests and answers
 reading        bytes of a request -> a body
+prefixes       KV caches of ended texts
 models         models by name: opened, called, closed when idle
 admission      places of calls; a client that goes away gives its place up
 guided         grammars that answers follow

@@ -29,11 +29,13 @@ class Answers:
     Attributes:
         results: all answers, those to the first prompt first; empty until it has ended.
         prompt_tokens: of all prompts.
+        cached_tokens: those of them that were not computed again.
         tokens: of all answers.
     """
 
     results: list[Generation] = field(default_factory=list)
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
 
 
@@ -56,10 +58,13 @@ async def generated(
     def tell(token: NewToken) -> None:
         loop.call_soon_threadsafe(came.put_nowait, token)
 
+    def reused(tokens: int) -> None:
+        answers.cached_tokens = tokens
+
     def call() -> list[Generation]:
         prompts = [list(prompt) for prompt in order.prompts]
         options: GenerationOptions = {**order.options, "on_token": tell}
-        return model.generate(prompts, num_return_sequences=order.drawn, **options)
+        return served.prefixes.generate(model, prompts, order.drawn, options, reused)
 
     async with served.generates() as wait_for_room:
         while True:

@@ -173,6 +173,8 @@ class _Engine(Collector):
                 ("resident_bytes", "Weights that stay in memory between sweeps."),
                 ("streamed_bytes", "Weights that each sweep reads."),
                 ("cache_bytes", "KV caches that are planned for."),
+                ("prefix_bytes", "KV caches of ended texts, for requests that begin as they do."),
+                ("prefix_entries", "Texts whose KV caches are kept."),
                 ("sweep_callers", "Calls that the latest sweep served."),
                 ("sweep_seconds", "Duration of the latest sweep."),
                 ("read_bytes_per_second", "Bandwidth of the latest sweep, while it read."),
@@ -187,11 +189,15 @@ class _Engine(Collector):
                 ("read_bytes", "Bytes of weights that were read."),
                 ("opened", "Times that the model was opened."),
                 ("closed", "Times that the model was closed, since it was idle."),
+                ("prefix_hits", "Generations that have found the beginning of their prompt."),
+                ("prefix_reused_tokens", "Tokens of prompts that were not computed again."),
             )
         }
         for served in self._models.served.values():
             model, name = served.model, (served.name,)
             gauges["open"].add_metric(name, int(model is not None))
+            gauges["prefix_bytes"].add_metric(name, served.prefixes.nbytes)
+            gauges["prefix_entries"].add_metric(name, served.prefixes.entries)
             sweeps, read_bytes = served.sweeps, served.read_bytes
             if model is not None:
                 plan, stats = model.plan, model.stats
@@ -218,6 +224,8 @@ class _Engine(Collector):
                 ("read_bytes", read_bytes),
                 ("opened", served.opened),
                 ("closed", served.closed),
+                ("prefix_hits", served.prefixes.hits),
+                ("prefix_reused_tokens", served.prefixes.reused_tokens),
             ):
                 counters[key].add_metric(name, count)
         yield from gauges.values()

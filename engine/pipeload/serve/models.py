@@ -24,6 +24,7 @@ from pipeload.machine.heap import trim
 from pipeload.machine.memory import rss_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.serve.errors import LOGGER, ApiError
+from pipeload.serve.prefixes import Prefixes
 from pipeload.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Served:
         idle_s: see `Settings`.
         executor: runs what takes long.
         all_served: all models of the server.
+        prefix_cache_bytes: see `Settings`.
 
     Attributes:
         manifest: its description.
@@ -63,6 +65,7 @@ class Served:
         opened, closed: how many times.
         sweeps, read_bytes: of its earlier openings.
         made: seconds since the epoch, of its manifest.
+        prefixes: KV caches of texts that have ended.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Served:
         idle_s: float | None,
         executor: Executor,
         all_served: Mapping[str, Served],
+        prefix_cache_bytes: int | None = None,
     ) -> None:
         self.name, self.directory = name, directory
         self.manifest = manifests.read(directory)
@@ -81,6 +85,7 @@ class Served:
         self.users = self.generating = self.opened = self.closed = self.sweeps = self.read_bytes = 0
         self._budget, self._idle_s, self._executor = budget, idle_s, executor
         self._all_served = all_served
+        self.prefixes = Prefixes(prefix_cache_bytes)
         self._lock = asyncio.Lock()
         self._room = asyncio.Condition()
         self._ended = 0
@@ -153,6 +158,7 @@ class Served:
                 return
             begin_s = time.perf_counter()
             stats = self.model.stats
+            self.prefixes.end()
             await self._on_thread(self.model.close)
             # At once, so that no figure has a sweep twice.
             self.model = None
@@ -175,6 +181,7 @@ class Served:
             self._timer.cancel()
         if self._closing is not None:
             await asyncio.wait([self._closing])
+        self.prefixes.end()
         if self.model is not None:
             self.model.close()
 
@@ -191,6 +198,7 @@ class Served:
                     raise
                 raise ApiError(503, str(error), code="memory_budget_exceeded", retry_after_s=5) from error
         self.model = model
+        self.prefixes.begin(model)
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
         return model
@@ -232,7 +240,9 @@ class Models:
         # Made with the first model, since it brings the engine in.
         budget = cache(lambda: pipeload.Budget(settings.budget))
         for name, directory in settings.directories.items():
-            self.served[name] = Served(name, directory, budget, settings.idle_s, executor, self.served)
+            self.served[name] = Served(
+                name, directory, budget, settings.idle_s, executor, self.served, settings.prefix_cache_bytes
+            )
         self.aliases = dict(settings.aliases)
         self.ready = False
 

@@ -61,6 +61,7 @@ class Settings:
         max_waiting: calls that are served or wait, all models together; the next one is refused.
         idle_s: a model is closed after this many seconds without a call; None keeps it open.
         drain_s: seconds that calls have to end after SIGTERM.
+        prefix_cache_bytes: the most that KV caches of each model's ended texts may take; None for a part of the budget.
         cors_origins: web origins whose pages may call; `*` for any.
         log_format: the form of the log on stderr; None writes none.
     """
@@ -74,6 +75,7 @@ class Settings:
     max_waiting: int = 32
     idle_s: float | None = None
     drain_s: float = 20.0
+    prefix_cache_bytes: int | None = None
     cors_origins: tuple[str, ...] = ()
     log_format: Literal["text", "json"] | None = None
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
+from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.model_files import GenerationConfig, ModelConfig, read_config, read_generation_config
@@ -53,6 +54,10 @@ class DecodeState(Protocol):
     @property
     def length(self) -> int:
         """Tokens per sequence that the caches hold, padding included."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the caches."""
 
     def expect(self, tokens: int) -> None:
         """Plan for this many tokens from now on."""
@@ -91,6 +96,11 @@ class Runner(Protocol):
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """All graph outputs for the given graph inputs. Caches that are left out are empty."""
 
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
+        """`run` for rows of texts, which may share a batch with those of other callers; `padding` brings them to one
+        length, and changes no answer. Callers who have had fewer passes before go first.
+        """
+
 
 @dataclass(frozen=True, eq=False)
 class FilesOnly:
@@ -101,6 +111,10 @@ class FilesOnly:
     files: ModelFiles
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Not for such a model."""
+        raise NotImplementedError
+
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         """Not for such a model."""
         raise NotImplementedError
 

@@ -1,7 +1,10 @@
-"""Requests are served in the order in which they came, unless they are withdrawn."""
+"""Requests are served in the order in which they came, unless they are withdrawn, or others have had fewer passes."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from tests.engine.harness import PATIENCE_S, Background
 from tests.engine.pipeline.exchanges import (
     call_of,
@@ -86,3 +89,56 @@ def test_calls_that_part_from_a_sweep_after_the_close_are_ended() -> None:
     exchange.close(OSError("the Daemon"))
     exchange.calls.part([joined])
     assert isinstance(joined.outcome.exception(PATIENCE_S), ClosedError)
+
+
+def test_who_has_had_fewer_passes_goes_first_but_not_twice_in_a_row() -> None:
+    exchange = Exchange()
+    long = [Call(lambda _: None, Feed(), passes=9 + place) for place in range(3)]
+    short = [Call(lambda _: None, Feed(), passes=place) for place in (0, 2, 1)]
+    for call in [*long, *short]:
+        exchange.calls.submit(call)
+    assert [exchange.next_call() for _ in range(6)] == [short[0], long[0], short[2], long[1], short[1], long[2]]
+
+
+@pytest.mark.parametrize("many", [1, 4, 16])
+def test_a_short_call_waits_for_two_passes_however_many_go_on_and_these_do_not_starve(many: int) -> None:
+    """A caller comes back after each pass; a new short one comes after each of its passes, for ever."""
+    exchange, passes = Exchange(), dict.fromkeys(range(many), 100)
+    calls: dict[Call[Any], int] = {}
+
+    def submit(caller: int) -> None:
+        call = Call[Any](lambda _: None, Feed(), passes=passes.get(caller, 0))
+        calls[exchange.calls.submit(call)] = caller
+
+    for caller in range(many):
+        submit(caller)
+    waited = dict.fromkeys(range(many), 0)
+    short = many
+    for _ in range(10 * many):
+        running = exchange.next_call()
+        assert running is not None
+        # The short one comes while a pass runs, and this pass counts.
+        submit(short)
+        for place in range(2):
+            if calls[running] < many:
+                passes[calls[running]] += 1
+                waited[calls[running]] = 0
+                submit(calls[running])
+            for other in waited:
+                waited[other] += 1
+            assert max(waited.values()) <= 2 * many + 1
+            running = exchange.next_call()
+            assert running is not None
+            if calls[running] == short:
+                break
+            assert place == 0, "it waits for a third pass"
+        assert calls[running] == short
+        short += 1
+
+
+def test_calls_without_a_sweep_are_not_overtaken() -> None:
+    exchange = Exchange()
+    first, budget, new = Call[Any](lambda _: None, Feed(), passes=5), call_of(), Call[Any](lambda _: None, Feed())
+    for call in (first, budget, new):
+        exchange.calls.submit(call)
+    assert [exchange.next_call() for _ in range(3)] == [first, budget, new]

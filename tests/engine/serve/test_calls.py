@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.engine.harness import PATIENCE_S, Gate, smallest_budget
 from tests.engine.serve.client import Answer, Client, running, settings, with_server
@@ -114,6 +115,38 @@ def test_a_short_call_waits_for_the_sweep_of_a_long_one_and_takes_the_next(chat_
         long.leave()
         stop.open()
         await _ended(long)
+
+    with_server(settings(chat_model), ask)
+
+
+def test_a_short_answer_waits_for_two_passes_however_many_long_ones_go_on(chat_model: Path, sweeps: Sweeps) -> None:
+    many = 5
+
+    async def ask(client: Client) -> None:
+        gates = [sweeps.stop_at(1)]
+        long = []
+        for count in range(many):
+            long.append(client.begin("POST", _PATH, {**_LONG, "stream": True}))
+            if not count:
+                await _reached(gates[0])
+        await _wait_for_calls(client, "chat", many - 1)
+        # All of them have had passes when the short one comes, and wait beside the one that runs.
+        gate = sweeps.stop_at(3 * many)
+        gates[0].open()
+        await _reached(gate)
+        await _wait_for_calls(client, "chat", many - 1)
+        short = client.begin("POST", _PATH, _SHORT)
+        await _wait_for_calls(client, "chat", many)
+        stop = sweeps.stop_at(3 * many + 3)
+        gate.open()
+        await _ended(short)
+        assert short.status == 200
+        assert sweeps.count <= 3 * many + 3
+        assert not any(one.ended for one in long)
+        for one in long:
+            one.leave()
+        stop.open()
+        await _ended(*long)
 
     with_server(settings(chat_model), ask)
 
@@ -317,3 +350,27 @@ def test_figures_are_told(chat_model: Path) -> None:
         assert line in text.splitlines(), line
     for name in ("rss_bytes", "resident_bytes", "streamed_bytes", "cache_bytes", "read_bytes_total"):
         assert f"pipeload_{name}" in text
+
+
+def test_embeddings_that_wait_share_a_batch_and_equal_those_of_the_library(embedder: Path, sweeps: Sweeps) -> None:
+    texts = ["the cat", "a dog sat", "the mat"]
+
+    async def ask(client: Client) -> None:
+        model = client.application.desk.models.served["embedder"].model
+        vectors = [model.embed(text) for text in texts]
+        gate = sweeps.stop_at(sweeps.count + 1)
+        calls = [client.begin("POST", "/embed", {"inputs": "the cat"})]
+        await _reached(gate)
+        for count, text in enumerate(texts):
+            embed, ours = ("/embed", {"inputs": text, "normalize": False}), ("/v1/embeddings", {"input": text})
+            calls.append(client.begin("POST", *(embed if count == 1 else ours)))
+            await _wait_for_calls(client, "embedder", count + 1)
+        before = sweeps.count
+        gate.open()
+        await _ended(*calls)
+        got = [calls[2].json()[0], *(calls[place].json()["data"][0]["embedding"] for place in (1, 3))]
+        np.testing.assert_array_equal(np.float32(got), np.stack([vectors[place] for place in (1, 0, 2)]))
+        assert (sweeps.count, sweeps.feeds[-1]) == (before + 1, 1)
+        assert 'pipeload_sweep_callers{model="embedder"} 3.0' in (await client.get("/metrics")).body.decode()
+
+    with_server(settings(embedder), ask)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import MANIFEST_NAME, Cache, Manifest, TensorSpec
+from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.top_logits import RunningTop, TopLogits
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tracing.stats import Stats
@@ -85,6 +86,9 @@ class ToyRunner(WithFiles):
         self.calls.append(dict(inputs))
         return self.function(inputs)
 
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
+        return self.run(inputs)
+
 
 def run_by_torch(model: Any) -> Callable[[Mapping[str, Array]], dict[str, Array]]:
     """The function of a `ToyRunner` that runs a model of transformers."""
@@ -110,6 +114,10 @@ class ToyState:
     @property
     def length(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.positions.nbytes
 
     def expect(self, tokens: int) -> None:
         self.expected = tokens
@@ -157,6 +165,9 @@ class ToyDecoder(WithFiles):
         self.steps: list[dict[str, Array]] = []
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        raise NotImplementedError
+
+    def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         raise NotImplementedError
 
     def new_state(self, capacity: int = 0) -> ToyState:

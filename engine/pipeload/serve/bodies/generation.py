@@ -54,9 +54,20 @@ class Choosing(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     user: str | None = None
 
 
+class CachedTokens(msgspec.Struct, kw_only=True, frozen=True):
+    """Details of the prompt's tokens.
+
+    Attributes:
+        cached_tokens: those that were not computed again.
+    """
+
+    cached_tokens: int = 0
+
+
 class Usage(msgspec.Struct, kw_only=True):
     """Counts of tokens."""
 
     prompt_tokens: int
+    prompt_tokens_details: CachedTokens = CachedTokens()
     completion_tokens: int
     total_tokens: int

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from pipeload.serve.bodies.chat import Part
+from pipeload.serve.bodies.generation import CachedTokens
 
 __all__ = [
     "InputItem",
@@ -88,12 +89,6 @@ class OutputMessage(msgspec.Struct, kw_only=True):
     status: Status
     role: Literal["assistant"] = "assistant"
     content: list[OutputText]
-
-
-class CachedTokens(msgspec.Struct, kw_only=True, frozen=True):
-    """Details of the prompt's tokens."""
-
-    cached_tokens: int = 0
 
 
 class ReasoningTokens(msgspec.Struct, kw_only=True, frozen=True):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from pipeload.serve.admission import Admission, ClientGone, Place
-from pipeload.serve.bodies.generation import Usage
+from pipeload.serve.bodies.generation import CachedTokens, Usage
 from pipeload.serve.errors import error_response
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.models import Models, Served
@@ -121,7 +121,12 @@ def counted(request: Request, answers: Answers, **fields: object) -> Usage:
     """The counts of tokens, which the request's line of the log has, too."""
     prompt, made = answers.prompt_tokens, answers.tokens
     note(request, prompt_tokens=prompt, completion_tokens=made, **fields)
-    return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+    return Usage(
+        prompt_tokens=prompt,
+        prompt_tokens_details=CachedTokens(cached_tokens=answers.cached_tokens),
+        completion_tokens=made,
+        total_tokens=prompt + made,
+    )
 
 
 def new_id(kind: str) -> str:

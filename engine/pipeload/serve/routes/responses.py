@@ -115,7 +115,10 @@ def _ended(begun: ResponseAnswer, answers: Answers, item_id: str, request: Reque
     status: Any = "incomplete" if one.finish_reason == "length" else "completed"
     counts = counted(request, answers)
     usage = ResponseUsage(
-        input_tokens=counts.prompt_tokens, output_tokens=counts.completion_tokens, total_tokens=counts.total_tokens
+        input_tokens=counts.prompt_tokens,
+        input_tokens_details=counts.prompt_tokens_details,
+        output_tokens=counts.completion_tokens,
+        total_tokens=counts.total_tokens,
     )
     return msgspec.structs.replace(
         begun,

@@ -10,7 +10,7 @@ import numpy as np
 from pipeload.errors import ConfigError
 from pipeload.tasks.answer.spans import Answer, Floats, best_answers
 from pipeload.tasks.arguments import check_positive, check_several
-from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
+from pipeload.tasks.runner import Array, Runner, made_by_model
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import Window, tokenizer_of
@@ -163,8 +163,9 @@ def _rows(question: str | list[str], context: str | list[str]) -> tuple[Sequence
 def _logits(runner: Runner, parts: Sequence[Window], batch_size: int) -> list[tuple[Floats, Floats]]:
     """For each window the logits of the first token of an answer, and those of the last one."""
 
-    def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[tuple[Floats, Floats]]:
-        outputs = runner.run(graph_inputs(runner, arrays))
+    def made(
+        indices: Sequence[int], arrays: Mapping[str, Array], outputs: Mapping[str, Array]
+    ) -> list[tuple[Floats, Floats]]:
         found = []
         for name in ("start_logits", "end_logits"):
             if name not in outputs:

@@ -11,7 +11,7 @@ from pipeload.tasks.classify.entities import Aggregation, entities
 from pipeload.tasks.classify.labels import Label, scores, top_labels
 from pipeload.tasks.classify.logits import logits_of, text_logits
 from pipeload.tasks.images import Image, image_processor_of
-from pipeload.tasks.runner import Array, Runner, config_of, made_by_model
+from pipeload.tasks.runner import Array, Runner, config_of, graph_inputs, made_by_model
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.padding import in_batches
 from pipeload.tasks.text.pairs import Pair, TextOrPair, is_pair, text_or_pair
@@ -126,8 +126,10 @@ def _entities(runner: Runner, texts: Sequence[Any], batch_size: int, strategy: A
     def found(part: Sequence[str]) -> list[list[Label]]:
         rows = tokenizer.encode_all(part)
 
-        def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[list[Label]]:
-            logits = logits_of(runner, arrays)
+        def made(
+            indices: Sequence[int], arrays: Mapping[str, Array], outputs: Mapping[str, Array]
+        ) -> list[list[Label]]:
+            logits = logits_of(outputs)
             with made_by_model("logits", logits):
                 return [
                     [*entities(row[mask], part[index], rows[index], tokenizer, config, strategy)]
@@ -147,7 +149,8 @@ def _images(runner: Runner, images: Sequence[Image], top_k: int | None, batch_si
     results: dict[int, list[Label]] = {}
 
     def run(indices: list[int]) -> None:
-        logits = logits_of(runner, {"pixel_values": processor.batch([images[index] for index in indices])})
+        pixels = {"pixel_values": processor.batch([images[index] for index in indices])}
+        logits = logits_of(runner.run(graph_inputs(runner, pixels)))
         with made_by_model("logits", logits):
             for index, row in zip(indices, scores(logits, kind), strict=True):
                 results[index] = top_labels(row, config, top_k)

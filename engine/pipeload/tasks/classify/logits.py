@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ConfigError
-from pipeload.tasks.runner import Array, Runner, graph_inputs, made_by_model
+from pipeload.tasks.runner import Array, Runner, made_by_model
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import TextOrPair
 from pipeload.tasks.text.tokenizer import tokenizer_of
@@ -16,9 +16,8 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 __all__ = ["check_scores_texts", "logits_of", "text_logits"]
 
 
-def logits_of(runner: Runner, offered: Mapping[str, Array]) -> NDArray[np.float32]:
-    """The output `logits` of one pass over the offered arrays. Raises ConfigError if the graph has none."""
-    outputs = runner.run(graph_inputs(runner, offered))
+def logits_of(outputs: Mapping[str, Array]) -> NDArray[np.float32]:
+    """The output `logits` of one pass. Raises ConfigError if there is none."""
     if "logits" not in outputs:
         raise ConfigError(f"The model makes no output 'logits', only {', '.join(outputs)}. Use model.run.")
     return outputs["logits"].astype(np.float32, copy=False)
@@ -27,8 +26,8 @@ def logits_of(runner: Runner, offered: Mapping[str, Array]) -> NDArray[np.float3
 def text_logits(runner: Runner, texts: Sequence[TextOrPair], batch_size: int) -> list[NDArray[np.float32]]:
     """The logits `[classes]` of each text or pair; passes take them sorted by length."""
 
-    def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[NDArray[np.float32]]:
-        logits = logits_of(runner, arrays)
+    def made(indices: Sequence[int], _: object, outputs: Mapping[str, Array]) -> list[NDArray[np.float32]]:
+        logits = logits_of(outputs)
         with made_by_model("logits", logits):
             if logits.ndim != 2 or not logits.shape[1]:
                 raise ValueError("it must be [texts, classes]")

@@ -16,7 +16,7 @@ from pipeload.tasks.arguments import check_positive, check_several, is_whole
 from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_sentence, read_settings
-from pipeload.tasks.runner import Runner, config_of, graph_inputs, made_by_model, once_per_runner
+from pipeload.tasks.runner import Array, Runner, config_of, made_by_model, once_per_runner
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import tokenizer_of
@@ -108,8 +108,10 @@ def _embedded(
     texts: Sequence[str | Sequence[int]],
     batch_size: int,
 ) -> list[NDArray[np.float32]]:
-    def made(indices: Sequence[int], arrays: dict[str, NDArray[np.int64]]) -> list[NDArray[np.float32]]:
-        values = runner.run(graph_inputs(runner, arrays))[output.name]
+    def made(
+        indices: Sequence[int], arrays: Mapping[str, NDArray[np.int64]], outputs: Mapping[str, Array]
+    ) -> list[NDArray[np.float32]]:
+        values = outputs[output.name]
         with made_by_model(output.name, values):
             floats = values.astype(np.float32, copy=False)
             pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])

@@ -97,8 +97,8 @@ def _fill(
                 f"{', within the first ' + str(len(row.ids)) + ' tokens' if row.cut else ''}."
             )
 
-    def made(indices: Sequence[int], arrays: Mapping[str, Array]) -> list[Any]:
-        logits = logits_of(runner, arrays)
+    def made(indices: Sequence[int], arrays: Mapping[str, Array], outputs: Mapping[str, Array]) -> list[Any]:
+        logits = logits_of(outputs)
         with made_by_model("logits", logits):
             return [
                 _filled(row[mask], rows[index], tokenizer, top_k)

@@ -48,6 +48,11 @@ class Session(Generic[State]):
         """The tokens whose keys and values the cache holds."""
         return tuple(self._reading.tokens.ravel().tolist())
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the cache."""
+        return self._reading.state.nbytes
+
     def generate(self, prompt: Prompt, **options: Unpack[GenerationOptions]) -> Generation:
         """Continue a text. A beginning that it shares with the previous text is not computed again.
 

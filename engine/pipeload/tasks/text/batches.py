@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.tasks.runner import Runner
+from pipeload.tasks.runner import Array, Runner, graph_inputs
 from pipeload.tasks.text.padding import apart, in_batches
 from pipeload.tasks.text.tokenizer import Encoded, tokenizer_of
 
@@ -30,24 +30,31 @@ def by_rows(
     runner: Runner,
     rows: Sequence[Encoded],
     batch_size: int,
-    made: Callable[[Sequence[int], dict[str, NDArray[np.int64]]], Iterable[Result]],
+    made: Callable[[Sequence[int], dict[str, NDArray[np.int64]], Mapping[str, Array]], Iterable[Result]],
 ) -> list[Result]:
-    """A result for each row, in their order, from passes over batches of them.
+    """A result for each row, in their order, from passes over batches of them, which other callers' rows may share.
 
     Args:
         runner: the model.
         rows: encoded texts.
         batch_size: the most rows in a batch; see `in_batches`.
-        made: runs a batch: its rows' indices, and their arrays (`Tokenizer.batch`) -> a result for each of them.
+        made: the indices of a batch's rows, their arrays (`Tokenizer.batch`) and the model's outputs -> a result for
+            each of them.
 
     Raises:
         As `in_batches`.
     """
     tokenizer = tokenizer_of(runner)
     results: dict[int, Result] = {}
+    passes = 0
 
     def run(indices: list[int]) -> None:
-        results.update(zip(indices, made(indices, tokenizer.batch([rows[i] for i in indices])), strict=True))
+        nonlocal passes
+        arrays = tokenizer.batch([rows[i] for i in indices])
+        inputs = graph_inputs(runner, arrays)
+        outputs = runner.run(inputs) if alone else runner.run_rows(inputs, tokenizer.padding, passes=passes)
+        passes += 1
+        results.update(zip(indices, made(indices, arrays, outputs), strict=True))
 
     alone = tokenizer.pads_nothing or apart(runner.manifest, tokenizer.padding_side)
     in_batches([len(row.ids) for row in rows], batch_size, run, alone=alone)

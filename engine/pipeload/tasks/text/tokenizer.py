@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError, ShardError, TruncationWarning
 from pipeload.foreign import foreign_errors
 from pipeload.machine.heap import trim
+from pipeload.pipeline.joining import Padding
 from pipeload.tasks.model_files import AddedToken, ModelConfig, read_sentence, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 from pipeload.tasks.text.growth import check_growth
@@ -245,6 +246,12 @@ class Tokenizer:
             "token_type_ids": padded([row.type_ids for row in rows], fill=0, side=self.padding_side) * self._has_types,
             "position_ids": position_ids(mask),
         }
+
+    @property
+    def padding(self) -> Padding:
+        """The padding of `batch`."""
+        fills = {"input_ids": self.pad_id, "attention_mask": 0, "token_type_ids": 0, "position_ids": 1}
+        return Padding(fills=tuple(fills.items()), left=self.padding_side == "left")
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text that the tokens spell; with or without special tokens."""
