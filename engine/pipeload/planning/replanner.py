@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Literal
@@ -141,13 +141,15 @@ class Replanner:
         return self._plan_in(self._process_in(limit), needs, limit)
 
     def extremes(self, needs: Needs) -> tuple[int, int]:
-        """The least memory beside the process that works for passes with these needs, and the most that is of use."""
+        """The least memory beside the process that works for passes with these needs, and the most that is of use to
+        them and to the latest passes. Any thread may ask.
+        """
         process = planner.process_bytes(self._profile)
         try:
             least = self._plan_in(self._profile, needs, 1).peak_bytes
         except BudgetError as error:
             least = error.needed_bytes
-        ample = self._plan_in(self._profile, needs, _AMPLE_BYTES).peak_bytes
+        ample = self._plan_in(self._profile, _most([*self._needs, needs]), _AMPLE_BYTES).peak_bytes
         return least - process, int((ample - process) * _AMPLE_FACTOR)
 
     def _plan_in(self, process: Profile, needs: Needs, limit_bytes: int) -> Plan:
@@ -230,10 +232,7 @@ class Replanner:
             process_bytes = max(self._least_process_bytes, self._profile.process_bytes + growth)
             self._profile = replace(self._profile, process_bytes=process_bytes)
         self._needs.append(needs)
-        most = Needs(
-            pass_bytes=max(one.pass_bytes for one in self._needs),
-            cache_bytes=max(one.cache_bytes for one in self._needs),
-        )
+        most = _most(self._needs)
         process = self._process_in(limit)
         kept = planner.with_needs(current, process, most, limit)
         room = limit - kept.peak_bytes
@@ -403,6 +402,10 @@ class Replanner:
                 raise
             # Memory is short outside this process: the smallest plan that works is the best.
             return self.plan(now, min(error.needed_bytes, self._budget_bytes or error.needed_bytes))
+
+
+def _most(needs: Collection[Needs]) -> Needs:
+    return Needs(pass_bytes=max(one.pass_bytes for one in needs), cache_bytes=max(one.cache_bytes for one in needs))
 
 
 def _settling(plan: Plan, spans: Sequence[Span]) -> bool:
