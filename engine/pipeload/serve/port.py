@@ -35,10 +35,10 @@ class Port:
         self._beginning: set[asyncio.Task[object]] = set()
         self._open = False
 
-    def open(self) -> None:
+    def accept(self) -> None:
         """Accept connections."""
         self._open = True
-        asyncio.get_running_loop().add_reader(self.listening, self._accept)
+        asyncio.get_running_loop().add_reader(self.listening, self._accept_one)
 
     async def pause(self) -> None:
         """Accept no more: those that come wait in the kernel. Returns when all accepted ones have their protocol."""
@@ -67,7 +67,7 @@ class Port:
             connected.set_inheritable(False)
             self._begin(connected, protocol).add_done_callback(partial(_expect, protocol, keep_alive_s))
 
-    def _accept(self) -> None:
+    def _accept_one(self) -> None:
         try:
             accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -81,7 +81,7 @@ class Port:
 
     def _go_on(self) -> None:
         if self._open:
-            self.open()
+            self.accept()
 
     def _begin(self, connected: socket.socket, protocol: H11Protocol) -> asyncio.Task[object]:
         begun = asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connected)

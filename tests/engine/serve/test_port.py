@@ -50,7 +50,7 @@ class _Process:
 def test_only_connections_without_a_request_go_over_and_those_with_a_part_of_one_lose_nothing() -> None:
     async def main() -> None:
         first, second = _Process(), _Process()
-        first.port.open()
+        first.port.accept()
         reader, writer = await asyncio.open_connection(*first.port.listening.getsockname())
 
         writer.write(_HEAD)
@@ -86,7 +86,7 @@ def test_only_connections_without_a_request_go_over_and_those_with_a_part_of_one
 def test_a_connection_that_was_taken_and_stays_silent_is_closed() -> None:
     async def main() -> None:
         first, second = _Process(), _Process()
-        first.port.open()
+        first.port.accept()
         reader, writer = await asyncio.open_connection(*first.port.listening.getsockname())
         await first.until(lambda: bool(first.connections()))
         (left,) = first.connections() or ()
