@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -34,10 +35,10 @@ class Port:
         self._beginning: set[asyncio.Task[object]] = set()
         self._open = False
 
-    def open(self) -> None:
+    def accept(self) -> None:
         """Accept connections."""
         self._open = True
-        asyncio.get_running_loop().add_reader(self.listening, self._accept)
+        asyncio.get_running_loop().add_reader(self.listening, self._accept_one)
 
     async def pause(self) -> None:
         """Accept no more: those that come wait in the kernel. Returns when all accepted ones have their protocol."""
@@ -64,12 +65,9 @@ class Port:
                 protocol.conn.receive_data(one.received)
             connected = socket.socket(fileno=one.descriptor)
             connected.set_inheritable(False)
-            self._begin(connected, protocol)
-            protocol.timeout_keep_alive_task = asyncio.get_running_loop().call_later(
-                keep_alive_s, protocol.timeout_keep_alive_handler
-            )
+            self._begin(connected, protocol).add_done_callback(partial(_expect, protocol, keep_alive_s))
 
-    def _accept(self) -> None:
+    def _accept_one(self) -> None:
         try:
             accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -83,19 +81,28 @@ class Port:
 
     def _go_on(self) -> None:
         if self._open:
-            self.open()
+            self.accept()
 
-    def _begin(self, connected: socket.socket, protocol: H11Protocol) -> None:
+    def _begin(self, connected: socket.socket, protocol: H11Protocol) -> asyncio.Task[object]:
         begun = asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connected)
         task: asyncio.Task[object] = asyncio.ensure_future(begun)
         self._beginning.add(task)
         task.add_done_callback(self._begun)
+        return task
 
     def _begun(self, task: asyncio.Task[object]) -> None:
         self._beginning.discard(task)
         if not task.cancelled():
             # A client may have gone already.
             task.exception()
+
+
+def _expect(protocol: H11Protocol, keep_alive_s: float, begun: asyncio.Task[object]) -> None:
+    """Have a connection closed on which nothing comes; uvicorn waits so only after an answer."""
+    if begun.cancelled() or begun.exception() is not None or protocol.cycle is not None:
+        return
+    loop = asyncio.get_running_loop()
+    protocol.timeout_keep_alive_task = loop.call_later(keep_alive_s, protocol.timeout_keep_alive_handler)
 
 
 def idle_connections(protocols: Iterable[object]) -> list[IdleConnection] | None:

@@ -134,14 +134,14 @@ class _Server(uvicorn.Server):
         if self._handover is not None:
             self._port.take(self._handover.connections, _KEEP_ALIVE_S)
             LOGGER.info("Idle: the process was replaced, and has %s", format_bytes(rss_bytes()))
-        self._port.open()
+        self._port.accept()
 
     async def on_tick(self, counter: int) -> bool:
         """Looks ten times a second whether the process can be replaced."""
         if self._replaceable and self._application.spent:
             await self._port.pause()
             self._replace()
-            self._port.open()
+            self._port.accept()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

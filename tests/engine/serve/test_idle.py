@@ -182,3 +182,18 @@ def test_a_signal_that_a_thread_catches_at_the_last_moment_is_heard_by_the_next_
 def test_a_variable_that_no_server_has_set_is_named(told: str) -> None:
     with pytest.raises(ConfigError, match=f"{HANDOVER} is '{told}', which no server has left"):
         read_handover(told)
+
+
+@pytest.mark.skipif(EMULATED, reason="subprocesses do not work under qemu")
+def test_the_command_ends_with_one_line_where_no_server_has_set_the_variable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeload", "--version"],
+        env={"PYTHONPATH": str(next(iter(pipeload.__path__)).removesuffix("/pipeload")), HANDOVER: "x"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {HANDOVER} is 'x'")
+    assert done.stderr.endswith("Unset this variable.\n")

@@ -1,0 +1,102 @@
+"""Connections of clients, and which of them another process can go on with."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from tests.engine.harness import PATIENCE_S
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+from pipeload.serve.handover import IdleConnection
+from pipeload.serve.port import Port, idle_connections, listening_socket
+
+_HEAD = b"GET /x HTTP/1.1\r\nHost: localhost\r\n"
+
+
+class _Process:
+    """The parts of a server that have to do with connections; its answers wait at a gate."""
+
+    def __init__(self) -> None:
+        self.state, self.gate = ServerState(), asyncio.Event()
+        self._config = uvicorn.Config(
+            self._answer, http="h11", ws="none", lifespan="off", log_config=None, interface="asgi3"
+        )
+        self.port = Port(listening_socket("127.0.0.1", 0), self._protocol)
+
+    def connections(self) -> list[IdleConnection] | None:
+        return None if self.state.tasks else idle_connections(self.state.connections)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async def wait() -> None:
+            while not holds():
+                await asyncio.sleep(0)
+
+        await asyncio.wait_for(wait(), PATIENCE_S)
+
+    def _protocol(self) -> H11Protocol:
+        return H11Protocol(self._config, self.state, {})
+
+    async def _answer(self, scope: Any, _receive: Any, send: Any) -> None:
+        await self.gate.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": scope["path"].encode()})
+
+
+def test_only_connections_without_a_request_go_over_and_those_with_a_part_of_one_lose_nothing() -> None:
+    async def main() -> None:
+        first, second = _Process(), _Process()
+        first.port.accept()
+        reader, writer = await asyncio.open_connection(*first.port.listening.getsockname())
+
+        writer.write(_HEAD)
+        await first.until(lambda: any(one.received == _HEAD for one in first.connections() or ()))
+        writer.write(b"\r\n")
+        await first.until(lambda: first.connections() is None)
+        first.gate.set()
+        assert (await reader.readuntil(b"/x")).startswith(b"HTTP/1.1 200")
+        await first.until(lambda: bool(first.connections()))
+
+        writer.write(_HEAD)
+        await first.until(lambda: any(one.received == _HEAD for one in first.connections() or ()))
+        await first.port.pause()
+        (left,) = first.connections() or ()
+        # What this process has read goes over; what comes from now on, only the next one reads.
+        (protocol,) = first.state.connections
+        protocol.transport.pause_reading()
+        writer.write(b"\r\n")
+        second.gate.set()
+        taken = IdleConnection(descriptor=os.dup(left.descriptor), received=left.received)
+        second.port.take([taken], keep_alive_s=PATIENCE_S)
+        assert not os.get_inheritable(taken.descriptor)
+        assert (await reader.readuntil(b"/x")).startswith(b"HTTP/1.1 200")
+        writer.close()
+        await second.until(lambda: not second.state.connections)
+        protocol.transport.abort()
+        await first.port.close()
+        await second.port.close()
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_was_taken_and_stays_silent_is_closed() -> None:
+    async def main() -> None:
+        first, second = _Process(), _Process()
+        first.port.accept()
+        reader, writer = await asyncio.open_connection(*first.port.listening.getsockname())
+        await first.until(lambda: bool(first.connections()))
+        (left,) = first.connections() or ()
+        (protocol,) = first.state.connections
+        second.port.take([IdleConnection(descriptor=os.dup(left.descriptor))], keep_alive_s=0)
+        protocol.transport.abort()
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
+        writer.close()
+        await second.until(lambda: not second.state.connections)
+        await first.port.close()
+        await second.port.close()
+
+    asyncio.run(main())
