@@ -18,7 +18,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page serve-demo docs
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page serve-demo docs
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -79,6 +79,9 @@ $(TORCH_STAMP): pyproject.toml
 
 $(DOCS_STAMP): pyproject.toml constraints.txt
 	@.ci/install $(PYTHON) $(DOCS) docs
+
+help:  ## these lines
+	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/\1@\2/p' Makefile | column -t -s @
 
 clean:  ## remove what builds and tests made
 	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache models/exported

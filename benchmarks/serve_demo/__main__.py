@@ -55,7 +55,7 @@ def demo(directories: Sequence[Path], calls: Sequence[Call], console: Console, *
             right = [_called(call, running, console) for call in calls]
             _print_peak(running.peak_bytes(), console)
             if not once and all(right):
-                console.print(f"\nServing at {running.address} until Ctrl-C.")
+                console.print(f"\nServing until Ctrl-C; a page for a browser: {running.address}/")
                 with suppress(KeyboardInterrupt):
                     running.process.wait()
                 running.process.wait()  # the same Ctrl-C ends it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -24,6 +25,8 @@ def commands() -> str:
     environment = os.environ | {"COLUMNS": "1000"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     text = done.stdout.replace("# `pipeload`", "# Commands", 1)
+    # The list of commands is the page's own table of contents, with half of each line.
+    text = re.sub(r"^\*\*Commands\*\*:\n.*?(?=^## )", "", text, count=1, flags=re.MULTILINE | re.DOTALL)
     # What follows is a block of code for a terminal, but a paragraph for Markdown.
     return re.sub(r"^Examples:\n", "Examples:\n\n", text, flags=re.MULTILINE)
 
@@ -33,6 +36,8 @@ def python_api() -> str:
     names = [*_FIRST, *sorted(set(pipeload.__all__) - set(_FIRST), key=_errors_last)]
     lines = ["# Python API", "", "## pipeload", ""]
     lines += [f"::: pipeload.{name}\n" for name in names]
+    lines += ["## Methods of pipeload.Model for tasks", "", "`self` is the model.", ""]
+    lines += [f"::: {one.__module__}.{one.__qualname__}\n" for one in vars(pipeload.Model).values() if _of_tasks(one)]
     lines += ["## pipeload_export", ""]
     lines += [f"::: pipeload_export.{name}\n" for name in pipeload_export.__all__]
     return "\n".join(lines)
@@ -45,6 +50,11 @@ def decisions() -> str:
         title = path.read_text("utf-8").partition("\n")[0].removeprefix("# ")
         lines.append(f"- [{title}]({path.name})")
     return "\n".join(lines) + "\n"
+
+
+def _of_tasks(member: object) -> bool:
+    """Whether a member of Model is a function of another module, which mkdocstrings takes for an attribute."""
+    return inspect.isfunction(member) and member.__module__.startswith("pipeload.tasks.")
 
 
 def _errors_last(name: str) -> tuple[bool, str]:

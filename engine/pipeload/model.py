@@ -298,7 +298,7 @@ class Model:
             As `run`; what others' rows have added is cut off.
 
         Raises:
-            As `run`.
+            PipeloadError: as `run`.
         """
         return self._with_room(lambda: self._arrays(self._start(inputs, padding=padding, passes=passes).result()))
 

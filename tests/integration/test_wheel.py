@@ -80,7 +80,9 @@ def test_the_source_distribution_holds_what_the_readme_tells_to_run(tmp_path: Pa
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {"Makefile", "constraints.txt", ".ci/install", "benchmarks/demo/__main__.py", "tests/conftest.py"}
-    assert needed | {"models/catalog.toml", "engine/pipeload/model.py", "CONTRIBUTING.md"} <= names
+    needed |= {"models/catalog.toml", "engine/pipeload/model.py", "CONTRIBUTING.md"}
+    needed |= {"mkdocs.yml", "docs/hooks/events.py", "deploy/Dockerfile", "benchmarks/serve_demo/__main__.py"}
+    assert needed <= names
     assert not [name for name in names if name.startswith("models/exported")]
 
 

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-from prometheus_client.parser import text_string_to_metric_families
 from tests.engine.serve.client import Client, settings, with_server
 from tests.models import REPOSITORY
 
@@ -25,6 +24,8 @@ def _queries() -> list[str]:
 
 
 def test_queries_name_figures_and_labels_of_the_server(chat_model: Path) -> None:
+    from prometheus_client.parser import text_string_to_metric_families
+
     async def ask(client: Client) -> str:
         made = await client.post("/v1/completions", {"model": "chat", "prompt": "the cat", "max_tokens": 4})
         assert made.status == 200, made.body
