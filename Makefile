@@ -9,6 +9,8 @@ LATEST := .venv-latest$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 LATEST_STAMP := $(LATEST)/.installed-$(VERSION)
 TORCH := .venv-torch$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 TORCH_STAMP := $(TORCH)/.installed-$(VERSION)
+DOCS := .venv-docs$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
+DOCS_STAMP := $(DOCS)/.installed-$(VERSION)
 # Which tests `make test-latest` runs.
 LATEST_TESTS ?= tests/engine
 WORKERS ?= $(shell nproc)
@@ -16,16 +18,22 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: demo test test-slow test-survey test-all test-latest test-torch test-arm64 check format clean
+.PHONY: demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page serve-demo docs
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
+
+serve-demo: $(STAMP)  ## serve two real models in one memory cgroup of 300 MB, and call them; SERVE_DEMO_ARGS=--once ends then
+	$(BIN)/python -m benchmarks.serve_demo $(SERVE_DEMO_ARGS)
 
 test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 	$(BIN)/python $(PYTEST) -m "not slow and not survey"
 
 test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with other values
 	$(BIN)/python $(PYTEST) -m "slow and not survey"
+
+test-requests: $(STAMP)  ## 10,000 malformed requests to a server
+	PIPELOAD_TEST_REQUESTS=10000 $(BIN)/python -m pytest -m slow tests/integration/test_malformed_requests.py -s
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey
@@ -42,6 +50,13 @@ test-torch: $(TORCH_STAMP)  ## exports with transformers 5 or newer, by the expo
 
 test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
 	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)
+
+test-page: $(STAMP)  ## the server's page in the system's Chromium; installs Playwright, 165 MB, into the environment
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python -m pytest tests/integration/test_page.py
+docs: $(DOCS_STAMP)  ## the site of docs/ in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "The site is build/site/index.html; $(DOCS)/bin/mkdocs serve shows it while you write."
 
 check: $(STAMP)  ## lint, types, import rules
 	$(BIN)/ruff check .
@@ -61,6 +76,9 @@ $(LATEST_STAMP): pyproject.toml
 
 $(TORCH_STAMP): pyproject.toml
 	@.ci/install $(PYTHON) $(TORCH) torch
+
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	@.ci/install $(PYTHON) $(DOCS) docs
 
 clean:  ## remove what builds and tests made
 	rm -rf .venv .venv-* dist build .pytest_cache .mypy_cache .ruff_cache models/exported

@@ -134,10 +134,10 @@ def bits(
 
 @app.command()
 def drafts(
+    models: Annotated[str, typer.Option(metavar="NAMES", help="With commas.")] = ",".join(drafts_part.MODELS),
     percents: Annotated[
         str, typer.Option(metavar="NUMBERS", help="Memory for weights, in percent of the model's, with commas.")
     ] = "50,75",
-    tokens: Tokens = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn.")] = 2,
     disk: Annotated[str, typer.Option(metavar="RATE", help="Throttle of the disk.")] = "400MB/s",
     output: Output = None,
@@ -146,9 +146,12 @@ def drafts(
     rate = _rate(disk)
     if rate is None:
         raise typer.BadParameter("the comparison needs a throttle, such as --disk 400MB/s")
+    names = tuple(models.split(","))
+    if unknown := set(names) - set(drafts_part.MODELS):
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(drafts_part.MODELS)}")
     report = drafts_part.compare(
+        names,
         percents=tuple(int(percent) for percent in percents.split(",")),
-        tokens=tokens,
         rounds=rounds,
         disk_bytes_per_s=rate,
         console=Console(),

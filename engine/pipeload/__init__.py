@@ -15,6 +15,7 @@ pipeline/   Loading, Inference and Daemon Agents, and the messages between them
 measuring/  machine, process and model -> Profile
 inputs      arrays, joined and taken apart
 decode      KV caches between steps
+budget      memory that several models share
 tasks/      embed, classify, zero_shot, rerank, answer, fill_mask, generate, chat
 opening     the process measured, the first plan made, the agents started
 model       the facade
@@ -47,6 +48,7 @@ from pipeload.errors import (
 )
 
 if TYPE_CHECKING:
+    from pipeload.budget import Budget
     from pipeload.decode import DecodeState
     from pipeload.model import Model, load
     from pipeload.planning.planner import Plan
@@ -71,6 +73,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "Budget",
     "BudgetError",
     "ClosedError",
     "ConfigError",
@@ -102,6 +105,7 @@ __all__ = [
 
 _HOMES = {
     "Answer": "tasks.answer.spans",
+    "Budget": "budget",
     "DecodeState": "decode",
     "Entity": "tasks.classify.entities",
     "FilledMask": "tasks.fill.fill_mask",

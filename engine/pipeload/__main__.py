@@ -7,6 +7,8 @@ import signal
 import sys
 from typing import NoReturn
 
+from pipeload.serve import HANDOVER
+
 __all__ = ["main"]
 
 _COMMAND_NEEDS = ("rich", "typer")
@@ -18,6 +20,12 @@ def main() -> None:
     if sys.platform == "win32":
         # Its modules do not even import there.
         sys.exit("error: pipeload runs on Linux, whose memory it measures by /proc and cgroups. On Windows, use WSL 2.")
+    if (handover := os.environ.pop(HANDOVER, None)) is not None:
+        # An idle server has replaced itself. Signals are held back until it listens.
+        from pipeload.serve.server import go_on
+
+        go_on(handover)
+        return
     # Not where the parent has it ignored, as a shell does for commands in the background.
     heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if heard:

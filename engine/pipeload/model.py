@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.budget import Budget, budget_of
 from pipeload.decode import DecodeState, Decoding, Step
 from pipeload.errors import (
     BudgetError,
@@ -31,7 +32,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
-from pipeload.machine.sizes import format_bytes, parse_budget
+from pipeload.machine.sizes import format_bytes
 from pipeload.opening import Options, draft_bytes, open_pipeline, weigh_draft
 from pipeload.pipeline.joining import Joins, Padding, Rows
 from pipeload.pipeline.pipeline import Pipeline
@@ -71,7 +72,7 @@ _INPUTS_FACT, _INPUTS_REMEDY = "The inputs could not be brought into the pipelin
 
 def load(
     path: str | os.PathLike[str],
-    memory_budget: int | str = "auto",
+    memory_budget: int | str | Budget = "auto",
     *,
     loaders: int | None = None,
     threads: int | None = None,
@@ -88,7 +89,8 @@ def load(
     Args:
         path: the directory that `pipeload export` made.
         memory_budget: the most memory that the process may use, in bytes or as `"256MB"` or `"1GiB"`; `"auto"` takes
-            all memory that the cgroup (v1 or v2) and the machine leave free.
+            all memory that the cgroup (v1 or v2) and the machine leave free. Models that are loaded with one
+            `pipeload.Budget` share it.
         loaders: number of Loading Agents; None chooses.
         threads: intra-op threads; None chooses between the numbers that `pipeload profile` measured, every usable core
             or one less. Without a profile it takes every core.
@@ -110,7 +112,7 @@ def load(
         ManifestError: the directory holds no valid model.
         ShardError: a file of the directory is missing, damaged or foreign; for shards, which are read later, `run`
             raises it.
-        BudgetError: the budget is too small; the message names the smallest that works.
+        BudgetError: the budget is too small; the message names the smallest that works, for all models that share it.
         ConfigError: an argument is invalid.
         LoadError: the system refused to start another thread, or another memory allocator than the C library's is
             preloaded.
@@ -142,7 +144,7 @@ def load(
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
     if draft not in ("auto", None):
         raise ConfigError(f"draft is {draft!r:.80}; it must be 'auto' or None.")
-    budget = parse_budget(memory_budget)
+    budget = budget_of(memory_budget)
     files = ModelFiles(directory, manifest, verify=verify)
     if manifest.quantised_dynamically:
         warnings.warn(
@@ -157,7 +159,7 @@ def load(
             directory,
             manifest,
             Options(
-                budget_bytes=budget,
+                budget=budget,
                 loaders=loaders,
                 threads=threads,
                 dims=needs.planning_dims(manifest, image_sizes(files, manifest) | dict(sizes or {})),
@@ -197,6 +199,7 @@ class Model:
         self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
         self.give_back: Callable[[int], object] | None = None
+        self._budget = options.budget
         self.own_draft, beside = self._open_draft(options) if draft else (None, options)
         try:
             opened = open_pipeline(directory, manifest, self._decoding, beside, self._bring_in)
@@ -208,8 +211,6 @@ class Model:
                 raise
             opened = open_pipeline(directory, manifest, self._decoding, options, self._bring_in)
         self._pipeline, self._replanner = opened.pipeline, opened.replanner
-        if self.own_draft is not None:
-            self.own_draft.follow(self._pipeline.neighbour_takes)
         self._profile_dims = opened.profile_dims
         # The finalizer must not refer to the model. It also runs when the interpreter exits: onnxruntime must not be
         # torn down under running agents.
@@ -310,7 +311,7 @@ class Model:
             The outputs of each item, in order.
 
         Raises:
-            As `run`; ConfigError also when batch is below 1.
+            PipeloadError: as `run`; ConfigError also when batch is below 1.
         """
         if not isinstance(batch, int | np.integer) or batch < 1:
             raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
@@ -318,39 +319,63 @@ class Model:
             raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
         if self.manifest.quantised_dynamically:
             batch = 1
-        queue: deque[tuple[Call[dict[str, Value]], list[int]]] = deque()
+        queue: deque[tuple[Call[dict[str, Value]], Arrays, list[int]]] = deque()
         lent_bytes = self._pipeline.lent_bytes
         try:
             for passes, (inputs, sizes) in enumerate(batches(items, batch)):
                 # The next batch waits in memory while this one runs; the caller has outputs of the two before.
                 waiting_bytes = sum(a.nbytes for a in inputs.values())
                 call = self._start(inputs, beside_bytes=waiting_bytes, lent_bytes=lent_bytes, passes=passes)
-                queue.append((call, sizes))
+                queue.append((call, inputs, sizes))
                 if len(queue) > 1:
-                    yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
+                    yield from split_batch(self._outputs_of(*queue[0][:2]), queue.popleft()[2])
             while queue:
-                yield from split_batch(self._arrays(queue[0][0].result()), queue.popleft()[1])
+                yield from split_batch(self._outputs_of(*queue[0][:2]), queue.popleft()[2])
         finally:
-            for call, _ in queue:
+            for call, *_ in queue:
                 call.withdraw()
 
     def set_budget(self, memory_budget: int | str) -> None:
         """Change the memory budget; this returns after the memory beyond it was given back.
 
-        The budget holds for the model and its own draft together; where they do not fit, the draft is left out.
+        The budget holds for the model, its own draft and the models that share it (`Budget.set`) together; where they
+        do not fit, the draft is left out.
 
         Args:
-            memory_budget: as for `load`.
+            memory_budget: as for `load`, but no `pipeload.Budget`.
 
         Raises:
             BudgetError: the new budget is too small; the old one stays in force.
             ClosedError: the model is closed.
         """
         self._check_usable()
-        budget_bytes, before = parse_budget(memory_budget), self.plan.budget_bytes
-        self._with_room(lambda: self._pipeline.set_budget(budget_bytes))
-        if self.own_draft is not None:
-            self.own_draft.set_budget(memory_budget, self.plan.budget_bytes - before)
+        self._budget.set(memory_budget)
+
+    @contextmanager
+    def room_for(self, most_bytes: int, kept_bytes: int = 0) -> Iterator[None]:
+        """Memory under the model's budget for what the body makes; weights give way before it begins.
+
+        Args:
+            most_bytes: that the body takes at once.
+            kept_bytes: that stay, at most as long as the model is open.
+
+        Raises:
+            BudgetError: the model cannot work in what is left; nothing has changed.
+            ClosedError: the model is closed.
+        """
+        self._check_usable()
+        room = self._with_room(lambda: self._budget.open_share(most_bytes, 0))
+        left_bytes = 0
+        try:
+            yield
+            left_bytes = kept_bytes
+        finally:
+            with suppress(ClosedError):
+                self._budget.extend(room, left_bytes - most_bytes)
+            if left_bytes:
+                self._pipeline.rooms.append(room)
+            if not left_bytes or not self._finalizer.alive:
+                room.leave()
 
     def new_state(self, capacity: int = 0) -> DecodeState:
         """An empty KV cache for `step`.
@@ -380,7 +405,7 @@ class Model:
             Logits of these positions, `[batch, positions, vocabulary]`.
 
         Raises:
-            As `run`.
+            PipeloadError: as `run`.
         """
         outputs, _ = self._step(positions, 0, inputs, state)
         return self._logits(outputs, positions)
@@ -400,7 +425,7 @@ class Model:
             For each sequence its positions' largest logits.
 
         Raises:
-            As `run`.
+            PipeloadError: as `run`.
         """
         check_positive("top", top)
         outputs, feed = self._step(positions, top, inputs, state)
@@ -478,21 +503,30 @@ class Model:
             model = Model(folder, manifest, weighed.draft)
         except PipeloadError as error:
             return OwnDraft(Drafting(used=False, reason=f"it cannot be opened. {error}")), options
+        share = model._pipeline.share
         rooms = DraftRooms(
-            take=model._pipeline.neighbour_takes,
+            take=partial(options.budget.extend, share),
             expected_bytes=partial(draft_bytes, manifest, model._decoding),
             counted_bytes=weighed.beside_bytes,
         )
-        return OwnDraft(weighed.drafting, model, rooms), weighed.model
+        draft = OwnDraft(weighed.drafting, model, rooms)
+        leave_out = weakref.WeakMethod(draft.leave_out)
+        share.give_up = lambda reason: (known := leave_out()) is not None and known(reason)
+        return draft, weighed.model
 
     def _with_room(self, call: Callable[[], _Made]) -> _Made:
-        """What the call returns. Where only the memory of the draft keeps it from running, the draft is left out."""
-        try:
-            return call()
-        except BudgetError as error:
-            if self.own_draft is None or not self.own_draft.leave_out(f"the model needs its memory. {error}"):
-                raise
-            return call()
+        """What the call returns. Where only other models' memory keeps it from running, they give it back, or drafts
+        are left out.
+        """
+        share = self._pipeline.share
+        while True:
+            try:
+                return call()
+            except BudgetError as error:
+                if share.alone:
+                    raise
+                if not self._budget.gather(share, error):
+                    raise self._budget.refusal(error, share) from error
 
     def _step(
         self, positions: int, top: int, inputs: Mapping[str, NDArray[Any]], state: DecodeState
@@ -600,6 +634,7 @@ class Model:
             if (missing := pass_bytes + beside_bytes + cache_bytes - has_bytes) > 0:
                 self.give_back(missing)
                 cache_bytes = self._decoding.cache_bytes(state, step)
+        self._budget.called(self._pipeline.share)
         return self._pipeline.submit(
             feed,
             Needs(
@@ -639,6 +674,15 @@ class Model:
             needs_of=needs_of,
             output_bytes=sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs),
         )
+
+    def _outputs_of(self, call: Call[dict[str, Value]], inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """The outputs of a queued pass; one that has no room beside other models runs again when they have made it."""
+        try:
+            return self._arrays(call.result())
+        except BudgetError:
+            if self._pipeline.share.alone:
+                raise
+            return self.run(inputs)
 
     def _arrays(self, outputs: Mapping[str, Value]) -> dict[str, NDArray[Any]]:
         return {spec.name: to_array(outputs[spec.name]) for spec in self.manifest.outputs}

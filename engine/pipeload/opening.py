@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from pipeload.budget import Budget
 from pipeload.decode import CAPACITY_STEP, Decoding
 from pipeload.errors import BudgetError, LoadError
 from pipeload.format import manifest as manifests
@@ -54,14 +55,16 @@ class Options:
     """The arguments of `load`, checked.
 
     Attributes:
-        budget_bytes: the most memory that the process may use; None takes the free memory.
+        budget: the most memory that the process may use, and the other models that have it too.
         loaders, threads: see `load`.
         dims: sizes of the symbolic dimensions to plan for.
         verify, profile, progress: see `load`.
-        process_bytes: memory of the process, its other models included, where the caller knows it; None measures.
+        process_bytes: memory of the process without models, where the caller knows it; None measures.
+        brought_bytes: memory that opening the model has brought into the process before.
+        fixed_bytes: the share of a draft; None for a model.
     """
 
-    budget_bytes: int | None
+    budget: Budget
     loaders: int | None
     threads: int | None
     dims: Mapping[str, int]
@@ -69,6 +72,8 @@ class Options:
     profile: Profile | None
     progress: Callable[[Progress], None] | None
     process_bytes: int | None = None
+    brought_bytes: int = 0
+    fixed_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,21 +137,39 @@ def open_pipeline(
     profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(options.dims)
     kept = options.profile or profile_store.find(directory, profile_dims)
     with OPEN_PIPELINES.lock:
-        bring_in()
-        process = profiler.measure()
-        process_bytes = options.process_bytes or _with_neighbours(process)
+        process, brought_bytes = _measure(bring_in)
+        brought_bytes += options.brought_bytes
+        own_bytes = options.process_bytes
+        if own_bytes is None:
+            own_bytes = options.budget.process_bytes(process.process_bytes, brought_bytes)
+        known = kept or process
+        runtime_bytes = options.budget.runtime_bytes or known.runtime_bytes
         loaders, threads = _startable(options, len(manifest.shards), process.cores)
-        replanner = Replanner(
-            manifest,
-            replace(kept or process, process_bytes=process_bytes, cores=process.cores),
-            budget_bytes=options.budget_bytes,
-            free_bytes=FreeMemory(),
-            loaders=loaders,
-            threads=threads,
-        )
-        plan = _first_plan(manifest, replanner, decoding, options.dims)
-        pipeline = Pipeline(manifest, storage, plan, replanner, options.progress)
+        share = options.budget.open_share(options.fixed_bytes, brought_bytes)
+        try:
+            replanner = Replanner(
+                manifest,
+                replace(
+                    known,
+                    process_bytes=own_bytes + brought_bytes,
+                    cores=process.cores,
+                    runtime_bytes=runtime_bytes,
+                ),
+                budget_bytes=options.budget.budget_bytes,
+                free_bytes=FreeMemory(),
+                loaders=loaders,
+                threads=threads,
+                share=share,
+            )
+            needed = _first_needs(manifest, decoding, options.dims)
+            plan = _plan_beside(options.budget, replanner, lambda: _first_plan(replanner, needed), needed)
+            cache_bytes = decoding.cache_bytes if manifest.caches else None
+            pipeline = Pipeline(manifest, storage, plan, replanner, options.progress, cache_bytes)
+        except BaseException:
+            share.leave()
+            raise
         OPEN_PIPELINES.add(pipeline)
+        options.budget.add(pipeline)
     # Absolute, since the host may change its working directory.
     keep = partial(_keep_learned, directory.absolute(), profile_dims, replanner)
     return Opened(
@@ -170,9 +193,9 @@ def weigh_draft(
         bring_in: see `open_pipeline`.
     """
     with OPEN_PIPELINES.lock:
-        bring_in()
-        process = profiler.measure()
-        process_bytes = _with_neighbours(process)
+        process, brought_bytes = _measure(bring_in)
+        process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
+        own_bytes = options.budget.process_bytes(process.process_bytes, brought_bytes)
     known = options.profile or profile_store.find(directory, profiler.profile_dims(manifest)) or process
     profile = replace(known, process_bytes=process_bytes, cores=process.cores)
     guesser = draft_contender(*draft, profile)
@@ -180,18 +203,19 @@ def weigh_draft(
     told = weigh(
         Contender(manifest=manifest, profile=profile, needs=_first_needs(manifest, Decoding(manifest), options.dims)),
         guesser,
-        budget_bytes=min(options.budget_bytes or free_bytes, free_bytes),
+        budget_bytes=min(options.budget.budget_bytes or free_bytes, free_bytes),
         acceptance=acceptance_of(manifest),
         loaders=options.loaders,
         threads=options.threads,
     )
     return Weighed(
         drafting=told,
-        model=replace(options, process_bytes=process_bytes + told.draft_bytes),
+        model=replace(options, process_bytes=own_bytes, brought_bytes=brought_bytes),
         draft=replace(
             options,
             dims=_draft_dims(draft[1]),
-            process_bytes=process_bytes + told.model_bytes,
+            process_bytes=own_bytes,
+            fixed_bytes=told.draft_bytes,
             profile=guesser.profile,
             progress=None,
         ),
@@ -233,9 +257,25 @@ def acceptance_of(manifest: Manifest) -> float:
     return _ASSUMED_ACCEPTANCE if told is None else told
 
 
-def _with_neighbours(process: Profile) -> int:
-    """Memory of the process, with that of other models that may not have read yet the weights that they will keep."""
-    return process.process_bytes + OPEN_PIPELINES.to_come_bytes()
+def _measure(bring_in: Callable[[], object]) -> tuple[Profile, int]:
+    """The process with all that it keeps beside the pipeline, and the bytes of that."""
+    before_bytes = profiler.measure().process_bytes
+    bring_in()
+    process = profiler.measure()
+    return process, max(0, process.process_bytes - before_bytes)
+
+
+def _plan_beside(budget: Budget, replanner: Replanner, plan: Callable[[], Plan], needed: Needs) -> Plan:
+    """The first plan, with memory of other models where there is too little."""
+    share = replanner.share
+    while True:
+        try:
+            return plan()
+        except BudgetError as error:
+            if share.alone or share.fixed:
+                raise
+            if not budget.gather(share, error, replanner.extremes(needed)[1]):
+                raise budget.refusal(error, share) from error
 
 
 def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, int | None]:
@@ -261,8 +301,7 @@ def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, i
     return loaders, options.threads
 
 
-def _first_plan(manifest: Manifest, replanner: Replanner, decoding: Decoding, dims: Mapping[str, int]) -> Plan:
-    needed = _first_needs(manifest, decoding, dims)
+def _first_plan(replanner: Replanner, needed: Needs) -> Plan:
     if needed.cache_bytes:
         # The caller of a decoder will decode: room for the first caches now saves another plan, and reading, then.
         with suppress(BudgetError):

@@ -191,7 +191,7 @@ def export(
         if max_error is not None and weights == "auto" and not gguf:
             raise ConfigError(_NO_ERROR)
         if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
-            options = (whole, weights, kv_cache, repr(how), keep_onnx is None)
+            options = (whole, weights, kv_cache, repr(how), draft, keep_onnx is None)
             staging.resume(identity_of({**facts_of(found), "options": options}))
         with ExitStack() as stack:
             stack.enter_context(staging)
@@ -239,7 +239,7 @@ def export(
                     split_into = staging.floats
                     split_into.mkdir()
                     built(source_graph, split_into, verify=False)
-                manifest = add_draft(manifest, staging, split_into, draft, notify, verify=verify)
+                manifest = add_draft(manifest, staging, split_into, draft, notify, journal=journal, verify=verify)
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))

@@ -20,6 +20,7 @@ _FOREIGN = ("onnx", "optimum", "torch", "transformers", "tokenizers", "jinja2", 
 def test_the_public_names_are_pinned() -> None:
     assert pipeload.__all__ == [
         "Answer",
+        "Budget",
         "BudgetError",
         "ClosedError",
         "ConfigError",

@@ -62,7 +62,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 
 def test_the_wheel_holds_both_packages_and_no_tests(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"pipeload/model.py", "pipeload_export/export.py"} <= set(names)
+    assert {"pipeload/model.py", "pipeload/serve/page/index.html", "pipeload_export/export.py"} <= set(names)
     roots = {name.partition("/")[0] for name in names}
     assert {root for root in roots if not root.endswith(".dist-info")} == {"pipeload", "pipeload_export"}
 

@@ -22,32 +22,36 @@ class DraftedOrder:
 
     Attributes:
         model: the sharded model directory.
-        prompts: questions, put into the model's chat template.
+        prompts: token ids.
+        questions: further prompts, put into the model's chat template.
         weights_bytes: the budget beyond what the process takes without weights.
         tokens: of each answer.
         draft: as `pipeload.load` takes it.
     """
 
     model: str
-    prompts: tuple[str, ...]
     weights_bytes: int
     tokens: int
+    prompts: tuple[tuple[int, ...], ...] = ()
+    questions: tuple[str, ...] = ()
     draft: Literal["auto"] | None = None
 
 
 def main() -> None:
     order = from_json(sys.argv[1], DraftedOrder)
     with pipeload.load(order.model, draft=None) as model:
-        plan = model.plan
-        model.generate(model.chat_prompt([{"role": "user", "content": order.prompts[0]}]), max_new_tokens=1)
+        prompts = [
+            *(list(ids) for ids in order.prompts),
+            *(model.chat_prompt([{"role": "user", "content": question}]) for question in order.questions),
+        ]
+        model.generate(prompts[0], max_new_tokens=1)
         plan = model.plan
         beside_bytes = plan.process_bytes + plan.pass_bytes + plan.cache_bytes
     with pipeload.load(order.model, beside_bytes + order.weights_bytes, draft=order.draft) as model:
 
-        def ask(prompt: str, tokens: int) -> dict[str, Any]:
-            ids = model.chat_prompt([{"role": "user", "content": prompt}])
+        def ask(prompt: list[int], tokens: int) -> dict[str, Any]:
             lap = time.perf_counter()
-            made = model.generate(ids, do_sample=False, max_new_tokens=tokens, eos_token_id=[])
+            made = model.generate(prompt, do_sample=False, max_new_tokens=tokens, eos_token_id=[])
             return {
                 "token_ids": made.token_ids,
                 "seconds": time.perf_counter() - lap,
@@ -57,8 +61,8 @@ def main() -> None:
             }
 
         said = str(model.draft) if model.draft else None
-        ask(order.prompts[0], _WARM_TOKENS)
-        texts = [ask(prompt, order.tokens) for prompt in order.prompts]
+        ask(prompts[0], _WARM_TOKENS)
+        texts = [ask(prompt, order.tokens) for prompt in prompts]
         tell(
             {
                 "texts": texts,

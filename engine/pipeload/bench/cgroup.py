@@ -9,20 +9,33 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeload.errors import ConfigError
 
-__all__ = ["READ_COUNTER", "Outcome", "disk_number", "evict", "permitted", "read_bytes", "run"]
+__all__ = [
+    "READ_COUNTER",
+    "MemoryGroup",
+    "Outcome",
+    "Started",
+    "disk_number",
+    "evict",
+    "memory_group",
+    "permitted",
+    "read_bytes",
+    "run",
+    "started",
+]
 
 READ_COUNTER = "PIPELOAD_BENCH_READ_COUNTER"
 """Environment variable of the child: the file that counts its cgroup's reads from disks."""
 _ROOT = Path("/sys/fs/cgroup")
 _ENTER = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1" || exit 126; shift; n=$((n - 1)); done; exec "$@"'
 _SAMPLE_S = 0.05
+_END_S = 30
 _UNTHROTTLED_BYTES_PER_S = 1 << 60
 """v1 counts a group's bytes only on disks for which the group has a rule."""
 
@@ -51,7 +64,7 @@ class Outcome:
 def permitted() -> str | None:
     """None when this process may make memory cgroups, else the reason why not."""
     try:
-        with _memory_group(None):
+        with memory_group(None):
             return None
     except OSError as error:
         return f"no right to make a memory cgroup below {_ROOT}: {error}"
@@ -96,12 +109,69 @@ def run(
     """
     if not grouped:
         return _watch(command, (), env, timeout_s, None)
-    with _memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
+    with memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
         groups = tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
         environment = dict(os.environ if env is None else env)
         if disk:
             environment[READ_COUNTER] = str(disk / ("io.stat" if memory.unified else "blkio.throttle.io_service_bytes"))
         return _watch(command, groups, environment, timeout_s, memory)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A child that goes on, in a cgroup of its own.
+
+    Attributes:
+        process: the child; its standard output is a pipe of text.
+        peak_bytes: gives the cgroup's highest usage so far, page cache included; None with v2 before Linux 5.19.
+        oom_kills: gives the number of processes that the kernel has killed for memory.
+    """
+
+    process: subprocess.Popen[str]
+    peak_bytes: Callable[[], int | None]
+    oom_kills: Callable[[], int]
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    *,
+    log: Path,
+    memory_bytes: int | None = None,
+    read_bytes_per_s: int | None = None,
+    disk_of: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Started]:
+    """Start a command in a fresh cgroup; at the end of the context it gets SIGTERM, and SIGKILL 30 s later.
+
+    Args:
+        command: the command to start.
+        log: a file that gets its standard error.
+        memory_bytes: see `run`.
+        read_bytes_per_s: see `run`.
+        disk_of: see `run`.
+        env: see `run`.
+
+    Raises:
+        ConfigError: the disk cannot be throttled.
+        OSError: this process may not make the cgroups; see `permitted`.
+    """
+    with memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
+        groups = tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(
+                _entering(command, groups), stdout=subprocess.PIPE, stderr=errors, text=True, env=env
+            ) as child,
+        ):
+            try:
+                yield Started(process=child, peak_bytes=memory.peak_bytes, oom_kills=memory.oom_kills)
+            finally:
+                child.terminate()
+                try:
+                    child.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
 
 
 def read_bytes() -> int:
@@ -133,9 +203,20 @@ def disk_number(path: Path, system: Path = Path("/sys/dev/block")) -> str | None
 
 
 @dataclass(frozen=True, slots=True)
-class _MemoryGroup:
+class MemoryGroup:
+    """A memory cgroup.
+
+    Attributes:
+        folder: where the kernel shows it.
+        unified: it is of cgroups v2.
+    """
+
     folder: Path
     unified: bool
+
+    def command(self, command: Sequence[str]) -> list[str]:
+        """The command that runs `command` in this group."""
+        return _entering(command, (self.folder,))
 
     def peak_bytes(self) -> int | None:
         """The highest usage; None with v2 before Linux 5.19."""
@@ -143,9 +224,11 @@ class _MemoryGroup:
         return int(path.read_text()) if path.exists() else None
 
     def used_bytes(self) -> int:
+        """What is charged to it now, page cache included."""
         return int((self.folder / ("memory.current" if self.unified else "memory.usage_in_bytes")).read_text())
 
     def oom_kills(self) -> int:
+        """Processes in it that the kernel killed for memory."""
         name = "memory.events" if self.unified else "memory.oom_control"
         fields = dict(line.split() for line in (self.folder / name).read_text().splitlines())
         return int(fields.get("oom_kill", 0))
@@ -156,12 +239,9 @@ def _watch(
     groups: Sequence[Path],
     env: Mapping[str, str] | None,
     timeout_s: float,
-    memory: _MemoryGroup | None,
+    memory: MemoryGroup | None,
 ) -> Outcome:
-    if groups:
-        # A shell enters the groups and becomes the command, so that all of the command's memory is charged to them.
-        places = [str(folder / "cgroup.procs") for folder in groups]
-        command = ["/bin/sh", "-c", _ENTER, "enter", str(len(places)), *places, *command]
+    command = _entering(command, groups) if groups else command
     begin = time.monotonic()
     samples: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
@@ -191,6 +271,12 @@ def _watch(
     )
 
 
+def _entering(command: Sequence[str], groups: Sequence[Path]) -> list[str]:
+    """A shell enters the groups and becomes the command, so that all of the command's memory is charged to them."""
+    places = [str(folder / "cgroup.procs") for folder in groups]
+    return ["/bin/sh", "-c", _ENTER, "enter", str(len(places)), *places, *command]
+
+
 def _rss_bytes(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -199,7 +285,15 @@ def _rss_bytes(pid: int) -> int:
 
 
 @contextmanager
-def _memory_group(limit_bytes: int | None) -> Iterator[_MemoryGroup]:
+def memory_group(limit_bytes: int | None) -> Iterator[MemoryGroup]:
+    """A fresh memory cgroup without swap; it is removed at the end, when its processes have ended.
+
+    Args:
+        limit_bytes: the cap; None only measures.
+
+    Raises:
+        OSError: this process may not make one; see `permitted`.
+    """
     v1 = _ROOT / "memory"
     unified = not v1.is_dir()
     with _group(_ROOT if unified else v1) as folder:
@@ -214,11 +308,11 @@ def _memory_group(limit_bytes: int | None) -> Iterator[_MemoryGroup]:
         else:
             (folder / "memory.swappiness").write_text("0")
             (folder / "memory.limit_in_bytes").write_text("-1" if limit_bytes is None else str(limit_bytes))
-        yield _MemoryGroup(folder, unified)
+        yield MemoryGroup(folder, unified)
 
 
 @contextmanager
-def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Path | None) -> Iterator[Path | None]:
+def _disk_group(memory: MemoryGroup, read_bytes_per_s: int | None, disk_of: Path | None) -> Iterator[Path | None]:
     """The group that counts and throttles reads: in v2 the memory group, in v1 one of its own; None without either."""
     number = disk_number(disk_of) if disk_of else None
     if number is None:

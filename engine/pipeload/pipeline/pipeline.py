@@ -16,8 +16,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
@@ -36,10 +37,12 @@ from pipeload.pipeline.room import Room
 from pipeload.pipeline.session import ShardSession, Value, shrink_arena
 from pipeload.pipeline.sweep import Feed, Sweep
 from pipeload.pipeline.weights_memory import WeightsMemory
+from pipeload.planning import planner
 from pipeload.planning.needs import Needs, in_arena
 from pipeload.planning.planner import Plan
 from pipeload.planning.replanner import Replanner
 from pipeload.planning.schedule import roofline
+from pipeload.planning.shares import Share
 from pipeload.storage.weights import Storage
 from pipeload.tracing.stats import Stats
 from pipeload.tracing.trace import Progress, Trace
@@ -69,6 +72,11 @@ class Pipeline:
         plan: the first plan.
         replanner: plans anew between passes.
         progress: called after each shard of each pass, by the Inference Agent.
+        cache_bytes: tells the memory of all caches that are open; None for a model without caches.
+
+    Attributes:
+        share: the model's, of its budget.
+        rooms: shares of memory beside it that is in use until the pipeline is closed.
     """
 
     def __init__(
@@ -78,7 +86,11 @@ class Pipeline:
         plan: Plan,
         replanner: Replanner,
         progress: Callable[[Progress], None] | None = None,
+        cache_bytes: Callable[[], int] | None = None,
     ) -> None:
+        self.share = replanner.share
+        self.rooms: list[Share] = []
+        self._cache_bytes = cache_bytes
         self._manifest = manifest
         self._storage = storage
         self._replanner = replanner
@@ -93,6 +105,7 @@ class Pipeline:
         self._loader = Loader(manifest, storage, self._exchange, self._memory, self.trace)
         self._room = Room(manifest, self._exchange, self._memory, replanner, self._lent)
         self._sweep = Sweep(manifest, storage)
+        self.share.occupied = lambda: self._memory.occupied_bytes
         self._closing = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._room.start(next_pass=1)
@@ -113,6 +126,42 @@ class Pipeline:
     def to_come_bytes(self) -> int:
         """Memory that the plan grants to weights, caches and passes, minus the bytes that weights occupy already."""
         return 0 if self._exchange.closed else self._memory.to_come_bytes
+
+    @property
+    def process_bytes(self) -> int:
+        """The process beside all models, as this one knows it; with what opening this one has brought into it."""
+        return self._replanner.profile.process_bytes
+
+    @property
+    def runtime_bytes(self) -> int:
+        """See `Profile.runtime_bytes`."""
+        return self._replanner.profile.runtime_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """Memory that the plan leaves to all other models of the budget."""
+        return self._replanner.beside_bytes(self.plan.budget_bytes)
+
+    @property
+    def usable_bytes(self) -> int:
+        """Memory that the plan may use for this model."""
+        plan = self.plan
+        return plan.budget_bytes - planner.process_bytes(self._replanner.profile) - self.beside_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory that the plan does use for it."""
+        return self.plan.peak_bytes - self.plan.process_bytes
+
+    @property
+    def extremes(self) -> tuple[int, int]:
+        """The least memory that works for passes like the latest one, with the caches open now; and the most of use."""
+        return self._replanner.extremes(self._room.with_lent(self._needs))
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call runs or waits."""
+        return self._exchange.calls.idle
 
     @property
     def lent_bytes(self) -> int:
@@ -166,29 +215,29 @@ class Pipeline:
             BudgetError: the new budget is too small; the old one stays in force.
             ClosedError: the pipeline was closed.
         """
+        self.change(lambda: self._replanner.trying(budget_bytes), strict=budget_bytes is None).result()
 
-        def work(_: Call[None]) -> None:
-            with foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY), self._replanner.trying(budget_bytes):
-                self._prepare(strict=budget_bytes is None)
-
-        self.call(Call(work)).result()
-
-    def neighbour_takes(self, nbytes: int) -> None:
-        """Leave more memory to another model of this process; this returns after it was given back.
+    def change(self, made: Callable[[], AbstractContextManager[object]], *, strict: bool = False) -> Call[None]:
+        """Queue a change of what plans are made from.
 
         Args:
-            nbytes: beyond what the plan knows of it; below 0 that it takes so much less.
+            made: the change; it stays if the body plans a pass with it.
+            strict: see `Replanner.before_pass`.
+
+        Returns:
+            A call that ends after the memory that has no place any more was given back. Waiting for it raises
+            BudgetError where no pass like the latest one is possible.
 
         Raises:
-            BudgetError: this model needs the memory; its plan stays.
-            ClosedError: the pipeline was closed.
+            ClosedError: the pipeline is closed.
+            ConfigError: see `call`.
         """
 
         def work(_: Call[None]) -> None:
-            with foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY), self._replanner.beside(nbytes):
-                self._prepare()
+            with foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY), made():
+                self._prepare(self._needs, strict=strict)
 
-        self.call(Call(work)).result()
+        return self.call(Call(work))
 
     def close(self) -> None:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
@@ -210,6 +259,8 @@ class Pipeline:
             for index in self._exchange.residents.parts:
                 self._memory.release(self._exchange.residents.forget(index))
             self._memory.close()
+            for share in (self.share, *self.rooms):
+                share.leave()
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
@@ -225,6 +276,12 @@ class Pipeline:
         running = sum(thread.name.startswith("pipeload-loader") for thread in self._threads)
         for number in range(running, self.plan.loaders + self.plan.packed):
             self._spawn(f"loader-{number}", loading_agent, self._exchange, self._loader.run)
+
+    @property
+    def _needs(self) -> Needs:
+        """Of a pass like the latest one, with the caches that are open now."""
+        needs = self._room.needs
+        return needs if self._cache_bytes is None else replace(needs, cache_bytes=self._cache_bytes())
 
     # Inference Agent: calls
 
@@ -246,6 +303,7 @@ class Pipeline:
                 calls += self._exchange.calls.join()
             elif call.rows is not None:
                 calls += self._exchange.calls.join(lambda waiting: self._grouped([call, *waiting])[0][1:])
+            self.share.pass_begins()
             batches = self._admit(calls)
             cold = self._coldness()
             begin_s = self._ledger.begin()

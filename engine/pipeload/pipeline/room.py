@@ -25,6 +25,9 @@ class Room:
         memory: holds the plan in force.
         replanner: plans anew.
         lent: outputs of earlier calls, which occupy memory too.
+
+    Attributes:
+        needs: of the latest pass that was planned.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class Room:
         self._memory = memory
         self._replanner = replanner
         self._lent = lent
-        self._needs = Needs(pass_bytes=memory.plan.pass_bytes, cache_bytes=memory.plan.cache_bytes)
+        self.needs = Needs(pass_bytes=memory.plan.pass_bytes, cache_bytes=memory.plan.cache_bytes)
 
     def prepare(self, next_pass: int, needs: Needs | None = None, *, strict: bool = False) -> None:
         """Plan a pass, make room for it, and start the Loading Agents if they are stopped.
@@ -49,8 +52,8 @@ class Room:
             BudgetError: the pass does not fit the budget.
             ClosedError: the exchange was closed meanwhile.
         """
-        needs = needs or self._needs
-        wanted = replace(needs, pass_bytes=self._pass_bytes(needs))
+        needs = needs or self.needs
+        wanted = self.with_lent(needs)
         packing = self._exchange.residents.packing
         beside = self._memory.beside_bytes(packing=packing)
         if self._replanner.growth_bytes(self._memory.plan, wanted.pass_bytes, beside) > 0:
@@ -58,7 +61,10 @@ class Room:
             beside = self._memory.beside_bytes(packing=packing)
         plan = self._replanner.before_pass(self._memory.plan, wanted, beside, strict=strict)
         # The needs of a refused call say nothing about the next one.
-        self._needs = needs
+        self.needs = needs
+        if plan.process_bytes != self._memory.plan.process_bytes:
+            # Until now other models may have had more of the budget: their peaks are no faults of the next plan.
+            self._memory.take_peak(0)
         if plan.layout != self._memory.plan.layout:
             self._clear_for(plan)
         self._memory.follow(plan)
@@ -71,7 +77,7 @@ class Room:
         Args:
             complete: whether all resident shards and kept parts were in memory.
         """
-        pass_bytes = self._pass_bytes(self._needs)
+        pass_bytes = self.with_lent(self.needs).pass_bytes
         plan, peak = self._memory.plan, self._memory.take_peak(pass_bytes)
         # Loading Agents that pack have all of their copies at the same moment in few passes: most passes tell of room
         # that others need.
@@ -96,9 +102,9 @@ class Room:
         self.stop()
         self._wait_freed()
 
-    def _pass_bytes(self, needs: Needs) -> int:
-        """Memory of a pass beside weights and caches, with the outputs that callers keep meanwhile."""
-        return needs.pass_bytes + max(self._lent.nbytes, needs.lent_bytes)
+    def with_lent(self, needs: Needs) -> Needs:
+        """The needs of a pass, with the outputs that callers keep meanwhile."""
+        return replace(needs, pass_bytes=needs.pass_bytes + max(self._lent.nbytes, needs.lent_bytes), lent_bytes=0)
 
     def _clear_for(self, plan: Plan) -> None:
         """Stop the Loading Agents, and free all memory that has no place in the new plan."""

@@ -24,6 +24,7 @@ from pipeload.planning.learning import learn
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
+from pipeload.planning.shares import Share, Shares
 from pipeload.tracing.trace import Span
 
 __all__ = ["Replanner"]
@@ -54,6 +55,8 @@ _HEADROOM_SHARE = 0.01
 _SLACK_SHARE, _SLACK_BYTES = 0.005, 1_500_000
 """Corrected figures add this fraction of the budget, or this much where that is more: one of the next passes may take
 more than the latest did. Python takes memory in arenas of 1 MiB, and holes in the heap come and go."""
+_AMPLE_BYTES, _AMPLE_FACTOR = 1 << 50, 1.006
+"""More than any model can use; and what a plan leaves free of it."""
 _GUARD_SHARE = 0.0025
 """A process that outgrew its plan gets another one unless at least this fraction of the budget is left."""
 _WRONG_PASSES, _WRONG_S = 2, 0.5
@@ -74,6 +77,10 @@ class Replanner:
         free_bytes: gives the memory that cgroup and machine leave to this process; called between passes.
         loaders: number of Loading Agents; None chooses.
         threads: intra-op threads; None chooses.
+        share: the model's share of the budget; None where no other model has any.
+
+    Attributes:
+        share: see above.
     """
 
     def __init__(
@@ -85,7 +92,11 @@ class Replanner:
         free_bytes: Callable[[], int],
         loaders: int | None = None,
         threads: int | None = None,
+        share: Share | None = None,
     ) -> None:
+        self.share = share or Shares().open()
+        self._standing = self.share.standing
+        self._beside_bytes = 0
         self._manifest = manifest
         self._profile = profile
         self._least_process_bytes = profile.process_bytes
@@ -126,14 +137,33 @@ class Replanner:
         Raises:
             BudgetError: the budget cannot work.
         """
+        limit = limit_bytes or self._budget_bytes or self._free_bytes()
+        return self._plan_in(self._process_in(limit), needs, limit)
+
+    def extremes(self, needs: Needs) -> tuple[int, int]:
+        """The least memory beside the process that works for passes with these needs, and the most that is of use."""
+        process = planner.process_bytes(self._profile)
+        try:
+            least = self._plan_in(self._profile, needs, 1).peak_bytes
+        except BudgetError as error:
+            least = error.needed_bytes
+        ample = self._plan_in(self._profile, needs, _AMPLE_BYTES).peak_bytes
+        return least - process, int((ample - process) * _AMPLE_FACTOR)
+
+    def _plan_in(self, process: Profile, needs: Needs, limit_bytes: int) -> Plan:
         return planner.make_plan(
             self._manifest,
-            self._profile,
-            budget_bytes=limit_bytes or self._budget_bytes or self._free_bytes(),
+            process,
+            budget_bytes=limit_bytes,
             needs=needs,
             loaders=self._loaders,
             threads=self._threads,
         )
+
+    def _process_in(self, limit_bytes: int) -> Profile:
+        """The profile as plans see it that may use this much: the process has the memory of other models too."""
+        beside = self.beside_bytes(limit_bytes)
+        return replace(self._profile, process_bytes=self._profile.process_bytes + beside) if beside else self._profile
 
     def first_plan(self, needs: Needs) -> Plan:
         """The first plan: loading begins at once, so the plan keeps to the free memory even below the budget.
@@ -167,19 +197,6 @@ class Replanner:
             self._budget_bytes, self._reason = before
             raise
 
-    @contextmanager
-    def beside(self, nbytes: int) -> Iterator[None]:
-        """Count this much more for another model of the process (below 0: less); it stays if the body plans with it."""
-        before = self._least_process_bytes, self._profile, self._reason
-        self._least_process_bytes += nbytes
-        self._profile = replace(self._profile, process_bytes=self._profile.process_bytes + nbytes)
-        self._reason = "asked"
-        try:
-            yield
-        except BaseException:
-            self._least_process_bytes, self._profile, self._reason = before
-            raise
-
     def limit_bytes(self, current: Plan) -> int:
         """Bytes that the process may use now: the budget, or less when less memory is left."""
         free = self._free_bytes()
@@ -204,6 +221,7 @@ class Replanner:
             BudgetError: the pass does not fit the budget.
         """
         limit = self.limit_bytes(current)
+        self._look_beside(limit)
         if self._reason is not None and self._budget_bytes is None:
             # A plan is made in any case: it may use the free memory, but for the part that swings.
             limit = max(limit, int(self._free_bytes() * (1 - _FREE_SWING_SHARE)))
@@ -216,7 +234,8 @@ class Replanner:
             pass_bytes=max(one.pass_bytes for one in self._needs),
             cache_bytes=max(one.cache_bytes for one in self._needs),
         )
-        kept = planner.with_needs(current, self._profile, most, limit)
+        process = self._process_in(limit)
+        kept = planner.with_needs(current, process, most, limit)
         room = limit - kept.peak_bytes
         self._patience = self._patience + 1 if room > self._room_bytes + limit * _UNUSED_SHARE else 0
         enough = self._patience >= self._most_patience
@@ -226,7 +245,7 @@ class Replanner:
             return kept
         best = self._best(limit, most, needs, forced=forced, strict=strict)
         if not forced:
-            now = planner.predict(self._manifest, self._profile, kept)
+            now = planner.predict(self._manifest, process, kept)
             # Room is used also where it only saves reading: others may need the disk.
             saves = enough and best.streamed_bytes < kept.streamed_bytes
             gain = _AS_FAST if saves else _GAIN[self._reason or "learned"]
@@ -243,6 +262,17 @@ class Replanner:
         self._room_bytes = max(0, limit - best.peak_bytes)
         return best
 
+    def _look_beside(self, limit_bytes: int) -> None:
+        """Plan anew where other models have left memory to this one."""
+        before, self._beside_bytes = self._beside_bytes, self.beside_bytes(limit_bytes)
+        moved, self._standing = self._standing != self.share.standing, self.share.standing
+        if moved and self._beside_bytes < before:
+            self._reason = "asked"
+
+    def beside_bytes(self, limit_bytes: int) -> int:
+        """Memory that is left to the other models of the budget, where the process may use this much."""
+        return self.share.beside_bytes(limit_bytes - planner.process_bytes(self._profile))
+
     def correct(self, current: Plan, peak: Peak, pass_bytes: int, *, complete: bool) -> None:
         """Compare the peak of the process during a pass with the plan, and correct `Profile.runtime_bytes`.
 
@@ -257,7 +287,8 @@ class Replanner:
             self._slacks.clear()
             self._grow(more, current)
             return
-        if not complete:
+        if not complete or not self.share.alone:
+            # Other models may use more of their shares the next time.
             return
         # Caches may still be empty, so they count as nothing.
         planned = current.process_bytes + pass_bytes + current.weights_bytes
@@ -300,10 +331,13 @@ class Replanner:
             occupied_bytes: memory of the process now, without weights and caches.
         """
         swing = current.budget_bytes * _SWING_SHARE
-        beside = occupied_bytes - planner.process_bytes(self._profile)
+        others = self.beside_bytes(self.limit_bytes(current))
+        beside = occupied_bytes - planner.process_bytes(self._profile) - others
         # Memory that passes leave behind in the heap is no growth.
         growth = beside - max(pass_bytes, current.pass_bytes)
-        return growth if growth > swing else beside if beside < -swing else 0
+        # Nor is memory that other models do not use now given back.
+        shrunk = beside + self.share.idle_bytes(others)
+        return growth if growth > swing else shrunk if shrunk < -swing else 0
 
     def knows(self, kind: object) -> bool:
         """Whether the profile was measured with passes of this kind; None stands for the profile's own sizes."""
@@ -353,7 +387,7 @@ class Replanner:
         if forced:
             with suppress(BudgetError):
                 found = self.plan(most, int(limit_bytes * (1 - _HEADROOM_SHARE)))
-                return planner.with_needs(found, self._profile, most, limit_bytes)
+                return planner.with_needs(found, self._process_in(limit_bytes), most, limit_bytes)
         try:
             return self.plan(most, limit_bytes)
         except BudgetError:
@@ -362,7 +396,8 @@ class Replanner:
         try:
             return self.plan(now, limit_bytes)
         except BudgetError as error:
-            if strict or (self._budget_bytes is not None and limit_bytes >= self._budget_bytes):
+            whole = self._budget_bytes is not None and limit_bytes >= self._budget_bytes
+            if strict or whole or self.beside_bytes(limit_bytes):
                 # The pass was refused, so nothing needs to be kept free for it.
                 self._needs.clear()
                 raise

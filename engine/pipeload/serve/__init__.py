@@ -16,11 +16,21 @@ generation     prompts -> tokens as they come
 stops          text up to a stop string
 sse            events of a stream
 metrics        figures for Prometheus
+machine        memory, shards, and lanes of the latest sweep
+page/          a page for people: files that a browser runs
 log            a line for each request
 door           who may come in
+connections    ended where a request or the taking of an answer lasts too long
 images         pictures in requests
 routes/        bodies -> calls of a model -> bodies
 openapi        the routes, described for programs
-server         all of it on a port, until SIGTERM
+work           routes that call models, whose libraries come with the first call
+application    all of it for a server of ASGI
+handover       what an idle server leaves to the process that takes its place
+port           the socket that listens, and connections of clients
+server         the application on its port, until SIGTERM
 ```
 """
+
+HANDOVER = "PIPELOAD_HANDOVER"
+"""The environment variable by which a server tells the process that takes its place what it leaves."""

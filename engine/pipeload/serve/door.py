@@ -12,12 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.log import log_request
 from pipeload.serve.metrics import Metrics
+from pipeload.serve.routes.page import PATHS as PAGE_PATHS
 from pipeload.serve.settings import Settings, is_loopback
 
 __all__ = ["Door"]
 
-_OPEN = frozenset({"/health", "/ready"})
-"""Routes without a key: the probes of a supervisor, which tell nothing else."""
+_OPEN = frozenset({"/health", "/ready"}) | PAGE_PATHS
+"""Paths without a key: the probes of a supervisor, which tell nothing else, and the page, which asks for the key."""
 
 
 class Door:
@@ -83,6 +84,8 @@ class Door:
     def _route(self, path: str) -> str:
         if path in self._paths:
             return path
+        if path in PAGE_PATHS:
+            return "/page/{file}"
         return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
 
 

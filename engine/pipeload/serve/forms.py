@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipeload.serve.bodies.chat import ChatRequest, ToolCall
@@ -69,9 +70,9 @@ class Form:
             ConfigError: llguidance is not installed.
         """
         if self._tools is not None:
-            return [follow(model, self._tools.grammar(), prompt_tokens=prompt_tokens, param="tools")]
-        if self._schema is not None:
-            grammar = json_grammar(self._schema, "response_format")
+            return [follow(model, self._tools.grammar, prompt_tokens=prompt_tokens, param="tools")]
+        if (schema := self._schema) is not None:
+            grammar = partial(json_grammar, schema, "response_format")
             return [follow(model, grammar, prompt_tokens=prompt_tokens, param="response_format")]
         return []
 

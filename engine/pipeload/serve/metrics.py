@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -16,10 +17,18 @@ from pipeload.serve.models import Models
 if TYPE_CHECKING:
     from pipeload.tasks.generate.sequence import Generation
 
-__all__ = ["Metrics"]
+__all__ = ["Count", "Metrics"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+
+
+class Count(msgspec.Struct, frozen=True, array_like=True):
+    """A count of a figure: a sample, as Prometheus has it."""
+
+    sample: str
+    labels: Mapping[str, str]
+    value: float
 
 
 class Metrics:
@@ -28,9 +37,16 @@ class Metrics:
     Args:
         models: those of the engine.
         admission: calls that are served or wait.
+        earlier: counts of requests of the processes before this one, which it goes on with.
+
+    Attributes:
+        tokens_per_s: model -> tokens a second of its latest answer after its first token.
     """
 
-    def __init__(self, models: Models, admission: Admission) -> None:
+    def __init__(
+        self, models: Models, admission: Admission, earlier: Mapping[str, Sequence[Count]] | None = None
+    ) -> None:
+        self.tokens_per_s: dict[str, float] = {}
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "pipeload_requests", "Requests by route and status.", ("route", "status"), registry=self._registry
@@ -60,7 +76,15 @@ class Metrics:
         self._new_tokens = self._tokens("generated_tokens", "Tokens of answers.")
         self._drafted = self._tokens("drafted_tokens", "Guessed tokens that sweeps have checked.")
         self._accepted = self._tokens("accepted_tokens", "Guessed tokens that were right.")
-        self._registry.register(_Engine(models, admission))
+        self._idled = Counter(
+            "pipeload_idled",
+            "Times that the process was replaced, as all models were idle.",
+            registry=self._registry,
+        )
+        self._requested = _Summed(self._registry, earlier or {})
+        self._all = CollectorRegistry()
+        self._all.register(self._requested)
+        self._all.register(_Engine(models, admission))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """A request has ended."""
@@ -79,14 +103,53 @@ class Metrics:
         self._drafted.labels(model).inc(sum(one.drafted_tokens for one in results))
         self._accepted.labels(model).inc(sum(one.accepted_tokens for one in results))
         if seconds > 0 and max(tokens) > 1:
-            self._rate.labels(model).observe((max(tokens) - 1) / seconds)
+            rate = self.tokens_per_s[model] = (max(tokens) - 1) / seconds
+            self._rate.labels(model).observe(rate)
 
     def text(self) -> bytes:
         """All figures in Prometheus' format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._all)
+
+    def counts(self) -> dict[str, list[Count]]:
+        """Counts of requests, for a process that takes the place of this one."""
+        return {
+            figure.name: [
+                Count(one.name, one.labels, one.value) for one in figure.samples if not one.name.endswith("_created")
+            ]
+            for figure in self._requested.collect()
+        }
+
+    def idled(self) -> None:
+        """The process has taken the place of one whose models were idle."""
+        self._idled.inc()
 
     def _tokens(self, name: str, text: str) -> Counter:
         return Counter(f"pipeload_{name}", text, ("model",), registry=self._registry)
+
+
+class _Summed(Collector):
+    """The counts of this process, and those of the processes before it."""
+
+    def __init__(self, registry: CollectorRegistry, earlier: Mapping[str, Sequence[Count]]) -> None:
+        self._registry = registry
+        self._earlier = {
+            figure: {(one.sample, *sorted(one.labels.items())): one for one in counts}
+            for figure, counts in earlier.items()
+        }
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        for figure in self._registry.collect():
+            summed = Metric(figure.name, figure.documentation, figure.type)
+            earlier = dict(self._earlier.get(figure.name, {}))
+            for one in figure.samples:
+                before = earlier.pop((one.name, *sorted(one.labels.items())), None)
+                summed.add_sample(one.name, one.labels, one.value + (before.value if before else 0))
+            for before in earlier.values():
+                summed.add_sample(before.sample, dict(before.labels), before.value)
+            yield summed
 
 
 class _Engine(Collector):

@@ -11,8 +11,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
 
 import pipeload
 from pipeload.errors import BudgetError
@@ -25,11 +28,23 @@ from pipeload.serve.prefixes import Prefixes
 from pipeload.serve.settings import Settings
 
 if TYPE_CHECKING:
+    from pipeload.budget import Budget
     from pipeload.model import Model
 
-__all__ = ["Models", "Served"]
+__all__ = ["ModelCounts", "Models", "Served"]
 
 Result = TypeVar("Result")
+
+
+class ModelCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of a model, as `Served` has them, for a process that takes the place of this one."""
+
+    opened: int
+    closed: int
+    sweeps: int
+    read_bytes: int
+    prefix_hits: int = 0
+    prefix_reused_tokens: int = 0
 
 
 class Served:
@@ -38,10 +53,10 @@ class Served:
     Args:
         name: its name in requests.
         directory: its path.
-        budget: see `Settings`.
+        budget: gives the one that all models share.
         idle_s: see `Settings`.
         executor: runs what takes long.
-        all_served: all models of the server, which have memory under the same budget.
+        all_served: all models of the server.
         prefix_cache_bytes: see `Settings`.
 
     Attributes:
@@ -59,7 +74,7 @@ class Served:
         self,
         name: str,
         directory: Path,
-        budget: int | str,
+        budget: Callable[[], Budget],
         idle_s: float | None,
         executor: Executor,
         all_served: Mapping[str, Served],
@@ -78,6 +93,23 @@ class Served:
         self._ended = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is closed, and no call opens it."""
+        return self.model is None and not self.users and not self._lock.locked()
+
+    @property
+    def counts(self) -> ModelCounts:
+        """Its counts, while it is closed."""
+        return ModelCounts(
+            opened=self.opened,
+            closed=self.closed,
+            sweeps=self.sweeps,
+            read_bytes=self.read_bytes,
+            prefix_hits=self.prefixes.hits,
+            prefix_reused_tokens=self.prefixes.reused_tokens,
+        )
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Model]:
@@ -135,12 +167,13 @@ class Served:
                 return
             begin_s = time.perf_counter()
             stats = self.model.stats
-            self.sweeps += stats.passes
-            self.read_bytes += stats.read_bytes
             self.prefixes.end()
             await self._on_thread(self.model.close)
-            del stats
+            # At once, so that no figure has a sweep twice.
             self.model = None
+            self.sweeps += stats.passes
+            self.read_bytes += stats.read_bytes
+            del stats
             self.closed += 1
             await self._on_thread(_give_back)
             LOGGER.info(
@@ -165,7 +198,7 @@ class Served:
         begin_s = time.perf_counter()
         while True:
             try:
-                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget))
+                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget()))
                 break
             except BudgetError as error:
                 if await self._close_another():
@@ -180,7 +213,9 @@ class Served:
         return model
 
     async def _close_another(self) -> bool:
-        """Close a model that no call has, if there is one: this one is called, and has no room beside it."""
+        """Close a model that no call has, if there is one: this one is called, and not even the least memory of both
+        fits the budget.
+        """
         for other in self._all_served.values():
             if other is not self and other.model is not None and not other.users:
                 await other.close()
@@ -211,11 +246,13 @@ class Models:
 
     def __init__(self, settings: Settings, executor: Executor) -> None:
         self.served: dict[str, Served] = {}
+        # Made with the first model, since it brings the engine in.
+        budget = cache(lambda: pipeload.Budget(settings.budget))
         for name, directory in settings.directories.items():
             self.served[name] = Served(
                 name,
                 directory,
-                settings.budget,
+                budget,
                 settings.idle_s,
                 executor,
                 self.served,
@@ -223,6 +260,20 @@ class Models:
             )
         self.aliases = dict(settings.aliases)
         self.ready = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether all have been opened once, and are closed."""
+        return self.ready and all(one.idle for one in self.served.values())
+
+    def go_on(self, counts: Mapping[str, ModelCounts]) -> None:
+        """Go on from the counts of the process before this one, in which all have been opened."""
+        for name, count in counts.items():
+            served = self.served[name]
+            served.opened, served.closed = count.opened, count.closed
+            served.sweeps, served.read_bytes = count.sweeps, count.read_bytes
+            served.prefixes.hits, served.prefixes.reused_tokens = count.prefix_hits, count.prefix_reused_tokens
+        self.ready = True
 
     async def open_all(self) -> None:
         """Open one after another."""

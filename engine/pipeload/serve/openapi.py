@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +33,11 @@ def openapi(routes: Sequence[DeskRoute]) -> dict[str, Any]:
             given["content"] = _json(next(found))  # type: ignore[assignment]
         operation["responses"] = {"200": given, "default": fault}
         path = one.path.replace(":path", "")
-        if "{model}" in path:
-            named = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-            operation["parameters"] = [named]
+        names = re.findall(r"{(\w+)}", path)
+        if names:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+            ]
         paths.setdefault(path, {})[one.method.lower()] = operation
     return {
         "openapi": "3.1.0",

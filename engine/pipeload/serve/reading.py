@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -25,7 +26,7 @@ async def read(request: Request, kind: type[Body]) -> Body:
     """The body of a request.
 
     Raises:
-        ApiError: it is no JSON, too large, too deep, or no such body.
+        ApiError: it is no JSON, too large, too slow, too deep, or no such body.
         ClientDisconnect: the client went away.
     """
     named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -85,11 +86,19 @@ async def _bytes_of(request: Request) -> bytes:
     if declared.isdecimal() and int(declared[:20]) > most:
         raise _too_large(most)
     pieces, size = [], 0
-    async for piece in request.stream():
-        size += len(piece)
-        if size > most:
-            raise _too_large(most)
-        pieces.append(piece)
+    try:
+        async with asyncio.timeout(LIMITS.body_s):
+            async for piece in request.stream():
+                size += len(piece)
+                if size > most:
+                    raise _too_large(most)
+                pieces.append(piece)
+    except TimeoutError as error:
+        raise ApiError(
+            408,
+            f"After {LIMITS.body_s:.0f} s only {format_bytes(size)} of the request had come. Send it faster, or less.",
+            code="request_timeout",
+        ) from error
     return b"".join(pieces)
 
 

@@ -6,16 +6,20 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 __all__ = ["LIMITS", "Limits", "Settings", "is_loopback"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The largest requests that are taken.
+    """The largest and the slowest requests that are taken.
 
     Attributes:
         body_bytes: of a request.
+        head_s: seconds in which a connection must have brought all headers of a request.
+        body_s: seconds after these in which all of the body must have come.
+        unread_s: seconds that an answer may wait for its client to take more of it.
         json_depth: of lists and objects within one another.
         inputs: texts, documents or images of a request.
         prompt_tokens: of a prompt; a model's own positions may allow fewer.
@@ -27,6 +31,9 @@ class Limits:
     """
 
     body_bytes: int = 16 << 20
+    head_s: float = 30.0
+    body_s: float = 60.0
+    unread_s: float = 60.0
     json_depth: int = 64
     inputs: int = 2048
     prompt_tokens: int = 131_072
@@ -56,6 +63,7 @@ class Settings:
         drain_s: seconds that calls have to end after SIGTERM.
         prefix_cache_bytes: the most that KV caches of each model's ended texts may take; None for a part of the budget.
         cors_origins: web origins whose pages may call; `*` for any.
+        log_format: the form of the log on stderr; None writes none.
     """
 
     directories: Mapping[str, Path]
@@ -69,6 +77,7 @@ class Settings:
     drain_s: float = 20.0
     prefix_cache_bytes: int | None = None
     cors_origins: tuple[str, ...] = ()
+    log_format: Literal["text", "json"] | None = None
 
 
 def is_loopback(host: str) -> bool:

@@ -13,6 +13,7 @@ from pipeload_export.build import record_of
 from pipeload_export.convert.convert import write_rounded
 from pipeload_export.convert.how import How, how_to_round
 from pipeload_export.staging import Staging
+from pipeload_export.write.journal import Journal
 
 __all__ = ["DraftWeights", "add_draft", "how_to_draft", "no_draft"]
 
@@ -27,7 +28,14 @@ _FILES = ("config.json",)
 
 
 def add_draft(
-    manifest: Manifest, staging: Staging, floats: Path, draft: DraftWeights, progress: Notify, *, verify: bool
+    manifest: Manifest,
+    staging: Staging,
+    floats: Path,
+    draft: DraftWeights,
+    progress: Notify,
+    *,
+    journal: Journal,
+    verify: bool,
 ) -> Manifest:
     """Write a rounded copy into the folder of the draft. Returns the model's manifest, which lists the copy's.
 
@@ -37,11 +45,13 @@ def add_draft(
         floats: the sharded model directory that is rounded.
         draft: the weights of the copy.
         progress: called with the name of the step, the part done, and the whole.
+        journal: of finished weights files; those of killed exports are taken from it.
         verify: check the copy, and measure what rounding does.
     """
     folder = staging.result / _FOLDER
     folder.mkdir()
-    made = write_rounded(floats, folder, staging.work, how_to_draft(draft, verify=verify), progress, verify=verify)
+    how = how_to_draft(draft, verify=verify)
+    made = write_rounded(floats, folder, staging.work, how, progress, journal=journal, verify=verify)
     for record in made.files:
         if not record.path.startswith("shards/") and record.path not in _FILES:
             (folder / record.path).unlink()

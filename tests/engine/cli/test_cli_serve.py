@@ -20,9 +20,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The settings with which the server was started."""
     found: list[Any] = []
     monkeypatch.setattr(
-        "pipeload.serve.server.serve", lambda settings, tell: (found.append(settings), tell("http://x"))
+        "pipeload.serve.server.serve", lambda settings, tell, **_: (found.append(settings), tell("http://x"))
     )
-    monkeypatch.setattr("pipeload.serve.log.set_up_log", lambda _: None)
     return found
 
 
@@ -46,6 +45,7 @@ def test_options_become_settings(served: list[Any], tmp_path: Path) -> None:
     assert (made.budget, made.host, made.port, made.max_waiting, made.idle_s) == ("1GB", "0.0.0.0", 0, 3, 90.0)
     assert made.keys == (b"one", b"two")
     assert made.cors_origins == ("https://x",)
+    assert made.log_format == "text"
 
 
 @pytest.mark.parametrize(

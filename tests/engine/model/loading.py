@@ -31,7 +31,7 @@ PLENTY = "8GB"
 no_subprocess = pytest.mark.skipif(EMULATED, reason="subprocesses do not work under qemu")
 
 
-def load(directory: Path, budget: int | str = PLENTY, **options: Any) -> pipeload.Model:
+def load(directory: Path, budget: int | str | pipeload.Budget = PLENTY, **options: Any) -> pipeload.Model:
     return pipeload.load(directory, budget, **{"threads": THREADS, **options})
 
 

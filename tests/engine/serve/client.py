@@ -11,7 +11,8 @@ from typing import Any
 
 from tests.engine.harness import PATIENCE_S
 
-from pipeload.serve.server import Application
+from pipeload.serve.application import Application
+from pipeload.serve.handover import Handover
 from pipeload.serve.settings import Settings
 
 __all__ = ["Answer", "Client", "running", "settings", "with_server"]
@@ -84,8 +85,9 @@ class Client:
         *,
         raw: bytes | None = None,
         headers: dict[str, str] | None = None,
+        unfinished: bool = False,
     ) -> Answer:
-        """Send a request. Its answer comes by and by."""
+        """Send a request, or the begin of one that never ends. Its answer comes by and by."""
         data = raw if raw is not None else b"" if body is None else json.dumps(body).encode()
         given = {"host": "localhost:8080", "content-type": "application/json"} | (headers or {})
         scope = {
@@ -109,7 +111,7 @@ class Client:
             nonlocal sent
             if not sent:
                 sent = True
-                return {"type": "http.request", "body": data, "more_body": False}
+                return {"type": "http.request", "body": data, "more_body": unfinished}
             await answer._gone.wait()
             return {"type": "http.disconnect"}
 
@@ -130,9 +132,9 @@ class Client:
 
 
 @asynccontextmanager
-async def running(chosen: Settings, *, opened: bool = True) -> AsyncIterator[Client]:
+async def running(chosen: Settings, *, opened: bool = True, handover: Handover | None = None) -> AsyncIterator[Client]:
     """The application from its start to its end; all models are open when it begins, unless the test says otherwise."""
-    application = Application(chosen)
+    application = Application(chosen, handover=handover)
     sent: asyncio.Queue[Any] = asyncio.Queue()
     got: asyncio.Queue[Any] = asyncio.Queue()
     scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}

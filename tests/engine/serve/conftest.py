@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ class Sweeps:
             gate.stop_here()
 
 
-@pytest.fixture
-def sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweeps]:
+@contextmanager
+def counted_sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweeps]:
+    """Counts all sweeps; when it ends, the gates are open."""
     made, run = Sweeps(), Sweep.run
 
     def counted(self: Sweep, feeds: Any, *arguments: Any, **options: Any) -> None:
@@ -97,9 +99,17 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweeps]:
         run(self, feeds, *arguments, **options)
 
     monkeypatch.setattr(Sweep, "run", counted)
-    yield made
-    for gate in made.gates.values():
-        gate.open()
+    try:
+        yield made
+    finally:
+        for gate in made.gates.values():
+            gate.open()
+
+
+@pytest.fixture
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweeps]:
+    with counted_sweeps(monkeypatch) as made:
+        yield made
 
 
 def wait_for_calls(model: Any, count: int) -> None:

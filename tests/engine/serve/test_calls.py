@@ -254,6 +254,22 @@ def test_a_model_without_room_has_one_closed_that_no_call_has(
     with_server(settings(embedder, chat_model), ask)
 
 
+def test_models_share_the_budget_instead_of_being_closed(chat_model: Path, embedder: Path) -> None:
+    """The smallest budget of both: each call has what it needs, and no model is closed for it."""
+    budget = pipeload.Budget(smallest_budget(chat_model))
+    with pipeload.load(chat_model, budget), pytest.raises(pipeload.BudgetError) as caught:
+        pipeload.load(embedder, budget)
+
+    async def ask(client: Client) -> None:
+        for _ in range(2):
+            assert (await client.post("/v1/embeddings", {"input": "the cat"})).status == 200
+            assert (await client.post(_PATH, _SHORT)).status == 200
+        served = client.application.desk.models.served.values()
+        assert [(one.opened, one.closed) for one in served] == [(1, 0), (1, 0)]
+
+    with_server(settings(embedder, chat_model, budget=caught.value.needed_bytes), ask)
+
+
 def test_a_model_that_has_calls_is_not_idle(chat_model: Path, sweeps: Sweeps) -> None:
     async def ask(client: Client) -> None:
         gate = sweeps.stop_at(2)

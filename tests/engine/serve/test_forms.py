@@ -202,7 +202,7 @@ def test_a_rule_follows_each_sequence_of_a_batch(chat_model: Path) -> None:
     """They come one by one, and may have begun alike."""
     with pipeload.load(chat_model, "8GB") as model:
         prompt = model.chat_prompt(_ASKED["messages"])
-        rule = follow(model, json_grammar(_SCHEMA, "x"), prompt_tokens=len(prompt), param="x")
+        rule = follow(model, lambda: json_grammar(_SCHEMA, "x"), prompt_tokens=len(prompt), param="x")
         made = model.generate(
             prompt,
             max_new_tokens=60,

@@ -142,7 +142,9 @@ def test_a_request_that_is_no_body_is_refused(embedder: Path) -> None:
         brackets = json.dumps({"input": "[{" * 40 + '"' + "[" * 100}).encode()
         assert "tokens that the model takes" in _checked(await client.post(path, None, raw=brackets), 400)["message"]
         assert _checked(await client.get("/nothing"), 404)["message"] == "/nothing is no route of this server."
-        assert _checked(await client.get(path), 405)["message"] == "/v1/embeddings takes no GET."
+        refused = await client.get(path)
+        assert _checked(refused, 405)["message"] == "/v1/embeddings takes no GET."
+        assert refused.headers["allow"] == "POST"
 
     with_server(settings(embedder), ask)
 

@@ -78,7 +78,6 @@ def serve(
 
     parse_budget(budget)
     try:
-        from pipeload.serve.log import set_up_log
         from pipeload.serve.server import serve as serve_models
         from pipeload.serve.settings import Settings
     except ModuleNotFoundError as error:
@@ -99,11 +98,10 @@ def serve(
         idle_s=None if idle is None else _seconds(idle),
         prefix_cache_bytes=None if prefix_cache is None else 0 if prefix_cache == "0" else parse_bytes(prefix_cache),
         cors_origins=tuple(cors_origin or ()),
+        log_format=None if LOUDNESS.quiet else log_format,
     )
     _check_door(settings, no_auth=no_auth)
-    if not LOUDNESS.quiet:
-        set_up_log(log_format)
-    serve_models(settings, _tell)
+    serve_models(settings, _tell, replaceable=True)
 
 
 def _tell(address: str) -> None:

@@ -3,6 +3,8 @@
 ```
 desk        what all routes share
 state       /v1/models, /health, /ready, /metrics
+page        / and its files
+machine     /machine
 inputs      texts and token ids in the forms in which clients send them
 embeddings  /v1/embeddings, /embed
 tokens      tokens as text, with their probabilities

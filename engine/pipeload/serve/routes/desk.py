@@ -18,7 +18,6 @@ from starlette.routing import Route
 from pipeload.serve.admission import Admission, ClientGone, Place
 from pipeload.serve.bodies.generation import CachedTokens, Usage
 from pipeload.serve.errors import error_response
-from pipeload.serve.generation import Answers
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.models import Models, Served
 from pipeload.serve.settings import Settings
@@ -26,6 +25,7 @@ from pipeload.serve.sse import EventStream
 
 if TYPE_CHECKING:
     from pipeload.model import Model
+    from pipeload.serve.generation import Answers
 
 __all__ = ["Desk", "DeskRoute", "json_response", "new_id", "note"]
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeload.errors import BudgetError, ClosedError, PipeloadError
+from pipeload.errors import BudgetError, PipeloadError
 from pipeload.planning.drafting import PIECE_TOKENS, Drafting
 from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.drafts import Assistant, DraftLength
@@ -33,9 +32,6 @@ _LOGGER = logging.getLogger("pipeload")
 class DraftModel(Decoder[Any], Protocol):
     """The copy, as an open model."""
 
-    def set_budget(self, memory_budget: int | str) -> None:
-        """Change the budget."""
-
     def close(self) -> None:
         """Give all memory back."""
 
@@ -45,7 +41,7 @@ class DraftRooms:
     """The memory of an open draft.
 
     Attributes:
-        take: leaves more of the budget to the model, or less (below 0).
+        take: lets it have more of the budget; returns after the model has given that back.
         expected_bytes: memory of passes and caches, when the texts that open states expect have come.
         counted_bytes: what both plans have counted for these.
     """
@@ -67,7 +63,6 @@ class OwnDraft:
     def __init__(self, drafting: Drafting, model: DraftModel | None = None, rooms: DraftRooms | None = None) -> None:
         self.drafting = drafting
         self._model, self._rooms = model, rooms
-        self._model_takes: Callable[[int], None] | None = None
         self._more_bytes = 0
         self._lock = threading.Lock()
         self._length: DraftLength | None = None
@@ -79,41 +74,22 @@ class OwnDraft:
         """The open draft; None when it is left out or closed."""
         return self._model
 
-    def follow(self, model_takes: Callable[[int], None]) -> None:
-        """Tell how the model that it guesses for leaves more memory to its draft, or less (below 0)."""
-        self._model_takes = model_takes
-
     def make_room(self) -> None:
         """Take memory for the texts that are expected, from the model's share of the budget."""
         with self._lock:
-            rooms, model_takes = self._rooms, self._model_takes
-            if self._model is None or rooms is None or model_takes is None:
+            rooms = self._rooms
+            if self._model is None or rooms is None:
                 return
             more = rooms.expected_bytes() - rooms.counted_bytes - self._more_bytes
             if more <= 0:
                 return
             try:
-                model_takes(more)
-                rooms.take(-more)
+                rooms.take(more)
                 self._more_bytes += more
                 return
             except BudgetError as error:
                 reason = f"this text does not fit beside the model. {error}"
         self.leave_out(reason)
-
-    def set_budget(self, memory_budget: int | str, more_bytes: int) -> None:
-        """Follow the model's budget, which has changed by some bytes: they are the model's own."""
-        model, rooms = self._model, self._rooms
-        if model is None or rooms is None:
-            return
-        try:
-            if more_bytes < 0:
-                rooms.take(more_bytes)
-            model.set_budget(memory_budget)
-            if more_bytes > 0:
-                rooms.take(more_bytes)
-        except (BudgetError, ClosedError) as error:
-            self.leave_out(f"it does not fit the new budget. {error}")
 
     def length(self, new: Callable[..., DraftLength]) -> DraftLength:
         """The number of tokens to draft, as earlier texts have taught it; `new` makes the first one."""
@@ -153,9 +129,6 @@ class OwnDraft:
         self.drafting = Drafting(used=False, reason=reason, acceptance=told.acceptance, plain_s=told.plain_s)
         _LOGGER.info("%s", self.drafting)
         model.close()
-        if self._model_takes is not None:
-            with suppress(ClosedError):
-                self._model_takes(-(told.draft_bytes + self._more_bytes))
         return True
 
     def close(self) -> None:

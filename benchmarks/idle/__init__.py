@@ -1,0 +1,1 @@
+"""An idle server, and its first answer."""

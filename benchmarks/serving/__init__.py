@@ -1,0 +1,1 @@
+"""`pipeload serve` under load, beside other servers of the same models."""

@@ -1,0 +1,63 @@
+"""What llguidance makes of a real tokenizer has its place in the budget, or the call is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llguidance")
+pytest.importorskip("uvicorn")
+
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900), pytest.mark.xdist_group("serve")]
+
+_MODEL = Path(__file__).parents[2] / "models" / "exported" / "smollm2-135m"
+_PROGRAM = """
+import asyncio, json, sys
+from pathlib import Path
+from tests.engine.serve.client import running, settings
+from pipeload.machine.memory import peak_rss_bytes
+
+asked = {"messages": [{"role": "user", "content": "Name a city."}], "max_tokens": 6}
+schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+form = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+async def main():
+    async with running(settings(Path(sys.argv[1]), budget=int(sys.argv[2]))) as client:
+        path = "/v1/chat/completions"
+        answers = [await client.post(path, body) for body in (asked, asked | form, asked)]
+        told = [{"status": one.status, "body": one.json()} for one in answers]
+        print(json.dumps({"answers": told, "peak_bytes": peak_rss_bytes()}))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("budget_bytes", "status"), [(185_000_000, 400), (215_000_000, 200)])
+def test_a_grammar_keeps_to_the_budget_or_is_refused(budget_bytes: int, status: int) -> None:
+    if not (_MODEL / "pipeload.json").exists():
+        pytest.skip(f"needs {_MODEL}, which make demo exports")
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, str(_MODEL), str(budget_bytes)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    before, guided, after = told["answers"]
+    assert (before["status"], guided["status"], after["status"]) == (200, status, 200), told
+    if status == 200:
+        assert guided["body"]["choices"][0]["message"]["content"].startswith('{"city": "')
+    else:
+        error = guided["body"]["error"]
+        assert error["code"] == "memory_budget_exceeded"
+        assert error["message"].startswith("Answers by a grammar take up to 66.6 MB more here.")
+    assert after["body"]["choices"] == before["body"]["choices"]
+    assert told["peak_bytes"] <= budget_bytes
