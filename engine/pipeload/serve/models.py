@@ -43,6 +43,8 @@ class ModelCounts(msgspec.Struct, frozen=True, kw_only=True):
     closed: int
     sweeps: int
     read_bytes: int
+    prefix_hits: int = 0
+    prefix_reused_tokens: int = 0
 
 
 class Served:
@@ -100,7 +102,14 @@ class Served:
     @property
     def counts(self) -> ModelCounts:
         """Its counts, while it is closed."""
-        return ModelCounts(opened=self.opened, closed=self.closed, sweeps=self.sweeps, read_bytes=self.read_bytes)
+        return ModelCounts(
+            opened=self.opened,
+            closed=self.closed,
+            sweeps=self.sweeps,
+            read_bytes=self.read_bytes,
+            prefix_hits=self.prefixes.hits,
+            prefix_reused_tokens=self.prefixes.reused_tokens,
+        )
 
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Model]:
@@ -257,6 +266,7 @@ class Models:
             served = self.served[name]
             served.opened, served.closed = count.opened, count.closed
             served.sweeps, served.read_bytes = count.sweeps, count.read_bytes
+            served.prefixes.hits, served.prefixes.reused_tokens = count.prefix_hits, count.prefix_reused_tokens
         self.ready = True
 
     async def open_all(self) -> None:

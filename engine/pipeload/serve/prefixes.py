@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from pipeload.errors import BudgetError
-from pipeload.tasks.generate.options import GenerationOptions
 
 if TYPE_CHECKING:
     from pipeload.decode import DecodeState
     from pipeload.model import Model
+    from pipeload.tasks.generate.options import GenerationOptions
     from pipeload.tasks.generate.sequence import Generation
     from pipeload.tasks.generate.session import Session
 

@@ -189,6 +189,25 @@ def test_weights_never_leave_memory_for_kept_texts(
     assert 1 <= most_kept < 12
 
 
+def test_while_weights_are_streamed_a_generation_has_no_kept_text_beside_it(chat_model: Path, sweeps: Sweeps) -> None:
+    async def ask(client: Client) -> None:
+        texts = _served(client).prefixes
+        await _answer(client, _FIRST)
+        assert _served(client).model.plan.streamed_bytes
+        assert texts.entries == 1
+        gate = sweeps.stop_at(sweeps.count + 3)
+        other = client.begin("POST", _PATH, {"prompt": _OTHER, "max_tokens": 6})
+        await asyncio.to_thread(gate.wait_reached)
+        assert texts.entries == 0
+        short = client.begin("POST", _PATH, {"prompt": _FIRST, "max_tokens": 1})
+        gate.open()
+        await asyncio.wait_for(asyncio.gather(other.task, short.task), PATIENCE_S)  # type: ignore[arg-type]
+        # The one that ended while another went on is not kept.
+        assert texts.entries == 1
+
+    with_server(settings(chat_model, budget=smallest_budget(chat_model) + 1_000_000), ask)
+
+
 def test_kept_texts_go_before_a_generation_waits_for_room(chat_model: Path, sweeps: Sweeps) -> None:
     asked = {"prompt": [[5, 6, 7]] * 16, "max_tokens": 8}
 
