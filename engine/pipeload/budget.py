@@ -38,6 +38,7 @@ class Budget:
 
     Args:
         memory_budget: as for `load`: bytes, `"256MB"`, `"1GiB"` or `"auto"`.
+        beside_bytes: memory that no model gets: the program itself needs it while models are called.
 
     Raises:
         ConfigError: the budget is no size.
@@ -50,10 +51,13 @@ class Budget:
 
     __module__ = "pipeload"
 
-    def __init__(self, memory_budget: int | str = "auto") -> None:
+    def __init__(self, memory_budget: int | str = "auto", *, beside_bytes: int = 0) -> None:
         self._budget_bytes = parse_budget(memory_budget)
+        if not isinstance(beside_bytes, int) or isinstance(beside_bytes, bool) or beside_bytes < 0:
+            raise ConfigError(f"beside_bytes is {beside_bytes!r:.80}; it must be a whole number, not below 0.")
+        self._beside_bytes = beside_bytes
         self._pid = os.getpid()
-        self._shares = Shares()
+        self._shares = self._new_shares()
         self._known: list[weakref.ref[Pipeline]] = []
         # One move at a time. No agent takes it.
         self._moving = threading.Lock()
@@ -101,7 +105,8 @@ class Budget:
         """
         if os.getpid() != self._pid:
             # The parent's models are not the forked child's, where a thread of the parent may hold the lock.
-            self._pid, self._shares, self._known, self._moving = os.getpid(), Shares(), [], threading.Lock()
+            self._pid, self._shares, self._known = os.getpid(), self._new_shares(), []
+            self._moving = threading.Lock()
         own_bytes = measured_bytes - brought_bytes
         models = self._pipelines
         if not models:
@@ -223,6 +228,12 @@ class Budget:
             needed_bytes=needed,
             budget_bytes=error.budget_bytes,
         )
+
+    def _new_shares(self) -> Shares:
+        shares = Shares()
+        if self._beside_bytes:
+            shares.open(self._beside_bytes)
+        return shares
 
     @property
     def _pipelines(self) -> list[Pipeline]:

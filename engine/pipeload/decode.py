@@ -294,6 +294,13 @@ class Decoding:
             sizes.append((step.batch, step.capacity))
         return sum(self.full_cache_bytes(*size) for size in sizes)
 
+    def growth_bytes(self, state: DecodeState | None, step: Step | None) -> int:
+        """The part of `cache_bytes` by which the caches of the state grow in its next step."""
+        if state is None or step is None:
+            return 0
+        before = self.full_cache_bytes(state.batch, state.capacity)
+        return self.full_cache_bytes(step.batch, step.capacity) - before
+
     def expected(self) -> tuple[int, int]:
         """The longest text that an open state expects, in tokens, and the bytes of all caches when all have come."""
         with self._lock:

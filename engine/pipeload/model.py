@@ -650,6 +650,7 @@ class Model:
                 held_bytes=held_bytes + beside_bytes,
                 lent_bytes=lent_bytes,
                 cache_bytes=cache_bytes,
+                growth_bytes=self._decoding.growth_bytes(state, step),
             ),
             kind=self._kind_of(dims),
             rows=rows,

@@ -179,3 +179,10 @@ def assert_close(actual: Arrays, expected: Arrays, share: float) -> None:
             # Two labels of one image may lie so close together that float32 cannot say more about their distance.
             scale = max(float(np.ptp(array)), float(np.abs(array).max())) or 1.0
             assert error <= share * scale, f"{name} is off by {error}"
+
+
+def wait_for_calls(model: Any, count: int) -> None:
+    """Until this many calls wait in the model's queue."""
+    calls = model._pipeline._exchange.calls
+    with calls._changed:
+        assert calls._changed.wait_for(lambda: len(calls._waiting) >= count, PATIENCE_S)

@@ -281,7 +281,7 @@ class Pipeline:
     def _needs(self) -> Needs:
         """Of a pass like the latest one, with the caches that are open now."""
         needs = self._room.needs
-        return needs if self._cache_bytes is None else replace(needs, cache_bytes=self._cache_bytes())
+        return needs if self._cache_bytes is None else replace(needs, cache_bytes=self._cache_bytes(), growth_bytes=0)
 
     # Inference Agent: calls
 
@@ -356,6 +356,9 @@ class Pipeline:
                 shrink_arena()
             self._kind = kind
             needs = _joint([one.needs for one in batches], len(calls))
+            if self._cache_bytes is not None:
+                # Other caches have grown since these calls came, or were closed; no call knows of another one's growth.
+                needs = replace(needs, cache_bytes=self._cache_bytes() + needs.growth_bytes)
             try:
                 with foreign_errors(RunError, _PLAN_FACT, MEMORY_REMEDY):
                     self._prepare(needs, strict=len(calls) > 1)
@@ -456,6 +459,7 @@ def _joint(needs: Sequence[Needs], callers: int) -> Needs:
         held_bytes=held_bytes,
         lent_bytes=max(one.lent_bytes for one in needs),
         cache_bytes=max(one.cache_bytes for one in needs),
+        growth_bytes=sum(one.growth_bytes for one in needs),
     )
 
 

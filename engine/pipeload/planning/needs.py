@@ -33,12 +33,14 @@ class Needs:
         held_bytes: the part of `pass_bytes` that stays in use even while the shards run for other feeds.
         lent_bytes: outputs of earlier passes that the caller keeps during this one, at least.
         cache_bytes: all caches that are open while it runs.
+        growth_bytes: the part of `cache_bytes` by which its own caches grow.
     """
 
     pass_bytes: int = 0
     held_bytes: int = 0
     lent_bytes: int = 0
     cache_bytes: int = 0
+    growth_bytes: int = 0
 
 
 def planning_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from pipeload.budget import Budget
     from pipeload.model import Model
 
-__all__ = ["ModelCounts", "Models", "Served"]
+__all__ = ["ModelCounts", "Models", "Served", "beside_bytes"]
 
 Result = TypeVar("Result")
+
+_SERVER_BYTES, _CALL_BYTES = 4_000_000, 64_000
+"""Memory that calls take beside models, which nothing takes before they come: libraries that the first ones use, and
+the thread, texts and tokens of each."""
 
 
 class ModelCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,7 +251,7 @@ class Models:
     def __init__(self, settings: Settings, executor: Executor) -> None:
         self.served: dict[str, Served] = {}
         # Made with the first model, since it brings the engine in.
-        budget = cache(lambda: pipeload.Budget(settings.budget))
+        budget = cache(lambda: pipeload.Budget(settings.budget, beside_bytes=beside_bytes(settings.max_waiting)))
         for name, directory in settings.directories.items():
             self.served[name] = Served(
                 name, directory, budget, settings.idle_s, executor, self.served, settings.prefix_cache_bytes
@@ -298,6 +302,11 @@ class Models:
             names = ", ".join(one.name for one in fitting) or "none of the models here"
             raise ApiError(400, f"The request names no model, and {names} could answer it.", param="model")
         return fitting[0]
+
+
+def beside_bytes(calls: int) -> int:
+    """Memory of the budget that no model of a server with this many places gets."""
+    return _SERVER_BYTES + calls * _CALL_BYTES
 
 
 def _give_back() -> None:

@@ -307,13 +307,13 @@ directory = {str(toy_large)!r}
 budget = pipeload.Budget(refused(directory, 1))
 with pipeload.load(directory, budget) as model:
     model.run(toy.inputs(1, 64))
-    budget.set(refused(directory, budget) + 24_000_000)
+    budget.set(refused(directory, budget) + 36_000_000)
     with pipeload.load(directory, budget) as other:
         for passes in (1, 2, 4, 1, 1, 1):
             for one in (model, other):
                 for _ in range(passes):
                     one.run(toy.inputs(1, 64))
-        assert max(one.plan.resident_bytes for one in (model, other)) > 8_000_000
+        assert max(one.plan.resident_bytes for one in (model, other)) > 4_000_000
         print(other.stats.peak_bytes - budget.budget_bytes)
 """
     assert int(run_python(program).stdout) <= 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.harness import EMULATED, run_python, smallest_budget
+from tests.engine.harness import EMULATED, Background, Gate, run_python, smallest_budget, wait_for_calls
 from tests.engine.tasks.generate.drafting import PROMPT, Recorder, assert_same, load
 from tests.engine.toy import make_toy
 from tests.marks import slow
@@ -123,6 +124,30 @@ def test_the_budget_named_for_a_text_holds_until_its_last_token(
         model.set_budget(caught.value.needed_bytes)
         made = model.generate(texts, max_new_tokens=100, min_new_tokens=100)
         assert [len(one.token_ids) for one in made] == [100] * rows
+
+
+def test_texts_that_begin_together_have_room_for_the_caches_of_all(wide_toy: Path) -> None:
+    """None of them knows of the others' caches when it comes, since none has any yet."""
+    ids, gate = [5, 6, 7], Gate()
+    with load(wide_toy, 45_000_000) as model, ExitStack() as stack:
+        expected = model.generate(ids, max_new_tokens=1)
+        one = model._decoding.full_cache_bytes(1, 128)
+        states = [stack.enter_context(model.new_state()) for _ in range(5)]
+        model._pipeline._progress = lambda _: gate.stop_here()
+        callers = [Background(_step, model, ids, states[0])]
+        gate.wait_reached()
+        callers += [Background(_step, model, ids, state) for state in states[1:]]
+        wait_for_calls(model, 4)
+        model._pipeline._progress = None
+        gate.open()
+        logits = [caller.end() for caller in callers]
+        # Of the caches that are there, and of the sweep that made four of them.
+        assert model._decoding.cache_bytes() == 5 * one
+        assert model.plan.cache_bytes >= 5 * one
+        assert model.plan.peak_bytes <= model.plan.budget_bytes
+        assert model.stats.last is not None
+        assert model.stats.last.calls == 4
+    assert all(np.argmax(found) == expected.token_ids[0] for found in logits)
 
 
 def test_a_session_refuses_in_time_what_will_not_fit(wide_toy: Path) -> None:

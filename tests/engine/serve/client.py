@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,23 @@ from tests.engine.harness import PATIENCE_S
 
 from pipeload.serve.application import Application
 from pipeload.serve.handover import Handover
+from pipeload.serve.models import beside_bytes
 from pipeload.serve.settings import Settings
 
 __all__ = ["Answer", "Client", "running", "settings", "with_server"]
 
 
-def settings(*directories: Path, **options: Any) -> Settings:
+def settings(*directories: Path, budget: int | str = "8GB", **options: Any) -> Settings:
+    """Settings of a server.
+
+    Args:
+        directories: of its models.
+        budget: what the models may use.
+        options: other settings.
+    """
     named = {directory.name: directory for directory in directories}
-    return Settings(**{"directories": named, "aliases": {}, "budget": "8GB", **options})
+    made = Settings(**{"directories": named, "aliases": {}, "budget": budget, **options})
+    return replace(made, budget=budget + beside_bytes(made.max_waiting)) if isinstance(budget, int) else made
 
 
 class Answer:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.harness import PATIENCE_S, Gate
+from tests.engine.harness import Gate
 from tests.engine.tasks.fakes import WORDS, write_bert_tokenizer, write_gpt_tokenizer, write_json
 
 from pipeload.pipeline.sweep import Sweep
@@ -110,10 +110,3 @@ def counted_sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweeps]:
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sweeps]:
     with counted_sweeps(monkeypatch) as made:
         yield made
-
-
-def wait_for_calls(model: Any, count: int) -> None:
-    """Until this many calls wait in the model's queue."""
-    calls = model._pipeline._exchange.calls
-    with calls._changed:
-        assert calls._changed.wait_for(lambda: len(calls._waiting) >= count, PATIENCE_S)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.harness import PATIENCE_S, Gate, smallest_budget
+from tests.engine.harness import PATIENCE_S, Gate, smallest_budget, wait_for_calls
 from tests.engine.serve.client import Answer, Client, running, settings, with_server
-from tests.engine.serve.conftest import Sweeps, wait_for_calls
+from tests.engine.serve.conftest import Sweeps
 
 import pipeload
 

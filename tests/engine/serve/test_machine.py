@@ -54,12 +54,12 @@ def test_parts_of_the_memory_add_up_to_the_plan(wide: Path, streamed: bool) -> N
         assert model is not None
         return await _machine(client), model.plan
 
-    budget = smallest_budget(wide) + _ROOM_BYTES if streamed else 8_000_000_000
-    machine, plan = with_server(settings(wide, budget=budget), ask)
+    given = settings(wide, budget=smallest_budget(wide) + _ROOM_BYTES if streamed else 8_000_000_000)
+    machine, plan = with_server(given, ask)
     (model,) = machine["models"]
-    assert machine["budget_bytes"] == budget
+    assert machine["budget_bytes"] == given.budget
     assert 0 < machine["rss_bytes"] <= machine["peak_rss_bytes"]
-    assert machine["process_bytes"] + _granted(machine) == plan.peak_bytes <= budget
+    assert machine["process_bytes"] + _granted(machine) == plan.peak_bytes <= given.budget
     assert bool(model["memory"]["streamed_bytes"]) is bool(model["memory"]["buffer_bytes"]) is streamed
     states = {shard["name"]: shard for shard in model["shards"]}
     assert {name for name, shard in states.items() if shard["state"] == "resident"} == plan.resident
