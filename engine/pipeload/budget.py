@@ -135,8 +135,8 @@ class Budget:
             BudgetError: the others need the memory of the draft.
         """
         if fixed_bytes is None:
-            return self._shares.open(None, brought_bytes)
-        share = self._shares.open(0, brought_bytes)
+            return self._shares.add(None, brought_bytes)
+        share = self._shares.add(0, brought_bytes)
         try:
             self.extend(share, fixed_bytes)
         except BaseException:
@@ -232,7 +232,7 @@ class Budget:
     def _new_shares(self) -> Shares:
         shares = Shares()
         if self._beside_bytes:
-            shares.open(self._beside_bytes)
+            shares.add(self._beside_bytes)
         return shares
 
     @property

@@ -94,7 +94,7 @@ class Replanner:
         threads: int | None = None,
         share: Share | None = None,
     ) -> None:
-        self.share = share or Shares().open()
+        self.share = share or Shares().add()
         self._standing = self.share.standing
         self._beside_bytes = 0
         self._manifest = manifest

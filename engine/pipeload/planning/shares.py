@@ -122,7 +122,7 @@ class Shares:
         self.opened: tuple[Share, ...] = ()
         self.holder: Share | None = None
 
-    def open(self, fixed_bytes: int | None = None, brought_bytes: int = 0) -> Share:
+    def add(self, fixed_bytes: int | None = None, brought_bytes: int = 0) -> Share:
         """A new share.
 
         Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.engine.harness import run_python
 
+import pipeload
 from pipeload import LoadError, opening
 
 _PIDS = Path("/sys/fs/cgroup/pids")
@@ -58,7 +59,7 @@ def test_one_loading_agent_where_four_do_not_fit() -> None:
 
 def _options(loaders: int | None = None, threads: int | None = None) -> opening.Options:
     return opening.Options(
-        budget_bytes=None, loaders=loaders, threads=threads, dims={}, verify=True, profile=None, progress=None
+        budget=pipeload.Budget(), loaders=loaders, threads=threads, dims={}, verify=True, profile=None, progress=None
     )
 
 

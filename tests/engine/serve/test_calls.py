@@ -195,12 +195,15 @@ def test_an_idle_model_is_closed_and_opened_by_its_next_call(embedder: Path, cha
     async def ask(client: Client) -> None:
         served = client.application.desk.models.served
         asked = {"input": "the cat"}
-        first = await client.post("/v1/embeddings", asked)
 
         async def closed(times: int) -> None:
             while served["embedder"].closed < times or served["embedder"].model is not None:
                 await asyncio.wait_for(asyncio.sleep(0.001), PATIENCE_S)
 
+        assert client.application.opening is not None
+        await client.application.opening
+        await closed(1)
+        first = await client.post("/v1/embeddings", asked)
         await closed(2)
         models = (await client.get("/v1/models")).json()["data"]
         assert next(one["state"] for one in models if one["id"] == "embedder") == "closed"
