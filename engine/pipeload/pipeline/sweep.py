@@ -158,8 +158,8 @@ class Sweep:
                 for feed in _going_on(feeds):
                     with feed.noting_errors(shard):
                         self._run_shard(feed, index, shard, session)
-            # This session must be gone before the next one arrives.
-            del session
+                # Its memory is given away when it is given back: the Daemon's must then be the last reference.
+                del session
             _check(feeds)
         last = self._manifest.shards[-1]
         for feed in _going_on(feeds):
