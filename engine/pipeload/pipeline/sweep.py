@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ClosedError, ConfigError, RunError
-from pipeload.foreign import foreign_errors
+from pipeload.foreign import foreign_errors, let_go
 from pipeload.format.caches import length_input
 from pipeload.format.manifest import LENGTH_AXIS, Lookup, Manifest, Shard
 from pipeload.pipeline.cache_room import with_room
@@ -97,6 +97,8 @@ class Feed:
                 yield
         except Exception as error:  # noqa: BLE001 - the caller of this feed gets it
             self.error = error
+            # While the sweep goes on for others, the session that it met must go when its shard is given back.
+            let_go(error)
             self.outputs.clear()
             self.alive.clear()
             self._slices.clear()

@@ -242,6 +242,33 @@ def test_failures_give_all_back(
         rig.check(passes=3)
 
 
+def test_a_call_that_fails_in_a_sweep_keeps_no_session_while_the_others_go_on(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living, gate, armed = Living(), Gate(), [False]
+
+    class Failing(counted(living)):  # type: ignore[misc]
+        def run(self, *arguments: Any) -> Any:
+            if armed[0] and self._name == "block.001":
+                armed[0] = False
+                raise RunError("no")
+            return super().run(*arguments)
+
+    monkeypatch.setattr(loader, "ShardSession", Failing)
+    with rigged(small, **FEWER) as rig:
+        rig.pipeline._progress = lambda progress: gate.stop_here() if progress.index == len(NAMES) else None
+        first = rig.submit()
+        gate.wait_reached()
+        calls = [rig.submit() for _ in range(3)]
+        armed[0] = True
+        gate.open()
+        first.result()
+        errors = [call.outcome.exception(PATIENCE_S) for call in calls]
+        assert [type(error) for error in errors] == [RunError, type(None), type(None)]
+        assert rig.pipeline.stats.passes == 2
+    assert living.most == 1
+
+
 @pytest.mark.parametrize("at", NAMES)
 def test_a_read_that_fails_keeps_no_session_waiting(small: Path, at: str) -> None:
     with rigged(small, before_read=fail_once(OSError("disk"), at), loaders=3, buffers=3, sessions=1) as rig:
