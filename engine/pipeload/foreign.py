@@ -1,15 +1,16 @@
-"""The boundary to libraries and the system: their exceptions become errors of pipeload."""
+"""The boundary to libraries and the system: their exceptions become errors of pipeload, which keep nothing alive."""
 
 from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pipeload.errors import PipeloadError
 
-__all__ = ["first_line", "foreign_errors", "system_error_in"]
+__all__ = ["chain", "first_line", "foreign_errors", "let_go", "system_error_in"]
 
 _NUMBER = re.compile(r"system error number (\d+)")
 
@@ -49,3 +50,21 @@ def first_line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     lines = text.strip().splitlines()
     return lines[0].strip().removesuffix(".") if lines else type(error).__name__
+
+
+def let_go(error: BaseException) -> None:
+    """Clear the frames of an error: whatever keeps it must not keep sessions and activations alive."""
+    for link in chain(error):
+        traceback.clear_frames(link.__traceback__)
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, its causes and contexts, and theirs, each once: exceptions may form circles."""
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error]
+    while found:
+        link = found.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            found += [link.__cause__, link.__context__]
+            yield link

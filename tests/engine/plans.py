@@ -75,12 +75,15 @@ def manifest_of(*shards: Sequence[int], narrow: bool = False) -> Manifest:
 
 def slots_bytes(plan: Plan, shards: Sequence[Shard]) -> int:
     """Memory for the shards that are streamed: their buffers and sessions, and what packing them takes."""
-    copies = min(plan.loaders, plan.buffers) * max(map(second_copy_bytes, shards))
+    count = plan.buffers if plan.sessions is None else plan.sessions
+    copies = min(plan.loaders, count) * max(map(second_copy_bytes, shards))
     copies *= plan.packed_streamed or any(shard.packed for shard in shards)
-    # A resident shard that is always packed needs its buffer only while it is loaded.
-    residents = [shard for shard in shards if shard.packed and shard.name in plan.resident]
-    copies += max(
-        (place(s, (0, s.nbytes)).nbytes + second_copy_bytes(s) for s in shards if s.packed), default=0
-    ) * bool(residents)
-    sessions = max(session_bytes(shard, plan.threads) for shard in shards)
-    return plan.buffers * (plan.buffer_bytes * (1 + plan.packed_streamed) + sessions) + copies
+    sessions = max(session_bytes(shard, plan.threads) for shard in shards) + plan.buffer_bytes * plan.packed_streamed
+    return plan.buffers * plan.buffer_bytes + count * sessions + copies + loading_bytes(plan, shards)
+
+
+def loading_bytes(plan: Plan, shards: Sequence[Shard]) -> int:
+    """A resident shard that is always packed needs its buffer only while it is loaded."""
+    packed = [shard for shard in shards if shard.packed]
+    most = max((place(shard, (0, shard.nbytes)).nbytes + second_copy_bytes(shard) for shard in packed), default=0)
+    return most * any(shard.name in plan.resident for shard in packed)

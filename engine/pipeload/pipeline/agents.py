@@ -7,11 +7,11 @@ memory; callers get it as the cause of their ClosedError. A failed recovery does
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from pipeload.errors import ClosedError
+from pipeload.foreign import chain, let_go
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import Failed, Loaded, LoadedShard, Task
 from pipeload.pipeline.requests import Call
@@ -34,7 +34,7 @@ def loading_agent(exchange: Exchange, load: Callable[[Task], LoadedShard | None]
                 message = Loaded(task=task, shard=shard)
             del shard
         except BaseException as error:  # SystemExit in a worker must reach the caller too
-            _let_go(error)
+            let_go(error)
             message = Failed(task=task, error=error)
         exchange.deliver(task, message)
         del message
@@ -68,7 +68,7 @@ def inference_agent(exchange: Exchange, recover: Callable[[], None], settle: Cal
             try:
                 settle()
             except BaseException as failure:
-                _let_go(failure)
+                let_go(failure)
                 exchange.close(failure)
         del call
 
@@ -104,29 +104,11 @@ def answer(exchange: Exchange, call: Call[Any], outcome: object) -> None:
             call.outcome.set_result(outcome)
         return
     if isinstance(outcome, ClosedError) and exchange.cause is not None:
-        for link in _chain(exchange.cause):
+        for link in chain(exchange.cause):
             # This very error started the recovery that failed: its chain must not lead back here.
             if link.__context__ is outcome:
                 link.__context__ = None
         outcome.__cause__ = exchange.cause
-    _let_go(outcome)
+    let_go(outcome)
     if waits:
         call.outcome.set_exception(outcome)
-
-
-def _let_go(error: BaseException) -> None:
-    """Clear the frames of an error: a caller that keeps it must not keep sessions and activations alive."""
-    for link in _chain(error):
-        traceback.clear_frames(link.__traceback__)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, its causes and contexts, and theirs, each once: exceptions may form circles."""
-    seen: set[int] = set()
-    found: list[BaseException | None] = [error]
-    while found:
-        link = found.pop()
-        if link is not None and id(link) not in seen:
-            seen.add(id(link))
-            found += [link.__cause__, link.__context__]
-            yield link

@@ -1,4 +1,8 @@
-"""A Loading Agent's work on a task: reserve, read into a buffer, make the session over it; or pack a shard."""
+"""A Loading Agent's work on a task: reserve, read into a buffer, make the session over it; or pack a shard.
+
+Where the plan has fewer sessions than buffers, a streamed shard reserves twice: its buffer before it is read, and its
+session, with what packing takes, once it was. See `docs/adr/0026` for why neither wait can be for ever.
+"""
 
 from __future__ import annotations
 
@@ -75,10 +79,9 @@ class Loader:
             if not task.packing:
                 try:
                     return self._load(task, shard)
-                except BaseException:
-                    # A load that failed before it reserved must not keep later tickets waiting.
-                    self._memory.reservations.skip(task.ticket)
-                    raise
+                finally:
+                    # A load that ended before it reserved must not keep later tickets waiting.
+                    self._memory.skip(task.ticket)
             try:
                 self._pack(task, shard)
             except BaseException:
@@ -106,7 +109,7 @@ class Loader:
         kept = self._exchange.residents.parts.get(task.index, ())
         ranges = [] if kept else staying(shard, (begin, end))
         keep_bytes = sum(room_bytes(*part) for part in ranges)
-        reserved = placement.nbytes if task.resident else plan.buffer_bytes * (1 + plan.packed_streamed)
+        reserved = placement.nbytes if task.resident else plan.buffer_bytes
         # Until the session is made.
         copy = second_copy_bytes(shard) if packed else 0
         passing = copy + placement.nbytes if apart else copy
@@ -114,7 +117,13 @@ class Loader:
         if shared is not None and not plan.packed:
             # No other agent loads a shard with these weights now, so they are in memory, or this agent reads them.
             keep_bytes, reserved = 0 if shared in self._memory.shared else reserved, 0
-        reserved += session_bytes(shard, plan.threads) + copy
+        # A packed copy of a streamed shard takes as much as its buffer.
+        session = session_bytes(shard, plan.threads) + copy
+        session += plan.buffer_bytes if plan.packed_streamed and not task.resident else 0
+        waits = plan.sessions is not None and not task.resident
+        if not waits:
+            reserved, session = reserved + session, 0
+            self._memory.sessions.skip(task.ticket)
 
         def stale() -> bool:
             return self._exchange.is_stale(task)
@@ -152,6 +161,10 @@ class Loader:
             if complete and unread and placement.places:
                 with self._trace.span(agent, "widen", shard.name, pass_number=task.pass_number):
                     widen(shard, [*parts, *kept])
+            if complete and waits:
+                with self._trace.span(agent, "reserve", shard.name, pass_number=task.pass_number):
+                    complete = self._memory.sessions.reserve(session, task.ticket, stale)
+                loaded.session_bytes = session if complete else 0
             if complete:
                 if packed:
                     self._memory.fit_heap(shard, streamed=not apart)
@@ -162,8 +175,12 @@ class Loader:
                     loaded.buffer.close()
                     loaded.buffer = None
                     trim()
-                loaded.reserved_bytes -= passing
-                self._memory.reservations.release(passing)
+                if waits:
+                    loaded.session_bytes -= copy
+                    self._memory.sessions.release(copy)
+                else:
+                    loaded.reserved_bytes -= passing
+                    self._memory.reservations.release(passing)
             self._memory.sample()
         except BaseException:
             self._abandon(loaded, begun, keep_bytes)

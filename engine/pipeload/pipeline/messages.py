@@ -41,6 +41,7 @@ class LoadedShard:
         session: None when it is not ready to run.
         buffer: the memory of its weights; None when a packed session has its own copy.
         reserved_bytes: what is reserved for this shard alone.
+        session_bytes: what is reserved for its session apart from that, where the plan has fewer sessions than buffers.
         pooled: the buffer belongs to the pool.
         packed: its session has copies of the weights in the heap.
         shared: the range whose buffer other resident shards use too; None when the buffer is this shard's own.
@@ -50,6 +51,7 @@ class LoadedShard:
     session: ShardSession | None
     buffer: Buffer | None
     reserved_bytes: int
+    session_bytes: int = 0
     pooled: bool
     packed: bool = False
     shared: WeightsRange | None = None

@@ -242,7 +242,7 @@ class Pipeline:
     def close(self) -> None:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
         self._exchange.close()
-        self._memory.reservations.close()
+        self._memory.end_waits()
         if threading.current_thread() in self._threads:
             # The garbage collector may run this in an agent's thread, which cannot wait for itself.
             threading.Thread(target=self.close, name="pipeload-closer").start()

@@ -95,7 +95,7 @@ class Room:
 
     def stop(self) -> None:
         """Stop the Loading Agents, and hand all prefetched shards to the Daemon."""
-        self._exchange.reset(self._memory.reservations.wake)
+        self._exchange.reset(self._memory.wake)
 
     def recover(self) -> None:
         """After a failed pass: throw away prefetched shards; the next call begins with its first shard."""
@@ -128,7 +128,7 @@ class Room:
 
     def _wait_freed(self) -> None:
         """Wait until only resident shards, the weights that they share, and kept parts hold reservations."""
-        residents, reservations, shared = self._exchange.residents, self._memory.reservations, self._memory.shared
+        residents, memory, shared = self._exchange.residents, self._memory, self._memory.shared
         expected = sum(loaded.reserved_bytes for loaded in residents.shards.values())
         expected += sum(part.buffer.nbytes for parts in residents.parts.values() for part in parts)
-        self._exchange.wait_freed(lambda: reservations.reserved_bytes == expected + shared.reserved_bytes)
+        self._exchange.wait_freed(lambda: memory.reserved_bytes == expected + shared.reserved_bytes)

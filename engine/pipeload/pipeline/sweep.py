@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.errors import ClosedError, ConfigError, RunError
-from pipeload.foreign import foreign_errors
+from pipeload.foreign import foreign_errors, let_go
 from pipeload.format.caches import length_input
 from pipeload.format.manifest import LENGTH_AXIS, Lookup, Manifest, Shard
 from pipeload.pipeline.cache_room import with_room
@@ -97,6 +97,8 @@ class Feed:
                 yield
         except Exception as error:  # noqa: BLE001 - the caller of this feed gets it
             self.error = error
+            # While the sweep goes on for others, the session that it met must go when its shard is given back.
+            let_go(error)
             self.outputs.clear()
             self.alive.clear()
             self._slices.clear()
@@ -158,8 +160,8 @@ class Sweep:
                 for feed in _going_on(feeds):
                     with feed.noting_errors(shard):
                         self._run_shard(feed, index, shard, session)
-            # This session must be gone before the next one arrives.
-            del session
+                # Its memory is given away when it is given back: the Daemon's must then be the last reference.
+                del session
             _check(feeds)
         last = self._manifest.shards[-1]
         for feed in _going_on(feeds):

@@ -13,7 +13,7 @@ from pipeload.pipeline.messages import LoadedShard
 from pipeload.pipeline.reservations import Reservations
 from pipeload.pipeline.session import shrink_arena
 from pipeload.pipeline.shared_weights import SharedWeights
-from pipeload.planning.footprint import second_copy_bytes
+from pipeload.planning.footprint import second_copy_bytes, session_bytes
 from pipeload.planning.planner import Plan
 from pipeload.storage.buffers import Buffer, BufferPool, Part
 from pipeload.tracing.trace import Trace
@@ -35,12 +35,14 @@ class WeightsMemory:
     Attributes:
         plan: the plan in force.
         reservations: bytes of the plan that shards and parts hold.
+        sessions: bytes of the plan that sessions of streamed shards hold, where it has fewer of them than buffers.
         shared: weights that several resident shards have in common.
     """
 
     def __init__(self, plan: Plan, trace: Trace, *, in_arena: bool) -> None:
         self.plan = plan
-        self.reservations = Reservations(plan.weights_bytes)
+        self.reservations = Reservations(plan.weights_bytes - plan.sessions_bytes)
+        self.sessions = Reservations(plan.sessions_bytes)
         self.shared = SharedWeights()
         self._pool = BufferPool(plan.buffer_bytes, plan.buffers)
         self._trace = trace
@@ -51,9 +53,14 @@ class WeightsMemory:
         _bound_heap(plan)
 
     @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the plan that are reserved now."""
+        return self.reservations.reserved_bytes + self.sessions.reserved_bytes
+
+    @property
     def occupied_bytes(self) -> int:
         """Memory of all buffers, including those waiting for their next use, and of sessions."""
-        return self.reservations.reserved_bytes - self.shared.unused_bytes + self._pool.idle_bytes
+        return self.reserved_bytes - self.shared.unused_bytes + self._pool.idle_bytes
 
     @property
     def to_come_bytes(self) -> int:
@@ -88,8 +95,27 @@ class WeightsMemory:
             before, self._packed_structure = self._packed_structure, shard.structure if streamed else None
             reuses = streamed and shard.structure == before
             missed_bytes = self.plan.loaders * second_copy_bytes(shard)
+            if self.plan.sessions is not None:
+                # While one packs, others read and widen: what these take splits the holes. The plan has memory for no
+                # more sessions than these, so none may be missed.
+                missed_bytes += session_bytes(shard, self.plan.threads)
             if not reuses or self._rss_bytes() + missed_bytes > self.plan.peak_bytes:
                 trim()
+
+    def skip(self, ticket: int) -> None:
+        """The load with this ticket reserves nothing more: later tickets wait for it no longer."""
+        self.reservations.skip(ticket)
+        self.sessions.skip(ticket)
+
+    def wake(self) -> None:
+        """Make Loading Agents that wait for memory check whether their tasks are stale."""
+        self.reservations.wake()
+        self.sessions.wake()
+
+    def end_waits(self) -> None:
+        """End every wait for memory, now and later, with ClosedError."""
+        self.reservations.close()
+        self.sessions.close()
 
     def take_buffer(self) -> Buffer:
         """A buffer for a streamed shard; its bytes are reserved."""
@@ -125,6 +151,7 @@ class WeightsMemory:
                     signal_memory(False)
         finally:
             self.reservations.release(freed_bytes)
+            self.sessions.release(shard.session_bytes)
 
     def release(self, parts: Iterable[Part]) -> None:
         """Give back the memory of parts that are no longer kept."""
@@ -137,7 +164,8 @@ class WeightsMemory:
     def follow(self, plan: Plan) -> None:
         """Put another plan in force; if its buffers differ, no buffer is in use."""
         before, self.plan = self.plan, plan
-        self.reservations.set_limit(plan.weights_bytes)
+        self.reservations.set_limit(plan.weights_bytes - plan.sessions_bytes)
+        self.sessions.set_limit(plan.sessions_bytes)
         if (plan.budget_bytes, plan.peak_bytes) != (before.budget_bytes, before.peak_bytes):
             _bound_heap(plan)
         if plan.layout != before.layout:
@@ -154,7 +182,7 @@ class WeightsMemory:
     def sample(self) -> None:
         """Note the figures in the trace."""
         self._trace.sample("buffers", self._pool.used)
-        self._trace.sample("reserved_bytes", self.reservations.reserved_bytes)
+        self._trace.sample("reserved_bytes", self.reserved_bytes)
         with suppress(OSError):  # a figure for people only
             self._trace.sample("rss_bytes", self._rss_bytes())
 

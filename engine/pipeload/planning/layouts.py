@@ -1,4 +1,4 @@
-"""Ways to use the memory that is left for weights: resident shards, streamed ranges, number of buffers. Pure.
+"""Ways to use the memory that is left for weights: resident shards, streamed ranges, buffers and sessions. Pure.
 
 Resident shards are spread evenly among the streamed ones, so that reading never pauses: in the order of van der
 Corput's sequence, small ones first. Of the others, the tensors before and behind the streamed range stay, as far as
@@ -62,11 +62,13 @@ class _Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """One way to use the memory that is left for weights."""
+    """One way to use the memory that is left for weights. `sessions` and `sessions_bytes` are those of `Plan`."""
 
     loaders: int
     buffers: int
     buffer_bytes: int
+    sessions: int | None
+    sessions_bytes: int
     resident: frozenset[str]
     partly_resident: dict[str, Range]
     packed: bool
@@ -90,19 +92,28 @@ def layouts(shards: Sequence[Shard], free: int, speed: Rates, loaders: int | Non
     counts = [loaders] if loaders else speed.loaders
     choices = {shard.name: _choices(shard, alone=len(group) == 1) for group in order for shard in group}
     sizes = _range_sizes(shards, choices)
-    slots = [(count, buffers, size) for count in counts for buffers in range(1, count + 2) for size in sizes]
-    slots += [(count, 0, 0) for count in counts]
+    # Beside a session with a copy of its weights, a buffer is small: there may be more of them than sessions.
+    apart = any(shard.packed for shard in shards)
+    slots = [
+        (count, buffers, sessions, size)
+        for count in counts
+        for buffers in range(1, count + 2)
+        for sessions in (None, *(range(1, buffers) if apart else ()))
+        for size in sizes
+    ]
+    slots += [(count, 0, None, 0) for count in counts]
     narrow = any(shard.widens for shard in shards)
     for threads in sorted(speed.times, reverse=True):
         fill = cache(partial(_fill, _Memory(order, choices, free, Footprint.of(shards, threads))))
         # Even where packing pays, memory for the packed copies may be lacking.
         ways = (False, True) if speed.packing_streamed_pays(threads) else (False,)
         # No layout that reads in every pass is worth a look where there is room for the packed copies of all shards.
-        some = slots if fill(0, 0, 0, True, False, len(order)) is None else [slot for slot in slots if not slot[1]]
+        fits = fill(0, 0, None, 0, True, False, len(order)) is not None
+        some = [slot for slot in slots if not slot[1]] if fits else slots
         for packed, pack_streamed in product((False, True), ways):
-            for count, buffers, size in some:
-                # Beyond one for each buffer, Loading Agents take no memory.
-                wanted = min(count, buffers), buffers, size, packed, pack_streamed
+            for count, buffers, sessions, size in some:
+                # Beyond one for each session, Loading Agents take no memory.
+                wanted = min(count, sessions or buffers), buffers, sessions, size, packed, pack_streamed
                 layout = fill(*wanted, len(order))
                 found = [layout] if layout is not None else []
                 if layout is not None and narrow:
@@ -217,6 +228,7 @@ def _fill(
     memory: _Memory,
     packers: int,
     buffers: int,
+    sessions: int | None,
     read_bytes: int,
     packed: bool,
     pack_streamed: bool,
@@ -224,20 +236,23 @@ def _fill(
 ) -> Layout | None:
     """Fill the memory beside the buffers with weights that stay; None when the layout does not fit.
 
-    At most `packers` Loading Agents pack at once. No shard has a larger streamed range than `read_bytes`. Up to `whole`
-    groups stay as a whole before parts of others stay as they are stored; what memory is left then keeps more groups.
+    At most `packers` Loading Agents pack at once. There are `sessions` of streamed shards, or one for each buffer. No
+    shard has a larger streamed range than `read_bytes`. Up to `whole` groups stay as a whole before parts of others
+    stay as they are stored; what memory is left then keeps more groups.
     """
     order, beside = memory.order, memory.beside
     packing = beside.packing_bytes if packed else 0
     # The packed copy of a shard takes memory for the whole shard.
     # Without a buffer, nothing is streamed, not even a range of no bytes.
     fitting, buffer_bytes = memory.fitting(read_bytes if buffers else -1, whole=pack_streamed)
-    used = packing + buffers * (buffer_bytes + memory.most_session_bytes)
+    count = buffers if sessions is None else sessions
+    sessions_bytes = count * memory.most_session_bytes
     if pack_streamed:
         # Each Loading Agent packs a shard of its own.
-        used += buffers * buffer_bytes
+        sessions_bytes += count * buffer_bytes
     if pack_streamed or beside.apart_bytes:
-        used += packers * beside.second_copy_bytes
+        sessions_bytes += packers * beside.second_copy_bytes
+    used = packing + buffers * buffer_bytes + sessions_bytes
     filling = _Filling(memory, fitting, packed=packed, used=used)
     if filling.used > memory.free:
         return None
@@ -256,6 +271,8 @@ def _fill(
         loaders=packers,
         buffers=buffers,
         buffer_bytes=buffer_bytes,
+        sessions=sessions,
+        sessions_bytes=0 if sessions is None else sessions_bytes,
         resident=frozenset(shard.name for group in kept for shard in group),
         partly_resident={name: streamed for name, streamed in ranges.items() if chosen[name].staying_bytes},
         packed=packed,

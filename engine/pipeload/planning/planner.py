@@ -27,9 +27,13 @@ a shard: then nothing of it is read, and each pass widens it into a buffer. A re
 twice as much reading for the same memory, resident shards the widening, which takes processors from computing: which
 comes first is tried both ways, and with half of the resident shards before parts.
 
-The planner enumerates Loading Agents, buffers, their size, and whether resident shards are packed (laid out for the
-CPU); fills the remaining memory with shards in their order of residence; simulates the schedule of each layout
-(`pipeload.planning.schedule`); and takes the fastest.
+A buffer waits with what was read; its session is made when the plan has room for one more. Sessions that borrow their
+weights are small, and each buffer has one. Those of shards that are always packed have copies, and are larger than the
+buffer: fewer of them leave memory for another buffer, which is filled while one is packed.
+
+The planner enumerates Loading Agents, buffers, their size, sessions where these are large, and whether resident shards
+are packed (laid out for the CPU); fills the remaining memory with shards in their order of residence; simulates the
+schedule of each layout (`pipeload.planning.schedule`); and takes the fastest.
 """
 
 from __future__ import annotations
@@ -86,6 +90,8 @@ class Plan:
         loaders: number of Loading Agents.
         buffers: streamed shards that are in memory together: one runs, the others are being read or wait.
         buffer_bytes: size of each buffer; 0 when nothing is streamed.
+        sessions: streamed shards that have a session together, fewer than buffers; None where each buffer has one.
+        sessions_bytes: of `weights_bytes`, for these sessions and for packing them; 0 where each buffer has one.
         resident: names of the shards that stay in memory between passes.
         partly_resident: name of a partly resident shard -> the range of its weights that is streamed; (0, 0) where all
             of them stay in 16 bits.
@@ -110,6 +116,8 @@ class Plan:
     loaders: int
     buffers: int
     buffer_bytes: int
+    sessions: int | None = None
+    sessions_bytes: int = 0
     resident: frozenset[str]
     partly_resident: dict[str, Range] = field(default_factory=dict)
     packed: bool
@@ -134,7 +142,7 @@ class Plan:
     @property
     def layout(self) -> tuple[object, ...]:
         """The fields that cannot change while shards are loaded."""
-        streaming = self.loaders, self.buffers, self.buffer_bytes, self.packed_streamed, self.direct
+        streaming = self.loaders, self.buffers, self.buffer_bytes, self.sessions, self.packed_streamed, self.direct
         return self.resident, self.partly_resident, self.packed, self.threads, streaming
 
 
@@ -188,6 +196,8 @@ def make_plan(
         loaders=layout.loaders,
         buffers=layout.buffers,
         buffer_bytes=layout.buffer_bytes,
+        sessions=layout.sessions,
+        sessions_bytes=layout.sessions_bytes,
         resident=layout.resident,
         partly_resident=layout.partly_resident,
         packed=layout.packed,
@@ -315,6 +325,7 @@ def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s
         work,
         loaders=layout.loaders,
         buffers=layout.buffers,
+        sessions=layout.sessions,
         read_bytes_per_s=read_bytes_per_s,
         threads=layout.threads,
         cores=cores,
@@ -322,14 +333,17 @@ def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s
 
 
 def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedule]:
-    """Among equally fast layouts: not packed, early with the first answer, one buffer to spare, little to read."""
+    """Among equally fast layouts: not packed, early with the first answer, one buffer to spare, little to read, few
+    agents and threads, a session for each buffer.
+    """
     first_s = min(schedule.first_s for _, schedule in equal)
 
     def order(pair: tuple[Layout, Schedule]) -> tuple[Any, ...]:
         layout, schedule = pair
         late = schedule.first_s > first_s * (1 + _LATE)
         spare = abs(layout.buffers - layout.loaders - 1) if layout.buffers else 0
-        return layout.packed, late, spare, layout.streamed_bytes, layout.loaders, layout.threads
+        apart = layout.sessions is not None
+        return layout.packed, late, spare, layout.streamed_bytes, layout.loaders, layout.threads, apart
 
     return min(equal, key=order)
 

@@ -1,11 +1,13 @@
 """Duration of a pass: a simulation of the agents, and a lower bound over all schedules. Pure.
 
 The schedule in one recurrence. Shard j of those that are loaded is read by the Loading Agent that is free first, into
-the buffer that the (j - buffers)-th streamed shard has left, after the reads that the storage has to finish before it:
+the buffer that the (j - buffers)-th streamed shard has left, after the reads that the storage has to finish before it.
+Its session is made when the (j - sessions)-th one is gone; as a rule there are as many sessions as buffers:
 
 ```
 read_j    = max(agent free, buffer free = end of run_(j - buffers), read_(j - 1)) + bytes_j / bandwidth
-loaded_j  = read_j + session_j                        the agent is free again; weights of 16 bits are widened first
+loaded_j  = max(read_j, end of run_(j - sessions)) + session_j
+                                                      the agent is free again; weights of 16 bits are widened first
 run_j     = max(run_(j - 1), loaded_j) + compute_j    resident shards are always loaded
 ```
 
@@ -78,7 +80,14 @@ class Roofline:
 
 
 def simulate(
-    work: Sequence[ShardWork], *, loaders: int, buffers: int, read_bytes_per_s: float, threads: int, cores: int
+    work: Sequence[ShardWork],
+    *,
+    loaders: int,
+    buffers: int,
+    sessions: int | None = None,
+    read_bytes_per_s: float,
+    threads: int,
+    cores: int,
 ) -> Schedule:
     """The times of a first and of a steady pass; see the module's docstring.
 
@@ -86,6 +95,7 @@ def simulate(
         work: the shards, in order.
         loaders: number of Loading Agents.
         buffers: streamed shards that are in memory together.
+        sessions: that they have together; None for one each.
         read_bytes_per_s: bandwidth of this many Loading Agents together.
         threads: that compute.
         cores: processors for computing and Loading Agents.
@@ -97,28 +107,34 @@ def simulate(
     share = min(1.0, reading_s / max(reading_s, alone_s)) if reading_s else 0.0
     agents = [0.0] * loaders
     storage_s = inference_s = 0.0
-    slots: deque[float] = deque()
+    buffers_free: deque[float] = deque()
+    sessions_free: deque[float] = deque()
     ends = []
     for number in range(_PASSES):
         for shard in work:
             if shard.streamed or number == 0:
                 begin = heappop(agents)
-                if shard.streamed and len(slots) == buffers:
-                    begin = max(begin, slots.popleft())
+                if shard.streamed and len(buffers_free) == buffers:
+                    begin = max(begin, buffers_free.popleft())
                 nbytes = shard.steady_bytes if number else shard.cold_bytes
                 storage_s = max(begin, storage_s) + nbytes / read_bytes_per_s
-                heappush(agents, storage_s + shard.session_s)
-                inference_s = max(inference_s, storage_s + shard.session_s)
+                session_begin_s = storage_s
+                if shard.streamed and len(sessions_free) == sessions:
+                    session_begin_s = max(session_begin_s, sessions_free.popleft())
+                loaded_s = session_begin_s + shard.session_s
+                heappush(agents, loaded_s)
+                inference_s = max(inference_s, loaded_s)
             reading = share if number else 1.0
             inference_s += shard.run_s + (shard.loading_run_s - shard.run_s) * reading
             if shard.streamed:
-                slots.append(inference_s)
+                buffers_free.append(inference_s)
+                sessions_free.append(inference_s)
         ends.append(inference_s)
     # The simulation may still use up shards that a long first pass made ready: in the long run, no pass takes less
     # time than its reading, its sessions, and its work on all cores.
-    sessions_s = sum(shard.session_s for shard in work if shard.streamed)
+    sessions_s = sum(shard.session_s for shard in work if shard.streamed) / min(loaders, sessions or loaders)
     apart_s, work_s = (ends[-1] - ends[1]) / (_PASSES - 2), least_steady_s(work, threads, cores)
-    return Schedule(first_s=ends[0], steady_s=max(apart_s, reading_s, sessions_s / loaders, work_s))
+    return Schedule(first_s=ends[0], steady_s=max(apart_s, reading_s, sessions_s, work_s))
 
 
 def least_steady_s(work: Sequence[ShardWork], threads: int, cores: int) -> float:

@@ -17,7 +17,7 @@ from tests.engine.harness import (
     assert_same,
     run_sequentially,
 )
-from tests.engine.plans import slots_bytes
+from tests.engine.plans import loading_bytes, slots_bytes
 
 from pipeload.errors import PipeloadError
 from pipeload.format import manifest as manifests
@@ -81,6 +81,7 @@ def plan_by_hand(
     resident: Sequence[str] = (),
     partly: Mapping[str, Range] | None = None,
     buffers: int = 2,
+    sessions: int | None = None,
     loaders: int = 2,
     pass_bytes: int = 0,
     packed: bool = False,
@@ -102,6 +103,7 @@ def plan_by_hand(
         loaders=loaders,
         buffers=buffers,
         buffer_bytes=buffer_bytes,
+        sessions=sessions,
         resident=frozenset(resident),
         partly_resident=partly,
         packed=packed,
@@ -114,7 +116,9 @@ def plan_by_hand(
         streamed_bytes=streamed_bytes,
         peak_bytes=10**10 + pass_bytes + weights,
     )
-    return replace(plan, peak_bytes=plan.peak_bytes + slots_bytes(plan, manifest.shards))
+    slots = slots_bytes(plan, manifest.shards)
+    apart = sessions and slots - buffers * buffer_bytes - loading_bytes(plan, manifest.shards)
+    return replace(plan, peak_bytes=plan.peak_bytes + slots, sessions_bytes=apart or 0)
 
 
 def _followers(manifest: Manifest, resident: Sequence[str]) -> set[str]:
@@ -209,7 +213,7 @@ def rigged(directory: Path, **options: Any) -> Iterator[Rig]:
         rig.pipeline.close()
         assert agents() == []
     if not rig.exchange.cause:
-        assert rig.pipeline._memory.reservations.reserved_bytes == 0
+        assert rig.pipeline._memory.reserved_bytes == 0
 
 
 def fail_once(error: BaseException, at: str) -> Callable[[Shard], None]:

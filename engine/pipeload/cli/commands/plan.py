@@ -206,6 +206,7 @@ def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
         "loaders": plan.loaders,
         "buffers": plan.buffers,
         "buffer_bytes": plan.buffer_bytes,
+        "sessions": plan.buffers if plan.sessions is None else plan.sessions,
         "direct": plan.direct,
         "threads": plan.threads,
     }
@@ -215,6 +216,8 @@ def _shown(manifest: Manifest, facts: dict[str, Any]) -> dict[str, str]:
     count, resident = facts["shards"], facts["resident"]
     names = f": {_names(manifest, resident)}" if resident else ""
     buffers = f"{facts['buffers']} of {format_bytes(facts['buffer_bytes'])}" if facts["buffers"] else "none"
+    if facts["sessions"] < facts["buffers"]:
+        buffers += f", {facts['sessions']} with a session"
     stored = facts["resident_16_bit_shards"]
     return {
         "steady pass": f"{_time(facts['steady_pass_s'])}, T* {_time(facts['steady_bound_s'])}",
