@@ -333,8 +333,8 @@ def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s
 
 
 def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedule]:
-    """Among equally fast layouts: not packed, early with the first answer, one buffer to spare, little to read, few
-    agents and threads, a session for each buffer.
+    """Among equally fast layouts: not packed, early with the first answer, a session for each buffer (packed into the
+    memory of the one before), one buffer to spare, little to read.
     """
     first_s = min(schedule.first_s for _, schedule in equal)
 
@@ -343,7 +343,7 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
         late = schedule.first_s > first_s * (1 + _LATE)
         spare = abs(layout.buffers - layout.loaders - 1) if layout.buffers else 0
         apart = layout.sessions is not None
-        return layout.packed, late, spare, layout.streamed_bytes, layout.loaders, layout.threads, apart
+        return layout.packed, late, apart, spare, layout.streamed_bytes, layout.loaders, layout.threads
 
     return min(equal, key=order)
 
