@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--tables", action="store_true", help="only write the README's table again")
     options = parser.parse_args()
     results, right = FOLDER / "results", True
+    results.mkdir(exist_ok=True)
     for name in [] if options.tables else options.models or _MODELS:
         found = _compare(name, Console(width=150))
         (results / f"{name}.json").write_bytes(msgspec.json.format(to_json(found), indent=1) + b"\n")
@@ -80,7 +81,7 @@ def _compare(name: str, console: Console) -> Comparison:
             settling=10,
             passes=10,
             rounds=5,
-            sizes=LARGE[name],
+            sizes={dim: size for dim, size in LARGE[name].items() if dim in read(directory).dims},
         )
         report = compare(settings, progress, lambda text: console.print(text, style="yellow"))
     capped = {record.contender: record for record in report.records if record.budget_bytes}
