@@ -528,12 +528,16 @@ class Model:
         """
         share = self._pipeline.share
         while True:
+            standing = share.standing
             try:
                 return call()
             except BudgetError as error:
+                if share.standing != standing:
+                    # Another model was closed meanwhile.
+                    continue
                 if share.alone:
                     raise
-                if not self._budget.gather(share, error):
+                if not self._budget.gather(share, error) and share.standing == standing:
                     raise self._budget.refusal(error, share) from error
 
     def _step(

@@ -269,12 +269,16 @@ def _plan_beside(budget: Budget, replanner: Replanner, plan: Callable[[], Plan],
     """The first plan, with memory of other models where there is too little."""
     share = replanner.share
     while True:
+        standing = share.standing
         try:
             return plan()
         except BudgetError as error:
+            if share.standing != standing:
+                # Another model was closed meanwhile.
+                continue
             if share.alone or share.fixed:
                 raise
-            if not budget.gather(share, error, replanner.extremes(needed)[1]):
+            if not budget.gather(share, error, replanner.extremes(needed)[1]) and share.standing == standing:
                 raise budget.refusal(error, share) from error
 
 

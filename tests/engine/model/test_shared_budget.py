@@ -17,6 +17,7 @@ from tests.engine.model.loading import THREADS, fast_profile, load, no_subproces
 from tests.engine.still_machine import PROCESS_BYTES
 
 import pipeload
+from pipeload import opening
 
 _RUNTIME_BYTES = 18_000_000
 _SPARE = 24_000_000
@@ -290,6 +291,29 @@ def test_a_forked_child_begins_with_an_empty_budget(toy: Path, monkeypatch: pyte
             patch.setattr(os, "getpid", lambda: -1)
             budget.process_bytes(1, 0)
         assert repr(budget).endswith("0 models open>")
+
+
+@pytest.mark.parametrize("moment", ["before it asks", "while it asks"])
+def test_a_model_opens_while_the_other_is_being_closed(toy: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """The other's memory was counted as taken when the plan was refused, and is free when that is looked at."""
+    budget = pipeload.Budget(smallest_budget(toy))
+    other = load(toy, budget)
+    if moment == "while it asks":
+        real = budget.gather
+        monkeypatch.setattr(budget, "gather", lambda *asked: (other.close(), real(*asked))[1])
+    else:
+        first = opening._first_plan
+
+        def closing(*arguments: Any) -> Any:
+            try:
+                return first(*arguments)
+            except pipeload.BudgetError:
+                other.close()
+                raise
+
+        monkeypatch.setattr(opening, "_first_plan", closing)
+    with load(toy, budget) as model:
+        assert_same(model.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
 
 
 @no_subprocess

@@ -202,6 +202,7 @@ def test_an_idle_model_is_closed_and_opened_by_its_next_call(embedder: Path, cha
 
         assert client.application.opening is not None
         await client.application.opening
+        assert client.application.failure is None
         await closed(1)
         first = await client.post("/v1/embeddings", asked)
         await closed(2)
