@@ -205,6 +205,7 @@ def test_an_idle_model_is_closed_and_opened_by_its_next_call(embedder: Path, cha
         assert client.application.failure is None
         await closed(1)
         first = await client.post("/v1/embeddings", asked)
+        assert first.status == 200, first.body
         await closed(2)
         models = (await client.get("/v1/models")).json()["data"]
         assert next(one["state"] for one in models if one["id"] == "embedder") == "closed"
