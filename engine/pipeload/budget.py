@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
+from typing import TypeVar
 
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError
 from pipeload.machine.sizes import format_bytes, parse_budget
@@ -20,6 +21,8 @@ from pipeload.pipeline.pipeline import Pipeline
 from pipeload.planning.shares import Share, Shares
 
 __all__ = ["Budget", "budget_of"]
+
+_Made = TypeVar("_Made")
 
 _ROUND_BYTES = 1_000_000
 """What a model lacks is told in whole megabytes."""
@@ -134,15 +137,7 @@ class Budget:
         Raises:
             BudgetError: the others need the memory of the draft.
         """
-        if fixed_bytes is None:
-            return self._shares.add(None, brought_bytes)
-        share = self._shares.add(0, brought_bytes)
-        try:
-            self.extend(share, fixed_bytes)
-        except BaseException:
-            share.leave()
-            raise
-        return share
+        return self._shares.add(None, brought_bytes) if fixed_bytes is None else self.fixed(fixed_bytes, brought_bytes)
 
     def add(self, pipeline: Pipeline) -> None:
         """Count this pipeline from now on."""
@@ -178,6 +173,31 @@ class Budget:
         finally:
             self._moving.release()
 
+    def with_room(self, share: Share, call: Callable[[], _Made], most_bytes: Callable[[], int] = int) -> _Made:
+        """What a call returns. Where only other models' memory keeps it from running, they give it back, or drafts are
+        left out.
+
+        Args:
+            share: of the model that it is for.
+            call: raises BudgetError where the share is too small.
+            most_bytes: tells what the model may also have of memory that others do not use.
+
+        Raises:
+            BudgetError: there is too little memory for all models together; none moves for a draft.
+        """
+        while True:
+            standing = share.standing
+            try:
+                return call()
+            except BudgetError as error:
+                if share.standing != standing:
+                    # Another model was closed meanwhile.
+                    continue
+                if share.alone or share.fixed:
+                    raise
+                if not self.gather(share, error, most_bytes()) and share.standing == standing:
+                    raise self.refusal(error, share) from error
+
     def gather(self, share: Share, error: BudgetError, most_bytes: int = 0) -> bool:
         """Let a model have what it lacks to run at all, from all others. Returns whether there was anything to have.
 
@@ -193,8 +213,22 @@ class Budget:
                 return True
         return self._leave_out_drafts(error)
 
+    def fixed(self, nbytes: int, brought_bytes: int = 0) -> Share:
+        """A share of this size, of the memory of the model that has the rest; `leave` it in the end.
+
+        Raises:
+            BudgetError: that one needs the memory.
+        """
+        share = self._shares.add(0, brought_bytes)
+        try:
+            self.extend(share, nbytes)
+        except BaseException:
+            share.leave()
+            raise
+        return share
+
     def extend(self, share: Share, nbytes: int) -> None:
-        """Let a draft have more memory, of the model that has the rest; returns after that was given back.
+        """Let a fixed share have more memory, of the model that has the rest; returns after that was given back.
 
         Raises:
             BudgetError: that one needs the memory.

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,6 @@ from pipeload.tasks.text.tokenizer import tokenizer_of
 from pipeload.tracing.stats import Stats
 from pipeload.tracing.trace import Progress, Trace
 
-_Made = TypeVar("_Made")
 _Sizes: TypeAlias = tuple[tuple[str, int], ...]
 
 __all__ = ["Model", "load"]
@@ -282,7 +281,7 @@ class Model:
             ShardError, LoadError, RunError: a shard could not be read, built or run; the next call starts afresh.
             ClosedError: the model was closed before or during the call.
         """
-        return self._with_room(lambda: self._arrays(self._start(inputs).result()))
+        return self._budget.with_room(self._pipeline.share, lambda: self._arrays(self._start(inputs).result()))
 
     def run_rows(
         self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0
@@ -300,7 +299,9 @@ class Model:
         Raises:
             PipeloadError: as `run`.
         """
-        return self._with_room(lambda: self._arrays(self._start(inputs, padding=padding, passes=passes).result()))
+        return self._budget.with_room(
+            self._pipeline.share, lambda: self._arrays(self._start(inputs, padding=padding, passes=passes).result())
+        )
 
     def run_many(
         self, items: Iterable[Mapping[str, NDArray[Any]]], batch: int = 1
@@ -372,7 +373,7 @@ class Model:
             ClosedError: the model is closed.
         """
         self._check_usable()
-        room = self._with_room(lambda: self._budget.open_share(most_bytes, 0))
+        room = self._budget.with_room(self._pipeline.share, lambda: self._budget.fixed(most_bytes))
         left_bytes = 0
         try:
             yield
@@ -522,24 +523,6 @@ class Model:
         share.give_up = lambda reason: (known := leave_out()) is not None and known(reason)
         return draft, weighed.model
 
-    def _with_room(self, call: Callable[[], _Made]) -> _Made:
-        """What the call returns. Where only other models' memory keeps it from running, they give it back, or drafts
-        are left out.
-        """
-        share = self._pipeline.share
-        while True:
-            standing = share.standing
-            try:
-                return call()
-            except BudgetError as error:
-                if share.standing != standing:
-                    # Another model was closed meanwhile.
-                    continue
-                if share.alone:
-                    raise
-                if not self._budget.gather(share, error) and share.standing == standing:
-                    raise self._budget.refusal(error, share) from error
-
     def _step(
         self, positions: int, top: int, inputs: Mapping[str, NDArray[Any]], state: DecodeState
     ) -> tuple[dict[str, Value], Feed]:
@@ -551,7 +534,7 @@ class Model:
             return self._step_once(feed, inputs, state), feed
 
         check_positive("positions", positions)
-        return self._with_room(once)
+        return self._budget.with_room(self._pipeline.share, once)
 
     def _step_once(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
         self._check_usable()

@@ -162,7 +162,9 @@ def open_pipeline(
                 share=share,
             )
             needed = _first_needs(manifest, decoding, options.dims)
-            plan = _plan_beside(options.budget, replanner, lambda: _first_plan(replanner, needed), needed)
+            plan = options.budget.with_room(
+                share, lambda: _first_plan(replanner, needed), lambda: replanner.extremes(needed)[1]
+            )
             cache_bytes = decoding.cache_bytes if manifest.caches else None
             pipeline = Pipeline(manifest, storage, plan, replanner, options.progress, cache_bytes)
         except BaseException:
@@ -263,23 +265,6 @@ def _measure(bring_in: Callable[[], object]) -> tuple[Profile, int]:
     bring_in()
     process = profiler.measure()
     return process, max(0, process.process_bytes - before_bytes)
-
-
-def _plan_beside(budget: Budget, replanner: Replanner, plan: Callable[[], Plan], needed: Needs) -> Plan:
-    """The first plan, with memory of other models where there is too little."""
-    share = replanner.share
-    while True:
-        standing = share.standing
-        try:
-            return plan()
-        except BudgetError as error:
-            if share.standing != standing:
-                # Another model was closed meanwhile.
-                continue
-            if share.alone or share.fixed:
-                raise
-            if not budget.gather(share, error, replanner.extremes(needed)[1]) and share.standing == standing:
-                raise budget.refusal(error, share) from error
 
 
 def _startable(options: Options, shards: int, cores: int) -> tuple[int | None, int | None]:
