@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pipeload.bench import cgroup
 from pipeload.bench.launch import child_environment
 from pipeload.errors import RunError
 
@@ -113,13 +114,5 @@ def served(directories: Sequence[Path], budget: str, idle: str, folder: Path) ->
     log = folder / "log"
     command = [sys.executable, "-m", "pipeload", "serve", *map(str, directories), "--budget", budget, "--idle", idle]
     command += ["--port", "0", "--log-format", "json"]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=child_environment(folder / "cache")
-        ) as process,
-    ):
-        try:
-            yield Server(process, log)
-        finally:
-            process.terminate()
+    with cgroup.started(command, log=log, grouped=False, env=child_environment(folder / "cache")) as child:
+        yield Server(child.process, log)

@@ -57,10 +57,10 @@ def demo(directories: Sequence[Path], calls: Sequence[Call], console: Console, *
             if not once and all(right):
                 console.print(f"\nServing until Ctrl-C; a page for a browser: {running.address}/")
                 with suppress(KeyboardInterrupt):
-                    running.process.wait()
-                running.process.wait()  # the same Ctrl-C ends it
-                if running.group:
-                    _print_peak(running.group.peak_bytes(), console)
+                    running.child.process.wait()
+                running.child.process.wait()  # the same Ctrl-C ends it
+                if not refusal:
+                    _print_peak(running.child.peak_bytes(), console)
     except ServerEndedError:
         console.print("The server has ended, with its message above. SERVE_DEMO_ARGS='--port 0' takes a free port.")
         return 1

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeload.bench.cgroup import MemoryGroup, memory_group, permitted
+from pipeload.bench import cgroup
 
 __all__ = ["Running", "ServerEndedError", "serving"]
 
@@ -31,20 +30,18 @@ class Running:
 
     Attributes:
         address: where it listens.
-        process: it.
-        group: its memory cgroup; None where this user may make none.
+        child: its process, in a memory cgroup where this user may make one.
     """
 
     address: str
-    process: subprocess.Popen[str]
-    group: MemoryGroup | None
+    child: cgroup.Started
 
     def peak_bytes(self) -> int:
         """What the cgroup was charged at most, or the RSS where that is more: it counts libraries in any case."""
         with urllib.request.urlopen(f"{self.address}/metrics", timeout=60) as response:
             found = _PEAK_RSS.search(response.read().decode())
         assert found
-        return max(int(float(found[1])), (self.group and self.group.peak_bytes()) or 0)
+        return max(int(float(found[1])), self.child.peak_bytes() or 0)
 
     def wait(self) -> None:
         """Return when all models have been opened.
@@ -53,7 +50,7 @@ class Running:
             ServerEndedError: one of them cannot be.
         """
         while True:
-            if self.process.poll() is not None:
+            if self.child.process.poll() is not None:
                 raise ServerEndedError
             try:
                 with urllib.request.urlopen(f"{self.address}/health", timeout=60):
@@ -75,18 +72,11 @@ def serving(directories: Sequence[Path], *, cap_bytes: int, budget_bytes: int, p
     Raises:
         ServerEndedError: it could not start.
     """
-    capped = permitted() is None
-    with memory_group(cap_bytes) if capped else nullcontext() as group:
-        command = [sys.executable, "-m", "pipeload", "serve", *map(str, directories)]
-        command += ["--budget", str(budget_bytes), "--port", str(port)]
-        with subprocess.Popen(
-            group.command(command) if group else command, stdout=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                assert process.stdout
-                address = process.stdout.readline().strip()
-                if not address:
-                    raise ServerEndedError
-                yield Running(address=address, process=process, group=group)
-            finally:
-                process.terminate()
+    command = [sys.executable, "-m", "pipeload", "serve", *map(str, directories)]
+    command += ["--budget", str(budget_bytes), "--port", str(port)]
+    with cgroup.started(command, memory_bytes=cap_bytes, grouped=cgroup.permitted() is None) as child:
+        assert child.process.stdout
+        address = child.process.stdout.readline().strip()
+        if not address:
+            raise ServerEndedError
+        yield Running(address=address, child=child)

@@ -9,26 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeload.errors import ConfigError
 
-__all__ = [
-    "READ_COUNTER",
-    "MemoryGroup",
-    "Outcome",
-    "Started",
-    "disk_number",
-    "evict",
-    "memory_group",
-    "permitted",
-    "read_bytes",
-    "run",
-    "started",
-]
+__all__ = ["READ_COUNTER", "Outcome", "Started", "disk_number", "evict", "permitted", "read_bytes", "run", "started"]
 
 READ_COUNTER = "PIPELOAD_BENCH_READ_COUNTER"
 """Environment variable of the child: the file that counts its cgroup's reads from disks."""
@@ -64,7 +52,7 @@ class Outcome:
 def permitted() -> str | None:
     """None when this process may make memory cgroups, else the reason why not."""
     try:
-        with memory_group(None):
+        with _memory_group(None):
             return None
     except OSError as error:
         return f"no right to make a memory cgroup below {_ROOT}: {error}"
@@ -109,69 +97,77 @@ def run(
     """
     if not grouped:
         return _watch(command, (), env, timeout_s, None)
-    with memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
-        groups = tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
+    with _memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
         environment = dict(os.environ if env is None else env)
         if disk:
             environment[READ_COUNTER] = str(disk / ("io.stat" if memory.unified else "blkio.throttle.io_service_bytes"))
-        return _watch(command, groups, environment, timeout_s, memory)
+        return _watch(command, _folders(memory, disk), environment, timeout_s, memory)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Started:
-    """A child that goes on, in a cgroup of its own.
+    """A child that goes on.
 
     Attributes:
         process: the child; its standard output is a pipe of text.
-        peak_bytes: gives the cgroup's highest usage so far, page cache included; None with v2 before Linux 5.19.
-        oom_kills: gives the number of processes that the kernel has killed for memory.
     """
 
     process: subprocess.Popen[str]
-    peak_bytes: Callable[[], int | None]
-    oom_kills: Callable[[], int]
+    _memory: _MemoryGroup | None
+
+    def peak_bytes(self) -> int | None:
+        """The cgroup's highest usage so far, page cache included; None without one, and with v2 before Linux 5.19."""
+        return self._memory.peak_bytes() if self._memory else None
+
+    def oom_kills(self) -> int:
+        """Processes of the cgroup that the kernel has killed for memory."""
+        return self._memory.oom_kills() if self._memory else 0
 
 
 @contextmanager
 def started(
     command: Sequence[str],
     *,
-    log: Path,
+    log: Path | None = None,
     memory_bytes: int | None = None,
     read_bytes_per_s: int | None = None,
     disk_of: Path | None = None,
+    grouped: bool = True,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Started]:
     """Start a command in a fresh cgroup; at the end of the context it gets SIGTERM, and SIGKILL 30 s later.
 
     Args:
         command: the command to start.
-        log: a file that gets its standard error.
+        log: a file that gets its standard error; None leaves it to the caller's.
         memory_bytes: see `run`.
         read_bytes_per_s: see `run`.
         disk_of: see `run`.
+        grouped: False starts it without a cgroup.
         env: see `run`.
 
     Raises:
         ConfigError: the disk cannot be throttled.
         OSError: this process may not make the cgroups; see `permitted`.
     """
-    with memory_group(memory_bytes) as memory, _disk_group(memory, read_bytes_per_s, disk_of) as disk:
-        groups = tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
-        with (
-            log.open("w") as errors,
-            subprocess.Popen(
-                _entering(command, groups), stdout=subprocess.PIPE, stderr=errors, text=True, env=env
-            ) as child,
-        ):
+    with ExitStack() as stack:
+        memory: _MemoryGroup | None = None
+        groups: tuple[Path, ...] = ()
+        if grouped:
+            memory = stack.enter_context(_memory_group(memory_bytes))
+            groups = _folders(memory, stack.enter_context(_disk_group(memory, read_bytes_per_s, disk_of)))
+        errors = stack.enter_context(log.open("w")) if log else None
+        child = stack.enter_context(
+            subprocess.Popen(_entering(command, groups), stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
+        )
+        try:
+            yield Started(child, memory)
+        finally:
+            child.terminate()
             try:
-                yield Started(process=child, peak_bytes=memory.peak_bytes, oom_kills=memory.oom_kills)
-            finally:
-                child.terminate()
-                try:
-                    child.wait(_END_S)
-                except subprocess.TimeoutExpired:
-                    child.kill()
+                child.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
 
 def read_bytes() -> int:
@@ -203,7 +199,7 @@ def disk_number(path: Path, system: Path = Path("/sys/dev/block")) -> str | None
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryGroup:
+class _MemoryGroup:
     """A memory cgroup.
 
     Attributes:
@@ -213,10 +209,6 @@ class MemoryGroup:
 
     folder: Path
     unified: bool
-
-    def command(self, command: Sequence[str]) -> list[str]:
-        """The command that runs `command` in this group."""
-        return _entering(command, (self.folder,))
 
     def peak_bytes(self) -> int | None:
         """The highest usage; None with v2 before Linux 5.19."""
@@ -239,9 +231,9 @@ def _watch(
     groups: Sequence[Path],
     env: Mapping[str, str] | None,
     timeout_s: float,
-    memory: MemoryGroup | None,
+    memory: _MemoryGroup | None,
 ) -> Outcome:
-    command = _entering(command, groups) if groups else command
+    command = _entering(command, groups)
     begin = time.monotonic()
     samples: list[tuple[float, int]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as child:
@@ -271,8 +263,15 @@ def _watch(
     )
 
 
+def _folders(memory: _MemoryGroup, disk: Path | None) -> tuple[Path, ...]:
+    """The groups of a child, each once: with v2 the group of its memory may be that of the disk."""
+    return tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
+
+
 def _entering(command: Sequence[str], groups: Sequence[Path]) -> list[str]:
     """A shell enters the groups and becomes the command, so that all of the command's memory is charged to them."""
+    if not groups:
+        return [*command]
     places = [str(folder / "cgroup.procs") for folder in groups]
     return ["/bin/sh", "-c", _ENTER, "enter", str(len(places)), *places, *command]
 
@@ -285,7 +284,7 @@ def _rss_bytes(pid: int) -> int:
 
 
 @contextmanager
-def memory_group(limit_bytes: int | None) -> Iterator[MemoryGroup]:
+def _memory_group(limit_bytes: int | None) -> Iterator[_MemoryGroup]:
     """A fresh memory cgroup without swap; it is removed at the end, when its processes have ended.
 
     Args:
@@ -308,11 +307,11 @@ def memory_group(limit_bytes: int | None) -> Iterator[MemoryGroup]:
         else:
             (folder / "memory.swappiness").write_text("0")
             (folder / "memory.limit_in_bytes").write_text("-1" if limit_bytes is None else str(limit_bytes))
-        yield MemoryGroup(folder, unified)
+        yield _MemoryGroup(folder, unified)
 
 
 @contextmanager
-def _disk_group(memory: MemoryGroup, read_bytes_per_s: int | None, disk_of: Path | None) -> Iterator[Path | None]:
+def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Path | None) -> Iterator[Path | None]:
     """The group that counts and throttles reads: in v2 the memory group, in v1 one of its own; None without either."""
     number = disk_number(disk_of) if disk_of else None
     if number is None:
