@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import typer
 from rich.console import Console
 
 from benchmarks.models import exported, joined
@@ -26,12 +28,12 @@ from pipeload.bench.harness import Report, Settings, compare
 from pipeload.bench.machine import machine_line
 from pipeload.bench.pictures import agents_figure, draw
 from pipeload.bench.record import Record
-from pipeload.bench.spec import ContenderName, from_json
+from pipeload.bench.spec import ContenderName, from_json, to_json
 from pipeload.bench.table import table
 from pipeload.cli.progress import progress_bars
 from pipeload.format.manifest import read
 
-__all__ = ["LARGE", "Case", "main", "markdown_table", "publish"]
+__all__ = ["LARGE", "Case", "Parts", "main", "markdown_table", "publish"]
 
 _BEGIN, _END = "<!-- results: python -m benchmarks.{} -->", "<!-- end of results -->"
 
@@ -144,6 +146,54 @@ def _publish(folder: Path, rows: Rows) -> None:
     if any(record.loaders for record in records):
         agents_figure(records, reports[0].machine).savefig(folder / "results" / "agents.png")
     publish(folder / "README.md", f"{folder.name}.main --tables", reports[0].machine, rows(records))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Parts of a benchmark that has several, and what is kept of each: `results/PART.json`, and a table on the page.
+
+    Attributes:
+        folder: of the benchmark.
+        kinds: name -> the class of the part's results, which have `machine` and `ok`, and its table.
+        pictures: name -> draws the results, for `results/PART.png`.
+    """
+
+    folder: Path
+    kinds: Mapping[str, tuple[Any, Callable[[Any], str]]]
+    pictures: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+
+    def keep(self, part: str, report: Any, output: Path | None) -> None:
+        """Write the results, print their table, and end with 1 if an answer is not right.
+
+        Args:
+            part: its name.
+            report: its results.
+            output: a file for them, which leaves the page as it is; None takes their place.
+        """
+        path = output or self._path(part)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(msgspec.json.format(to_json(report), indent=1) + b"\n")
+        Console().print(self.kinds[part][1](report), markup=False, highlight=False, soft_wrap=True)
+        if output is None:
+            self._publish(part)
+        if not report.ok:
+            raise typer.Exit(1)
+
+    def publish(self) -> None:
+        """Tables and pictures of all results that are kept."""
+        for part in self.kinds:
+            if self._path(part).exists():
+                self._publish(part)
+
+    def _publish(self, part: str) -> None:
+        kind, rows = self.kinds[part]
+        report = from_json(self._path(part).read_bytes(), kind)
+        publish(self.folder / "README.md", f"{self.folder.name}.main {part}", report.machine, rows(report))
+        if part in self.pictures:
+            self.pictures[part](report).savefig(self._path(part).with_suffix(".png"))
+
+    def _path(self, part: str) -> Path:
+        return self.folder / "results" / f"{part}.json"
 
 
 def publish(page: Path, command: str, machine: Mapping[str, Any], text: str) -> None:

@@ -11,11 +11,9 @@ long       seconds and memory over a long text
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
@@ -27,21 +25,22 @@ from benchmarks.generation import lookup as lookup_part
 from benchmarks.generation import rivals as rivals_part
 from benchmarks.generation.small import small_model
 from benchmarks.models import ROOT
-from benchmarks.study import publish
+from benchmarks.study import Parts
 from pipeload.bench import cgroup
-from pipeload.bench.spec import from_json, to_json
 from pipeload.machine.sizes import parse_bytes
 
-FOLDER = Path(__file__).parent
-PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {
-    "rivals": (rivals_part.Report, rivals_part.rows),
-    "lookup": (lookup_part.Report, lookup_part.rows),
-    "bits": (bits_part.Report, bits_part.rows),
-    "drafts": (drafts_part.Report, drafts_part.rows),
-    "callers": (callers_part.Report, callers_part.rows),
-    "long": (long_part.Report, long_part.rows),
-}
-"""The class of a part's results, and its table."""
+PARTS = Parts(
+    folder=Path(__file__).parent,
+    kinds={
+        "rivals": (rivals_part.Report, rivals_part.rows),
+        "lookup": (lookup_part.Report, lookup_part.rows),
+        "bits": (bits_part.Report, bits_part.rows),
+        "drafts": (drafts_part.Report, drafts_part.rows),
+        "callers": (callers_part.Report, callers_part.rows),
+        "long": (long_part.Report, long_part.rows),
+    },
+    pictures={"long": long_part.figure},
+)
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
 Cap = Annotated[str, typer.Option(metavar="SIZE", help="Limit of the memory cgroup.")]
@@ -58,10 +57,9 @@ def choose(
     tables: Annotated[bool, typer.Option("--tables", help="Only write the README's tables and picture again.")] = False,
 ) -> None:
     if tables:
-        for part in PARTS:
-            _publish(part)
+        PARTS.publish()
     elif context.invoked_subcommand is None:
-        raise typer.BadParameter(f"name a part: {', '.join(PARTS)}")
+        raise typer.BadParameter(f"name a part: {', '.join(PARTS.kinds)}")
     elif refusal := cgroup.permitted():
         raise typer.BadParameter(f"this benchmark needs memory cgroups: {refusal}")
 
@@ -96,7 +94,7 @@ def rivals(
         environments=environments,
         console=Console(),
     )
-    _keep("rivals", report, output)
+    PARTS.keep("rivals", report, output)
 
 
 @app.command()
@@ -109,7 +107,7 @@ def lookup(
 ) -> None:
     """Answers that repeat their prompt, with and without guessed tokens."""
     with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
-        _keep("lookup", lookup_part.compare(model, tokens, guesses), output)
+        PARTS.keep("lookup", lookup_part.compare(model, tokens, guesses), output)
 
 
 @app.command()
@@ -129,7 +127,7 @@ def bits(
     report = bits_part.compare(
         tokens=tokens, settling=settling, disk_bytes_per_s=rate, environments=environments, console=Console()
     )
-    _keep("bits", report, output)
+    PARTS.keep("bits", report, output)
 
 
 @app.command()
@@ -156,14 +154,14 @@ def drafts(
         disk_bytes_per_s=rate,
         console=Console(),
     )
-    _keep("drafts", report, output)
+    PARTS.keep("drafts", report, output)
 
 
 @app.command()
 def callers(cap: Cap = "250MB", disk: Disk = "400MB/s", tokens: Tokens = 24, output: Output = None) -> None:
     """Eight callers at once, beside one."""
     with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
-        _keep("callers", callers_part.compare(model, tokens), output)
+        PARTS.keep("callers", callers_part.compare(model, tokens), output)
 
 
 @app.command()
@@ -171,34 +169,11 @@ def long(cap: Cap = "900MB", disk: Disk = "none", tokens: Tokens = 2000, output:
     """Seconds and memory over a long text."""
     with small_model(parse_bytes(cap), _rate(disk), Console()) as model:
         report = long_part.measure(model, tokens)
-    _keep("long", report, output)
+    PARTS.keep("long", report, output)
 
 
 def _rate(text: str) -> int | None:
     return None if text == "none" else parse_bytes(text.removesuffix("/s"))
-
-
-def _keep(part: str, report: Any, output: Path | None) -> None:
-    """Write the results, print their table, and end with 1 if an answer is not right."""
-    path = output or FOLDER / "results" / f"{part}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(msgspec.json.format(to_json(report), indent=1) + b"\n")
-    Console().print(PARTS[part][1](report), markup=False, highlight=False, soft_wrap=True)
-    if output is None:
-        _publish(part)
-    if not report.ok:
-        raise typer.Exit(1)
-
-
-def _publish(part: str) -> None:
-    """Table and picture of the kept results, if there are any."""
-    path = FOLDER / "results" / f"{part}.json"
-    if path.exists():
-        kind, rows = PARTS[part]
-        report = from_json(path.read_bytes(), kind)
-        publish(FOLDER / "README.md", f"generation.main {part}", report.machine, rows(report))
-        if isinstance(report, long_part.Report):
-            long_part.figure(report).savefig(FOLDER / "results" / "long.png")
 
 
 if __name__ == "__main__":

@@ -6,25 +6,20 @@ load       requests of 1, 8 and 32 clients, beside llama.cpp's server and fastem
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
 import typer
 from rich.console import Console
 
 from benchmarks.models import ROOT
 from benchmarks.serving import load as load_part
 from benchmarks.serving.servers import CONTENDERS
-from benchmarks.study import publish
+from benchmarks.study import Parts
 from pipeload.bench import cgroup
-from pipeload.bench.spec import from_json, to_json
 from pipeload.machine.sizes import parse_bytes
 
-FOLDER = Path(__file__).parent
-PARTS: dict[str, tuple[Any, Callable[[Any], str]]] = {"load": (load_part.Report, load_part.rows)}
-"""The class of a part's results, and its table."""
+PARTS = Parts(folder=Path(__file__).parent, kinds={"load": (load_part.Report, load_part.rows)})
 
 app = typer.Typer(add_completion=False, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -35,10 +30,9 @@ def choose(
     tables: Annotated[bool, typer.Option("--tables", help="Only write the README's tables again.")] = False,
 ) -> None:
     if tables:
-        for part in PARTS:
-            _publish(part)
+        PARTS.publish()
     elif context.invoked_subcommand is None:
-        raise typer.BadParameter(f"name a part: {', '.join(PARTS)}")
+        raise typer.BadParameter(f"name a part: {', '.join(PARTS.kinds)}")
     elif refusal := cgroup.permitted():
         raise typer.BadParameter(f"this benchmark needs memory cgroups: {refusal}")
 
@@ -77,28 +71,7 @@ def load(
         environments=environments,
         console=Console(),
     )
-    _keep("load", report, output)
-
-
-def _keep(part: str, report: Any, output: Path | None) -> None:
-    """Write the results, print their table, and end with 1 if an answer is not right."""
-    path = output or FOLDER / "results" / f"{part}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(msgspec.json.format(to_json(report), indent=1) + b"\n")
-    Console().print(PARTS[part][1](report), markup=False, highlight=False, soft_wrap=True)
-    if output is None:
-        _publish(part)
-    if not report.ok:
-        raise typer.Exit(1)
-
-
-def _publish(part: str) -> None:
-    """The table of the kept results, if there are any."""
-    path = FOLDER / "results" / f"{part}.json"
-    if path.exists():
-        kind, rows = PARTS[part]
-        report = from_json(path.read_bytes(), kind)
-        publish(FOLDER / "README.md", f"serving.main {part}", report.machine, rows(report))
+    PARTS.keep("load", report, output)
 
 
 if __name__ == "__main__":
