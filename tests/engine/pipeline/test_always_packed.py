@@ -23,6 +23,7 @@ from pipeload.planning.footprint import least_bytes, second_copy_bytes, session_
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import make_plan
 from pipeload.planning.profile import Profile
+from pipeload.tracing.trace import Trace
 
 BLOCKS = tuple(NAMES[1:-1])
 
@@ -205,28 +206,30 @@ def test_the_heap_is_given_back_before_a_shard_that_may_not_fit_into_its_holes(
     """What it keeps of a shard of another structure, or beside a tensor that finds no hole, may be above the plan."""
     trims: list[str] = []
     with rigged(small) as rig:
-        memory, block = rig.pipeline._memory, rig.manifest.shards[1]
-        other = replace(block, structure="another")
-        monkeypatch.setattr(weights_memory, "trim", lambda: trims.append("trim"))
-        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: 0)
+        plan, block = rig.pipeline.plan, rig.manifest.shards[1]
+    # One that no agent uses: they read ahead, and would have packed a block before.
+    memory = weights_memory.WeightsMemory(plan, Trace(8), in_arena=False)
+    other = replace(block, structure="another")
+    monkeypatch.setattr(weights_memory, "trim", lambda: trims.append("trim"))
+    monkeypatch.setattr(weights_memory, "rss_bytes", lambda: 0)
 
-        def trimmed(shard: Shard, *, streamed: bool = True) -> bool:
-            trims.clear()
-            memory.fit_heap(shard, streamed=streamed)
-            return bool(trims)
+    def trimmed(shard: Shard, *, streamed: bool = True) -> bool:
+        trims.clear()
+        memory.fit_heap(shard, streamed=streamed)
+        return bool(trims)
 
-        assert trimmed(block), "what lies in the heap is not known"
-        assert not trimmed(block)
-        assert trimmed(other)
-        assert not trimmed(other)
-        assert trimmed(block, streamed=False), "a resident shard has memory of its own"
-        assert trimmed(block)
-        assert not trimmed(block)
-        most = memory.plan.peak_bytes - memory.plan.loaders * second_copy_bytes(block)
-        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: most)
-        assert not trimmed(block)
-        monkeypatch.setattr(weights_memory, "rss_bytes", lambda: most + 1)
-        assert trimmed(block)
+    assert trimmed(block), "what lies in the heap is not known"
+    assert not trimmed(block)
+    assert trimmed(other)
+    assert not trimmed(other)
+    assert trimmed(block, streamed=False), "a resident shard has memory of its own"
+    assert trimmed(block)
+    assert not trimmed(block)
+    most = plan.peak_bytes - plan.loaders * second_copy_bytes(block)
+    monkeypatch.setattr(weights_memory, "rss_bytes", lambda: most)
+    assert not trimmed(block)
+    monkeypatch.setattr(weights_memory, "rss_bytes", lambda: most + 1)
+    assert trimmed(block)
 
 
 def test_streamed_shards_of_one_structure_leave_the_heap_as_it_is(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
