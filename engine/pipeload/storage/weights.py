@@ -28,7 +28,7 @@ from pipeload.format.casts import without_casts
 from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
-from pipeload.format.safetensors import check_header
+from pipeload.format.safetensors import check_header, most_header_bytes
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.model_files import ModelFiles, unreadable
@@ -43,7 +43,6 @@ _PIECE_BYTES, _MOST_PIECE_BYTES = 8 << 20, 64 << 20
 """The first read of a load, and the largest: between two reads the disk waits for a processor."""
 _CHECK_BYTES = 1 << 20
 """One read of a check: small, since the budget has no place for it."""
-_MAX_HEADER_BYTES = 100 << 20
 _MOST_GRAPH_BYTES = 16 << 20
 _ROW_ATTEMPTS = 3
 """A file that changes while its rows are read is opened at most this many times."""
@@ -335,13 +334,15 @@ class Storage:
                     raise ShardError(_damaged(file.name))
                 return
             length = int.from_bytes(os.pread(file.descriptor, 8, 0), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, file.nbytes - 8):
+            tensors, slices = self._tensors.get(file.name, []), self._slices.get(file.name, [])
+            most_bytes = most_header_bytes(len(tensors) + len(slices))
+            if not 2 <= length <= min(most_bytes, file.nbytes - 8):
                 raise ShardError(
-                    f"'{file.name}' is no safetensors file: its header claims {length} bytes. "
-                    "Copy or export the model again."
+                    f"'{file.name}' is no safetensors file: its header claims {length} bytes, and that of its tensors "
+                    f"takes at most {most_bytes}. Copy or export the model again."
                 )
             header = os.pread(file.descriptor, length, 8)
-        check_header(file.name, header, self._tensors.get(file.name, []), self._slices.get(file.name, []))
+        check_header(file.name, header, tensors, slices)
         self._headers[file.name] = length.to_bytes(8, "little") + header
 
 
