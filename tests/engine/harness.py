@@ -143,9 +143,7 @@ def run_in_one_sweep(directory: Path, calls: Sequence[Arrays], *, threads: int) 
         assert storage.read_weights(shard, parts, lambda: False)
         if placement.places:
             widen(shard, parts)
-        with storage.graph(shard) as graph:
-            session = ShardSession(shard, graph, parts, threads, packed=shard.packed)
-        yield session
+        yield ShardSession(shard, storage.graph(shard), parts, threads, packed=shard.packed)
 
     feeds = []
     for inputs in calls:

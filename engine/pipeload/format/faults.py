@@ -29,6 +29,7 @@ _MOST_TERMS = 10_000
 _MOST_NUMBER = 2**63 - 1
 _MOST_BLOCK = 1 << 20
 """Weights that have one scale."""
+_MOST_PATH_CHARACTERS = 4096
 _CACHE_RANK = 4
 """Of a cache that is written in place."""
 
@@ -140,6 +141,8 @@ def _file_faults(record: FileRecord) -> Iterator[str]:
     pure = PurePosixPath(record.path)
     if not record.path or pure.is_absolute() or {"..", "\\", "\0"} & {*pure.parts, *record.path}:
         yield f"file '{record.path}' is not inside the model directory"
+    elif len(record.path) > _MOST_PATH_CHARACTERS:
+        yield f"the path of file '{record.path}' has {len(record.path)} characters"
     elif str(pure) != record.path:
         yield f"file '{record.path}' is another way to write '{pure}'"
     if not _is_sha256(record.sha256) or not _is_size(record.nbytes):

@@ -24,6 +24,7 @@ from pipeload.machine.sizes import format_bytes
 __all__ = ["open_file", "read_file", "read_stream", "replace_file", "write_whole"]
 
 _READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _PIECE_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -34,14 +35,20 @@ _KINDS = {
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[int]:
+def open_file(path: Path, *, below: Path | None = None) -> Iterator[int]:
     """A descriptor of a regular file, open for reading until the context ends. It never waits for another process.
+
+    Args:
+        path: the file.
+        below: a folder in which the path, which has no symbolic link in it, lies: a link that takes the place of a part
+            of the path between that check and the opening is not followed.
 
     Raises:
         OSError: the file is missing, or cannot be opened, or is no regular file.
     """
     # Without O_NONBLOCK, opening a pipe waits until a program writes to it. For regular files it means nothing.
-    descriptor = _open(path, _READING | os.O_NONBLOCK)
+    flags = _READING | os.O_NONBLOCK
+    descriptor = _open(path, flags) if below is None else _open_below(below, path, flags)
     try:
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind == stat.S_IFDIR:
@@ -53,17 +60,18 @@ def open_file(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_file(path: Path, *, most_bytes: int) -> bytes:
+def read_file(path: Path, *, most_bytes: int, below: Path | None = None) -> bytes:
     """The content of a regular file.
 
     Args:
         path: the file.
         most_bytes: at most this many bytes are read; a larger file is refused.
+        below: see `open_file`.
 
     Raises:
         OSError: the file is missing, cannot be read, is no regular file, or holds more.
     """
-    with open_file(path) as descriptor:
+    with open_file(path, below=below) as descriptor:
         return _read(descriptor, path, most_bytes)
 
 
@@ -136,6 +144,28 @@ def replace_file(path: Path, data: bytes) -> None:
 def _open(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags)
+    except ValueError as error:
+        _refuse_name(path, error)
+
+
+def _open_below(folder: Path, path: Path, flags: int) -> int:
+    """Open a path part by part, each within the open folder before it, and none through a symbolic link."""
+    *folders, name = path.relative_to(folder).parts
+    try:
+        at = os.open(folder, _FOLDER)
+        try:
+            for part in folders:
+                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=at)
+                os.close(at)
+                at = inner
+            return os.open(name, flags | os.O_NOFOLLOW, dir_fd=at)
+        finally:
+            os.close(at)
+    except OSError as error:
+        if error.errno == errno.ELOOP or (error.errno == errno.ENOTDIR and folders):
+            fact = "a part of its path became another file, or a link, while it was opened"
+            raise OSError(error.errno, fact, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except ValueError as error:
         _refuse_name(path, error)
 

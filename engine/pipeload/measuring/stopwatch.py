@@ -224,8 +224,8 @@ class Stopwatch:
             parts.append(Part(0, 0, self._wide, placement))
             widen(shard, parts)
         arena = arena and in_arena(self._manifest)
-        with self._storage.graph(shard) as graph:
-            return ShardSession(shard, graph, parts, threads, packed=packed or shard.packed, arena=arena)
+        graph = self._storage.graph(shard)
+        return ShardSession(shard, graph, parts, threads, packed=packed or shard.packed, arena=arena)
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

@@ -222,8 +222,8 @@ class Loader:
 
     def _session(self, shard: Shard, parts: Sequence[Part], *, packed: bool, copied: bool) -> ShardSession:
         threads = self._memory.plan.threads
-        with self._storage.graph(shard) as graph:
-            return ShardSession(shard, graph, parts, threads, packed=packed, copied=copied, arena=self._in_arena)
+        graph = self._storage.graph(shard)
+        return ShardSession(shard, graph, parts, threads, packed=packed, copied=copied, arena=self._in_arena)
 
 
 def _agent() -> str:

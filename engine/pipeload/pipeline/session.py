@@ -28,12 +28,11 @@ from numpy.typing import NDArray
 from onnxruntime.capi.onnxruntime_pybind11_state import OrtValueVector
 
 from pipeload.errors import ClosedError, LoadError, RunError
-from pipeload.foreign import first_line, system_error_in
+from pipeload.foreign import first_line
 from pipeload.format.manifest import Shard
 from pipeload.machine.heap import reused
 from pipeload.machine.threads import THREADS_REMEDY
 from pipeload.storage.buffers import Part, tensor_in
-from pipeload.storage.model_files import unreadable
 from pipeload.storage.weights import GraphFile
 
 __all__ = ["ShardSession", "Stopper", "Value", "shrink_arena", "to_array", "to_value"]
@@ -163,8 +162,7 @@ class ShardSession:
         arena: keep activations in the arena that all such sessions share. The outputs of a run lie in it too.
 
     Raises:
-        LoadError: onnxruntime refused the graph, or the process has no descriptor, memory or thread left for it.
-        ShardError: the system does not let onnxruntime read the graph's file.
+        LoadError: onnxruntime refused the graph, or the process has no memory or thread left for it.
     """
 
     def __init__(
@@ -208,23 +206,20 @@ class ShardSession:
             self._borrowed = weights
             for name, value in zip(names, weights, strict=True):
                 options.add_initializer(name, value)
-        given: str | bytes = str(graph.path)
-        if graph.widened is not None:
-            given = graph.widened
-            options.add_session_config_entry(_FOLDER, str(graph.path.parent))
+        options.add_session_config_entry(_FOLDER, str(graph.path.parent))
         try:
             # Without onnxruntime's fallback, which would try once more, and print "EP Error" to stdout.
             # The next shard that is streamed packs into the memory of this one.
             with reused() if packed and not copied else nullcontext():
-                self._session = ort.InferenceSession(given, options, providers=_PROVIDERS, enable_fallback=0)
+                self._session = ort.InferenceSession(graph.data, options, providers=_PROVIDERS, enable_fallback=0)
+            # Kept for the fallback.
+            self._session._model_bytes = None
         except Exception as error:  # onnxruntime has a dozen exception types without a common base
             if "pthread_create" in str(error):
                 raise LoadError(
                     f"No thread to compute shard '{shard.name}' can be started. Load the model with threads=1. "
                     f"{THREADS_REMEDY}"
                 ) from error
-            if system := system_error_in(error, str(graph.path)):
-                raise unreadable(shard.graph.path, system) from error
             raise LoadError(
                 f"onnxruntime refused shard '{shard.name}' ({graph.path.name}): {first_line(error)}"
             ) from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 
 from pipeload.errors import LoadError, ShardError
 from pipeload.format.manifest import FileRecord, Manifest
-from pipeload.machine.files import read_file
+from pipeload.machine.files import open_file, read_file
 
 __all__ = ["ModelFiles", "unreadable"]
 
@@ -51,7 +52,7 @@ class ModelFiles:
         """
         record = self.records.get(str(PurePosixPath(name)))
         try:
-            data = read_file(self.path(name), most_bytes=most_bytes)
+            data = read_file(self.path(name), most_bytes=most_bytes, below=self._directory)
         except FileNotFoundError as error:
             if record is None:
                 return None
@@ -65,6 +66,15 @@ class ModelFiles:
                 "yourself."
             )
         return data
+
+    def open(self, name: str) -> AbstractContextManager[int]:
+        """A descriptor of a file, inside the directory whatever happens to its path meanwhile; see `open_file`.
+
+        Raises:
+            ShardError: as `path`.
+            OSError: once the context is entered: as `open_file`.
+        """
+        return open_file(self.path(name), below=self._directory)
 
     def path(self, name: str) -> Path:
         """The path of a file, resolved: inside the directory, even through symbolic links.

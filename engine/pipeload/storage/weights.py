@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import LoadError, ShardError
+from pipeload.errors import ShardError
 from pipeload.format.casts import without_casts
 from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
-from pipeload.format.safetensors import check_header
-from pipeload.machine.files import open_file
+from pipeload.format.safetensors import check_header, most_header_bytes
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.model_files import ModelFiles, unreadable
@@ -44,7 +43,6 @@ _PIECE_BYTES, _MOST_PIECE_BYTES = 8 << 20, 64 << 20
 """The first read of a load, and the largest: between two reads the disk waits for a processor."""
 _CHECK_BYTES = 1 << 20
 """One read of a check: small, since the budget has no place for it."""
-_MAX_HEADER_BYTES = 100 << 20
 _MOST_GRAPH_BYTES = 16 << 20
 _ROW_ATTEMPTS = 3
 """A file that changes while its rows are read is opened at most this many times."""
@@ -52,15 +50,15 @@ _ROW_ATTEMPTS = 3
 
 @dataclass(frozen=True, slots=True)
 class GraphFile:
-    """A shard's graph.
+    """A shard's graph, as a session is made of it.
 
     Attributes:
-        path: its file.
-        widened: the graph that takes the place of the file's, over widened weights; None where none are widened.
+        path: its file; its folder is that of the weights files that it names.
+        data: the bytes that were checked; where weights are widened as they are loaded, the graph over widened ones.
     """
 
     path: Path
-    widened: bytes | None = None
+    data: bytes
 
 
 class Storage:
@@ -101,12 +99,11 @@ class Storage:
             if sum(spec.nbytes for spec in self._slices.get(path, [])) >= sum(sizes.values()):
                 self._tied[path] = TiedTable(path, heads[path])
 
-    @contextmanager
-    def graph(self, shard: Shard) -> Iterator[GraphFile]:
-        """The shard's graph file, checked; its reader must be done with it when the context ends.
+    def graph(self, shard: Shard) -> GraphFile:
+        """The shard's graph, checked: a session is made of these bytes, so that nothing can take their place.
 
         Raises:
-            ShardError: it is missing, or not the file that was exported, or it changed while it was open.
+            ShardError: it is missing, or not the file that was exported.
         """
         record = shard.graph
         if record.nbytes > _MOST_GRAPH_BYTES:
@@ -115,30 +112,27 @@ class Storage:
                 "Export the model again."
             )
         with self._open(record) as file:
-            hashed = not self._verify or self._stamps.has(record.path, file.stamp)
-            stamp, graph = self._graphs.get(shard.name, (None, None))
-            if not hashed or stamp != file.stamp:
-                with _named(record.path):
-                    data = read_bytes(file, record.nbytes, 0)
-                if not hashed and hashlib.sha256(data).hexdigest() != record.sha256:
-                    raise ShardError(_damaged(record.path))
-                check_graph(shard, data)
-                graph = without_casts(shard, data)
-                self._graphs[shard.name] = file.stamp, graph
-                if not hashed:
-                    self._stamps.add(record.path, file.stamp, file.stamp_now())
             path = self._files.path(record.path)
-            failure: LoadError | None = None
-            try:
-                yield GraphFile(path, graph)
-            except LoadError as error:
-                failure = error
+            hashed = not self._verify or self._stamps.has(record.path, file.stamp)
+            stamp, widened = self._graphs.get(shard.name, (None, None))
+            checked = hashed and stamp == file.stamp
+            if checked and widened is not None:
+                return GraphFile(path, widened)
             with _named(record.path):
-                changed = (self._verify or failure) and stamp_of(path) != file.stamp
-        if changed:
-            raise ShardError(f"'{record.path}' changed while it was opened. Load the model again.") from failure
-        if failure:
-            raise failure
+                data = read_bytes(file, record.nbytes, 0)
+                unchanged = file.stamp_now() == file.stamp
+            if self._verify and not (hashed and unchanged):
+                if hashlib.sha256(data).hexdigest() != record.sha256:
+                    raise ShardError(_damaged(record.path))
+                self._stamps.add(record.path, file.stamp, file.stamp_now())
+            if checked and unchanged:
+                return GraphFile(path, data)
+            check_graph(shard, data)
+            widened = without_casts(shard, data)
+            self._graphs.pop(shard.name, None)
+            if unchanged and not is_fresh(file.stamp):
+                self._graphs[shard.name] = file.stamp, widened
+            return GraphFile(path, data if widened is None else widened)
 
     def read_weights(
         self, shard: Shard, parts: Sequence[Part], cancelled: Callable[[], bool], *, direct: bool = True
@@ -186,7 +180,7 @@ class Storage:
         if shard.weights is None or not hasattr(os, "posix_fadvise"):
             return
         span = shard.weights
-        with suppress(OSError), open_file(self._files.path(span.path)) as descriptor:
+        with suppress(OSError), self._files.open(span.path) as descriptor:
             os.posix_fadvise(descriptor, span.offset, span.nbytes, os.POSIX_FADV_DONTNEED)
 
     def stream_weights(self, shard: Shard, scratch: Buffer, *, direct: bool = True) -> Iterator[int]:
@@ -313,10 +307,10 @@ class Storage:
 
     @contextmanager
     def _open(self, record: FileRecord) -> Iterator[OpenFile]:
-        path = self._files.path(record.path)
+        opened = self._files.open(record.path)
         with ExitStack() as stack:
             with _named(record.path):
-                descriptor = stack.enter_context(open_file(path))
+                descriptor = stack.enter_context(opened)
                 stamp = stamp_of(descriptor)
             file = OpenFile(name=record.path, nbytes=record.nbytes, descriptor=descriptor, stamp=stamp)
             if os.fstat(descriptor).st_size != record.nbytes:
@@ -338,13 +332,15 @@ class Storage:
                     raise ShardError(_damaged(file.name))
                 return
             length = int.from_bytes(read_bytes(file, 8, 0), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, file.nbytes - 8):
+            tensors, slices = self._tensors.get(file.name, []), self._slices.get(file.name, [])
+            most_bytes = most_header_bytes(len(tensors) + len(slices))
+            if not 2 <= length <= min(most_bytes, file.nbytes - 8):
                 raise ShardError(
-                    f"'{file.name}' is no safetensors file: its header claims {length} bytes. "
-                    "Copy or export the model again."
+                    f"'{file.name}' is no safetensors file: its header claims {length} bytes, and that of its tensors "
+                    f"takes at most {most_bytes}. Copy or export the model again."
                 )
             header = read_bytes(file, length, 8)
-        check_header(file.name, header, self._tensors.get(file.name, []), self._slices.get(file.name, []))
+        check_header(file.name, header, tensors, slices)
         self._headers[file.name] = length.to_bytes(8, "little") + header
 
 

@@ -130,8 +130,7 @@ inputs = {"mask": to_value(np.ones((1, 1, 1), np.float32))}
 for shard in manifest.shards[1:-1]:
     parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
     storage.read_weights(shard, parts, lambda: False)
-    with storage.graph(shard) as graph:
-        sessions.append(ShardSession(shard, graph, parts, 1, packed=True, copied=True))
+    sessions.append(ShardSession(shard, storage.graph(shard), parts, 1, packed=True, copied=True))
     hidden = to_value(np.ones((1, 1, int(sys.argv[2])), np.float32))
     sessions[-1].run({**inputs, shard.inputs[0]: hidden}, Stopper())
     parts[0].buffer.close()
@@ -168,17 +167,16 @@ manifest = manifests.read(Path(sys.argv[1]))
 storage, blocks = Storage(Path(sys.argv[1]), manifest), manifest.shards[1:-1]
 parts, pages, rss = [Part(0, blocks[0].nbytes, Buffer(blocks[0].nbytes))], [], []
 storage.read_weights(blocks[0], parts, lambda: False)
-with storage.graph(blocks[0]) as graph:
-    # The code of onnxruntime that a first session loads.
-    ShardSession(blocks[0], graph, parts, 1, packed=True, copied=True)
+# The code of onnxruntime that a first session loads.
+ShardSession(blocks[0], storage.graph(blocks[0]), parts, 1, packed=True, copied=True)
 trim()
 begin = rss_bytes()
 for shard in (*blocks, *blocks):
     storage.read_weights(shard, parts, lambda: False)
-    with storage.graph(shard) as graph:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        session = ShardSession(shard, graph, parts, 1, packed=True)
-        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    graph = storage.graph(shard)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    session = ShardSession(shard, graph, parts, 1, packed=True)
+    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     rss.append(rss_bytes())
     del session
 kept = rss_bytes()

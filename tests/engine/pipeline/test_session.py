@@ -32,8 +32,7 @@ def block(toy: Path) -> tuple[Shard, GraphFile, list[Part]]:
     shard, storage = manifest.shards[1], Storage(toy, manifest)
     parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
     assert storage.read_weights(shard, parts, lambda: False)
-    with storage.graph(shard) as graph:
-        return shard, graph, parts
+    return shard, storage.graph(shard), parts
 
 
 def _inputs() -> dict[str, Any]:
@@ -234,18 +233,18 @@ def test_an_array_keeps_alive_what_its_value_borrowed() -> None:
 
 def test_a_graph_that_onnxruntime_refuses_is_named(block: Any, tmp_path: Path) -> None:
     shard, _, parts = block
-    (tmp_path / "block.000.onnx").write_bytes(b"no graph")
     with pytest.raises(LoadError, match=r"refused shard 'block.000' \(block.000.onnx\)") as caught:
-        ShardSession(shard, GraphFile(tmp_path / "block.000.onnx"), parts, 1)
+        ShardSession(shard, GraphFile(tmp_path / "block.000.onnx", b"no graph"), parts, 1)
     assert caught.value.__cause__ is not None
 
 
-def test_a_process_without_descriptors_is_not_told_to_export_again(block: Any) -> None:
-    shard, graph, parts = block
+def test_a_process_without_descriptors_is_not_told_to_export_again(block: Any, toy: Path) -> None:
+    shard, _, parts = block
+    storage = Storage(toy, manifests.read(toy))
     with no_descriptors(), pytest.raises(LoadError) as caught:
-        ShardSession(shard, graph, parts, 1)
+        storage.graph(shard)
     assert str(caught.value).startswith(f"'{shard.graph.path}' cannot be read: Too many open files. Raise the limits")
-    ShardSession(shard, graph, parts, 1)
+    ShardSession(shard, storage.graph(shard), parts, 1)
 
 
 @pytest.mark.parametrize("shape", [(32, 128), (4, 64), (64,)])
@@ -300,7 +299,7 @@ def test_a_stopper_ends_a_running_session(tmp_path: Path) -> None:
         "endless (float[1] x) => (float[1] y) <int64 n = {9000000000000000}, bool go = {1}>"
         f"{{ y = Loop <body = {body}> (n, go, x) }}",
     )
-    session, stopper = ShardSession(shard, GraphFile(path), [], 1), Stopper()
+    session, stopper = ShardSession(shard, GraphFile(path, path.read_bytes()), [], 1), Stopper()
     call = Background(session.run, {"x": to_value(np.ones(1, np.float32))}, stopper)
     stopper.stop()
     assert isinstance(call.wait(), ClosedError)
@@ -309,7 +308,7 @@ def test_a_stopper_ends_a_running_session(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_shard_without_weights_runs(tmp_path: Path, packed: bool) -> None:
     shard, path = _bare(tmp_path, "double", "double (float[1] x) => (float[1] y) { y = Add(x, x) }")
-    session = ShardSession(shard, GraphFile(path), [Part(0, 0, Buffer(0))], 1, packed=packed)
+    session = ShardSession(shard, GraphFile(path, path.read_bytes()), [Part(0, 0, Buffer(0))], 1, packed=packed)
     (result,) = session.run({"x": to_value(np.full(1, 21, np.float32))}, Stopper())
     np.testing.assert_array_equal(to_array(result), [42])
 
@@ -390,7 +389,7 @@ def test_an_output_that_is_kept_keeps_no_other_one_in_memory(tmp_path: Path, in_
         inputs=("one", "shape"),
         outputs=tuple(names),
     )
-    session = ShardSession(shard, GraphFile(path), [], 1)
+    session = ShardSession(shard, GraphFile(path, path.read_bytes()), [], 1)
     values = {"one": to_value(np.ones(1, np.float32)), "shape": to_value(np.array([nbytes // 4]))}
     place = {"cache": to_value(np.zeros(1, np.float32))} if in_place else None
     cache, hidden = session.run(values, Stopper(), place)

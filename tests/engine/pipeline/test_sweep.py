@@ -47,8 +47,7 @@ class _Pass:
         shard = self.manifest.shards[index]
         parts = [Part(0, shard.nbytes, Buffer(shard.nbytes))]
         self.storage.read_weights(shard, parts, lambda: False)
-        with self.storage.graph(shard) as graph:
-            outer, session = self, ShardSession(shard, graph, parts, 1)
+        outer, session = self, ShardSession(shard, self.storage.graph(shard), parts, 1)
 
         class Noting:
             def run(self, inputs: Mapping[str, Value], stopper: Stopper, in_place: Mapping[str, Value]) -> Any:

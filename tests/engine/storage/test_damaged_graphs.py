@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tests.engine.storage.reading import (
 
 from pipeload.errors import ShardError
 from pipeload.storage import stamps as stamping
+from pipeload.storage import weights as storages
 
 
 def _replace_for_a_moment(path: Path) -> None:
@@ -43,8 +45,7 @@ def test_a_damaged_graph_is_named(toy_copy: Path, damage: Callable[[Path], None]
 
 def test_a_graph_that_changes_size_later_is_named(toy_copy: Path) -> None:
     storage, shard, _ = open_storage(toy_copy)
-    with storage.graph(shard) as graph:
-        assert graph.path == toy_copy / shard.graph.path
+    assert storage.graph(shard).path == toy_copy / shard.graph.path
     cut(toy_copy / shard.graph.path, 1)
     with pytest.raises(ShardError, match="bytes, the manifest says"):
         open_graph(storage, shard)
@@ -52,13 +53,39 @@ def test_a_graph_that_changes_size_later_is_named(toy_copy: Path) -> None:
 
 @pytest.mark.parametrize("change", [lambda p: flip(p, 20), _replace_for_a_moment, Path.unlink])
 @pytest.mark.parametrize("known", [True, False])
-def test_a_graph_that_changes_while_it_is_opened_is_named(
+def test_onnxruntime_gets_the_bytes_that_were_checked_whatever_becomes_of_the_path(
     toy_copy: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], known: bool
 ) -> None:
-    # Between the check and onnxruntime's own opening of the path, another file could take the graph's place.
     monkeypatch.setattr(stamping, "_FRESH_NS", -1 if known else 1 << 62)
     storage, shard, _ = open_storage(toy_copy)
+    right = (toy_copy / shard.graph.path).read_bytes()
     for _ in range(2):
         open_graph(storage, shard)
-    with pytest.raises(ShardError, match=r"block\.001\.onnx' (changed while it was opened|cannot be read)"):
-        open_graph(storage, shard, change)
+    read = os.pread
+
+    def then_change(descriptor: int, size: int, at: int) -> bytes:
+        data = read(descriptor, size, at)
+        change(toy_copy / shard.graph.path)
+        return data
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storages.os, "pread", then_change)
+        assert open_graph(storage, shard) == right
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_graph_that_is_overwritten_before_it_is_read_is_named(
+    toy_copy: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    monkeypatch.setattr(stamping, "_FRESH_NS", -1 if known else 1 << 62)
+    storage, shard, _ = open_storage(toy_copy)
+    open_graph(storage, shard)
+    read = os.pread
+
+    def change_first(descriptor: int, size: int, at: int) -> bytes:
+        flip(toy_copy / shard.graph.path, 20)
+        return read(descriptor, size, at)
+
+    monkeypatch.setattr(storages.os, "pread", change_first)
+    with pytest.raises(ShardError, match="is damaged"):
+        open_graph(storage, shard)
