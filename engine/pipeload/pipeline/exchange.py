@@ -78,7 +78,6 @@ class Exchange:
             if packs:
                 index = self.residents.begin_packing()
                 return Task(ticket=-1, index=index, resident=True, epoch=self._epoch, packing=True)
-            self._skip_held()
             task = Task(
                 ticket=self._next_ticket,
                 index=self._place,
