@@ -6,15 +6,63 @@ and place, counted from the header's end. Source: "Safetensors" (https://github.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import prod
+from typing import Annotated
+
+import msgspec
 
 from pipeload.errors import ShardError
 from pipeload.format.dtypes import SAFETENSORS_DTYPES, dtype_bytes
 from pipeload.format.manifest import WeightSpec
 
-__all__ = ["check_header", "places"]
+__all__ = ["Entry", "check_header", "entries", "places"]
+
+_METADATA = "__metadata__"
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A tensor in a header.
+
+    Attributes:
+        dtype: the format's name of its type, which may be one that pipeload does not know.
+        shape: its dimensions.
+        data_offsets: its first byte and one past its last, counted from the header's end.
+    """
+
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[_Size, _Size]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it occupies."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+def entries(header: bytes) -> tuple[dict[str, Entry], dict[str, str] | None]:
+    """Tensor -> its entry, and the metadata, of a header that may say anything: all numbers are bounded.
+
+    Args:
+        header: the JSON of the file's header.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        metadata = raw.pop(_METADATA, None)
+        found = {name: _ENTRY.decode(entry) for name, entry in raw.items()}
+        if any(entry.nbytes < 0 for entry in found.values()):
+            raise ValueError("a tensor ends before it begins")
+        return found, None if metadata is None else _TEXTS.decode(metadata)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+_ENTRY, _TEXTS = msgspec.json.Decoder(Entry), msgspec.json.Decoder(dict[str, str] | None)
 
 
 def places(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int]]:
@@ -24,16 +72,15 @@ def places(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int]]:
         header: the JSON of the file's header.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, RecursionError: it is damaged.
+        ValueError: it is damaged.
     """
     found = {}
-    for name, entry in json.loads(header).items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-        if end - begin != prod(shape) * dtype_bytes(dtype):
+    for name, entry in entries(header)[0].items():
+        if (dtype := SAFETENSORS_DTYPES.get(entry.dtype)) is None:
+            raise ValueError(f"tensor '{name}' has the unknown type '{entry.dtype}'")
+        if entry.nbytes != prod(entry.shape) * dtype_bytes(dtype):
             raise ValueError("the length of a tensor is not that of its shape")
-        found[name] = dtype, shape, 8 + len(header) + begin
+        found[name] = dtype, entry.shape, 8 + len(header) + entry.data_offsets[0]
     return found
 
 
@@ -52,7 +99,7 @@ def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices
     try:
         found = places(header)
         spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ShardError(f"'{name}' has a damaged safetensors header: {error!r}. Export the model again.") from error
     for spec in tensors:
         if found.get(spec.name) != (spec.dtype, spec.shape, spec.offset):
