@@ -9,33 +9,62 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from pipeload.errors import ShardError
 from pipeload.format.dtypes import SAFETENSORS_DTYPES, dtype_bytes
 from pipeload.format.manifest import WeightSpec
 
-__all__ = ["check_header", "elements", "most_header_bytes", "places"]
+__all__ = ["Entry", "check_header", "entries", "most_header_bytes", "places"]
 
-_MOST_NUMBER, _MOST_RANK = 2**63 - 1, 64
 _HEADER_BYTES, _ENTRY_BYTES = 1 << 20, 4096
 """Of a header beside its tensors, and for each tensor."""
 
+_METADATA = "__metadata__"
 
-def elements(shape: object) -> int:
-    """The number of values of a tensor, found in a time that does not depend on the numbers of its shape.
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """A tensor in a header.
+
+    Attributes:
+        dtype: the format's name of its type, which may be one that pipeload does not know.
+        shape: its dimensions.
+        data_offsets: its first byte and one past its last, counted from the header's end.
+    """
+
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(max_length=64)]
+    data_offsets: tuple[_Size, _Size]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it occupies."""
+        return self.data_offsets[1] - self.data_offsets[0]
+
+
+def entries(header: bytes) -> tuple[dict[str, Entry], dict[str, str] | None]:
+    """Tensor -> its entry, and the metadata, of a header that may say anything: all numbers are bounded.
+
+    Args:
+        header: the JSON of the file's header.
 
     Raises:
-        ValueError: it is no shape, or one of more dimensions or larger ones than a tensor can have.
+        ValueError: it is damaged.
     """
-    if not isinstance(shape, list | tuple) or len(shape) > _MOST_RANK:
-        raise ValueError(f"a tensor has no shape of at most {_MOST_RANK} dimensions")
-    found = 1
-    for size in shape:
-        if not isinstance(size, int) or not 0 <= size <= _MOST_NUMBER:
-            raise ValueError("a tensor has a dimension of no possible size")
-        found *= size
-    return found
+    try:
+        # msgspec would take the last of two entries of one name.
+        raw = msgspec.convert(json.loads(header, object_pairs_hook=_once_each), dict[str, Any])
+        metadata = msgspec.convert(raw.pop(_METADATA, None), dict[str, str] | None)
+        found = {name: msgspec.convert(entry, Entry) for name, entry in raw.items()}
+        if any(entry.nbytes < 0 for entry in found.values()):
+            raise ValueError("a tensor ends before it begins")
+        return found, metadata
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def most_header_bytes(tensors: int) -> int:
@@ -50,18 +79,15 @@ def places(header: bytes) -> dict[str, tuple[str, tuple[int, ...], int]]:
         header: the JSON of the file's header.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError, RecursionError: it is damaged.
+        ValueError: it is damaged.
     """
     found = {}
-    for name, entry in json.loads(header, object_pairs_hook=_once_each).items():
-        if name == "__metadata__":
-            continue
-        dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end <= _MOST_NUMBER):
-            raise ValueError("a tensor lies at no possible place")
-        if end - begin != elements(shape) * dtype_bytes(dtype):
+    for name, entry in entries(header)[0].items():
+        if (dtype := SAFETENSORS_DTYPES.get(entry.dtype)) is None:
+            raise ValueError(f"tensor '{name}' has the unknown type '{entry.dtype}'")
+        if entry.nbytes != prod(entry.shape) * dtype_bytes(dtype):
             raise ValueError("the length of a tensor is not that of its shape")
-        found[name] = dtype, tuple(shape), 8 + len(header) + begin
+        found[name] = dtype, entry.shape, 8 + len(header) + entry.data_offsets[0]
     return found
 
 
@@ -87,10 +113,11 @@ def check_header(name: str, header: bytes, tensors: Sequence[WeightSpec], slices
     try:
         found = places(header)
         spans = [(dtype, begin, begin + prod(shape) * dtype_bytes(dtype)) for dtype, shape, begin in found.values()]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         # Some errors quote all that they were given.
-        fact = f"{type(error).__name__}, {error}"
-        raise ShardError(f"'{name}' has a damaged safetensors header: {fact:.200}. Export the model again.") from error
+        raise ShardError(
+            f"'{name}' has a damaged safetensors header: {error!r:.200}. Export the model again."
+        ) from error
     for spec in tensors:
         if found.get(spec.name) != (spec.dtype, spec.shape, spec.offset):
             raise ShardError(

@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Iterable
 from itertools import pairwise
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeload.errors import ConfigError, ExportError
-from pipeload.format.safetensors import elements
+from pipeload.format.safetensors import Entry, entries
 from pipeload.machine.files import open_file, read_file
 from pipeload.tasks.model_files import SENTENCE_FILES
 from pipeload_export.extra import require_modules
@@ -160,35 +161,28 @@ def _parts(folder: Path, weights: list[str]) -> list[Path]:
     return [folder / name for name in weights]
 
 
-def read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str] | None, int]:
+def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str] | None, int]:
     """The header of a safetensors file: tensor -> its entry, the metadata, and the first byte behind the header.
 
     Raises:
-        ValueError, TypeError, AttributeError, RecursionError: it is damaged.
+        ValueError: it is damaged.
     """
     length = int.from_bytes(file.read(8), "little")
-    entries = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-    metadata = entries.pop("__metadata__", None)
-    return entries, metadata, 8 + length
+    tensors, metadata = entries(file.read(min(length, _MAX_HEADER_BYTES)))
+    return tensors, metadata, 8 + length
 
 
 def _safetensors_bytes(path: Path) -> int:
     with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         try:
             tensors, _, begin = read_header(file)
-            end = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-            widened: int = sum(
-                elements(entry["shape"]) * 4
-                if entry["dtype"] in (*NARROW, "F32")
-                else entry["data_offsets"][1] - entry["data_offsets"][0]
-                for entry in tensors.values()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             raise ExportError(f"{path} is no safetensors file: {error!r}. Fetch it again.") from error
         nbytes = os.fstat(descriptor).st_size
+    end = begin + max((entry.data_offsets[1] for entry in tensors.values()), default=0)
     if nbytes != end:
         raise ExportError(f"{path} has {nbytes} bytes where its header says {end}. Fetch it again.")
-    return widened
+    return sum(prod(entry.shape) * 4 if entry.dtype in (*NARROW, "F32") else entry.nbytes for entry in tensors.values())
 
 
 def _gguf_bytes(path: Path) -> int:
