@@ -61,12 +61,12 @@ _HEADERS: dict[str, tuple[bytes | Callable[[Header], object], str]] = {
     "a list": (b"[]", "damaged"),
     "a name twice": (b'{"block.1.w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"block.1.w":0}', "twice"),
     "a dtype that does not exist": (_entry(_TENSOR, dtype="F1"), "damaged"),
-    "a negative offset": (_entry(_TENSOR, data_offsets=[-16384, 0]), "no possible place"),
-    "a huge offset": (_entry(_TENSOR, data_offsets=[2**63, 2**63 + 16384]), "no possible place"),
-    "an offset that is no integer": (_entry(_TENSOR, data_offsets=[0.0, 16384.0]), "no possible place"),
+    "a negative offset": (_entry(_TENSOR, data_offsets=[-16384, 0]), "data_offsets"),
+    "a huge offset": (_entry(_TENSOR, data_offsets=[2**63, 2**63 + 16384]), "data_offsets"),
+    "an offset that is no integer": (_entry(_TENSOR, data_offsets=[0.0, 16384.0]), "data_offsets"),
     "NaN": (b'{"block.1.w":{"dtype":"F32","shape":[NaN],"data_offsets":[0,16384]}}', "damaged"),
     "Infinity": (b'{"block.1.w":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', "damaged"),
-    "a negative size": (_entry(_TENSOR, shape=[-64, -64]), "no possible size"),
+    "a negative size": (_entry(_TENSOR, shape=[-64, -64]), "shape"),
     "a product that overflows": (_entry(_TENSOR, shape=[2**62, 4, 0]), "is not that of its shape"),
     "another shape": (_entry(_TENSOR, shape=[32, 128]), "is not the file that the manifest describes"),
     "another place": (_entry(_TENSOR, data_offsets=[256, 16640]), "is not the file that the manifest describes"),
@@ -117,7 +117,7 @@ except ValueError as error:
     print(error)
 """
     told = in_child(code)
-    assert "dimensions" in told, told
+    assert "length <= 64" in told, told
     return f"refused: {told}"
 
 
