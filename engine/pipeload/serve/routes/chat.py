@@ -32,6 +32,7 @@ from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.routes.tokens import token_logprobs
 from pipeload.serve.sampling import Order, order_of
+from pipeload.serve.settings import LIMITS
 from pipeload.serve.sse import DONE, event
 from pipeload.serve.stops import StopCutter
 from pipeload.tasks.generate.sequence import NewToken
@@ -116,6 +117,10 @@ def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """
     if not messages:
         raise ApiError(400, "messages is an empty list. Send at least one message.", param="messages")
+    if len(messages) > LIMITS.messages:
+        raise ApiError(
+            400, f"messages has {len(messages)} entries; this server takes {LIMITS.messages}.", param="messages"
+        )
     made = []
     for index, message in enumerate(messages):
         content = message.content
