@@ -32,6 +32,7 @@ from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.routes.tokens import token_logprobs
 from pipeload.serve.sampling import TOP_LOGPROBS, Order, order_of, within
+from pipeload.serve.settings import LIMITS
 from pipeload.serve.sse import DONE, event
 from pipeload.serve.stops import StopCutter
 from pipeload.tasks.generate.sequence import NewToken
@@ -121,6 +122,8 @@ def messages_of(messages: Sequence[Message], name: str = "messages") -> list[dic
     """
     if not messages:
         raise ApiError(400, f"{name} is an empty list. Send at least one message.", param=name)
+    if len(messages) > LIMITS.messages:
+        raise ApiError(400, f"{name} has {len(messages)} entries; this server takes {LIMITS.messages}.", param=name)
     made = []
     for index, message in enumerate(messages):
         content = message.content
