@@ -19,7 +19,7 @@ from pipeload.format.manifest import PAGE_BYTES
 from pipeload.format.pages import page_ceil, page_floor
 from pipeload.storage.stamps import Stamp, stamp_of
 
-__all__ = ["OpenFile", "read_range", "set_direct", "wrong_size"]
+__all__ = ["OpenFile", "fill", "read_bytes", "read_range", "set_direct", "wrong_size"]
 
 _PIECE_S = 0.1
 """Read sizes adapt so that one read takes about this long; a cancelled load notices within that time."""
@@ -101,6 +101,32 @@ def read_range(
         if direct and position < nbytes and position % PAGE_BYTES:
             # Direct I/O cannot go on from an unaligned place: ordinary reads can, or meet the end of the file.
             direct = set_direct(file.descriptor, False)
+
+
+def read_bytes(file: OpenFile, nbytes: int, offset: int = 0) -> bytes:
+    """A few bytes of a file, in however many reads the system brings them.
+
+    Raises:
+        ShardError: the file ends before.
+        OSError: the system cannot read it.
+    """
+    data = b""
+    while len(data) < nbytes:
+        piece = os.pread(file.descriptor, nbytes - len(data), offset + len(data))
+        if not piece:
+            raise wrong_size(file, offset + len(data))
+        data += piece
+    return data
+
+
+def fill(file: OpenFile, target: memoryview, offset: int) -> None:
+    """Fill memory with the bytes of a file; see `read_bytes`."""
+    position = 0
+    while position < len(target):
+        count = os.preadv(file.descriptor, [target[position:]], offset + position)
+        if count == 0:
+            raise wrong_size(file, offset + position)
+        position += count
 
 
 def wrong_size(file: OpenFile, place: int) -> ShardError:

@@ -32,7 +32,7 @@ from pipeload.format.safetensors import check_header
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.model_files import ModelFiles, unreadable
-from pipeload.storage.ranges import OpenFile, read_range, set_direct, wrong_size
+from pipeload.storage.ranges import OpenFile, fill, read_bytes, read_range, set_direct, wrong_size
 from pipeload.storage.stamps import Stamp, Stamps, is_fresh, stamp_of
 from pipeload.storage.tied import TiedTable
 from pipeload.storage.widening import widened
@@ -120,9 +120,7 @@ class Storage:
             if checked and widened is not None:
                 return GraphFile(path, widened)
             with _named(record.path):
-                data = os.pread(file.descriptor, record.nbytes, 0)
-                if len(data) < record.nbytes:
-                    raise wrong_size(file, len(data))
+                data = read_bytes(file, record.nbytes)
                 unchanged = file.stamp_now() == file.stamp
             if self._verify and not (hashed and unchanged):
                 if hashlib.sha256(data).hexdigest() != record.sha256:
@@ -331,16 +329,16 @@ class Storage:
         known = self._headers.get(file.name)
         with _named(file.name):
             if known is not None:
-                if os.pread(file.descriptor, len(known), 0) != known:
+                if read_bytes(file, len(known)) != known:
                     raise ShardError(_damaged(file.name))
                 return
-            length = int.from_bytes(os.pread(file.descriptor, 8, 0), "little")
+            length = int.from_bytes(read_bytes(file, 8), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.nbytes - 8):
                 raise ShardError(
                     f"'{file.name}' is no safetensors file: its header claims {length} bytes. "
                     "Copy or export the model again."
                 )
-            header = os.pread(file.descriptor, length, 8)
+            header = read_bytes(file, length, 8)
         check_header(file.name, header, self._tensors.get(file.name, []), self._slices.get(file.name, []))
         self._headers[file.name] = length.to_bytes(8, "little") + header
 
@@ -377,9 +375,7 @@ def _read_rows(file: OpenFile, lookup: Lookup, places: Sequence[int], rows: NDAr
     for row, place in enumerate(places):
         number = bisect_right(firsts, place) - 1
         begin = parts[number].offset + (place - firsts[number]) * row_bytes
-        count = os.preadv(file.descriptor, [flat[row * row_bytes : (row + 1) * row_bytes]], begin)
-        if count != row_bytes:
-            raise wrong_size(file, begin + count)
+        fill(file, flat[row * row_bytes : (row + 1) * row_bytes], begin)
     if advise and not keep_cached:
         for part in parts:
             advise(file.descriptor, part.offset, part.nbytes, os.POSIX_FADV_DONTNEED)
