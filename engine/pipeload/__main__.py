@@ -7,6 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
+from pipeload.foreign import shortage_in
 from pipeload.serve import HANDOVER
 
 __all__ = ["main"]
@@ -39,6 +40,11 @@ def main() -> None:
             f"error: The command pipeload needs the package {error.name}, which is not installed: "
             f"pip install {' '.join(_COMMAND_NEEDS)}. The Python API works without it."
         )
+
+    except (ImportError, MemoryError, OSError) as error:
+        if (shortage := shortage_in(error)) is None:
+            raise
+        sys.exit(f"error: pipeload cannot start: {shortage}. Raise the limits of the process (ulimit -a).")
 
     if heard:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import traceback
@@ -10,8 +11,9 @@ from contextlib import contextmanager
 
 from pipeload.errors import PipeloadError
 
-__all__ = ["chain", "first_line", "foreign_errors", "let_go", "system_error_in"]
+__all__ = ["chain", "first_line", "foreign_errors", "let_go", "shortage_in", "system_error_in"]
 
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 _NUMBER = re.compile(r"system error number (\d+)")
 
 
@@ -42,6 +44,24 @@ def system_error_in(error: BaseException, path: str) -> OSError | None:
     if found := _NUMBER.search(str(error)):
         number = int(found[1])
         return OSError(number, os.strerror(number), path)
+    return None
+
+
+def shortage_in(error: BaseException) -> str | None:
+    """What the process lacks, where the interpreter's own error tells that; None for any other error.
+
+    Anywhere in a program it may find no memory, no thread, no descriptor, or no room for another library.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, MemoryError):
+        return "no memory is left to it"
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return first_line(error)
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "the system starts no more threads for it"
+    if isinstance(error, ImportError) and (error.path or "").endswith(".so"):
+        return first_line(error)
     return None
 
 

@@ -35,6 +35,7 @@ from pipeload.cli.commands import (
 from pipeload.cli.ending import INTERRUPTED, Commands, print_error
 from pipeload.cli.loudness import LOUDNESS, Quiet, Verbose
 from pipeload.errors import PipeloadError
+from pipeload.foreign import shortage_in
 
 __all__ = ["app", "main"]
 
@@ -97,6 +98,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print_error("interrupted.")
         sys.exit(INTERRUPTED)
+    except (ImportError, MemoryError, RuntimeError) as error:
+        if (shortage := shortage_in(error)) is None:
+            raise
+        print_error(f"the process cannot go on: {shortage}. Raise its limits (ulimit -a).")
+        sys.exit(1)
 
 
 def _terminate(number: int, _frame: object) -> NoReturn:

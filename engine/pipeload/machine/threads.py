@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import mmap
+import resource
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-__all__ = ["THREADS_REMEDY", "Result", "together"]
+__all__ = ["THREADS_REMEDY", "Result", "start", "together"]
 
 Result = TypeVar("Result")
 
 THREADS_REMEDY = (
     "Raise the limit of processes and threads (ulimit -u, or pids.max of the cgroup), or end other programs."
 )
+
+_STACK_BYTES, _MOST_STACK_BYTES = 8 << 20, 64 << 20
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0)
+_BEGIN_BYTES = 4 << 20
+"""What the interpreter allocates in a new thread before that has begun: arenas of 1 MiB, and the heap's growth."""
+
+
+def start(thread: threading.Thread) -> None:
+    """Start a thread, or raise where the process has no address space for one.
+
+    A thread that finds no memory before it has begun ends without a sign, and `Thread.start` waits for that sign for
+    ever (CPython's issue 140746).
+
+    Raises:
+        MemoryError: there is no room for its stack and its beginning (`ulimit -v`).
+        RuntimeError: the system starts no more threads.
+    """
+    stack = threading.stack_size() or resource.getrlimit(resource.RLIMIT_STACK)[0]
+    stack = min(stack, _MOST_STACK_BYTES) if stack > 0 else _STACK_BYTES
+    try:
+        # Nothing is touched: it takes no memory.
+        mmap.mmap(-1, stack + _BEGIN_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE).close()
+    except (OSError, MemoryError, ValueError) as error:
+        raise MemoryError("the process has no address space left for its stack (ulimit -v)") from error
+    thread.start()
 
 
 def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
@@ -43,7 +70,7 @@ def together(jobs: Sequence[Callable[[], Result]]) -> list[Result]:
     started: list[threading.Thread] = []
     try:
         for thread in threads:
-            thread.start()
+            start(thread)
             started.append(thread)
     except BaseException:
         for future in futures:

@@ -25,7 +25,7 @@ from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, Ru
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import peak_rss_bytes
-from pipeload.machine.threads import THREADS_REMEDY
+from pipeload.machine.threads import THREADS_REMEDY, start
 from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.joining import Batch, Rows, grouped
@@ -265,7 +265,7 @@ class Pipeline:
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
         with foreign_errors(LoadError, f"The thread of the agent '{name}' cannot be started", THREADS_REMEDY):
-            thread.start()
+            start(thread)
         self._threads.append(thread)
 
     def _spawn_loaders(self) -> None:

@@ -49,6 +49,8 @@ _SPIN_US = 50
 _ARENA_LOCK = threading.Lock()
 _SAME_AS_REQUESTED = 1
 _SHRINK = "memory.enable_memory_arena_shrinkage"
+_REFUSED_REMEDY = "Raise the limits of the process (ulimit -a), or export the model again with this onnxruntime."
+_FAILED_REMEDY = "Check the inputs, and the limits of the process (ulimit -a)."
 _CONSTANT_GRAPH = (
     b'\x08\x08\x12\x00:6\n$\x12\x01y"\x08Constant*\x15\n\x0bvalue_float\x15\x00\x00\x00\x00\xa0\x01\x01\x12'
     b"\x01gb\x0b\n\x01y\x12\x06\n\x04\x08\x01\x12\x00B\x04\n\x00\x10\x11"
@@ -221,7 +223,7 @@ class ShardSession:
                     f"{THREADS_REMEDY}"
                 ) from error
             raise LoadError(
-                f"onnxruntime refused shard '{shard.name}' ({graph.path.name}): {first_line(error)}"
+                f"onnxruntime refused shard '{shard.name}' ({graph.path.name}): {first_line(error)}. {_REFUSED_REMEDY}"
             ) from error
 
     def run(
@@ -245,7 +247,7 @@ class ShardSession:
         except Exception as error:
             if stopper.stopped:
                 raise ClosedError(f"The call was ended while shard '{self._name}' ran.") from error
-            raise RunError(f"Shard '{self._name}' failed: {first_line(error)}") from error
+            raise RunError(f"Shard '{self._name}' failed: {first_line(error)}. {_FAILED_REMEDY}") from error
         return _apart(made)
 
     def _run_in_place(

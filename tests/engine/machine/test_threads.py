@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tests.engine.harness import PATIENCE_S, Background, Gate, agents
+from tests.engine.harness import PATIENCE_S, Background, Gate, agents, run_python
 
 from pipeload.machine.threads import together
 
@@ -86,3 +86,25 @@ def test_an_interrupted_caller_still_waits_for_the_jobs(monkeypatch: pytest.Monk
         together([job])
     assert ended == [True]
     assert agents() == []
+
+
+def test_a_thread_for_which_there_is_no_address_space_is_an_error_and_no_wait() -> None:
+    """CPython waits for ever for a thread that finds no memory before it has begun."""
+    run_python(
+        "import re, resource, threading\n"
+        "from pathlib import Path\n"
+        "from pipeload.machine.threads import start\n"
+        "threading.stack_size(1 << 20)\n"
+        "for left in (0, 1 << 20, 2 << 20, 3 << 20, 4 << 20):\n"
+        "    status = Path('/proc/self/status').read_text()\n"
+        "    size = int(re.search(r'VmSize:\\s*(\\d+) kB', status)[1]) * 1024\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (size + left, resource.RLIM_INFINITY))\n"
+        "    try:\n"
+        "        start(threading.Thread(target=int))\n"
+        "    except MemoryError as error:\n"
+        "        assert 'ulimit -v' in str(error)\n"
+        "    else:\n"
+        "        raise AssertionError(left)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "start(threading.Thread(target=int))\n"
+    )

@@ -1,0 +1,60 @@
+"""Faults of the system, made for real in child processes: disks, memory, limits, kills, full disks, allocators, clocks.
+
+python -m tests.system                   all rows that this machine can try
+python -m tests.system eio bit-flip      some of them
+python -m tests.system --short           those that take a few seconds
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.proof.counts import Line, keep
+from tests.system.table import ROWS
+
+
+def main() -> int:
+    """Try the rows. Returns 1 when a promise was broken."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {' '.join(row.name for row in ROWS)}")
+    parser.add_argument("--short", action="store_true", help="only rows that take a few seconds")
+    parser.add_argument("--keep", action="store_true", help="write the counts to docs/reliability.md")
+    given = parser.parse_args()
+    if unknown := set(given.names) - {row.name for row in ROWS}:
+        parser.error(f"there is no row {', '.join(sorted(unknown))}")
+    begin_s, lines = time.monotonic(), []
+    for row in ROWS:
+        if (given.names and row.name not in given.names) or (given.short and row.slow):
+            continue
+        if reason := row.lacks():
+            print(f"      -     -  {row.name}: not tried: {reason}", flush=True)
+            continue
+        with tempfile.TemporaryDirectory(prefix="pipeload-system-") as place:
+            begun_s = time.monotonic()
+            found = row.make(Path(place))
+        for failure in found.failures:
+            print(f"FAILED {row.name}: {failure}\n  python -m tests.system {row.name}", file=sys.stderr, flush=True)
+        print(
+            f"{found.runs:7,} {len(found.failures):5,}  {row.name}: {row.fault} ({time.monotonic() - begun_s:.1f} s)",
+            flush=True,
+        )
+        lines.append(
+            Line(
+                fault=row.fault,
+                outcome=row.outcome,
+                recovered=row.recovered,
+                runs=found.runs,
+                failures=min(len(found.failures), found.runs),
+            )
+        )
+    if given.keep:
+        keep("system", "python -m tests.system --keep", time.monotonic() - begin_s, lines)
+    return int(any(line.failures for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
