@@ -91,7 +91,7 @@ def _tell(target: Target, tally: Tally) -> None:
         f"{target.name}: {tally.inputs:,} inputs, {tally.refused:,} refused, {tally.answered:,} answered{covered}, "
         f"{len(tally.broken)} broke a promise; {tally.seconds:.1f} s, "
         f"{tally.inputs / max(tally.seconds, 1e-9):,.0f}/s, "
-        f"slowest {tally.slowest_s:.2f} s (input {tally.slowest}), peak {tally.peak_bytes / 1e6:.0f} MB",
+        f"slowest {tally.slowest_s:.3f} s (input {tally.slowest}), peak {tally.peak_bytes / 1e6:.0f} MB",
         flush=True,
     )
     for reason in dict.fromkeys(broken.reason for broken in tally.broken):
@@ -123,7 +123,7 @@ def _line(target: Target, tally: Tally) -> Line:
     return Line(
         fault=target.what,
         outcome=f"{tally.refused:,} refused, {tally.answered:,} answered",
-        recovered=f"slowest {tally.slowest_s:.1f} s, peak {tally.peak_bytes / 1e6:.0f} MB",
+        recovered=f"slowest {tally.slowest_s:.2f} s, peak {tally.peak_bytes / 1e6:.0f} MB",
         runs=tally.inputs,
         failures=len(tally.broken),
     )

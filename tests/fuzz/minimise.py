@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from tests.fuzz.corpora import CORPUS, keep, known
-from tests.fuzz.run import Broken, checked, try_all
+from tests.fuzz.run import Broken, checked, input_of, try_all
 from tests.fuzz.target import Target
 
 __all__ = ["least_corpus", "reached", "smaller"]
@@ -18,16 +18,20 @@ __all__ = ["least_corpus", "reached", "smaller"]
 _MOST_BYTES = 6000
 """Of an input of the corpus."""
 _MOST_INPUTS = 60
+_MUTATED = 200
+"""Inputs that are made of the known ones."""
 _MOST_TRIES = 400
 _PACKAGES = (f"{os.sep}pipeload{os.sep}", f"{os.sep}pipeload_export{os.sep}")
 
 
 def least_corpus(target: Target) -> None:
-    """Keep, of a target's corpus, short inputs that reach all lines of the product that the whole corpus reaches.
+    """Keep, of a corpus and some mutated inputs, short ones that reach all lines of the product that all of them reach.
 
     Files whose names begin with `seed` stay: they are valid, and others are made of them.
     """
-    inputs = sorted({data for data in known(CORPUS, target.name) if len(data) <= _MOST_BYTES}, key=len)
+    pool = [*known(CORPUS, target.name), *target.seeds()]
+    made = (input_of(target, pool, 0, number) for number in range(len(pool) + _MUTATED))
+    inputs = sorted({data for data in made if len(data) <= _MOST_BYTES}, key=lambda data: (len(data), data))
     lines = reached(target, inputs)
     kept: list[bytes] = []
     left = set().union(*lines) if lines else set()

@@ -19,6 +19,7 @@ _MODULES = {
     "generation_config": "settings",
     "config": "settings",
     "preprocessor_config": "settings",
+    "embedding": "embedding",
     "tokenizer_rules": "tokenizer",
     "gguf_header": "gguf",
     "gguf": "gguf",
