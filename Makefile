@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -36,6 +36,9 @@ test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with 
 
 test-requests: $(STAMP)  ## 10,000 malformed requests to a server
 	PIPELOAD_TEST_REQUESTS=10000 $(BIN)/python -m pytest -m slow tests/integration/test_malformed_requests.py -s
+
+fuzz: $(STAMP)  ## strange inputs for every reader of strangers' files, for a minute; FUZZ_ARGS has targets, --seconds, --seed
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey
