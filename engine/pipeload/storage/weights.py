@@ -29,7 +29,7 @@ from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
 from pipeload.format.safetensors import check_header
-from pipeload.machine.files import open_file
+from pipeload.machine.files import open_file, read_at, read_into
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.model_files import ModelFiles, unreadable
@@ -119,7 +119,7 @@ class Storage:
             stamp, graph = self._graphs.get(shard.name, (None, None))
             if not hashed or stamp != file.stamp:
                 with _named(record.path):
-                    data = os.pread(file.descriptor, record.nbytes, 0)
+                    data = read_at(file.descriptor, record.nbytes, 0)
                 if not hashed and hashlib.sha256(data).hexdigest() != record.sha256:
                     raise ShardError(_damaged(record.path))
                 check_graph(shard, data)
@@ -334,16 +334,16 @@ class Storage:
         known = self._headers.get(file.name)
         with _named(file.name):
             if known is not None:
-                if os.pread(file.descriptor, len(known), 0) != known:
+                if read_at(file.descriptor, len(known), 0) != known:
                     raise ShardError(_damaged(file.name))
                 return
-            length = int.from_bytes(os.pread(file.descriptor, 8, 0), "little")
+            length = int.from_bytes(read_at(file.descriptor, 8, 0), "little")
             if not 2 <= length <= min(_MAX_HEADER_BYTES, file.nbytes - 8):
                 raise ShardError(
                     f"'{file.name}' is no safetensors file: its header claims {length} bytes. "
                     "Copy or export the model again."
                 )
-            header = os.pread(file.descriptor, length, 8)
+            header = read_at(file.descriptor, length, 8)
         check_header(file.name, header, self._tensors.get(file.name, []), self._slices.get(file.name, []))
         self._headers[file.name] = length.to_bytes(8, "little") + header
 
@@ -380,7 +380,7 @@ def _read_rows(file: OpenFile, lookup: Lookup, places: Sequence[int], rows: NDAr
     for row, place in enumerate(places):
         number = bisect_right(firsts, place) - 1
         begin = parts[number].offset + (place - firsts[number]) * row_bytes
-        count = os.preadv(file.descriptor, [flat[row * row_bytes : (row + 1) * row_bytes]], begin)
+        count = read_into(file.descriptor, flat[row * row_bytes : (row + 1) * row_bytes], begin)
         if count != row_bytes:
             raise wrong_size(file, begin + count)
     if advise and not keep_cached:

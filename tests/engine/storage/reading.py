@@ -120,9 +120,10 @@ def note_direct_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.preadv
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, plain = os.preadv, os.pread
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][: max(1, len(views[0]) // 3)]], at))
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: plain(fd, max(1, size // 3), at))
 
 
 def _without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +136,7 @@ WAYS = [
     pytest.param(without_direct_io, id="no O_DIRECT"),
     pytest.param(_refusing_direct_mode, id="the file system refuses O_DIRECT"),
     pytest.param(refusing_direct_read, id="read refuses O_DIRECT"),
-    pytest.param(_short_reads, id="short reads"),
+    pytest.param(short_reads, id="short reads"),
     pytest.param(_without_advice, id="no posix_fadvise"),
 ]
 
