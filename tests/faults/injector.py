@@ -49,7 +49,7 @@ FAULTS: Mapping[str, tuple[str, ...]] = {
     "thread": ("no thread",),
     "process": ("EAGAIN",),
     "session": ("no memory", "no thread"),
-    "run": ("failed",),
+    "run": ("failed", "no memory"),
     "callback": ("raises",),
     "interrupt": ("Ctrl-C",),
 }
@@ -120,7 +120,7 @@ class Injector:
                 return None
             case "allocation", _:
                 return _system("ENOMEM") if name else _ArrayMemoryError((1 << 20,), np.dtype("u1"))
-            case "session", "no memory":
+            case "session" | "run", "no memory":
                 return RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory")
             case "session", _:
                 return RuntimeException("pthread_create failed, error code: 11 error msg: unavailable")
