@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.faults.injector import FAULTS, KINDS
 from tests.faults.operations import OPERATIONS, prepare
 from tests.faults.trial import Hang
-from tests.faults.walk import Cell, answer_of, walk
+from tests.faults.walk import Cell, Untouched, all_points, untouched, walk
 from tests.proof.counts import Line, keep
 
 _INTERRUPTS = 150
@@ -65,33 +65,34 @@ def main() -> int:
         models = prepare(Path(folder))
         try:
             for name in given.operations or OPERATIONS:
-                answer = answer_of(OPERATIONS[name], models)
+                found = untouched(OPERATIONS[name], models)
                 gc.collect()
                 gc.freeze()
                 for kind in given.kind or KINDS:
-                    cells.append(_tried(name, kind, models, answer, given))
+                    cells.append(_tried(name, kind, models, found, given))
         except Hang as hang:
             print(f"HANGS: {hang}", flush=True)
             os._exit(1)
     failures = sum(len(cell.failures) for cell in cells)
     print(f"{sum(cell.tried for cell in cells)} faults, {failures} broke a promise")
     if given.keep:
-        keep("faults", "python -m tests.faults --keep", time.monotonic() - begin_s, _lines(cells))
+        keep("faults", " ".join(["python -m tests.faults", *sys.argv[1:]]), time.monotonic() - begin_s, _lines(cells))
     return 1 if failures else 0
 
 
-def _tried(name: str, kind: str, models: Path, answer: object, given: argparse.Namespace) -> Cell:
-    faults = [one for one in FAULTS[kind] if given.fault in (None, one)]
-
-    def points(count: int) -> Sequence[int]:
-        if given.at:
-            return [given.at]
-        step = max(given.every, -(-count // _INTERRUPTS) if kind == "interrupt" else 1)
-        return range(1, count + 1, step)
-
-    chosen = None if kind != "interrupt" and given.every == 1 and not given.at else points
+def _tried(name: str, kind: str, models: Path, found: Untouched, given: argparse.Namespace) -> Cell:
     cell = Cell(operation=name, kind=kind)
-    for result in walk(cell, models, answer, points=chosen, faults=faults):
+    faults = [one for one in FAULTS[kind] if given.fault in (None, one)]
+    events = found.counts.get(kind, 0)
+    points: Iterable[tuple[str, int]]
+    if given.at:
+        points = [(fault, given.at) for fault in faults]
+    elif kind == "interrupt":
+        places = range(0, _INTERRUPTS, given.every)
+        points = [(fault, 1 + place * events // _INTERRUPTS) for fault in faults for place in places]
+    else:
+        points = all_points(cell, faults, given.every)
+    for result in walk(cell, models, found, points):
         if given.at:
             print(f"{result.place or 'no such event'}: {result.outcome}", flush=True)
     told = ", ".join(f"{count} {outcome}" for outcome, count in cell.outcomes.most_common() if count)

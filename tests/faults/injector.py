@@ -18,9 +18,10 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,28 +67,25 @@ class Injector:
     """Lets the n-th event of a kind fail, in one way.
 
     Attributes:
-        kind: of `FAULTS`.
-        fault: one of its ways; empty counts only.
+        kind: of `FAULTS`; empty counts the events of all kinds.
+        fault: one of its ways.
         at: which event, from 1.
         armed: events count, and the n-th fails.
-        count: events so far.
+        counts: events so far.
         error: the exception that was raised; None for a read that was short, or before that.
         fired: the n-th event has come.
         place: where it came.
     """
 
-    kind: str
+    kind: str = ""
     fault: str = ""
     at: int = 0
     armed: bool = False
-    count: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     error: BaseException | None = None
     fired: bool = False
     place: str = ""
-    _lock: Any = None
-
-    def __post_init__(self) -> None:
-        self._lock = threading.Lock()
+    _lock: Any = field(default_factory=threading.Lock)
 
     def disarm(self) -> None:
         """From now on nothing fails, and nothing counts."""
@@ -96,7 +94,7 @@ class Injector:
 
     def event(self, kind: str, path: object = None, *, frame: FrameType | None = None) -> str | None:
         """Count an event. Returns the fault where it is the n-th and no exception; raises its exception otherwise."""
-        if kind != self.kind or not self.armed:
+        if self.kind not in ("", kind) or not self.armed:
             return None
         place = _place(frame or sys._getframe(2)) if kind != "callback" else "callback"
         if not place:
@@ -104,8 +102,8 @@ class Injector:
         with self._lock:
             if not self.armed:
                 return None
-            self.count += 1
-            if self.count != self.at or not self.fault:
+            self.counts[kind] += 1
+            if not self.kind or self.counts[kind] != self.at:
                 return None
             self.fired, self.place = True, place
             self.error = self._made(path)
@@ -157,7 +155,7 @@ def interrupted(injector: Injector) -> Iterator[None]:
     def call(frame: FrameType, event: str, _: object) -> Any:
         return line if is_product(frame.f_code.co_filename) else None
 
-    if injector.kind != "interrupt":
+    if injector.kind not in ("", "interrupt"):
         yield
         return
     before = sys.gettrace()
@@ -342,7 +340,7 @@ def _opening(injector: Injector, real: Callable[..., Any]) -> Callable[..., Any]
         opener: Any = None,
     ) -> Any:
         injector.event("open", file)
-        counts = injector.armed and injector.kind in ("read", "write") and _place(sys._getframe(1))
+        counts = injector.armed and injector.kind in ("", "read", "write") and _place(sys._getframe(1))
         if buffering != -1 or not counts:
             return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw = _Raw(file, mode.replace("b", "").replace("t", ""), closefd, opener)

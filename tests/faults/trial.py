@@ -46,17 +46,17 @@ class Result:
     """What came of one try.
 
     Attributes:
-        count: events of the kind.
         fired: the fault has come.
         place: where.
         outcome: what the caller saw.
+        answer: where it was asked for.
         failures: promises that were broken.
     """
 
-    count: int = 0
     fired: bool = False
     place: str = ""
     outcome: str = ""
+    answer: Any = None
     failures: list[str] = field(default_factory=list)
 
 
@@ -67,7 +67,7 @@ def attempt(operation: Operation, injector: Injector, models: Path, expected: An
         operation: see `OPERATIONS`.
         injector: says which fault comes when.
         models: see `prepare`.
-        expected: the answer of a call that nothing disturbs; None where this try is to find it: it is the `outcome`.
+        expected: the answer of a call that nothing disturbs; None where this try is to find it: it is the `answer`.
 
     Raises:
         Hang: the stacks of all threads are on stderr.
@@ -96,7 +96,7 @@ def attempt(operation: Operation, injector: Injector, models: Path, expected: An
         # The frames of an error that was swallowed would keep what they refer to.
         injector.error.__traceback__ = None
     result.failures += before.lost()
-    result.count, result.fired, result.place = injector.count, injector.fired, injector.place
+    result.fired, result.place = injector.fired, injector.place
     return result
 
 
@@ -210,7 +210,7 @@ def _drive(operation: Operation, injector: Injector, place: Place, expected: Any
     if expected is None:
         if errors:
             raise errors[0]
-        result.outcome, expected = answers[0], answers[0]
+        result.answer = expected = answers[0]
     try:
         if context is not None and call is not None:
             context.__exit__(None, None, None)
