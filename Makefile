@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -39,6 +39,8 @@ test-requests: $(STAMP)  ## 10,000 malformed requests to a server
 
 fuzz: $(STAMP)  ## strange inputs for every reader of strangers' files, for a minute; FUZZ_ARGS has targets, --seconds, --seed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+test-faults: $(STAMP)  ## every fault in turn: an hour or more; FAULTS_ARGS='run --kind read' tries a part
+	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey

@@ -9,11 +9,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipeload.errors import PipeloadError
+from pipeload.errors import ExportError, LoadError, PipeloadError, RunError
 
 __all__ = ["chain", "first_line", "foreign_errors", "let_go", "shortage_in", "system_error_in"]
 
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+_OWN_MEMORY = (ExportError, LoadError, RunError)
+"""Errors whose facts stay true where memory is short."""
+_MEMORY_REMEDY = "Pass less at once, lower the memory budget, or end other programs."
 _NUMBER = re.compile(r"system error number (\d+)")
 
 
@@ -36,6 +39,8 @@ def foreign_errors(kind: Callable[[str], Exception], fact: str, remedy: str) -> 
         # A panic in a library that is written in Rust is no Exception, but as foreign as one.
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
+        if isinstance(error, MemoryError) and kind not in _OWN_MEMORY:
+            raise RunError(f"The process has no memory left: {first_line(error)}. {_MEMORY_REMEDY}") from error
         raise kind(f"{fact}: {first_line(error)}. {remedy}") from error
 
 

@@ -33,7 +33,7 @@ from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.sizes import format_bytes
-from pipeload.opening import Options, draft_bytes, open_pipeline, weigh_draft
+from pipeload.opening import Opened, Options, draft_bytes, open_pipeline, weigh_draft
 from pipeload.pipeline.joining import Joins, Padding, Rows
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
@@ -198,19 +198,14 @@ class Model:
         self._budget = options.budget
         self.own_draft, beside = self._open_draft(options) if draft else (None, options)
         try:
-            opened = open_pipeline(directory, manifest, self._decoding, beside, self._bring_in)
+            open_pipeline(directory, manifest, self._decoding, beside, self._bring_in, self._adopt)
         except BaseException as error:
             open_draft = self.own_draft is not None and self.own_draft.leave_out(
                 f"the model cannot open beside it. {error}"
             )
             if not open_draft or not isinstance(error, BudgetError):
                 raise
-            opened = open_pipeline(directory, manifest, self._decoding, options, self._bring_in)
-        self._pipeline, self._replanner = opened.pipeline, opened.replanner
-        self._profile_dims = opened.profile_dims
-        # The finalizer must not refer to the model. It also runs when the interpreter exits: onnxruntime must not be
-        # torn down under running agents.
-        self._finalizer = weakref.finalize(self, _end_in, self._pid, self._pipeline, opened.keep)
+            open_pipeline(directory, manifest, self._decoding, options, self._bring_in, self._adopt)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -494,6 +489,13 @@ class Model:
         raise ConfigError(
             "A model holds threads and sessions and cannot be pickled. Pass its path, and load it where it is needed."
         )
+
+    def _adopt(self, opened: Opened) -> None:
+        self._pipeline, self._replanner = opened.pipeline, opened.replanner
+        self._profile_dims = opened.profile_dims
+        # The finalizer must not refer to the model. It also runs when the interpreter exits: onnxruntime must not be
+        # torn down under running agents.
+        self._finalizer = weakref.finalize(self, _end_in, self._pid, self._pipeline, opened.keep)
 
     def _open_draft(self, options: Options) -> tuple[OwnDraft | None, Options]:
         """Open the model's own draft where that pays. Returns it, and the model's options beside it."""

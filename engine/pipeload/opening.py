@@ -111,8 +111,13 @@ class Weighed:
 
 
 def open_pipeline(
-    directory: Path, manifest: Manifest, decoding: Decoding, options: Options, bring_in: Callable[[], object]
-) -> Opened:
+    directory: Path,
+    manifest: Manifest,
+    decoding: Decoding,
+    options: Options,
+    bring_in: Callable[[], object],
+    adopt: Callable[[Opened], object],
+) -> None:
     """Measure the process, plan, and start the agents.
 
     Args:
@@ -122,6 +127,8 @@ def open_pipeline(
         options: how to run it.
         bring_in: loads everything that the process keeps beside the pipeline, so that it is there when the process is
             measured.
+        adopt: takes the pipeline, and sees to its end. Where the caller is interrupted at this very moment, the
+            pipeline is closed.
 
     Raises:
         BudgetError: the budget cannot work.
@@ -146,6 +153,7 @@ def open_pipeline(
         runtime_bytes = options.budget.runtime_bytes or known.runtime_bytes
         loaders, threads = _startable(options, len(manifest.shards), process.cores)
         share = options.budget.open_share(options.fixed_bytes, brought_bytes)
+        pipeline: Pipeline | None = None
         try:
             replanner = Replanner(
                 manifest,
@@ -167,19 +175,24 @@ def open_pipeline(
             )
             cache_bytes = decoding.cache_bytes if manifest.caches else None
             pipeline = Pipeline(manifest, storage, plan, replanner, options.progress, cache_bytes)
+            OPEN_PIPELINES.add(pipeline)
+            options.budget.add(pipeline)
+            # Absolute, since the host may change its working directory.
+            keep = partial(_keep_learned, directory.absolute(), profile_dims, replanner)
+            adopt(
+                Opened(
+                    pipeline=pipeline,
+                    replanner=replanner,
+                    profile_dims=profile_dims,
+                    keep=keep if options.profile is None else None,
+                )
+            )
         except BaseException:
             share.leave()
+            if pipeline is not None:
+                # Its threads would keep it alive for ever.
+                pipeline.close()
             raise
-        OPEN_PIPELINES.add(pipeline)
-        options.budget.add(pipeline)
-    # Absolute, since the host may change its working directory.
-    keep = partial(_keep_learned, directory.absolute(), profile_dims, replanner)
-    return Opened(
-        pipeline=pipeline,
-        replanner=replanner,
-        profile_dims=profile_dims,
-        keep=keep if options.profile is None else None,
-    )
 
 
 def weigh_draft(

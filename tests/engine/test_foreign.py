@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeload.errors import ClosedError, ConfigError
+from pipeload.errors import ClosedError, ConfigError, LoadError, ManifestError, RunError, ShardError
 from pipeload.foreign import first_line, foreign_errors
 
 
@@ -23,6 +23,18 @@ def test_a_foreign_exception_is_the_cause_of_an_error_with_fact_and_remedy(error
         with foreign_errors(ConfigError, "The file is odd", "Mend it."):
             raise error
     assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("kind", [ConfigError, ManifestError, ShardError])
+def test_a_process_without_memory_is_no_fault_of_a_file_or_an_argument(kind: type[Exception]) -> None:
+    error = MemoryError("Unable to allocate 9 GB")
+    with pytest.raises(RunError, match=r"^The process has no memory left: Unable to allocate 9 GB\. ") as raised:
+        with foreign_errors(kind, "The file is odd", "Mend it."):
+            raise error
+    assert raised.value.__cause__ is error
+    with pytest.raises(LoadError, match="The shard was not loaded: Unable to allocate 9 GB"):
+        with foreign_errors(LoadError, "The shard was not loaded", "Mend it."):
+            raise error
 
 
 @pytest.mark.parametrize("error", [ClosedError("closed"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()])

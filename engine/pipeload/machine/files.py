@@ -21,7 +21,7 @@ from typing import NoReturn
 
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["open_file", "read_file", "read_stream", "replace_file", "write_whole"]
+__all__ = ["open_file", "read_at", "read_file", "read_into", "read_stream", "replace_file", "write_whole"]
 
 _READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
@@ -90,6 +90,31 @@ def read_stream(path: Path, *, most_bytes: int) -> bytes:
         return _read(descriptor, path, most_bytes)
     finally:
         os.close(descriptor)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
+    """These bytes of an open file: fewer only where it ends, also where one read of the system brings a part of them.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    pieces: list[bytes] = []
+    while nbytes and (piece := os.pread(descriptor, nbytes, offset)):
+        pieces.append(piece)
+        nbytes, offset = nbytes - len(piece), offset + len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_into(descriptor: int, target: memoryview, offset: int) -> int:
+    """Fill memory with bytes of an open file, as `read_at` does. Returns how many there were.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    done = 0
+    while done < len(target) and (count := os.preadv(descriptor, [target[done:]], offset + done)):
+        done += count
+    return done
 
 
 def write_whole(path: Path, data: bytes) -> None:

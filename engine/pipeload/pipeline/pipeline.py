@@ -265,8 +265,12 @@ class Pipeline:
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
         with foreign_errors(LoadError, f"The thread of the agent '{name}' cannot be started", THREADS_REMEDY):
-            start(thread)
-        self._threads.append(thread)
+            try:
+                start(thread)
+            finally:
+                # Also where the caller is interrupted when it has just been started.
+                if thread.ident is not None:
+                    self._threads.append(thread)
 
     def _spawn_loaders(self) -> None:
         """Start the plan's number of Loading Agents, and one more to pack while the others wait for their turn to load.

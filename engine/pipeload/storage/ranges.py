@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pipeload.errors import LoadError, ShardError
 from pipeload.format.manifest import PAGE_BYTES
 from pipeload.format.pages import page_ceil, page_floor
+from pipeload.machine import files
 from pipeload.storage.stamps import Stamp, stamp_of
 
 __all__ = ["OpenFile", "read_bytes", "read_into", "read_range", "set_direct", "wrong_size"]
@@ -105,28 +106,22 @@ def read_range(
 
 def read_bytes(file: OpenFile, nbytes: int, offset: int) -> bytes:
     """Bytes of an open file, by ordinary reads. For the errors see `read_into`."""
-    data = b""
-    while len(data) < nbytes:
-        piece = os.pread(file.descriptor, nbytes - len(data), offset + len(data))
-        if not piece:
-            raise wrong_size(file, offset + len(data))
-        data += piece
+    data = files.read_at(file.descriptor, nbytes, offset)
+    if len(data) < nbytes:
+        raise wrong_size(file, offset + len(data))
     return data
 
 
 def read_into(file: OpenFile, target: memoryview, offset: int) -> None:
-    """Fill memory from an open file, by ordinary reads: the system may bring a part of what one asks for.
+    """Fill memory from an open file, by ordinary reads.
 
     Raises:
         ShardError: the file ends before the memory is full.
         OSError: the system cannot read it.
     """
-    position = 0
-    while position < len(target):
-        count = os.preadv(file.descriptor, [target[position:]], offset + position)
-        if count == 0:
-            raise wrong_size(file, offset + position)
-        position += count
+    count = files.read_into(file.descriptor, target, offset)
+    if count < len(target):
+        raise wrong_size(file, offset + count)
 
 
 def wrong_size(file: OpenFile, place: int) -> ShardError:

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ConfigError
+from pipeload.errors import ConfigError, RunError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.storage.model_files import ModelFiles
@@ -127,7 +127,8 @@ class ImageProcessor:
                 "The images have different sizes after preprocessing, because preprocessor_config.json neither "
                 "resizes to a fixed size nor crops. Pass them one at a time."
             )
-        return np.stack(arrays)
+        with foreign_errors(RunError, f"{len(arrays)} images make no batch", "Pass a smaller batch_size."):
+            return np.stack(arrays)
 
     def _one(self, image: Image) -> NDArray[np.float32]:
         picture = _upright_rgb(image)

@@ -23,7 +23,15 @@ from pipeload.notify import Notify
 from pipeload.pipeline.cache_room import with_room
 from pipeload.storage.weights import Storage
 from pipeload_export.check.cases import Case
-from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
+from pipeload_export.graph.runtime import (
+    LEVEL,
+    NOT_APPLIED,
+    dtype_of,
+    open_session,
+    raise_shortage,
+    run,
+    session_options,
+)
 
 __all__ = ["needs_of", "run_session", "run_shard", "run_shards", "run_unsplit", "with_rooms"]
 
@@ -224,6 +232,7 @@ def run_session(
     try:
         return dict(zip(names, run(session, names, inputs), strict=True))
     except Exception as error:  # onnxruntime's exceptions have no common base
+        raise_shortage(error)
         raise ExportError(
             f"{what} does not run: {first_line(error)}. Export the model to an .onnx file that takes inputs of this "
             "size, and pass that."

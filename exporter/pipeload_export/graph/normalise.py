@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
 from pipeload_export.graph.graph import Constant, Graph, attribute, is_pure, known_constant, node_inputs, tensor_proto
-from pipeload_export.graph.runtime import open_session
+from pipeload_export.graph.runtime import open_session, raise_shortage
 from pipeload_export.graph.types import SMALL_BYTES, infer_types, plain_model, type_of
 
 __all__ = ["drop_dead", "normalise"]
@@ -194,7 +194,8 @@ def _evaluate(graph: Graph, nodes: list[NodeProto]) -> dict[str, NDArray[Any]]:
     model = plain_model(graph, nodes, [], [helper.make_empty_tensor_value_info(name) for name in names], values)
     try:
         arrays = open_session(model.SerializeToString(), "constants").run(names, {})
-    except Exception:  # noqa: BLE001 - onnxruntime's errors have no common base; unfolded nodes are always correct
+    except Exception as error:  # noqa: BLE001 - onnxruntime's have no common base; unfolded nodes are always correct
+        raise_shortage(error)
         return {}
     return {n: a for n, a in zip(names, arrays, strict=True) if isinstance(a, np.ndarray) and a.dtype != object}
 

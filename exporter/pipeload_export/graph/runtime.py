@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,18 @@ from numpy.typing import NDArray
 from pipeload.errors import ExportError
 from pipeload.foreign import first_line, system_error_in
 
-__all__ = ["LEVEL", "NOT_APPLIED", "dtype_of", "open_session", "packed_options", "run", "session_options"]
+__all__ = [
+    "LEVEL",
+    "NOT_APPLIED",
+    "dtype_of",
+    "open_session",
+    "packed_options",
+    "raise_shortage",
+    "run",
+    "session_options",
+]
 
+_SHORTAGE = re.compile(r"bad_alloc|bad allocation|failed to allocate memory|pthread_create", re.IGNORECASE)
 LEVEL = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 """The level at which shards are optimised: portable, unlike "all"."""
 NOT_APPLIED = (
@@ -78,6 +89,7 @@ def open_session(
 
     Raises:
         ExportError: onnxruntime refuses the graph.
+        MemoryError: it has no memory or no thread for a session.
         OSError: the system does not let it read the file.
     """
     try:
@@ -92,6 +104,7 @@ def open_session(
     except Exception as error:  # onnxruntime's exceptions have no common base
         if system := system_error_in(error, what if isinstance(graph, bytes) else str(graph)):
             raise system from error
+        raise_shortage(error)
         reason = first_line(error)
         if isinstance(graph, Path):
             # It names a file that may be temporary; the message's reader knows it as `what`.
@@ -110,6 +123,12 @@ def run(session: ort.InferenceSession, names: Sequence[str], inputs: Mapping[str
     }
     result: list[NDArray[Any]] = session.run(list(names), given)
     return result
+
+
+def raise_shortage(error: Exception) -> None:
+    """Raise MemoryError where onnxruntime failed because the machine is short of something: no graph is at fault."""
+    if isinstance(error, MemoryError) or _SHORTAGE.search(str(error)):
+        raise MemoryError(first_line(error)) from error
 
 
 def dtype_of(name: str) -> str:

@@ -20,7 +20,15 @@ from pipeload.foreign import first_line
 from pipeload.format.dtypes import ITEM_BYTES
 from pipeload_export.graph.external_data import external_initializer
 from pipeload_export.graph.graph import tensor_proto
-from pipeload_export.graph.runtime import LEVEL, NOT_APPLIED, dtype_of, open_session, run, session_options
+from pipeload_export.graph.runtime import (
+    LEVEL,
+    NOT_APPLIED,
+    dtype_of,
+    open_session,
+    raise_shortage,
+    run,
+    session_options,
+)
 from pipeload_export.shard.fuse import Fused
 
 __all__ = ["Arrays", "Event", "Refused", "Trial", "agree", "run_trial"]
@@ -101,6 +109,7 @@ class Trial:
             try:
                 results.append(run(self._session, outputs, arrays))
             except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions have no common base
+                raise_shortage(error)
                 failed[place] = first_line(error)
                 if stops:
                     break

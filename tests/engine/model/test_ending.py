@@ -71,6 +71,24 @@ def test_an_exception_in_the_block_closes_the_model(toy: Path) -> None:
     assert agents() == []
 
 
+@pytest.mark.parametrize("moment", ["counted", "adopted"])
+def test_a_load_that_is_interrupted_when_the_agents_run_leaves_none(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    owner, name = {"counted": (pipeload.Budget, "add"), "adopted": (pipeload.Model, "_adopt")}[moment]
+    budget = smallest_budget(toy)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            load(toy, budget)
+    assert agents() == [], caught
+    with load(toy, smallest_budget(toy)) as model:
+        model.run(toys.inputs())
+
+
 def test_several_may_close_at_once(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = gated_reads(monkeypatch, "prologue")
     model = load(toy, smallest_budget(toy))

@@ -12,6 +12,7 @@ from tests.engine.storage.reading import (
     flip,
     open_graph,
     open_storage,
+    short_reads,
 )
 
 from pipeload.errors import ShardError
@@ -41,6 +42,12 @@ def test_a_damaged_graph_is_named(toy_copy: Path, damage: Callable[[Path], None]
     with pytest.raises(ShardError, match=words) as caught:
         open_graph(storage, shard)
     assert "shards/block.001.onnx" in str(caught.value)
+
+
+def test_short_reads_of_a_graph_are_no_damage(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_reads(monkeypatch)
+    storage, shard, _ = open_storage(toy)
+    assert open_graph(storage, shard) == (toy / shard.graph.path).read_bytes()
 
 
 def test_a_graph_that_changes_size_later_is_named(toy_copy: Path) -> None:

@@ -211,3 +211,10 @@ def test_a_disk_that_fails_for_a_row_is_named(table: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "preadv", raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(ShardError, match=r"'shards/embeddings\.safetensors' cannot be read: Input/output error"):
         storage.read_rows(lookup, np.array([1]), keep_cached=True)
+
+
+def test_short_reads_bring_the_same_rows(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    short_reads(monkeypatch)
+    storage, lookup, whole = table
+    for _ in range(2):  # the header is parsed at the first, and compared at the second
+        np.testing.assert_array_equal(storage.read_rows(lookup, np.array([7, 1]), keep_cached=True), whole[[7, 1]])

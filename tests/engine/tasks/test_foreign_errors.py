@@ -19,7 +19,7 @@ from tests.engine.tasks.fakes import (
     write_json,
 )
 
-from pipeload.errors import ConfigError, PipeloadError, ShardError
+from pipeload.errors import ConfigError, PipeloadError, RunError, ShardError
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.embed.embed import embed
 from pipeload.tasks.generate.generate import generate
@@ -217,3 +217,33 @@ def test_images_are_made_no_larger_than_images_are(tmp_path: Path, settings: dic
     write_json(tmp_path, "preprocessor_config.json", settings)
     with pytest.raises(PipeloadError, match=r"preprocessor_config\.json"):
         ImageProcessor(files_in(tmp_path), ModelConfig()).batch([np.zeros((8, 8, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("function", ["full", "stack"])
+def test_a_process_without_memory_for_a_batch_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    encoder, error = _encoder(tmp_path), MemoryError("Unable to allocate 9 GB")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(np, function, fails)
+    with pytest.raises(RunError, match="Unable to allocate 9 GB") as raised:
+        embed(encoder, ["the cat", "a dog"])
+    assert raised.value.__cause__ is error
+
+
+def test_a_process_without_memory_for_the_tokens_of_a_text_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bert_tokenizer(tmp_path)
+    decoder, error = ToyDecoder(tmp_path, script=[8]), MemoryError("Unable to allocate 9 GB")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(np, "full", fails)
+    with pytest.raises(RunError, match="Unable to allocate 9 GB") as raised:
+        generate(decoder, "the cat", max_new_tokens=1)
+    assert raised.value.__cause__ is error

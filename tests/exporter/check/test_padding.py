@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 from tests.exporter.conftest import Sharded
 from tests.exporter.graphs import ROWS, WIDTH, Builder, encoder, grouped_decoder
 from tests.models import traced_here
@@ -150,6 +152,20 @@ def fused_encoder(*, lengths: bool) -> Builder:
 def test_kernels_that_count_tokens_are_tried(builder: Builder, wanted: bool, shard: Callable[..., Sharded]) -> None:
     sharded = shard(builder.model())
     assert takes_left_padding(sharded.directory, sharded.manifest, silent) is wanted
+
+
+@pytest.mark.parametrize("moment", ["session", "run"])
+def test_a_machine_without_memory_says_nothing_about_padding(
+    shard: Callable[..., Sharded], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    sharded = shard(encoder().model())
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeException("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for 9 GB")
+
+    monkeypatch.setattr(*((ort, "InferenceSession", fails) if moment == "session" else (chain, "run", fails)))
+    with pytest.raises(MemoryError, match="Failed to allocate memory for 9 GB"):
+        takes_left_padding(sharded.directory, sharded.manifest, silent)
 
 
 def test_models_without_a_mask_are_not_tried(shard: Callable[..., Sharded]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeload.errors import ConfigError
+from pipeload.errors import ConfigError, RunError
+from pipeload.foreign import foreign_errors
 from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.classify.classify import BATCH_SIZE
 from pipeload.tasks.classify.labels import sigmoid
@@ -83,8 +84,9 @@ def rerank(
             f"rerank takes a model with one score for a pair, and this one has {len(rows[0])} labels. "
             "Take a reranker (cross-encoder), or the label that you want from model.classify."
         )
-    values = np.concatenate(rows)
-    if activation == "Sigmoid":
-        values = sigmoid(values)
-    order = np.argsort(-values, kind="stable")[:top_k]
+    with foreign_errors(RunError, f"The scores of {len(rows)} documents could not be sorted", "Pass fewer documents."):
+        values = np.concatenate(rows)
+        if activation == "Sigmoid":
+            values = sigmoid(values)
+        order = np.argsort(-values, kind="stable")[:top_k]
     return [Ranked(int(index), float(values[index]), documents[int(index)]) for index in order]

@@ -11,7 +11,8 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ConfigError
+from pipeload.errors import ConfigError, RunError
+from pipeload.foreign import foreign_errors
 from pipeload.tasks.arguments import check_several
 from pipeload.tasks.classify.classify import BATCH_SIZE
 from pipeload.tasks.classify.labels import Label, softmax
@@ -94,11 +95,13 @@ def zero_shot(
         )
     entailment, contradiction = _classes(config_of(self))
     pairs = [(text, hypothesis_template.replace("{}", label)) for text in several for label in labels]
-    logits = np.array(text_logits(self, pairs, batch_size), np.float32).reshape(len(several), len(labels), -1)
-    if multi_label or len(labels) == 1:
-        scores = softmax(logits[..., [contradiction, entailment]])[..., 1]
-    else:
-        scores = softmax(logits[..., entailment])
+    rows = text_logits(self, pairs, batch_size)
+    with foreign_errors(RunError, f"The scores of {len(pairs)} pairs could not be put together", "Pass fewer texts."):
+        logits = np.array(rows, np.float32).reshape(len(several), len(labels), -1)
+        if multi_label or len(labels) == 1:
+            scores = softmax(logits[..., [contradiction, entailment]])[..., 1]
+        else:
+            scores = softmax(logits[..., entailment])
     found = [_best_first(row, labels) for row in scores]
     return found[0] if isinstance(texts, str) else found
 

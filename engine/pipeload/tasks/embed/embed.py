@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ConfigError
+from pipeload.errors import ConfigError, RunError
+from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import TensorSpec
 from pipeload.tasks.arguments import check_positive, check_several, is_whole
 from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
@@ -25,6 +26,7 @@ __all__ = ["BATCH_SIZE", "check_embed", "embed"]
 
 BATCH_SIZE = 32
 """The most texts in one pass, unless the caller sets another number: a batch shares one reading of the weights."""
+_REMEDY = "Pass fewer texts at once, lower the memory budget, or end other programs."
 
 
 def embed(
@@ -74,11 +76,12 @@ def embed(
     recipe = _recipe_of(self)
     before = recipe.chosen_prompt(prompt, prompt_name)
     made = in_windows(several, lambda part: _embedded(self, output, recipe, before, part, batch_size))
-    vectors = np.stack(made) if made else _none(output, recipe)
-    if truncate_dim is not None:
-        vectors = vectors[:, :truncate_dim].copy()
-    if normalize:
-        vectors = normalized(vectors)
+    with foreign_errors(RunError, f"The vectors of {len(several)} texts could not be put together", _REMEDY):
+        vectors = np.stack(made) if made else _none(output, recipe)
+        if truncate_dim is not None:
+            vectors = vectors[:, :truncate_dim].copy()
+        if normalize:
+            vectors = normalized(vectors)
     single: NDArray[np.float32] = vectors[0] if isinstance(texts, str) else vectors
     return single
 

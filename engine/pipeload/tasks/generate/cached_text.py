@@ -7,11 +7,16 @@ from typing import Generic
 
 import numpy as np
 
+from pipeload.errors import RunError
+from pipeload.foreign import foreign_errors
 from pipeload.tasks.generate.sampling import Scores, TokenIds
 from pipeload.tasks.runner import Decoder, State, graph_inputs
 from pipeload.tasks.text.padding import padded, position_ids
 
 __all__ = ["Reading"]
+
+_NOTHING: TokenIds = np.zeros((0, 0), np.int64)
+_FACT, _REMEDY = "The texts could not be brought into the pipeline", "Pass fewer or shorter texts."
 
 
 class Reading(Generic[State]):
@@ -25,7 +30,7 @@ class Reading(Generic[State]):
     def __init__(self, decoder: Decoder[State], state: State) -> None:
         self.decoder = decoder
         self.state = state
-        self._read: TokenIds = np.zeros((0, 0), np.int64)
+        self._read = _NOTHING
 
     @property
     def tokens(self) -> TokenIds:
@@ -43,23 +48,24 @@ class Reading(Generic[State]):
             positions: score this many of the last positions.
             top: see `TokenChooser`.
         """
-        padded_rows = [[0] * before + list(row) for before, row in zip(padding, rows, strict=True)]
-        width = max(map(len, padded_rows))
-        texts = padded([row + row[-1:] * (width - len(row)) for row in padded_rows], fill=0, side="left")
-        mask = padded([[1] * (width - before) for before in padding], fill=0, side="left")
-        common = min(_common_length(self.tokens, texts), width - positions)
-        self.state.truncate(common)
-        self._read = texts
-        new = texts[:, common:]
-        inputs = graph_inputs(
-            self.decoder,
-            {
-                "input_ids": new,
-                "attention_mask": mask,
-                "position_ids": position_ids(mask)[:, common:],
-                "token_type_ids": np.zeros_like(new),
-            },
-        )
+        with foreign_errors(RunError, _FACT, _REMEDY):
+            padded_rows = [[0] * before + list(row) for before, row in zip(padding, rows, strict=True)]
+            width = max(map(len, padded_rows))
+            texts = padded([row + row[-1:] * (width - len(row)) for row in padded_rows], fill=0, side="left")
+            mask = padded([[1] * (width - before) for before in padding], fill=0, side="left")
+            common = min(_common_length(self.tokens, texts), width - positions)
+            self.state.truncate(common)
+            self._read = texts
+            new = texts[:, common:]
+            inputs = graph_inputs(
+                self.decoder,
+                {
+                    "input_ids": new,
+                    "attention_mask": mask,
+                    "position_ids": position_ids(mask)[:, common:],
+                    "token_type_ids": np.zeros_like(new),
+                },
+            )
         if top is None:
             logits = self.decoder.step(inputs, self.state, positions=positions).astype(np.float32, copy=False)
             return [[Scores(one) for one in row] for row in logits]

@@ -8,6 +8,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.errors import RunError
+from pipeload.foreign import foreign_errors
 from pipeload.tasks.runner import Array, Runner, graph_inputs
 from pipeload.tasks.text.padding import apart, in_batches
 from pipeload.tasks.text.tokenizer import Encoded, tokenizer_of
@@ -16,6 +18,7 @@ __all__ = ["WINDOW", "by_rows", "in_windows"]
 
 WINDOW = 1024
 """The tokens of at most this many texts are in memory together: the budget has no room for those of all texts."""
+_REMEDY = "Pass a smaller batch_size, lower the memory budget, or end other programs."
 
 Result = TypeVar("Result")
 Text = TypeVar("Text")
@@ -50,8 +53,9 @@ def by_rows(
 
     def run(indices: list[int]) -> None:
         nonlocal passes
-        arrays = tokenizer.batch([rows[i] for i in indices])
-        inputs = graph_inputs(runner, arrays)
+        with foreign_errors(RunError, "The texts could not be made one batch", _REMEDY):
+            arrays = tokenizer.batch([rows[i] for i in indices])
+            inputs = graph_inputs(runner, arrays)
         outputs = runner.run(inputs) if alone else runner.run_rows(inputs, tokenizer.padding, passes=passes)
         passes += 1
         results.update(zip(indices, made(indices, arrays, outputs), strict=True))
