@@ -18,7 +18,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page serve-demo docs
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page serve-demo docs attacks
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -34,6 +34,9 @@ test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with 
 
 test-requests: $(STAMP)  ## 10,000 malformed requests to a server
 	PIPELOAD_TEST_REQUESTS=10000 $(BIN)/python -m pytest -m slow tests/integration/test_malformed_requests.py -s
+
+attacks: $(STAMP)  ## attacks on everything that a stranger gives, each refused or held; they are in `make test` too
+	$(BIN)/python -m tests.attacks
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey
