@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -41,6 +41,8 @@ fuzz: $(STAMP)  ## strange inputs for every reader of strangers' files, for a mi
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 test-faults: $(STAMP)  ## every fault in turn: an hour or more; FAULTS_ARGS='run --kind read' tries a part
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
+attacks: $(STAMP)  ## attacks on everything that a stranger gives, each refused or held; they are in `make test` too
+	$(BIN)/python -m tests.attacks
 
 test-survey: $(STAMP)  ## one model family, and one kind of ONNX file, after another: an hour or more
 	$(BIN)/python $(PYTEST) -m survey

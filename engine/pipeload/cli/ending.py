@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeload.cli.loudness import WARNINGS
+from pipeload.machine.terminal import printable
 
 __all__ = ["INTERRUPTED", "Commands", "print_error"]
 
@@ -46,7 +47,7 @@ class Commands(TyperGroup):
 
 def print_error(text: object) -> None:
     """Print one line on stderr."""
-    print(f"error: {' '.join(str(text).split())}", file=sys.stderr)
+    print(printable(f"error: {' '.join(str(text).split())}"), file=sys.stderr)
 
 
 def _end_wrong_usage(error: Any) -> NoReturn:
@@ -70,4 +71,4 @@ def _show_warning(
 ) -> None:
     ours = issubclass(category, WARNINGS)
     text = f"warning: {message}" if ours else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
-    print(text, file=file or sys.stderr)
+    print(printable(text), file=file or sys.stderr)

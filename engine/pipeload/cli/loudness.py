@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pipeload.cli.terminal import say
 from pipeload.errors import EmbeddingWarning, QuantisationWarning, TruncationWarning
 
 __all__ = ["LOUDNESS", "WARNINGS", "Quiet", "Verbose", "show_libraries"]
@@ -48,7 +49,7 @@ class Loudness:
     def note(self, text: str = "") -> None:
         """Print a line on stderr, unless the user wants quiet."""
         if not self.quiet:
-            typer.echo(text, err=True)
+            say(text, err=True)
 
 
 LOUDNESS = Loudness()

@@ -14,6 +14,7 @@ from rich.progress import track
 import pipeload
 from pipeload.cli.loudness import LOUDNESS
 from pipeload.cli.passes import pass_progress, stats_lines
+from pipeload.cli.terminal import say
 from pipeload.tracing.chrome import write_chrome
 
 __all__ = [
@@ -98,9 +99,9 @@ def open_model(
         done, plan = model.stats, model.plan
         if stats or LOUDNESS.verbose:
             for line in stats_lines(done, plan):
-                typer.echo(line, err=True)
+                say(line, err=True)
             if model.draft is not None:
-                typer.echo(str(model.draft), err=True)
+                say(str(model.draft), err=True)
         if trace is not None:
             facts = {
                 "model": directory.name,

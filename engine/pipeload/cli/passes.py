@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
 from pipeload.cli.report import table
 from pipeload.machine.sizes import format_bytes
+from pipeload.machine.terminal import printable
 from pipeload.planning.planner import Plan
 from pipeload.tracing.stats import PassStats, Stats
 from pipeload.tracing.trace import KINDS, WAITING, Progress
@@ -82,7 +84,7 @@ class _PassBar:
         left = "" if progress.eta_s is None else f", {_duration(progress.eta_s)} left"
         self._bars.update(
             self._bars.task_ids[0],
-            description=progress.shard,
+            description=escape(printable(progress.shard)),
             completed=progress.index,
             times=f"{_duration(progress.elapsed_s)}{left}",
             refresh=True,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -18,6 +19,7 @@ from rich.progress import (
 )
 
 from pipeload.cli.loudness import LOUDNESS
+from pipeload.machine.terminal import printable
 from pipeload.notify import Notify
 
 __all__ = ["progress_bars"]
@@ -55,7 +57,7 @@ def progress_bars() -> Iterator[Notify]:
             for task in bars.tasks:
                 bars.update(task.id, total=task.total or 1, completed=task.total or 1)
             bars.start()
-            tasks[what] = bars.add_task(what, total=total or None)
+            tasks[what] = bars.add_task(escape(printable(what)), total=total or None)
         bars.update(tasks[what], completed=done, total=total or None)
 
     try:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import typer
 
+from pipeload.cli.terminal import say
 from pipeload.format.manifest import Manifest, Parity, ShardError, SmallWeights, Verification
 from pipeload.machine.sizes import format_bytes
 
@@ -17,7 +17,7 @@ __all__ = ["accuracy_report", "differences", "parity_report", "print_json", "pri
 
 def print_json(value: Any) -> None:
     """Print a dict, list or dataclass as JSON."""
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    say(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 def print_table(title: str, facts: Mapping[str, Any]) -> None:
     """Print facts, one a line; sizes with a unit."""
-    typer.echo(title)
+    say(title)
     rows = [
         (key.removesuffix("_bytes").replace("_", " "), format_bytes(value) if key.endswith("_bytes") else str(value))
         for key, value in facts.items()
     ]
-    typer.echo(table(rows))
+    say(table(rows))
 
 
 def parity_report(found: Parity | None) -> str:

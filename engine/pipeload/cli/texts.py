@@ -11,6 +11,7 @@ from pathlib import Path
 
 import typer
 
+from pipeload.cli.terminal import say
 from pipeload.machine.files import read_stream
 from pipeload.machine.sizes import format_bytes
 
@@ -95,7 +96,7 @@ def _typed() -> Iterator[str]:
         while True:
             yield input("> " if sys.stdout.isatty() else "")
     except EOFError:
-        typer.echo(err=True)
+        say(err=True)
 
 
 def refuse_images(texts: Iterable[str], taker: str) -> None:

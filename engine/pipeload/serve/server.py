@@ -13,6 +13,7 @@ import uvicorn
 from pipeload.errors import PipeloadError
 from pipeload.machine.memory import rss_bytes
 from pipeload.machine.sizes import format_bytes
+from pipeload.machine.terminal import printable
 from pipeload.serve.application import Application
 from pipeload.serve.connections import Connection
 from pipeload.serve.errors import LOGGER
@@ -61,7 +62,7 @@ def go_on(told: str) -> None:
             listening.set_inheritable(False)
             _Server(handover.settings, listening, replaceable=True, handover=handover, caught=caught).serve_all()
     except PipeloadError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(printable(f"error: {' '.join(str(error).split())}"))
 
 
 class _Server(uvicorn.Server):

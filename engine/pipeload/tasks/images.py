@@ -45,6 +45,10 @@ _Size = int | list[int] | dict[str, int]
 _BILINEAR, _BICUBIC = 2, 3
 _FILTERS = range(6)
 """Pillow's numbers of its resampling filters."""
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Of image files. Pillow has others, for some of which it starts programs (EPS: Ghostscript)."""
+_MOST_READ_PIXELS = 1 << 26
+"""Of an image file; each takes 3 bytes."""
 _MOST_PIXELS = 1 << 24
 """Of a prepared image; each takes up to 30 bytes on the way to its values."""
 
@@ -259,11 +263,20 @@ def _upright_rgb(image: Image) -> PillowImage:
     with foreign_errors(ConfigError, f"{name} cannot be read", "Pass another, or save it anew as PNG or JPEG."):
         if isinstance(image, PIL.Image.Image):
             return PIL.ImageOps.exif_transpose(image).convert("RGB")
-        with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        with PIL.Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=_FORMATS) as opened:
+            _check_size(opened.width, opened.height)
             # In place: a photo takes tens of megabytes, and so does each copy.
             opened.load()
             PIL.ImageOps.exif_transpose(opened, in_place=True)
             return opened if opened.mode == "RGB" else opened.convert("RGB")
+
+
+def _check_size(width: int, height: int) -> None:
+    """Of an image file, before it is decoded."""
+    if width * height > _MOST_READ_PIXELS:
+        raise ConfigError(
+            f"An image has {width} x {height} pixels, and pipeload reads at most {_MOST_READ_PIXELS}. Make it smaller."
+        )
 
 
 def image_sizes(files: ModelFiles, manifest: Manifest) -> dict[str, int]:

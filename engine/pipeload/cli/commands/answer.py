@@ -9,6 +9,7 @@ import typer
 
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model
 from pipeload.cli.report import print_json
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import read_text
 
 __all__ = ["answer"]
@@ -49,4 +50,4 @@ def answer(
         print_json(found)
         return
     for each in found:
-        typer.echo(f"{each.score:.4f}  {each.answer}  {each.start}-{each.end}")
+        say(f"{each.score:.4f}  {each.answer}  {each.start}-{each.end}")

@@ -17,6 +17,7 @@ from pipeload.bench.spec import CONTENDERS, ContenderName, Unsplit, to_json
 from pipeload.bench.table import table
 from pipeload.cli.options import Directory, in_folder, read_sizes
 from pipeload.cli.progress import progress_bars
+from pipeload.cli.terminal import say
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, read
 from pipeload.machine.sizes import parse_bytes
@@ -101,21 +102,21 @@ def bench(
             sizes=dims,
             threads=threads,
         )
-        report = compare(settings, progress, lambda text: typer.echo(f"note: {text}", err=True))
+        report = compare(settings, progress, lambda text: say(f"note: {text}", err=True))
     if output:
         report.write(output)
     if pictures:
         for path in draw(report, pictures):
-            typer.echo(f"{path}", err=True)
+            say(f"{path}", err=True)
     if as_json:
-        typer.echo(to_json(report.records).decode())
+        say(to_json(report.records).decode())
         return
     console = Console()
     # For a file or a pipe, the output is as wide as the table.
     Console(width=console.width if console.is_terminal else _WIDTH).print(table(report.records))
     for record in report.records:
         if record.message:
-            typer.echo(f"{record.contender}: {record.message}", err=True)
+            say(f"{record.contender}: {record.message}", err=True)
 
 
 def _unsplit(directory: Path, onnx: Path | None, folder: Path) -> Unsplit:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import typer
-
 from pipeload.cli.options import Json
 from pipeload.cli.report import print_json, table
+from pipeload.cli.terminal import say
 from pipeload_export.source.catalog import PackageRecipe, recipes
 
 __all__ = ["catalog"]
@@ -46,6 +45,4 @@ def catalog(as_json: Json = False) -> None:
     if as_json:
         print_json([asdict(entry) for entry in entries])
     else:
-        typer.echo(
-            table([("name", "task", "weights", "licence", "what it is"), *(asdict(each).values() for each in entries)])
-        )
+        say(table([("name", "task", "weights", "licence", "what it is"), *(asdict(each).values() for each in entries)]))

@@ -29,6 +29,7 @@ from pipeload.cli.generation import (
 from pipeload.cli.loudness import LOUDNESS
 from pipeload.cli.options import Budget, Directory, Stats, Trace, open_model
 from pipeload.cli.report import table
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import is_typed, read_turns
 from pipeload.errors import ClosedError, ConfigError, PipeloadError
 from pipeload.format import manifest as manifests
@@ -146,7 +147,7 @@ def _obey(conversation: _Conversation, line: str) -> None:
     if line == "/new":
         conversation.begin_anew()
     else:
-        typer.echo(_HELP, err=True)
+        say(_HELP, err=True)
 
 
 def _answer(conversation: _Conversation, line: str) -> None:
@@ -207,7 +208,7 @@ class _Conversation:
         def show(piece: str) -> None:
             pieces.append(piece)
             if not self._as_json:
-                typer.echo(piece, nl=False)
+                say(piece, nl=False)
 
         begin_s, read_bytes = time.perf_counter(), self._model.stats.read_bytes
         made = None
@@ -221,7 +222,7 @@ class _Conversation:
             self._tokens += len(tokenizer_of(self._model).encode(text, add_special_tokens=False).ids)
         except PipeloadError:
             if pieces and not self._as_json:
-                typer.echo()
+                say()
             raise
         finally:
             self._seconds += time.perf_counter() - begin_s
@@ -235,12 +236,12 @@ class _Conversation:
 
     def _end_answer(self, text: str, made: Generation | None) -> None:
         if not self._as_json:
-            typer.echo()
+            say()
             return
         reason = made.finish_reason if made else "interrupted"
         tokens = len(made.token_ids) if made else None
         row = {"role": "assistant", "content": text, "finish_reason": reason, "tokens": tokens}
-        typer.echo(msgspec.json.encode(row).decode())
+        say(msgspec.json.encode(row).decode())
 
     def _room(self, prompt: Sequence[int]) -> int:
         """The most tokens of the answer to a prompt."""

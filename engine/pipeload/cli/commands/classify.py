@@ -11,6 +11,7 @@ import typer
 
 from pipeload.cli.options import Budget, Directory, Json, JsonLines, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import argued_texts, refuse_images
 from pipeload.tasks.classify.entities import Aggregation, Entity
 from pipeload.tasks.classify.labels import Label
@@ -72,7 +73,7 @@ def classify(
             results.extend(found)
             if json_lines:
                 for (name, _), labels in zip(chunk, found, strict=True):
-                    typer.echo(msgspec.json.encode({"input": name, "labels": labels}).decode())
+                    say(msgspec.json.encode({"input": name, "labels": labels}).decode())
     names = [name for name, _ in wanted]
     if json_lines:
         return
@@ -85,10 +86,10 @@ def print_labels(names: Sequence[str], results: Sequence[Sequence[Label]], *, as
         print_json([{"input": name, "labels": labels} for name, labels in zip(names, results, strict=True)])
         return
     for name, labels in zip(names, results, strict=True):
-        typer.echo(name)
+        say(name)
         for label in labels:
             where = f"  {label.word}  {label.start}-{label.end}" if isinstance(label, Entity) else ""
-            typer.echo(f"  {label.score:.4f}  {label.label}{where}")
+            say(f"  {label.score:.4f}  {label.label}{where}")
 
 
 def _read(inputs: list[str], *, images: bool) -> list[tuple[str, str | bytes]]:

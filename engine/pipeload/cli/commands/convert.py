@@ -12,6 +12,7 @@ from pipeload.cli.options import Directory, Json
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import accuracy_report, print_json, print_table, summary
 from pipeload.cli.rounding import Asymmetric, Keep, MaxError, Mixed
+from pipeload.cli.terminal import say
 
 __all__ = ["convert"]
 
@@ -64,5 +65,5 @@ def convert(
         print_json({"target": str(target), **summary(manifest), "small_weights": manifest.small_weights})
         return
     print_table(f"{directory} -> {target}", summary(manifest))
-    typer.echo("with weights of few bits, beside the source in float32:")
-    typer.echo(accuracy_report(manifest.small_weights))
+    say("with weights of few bits, beside the source in float32:")
+    say(accuracy_report(manifest.small_weights))

@@ -12,6 +12,7 @@ import typer
 from numpy.typing import NDArray
 
 from pipeload.cli.options import Budget, Directory, Json, JsonLines, Stats, Trace, chunks, in_folder, open_model
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import argued_texts, refuse_images
 from pipeload.tasks.embed.pooling import normalized
 
@@ -87,15 +88,15 @@ def embed(
             )
             if json_lines:
                 for row in _rows(chunk, parts[-1]):
-                    typer.echo(json.dumps(row))
+                    say(json.dumps(row))
     vectors = np.concatenate(parts)
     if output:
         _save(output, vectors)
     if as_json:
         # In one line: print_json would print one figure per line, thousands of lines.
-        typer.echo(json.dumps(_rows(wanted, vectors)))
+        say(json.dumps(_rows(wanted, vectors)))
     elif not (output or json_lines):
-        typer.echo(_summary(wanted, vectors))
+        say(_summary(wanted, vectors))
 
 
 def _rows(texts: Sequence[str], vectors: NDArray[np.float32]) -> list[dict[str, object]]:

@@ -13,6 +13,7 @@ from pipeload.cli.options import Json
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import accuracy_report, differences, parity_report, print_json, print_table, summary
 from pipeload.cli.rounding import Asymmetric, Keep, MaxError, Mixed
+from pipeload.cli.terminal import say
 
 __all__ = ["export"]
 
@@ -117,10 +118,10 @@ def export(
         print_json({"target": str(target), **summary(manifest), **facts})
         return
     print_table(f"{manifest.source} -> {target}", summary(manifest))
-    typer.echo(differences(manifest.verification))
+    say(differences(manifest.verification))
     if manifest.small_weights:
-        typer.echo("with weights of few bits, beside the source in float32:")
-        typer.echo(accuracy_report(manifest.small_weights))
+        say("with weights of few bits, beside the source in float32:")
+        say(accuracy_report(manifest.small_weights))
     if manifest.parity:
-        typer.echo("streamed by the engine and compared with the source:")
-        typer.echo(parity_report(manifest.parity))
+        say("streamed by the engine and compared with the source:")
+        say(parity_report(manifest.parity))

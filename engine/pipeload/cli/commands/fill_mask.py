@@ -8,6 +8,7 @@ import typer
 
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, open_model
 from pipeload.cli.report import print_json
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import argued_texts, refuse_images
 from pipeload.tasks.fill.fill_mask import FilledMask
 
@@ -48,12 +49,12 @@ def fill_mask(
         print_json([{"text": text, "filled": filled} for text, filled in zip(wanted, results, strict=True)])
         return
     for text, filled in zip(wanted, results, strict=True):
-        typer.echo(text)
+        say(text)
         for number, mask in enumerate(_masks(filled)):
             if number:
-                typer.echo()
+                say()
             for each in mask:
-                typer.echo(f"  {each.score:.4f}  {each.token_str}  {each.sequence}")
+                say(f"  {each.score:.4f}  {each.token_str}  {each.sequence}")
 
 
 def _masks(filled: list[Any]) -> list[list[FilledMask]]:

@@ -27,6 +27,7 @@ from pipeload.cli.generation import (
 )
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model, status
 from pipeload.cli.report import print_json
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import read_text, refuse_images
 from pipeload.tasks.generate.generate import generate as generate_text
 from pipeload.tasks.generate.options import GenerationOptions
@@ -108,7 +109,7 @@ def generate(
             if as_json:
                 print_json([{"prompt": text, **asdict(made)} for made in several])
             else:
-                typer.echo("\n\n".join(f"{text}{made.text}" for made in several))
+                say("\n\n".join(f"{text}{made.text}" for made in several))
             return
         if as_json:
             with status("Generating"):
@@ -120,14 +121,14 @@ def generate(
         def show(piece: str) -> None:
             # Print the prompt only now, so that an error leaves nothing on stdout.
             nonlocal started
-            typer.echo(piece if started else text + piece, nl=False)
+            say(piece if started else text + piece, nl=False)
             started = True
 
         options["streamer"] = show
         made = generate_text(model, text, **options)
-        typer.echo("" if started else text)
+        say("" if started else text)
         if stats:
-            typer.echo(
+            say(
                 f"{len(made.token_ids)} tokens in {made.sweeps} sweeps; {made.accepted_tokens} of "
                 f"{made.drafted_tokens} guesses were right",
                 err=True,

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from pipeload.cli.options import Directory, Json
 from pipeload.cli.report import accuracy_report, differences, parity_report, print_json, print_table, summary, table
+from pipeload.cli.terminal import say
 from pipeload.format.manifest import Manifest, Shard, TensorSpec, first_places, read
 from pipeload.machine.sizes import format_bytes
 
@@ -31,22 +30,22 @@ def inspect(directory: Directory, as_json: Json = False) -> None:
         print_json(_facts(directory, manifest))
         return
     print_table(str(directory), summary(manifest) | {"exporter": manifest.exporter, "format": manifest.format})
-    typer.echo("\ninputs")
-    typer.echo(table(_tensors(manifest, manifest.inputs)))
-    typer.echo("\noutputs")
-    typer.echo(table(_tensors(manifest, manifest.outputs)))
-    typer.echo("\nshards")
+    say("\ninputs")
+    say(table(_tensors(manifest, manifest.inputs)))
+    say("\noutputs")
+    say(table(_tensors(manifest, manifest.outputs)))
+    say("\nshards")
     rows = [("name", "role", "weights", "structure", "takes", "makes", "tables")]
-    typer.echo(table([*rows, *(_row(shard, first) for shard, first in _firsts(manifest))]))
+    say(table([*rows, *(_row(shard, first) for shard, first in _firsts(manifest))]))
     if manifest.head:
-        typer.echo(f"\nhead: '{manifest.head.output}' in {len(manifest.head.shards)} slices of the vocabulary")
-    typer.echo("\ncompared with the unsplit model when it was exported")
-    typer.echo(differences(manifest.verification))
+        say(f"\nhead: '{manifest.head.output}' in {len(manifest.head.shards)} slices of the vocabulary")
+    say("\ncompared with the unsplit model when it was exported")
+    say(differences(manifest.verification))
     if manifest.small_weights:
-        typer.echo("\nwith weights of few bits, beside the source in float32")
-        typer.echo(accuracy_report(manifest.small_weights))
-    typer.echo("\nstreamed by the engine and compared with the source")
-    typer.echo(parity_report(manifest.parity))
+        say("\nwith weights of few bits, beside the source in float32")
+        say(accuracy_report(manifest.small_weights))
+    say("\nstreamed by the engine and compared with the source")
+    say(parity_report(manifest.parity))
 
 
 def _facts(directory: Path, manifest: Manifest) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pipeload.model  # noqa: F401 - every command that runs a model has it in 
 from pipeload.cli.options import Budget, Directory, Json, read_sizes
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import print_json, print_table, table
+from pipeload.cli.terminal import say
 from pipeload.errors import BudgetError, ConfigError, ManifestError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
@@ -125,11 +126,11 @@ def plan(
         if chosen:
             print_table(f"{directory} in {format_bytes(budget_bytes)}", _shown(manifest, facts["plan"]))
         if drafting:
-            typer.echo(str(drafting))
-        typer.echo(f"smallest budget that works: {format_bytes(smallest)}")
+            say(str(drafting))
+        say(f"smallest budget that works: {format_bytes(smallest)}")
         if target_s is not None:
             least = facts["latency_budget_bytes"]
-            typer.echo(
+            say(
                 f"smallest budget for {latency}: {format_bytes(least)}"
                 if least
                 else f"no budget makes steady passes of {latency}: with all in memory they take "
@@ -137,7 +138,7 @@ def plan(
             )
         if sweep:
             head = ("budget", "peak", "steady pass", "T*", "first pass", "read per pass", "stays in memory", "agents")
-            typer.echo(f"\n{table([head, *(_row(fact) for fact in facts['sweep'])])}")
+            say(f"\n{table([head, *(_row(fact) for fact in facts['sweep'])])}")
     if refusal:
         raise refusal
 

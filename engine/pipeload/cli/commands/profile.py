@@ -11,6 +11,7 @@ import typer
 from pipeload.cli.options import Directory, Json, in_folder, read_sizes
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import print_json, table
+from pipeload.cli.terminal import say
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.machine.sizes import format_bytes
@@ -73,17 +74,17 @@ def profile(
     if as_json:
         print_json({"directory": str(directory), "kept": str(kept) if kept else None, "profile": found})
         return
-    typer.echo(f"{directory}  " + " ".join(f"{name}={size}" for name, size in found.dims.items()))
+    say(f"{directory}  " + " ".join(f"{name}={size}" for name, size in found.dims.items()))
     _print_reading(found)
     for number, times in found.times.items():
-        typer.echo(f"\nshards with {number} {'thread' if number == 1 else 'threads'}, ms")
-        typer.echo(table(_rows(manifest, times, max(found.read_bytes_per_s.values(), default=0.0))))
-    typer.echo("\nmemory that is not weights")
+        say(f"\nshards with {number} {'thread' if number == 1 else 'threads'}, ms")
+        say(table(_rows(manifest, times, max(found.read_bytes_per_s.values(), default=0.0))))
+    say("\nmemory that is not weights")
     facts = {"process": found.process_bytes, "onnxruntime": found.runtime_bytes, "one pass": found.activation_bytes}
     if manifest.caches:
         facts["cache of a token"] = found.cache_bytes_per_token
-    typer.echo(table((name, format_bytes(nbytes)) for name, nbytes in facts.items()))
-    typer.echo(f"\nkept in {kept}" if kept else "\nnot kept: the user's cache cannot be written")
+    say(table((name, format_bytes(nbytes)) for name, nbytes in facts.items()))
+    say(f"\nkept in {kept}" if kept else "\nnot kept: the user's cache cannot be written")
 
 
 def _measured(directory: Path, threads: int | None, progress: Notify) -> Profile:
@@ -95,15 +96,15 @@ def _measured(directory: Path, threads: int | None, progress: Notify) -> Profile
 def _print_reading(found: Profile) -> None:
     if not found.read_bytes_per_s:
         return
-    typer.echo("\nreading, GB/s")
+    say("\nreading, GB/s")
     rows = [("agents", "past the page cache", "through it")]
     for agents, direct in found.read_bytes_per_s.items():
         rows.append((str(agents), f"{direct / 1e9:.2f}", f"{found.cached_read_bytes_per_s[agents] / 1e9:.2f}"))
-    typer.echo(table(rows))
+    say(table(rows))
     sizes = ", ".join(
         f"{nbytes >> 20} MiB {bandwidth / 1e9:.2f}" for nbytes, bandwidth in found.read_bytes_per_s_by_request.items()
     )
-    typer.echo(f"  one agent by the size of its reads: {sizes}")
+    say(f"  one agent by the size of its reads: {sizes}")
 
 
 def _rows(manifest: Manifest, times: Mapping[str, ShardTimes], bandwidth: float) -> Iterator[tuple[str, ...]]:

@@ -9,6 +9,7 @@ import typer
 
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, open_model
 from pipeload.cli.report import print_json
+from pipeload.cli.terminal import say
 from pipeload.cli.texts import argued_texts, refuse_images
 
 __all__ = ["rerank"]
@@ -44,4 +45,4 @@ def rerank(
         print_json(found)
         return
     for ranked in found:
-        typer.echo(f"{ranked.score:9.4f}  {ranked.index}  {ranked.text}")
+        say(f"{ranked.score:9.4f}  {ranked.index}  {ranked.text}")

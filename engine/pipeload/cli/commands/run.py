@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import pipeload
 from pipeload.cli.options import Budget, Directory, Json, Stats, Trace, chunks, in_folder, open_model, pairs, read_sizes
 from pipeload.cli.report import print_json
+from pipeload.cli.terminal import say
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import bind_dims
 from pipeload.measuring.example_inputs import example_inputs
@@ -75,10 +76,10 @@ def run(
         print_json({"seconds": seconds, "outputs": facts})
         return
     for number, duration in enumerate(seconds, 1):
-        typer.echo(f"pass {number}: {duration:.3f} s")
+        say(f"pass {number}: {duration:.3f} s")
     for name, fact in facts.items():
         spread = f"  {fact['min']:.6g} .. {fact['max']:.6g}, mean {fact['mean']:.6g}" if "min" in fact else ""
-        typer.echo(f"{name}: {fact['dtype']}{fact['shape']}{spread}")
+        say(f"{name}: {fact['dtype']}{fact['shape']}{spread}")
 
 
 def _read_array(name: str, file: str) -> NDArray[Any]:

@@ -11,6 +11,7 @@ import typer
 
 from pipeload.cli.loudness import LOUDNESS
 from pipeload.cli.options import Budget, pairs
+from pipeload.cli.terminal import say
 from pipeload.errors import ConfigError
 from pipeload.machine.files import read_file
 
@@ -105,7 +106,7 @@ def serve(
 
 
 def _tell(address: str) -> None:
-    typer.echo(address)
+    say(address)
     sys.stdout.flush()
 
 

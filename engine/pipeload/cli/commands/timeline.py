@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pipeload.cli.options import in_folder
+from pipeload.cli.terminal import say
 from pipeload.tracing import chrome
 from pipeload.tracing.timeline import SUFFIXES, draw, save
 
@@ -54,7 +55,7 @@ def timeline(
     found = chrome.passes(read.spans)
     shown = chrome.choose(found, *numbers) if numbers else found[-(last or _LAST) :]
     save(draw(read, shown), target)
-    typer.echo(target)
+    say(target)
 
 
 def _numbers(text: str) -> tuple[int, int]:

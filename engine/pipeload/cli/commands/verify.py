@@ -11,6 +11,7 @@ import pipeload_export
 from pipeload.cli.options import Directory, Json
 from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import differences, parity_report, print_json
+from pipeload.cli.terminal import say
 from pipeload.machine.sizes import format_bytes
 
 __all__ = ["verify"]
@@ -45,14 +46,14 @@ def verify(
     if as_json:
         print_json({"directory": str(directory), "report": report})
         return
-    typer.echo(f"{directory}: {report.shards} shards, {report.files} files, {format_bytes(report.nbytes)}")
+    say(f"{directory}: {report.shards} shards, {report.files} files, {format_bytes(report.nbytes)}")
     for check in report.checks:
-        typer.echo(f"  ok       {check}")
+        say(f"  ok       {check}")
     for skipped in report.skipped:
-        typer.echo(f"  skipped  {skipped}")
+        say(f"  skipped  {skipped}")
     if report.differences:
-        typer.echo(f"worst differences over {len(report.cases)} inputs ({'; '.join(report.cases)}):")
-        typer.echo(differences(report.differences))
+        say(f"worst differences over {len(report.cases)} inputs ({'; '.join(report.cases)}):")
+        say(differences(report.differences))
     if report.parity:
-        typer.echo("compared with the source:")
-        typer.echo(parity_report(report.parity))
+        say("compared with the source:")
+        say(parity_report(report.parity))
