@@ -201,13 +201,11 @@ class Served:
     async def _open(self) -> Model:
         begin_s = time.perf_counter()
         while True:
-            closed = self._closed_models
             try:
                 model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget()))
                 break
             except BudgetError as error:
-                # One that was closed meanwhile has left its memory, too.
-                if await self._close_another() or self._closed_models != closed:
+                if await self._close_another():
                     continue
                 if not self.opened:
                     raise
@@ -217,10 +215,6 @@ class Served:
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
         return model
-
-    @property
-    def _closed_models(self) -> int:
-        return sum(one.closed for one in self._all_served.values())
 
     async def _close_another(self) -> bool:
         """Close a model that no call has, if there is one: this one is called, and not even the least memory of both
