@@ -17,19 +17,29 @@ from pipeload.serve.settings import LIMITS
 
 __all__ = ["Connection"]
 
+_READ_BYTES = 16 << 10
+"""The most that one read brings."""
+
 
 class Connection(H11Protocol):
-    """A connection to one client."""
+    """A connection to one client.
+
+    Attributes:
+        since_s: when the part of a request that it waits for began, on the loop's clock.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._awaited: object = None
+        self.since_s = 0.0
         self._late: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
+        # asyncio reads 256 KiB at once.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -41,6 +51,9 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""
         super().data_received(data)
+        if self.cycle is not None and self.cycle.body and not self.cycle.response_complete:
+            # Until it is asked for.
+            self.flow.pause_reading()
         self._expect()
 
     def pause_writing(self) -> None:
@@ -75,7 +88,7 @@ class Connection(H11Protocol):
         if awaited is self._awaited:
             return
         self._cancel()
-        self._awaited = awaited
+        self._awaited, self.since_s = awaited, self.loop.time()
         seconds = {h11.IDLE: LIMITS.head_s, h11.SEND_BODY: LIMITS.body_s}.get(awaited)
         if seconds is not None and not self.transport.is_closing():
             self._late = self.loop.call_later(seconds, self._end, seconds)

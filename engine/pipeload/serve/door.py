@@ -13,7 +13,7 @@ from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.log import log_request
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.routes.page import PATHS as PAGE_PATHS
-from pipeload.serve.settings import Settings, is_loopback
+from pipeload.serve.settings import LIMITS, Settings, is_loopback
 
 __all__ = ["Door"]
 
@@ -68,6 +68,8 @@ class Door:
 
     def _check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raise ApiError if a request may not come in."""
+        if len(headers) > LIMITS.headers:
+            raise ApiError(431, f"The request has {len(headers)} headers; this server takes {LIMITS.headers}.")
         if self._own_names_only and not is_loopback(_name(headers.get("host", ""))):
             raise ApiError(
                 403, f"This server answers to localhost, not to '{headers.get('host', ''):.80}'.", code="wrong_host"

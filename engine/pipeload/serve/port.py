@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -11,11 +12,14 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeload.errors import ConfigError
+from pipeload.serve.connections import Connection
 from pipeload.serve.handover import IdleConnection
 
 __all__ = ["Port", "idle_connections", "listening_socket"]
 
 _BACKLOG = 512
+_FULL_PAUSE_S = 0.05
+"""Before it is looked again whether a connection has ended."""
 _PAUSE_S = 1.0
 """Before connections are accepted again, where the process has no descriptor left for one."""
 
@@ -26,12 +30,15 @@ class Port:
     Args:
         listening: the socket.
         protocol: makes the protocol of a connection.
+        most: connections. For another one, the one is closed that has had no request for the longest time; where all
+            have one, it waits in the kernel.
     """
 
-    def __init__(self, listening: socket.socket, protocol: Callable[[], H11Protocol]) -> None:
+    def __init__(self, listening: socket.socket, protocol: Callable[[], Connection], most: int) -> None:
         listening.setblocking(False)
         self.listening = listening
-        self._protocol = protocol
+        self._protocol, self._most = protocol, most
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._beginning: set[asyncio.Task[object]] = set()
         self._open = False
 
@@ -68,22 +75,39 @@ class Port:
             self._begin(connected, protocol).add_done_callback(partial(_expect, protocol, keep_alive_s))
 
     def _accept_one(self) -> None:
+        if not self._has_room():
+            self._pause(_FULL_PAUSE_S)
+            return
         try:
             accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self.listening)
-            loop.call_later(_PAUSE_S, self._go_on)
+            self._pause(_PAUSE_S)
             return
         self._begin(accepted, self._protocol())
+
+    def _has_room(self) -> bool:
+        """Whether one more connection may come, perhaps after another one was closed."""
+        known = [one for one in self._connections if one.transport is not None and not one.transport.is_closing()]
+        if len(known) < self._most:
+            return True
+        idle = min((one for one in known if _is_idle(one)), key=lambda one: one.since_s, default=None)
+        if idle is not None:
+            idle.transport.close()
+        return idle is not None
+
+    def _pause(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.listening)
+        loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         if self._open:
             self.accept()
 
-    def _begin(self, connected: socket.socket, protocol: H11Protocol) -> asyncio.Task[object]:
+    def _begin(self, connected: socket.socket, protocol: Connection) -> asyncio.Task[object]:
+        self._connections.add(protocol)
         begun = asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connected)
         task: asyncio.Task[object] = asyncio.ensure_future(begun)
         self._beginning.add(task)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["LIMITS", "Limits", "Settings", "is_loopback"]
+__all__ = ["LIMITS", "Limits", "Settings", "is_loopback", "most_connections"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +17,8 @@ class Limits:
 
     Attributes:
         body_bytes: of a request.
+        bodies_bytes: of all bodies together, as they came and as objects, without taking memory from weights.
+        headers: of a request.
         head_s: seconds in which a connection must have brought all headers of a request.
         body_s: seconds after these in which all of the body must have come.
         unread_s: seconds that an answer may wait for its client to take more of it.
@@ -31,6 +33,8 @@ class Limits:
     """
 
     body_bytes: int = 16 << 20
+    bodies_bytes: int = 2_000_000
+    headers: int = 100
     head_s: float = 30.0
     body_s: float = 60.0
     unread_s: float = 60.0
@@ -78,6 +82,11 @@ class Settings:
     prefix_cache_bytes: int | None = None
     cors_origins: tuple[str, ...] = ()
     log_format: Literal["text", "json"] | None = None
+
+
+def most_connections(calls: int) -> int:
+    """The connections of a server with this many places. Clients keep some open between two calls."""
+    return calls + 32
 
 
 def is_loopback(host: str) -> bool:
