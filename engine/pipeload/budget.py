@@ -90,7 +90,7 @@ class Budget:
                     return
                 except BudgetError as error:
                     refused = error
-            if not self._leave_out_drafts(refused):
+            if not self._leave_out_drafts(refused) and not self._wait_for_closing():
                 raise self.refusal(refused) from refused
 
     def __repr__(self) -> str:
@@ -174,8 +174,8 @@ class Budget:
             self._moving.release()
 
     def with_room(self, share: Share, call: Callable[[], _Made], most_bytes: Callable[[], int] = int) -> _Made:
-        """What a call returns. Where only other models' memory keeps it from running, they give it back, or drafts are
-        left out.
+        """What a call returns. Where only other models' memory keeps it from running, they give it back, drafts are
+        left out, and models that are being closed are waited for.
 
         Args:
             share: of the model that it is for.
@@ -195,7 +195,9 @@ class Budget:
                     continue
                 if share.alone or share.fixed:
                     raise
-                if not self.gather(share, error, most_bytes()) and share.standing == standing:
+                if self.gather(share, error, most_bytes()) or self._wait_for_closing():
+                    continue
+                if share.standing == standing:
                     raise self.refusal(error, share) from error
 
     def gather(self, share: Share, error: BudgetError, most_bytes: int = 0) -> bool:
@@ -236,8 +238,13 @@ class Budget:
         with self._moving:
             share.counted_bytes += nbytes
             try:
-                if (holder := self._holder) is not None:
-                    holder.change(nullcontext).result()
+                while (holder := self._holder) is not None:
+                    try:
+                        holder.change(nullcontext).result()
+                        break
+                    except ClosedError:
+                        if not self._wait_for_closing():
+                            raise
             except BaseException:
                 share.counted_bytes -= nbytes
                 raise
@@ -291,6 +298,9 @@ class Budget:
                 break
             except BudgetError as error:
                 if not self._gather(holder.share, error):
+                    raise
+            except ClosedError:
+                if not self._wait_for_closing():
                     raise
         for pipeline in self._pipelines:
             if pipeline is not holder:
@@ -346,6 +356,14 @@ class Budget:
                     call.result()
                     moved += nbytes
         return moved
+
+    def _wait_for_closing(self) -> bool:
+        """Wait until models that are being closed have given their memory back. Returns whether one has."""
+        closing = [one for one in self._pipelines if one.closed]
+        for one in closing:
+            # The first to close it does all; one of its own agents cannot wait for itself.
+            one.close()
+        return any(one.share not in self._shares.opened for one in closing)
 
     def _leave_out_drafts(self, error: BudgetError) -> bool:
         """Let the models have the memory of their drafts. Returns whether there were any."""

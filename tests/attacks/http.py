@@ -15,7 +15,8 @@ from unittest import mock
 from tests.attacks.attack import HELD, SucceededError, attack, run_module
 from tests.attacks.victims import Server, rest_of, statuses
 
-from pipeload.serve import connections, intake, port
+from pipeload.serve import connections, intake
+from pipeload.serve import server as server_module
 from pipeload.serve.settings import LIMITS
 
 _SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -156,19 +157,18 @@ def senders_that_never_end(_folder: Path) -> str:
 
 @attack
 def a_thousand_connections(_folder: Path) -> str:
-    """More connections than the server takes: the next ones wait, and are served as soon as others end."""
-    with mock.patch.object(port, "LIMITS", replace(LIMITS, connections=8)), Server() as server:
+    """More connections than the server takes: those that have asked nothing for the longest time give way."""
+    with mock.patch.object(server_module, "most_connections", return_value=8), Server() as server:
         with ExitStack() as stack:
-            held = [stack.enter_context(server.connect()) for _ in range(8)]
-            for one in held:
-                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                one.recv(1)
-            waiting = stack.enter_context(server.connect())
-            waiting.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            most = len(server.running.server_state.connections)
-            held[0].close()
-            if statuses(rest_of(waiting)) != [200] or most > 8:
-                raise SucceededError(f"{most} connections")
+            for _ in range(8):
+                idle = stack.enter_context(server.connect())
+                idle.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                idle.recv(1)
+            late = stack.enter_context(server.connect())
+            late.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            told, most = statuses(rest_of(late)), len(server.running.server_state.connections)
+            if told != [200] or most > 8:
+                raise SucceededError(f"{told}, {most} connections")
     return HELD
 
 
@@ -176,21 +176,24 @@ def a_thousand_connections(_folder: Path) -> str:
 def bodies_of_many_clients(_folder: Path) -> str:
     """Clients that hold large bodies back until all have come: together they have no more than a fixed size."""
     mib = 1 << 20
-    with mock.patch.object(intake, "LIMITS", replace(LIMITS, bodies_bytes=2 * mib)), Server() as server:
-        with ExitStack() as stack:
-            head = _POST + b"Content-Length: %d\r\n\r\n" % (2 * mib)
-            slow = stack.enter_context(server.connect())
-            slow.sendall(head + b" " * (2 * mib - 1))
-            # Whichever of the two finds no room is refused.
-            told = server.send(head + b" " * (2 * mib - 1) + b"}")
-            slow.sendall(b"}")
-            first = slow.recv(1 << 16)
-            if 503 not in (*statuses(told), *statuses(first)):
-                raise SucceededError(f"{statuses(told)} {statuses(first)}")
-            small = server.ask("POST", "/tokenize", json.dumps({"prompt": "a"}).encode())
-        if small[0] != 400 or b"names no model" not in small[2]:
-            raise SucceededError("a small request is refused as well")
-    return "refused: Other requests have too much text for this one now."
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(intake, "LIMITS", replace(LIMITS, bodies_bytes=3 * mib)))
+        stack.enter_context(mock.patch.object(intake, "_PART", 1 << 60))
+        stack.enter_context(mock.patch.object(intake, "_UNKNOWN_BYTES", 0))
+        server = stack.enter_context(Server())
+        head = _POST + b"Content-Length: %d\r\n\r\n" % (2 * mib)
+        slow = stack.enter_context(server.connect())
+        slow.sendall(head + b" " * (2 * mib - 1))
+        # Whichever of the two finds no room is refused.
+        told = server.send(head + b" " * (2 * mib - 1) + b"}")
+        slow.sendall(b"}")
+        first = slow.recv(1 << 16)
+        if 503 not in (*statuses(told), *statuses(first)):
+            raise SucceededError(f"{statuses(told)} {statuses(first)}")
+        small = server.ask("POST", "/tokenize", json.dumps({"prompt": "a"}).encode())
+    if small[0] != 400 or b"names no model" not in small[2]:
+        raise SucceededError("a small request is refused as well")
+    return "refused: There is no memory for this request now."
 
 
 if __name__ == "__main__":

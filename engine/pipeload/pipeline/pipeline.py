@@ -239,6 +239,11 @@ class Pipeline:
 
         return self.call(Call(work))
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, or is being closed."""
+        return self._exchange.closed
+
     def close(self) -> None:
         """End every call with ClosedError, join every thread, give all memory back. May be called again."""
         self._exchange.close()

@@ -4,6 +4,7 @@
 settings       what the user has asked for, and limits of requests
 errors         failures -> answers in OpenAI's shape
 bodies/        requests and answers
+intake         memory that bodies of requests hold
 reading        bytes of a request -> a body
 prefixes       KV caches of ended texts
 models         models by name: opened, called, closed when idle

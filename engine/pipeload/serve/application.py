@@ -20,6 +20,7 @@ from pipeload.serve.admission import Admission
 from pipeload.serve.door import Door
 from pipeload.serve.errors import ApiError, error_response
 from pipeload.serve.handover import Handover, IdleConnection
+from pipeload.serve.intake import Intake
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.models import Models
 from pipeload.serve.openapi import openapi
@@ -77,7 +78,7 @@ class Application:
             routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _answer_without_route}
         )
         later = handover.work_paths if handover else None
-        self.work = Work(app, app.router.routes.extend, self.desk, self._pool, later)
+        self.work = Work(app, app.router.routes.extend, self.desk, self._pool, Intake(models.budget, self._pool), later)
         self._routes = routes
         self.openapi = handover.openapi if handover else msgspec.json.encode(openapi(self.routes))
         if handover is not None:

@@ -6,7 +6,6 @@ uvicorn itself ends a connection only between two requests, when no byte has com
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -18,24 +17,29 @@ from pipeload.serve.settings import LIMITS
 
 __all__ = ["Connection"]
 
+_READ_BYTES = 16 << 10
+"""The most that one read brings."""
+
 
 class Connection(H11Protocol):
     """A connection to one client.
 
     Attributes:
-        on_end: called when it has ended.
+        since_s: when the part of a request that it waits for began, on the loop's clock.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._awaited: object = None
+        self.since_s = 0.0
         self._late: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
-        self.on_end: Callable[[], object] = lambda: None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
+        # asyncio reads 256 KiB at once.
+        transport.max_size = _READ_BYTES  # type: ignore[attr-defined]
         self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -43,11 +47,13 @@ class Connection(H11Protocol):
         self._cancel()
         self.resume_writing()
         super().connection_lost(exc)
-        self.on_end()
 
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""
         super().data_received(data)
+        if self.cycle is not None and self.cycle.body and not self.cycle.response_complete:
+            # Until it is asked for.
+            self.flow.pause_reading()
         self._expect()
 
     def pause_writing(self) -> None:
@@ -82,7 +88,7 @@ class Connection(H11Protocol):
         if awaited is self._awaited:
             return
         self._cancel()
-        self._awaited = awaited
+        self._awaited, self.since_s = awaited, self.loop.time()
         seconds = {h11.IDLE: LIMITS.head_s, h11.SEND_BODY: LIMITS.body_s}.get(awaited)
         if seconds is not None and not self.transport.is_closing():
             self._late = self.loop.call_later(seconds, self._end, seconds)

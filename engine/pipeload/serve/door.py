@@ -1,7 +1,4 @@
-"""What may come in: the key, the host that a browser believes it talks to, and the bytes of all bodies together.
-
-Each request has one line in the log.
-"""
+"""Who may come in: the key, the host that a browser believes it talks to, and one line in the log for each request."""
 
 from __future__ import annotations
 
@@ -14,11 +11,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeload.serve.errors import ApiError, error_response
-from pipeload.serve.intake import Intake, Share
 from pipeload.serve.log import log_request
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.routes.page import PATHS as PAGE_PATHS
-from pipeload.serve.settings import Settings, is_loopback
+from pipeload.serve.settings import LIMITS, Settings, is_loopback
 
 __all__ = ["Door"]
 
@@ -41,7 +37,6 @@ class Door:
         self._app, self._metrics = app, metrics
         self._keys = settings.keys
         self._paths = frozenset(paths)
-        self._intake = Intake()
         # Without a key, a page that a browser has loaded under a name of its own for this machine could call.
         self._own_names_only = not settings.keys and is_loopback(settings.host)
 
@@ -51,7 +46,6 @@ class Door:
             await self._app(scope, receive, send)
             return
         begin_s, status = time.perf_counter(), 499
-        share = Share(self._intake, receive)
         note: dict[str, object] = {}
         scope.setdefault("state", {})["note"] = note
 
@@ -67,9 +61,8 @@ class Door:
             except ApiError as error:
                 await error_response(error)(scope, receive, send_noting)
             else:
-                await self._app(scope, share.receive, send_noting)
+                await self._app(scope, receive, send_noting)
         finally:
-            share.end()
             seconds = time.perf_counter() - begin_s
             route = self._route(scope["path"])
             self._metrics.request(route, status, seconds)
@@ -82,6 +75,8 @@ class Door:
             raise ApiError(
                 400, "The request has two lengths. Send Content-Length or Transfer-Encoding.", code="two_lengths"
             )
+        if len(headers) > LIMITS.headers:
+            raise ApiError(431, f"The request has {len(headers)} headers; this server takes {LIMITS.headers}.")
         if self._own_names_only and not is_loopback(_name(headers.get("host", ""))):
             raise ApiError(
                 403, f"This server answers to localhost, not to '{headers.get('host', ''):.80}'.", code="wrong_host"

@@ -1,65 +1,140 @@
-"""The bodies of all requests that are in the server now, bounded together.
+"""Memory for the bodies of requests: of all of them together, from their first byte to the end of their answers.
 
-Bodies are read before a call gets a place, so places do not bound them: a hundred clients that send 16 MiB each would
-fill the memory of the machine.
+```
+free of weights, always        LIMITS.bodies_bytes, part of what the budget keeps beside models
+taken from weights, on demand  up to a part of the budget, while open models keep what they need to run
+beyond that                    503 with Retry-After
+```
 """
 
 from __future__ import annotations
 
-from starlette.types import Message, Receive
+import asyncio
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from pipeload.errors import BudgetError
+from pipeload.machine.sizes import format_bytes
 from pipeload.serve.errors import ApiError
 from pipeload.serve.settings import LIMITS
 
-__all__ = ["Intake", "Share"]
+if TYPE_CHECKING:
+    from pipeload.budget import Budget
+    from pipeload.planning.shares import Share
 
-_RETRY_S = 5
+__all__ = ["Held", "Intake"]
+
+_PART = 4
+"""Of the budget, one part of this many is the most that bodies take from weights."""
+_UNKNOWN_BYTES = 64 << 20
+"""The same where the budget follows free memory."""
 
 
 class Intake:
-    """Counts the bytes of all bodies beyond those that each request may have.
-
-    Attributes:
-        nbytes: that requests have now.
-    """
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-
-
-class Share:
-    """A request's part of it. `end` gives it back.
+    """What all requests hold.
 
     Args:
-        intake: of the server.
-        receive: brings the request.
+        budget: gives the one that all models share.
+        executor: waits for weights to give way.
+
+    Attributes:
+        free_bytes: that no request has of those that are always free of weights.
+        taken_bytes: that requests have in the place of weights.
     """
 
-    def __init__(self, intake: Intake, receive: Receive) -> None:
-        self._intake, self._receive = intake, receive
-        self._nbytes = self._taken = 0
+    def __init__(self, budget: Callable[[], Budget], executor: Executor) -> None:
+        self._budget, self._executor = budget, executor
+        self.free_bytes = LIMITS.bodies_bytes
+        self.taken_bytes = 0
 
-    async def receive(self) -> Message:
-        """The next part of the request.
+    @contextmanager
+    def request(self) -> Iterator[Held]:
+        """What one request holds; it is given back at the end."""
+        held = Held(self)
+        try:
+            yield held
+        finally:
+            held.give_back()
+
+    async def share(self, nbytes: int) -> Share:
+        """Memory in the place of weights.
 
         Raises:
-            ApiError: bodies of other requests take the memory.
+            ApiError: there is none now.
         """
-        message = await self._receive()
-        self._nbytes += len(message.get("body", b""))
-        more = max(0, self._nbytes - LIMITS.beside_bytes) - self._taken
-        if more > 0 and self._intake.nbytes + more > LIMITS.bodies_bytes:
-            raise ApiError(
-                503,
-                "Other requests have too much text for this one now. Try again, or send less at once.",
-                code="bodies_too_large",
-                retry_after_s=_RETRY_S,
+        budget = self._budget()
+        most = _UNKNOWN_BYTES if budget.budget_bytes is None else budget.budget_bytes // _PART
+        if self.taken_bytes + nbytes > most:
+            raise _refusal(
+                f"Requests that are being read have {format_bytes(self.taken_bytes)} of {format_bytes(most)}."
             )
-        self._taken += more
-        self._intake.nbytes += more
-        return message
+        # At once: others may ask while this one waits.
+        self.taken_bytes += nbytes
+        made = asyncio.get_running_loop().run_in_executor(self._executor, budget.fixed, nbytes)
+        try:
+            return await asyncio.shield(made)
+        except asyncio.CancelledError:
+            made.add_done_callback(_leave)
+            self.taken_bytes -= nbytes
+            raise
+        except BudgetError as error:
+            self.taken_bytes -= nbytes
+            raise _refusal(f"The models need their memory. {error}") from error
 
-    def end(self) -> None:
-        """Give it back."""
-        self._intake.nbytes -= self._taken
-        self._taken = 0
+
+class Held:
+    """What one request holds.
+
+    Args:
+        intake: where it is counted.
+
+    Attributes:
+        nbytes: that it may take.
+    """
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._shares: list[tuple[Share, int]] = []
+        self._free_bytes = 0
+        self.nbytes = 0
+
+    async def grow(self, nbytes: int) -> None:
+        """Let it take this many bytes in all.
+
+        Raises:
+            ApiError: there is no memory for them now.
+        """
+        more = nbytes - self.nbytes
+        if more <= 0:
+            return
+        if more <= self._intake.free_bytes:
+            self._intake.free_bytes -= more
+            self._free_bytes += more
+        else:
+            self._shares.append((await self._intake.share(more), more))
+        self.nbytes = nbytes
+
+    def give_back(self) -> None:
+        """Hold nothing any more."""
+        self._intake.free_bytes += self._free_bytes
+        for share, nbytes in self._shares:
+            share.leave()
+            self._intake.taken_bytes -= nbytes
+        self._shares.clear()
+        self.nbytes = self._free_bytes = 0
+
+
+def _refusal(why: str) -> ApiError:
+    return ApiError(
+        503,
+        f"There is no memory for this request now. {why} Try again later, or send less at once.",
+        code="no_memory_for_request",
+        retry_after_s=1,
+    )
+
+
+def _leave(made: asyncio.Future[Share]) -> None:
+    if not made.cancelled() and made.exception() is None:
+        made.result().leave()

@@ -25,7 +25,7 @@ from pipeload.machine.memory import rss_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.serve.errors import LOGGER, ApiError
 from pipeload.serve.prefixes import Prefixes
-from pipeload.serve.settings import Settings
+from pipeload.serve.settings import LIMITS, Settings, most_connections
 
 if TYPE_CHECKING:
     from pipeload.budget import Budget
@@ -38,6 +38,8 @@ Result = TypeVar("Result")
 _SERVER_BYTES, _CALL_BYTES = 4_000_000, 64_000
 """Memory that calls take beside models, which nothing takes before they come: libraries that the first ones use, and
 the thread, texts and tokens of each."""
+_CONNECTION_BYTES = 64_000
+"""Of a connection: its own objects, 16 KiB of headers as objects, and 16 KiB of a body that was not asked for."""
 
 
 class ModelCounts(msgspec.Struct, frozen=True, kw_only=True):
@@ -201,13 +203,11 @@ class Served:
     async def _open(self) -> Model:
         begin_s = time.perf_counter()
         while True:
-            closed = self._closed_models
             try:
                 model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget()))
                 break
             except BudgetError as error:
-                # One that was closed meanwhile has left its memory, too.
-                if await self._close_another() or self._closed_models != closed:
+                if await self._close_another():
                     continue
                 if not self.opened:
                     raise
@@ -217,10 +217,6 @@ class Served:
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
         return model
-
-    @property
-    def _closed_models(self) -> int:
-        return sum(one.closed for one in self._all_served.values())
 
     async def _close_another(self) -> bool:
         """Close a model that no call has, if there is one: this one is called, and not even the least memory of both
@@ -248,6 +244,7 @@ class Models:
 
     Attributes:
         served: by name.
+        budget: gives the one that all of them share.
         ready: all of them have been opened once.
 
     Raises:
@@ -257,7 +254,8 @@ class Models:
     def __init__(self, settings: Settings, executor: Executor) -> None:
         self.served: dict[str, Served] = {}
         # Made with the first model, since it brings the engine in.
-        budget = cache(lambda: pipeload.Budget(settings.budget, beside_bytes=beside_bytes(settings.max_waiting)))
+        beside = beside_bytes(settings.max_waiting)
+        self.budget = budget = cache(lambda: pipeload.Budget(settings.budget, beside_bytes=beside))
         for name, directory in settings.directories.items():
             self.served[name] = Served(
                 name, directory, budget, settings.idle_s, executor, self.served, settings.prefix_cache_bytes
@@ -312,7 +310,7 @@ class Models:
 
 def beside_bytes(calls: int) -> int:
     """Memory of the budget that no model of a server with this many places gets."""
-    return _SERVER_BYTES + calls * _CALL_BYTES
+    return _SERVER_BYTES + calls * _CALL_BYTES + LIMITS.bodies_bytes + most_connections(calls) * _CONNECTION_BYTES
 
 
 def _give_back() -> None:

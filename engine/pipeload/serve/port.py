@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -13,11 +14,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipeload.errors import ConfigError
 from pipeload.serve.connections import Connection
 from pipeload.serve.handover import IdleConnection
-from pipeload.serve.settings import LIMITS
 
 __all__ = ["Port", "idle_connections", "listening_socket"]
 
 _BACKLOG = 512
+_FULL_PAUSE_S = 0.05
+"""Before it is looked again whether a connection has ended."""
 _PAUSE_S = 1.0
 """Before connections are accepted again, where the process has no descriptor left for one."""
 
@@ -28,21 +30,22 @@ class Port:
     Args:
         listening: the socket.
         protocol: makes the protocol of a connection.
+        most: connections. For another one, the one is closed that has had no request for the longest time; where all
+            have one, it waits in the kernel.
     """
 
-    def __init__(self, listening: socket.socket, protocol: Callable[[], Connection]) -> None:
+    def __init__(self, listening: socket.socket, protocol: Callable[[], Connection], most: int) -> None:
         listening.setblocking(False)
         self.listening = listening
-        self._protocol = protocol
+        self._protocol, self._most = protocol, most
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._beginning: set[asyncio.Task[object]] = set()
         self._open = False
-        self._connections: set[Connection] = set()
 
     def accept(self) -> None:
         """Accept connections."""
         self._open = True
-        if len(self._connections) < LIMITS.connections:
-            asyncio.get_running_loop().add_reader(self.listening, self._accept_one)
+        asyncio.get_running_loop().add_reader(self.listening, self._accept_one)
 
     async def pause(self) -> None:
         """Accept no more: those that come wait in the kernel. Returns when all accepted ones have their protocol."""
@@ -72,16 +75,32 @@ class Port:
             self._begin(connected, protocol).add_done_callback(partial(_expect, protocol, keep_alive_s))
 
     def _accept_one(self) -> None:
+        if not self._has_room():
+            self._pause(_FULL_PAUSE_S)
+            return
         try:
             accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self.listening)
-            loop.call_later(_PAUSE_S, self._go_on)
+            self._pause(_PAUSE_S)
             return
         self._begin(accepted, self._protocol())
+
+    def _has_room(self) -> bool:
+        """Whether one more connection may come, perhaps after another one was closed."""
+        known = [one for one in self._connections if one.transport is not None and not one.transport.is_closing()]
+        if len(known) < self._most:
+            return True
+        idle = min((one for one in known if _is_idle(one)), key=lambda one: one.since_s, default=None)
+        if idle is not None:
+            idle.transport.close()
+        return idle is not None
+
+    def _pause(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.listening)
+        loop.call_later(seconds, self._go_on)
 
     def _go_on(self) -> None:
         if self._open:
@@ -89,31 +108,17 @@ class Port:
 
     def _begin(self, connected: socket.socket, protocol: Connection) -> asyncio.Task[object]:
         self._connections.add(protocol)
-        protocol.on_end = partial(self._ended, protocol)
-        if len(self._connections) >= LIMITS.connections:
-            # The next ones wait in the kernel.
-            asyncio.get_running_loop().remove_reader(self.listening)
         begun = asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connected)
         task: asyncio.Task[object] = asyncio.ensure_future(begun)
         self._beginning.add(task)
-        task.add_done_callback(partial(self._begun, protocol))
+        task.add_done_callback(self._begun)
         return task
 
-    def _ended(self, protocol: Connection) -> None:
-        self._connections.discard(protocol)
-        protocol.on_end = _nothing
-        if len(self._connections) == LIMITS.connections - 1:
-            self._go_on()
-
-    def _begun(self, protocol: Connection, task: asyncio.Task[object]) -> None:
+    def _begun(self, task: asyncio.Task[object]) -> None:
         self._beginning.discard(task)
-        # A client may have gone already.
-        if task.cancelled() or task.exception() is not None:
-            self._ended(protocol)
-
-
-def _nothing() -> None:
-    """Of a connection that has ended."""
+        if not task.cancelled():
+            # A client may have gone already.
+            task.exception()
 
 
 def _expect(protocol: H11Protocol, keep_alive_s: float, begun: asyncio.Task[object]) -> None:

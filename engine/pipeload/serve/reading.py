@@ -14,12 +14,15 @@ from starlette.requests import Request
 
 from pipeload.machine.sizes import format_bytes
 from pipeload.serve.errors import ApiError
+from pipeload.serve.intake import Held
 from pipeload.serve.settings import LIMITS
 
-__all__ = ["read", "refuse"]
+__all__ = ["decoded_bytes", "read", "refuse"]
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
+_VALUE_BYTES = 100
+"""Of an empty list or object, a short text or a number, with its place in a list or object."""
 _NEITHER = bytes({*range(256)} - {*b'"[]{}'})
 _STEPS = np.array([(one in b"[{") - (one in b"]}") for one in range(256)], np.int8)
 """How much deeper each byte leads."""
@@ -29,15 +32,17 @@ async def read(request: Request, kind: type[Body]) -> Body:
     """The body of a request.
 
     Raises:
-        ApiError: it is no JSON, too large, too slow, too deep, or no such body.
+        ApiError: it is no JSON, too large, too slow, too deep, or no such body, or there is no memory for it now.
         ClientDisconnect: the client went away.
     """
     named = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if named != "application/json":
         # A page of a stranger can send other types to this server without asking it first.
         raise ApiError(415, f"The content type is '{named:.80}'; send application/json.")
-    data = await _bytes_of(request)
+    held: Held = request.scope["state"]["held"]
+    data = await _bytes_of(request, held)
     _check_depth(data)
+    await held.grow(len(data) + decoded_bytes(data))
     try:
         decoder: msgspec.json.Decoder[Body] = _decoder(kind)
         return decoder.decode(data)
@@ -83,33 +88,48 @@ def _decoder(kind: type[Any]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(kind)
 
 
-async def _bytes_of(request: Request) -> bytes:
+def decoded_bytes(data: bytearray) -> int:
+    """The most memory that the objects of some JSON take.
+
+    Args:
+        data: the JSON.
+    """
+    # One character may make all others of its text four bytes wide; and a text with escapes is made from a copy.
+    text_bytes = len(data) if data.isascii() and b"\\" not in data else 7 * len(data)
+    return text_bytes + _VALUE_BYTES * sum(map(data.count, (b",", b":", b"[", b"{")))
+
+
+async def _bytes_of(request: Request, held: Held) -> bytearray:
     most = LIMITS.body_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > most:
         raise _too_large(most)
-    pieces, size = [], 0
+    data = bytearray()
     try:
         async with asyncio.timeout(LIMITS.body_s):
+            await held.grow(int(declared) if declared.isdecimal() else 0)
             async for piece in request.stream():
-                size += len(piece)
+                size = len(data) + len(piece)
                 if size > most:
                     raise _too_large(most)
-                pieces.append(piece)
+                if size > held.nbytes:
+                    await held.grow(min(most, 2 * size))
+                data += piece
     except TimeoutError as error:
+        come = format_bytes(len(data))
         raise ApiError(
             408,
-            f"After {LIMITS.body_s:.0f} s only {format_bytes(size)} of the request had come. Send it faster, or less.",
+            f"After {LIMITS.body_s:.0f} s only {come} of the request had come. Send it faster, or less.",
             code="request_timeout",
         ) from error
-    return b"".join(pieces)
+    return data
 
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"The request has more than {format_bytes(most)}. Send less at once.", code="too_large")
 
 
-def _check_depth(data: bytes) -> None:
+def _check_depth(data: bytearray) -> None:
     """Refuse what is nested too deep, in time and memory that grow with the length alone, whatever the bytes are."""
     if data.count(b"[") + data.count(b"{") <= LIMITS.json_depth:
         return

@@ -20,12 +20,12 @@ from pipeload.serve.errors import LOGGER
 from pipeload.serve.handover import Handover, can_replace, hear_signals, read_handover, replace_process
 from pipeload.serve.log import set_up_log
 from pipeload.serve.port import Port, idle_connections, listening_socket
-from pipeload.serve.settings import Settings
+from pipeload.serve.settings import Settings, most_connections
 
 __all__ = ["go_on", "serve"]
 
 _KEEP_ALIVE_S = 30
-_HEADER_BYTES = 64 << 10
+_HEADER_BYTES = 16 << 10
 
 
 def serve(settings: Settings, tell: Callable[[str], object], *, replaceable: bool = False) -> None:
@@ -89,7 +89,7 @@ class _Server(uvicorn.Server):
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._application = Application(settings, self.stop, handover)
         self._replaceable, self._handover, self._caught = replaceable, handover, caught
-        self._port = Port(listening, self._protocol)
+        self._port = Port(listening, self._protocol, most_connections(settings.max_waiting))
         super().__init__(
             uvicorn.Config(
                 self._application.asgi,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["LIMITS", "Limits", "Settings", "is_loopback"]
+__all__ = ["LIMITS", "Limits", "Settings", "is_loopback", "most_connections"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,15 +17,14 @@ class Limits:
 
     Attributes:
         body_bytes: of a request.
+        bodies_bytes: of all bodies together, as they came and as objects, without taking memory from weights.
+        headers: of a request.
         head_s: seconds in which a connection must have brought all headers of a request.
         body_s: seconds after these in which all of the body must have come.
         unread_s: seconds that an answer may wait for its client to take more of it.
         json_depth: of lists and objects within one another.
         inputs: texts, documents or images of a request.
         messages: of a conversation.
-        connections: of clients at the same time; the next ones wait until one ends.
-        beside_bytes: of a request's body that each may have, whatever others have.
-        bodies_bytes: of all bodies together beside that; one that would need more is refused for now.
         prompt_tokens: of a prompt; a model's own positions may allow fewer.
         copies: answers to one prompt.
         stops: stop strings.
@@ -35,15 +34,14 @@ class Limits:
     """
 
     body_bytes: int = 16 << 20
+    bodies_bytes: int = 2_000_000
+    headers: int = 100
     head_s: float = 30.0
     body_s: float = 60.0
     unread_s: float = 60.0
     json_depth: int = 64
     inputs: int = 2048
     messages: int = 8192
-    connections: int = 512
-    beside_bytes: int = 64 << 10
-    bodies_bytes: int = 48 << 20
     prompt_tokens: int = 131_072
     copies: int = 16
     stops: int = 16
@@ -86,6 +84,11 @@ class Settings:
     prefix_cache_bytes: int | None = None
     cors_origins: tuple[str, ...] = ()
     log_format: Literal["text", "json"] | None = None
+
+
+def most_connections(calls: int) -> int:
+    """The connections of a server with this many places. Clients keep some open between two calls."""
+    return calls + 32
 
 
 def is_loopback(host: str) -> bool:

@@ -13,6 +13,7 @@ from importlib import import_module
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeload.serve.errors import error_response
+from pipeload.serve.intake import Intake
 from pipeload.serve.routes.desk import Desk, DeskRoute
 
 __all__ = ["Work"]
@@ -28,9 +29,11 @@ class Work:
         add: gives it routes.
         desk: what they use.
         executor: imports them.
+        intake: counts what requests hold.
         paths: of the routes, where they are to be imported later; None imports them now.
 
     Attributes:
+        intake: what requests hold.
         routes: those that were imported.
         paths: of all.
         ended_s: when the last request for a model ended, on the clock of `time.monotonic`.
@@ -42,9 +45,10 @@ class Work:
         add: Callable[[Sequence[DeskRoute]], object],
         desk: Desk,
         executor: Executor,
+        intake: Intake,
         paths: Sequence[str] | None,
     ) -> None:
-        self._app, self._add, self._desk, self._executor = app, add, desk, executor
+        self._app, self._add, self._desk, self._executor, self.intake = app, add, desk, executor, intake
         self._lock = asyncio.Lock()
         self.routes: list[DeskRoute] = []
         self.ended_s = time.monotonic()
@@ -65,7 +69,9 @@ class Work:
             await error_response(error)(scope, receive, send)
             return
         try:
-            await self._app(scope, receive, send)
+            with self.intake.request() as held:
+                scope["state"]["held"] = held
+                await self._app(scope, receive, send)
         finally:
             self.ended_s = time.monotonic()
 

@@ -316,6 +316,60 @@ def test_a_model_opens_while_the_other_is_being_closed(toy: Path, monkeypatch: p
         assert_same(model.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
 
 
+class _SlowClose:
+    """The closing of a model that has begun, and ends when the test says so."""
+
+    def __init__(self, model: pipeload.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._gate, room = Gate(), model._pipeline._room
+        real = room.stop
+        monkeypatch.setattr(room, "stop", lambda: (self._gate.stop_here(), real())[1])
+        self._call = Background(model.close)
+        self._gate.wait_reached()
+
+    def end(self) -> None:
+        self._gate.open()
+        self._call.end()
+
+    def end_when_waited_for(self, budget: pipeload.Budget, monkeypatch: pytest.MonkeyPatch) -> None:
+        """End when the budget begins to wait for models that are being closed."""
+        real = budget._wait_for_closing
+        monkeypatch.setattr(budget, "_wait_for_closing", lambda: (self._gate.open(), real())[1])
+
+
+def test_a_model_that_opens_waits_for_one_that_is_being_closed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = pipeload.Budget(smallest_budget(toy))
+    closing = _SlowClose(load(toy, budget), monkeypatch)
+    closing.end_when_waited_for(budget, monkeypatch)
+    with load(toy, budget) as model:
+        assert_same(model.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
+    closing.end()
+
+
+def test_a_budget_is_set_while_a_model_is_being_closed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget, smallest = pipeload.Budget(_AMPLE), smallest_budget(toy)
+    other, model = load(toy, budget), load(toy, budget)
+    # The one that has the rest.
+    holder, stays = (other, model) if budget._shares.holder is other._pipeline.share else (model, other)
+    closing = _SlowClose(holder, monkeypatch)
+    closing.end_when_waited_for(budget, monkeypatch)
+    with stays:
+        budget.set(smallest)
+        assert stays.plan.budget_bytes == smallest
+        assert_same(stays.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
+    closing.end()
+
+
+def test_room_beside_a_model_is_made_while_another_is_being_closed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = pipeload.Budget(_AMPLE)
+    other, model = load(toy, budget), load(toy, budget)
+    holder, stays = (other, model) if budget._shares.holder is other._pipeline.share else (model, other)
+    closing = _SlowClose(holder, monkeypatch)
+    closing.end_when_waited_for(budget, monkeypatch)
+    with stays, stays.room_for(_SPARE):
+        assert_same(stays.run(toys.inputs()), run_sequentially(toy, toys.inputs(), threads=THREADS))
+    closing.end()
+
+
 @no_subprocess
 def test_a_process_with_two_models_never_occupied_more_than_its_budget(toy_large: Path) -> None:
     program = f"""

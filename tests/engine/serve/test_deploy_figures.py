@@ -1,4 +1,4 @@
-"""Every figure and label that deploy/ asks Prometheus for is one that the server has."""
+"""Every figure and label that deploy/ asks Prometheus for is one that the server has, and the dashboard shows each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ _SUFFIXES = {"histogram": ("_bucket", "_count", "_sum"), "counter": ("_total",),
 _SELECTOR = re.compile(r"(pipeload_\w+)\{([^}]*)\}")
 
 
+def _shown() -> list[str]:
+    """The expressions of all panels."""
+    dashboard = json.loads((_DEPLOY / "grafana.json").read_text())
+    return [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+
+
 def _queries() -> list[str]:
     """All expressions of PromQL in deploy/."""
     dashboard = json.loads((_DEPLOY / "grafana.json").read_text())
-    found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    found = _shown()
     found += [variable["query"]["query"] for variable in dashboard["templating"]["list"] if variable["type"] == "query"]
     return found + re.findall(r"^ *query: (.*)$", (_DEPLOY / "keda.yaml").read_text(), re.M)
 
@@ -33,7 +39,17 @@ def test_queries_name_figures_and_labels_of_the_server(chat_model: Path) -> None
 
     names: set[str] = set()
     labels: dict[str, set[str]] = {}
-    for family in text_string_to_metric_families(with_server(settings(chat_model), ask)):
+    # `serve` itself leaves out when each figure began.
+    families = [
+        family
+        for family in text_string_to_metric_families(with_server(settings(chat_model), ask))
+        if not family.name.endswith("_created")
+    ]
+    shown = {name for query in _shown() for name in re.findall(r"\bpipeload_\w+", query)}
+    for family in families:
+        own = {family.name + suffix for suffix in _SUFFIXES[family.type]}
+        assert own & shown, f"No panel shows {family.name}."
+    for family in families:
         for suffix in _SUFFIXES[family.type]:
             names.add(name := family.name + suffix)
             if family.samples:

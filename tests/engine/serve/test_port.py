@@ -21,12 +21,12 @@ _HEAD = b"GET /x HTTP/1.1\r\nHost: localhost\r\n"
 class _Process:
     """The parts of a server that have to do with connections; its answers wait at a gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 9) -> None:
         self.state, self.gate = ServerState(), asyncio.Event()
         self._config = uvicorn.Config(
             self._answer, http="h11", ws="none", lifespan="off", log_config=None, interface="asgi3"
         )
-        self.port = Port(listening_socket("127.0.0.1", 0), self._protocol)
+        self.port = Port(listening_socket("127.0.0.1", 0), self._protocol, most)
 
     def connections(self) -> list[IdleConnection] | None:
         return None if self.state.tasks else idle_connections(self.state.connections)
@@ -98,5 +98,32 @@ def test_a_connection_that_was_taken_and_stays_silent_is_closed() -> None:
         await second.until(lambda: not second.state.connections)
         await first.port.close()
         await second.port.close()
+
+    asyncio.run(main())
+
+
+def test_of_too_many_connections_the_longest_idle_is_closed_and_none_that_has_a_request() -> None:
+    async def main() -> None:
+        process = _Process(most=2)
+        process.port.accept()
+        address = process.port.listening.getsockname()
+        first, second = [await asyncio.open_connection(*address) for _ in range(2)]
+        await process.until(lambda: len(process.state.connections) == 2)
+        second[1].write(_HEAD + b"\r\n")
+        await process.until(lambda: bool(process.state.tasks))
+        third = await asyncio.open_connection(*address)
+        assert await asyncio.wait_for(first[0].read(), PATIENCE_S) == b""
+        third[1].write(_HEAD + b"\r\n")
+        await process.until(lambda: len(process.state.tasks) == 2)
+        # Both have a request, so one more waits in the kernel until one has ended.
+        fourth = await asyncio.open_connection(*address)
+        fourth[1].write(_HEAD + b"\r\n")
+        process.gate.set()
+        for reader, _ in (second, third, fourth):
+            assert (await asyncio.wait_for(reader.readuntil(b"/x"), PATIENCE_S)).startswith(b"HTTP/1.1 200 ")
+        for _, writer in (first, second, third, fourth):
+            writer.close()
+        await process.port.close()
+        await process.until(lambda: not process.state.connections)
 
     asyncio.run(main())
