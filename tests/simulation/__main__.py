@@ -32,6 +32,8 @@ from tests.simulation.seam import installed
 
 _COLLECT = 50
 """Runs from one garbage collection to the next: none happens within a run, where it would depend on those before."""
+_CHUNK = 500
+"""Random runs from one note of the counts to the next."""
 _MOST_SEEDS = 10_000
 """A planted fault must be found within these."""
 _INSTALLED = ExitStack()
@@ -64,21 +66,30 @@ def main() -> int:
         def spread(work: Callable[[_Part], Any]) -> list[Any]:
             return pool.map(work, [_Part(number, len(processors)) for number in range(len(processors))], 1)
 
-        def found(more: list[Line]) -> None:
-            # A long form that is ended early keeps the counts of what it has finished.
-            lines.extend(more)
+        def note(so_far: list[Line]) -> None:
+            # A long form that is ended early has kept the counts of what it had finished.
             if options.keep:
                 command = " ".join(["python -m tests.simulation", *sys.argv[1:]])
-                keep("simulation", command, time.monotonic() - begin_s, lines)
+                keep("simulation", command, time.monotonic() - begin_s, so_far)
 
-        if options.seeds or options.seconds:
-            print(f"base {base}", flush=True)
-            found(_lines(spread(partial(_random, base, options.seeds, options.seconds))))
         if options.planted or options.seconds:
-            found(pool.map(partial(_planted, search=options.planted), PLANTED, 1))
+            lines += pool.map(partial(_planted, search=options.planted), PLANTED, 1)
+            note(lines)
         if options.exhaustive:
             for name in exhaustive.SYSTEMS:
-                found([_line(name, options.delays, spread(partial(_exhaustive, name, options.delays)))])
+                # Without an act there is time for one delay more.
+                delays = options.delays + (not exhaustive.SYSTEMS[name].acts)
+                lines.append(_line(name, delays, spread(partial(_exhaustive, name, delays))))
+                note(lines)
+        if options.seeds or options.seconds:
+            print(f"base {base}", flush=True)
+            tallies: list[_Tally] = []
+            for begin in range(0, options.seeds or 1, _CHUNK):
+                seeds = options.seeds and min(_CHUNK, options.seeds - begin)
+                tallies += spread(partial(_random, base + begin, seeds, options.seconds))
+                note([*_lines(tallies), *lines])
+            lines += _lines(tallies)
+            _print(tallies)
     return int(any(line.failures for line in lines))
 
 
@@ -139,12 +150,8 @@ def _random(base: int, seeds: int | None, seconds: float | None, part: _Part) ->
 
 def _lines(tallies: list[_Tally]) -> list[Line]:
     runs, failures = Counter[str](), Counter[str]()
-    ends, faults = Counter[str](), Counter[str]()
     for tally in tallies:
         runs, failures = runs + tally.runs, failures + tally.failures
-        ends, faults = ends + tally.ends, faults + tally.faults
-    print(f"{runs.total():,} runs, {sum(tally.steps for tally in tallies):,} steps")
-    print(f"ends: {dict(ends.most_common())}\nfaults: {dict(faults.most_common())}", flush=True)
     none, some = _FAULTS
     return [
         Line(
@@ -162,6 +169,16 @@ def _lines(tallies: list[_Tally]) -> list[Line]:
             failures=failures[some],
         ),
     ]
+
+
+def _print(tallies: list[_Tally]) -> None:
+    """How calls ended, and the faults that were made."""
+    ends, faults = Counter[str](), Counter[str]()
+    for tally in tallies:
+        ends, faults = ends + tally.ends, faults + tally.faults
+    runs, steps = sum(tally.runs.total() for tally in tallies), sum(tally.steps for tally in tallies)
+    print(f"{runs:,} runs, {steps:,} steps\nends: {dict(ends.most_common())}")
+    print(f"faults: {dict(faults.most_common())}", flush=True)
 
 
 def _exhaustive(name: str, delays: int, part: _Part) -> tuple[int, int]:

@@ -3,8 +3,9 @@
 All interleavings would be too many: a run has about two hundred steps of seven threads. So each schedule departs from
 a fixed one at a bounded number of places ("Delay-Bounded Scheduling", Emmi, Qadeer, Rakamaric, 2011): the thread that
 runs goes on until it waits, then the next one in turn runs; a *delay* at a step lets the next one in turn go first.
-All schedules with at most one delay (`--delays`) are run, at any steps. With an act (close, leave, another budget),
-they are run with the act at every step: its thread runs at once, which counts as no delay.
+All schedules with at most this many delays (`--delays`; one more without an act) are run, at any steps. With an act
+(close, leave, another budget), they are run with the act at every step: its thread runs at once, which counts as no
+delay.
 
 Steps are operations on the locks of exchange, reservations, residents, calls and futures, waits, starts and ends of
 threads, and the beginning of each load, session and run. The locks of leaves (trace, buffers, stamps, shares) are
