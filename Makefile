@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -33,6 +33,9 @@ test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 
 test-slow: $(STAMP)  ## the tests that take seconds or repeat a faster one with other values
 	$(BIN)/python $(PYTEST) -m "slow and not survey"
+
+simulate: $(STAMP)  ## the pipeline under seeded schedules, disks and memory, and planted faults; SIMULATE_ARGS="--seed N" replays one
+	$(BIN)/python -m tests.simulation $(or $(SIMULATE_ARGS),--seconds 45)
 
 test-requests: $(STAMP)  ## 10,000 malformed requests to a server
 	PIPELOAD_TEST_REQUESTS=10000 $(BIN)/python -m pytest -m slow tests/integration/test_malformed_requests.py -s

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from pipeload.errors import LoadError
-from pipeload.foreign import foreign_errors
+from pipeload.foreign import foreign_errors, let_go
 from pipeload.format.manifest import Manifest, Shard, first_places
 from pipeload.format.pages import room_bytes
 from pipeload.format.placement import place
@@ -182,7 +182,9 @@ class Loader:
                     loaded.reserved_bytes -= passing
                     self._memory.reservations.release(passing)
             self._memory.sample()
-        except BaseException:
+        except BaseException as error:
+            # Its frames hold the session that failed: that must be gone before another shard may have its memory.
+            let_go(error)
             self._abandon(loaded, begun, keep_bytes)
             raise
         if not complete:

@@ -58,6 +58,7 @@ _GATHER_SHARE = 0.02
 """The next sweep waits up to this fraction of the last one's duration for the same callers to return."""
 _CALLER_BYTES = 300_000
 """A calling thread's stack and own data: tokens, inputs, and the results it makes from the outputs."""
+_CLOSER_FACT = "The model is closed, but no thread can be started to give its memory back"
 _PLAN_FACT = "No room could be made for the pass"
 _WATCH_S = 1.0
 """An idle model checks at this interval whether memory has become short."""
@@ -245,12 +246,17 @@ class Pipeline:
         return self._exchange.closed
 
     def close(self) -> None:
-        """End every call with ClosedError, join every thread, give all memory back. May be called again."""
+        """End every call with ClosedError, join every thread, give all memory back. May be called again.
+
+        Raises:
+            LoadError: an agent's own thread has called this, and no thread can be started to do the rest.
+        """
         self._exchange.close()
         self._memory.end_waits()
         if threading.current_thread() in self._threads:
             # The garbage collector may run this in an agent's thread, which cannot wait for itself.
-            threading.Thread(target=self.close, name="pipeload-closer").start()
+            with foreign_errors(LoadError, _CLOSER_FACT, f"{THREADS_REMEDY} Then close the model from another thread."):
+                threading.Thread(target=self.close, name="pipeload-closer").start()
             return
         with self._closing:
             for thread in self._threads:

@@ -19,7 +19,7 @@ from tests.engine.pipeline.rig import (
     rigged,
 )
 
-from pipeload.errors import ClosedError
+from pipeload.errors import ClosedError, LoadError
 from pipeload.pipeline import loader as loaders
 from pipeload.pipeline.session import ShardSession
 from pipeload.tracing.trace import Progress
@@ -149,3 +149,25 @@ def test_the_progress_callback_may_close_the_pipeline(toy: Path) -> None:
         for thread in threading.enumerate():
             if thread.name == "pipeload-closer":
                 thread.join(PATIENCE_S)
+
+
+def test_a_callback_that_closes_is_told_where_no_thread_can_do_the_rest(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, told = threading.Thread.start, []
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "pipeload-closer":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def close(_: Progress) -> None:
+        with pytest.raises(LoadError, match="no thread can be started") as caught:
+            rig.pipeline.close()
+        told.append(caught.value)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with rigged(toy, progress=close) as rig:
+        with pytest.raises(ClosedError):
+            rig.run()
+    assert told
