@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from pipeload.foreign import shortage_in
+from pipeload.machine.heap import one_arena
 from pipeload.serve import HANDOVER
 
 __all__ = ["main"]
@@ -21,6 +22,8 @@ def main() -> None:
     if sys.platform == "win32":
         # Its modules do not even import there.
         sys.exit("error: pipeload runs on Linux, whose memory it measures by /proc and cgroups. On Windows, use WSL 2.")
+    # Before libraries start threads.
+    one_arena()
     if (handover := os.environ.pop(HANDOVER, None)) is not None:
         # An idle server has replaced itself. Signals are held back until it listens.
         from pipeload.serve.server import go_on

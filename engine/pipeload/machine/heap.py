@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-__all__ = ["foreign_allocator", "limit_heap", "reused", "trim"]
+__all__ = ["foreign_allocator", "is_scattered", "limit_heap", "one_arena", "reused", "trim"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 """From glibc's malloc.h."""
@@ -18,7 +18,7 @@ _MAPPED_BYTES, _KEPT_BYTES = 128 << 10, 1 << 20
 _MOST_BYTES = 1 << 30, 32 << 20
 """What `reused` asks for, in turn: glibc before 2.35 refuses more than half of a heap of 64 MiB."""
 _LOCK = threading.Lock()
-_limited = False
+_limited = _scattered = False
 _reusing = 0
 """How many threads are inside of `reused`."""
 
@@ -68,16 +68,30 @@ def limit_heap() -> None:
 
     By default glibc has eight arenas for each core, and keeps up to 64 MB in each of them once large blocks were freed.
     From this call on, for the rest of the process, blocks from 128 KiB on go back to the system when freed, an arena
-    keeps 1 MiB, and threads that have no arena yet share the first: the heap grows no further with their number.
+    keeps 1 MiB, and threads that have no arena yet share those that there are: no more are made.
     """
-    global _limited
+    global _limited, _scattered
     with _LOCK:
         if _limited:
             return
         _limited = True
         _set_option(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
         _set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        _set_option(_M_ARENA_MAX, 1)
+        one_arena()
+        _scattered = _arenas() > 1
+
+
+def one_arena() -> None:
+    """Let all threads that have no arena of the heap yet share the first one, for the rest of the process.
+
+    A program that calls this before it starts threads has one arena: what one thread frees, another one can take.
+    """
+    _set_option(_M_ARENA_MAX, 1)
+
+
+def is_scattered() -> bool:
+    """Whether the heap had several arenas when it was limited: memory freed in one is of no use to threads of others."""
+    return _scattered
 
 
 @contextmanager
@@ -100,6 +114,20 @@ def reused() -> Iterator[None]:
             _reusing -= 1
             if _limited and not _reusing:
                 _set_option(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def _arenas() -> int:
+    """The arenas that the heap has; 1 where the C library does not tell (glibc's `malloc_info` does)."""
+    with suppress(OSError, AttributeError):
+        library, text, size = ctypes.CDLL(None), ctypes.c_char_p(), ctypes.c_size_t()
+        library.open_memstream.restype = ctypes.c_void_p
+        stream = ctypes.c_void_p(library.open_memstream(ctypes.byref(text), ctypes.byref(size)))
+        told = library.malloc_info(0, stream)
+        library.fclose(stream)
+        found = (text.value or b"").count(b"<heap nr=")
+        library.free(text)
+        return found if told == 0 else 1
+    return 1
 
 
 def _set_option(option: int, value: int) -> bool:

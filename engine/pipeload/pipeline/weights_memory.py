@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from pipeload.format.manifest import Shard
-from pipeload.machine.heap import limit_heap, trim
+from pipeload.machine.heap import is_scattered, limit_heap, trim
 from pipeload.machine.memory import Peak, PeakWatch, peak_rss_bytes, rss_bytes
 from pipeload.pipeline.messages import LoadedShard
 from pipeload.pipeline.reservations import Reservations
@@ -99,6 +99,10 @@ class WeightsMemory:
                 # While one packs, others read and widen: what these take splits the holes. The plan has memory for no
                 # more sessions than these, so none may be missed.
                 missed_bytes += session_bytes(shard, self.plan.threads)
+            if is_scattered():
+                # The holes may lie where the threads that pack now do not look.
+                together = min(self.plan.loaders, self.plan.sessions or self.plan.buffers)
+                missed_bytes += together * session_bytes(shard, self.plan.threads)
             if not reuses or self._rss_bytes() + missed_bytes > self.plan.peak_bytes:
                 trim()
 
