@@ -153,8 +153,8 @@ class Staging:
 
     def __enter__(self) -> Self:
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._acquire()
         try:
+            self._acquire()
             leftovers = list(self._leftovers("staging"))
             (self._folder / _BEFORE).mkdir(parents=True)
             (self._folder / _IDENTITY).write_text(self._identity)
@@ -204,9 +204,10 @@ class Staging:
             try:
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
+                        # From here on `__exit__` removes it, also where a full disk does not take the number.
+                        self._lock = descriptor
                         os.ftruncate(descriptor, 0)
                         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                        self._lock = descriptor
                         return
             finally:
                 # A lock that nothing refers to would keep this process from its next try.

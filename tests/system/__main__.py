@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from tests.proof.counts import Line, keep
+from tests.system.rows import Finding
 from tests.system.table import ROWS
 
 
@@ -35,7 +36,11 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory(prefix="pipeload-system-") as place:
             begun_s = time.monotonic()
-            found = row.make(Path(place))
+            try:
+                found = row.make(Path(place))
+            except AssertionError as error:
+                # A process that hangs, or was killed.
+                found = Finding(runs=1, failures=[str(error)])
         for failure in found.failures:
             print(f"FAILED {row.name}: {failure}\n  python -m tests.system {row.name}", file=sys.stderr, flush=True)
         print(

@@ -93,7 +93,7 @@ def _export(place: Path, target: Path) -> Sequence[object]:
     if not source.exists():
         write_onnx(source, blocks=12)
         (source.parent / "config.json").write_text('{"model_type": "toy", "architectures": ["ToyModel"]}')
-    return "export", source.parent, target
+    return "export", source, target
 
 
 def _convert(place: Path, target: Path) -> Sequence[object]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,6 +20,8 @@ __all__ = ["Port", "idle_connections", "listening_socket"]
 _BACKLOG = 512
 _PAUSE_S = 1.0
 """Before connections are accepted again, where the process has no descriptor left for one."""
+_KEPT_DESCRIPTORS = 64
+"""Of the process, or half of all, are not for connections: Loading Agents open files for calls that run."""
 
 
 class Port:
@@ -69,15 +73,22 @@ class Port:
 
     def _accept_one(self) -> None:
         try:
+            if not _has_descriptor():
+                self._pause_for_descriptors()
+                return
             accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError:
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(self.listening)
-            loop.call_later(_PAUSE_S, self._go_on)
+            self._pause_for_descriptors()
             return
         self._begin(accepted, self._protocol())
+
+    def _pause_for_descriptors(self) -> None:
+        """Let connections wait in the kernel for a while: others end, or are idle for too long."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.listening)
+        loop.call_later(_PAUSE_S, self._go_on)
 
     def _go_on(self) -> None:
         if self._open:
@@ -95,6 +106,21 @@ class Port:
         if not task.cancelled():
             # A client may have gone already.
             task.exception()
+
+
+def _has_descriptor() -> bool:
+    """Whether one more connection leaves the descriptors that answers need.
+
+    Raises:
+        OSError: there is none at all.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return True
+    # The system gives the lowest number that is free.
+    lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.close(lowest)
+    return lowest < most - min(_KEPT_DESCRIPTORS, most // 2)
 
 
 def _expect(protocol: H11Protocol, keep_alive_s: float, begun: asyncio.Task[object]) -> None:
