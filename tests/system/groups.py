@@ -145,7 +145,7 @@ _ANSWERS = "right answers while there is a way, then BudgetError; never killed"
 _BACK = "the next call answers right once the limit is back"
 ROWS = (
     *(
-        Row(name=name, fault=fault, outcome=_ANSWERS, recovered=_BACK, make=make, lacks=_lacks, slow=True)
+        Row(name=name, fault=fault, outcome=_ANSWERS, recovered=_BACK, make=make, lacks=_lacks, long=True)
         for name, fault, make in (
             (
                 "cgroup-idle",
@@ -176,6 +176,6 @@ ROWS = (
         recovered="a larger cgroup works",
         make=_load,
         lacks=_lacks,
-        slow=True,
+        long=True,
     ),
 )

@@ -112,7 +112,7 @@ ROWS = (
         recovered="the next export goes on, makes the same files, and leaves no others",
         make=_killed(_export, 30, 1),
         lacks=_lacks_onnx,
-        slow=True,
+        long=True,
     ),
     Row(
         name="kill-convert",
@@ -121,6 +121,6 @@ ROWS = (
         recovered="the next conversion goes on, makes the same files, and leaves no others",
         make=_killed(_convert, 21, 2),
         lacks=lambda: _lacks_onnx() or lacks_real("minilm")(),
-        slow=True,
+        long=True,
     ),
 )

@@ -198,5 +198,6 @@ ROWS = (
         outcome="right answers, or a PipeloadError with the reason",
         recovered="right answers when the limit is lifted",
         make=_address_space,
+        slow=True,
     ),
 )

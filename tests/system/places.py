@@ -120,7 +120,7 @@ ROWS = (
         recovered="the same",
         make=_folders,
         lacks=lacks_mount,
-        slow=True,
+        long=True,
     ),
     Row(
         name="clock",
@@ -129,5 +129,6 @@ ROWS = (
         recovered="right answers when the file is mended",
         make=_clock,
         lacks=no_compiler,
+        slow=True,
     ),
 )

@@ -48,6 +48,7 @@ class Row:
         fault, outcome, recovered: see `tests.proof.counts.Line`.
         make: tries it in an empty folder.
         slow: it takes more than a few seconds.
+        long: it takes a minute or more; only the command tries it, and `make test-survey`.
         lacks: why this machine cannot try it; None where it can.
     """
 
@@ -57,6 +58,7 @@ class Row:
     recovered: str
     make: Callable[[Path], Finding]
     slow: bool = False
+    long: bool = False
     lacks: Callable[[], str | None] = always
 
 

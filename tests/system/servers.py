@@ -217,7 +217,7 @@ ROWS = (
         recovered="the next answers are right",
         make=_disk,
         lacks=lambda: no_compiler() or _lacks(),
-        slow=True,
+        long=True,
     ),
     Row(
         name="serve-nofile",
@@ -226,7 +226,7 @@ ROWS = (
         recovered="new connections are answered when the idle ones are gone",
         make=_descriptors,
         lacks=_lacks,
-        slow=True,
+        long=True,
     ),
     Row(
         name="serve-sigterm",
