@@ -31,7 +31,9 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.names) - {row.name for row in ROWS}:
         parser.error(f"there is no row {', '.join(sorted(unknown))}")
-    begin_s, lines = time.monotonic(), []
+    lines: list[Line] = []
+    if given.keep and not given.names:
+        _KEPT.unlink(missing_ok=True)
     for row in ROWS:
         if (given.names and row.name not in given.names) or (given.short and (row.slow or row.long)):
             continue
@@ -51,29 +53,28 @@ def main() -> int:
             f"{found.runs:7,} {len(found.failures):5,}  {row.name}: {row.fault} ({time.monotonic() - begun_s:.1f} s)",
             flush=True,
         )
-        lines.append(
-            Line(
-                fault=row.fault,
-                outcome=row.outcome,
-                recovered=row.recovered,
-                runs=found.runs,
-                failures=min(len(found.failures), found.runs),
-            )
+        line = Line(
+            fault=row.fault,
+            outcome=row.outcome,
+            recovered=row.recovered,
+            runs=found.runs,
+            failures=min(len(found.failures), found.runs),
         )
-    if given.keep:
-        _keep(time.monotonic() - begin_s, lines)
+        lines.append(line)
+        if given.keep:
+            _keep(time.monotonic() - begun_s, line)
     return int(any(line.failures for line in lines))
 
 
-def _keep(seconds: float, lines: list[Line]) -> None:
-    """Keep the counts of these rows, beside those of the rows that were not tried now."""
+def _keep(seconds: float, line: Line) -> None:
+    """Keep the count of a row, beside those of the others."""
     known, before_s = {}, 0.0
     if _KEPT.exists():
         kept = msgspec.json.decode(_KEPT.read_bytes(), type=Kept)
-        known, before_s = {line.fault: line for line in kept.lines}, kept.seconds
-    known |= {line.fault: line for line in lines}
+        known, before_s = {one.fault: one for one in kept.lines}, kept.seconds
+    known[line.fault] = line
     found = [known[row.fault] for row in ROWS if row.fault in known]
-    keep("system", "python -m tests.system --keep", seconds if len(found) == len(lines) else before_s + seconds, found)
+    keep("system", "python -m tests.system --keep", before_s + seconds, found)
 
 
 if __name__ == "__main__":
