@@ -138,7 +138,7 @@ def _load(place: Path) -> Finding:
 
 
 def _lacks() -> str | None:
-    return cgroup.permitted() or lacks_real("minilm")() or lacks_real("smollm2-135m")()
+    return cgroup.permitted() or lacks_real("minilm")()
 
 
 _ANSWERS = "right answers while there is a way, then BudgetError; never killed"
@@ -156,11 +156,6 @@ ROWS = (
                 "cgroup-busy",
                 "a cgroup's limit falls while MiniLM runs, budget auto",
                 _make("auto", "minilm", "embed", busy=True),
-            ),
-            (
-                "cgroup-generates",
-                "a cgroup's limit falls while SmolLM2 135M generates, budget auto",
-                _make("auto", "smollm2-135m", "generate", busy=True),
             ),
             (
                 "cgroup-bytes",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import uvicorn
 from tests.engine.harness import PATIENCE_S
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from pipeload.serve import port as ports
 from pipeload.serve.handover import IdleConnection
 from pipeload.serve.port import Port, idle_connections, listening_socket
 
@@ -98,5 +101,32 @@ def test_a_connection_that_was_taken_and_stays_silent_is_closed() -> None:
         await second.until(lambda: not second.state.connections)
         await first.port.close()
         await second.port.close()
+
+    asyncio.run(main())
+
+
+def test_connections_leave_the_descriptors_that_answers_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = [0]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (most[0], most[0]))
+    monkeypatch.setattr(ports, "_PAUSE_S", 0)
+
+    async def main() -> None:
+        process = _Process()
+        lowest = os.dup(0)
+        os.close(lowest)
+        # Half of the descriptors are kept. Clients' ends are in this process, too: a connection takes two numbers.
+        most[0] = 2 * (lowest + 4)
+        process.port.accept()
+        clients = []
+        for _ in range(6):
+            clients.append(await asyncio.open_connection(*process.port.listening.getsockname()))
+            await process.until(lambda: len(process.state.connections) == len(clients) or not ports._has_descriptor())
+        assert 0 < len(process.state.connections) < len(clients)
+        most[0] += 100
+        await process.until(lambda: len(process.state.connections) == len(clients))
+        for _, writer in clients:
+            writer.close()
+        await process.until(lambda: not process.state.connections)
+        await process.port.close()
 
     asyncio.run(main())

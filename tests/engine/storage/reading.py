@@ -118,8 +118,9 @@ def note_direct_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.preadv
+    real, small = os.preadv, os.pread
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][: max(1, len(views[0]) // 3)]], at))
+    monkeypatch.setattr(os, "pread", lambda fd, nbytes, at: small(fd, max(1, nbytes // 3), at))
 
 
 def _without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
