@@ -13,12 +13,14 @@ DOCS := .venv-docs$(if $(filter-out file,$(origin PYTHON)),-$(VERSION))
 DOCS_STAMP := $(DOCS)/.installed-$(VERSION)
 # Which tests `make test-latest` runs.
 LATEST_TESTS ?= tests/engine
+# What `make coverage` measures with.
+COVERAGE_TESTS ?= tests/engine/format tests/engine/planning tests/engine/storage tests/engine/pipeline tests/engine/model
 WORKERS ?= $(shell nproc)
 # Where it is set, each of the programs that the tests start would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-system soak test-slow test-requests test-survey test-all test-latest test-torch test-arm64 check format clean test-page serve-demo docs
+.PHONY: help demo test test-system soak test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -47,6 +49,17 @@ test-latest: $(STAMP) $(LATEST_STAMP)  ## the engine and the demo's caps with th
 
 test-torch: $(TORCH_STAMP)  ## exports with transformers 5 or newer, by the exporter of torch
 	$(TORCH)/bin/python $(PYTEST) tests/exporter/source/test_by_torch.py
+
+coverage: $(STAMP)  ## branch coverage of pipeline, storage, format and planning by their tests: 100 %, or the missing branches
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[coverage]'
+	rm -rf build/coverage
+	$(BIN)/python -m coverage run $(PYTEST) -m "not slow and not survey" $(COVERAGE_TESTS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+mutants: $(STAMP)  ## one fault after another in reservations, exchange and planner: does a test see each? MUTANTS_ARGS=--keep keeps the counts
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/python -m tests.proof.mutants --workers $(WORKERS) $(MUTANTS_ARGS)
 
 test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
 	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)

@@ -46,6 +46,12 @@ _GPT = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": _VOCABULARY, "n_p
 ARCHITECTURES: Mapping[str, tuple[str, str, str, Mapping[str, Any]]] = {
     "bert": ("feature-extraction", "BertModel", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
     "bert-qa": ("question-answering", "BertForQuestionAnswering", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
+    "bert-score": (
+        "text-classification",
+        "BertForSequenceClassification",
+        "BertConfig",
+        {**_SMALL, "vocab_size": _VOCABULARY, "num_labels": 1},
+    ),
     "bert-mlm": ("fill-mask", "BertForMaskedLM", "BertConfig", {**_SMALL, "vocab_size": _VOCABULARY}),
     "roberta": (
         "text-classification",
@@ -96,7 +102,7 @@ TOYS: Mapping[str, Mapping[str, Any]] = {
     "toy-common": {"blocks": 6, "width": 64, "common": True},
     "toy-large-common": {"blocks": 8, "width": 1024, "common": True},
 }
-SIBLINGS = frozenset({"bert-mlm", "bert-qa", "deit", "distilbert", "gpt-j", "gpt-neo", "roberta"})
+SIBLINGS = frozenset({"bert-mlm", "bert-qa", "bert-score", "deit", "distilbert", "gpt-j", "gpt-neo", "roberta"})
 """Architectures that differ little from one that is tested beside them: BERT, ViT, GPT-2 and Llama."""
 
 _SIZES = ((1, 1), (1, 7), (2, 12))

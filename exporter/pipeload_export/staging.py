@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -69,6 +70,7 @@ class Staging:
         self._wait = wait
         self._lock: int | None = None
         self._folder = self._beside("staging")
+        self._made = False
         self._identity = ""
 
     @property
@@ -156,7 +158,10 @@ class Staging:
         try:
             self._acquire()
             leftovers = list(self._leftovers("staging"))
-            (self._folder / _BEFORE).mkdir(parents=True)
+            # New, whatever lies there: a link that was planted would lead all files elsewhere.
+            self._folder.mkdir()
+            self._made = True
+            (self._folder / _BEFORE).mkdir()
             (self._folder / _IDENTITY).write_text(self._identity)
             self._clean_up(leftovers)
             self.check()
@@ -170,7 +175,8 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._made:
+            shutil.rmtree(self._folder, ignore_errors=True)
         if self._lock is not None:
             # Removed while it is held: a process that waits for the old file finds it gone, and makes a new one.
             with suppress(OSError):
@@ -188,7 +194,7 @@ class Staging:
 
     def _acquire(self) -> None:
         while True:
-            descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = self._open_lock()
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
@@ -203,7 +209,7 @@ class Staging:
                 raise
             try:
                 with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(descriptor), self._lock_path.stat()):
+                    if os.path.samestat(os.fstat(descriptor), self._lock_path.lstat()):
                         # From here on `__exit__` removes it, also where a full disk does not take the number.
                         self._lock = descriptor
                         os.ftruncate(descriptor, 0)
@@ -214,9 +220,35 @@ class Staging:
                 if self._lock != descriptor:
                     os.close(descriptor)
 
+    def _open_lock(self) -> int:
+        """The open lock file, which no other name, link or pipe stands for: the process id is written into it."""
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            descriptor = os.open(self._lock_path, flags, 0o666)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise self._foreign_lock("a symbolic link") from error
+            raise
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+            return descriptor
+        os.close(descriptor)
+        raise self._foreign_lock("a file with a second name" if stat.S_ISREG(found.st_mode) else "no regular file")
+
+    def _foreign_lock(self, kind: str) -> ExportError:
+        return ExportError(
+            f"{self._lock_path} is {kind}, which no export has made. Remove it, or name a target in a folder of your "
+            "own."
+        )
+
     def _leftovers(self, kind: str) -> Iterator[Path]:
+        """Folders that killed exports of this user have left: another user's could hold anything."""
         pattern = re.compile(rf"\.{re.escape(self._target.name)}\.{kind}-\d+-[0-9a-f]{{8}}")
-        yield from (path for path in self._target.parent.iterdir() if pattern.fullmatch(path.name))
+        for path in self._target.parent.iterdir():
+            if pattern.fullmatch(path.name):
+                found = path.lstat()
+                if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
+                    yield path
 
     def _is_same(self, leftover: Path) -> bool:
         with suppress(OSError, UnicodeDecodeError):

@@ -19,7 +19,8 @@ from pipeload.format.protobuf import fields, packed, text
 __all__ = ["check_graph", "location_of"]
 
 _CHILDREN = {
-    "model": {7: "graph", 25: "function"},
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "initializer", 11: "input", 12: "output", 15: "sparse"},
     "function": {7: "node", 11: "attribute"},
     "node": {5: "attribute"},
@@ -27,6 +28,8 @@ _CHILDREN = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 """Kind of a message -> number of a field -> kind of the messages in it."""
+_PLACE = ("location", "offset", "length")
+"""What tells where a tensor lies: of others, such as weights that were packed before, onnxruntime reads files."""
 _MOST_DEPTH = 100
 _EXTERNAL = 1
 
@@ -118,7 +121,10 @@ def _tensor(data: memoryview) -> tuple[str, _Place | None]:
             name = text(value)
         elif number == 13 and not isinstance(value, int):
             entry = dict(fields(value))
-            entries[text(entry.get(1, b""))] = text(entry.get(2, b""))
+            key = text(entry.get(1, b""))
+            if key not in _PLACE or key in entries:
+                raise ValueError(f"the place of tensor {name!r} in a file has the part {key!r}, or has it twice")
+            entries[key] = text(entry.get(2, b""))
         elif number == 14:
             external = value == _EXTERNAL
     if not external and not entries:

@@ -62,8 +62,12 @@ def packed(data: memoryview) -> list[int]:
 
 
 def text(value: int | bytes | memoryview) -> str:
-    """A text; empty where the field holds none."""
-    return "" if isinstance(value, int) else bytes(value).decode("utf-8", "replace")
+    """A text; empty where the field holds none.
+
+    Raises:
+        ValueError: it is no UTF-8, so that another reader may take it for another text.
+    """
+    return "" if isinstance(value, int) else bytes(value).decode()
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:

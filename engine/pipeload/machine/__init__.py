@@ -2,6 +2,7 @@
 
 ```
 sizes         "256MB" <-> bytes
+terminal      control characters of strangers, spelled out
 files         opened and read in one place; written whole or not at all
 user_cache    files that outlast the process
 cgroups       limits on memory and reading

@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from pipeload.errors import ConfigError
 
 __all__ = ["format_bytes", "parse_budget", "parse_bytes"]
+
+_SIZE = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KkMmGgTt]?)([Ii]?)[Bb]?")
+"""No \\d and no change of case, which take digits and letters of other scripts for these."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -30,12 +34,13 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, int):
         value = size
     else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", size.upper())
+        match = _SIZE.fullmatch(size.strip())
         if not match or (match[3] and not match[2]):
-            raise ConfigError(f"'{size}' is no size in bytes. Write it as 268435456, '256MB' or '256MiB'.")
-        if size.strip()[-1].isdigit() and 0 < float(match[1]) < _LIKELY_MEGABYTES:
+            raise ConfigError(f"{size!r:.80} is no size in bytes. Write it as 268435456, '256MB' or '256MiB'.")
+        number = Fraction(match[1])
+        if size.strip()[-1].isdigit() and 0 < number < _LIKELY_MEGABYTES:
             raise ConfigError(f"The size in bytes '{size}' means {match[1]} bytes. Write '{match[1]}MB' for megabytes.")
-        value = int(float(match[1]) * (_BINARY_UNITS[match[2]] if match[3] else _UNITS[match[2]]))
+        value = int(number * (_BINARY_UNITS if match[3] else _UNITS)[match[2].upper()])
     if value <= 0:
         raise ConfigError(f"A size in bytes is positive, not {size!r}. Write it as 268435456, '256MB' or '256MiB'.")
     return value

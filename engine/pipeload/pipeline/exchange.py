@@ -78,7 +78,6 @@ class Exchange:
             if packs:
                 index = self.residents.begin_packing()
                 return Task(ticket=-1, index=index, resident=True, epoch=self._epoch, packing=True)
-            self._skip_held()
             task = Task(
                 ticket=self._next_ticket,
                 index=self._place,
@@ -135,7 +134,7 @@ class Exchange:
             ticket = self._expected_ticket
             self._changed.wait_for(lambda: self._closed or stopped() or ticket in self._ready)
             if self._closed:
-                raise ClosedError("The model was closed during the call.") from self._cause
+                raise self._ended()
             if stopped():
                 raise ClosedError("The call was ended.")
             message = self._ready[ticket]
@@ -203,8 +202,13 @@ class Exchange:
             pass_number: the number of the pass that they begin with.
             weights: for each shard, a number that it has in common with those that are to share its memory; None when
                 no shard shares any.
+
+        Raises:
+            ClosedError: the exchange was closed; then `reset` has waited for no agent.
         """
         with self._changed:
+            if self._closed:
+                raise self._ended()
             assert not self._outstanding, "reset before start"
             self._resident = tuple(resident)
             self._weights = range(len(resident)) if weights is None else weights
@@ -252,6 +256,12 @@ class Exchange:
             self._cause = self._cause or cause
             self._changed.notify_all()
         self.calls.close(cause)
+
+    def _ended(self) -> ClosedError:
+        """The error for a call that was running when the exchange was closed."""
+        error = ClosedError("The model was closed during the call.")
+        error.__cause__ = self._cause
+        return error
 
     def _skip_held(self) -> None:
         while self._place in self._held:

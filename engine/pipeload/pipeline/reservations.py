@@ -96,7 +96,7 @@ class Reservations:
     def skip(self, ticket: int) -> None:
         """The ticket will not be reserved, if it was not: let the next one have its turn."""
         with self._changed:
-            if ticket >= self._turn and ticket not in self._skipped:
+            if ticket >= self._turn:
                 self._skip(ticket)
 
     def _skip(self, ticket: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -105,8 +105,12 @@ class Stopper:
 
 
 def shrink_arena() -> None:
-    """Give the unused pieces of the shared arena back to the heap; see `memory.trim`."""
-    _shrinker().run(None, {}, _shrinking())
+    """Give the unused pieces of the shared arena back to the heap; see `heap.trim`.
+
+    Where onnxruntime fails to, the arena keeps them, and they count as memory of the process.
+    """
+    with suppress(Exception):
+        _shrinker().run(None, {}, _shrinking())
 
 
 @cache

@@ -242,7 +242,15 @@ class Replanner:
         self._outgrown = False
         if not forced and self._reason is None and not enough:
             return kept
-        best = self._best(limit, most, needs, forced=forced, strict=strict)
+        try:
+            best = self._best(limit, most, needs, forced=forced, strict=strict)
+        except BudgetError:
+            if forced or self._reason == "asked":
+                raise
+            # New plans leave a little memory free: where none fits, the one in force still does.
+            self._needs.append(needs)
+            self._reason, self._patience = None, 0
+            return kept
         if not forced:
             now = planner.predict(self._manifest, process, kept)
             # Room is used also where it only saves reading: others may need the disk.

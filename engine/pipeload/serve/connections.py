@@ -6,6 +6,7 @@ uvicorn itself ends a connection only between two requests, when no byte has com
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -19,13 +20,18 @@ __all__ = ["Connection"]
 
 
 class Connection(H11Protocol):
-    """A connection to one client."""
+    """A connection to one client.
+
+    Attributes:
+        on_end: called when it has ended.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._awaited: object = None
         self._late: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
+        self.on_end: Callable[[], object] = lambda: None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
@@ -37,6 +43,7 @@ class Connection(H11Protocol):
         self._cancel()
         self.resume_writing()
         super().connection_lost(exc)
+        self.on_end()
 
     def data_received(self, data: bytes) -> None:
         """Take a part of a request."""

@@ -1,8 +1,12 @@
-"""Who may come in: the key, the host that a browser believes it talks to, and one line in the log for each request."""
+"""What may come in: the key, the host that a browser believes it talks to, and the bytes of all bodies together.
+
+Each request has one line in the log.
+"""
 
 from __future__ import annotations
 
 import hmac
+import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeload.serve.errors import ApiError, error_response
+from pipeload.serve.intake import Intake, Share
 from pipeload.serve.log import log_request
 from pipeload.serve.metrics import Metrics
 from pipeload.serve.routes.page import PATHS as PAGE_PATHS
@@ -17,6 +22,7 @@ from pipeload.serve.settings import Settings, is_loopback
 
 __all__ = ["Door"]
 
+_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?", re.ASCII)
 _OPEN = frozenset({"/health", "/ready"}) | PAGE_PATHS
 """Paths without a key: the probes of a supervisor, which tell nothing else, and the page, which asks for the key."""
 
@@ -35,6 +41,7 @@ class Door:
         self._app, self._metrics = app, metrics
         self._keys = settings.keys
         self._paths = frozenset(paths)
+        self._intake = Intake()
         # Without a key, a page that a browser has loaded under a name of its own for this machine could call.
         self._own_names_only = not settings.keys and is_loopback(settings.host)
 
@@ -44,6 +51,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         begin_s, status = time.perf_counter(), 499
+        share = Share(self._intake, receive)
         note: dict[str, object] = {}
         scope.setdefault("state", {})["note"] = note
 
@@ -59,8 +67,9 @@ class Door:
             except ApiError as error:
                 await error_response(error)(scope, receive, send_noting)
             else:
-                await self._app(scope, receive, send_noting)
+                await self._app(scope, share.receive, send_noting)
         finally:
+            share.end()
             seconds = time.perf_counter() - begin_s
             route = self._route(scope["path"])
             self._metrics.request(route, status, seconds)
@@ -68,6 +77,11 @@ class Door:
 
     def _check(self, path: str, headers: Mapping[str, str]) -> None:
         """Raise ApiError if a request may not come in."""
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy before this server may go by the other one, and take what follows for another request.
+            raise ApiError(
+                400, "The request has two lengths. Send Content-Length or Transfer-Encoding.", code="two_lengths"
+            )
         if self._own_names_only and not is_loopback(_name(headers.get("host", ""))):
             raise ApiError(
                 403, f"This server answers to localhost, not to '{headers.get('host', ''):.80}'.", code="wrong_host"
@@ -90,7 +104,6 @@ class Door:
 
 
 def _name(host: str) -> str:
-    """A host without its port."""
-    if host.startswith("["):
-        return host.partition("]")[0][1:]
-    return host.rpartition(":")[0] if ":" in host else host
+    """A host without its port; empty where it is no host."""
+    found = _HOST.fullmatch(host)
+    return found["name"].strip("[]") if found else ""

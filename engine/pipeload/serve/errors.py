@@ -93,7 +93,7 @@ def error_response(error: BaseException) -> Response:
     headers = {"Retry-After": str(told.retry_after_s)} if told.retry_after_s is not None else {}
     if told.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if told.status == 408:
+    if told.status == 408 or told.code == "two_lengths":
         # The rest of the request must not be taken for another one.
         headers["Connection"] = "close"
     return Response(msgspec.json.encode(told.answer), told.status, headers, "application/json")

@@ -6,11 +6,12 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
 import msgspec
 
 from pipeload.errors import EmbeddingWarning, QuantisationWarning, TruncationWarning
+from pipeload.machine.terminal import printable
 
 __all__ = ["log_request", "set_up_log"]
 
@@ -42,7 +43,7 @@ def set_up_log(form: str | None) -> None:
         return
     warnings.showwarning = _log_warning
     handler = logging.StreamHandler()
-    handler.setFormatter(_Lines() if form == "json" else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Lines() if form == "json" else _Text("%(asctime)s %(levelname)s %(message)s"))
     for name in ("pipeload.serve", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
@@ -62,6 +63,16 @@ def _log_warning(
     own = issubclass(category, _OWN)
     text = str(message) if own else warnings.formatwarning(message, category, filename, lineno, line).rstrip()
     LOGGER.warning("%s", text)
+
+
+class _Text(logging.Formatter):
+    """One line for each record, whatever its words are; behind it the lines of its traceback, indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(" ".join(super().formatMessage(record).splitlines()))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        return "\n".join(f"    {printable(line)}" for line in super().formatException(ei).splitlines())
 
 
 class _Lines(logging.Formatter):

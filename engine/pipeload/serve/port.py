@@ -13,7 +13,9 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeload.errors import ConfigError
+from pipeload.serve.connections import Connection
 from pipeload.serve.handover import IdleConnection
+from pipeload.serve.settings import LIMITS
 
 __all__ = ["Port", "idle_connections", "listening_socket"]
 
@@ -32,17 +34,19 @@ class Port:
         protocol: makes the protocol of a connection.
     """
 
-    def __init__(self, listening: socket.socket, protocol: Callable[[], H11Protocol]) -> None:
+    def __init__(self, listening: socket.socket, protocol: Callable[[], Connection]) -> None:
         listening.setblocking(False)
         self.listening = listening
         self._protocol = protocol
         self._beginning: set[asyncio.Task[object]] = set()
         self._open = False
+        self._connections: set[Connection] = set()
 
     def accept(self) -> None:
         """Accept connections."""
         self._open = True
-        asyncio.get_running_loop().add_reader(self.listening, self._accept_one)
+        if len(self._connections) < LIMITS.connections:
+            asyncio.get_running_loop().add_reader(self.listening, self._accept_one)
 
     async def pause(self) -> None:
         """Accept no more: those that come wait in the kernel. Returns when all accepted ones have their protocol."""
@@ -91,21 +95,36 @@ class Port:
         loop.call_later(_PAUSE_S, self._go_on)
 
     def _go_on(self) -> None:
-        if self._open:
+        if self._open and len(self._connections) < LIMITS.connections:
             self.accept()
 
-    def _begin(self, connected: socket.socket, protocol: H11Protocol) -> asyncio.Task[object]:
+    def _begin(self, connected: socket.socket, protocol: Connection) -> asyncio.Task[object]:
+        self._connections.add(protocol)
+        protocol.on_end = partial(self._ended, protocol)
+        if len(self._connections) >= LIMITS.connections:
+            # The next ones wait in the kernel.
+            asyncio.get_running_loop().remove_reader(self.listening)
         begun = asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connected)
         task: asyncio.Task[object] = asyncio.ensure_future(begun)
         self._beginning.add(task)
-        task.add_done_callback(self._begun)
+        task.add_done_callback(partial(self._begun, protocol))
         return task
 
-    def _begun(self, task: asyncio.Task[object]) -> None:
+    def _ended(self, protocol: Connection) -> None:
+        self._connections.discard(protocol)
+        protocol.on_end = _nothing
+        if len(self._connections) == LIMITS.connections - 1:
+            self._go_on()
+
+    def _begun(self, protocol: Connection, task: asyncio.Task[object]) -> None:
         self._beginning.discard(task)
-        if not task.cancelled():
-            # A client may have gone already.
-            task.exception()
+        # A client may have gone already.
+        if task.cancelled() or task.exception() is not None:
+            self._ended(protocol)
+
+
+def _nothing() -> None:
+    """Of a connection that has ended."""
 
 
 def _has_descriptor() -> bool:

@@ -20,10 +20,13 @@ from pipeload.tasks.runner import config_of, generation_config_of
 if TYPE_CHECKING:
     from pipeload.model import Model
 
-__all__ = ["MAX_TOKENS", "Order", "order_of"]
+__all__ = ["MAX_TOKENS", "TOP_LOGPROBS", "Order", "order_of", "within"]
 
 MAX_TOKENS = 512
 """The most tokens of an answer, unless the request or the model sets another number."""
+
+TOP_LOGPROBS = 20
+"""The most likely tokens that are told in the place of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ def order_of(
     longest = max(map(len, prompts), default=0)
     if longest > LIMITS.prompt_tokens:
         raise ApiError(400, f"A prompt has {longest} tokens; this server takes {LIMITS.prompt_tokens}.")
-    copies = _within("n", 1 if body.n is None else body.n, 1, LIMITS.copies)
+    copies = within("n", 1 if body.n is None else body.n, 1, LIMITS.copies)
     written = generation_config_of(model)
     sampled = _sampled(body, written)
     options: GenerationOptions = {
@@ -83,7 +86,7 @@ def order_of(
         "repetition_penalty": body.repetition_penalty,
         "seed": body.seed,
         "logprobs": logprobs,
-        "top_logprobs": _within("top_logprobs", top_logprobs, 0, 20),
+        "top_logprobs": top_logprobs,
     }
     if sampled:
         options |= {"temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p}
@@ -113,15 +116,15 @@ def _limit(model: Model, written: GenerationConfig, prompt_tokens: int) -> int |
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    _within("The number of stop strings", len(stops), 0, LIMITS.stops, param="stop")
+    within("The number of stop strings", len(stops), 0, LIMITS.stops, param="stop")
     for one in stops:
-        _within("The length of a stop string", len(one), 1, LIMITS.stop_characters, param="stop")
+        within("The length of a stop string", len(one), 1, LIMITS.stop_characters, param="stop")
     return stops
 
 
 def _penalties(body: Choosing, prompts: Sequence[Sequence[int]]) -> list[LogitsProcessor]:
-    presence = _within("presence_penalty", body.presence_penalty or 0.0, -2, 2)
-    frequency = _within("frequency_penalty", body.frequency_penalty or 0.0, -2, 2)
+    presence = within("presence_penalty", body.presence_penalty or 0.0, -2, 2)
+    frequency = within("frequency_penalty", body.frequency_penalty or 0.0, -2, 2)
     made: list[LogitsProcessor] = []
     if presence or frequency:
         if len({len(prompt) for prompt in prompts}) > 1:
@@ -130,7 +133,7 @@ def _penalties(body: Choosing, prompts: Sequence[Sequence[int]]) -> list[LogitsP
             )
         made.append(partial(penalize, prompt_tokens=len(prompts[0]), presence=presence, frequency=frequency))
     if body.logit_bias:
-        biases = {_token(key): _within("logit_bias", value, -100, 100) for key, value in body.logit_bias.items()}
+        biases = {_token(key): within("logit_bias", value, -100, 100) for key, value in body.logit_bias.items()}
         made.append(partial(bias, biases=biases))
     return made
 
@@ -156,7 +159,19 @@ def _token(key: str) -> int:
     return int(key)
 
 
-def _within(name: str, value: float, least: float, most: float, *, param: str | None = None) -> int:
+def within(name: str, value: float, least: float, most: float, *, param: str | None = None) -> int:
+    """A number of a request, which is in its range.
+
+    Args:
+        name: of it in the error's message.
+        value: the number.
+        least: that is allowed.
+        most: that is allowed.
+        param: its field, where that has another name.
+
+    Raises:
+        ApiError: it is not.
+    """
     if not least <= value <= most:
         raise ApiError(400, f"{name} is {value}; it must be from {least} to {most}.", param=param or name)
     return value  # type: ignore[return-value]

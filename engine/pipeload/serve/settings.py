@@ -22,6 +22,10 @@ class Limits:
         unread_s: seconds that an answer may wait for its client to take more of it.
         json_depth: of lists and objects within one another.
         inputs: texts, documents or images of a request.
+        messages: of a conversation.
+        connections: of clients at the same time; the next ones wait until one ends.
+        beside_bytes: of a request's body that each may have, whatever others have.
+        bodies_bytes: of all bodies together beside that; one that would need more is refused for now.
         prompt_tokens: of a prompt; a model's own positions may allow fewer.
         copies: answers to one prompt.
         stops: stop strings.
@@ -36,6 +40,10 @@ class Limits:
     unread_s: float = 60.0
     json_depth: int = 64
     inputs: int = 2048
+    messages: int = 8192
+    connections: int = 512
+    beside_bytes: int = 64 << 10
+    bodies_bytes: int = 48 << 20
     prompt_tokens: int = 131_072
     copies: int = 16
     stops: int = 16

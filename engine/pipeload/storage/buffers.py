@@ -66,8 +66,10 @@ class Buffer:
         try:
             self._map.close()
         except BufferError:
-            # An array over it still exists: drop the pages now, the address range goes with the array.
-            self._map.madvise(mmap.MADV_DONTNEED)
+            # An array over it still exists: drop the pages now, the address range goes with the array. So do the pages
+            # where the process has locked its memory (mlockall): an error here would hide the one that led here.
+            with suppress(OSError):
+                self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from pipeload.format.manifest import PAGE_BYTES
 from pipeload.format.pages import page_ceil, page_floor
 from pipeload.storage.stamps import Stamp, stamp_of
 
-__all__ = ["OpenFile", "fill", "read_bytes", "read_range", "set_direct", "wrong_size"]
+__all__ = ["OpenFile", "read_bytes", "read_into", "read_range", "set_direct", "wrong_size"]
 
 _PIECE_S = 0.1
 """Read sizes adapt so that one read takes about this long; a cancelled load notices within that time."""
@@ -103,13 +103,8 @@ def read_range(
             direct = set_direct(file.descriptor, False)
 
 
-def read_bytes(file: OpenFile, nbytes: int, offset: int = 0) -> bytes:
-    """A few bytes of a file, in however many reads the system brings them.
-
-    Raises:
-        ShardError: the file ends before.
-        OSError: the system cannot read it.
-    """
+def read_bytes(file: OpenFile, nbytes: int, offset: int) -> bytes:
+    """Bytes of an open file, by ordinary reads. For the errors see `read_into`."""
     data = b""
     while len(data) < nbytes:
         piece = os.pread(file.descriptor, nbytes - len(data), offset + len(data))
@@ -119,8 +114,13 @@ def read_bytes(file: OpenFile, nbytes: int, offset: int = 0) -> bytes:
     return data
 
 
-def fill(file: OpenFile, target: memoryview, offset: int) -> None:
-    """Fill memory with the bytes of a file; see `read_bytes`."""
+def read_into(file: OpenFile, target: memoryview, offset: int) -> None:
+    """Fill memory from an open file, by ordinary reads: the system may bring a part of what one asks for.
+
+    Raises:
+        ShardError: the file ends before the memory is full.
+        OSError: the system cannot read it.
+    """
     position = 0
     while position < len(target):
         count = os.preadv(file.descriptor, [target[position:]], offset + position)

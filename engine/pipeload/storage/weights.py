@@ -28,11 +28,11 @@ from pipeload.format.casts import without_casts
 from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
-from pipeload.format.safetensors import check_header
+from pipeload.format.safetensors import check_header, most_header_bytes
 from pipeload.storage.buffers import Buffer, Part
 from pipeload.storage.digests import FileDigests, ranges_of
 from pipeload.storage.model_files import ModelFiles, unreadable
-from pipeload.storage.ranges import OpenFile, fill, read_bytes, read_range, set_direct, wrong_size
+from pipeload.storage.ranges import OpenFile, read_bytes, read_into, read_range, set_direct, wrong_size
 from pipeload.storage.stamps import Stamp, Stamps, is_fresh, stamp_of
 from pipeload.storage.tied import TiedTable
 from pipeload.storage.widening import widened
@@ -43,7 +43,6 @@ _PIECE_BYTES, _MOST_PIECE_BYTES = 8 << 20, 64 << 20
 """The first read of a load, and the largest: between two reads the disk waits for a processor."""
 _CHECK_BYTES = 1 << 20
 """One read of a check: small, since the budget has no place for it."""
-_MAX_HEADER_BYTES = 100 << 20
 _MOST_GRAPH_BYTES = 16 << 20
 _ROW_ATTEMPTS = 3
 """A file that changes while its rows are read is opened at most this many times."""
@@ -120,7 +119,7 @@ class Storage:
             if checked and widened is not None:
                 return GraphFile(path, widened)
             with _named(record.path):
-                data = read_bytes(file, record.nbytes)
+                data = read_bytes(file, record.nbytes, 0)
                 unchanged = file.stamp_now() == file.stamp
             if self._verify and not (hashed and unchanged):
                 if hashlib.sha256(data).hexdigest() != record.sha256:
@@ -329,17 +328,19 @@ class Storage:
         known = self._headers.get(file.name)
         with _named(file.name):
             if known is not None:
-                if read_bytes(file, len(known)) != known:
+                if read_bytes(file, len(known), 0) != known:
                     raise ShardError(_damaged(file.name))
                 return
-            length = int.from_bytes(read_bytes(file, 8), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, file.nbytes - 8):
+            length = int.from_bytes(read_bytes(file, 8, 0), "little")
+            tensors, slices = self._tensors.get(file.name, []), self._slices.get(file.name, [])
+            most_bytes = most_header_bytes(len(tensors) + len(slices))
+            if not 2 <= length <= min(most_bytes, file.nbytes - 8):
                 raise ShardError(
-                    f"'{file.name}' is no safetensors file: its header claims {length} bytes. "
-                    "Copy or export the model again."
+                    f"'{file.name}' is no safetensors file: its header claims {length} bytes, and that of its tensors "
+                    f"takes at most {most_bytes}. Copy or export the model again."
                 )
             header = read_bytes(file, length, 8)
-        check_header(file.name, header, self._tensors.get(file.name, []), self._slices.get(file.name, []))
+        check_header(file.name, header, tensors, slices)
         self._headers[file.name] = length.to_bytes(8, "little") + header
 
 
@@ -375,7 +376,7 @@ def _read_rows(file: OpenFile, lookup: Lookup, places: Sequence[int], rows: NDAr
     for row, place in enumerate(places):
         number = bisect_right(firsts, place) - 1
         begin = parts[number].offset + (place - firsts[number]) * row_bytes
-        fill(file, flat[row * row_bytes : (row + 1) * row_bytes], begin)
+        read_into(file, flat[row * row_bytes : (row + 1) * row_bytes], begin)
     if advise and not keep_cached:
         for part in parts:
             advise(file.descriptor, part.offset, part.nbytes, os.POSIX_FADV_DONTNEED)

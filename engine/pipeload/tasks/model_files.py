@@ -128,6 +128,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.id2label.get(index, f"LABEL_{index}")
 
 
+_CONFIG_FIELDS = msgspec.structs.fields(ModelConfig)
+
+
 class GenerationConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of `generation_config.json` that generation uses. Names, meanings and defaults are transformers'
     own.
@@ -201,7 +204,7 @@ def read_config(files: ModelFiles) -> ModelConfig:
     """
     given = read_settings(files, "config.json", dict[str, Any])
     values, odd = {}, []
-    for field in msgspec.structs.fields(ModelConfig):
+    for field in _CONFIG_FIELDS:
         if field.name == "odd" or field.name not in given:
             continue
         try:

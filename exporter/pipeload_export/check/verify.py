@@ -227,10 +227,11 @@ def _file_faults(directory: Path, manifest: Manifest, progress: Notify) -> Itera
 def _pieces(directory: Path, record: FileRecord) -> Iterator[memoryview]:
     """The bytes of a file, each piece in the place of the one before. Raises ShardError if they are not all there."""
     try:
-        path = (directory / record.path).resolve()
-        if not path.is_relative_to(directory.resolve()):
+        folder = directory.resolve()
+        path = (folder / record.path).resolve()
+        if folder not in path.parents:
             raise ShardError(f"'{record.path}' leads out of the model directory")
-        with open_file(path) as descriptor:
+        with open_file(path, below=folder) as descriptor:
             size = os.fstat(descriptor).st_size
             if size != record.nbytes:
                 raise ShardError(f"'{record.path}' has {size} bytes, the manifest says {record.nbytes}")

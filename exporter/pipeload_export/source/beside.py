@@ -15,6 +15,7 @@ import msgspec
 from pipeload.errors import ExportError
 from pipeload.notify import Notify
 from pipeload_export.extra import has_module
+from pipeload_export.source.external import check_links
 from pipeload_export.source.folder import read_json, side_files
 from pipeload_export.source.image_processor import resolve_image_processor
 from pipeload_export.source.older_form import older_tokenizer_config
@@ -89,8 +90,14 @@ def run_child_beside(request_path: str, folder: str, parent: str) -> None:
 
 
 def _vocabularies(found: Unsplit) -> dict[str, Path]:
-    """The files of tokenizers that a sharded model directory does not keep, where the others lie."""
+    """The files of tokenizers that a sharded model directory does not keep, where the others lie.
+
+    Raises:
+        ExportError: one is a link out of its folder.
+    """
     places = [folder / name for folder in _folders(found) for name in (*TOKENIZER_FILES, *_MORE_FILES)]
+    for place in places:
+        check_links([place], place.parent, found.source)
     return {place.name: place for place in places if place.is_file()}
 
 

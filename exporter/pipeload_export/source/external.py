@@ -1,4 +1,5 @@
-"""The files beside an ONNX graph that hold its weights: bounded to the graph's own folder before any is read.
+"""The files beside an ONNX graph that hold its weights, and those with the settings of a checkpoint: bounded to their
+own folder before any is read.
 
 The hub's cache has links there: `snapshots/COMMIT/model.onnx_data -> ../../blobs/SHA256`.
 """
@@ -6,13 +7,40 @@ The hub's cache has links there: `snapshots/COMMIT/model.onnx_data -> ../../blob
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeload.errors import ExportError
 
-__all__ = ["external_files"]
+__all__ = ["check_links", "external_files"]
+
+_SETTINGS = (".codes", ".jinja", ".json", ".model", ".py", ".spm", ".txt")
+"""Ends of names of files that an export copies, or makes other files of; weights may lie elsewhere."""
+
+
+def check_links(paths: Iterable[Path], folder: Path, source: str) -> None:
+    """Look where the settings, vocabularies and templates of a model lie: an export would copy what they lead to.
+
+    Args:
+        paths: files of the folder, or in folders of it; others than settings are not looked at.
+        folder: the model's, which may be one of the hub's cache.
+        source: what the user named.
+
+    Raises:
+        ExportError: a symbolic link leads out of the folder.
+    """
+    for path in paths:
+        location = path.relative_to(folder).as_posix()
+        try:
+            inside = not path.name.endswith(_SETTINGS) or _is_inside(folder, location, path.resolve())
+        except (OSError, RuntimeError) as error:
+            raise ExportError(f"'{source}' has the file '{location}', which is no path: {error}.") from error
+        if not inside:
+            raise ExportError(
+                f"'{source}' has the file '{location}', which leads to {path.resolve()}, outside of its own folder. "
+                "Put a copy in its place if it belongs to the model."
+            )
 
 
 def external_files(model: Any, path: Path, source: str) -> tuple[Path, ...]:

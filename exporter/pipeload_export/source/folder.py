@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload.format.safetensors import Entry, entries
+from pipeload.machine.files import open_file, read_file
 from pipeload.tasks.model_files import SENTENCE_FILES
 from pipeload_export.extra import require_modules
 from pipeload_export.source.gguf_header import check_header
@@ -46,6 +50,7 @@ _INDEX = "model.safetensors.index.json"
 _PART = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_JSON_BYTES = 64 << 20
 NARROW = ("F16", "BF16")
 """Names of 16-bit floats in the header of a safetensors file."""
 
@@ -82,11 +87,13 @@ def choose_weights(names: Iterable[str], where: str) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file. Raises ExportError if it is damaged."""
+    """The JSON object in a file; empty if there is no file. Raises ExportError if it cannot be read or is damaged."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_file(path, most_bytes=_MAX_JSON_BYTES))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror or error}. Fetch it again.") from error
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path} is no JSON: {error}. Repair it or fetch it again.") from error
     if not isinstance(value, dict):
@@ -100,7 +107,7 @@ def side_files(folder: Path) -> dict[str, Path]:
     modules = folder / "modules.json"
     if modules.is_file():
         try:
-            for module in json.loads(modules.read_bytes()):
+            for module in json.loads(read_file(modules, most_bytes=_MAX_JSON_BYTES)):
                 path = PurePosixPath(module["path"])
                 names.append(str(path / "config.json"))
                 if path.name and not str(module.get("type")).endswith("Transformer"):
@@ -147,39 +154,35 @@ def _parts(folder: Path, weights: list[str]) -> list[Path]:
         if not isinstance(parts, dict) or not all(isinstance(name, str) for name in parts.values()):
             raise ExportError(f"{folder / _INDEX} has no weight_map. Fetch the checkpoint again.")
         weights = sorted(set(parts.values()))
+    if outside := [name for name in weights if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+        raise ExportError(f"{folder / _INDEX} names {outside[0]!r}, outside of its own folder. Fetch it again.")
     if missing := [name for name in weights if not (folder / name).is_file()]:
         raise ExportError(f"{folder} lacks {', '.join(missing)}. Fetch the checkpoint again.")
     return [folder / name for name in weights]
 
 
-def read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str] | None, int]:
+def read_header(file: BinaryIO) -> tuple[dict[str, Entry], dict[str, str] | None, int]:
     """The header of a safetensors file: tensor -> its entry, the metadata, and the first byte behind the header.
 
     Raises:
-        ValueError, TypeError, AttributeError, RecursionError: it is damaged.
+        ValueError: it is damaged.
     """
     length = int.from_bytes(file.read(8), "little")
-    entries = json.loads(file.read(min(length, _MAX_HEADER_BYTES)))
-    metadata = entries.pop("__metadata__", None)
-    return entries, metadata, 8 + length
+    tensors, metadata = entries(file.read(min(length, _MAX_HEADER_BYTES)))
+    return tensors, metadata, 8 + length
 
 
 def _safetensors_bytes(path: Path) -> int:
-    with path.open("rb") as file:
+    with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         try:
             tensors, _, begin = read_header(file)
-            end = begin + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-            widened: int = sum(
-                prod(entry["shape"]) * 4
-                if entry["dtype"] in (*NARROW, "F32")
-                else entry["data_offsets"][1] - entry["data_offsets"][0]
-                for entry in tensors.values()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except ValueError as error:
             raise ExportError(f"{path} is no safetensors file: {error!r}. Fetch it again.") from error
-    if path.stat().st_size != end:
-        raise ExportError(f"{path} has {path.stat().st_size} bytes where its header says {end}. Fetch it again.")
-    return widened
+        nbytes = os.fstat(descriptor).st_size
+    end = begin + max((entry.data_offsets[1] for entry in tensors.values()), default=0)
+    if nbytes != end:
+        raise ExportError(f"{path} has {nbytes} bytes where its header says {end}. Fetch it again.")
+    return sum(prod(entry.shape) * 4 if entry.dtype in (*NARROW, "F32") else entry.nbytes for entry in tensors.values())
 
 
 def _gguf_bytes(path: Path) -> int:
@@ -188,7 +191,13 @@ def _gguf_bytes(path: Path) -> int:
 
     try:
         check_header(path)
-        elements = [int(tensor.n_elements) for tensor in GGUFReader(path).tensors]
+        tensors = GGUFReader(path).tensors
+        counts = [int(tensor.n_elements) for tensor in tensors]
+        spans = sorted((int(one.data_offset), int(one.data_offset + one.n_bytes)) for one in tensors)
+        if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+            raise ValueError("two of its tensors share bytes")
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror or error}. Fetch it again.") from error
     except (ValueError, KeyError, IndexError, OverflowError) as error:
         raise ExportError(f"{path} is no GGUF file, or a damaged one: {error}. Fetch it again.") from error
-    return 4 * sum(elements)
+    return 4 * sum(counts)

@@ -12,18 +12,22 @@ tensor:  name, number of dimensions, dimensions, type, offset
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
+from pipeload.machine.files import open_file
+
 __all__ = ["check_header"]
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Type of a value -> its bytes; strings and arrays have lengths of their own."""
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_ALIGNMENT, _MOST_ALIGNMENT = "general.alignment", 1 << 20
 _MOST_ENTRIES, _MOST_VALUES = 1 << 16, 1 << 22
 """Keys, and tensors; and values of all arrays together. A vocabulary of 262 144 tokens takes about 1.3 million."""
 _MOST_NAME, _MOST_DIMENSIONS = 1 << 16, 8
@@ -33,10 +37,11 @@ def check_header(path: Path) -> None:
     """Walk the header of a file. Memory does not depend on what the file says.
 
     Raises:
+        OSError: the file cannot be read, or is no regular one.
         ValueError: it is no GGUF file; or a length, a count or a tensor does not fit into it, or is unusually large.
     """
-    with path.open("rb") as file:
-        _Header(file, path.stat().st_size).walk()
+    with open_file(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        _Header(file, os.fstat(descriptor).st_size).walk()
 
 
 class _Header:
@@ -81,6 +86,12 @@ class _Header:
                     self._skip_value(inner, key)
             else:
                 raise ValueError(f"'{key}' is an array of values of type {inner}")
+        elif key == _ALIGNMENT and kind == _UINT32:
+            (alignment,) = self._numbers("I")
+            if not 0 < alignment <= _MOST_ALIGNMENT or alignment & (alignment - 1):
+                raise ValueError(
+                    f"its tensors are aligned to {alignment} bytes, which is no power of two that is taken"
+                )
         elif kind in _SIZES:
             self._skip(_SIZES[kind], key)
         else:

@@ -103,18 +103,18 @@ def places_in(files: Iterable[Path]) -> Places:
     """Where each tensor of the files lies. Only their headers are read.
 
     Raises:
-        ValueError, TypeError, AttributeError, RecursionError, KeyError: a header is damaged.
+        ValueError: a header is damaged.
     """
     found: Places = {}
     for path in files:
         with path.open("rb") as file:
             entries, _, begin = read_header(file)
         for name, entry in entries.items():
-            shape = tuple(entry["shape"])
+            shape = entry.shape
             found[name] = Place(
                 file=str(path.resolve()),
-                dtype=entry["dtype"],
-                begin=begin + entry["data_offsets"][0],
+                dtype=entry.dtype,
+                begin=begin + entry.data_offsets[0],
                 elements=prod(shape),
                 shape=shape,
                 strides=tuple(prod(shape[axis + 1 :]) for axis in range(len(shape))),

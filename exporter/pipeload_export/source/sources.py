@@ -24,7 +24,7 @@ from pipeload.format.manifest import RopeChange, SmallWeights
 from pipeload.notify import Notify
 from pipeload_export.extra import require_exporters, require_modules
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
-from pipeload_export.source.external import external_files
+from pipeload_export.source.external import check_links, external_files
 from pipeload_export.source.folder import choose_weights, float32_bytes, read_json, side_files, side_files_of_graph
 from pipeload_export.source.hub import fetch_checkpoint
 from pipeload_export.source.places import WEIGHTS_NAME, Weights
@@ -205,6 +205,7 @@ def _side_files_of(found: PackageRecipe, folder: Path) -> dict[str, Path]:
 def _from_folder(
     folder: Path, file: str | None, source: str, task: str | None, opset: int | None, **allowed: Any
 ) -> Checkpoint:
+    check_links((*folder.glob("*"), *folder.glob("*/*")), folder, source)
     weights = choose_weights([file] if file else (path.name for path in folder.iterdir()), f"'{source}'")
     # Config and tokenizer of a GGUF file are inside; other files of the same folder belong to other models.
     is_gguf = weights[0].endswith(".gguf")
@@ -264,6 +265,8 @@ def _from_onnx(path: Path, source: str, task: str | None, opset: int | None, fil
     if not graph.output:
         raise ExportError(f"'{source}' is no ONNX file: it holds no graph. Fetch or export it again.")
     data = external_files(model, path, source)
+    for name, found in files.items():
+        check_links([found], found.parents[name.count("/")], source)
     config = read_json(files["config.json"]) if "config.json" in files else {}
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeload.format.safetensors import Entry
 from pipeload_export.source.folder import NARROW, read_header
 
 __all__ = ["MAPPED_FROM_BYTES", "widen"]
@@ -35,7 +36,7 @@ def widen(view: Path) -> None:
     for link in sorted(view.glob("*.safetensors")):
         with link.open("rb") as file:
             entries, metadata, begin = read_header(file)
-            if not any(entry["dtype"] in NARROW for entry in entries.values()):
+            if not any(entry.dtype in NARROW for entry in entries.values()):
                 continue
             made = link.with_name(f"{link.name}.widened")
             with made.open("wb") as target:
@@ -43,26 +44,25 @@ def widen(view: Path) -> None:
         made.replace(link)
 
 
-def _write(target: BinaryIO, file: BinaryIO, begin: int, entries: dict[str, Any], metadata: Any) -> None:
-    order = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+def _write(target: BinaryIO, file: BinaryIO, begin: int, entries: dict[str, Entry], metadata: Any) -> None:
+    order = sorted(entries, key=lambda name: entries[name].data_offsets)
     wide: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     place = 0
     for name in order:
         entry = entries[name]
-        first, last = entry["data_offsets"]
-        narrow = entry["dtype"] in NARROW
-        nbytes = 4 * prod(entry["shape"]) if narrow else last - first
-        dtype = "F32" if narrow else entry["dtype"]
-        wide[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [place, place + nbytes]}
+        narrow = entry.dtype in NARROW
+        nbytes = 4 * prod(entry.shape) if narrow else entry.nbytes
+        dtype = "F32" if narrow else entry.dtype
+        wide[name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": [place, place + nbytes]}
         place += nbytes
     head = json.dumps(wide).encode()
     head += b" " * (-len(head) % 8)
     target.write(len(head).to_bytes(8, "little") + head)
     for name in order:
-        first, last = entries[name]["data_offsets"]
-        file.seek(begin + first)
-        for piece in _pieces(file, last - first):
-            target.write(_float32(piece, entries[name]["dtype"]) if entries[name]["dtype"] in NARROW else piece)
+        entry = entries[name]
+        file.seek(begin + entry.data_offsets[0])
+        for piece in _pieces(file, entry.nbytes):
+            target.write(_float32(piece, entry.dtype) if entry.dtype in NARROW else piece)
 
 
 def _pieces(file: BinaryIO, nbytes: int) -> Iterator[bytes]:

@@ -64,7 +64,7 @@ class Journal:
         self._known: dict[tuple[str, str], Finished] = {}
         with suppress(FileNotFoundError):
             for line in self._path.read_bytes()[:_MOST_BYTES].splitlines():
-                with suppress(msgspec.DecodeError):  # of a line that was being written
+                with suppress(ValueError, RecursionError):  # of a line that was being written, or lost with the power
                     finished = msgspec.json.decode(line, type=Finished)
                     self._known[finished.path, finished.plan] = finished
 

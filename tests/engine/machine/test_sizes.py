@@ -23,6 +23,9 @@ from pipeload.machine import sizes
         ("0.5KiB", 512),
         ("1TB", 10**12),
         ("77 B", 77),
+        ("9007199254740993B", 9007199254740993),
+        ("1.001K", 1001),
+        ("8.03K", 8030),
     ],
 )
 def test_sizes_are_read_as_people_write_them(text: int | str, nbytes: int) -> None:
@@ -31,7 +34,30 @@ def test_sizes_are_read_as_people_write_them(text: int | str, nbytes: int) -> No
 
 @pytest.mark.parametrize(
     "text",
-    ["", "MB", "-1", "1e9", "12 PB", "1.MB", "1,5GB", "iB", "5iB", "nan", "0", "0.4", 0, -5, True, 1.5, None, b"1"],
+    [
+        "",
+        "MB",
+        "-1",
+        "1e9",
+        "12 PB",
+        "1.MB",
+        "1,5GB",
+        "iB",
+        "5iB",
+        "nan",
+        "0",
+        "0.4",
+        "2\u066356MB",
+        "1.5G\u0131",
+        "9" * 400,
+        "9" * 5000,
+        0,
+        -5,
+        True,
+        1.5,
+        None,
+        b"1",
+    ],
 )
 def test_what_is_no_size_is_refused(text: Any) -> None:
     with pytest.raises(ConfigError, match="size in bytes"):

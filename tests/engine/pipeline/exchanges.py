@@ -72,6 +72,12 @@ def holds_back(exchange: Exchange) -> bool:
         return not exchange._may_draw() and not exchange._may_pack()
 
 
+def wait_waiting(exchange: Exchange, count: int) -> None:
+    """Until this many agents wait for a change."""
+    while len(exchange._changed._waiters) < count:  # type: ignore[attr-defined]
+        pass
+
+
 def retired(exchange: Exchange) -> list[int]:
     """The shards that the Daemon would get, by closing the exchange."""
     exchange.close()

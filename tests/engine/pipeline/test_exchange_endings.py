@@ -157,3 +157,13 @@ def test_a_failure_after_closing_is_dropped() -> None:
     exchange.close()
     tell(exchange, Failed(task=working, error=OSError()))
     assert retired(exchange) == []
+
+
+def test_a_closed_exchange_does_not_start_again() -> None:
+    # Closing ends the wait of a reset: Loading Agents may still be at work.
+    exchange = started(False, False)
+    draw(exchange)
+    exchange.close()
+    exchange.reset(nothing)
+    with pytest.raises(ClosedError, match="during the call"):
+        exchange.start((False, False), LOADERS)

@@ -40,8 +40,9 @@ def _waiting(budget: Reservations, nbytes: int, ticket: int) -> tuple[Background
     cancelled = _Waiting()
     call = Background(budget.reserve, nbytes, ticket, cancelled)
     cancelled.wait_looked()
-    # Holding the lock proves that the other thread gave it up to wait.
-    budget.wake()
+    # Holding the lock proves that the other thread gave it up to wait; to wake it would hide a change that wakes none.
+    with budget._changed:
+        pass
     return call, cancelled
 
 
@@ -173,6 +174,65 @@ def test_who_waits_for_more_than_a_new_limit_is_refused() -> None:
     assert isinstance(call.wait(), LoadError)
     budget.release(100)
     assert budget.reserve(50, 2, _never)
+
+
+def _two_waiting(limit_bytes: int, nbytes: int) -> tuple[Reservations, list[Background]]:
+    """A full budget, and tickets 2 and 1, which began to wait in this order."""
+    budget = Reservations(limit_bytes)
+    budget.reserve(limit_bytes, 0, _never)
+    return budget, [_waiting(budget, nbytes, ticket)[0] for ticket in (2, 1)]
+
+
+def test_a_release_wakes_the_next_ticket_also_where_a_later_one_has_waited_longer() -> None:
+    budget, waiting = _two_waiting(100, 50)
+    budget.release(100)
+    assert [call.end() for call in waiting] == [True, True]
+
+
+def test_a_new_limit_wakes_the_next_ticket_also_where_a_later_one_has_waited_longer() -> None:
+    budget, waiting = _two_waiting(100, 50)
+    budget.set_limit(200)
+    assert [call.end() for call in waiting] == [True, True]
+
+
+def test_a_grant_wakes_the_next_ticket_also_where_a_later_one_has_waited_longer() -> None:
+    budget = Reservations(100)
+    waiting = [_waiting(budget, 1, ticket)[0] for ticket in (2, 1)]
+    assert budget.reserve(1, 0, _never)
+    assert [call.end() for call in waiting] == [True, True]
+
+
+def test_a_skipped_ticket_gives_its_turn_away() -> None:
+    budget = Reservations(100)
+    waiting, _ = _waiting(budget, 10, 2)
+    budget.skip(1)
+    assert waiting.is_alive(), "ticket 0 has not come"
+    budget.skip(0)
+    assert waiting.end() is True
+
+
+def test_skipping_a_ticket_that_was_granted_or_skipped_changes_nothing() -> None:
+    budget = Reservations(100)
+    budget.reserve(10, 0, _never)
+    budget.skip(0)
+    for _ in range(2):
+        budget.skip(2)
+    assert budget.reserve(10, 1, _never)
+    assert budget.reserve(10, 3, _never)
+    assert budget.reserved_bytes == 30
+
+
+def test_nothing_is_kept_of_tickets_that_are_over() -> None:
+    # A model draws a ticket for every shard of every pass, for as long as it lives.
+    budget = Reservations(100)
+    for ticket in range(0, 40, 4):
+        budget.skip(ticket + 2)
+        budget.reserve(1, ticket, _never)
+        budget.skip(ticket)
+        assert not budget.reserve(1, ticket + 1, lambda: True)
+        budget.skip(ticket + 3)
+        budget.skip(ticket + 3)
+    assert budget._skipped == set()
 
 
 class _Audited(Reservations):

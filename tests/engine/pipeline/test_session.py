@@ -149,6 +149,14 @@ def test_a_value_in_the_arena_outlives_its_session_and_the_shrinking(block: Any)
     np.testing.assert_array_equal(array, expected)
 
 
+def test_an_arena_that_cannot_be_shrunk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(sessions, "_shrinker", refuse)
+    shrink_arena()
+
+
 def test_sessions_of_the_host_get_no_part_of_the_arena(toy: Path) -> None:
     shrink_arena()
     graph = toy / manifests.read(toy).shards[1].graph.path

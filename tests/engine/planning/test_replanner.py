@@ -13,6 +13,7 @@ from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import Peak
 from pipeload.planning import planner
+from pipeload.planning.footprint import least_bytes
 from pipeload.planning.learning import learn
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import Plan
@@ -115,6 +116,19 @@ def test_a_larger_budget_takes_effect_with_the_next_pass() -> None:
     after = case.ask(400 * MB)
     assert after.budget_bytes == 400 * MB
     assert after.streamed_bytes < before.streamed_bytes
+
+
+def test_a_look_for_a_better_plan_refuses_no_pass_that_the_plan_in_force_has_room_for() -> None:
+    # New plans leave half a percent of the weights' memory free, in which this pass still fits.
+    least = planner.process_bytes(_profile()) + NEEDS.pass_bytes + int(least_bytes(MANIFEST.shards, 1) / 0.995) + 2
+    case = _Case(budget=least)
+    more = replace(NEEDS, pass_bytes=NEEDS.pass_bytes + 1000)
+    with pytest.raises(BudgetError):
+        case.replanner.plan(more)
+    case.replanner._reason = "learned"
+    before = case.plan
+    assert case.pass_(more).layout == before.layout
+    assert case.pass_(more).peak_bytes <= least
 
 
 def test_a_larger_budget_that_gains_nothing_keeps_the_shards() -> None:

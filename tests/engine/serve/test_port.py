@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import uvicorn
 from tests.engine.harness import PATIENCE_S
-from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from pipeload.serve import port as ports
+from pipeload.serve.connections import Connection
 from pipeload.serve.handover import IdleConnection
 from pipeload.serve.port import Port, idle_connections, listening_socket
 
@@ -41,8 +41,8 @@ class _Process:
 
         await asyncio.wait_for(wait(), PATIENCE_S)
 
-    def _protocol(self) -> H11Protocol:
-        return H11Protocol(self._config, self.state, {})
+    def _protocol(self) -> Connection:
+        return Connection(self._config, self.state, {})
 
     async def _answer(self, scope: Any, _receive: Any, send: Any) -> None:
         await self.gate.wait()

@@ -52,7 +52,7 @@ _CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/v1/completions", {"prompt": [10**6]}, 400, "outside the model's vocabulary", None),
     ("/v1/embeddings", {"input": "cat", "model": "chat"}, 400, "", None),
     ("/v1/embeddings", {"input": []}, 400, "empty list", "input"),
-    ("/v1/embeddings", {"input": "the cat " * 20}, 400, "Text 0 has more than the 16 tokens", None),
+    ("/v1/embeddings", {"input": "the cat " * 20}, 400, "Text 0 has more than the 16 tokens", "input"),
     ("/v1/embeddings", {"input": "cat", "dimensions": 65}, 400, "vectors have 64", "dimensions"),
     ("/v1/embeddings", {"input": "cat", "dimensions": 0}, 400, "truncate_dim must be", None),
     ("/v1/embeddings", {"input": [[10**6]]}, 400, "token ids from 0 to", None),

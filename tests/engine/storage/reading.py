@@ -117,10 +117,11 @@ def note_direct_reads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def _short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, small = os.preadv, os.pread
-    monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][: max(1, len(views[0]) // 3)]], at))
-    monkeypatch.setattr(os, "pread", lambda fd, nbytes, at: small(fd, max(1, nbytes // 3), at))
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read brings a third of what it is asked for."""
+    into, read = os.preadv, os.pread
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: into(fd, [views[0][: max(1, len(views[0]) // 3)]], at))
+    monkeypatch.setattr(os, "pread", lambda fd, nbytes, at: read(fd, max(1, nbytes // 3), at))
 
 
 def _without_advice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ WAYS = [
     pytest.param(without_direct_io, id="no O_DIRECT"),
     pytest.param(_refusing_direct_mode, id="the file system refuses O_DIRECT"),
     pytest.param(refusing_direct_read, id="read refuses O_DIRECT"),
-    pytest.param(_short_reads, id="short reads"),
+    pytest.param(short_reads, id="short reads"),
     pytest.param(_without_advice, id="no posix_fadvise"),
 ]
 
@@ -205,6 +206,9 @@ HEADER_DAMAGE = [
     pytest.param(edit_tensor(dtype=[]), "damaged safetensors header", id="dtype is a list"),
     pytest.param(edit_tensor(data_offsets=[]), "damaged safetensors header", id="no offsets"),
     pytest.param(edit_tensor(data_offsets=["0", "1"]), "damaged safetensors header", id="offsets are texts"),
+    pytest.param(edit_tensor(shape=["x", 1 << 62]), "damaged safetensors header", id="a shape of texts"),
+    pytest.param(edit_tensor(data_offsets=[0.5, 10**400]), "damaged safetensors header", id="offsets are no numbers"),
+    pytest.param(edit_tensor(shape=[1 << 62] * 65), "damaged safetensors header", id="a shape without end"),
     pytest.param(edit_tensor(dtype="I32"), "not the file that the manifest describes", id="other dtype"),
     pytest.param(edit_tensor(shape=[32, 128]), "not the file that the manifest describes", id="other shape"),
     pytest.param(edit_tensor(data_offsets=[256, 16640]), "not the file that the manifest describes", id="other place"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import weakref
 from typing import Any
 
@@ -70,6 +72,19 @@ def test_a_closed_buffer_gives_its_memory_back_even_while_arrays_live() -> None:
     buffer.close()
     # Zeros, never a dangling pointer.
     assert not array.any()
+
+
+def test_a_buffer_of_locked_memory_is_closed_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Locked(mmap.mmap):
+        def madvise(self, advice: int, *rest: int) -> None:
+            if advice == mmap.MADV_DONTNEED:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(buffers.mmap, "mmap", Locked)
+    buffer = Buffer(4096)
+    array = buffer.array("float32", (1024,), 0)
+    buffer.close()
+    del array
 
 
 def test_a_pool_reuses_buffers_and_keeps_no_more_than_planned() -> None:

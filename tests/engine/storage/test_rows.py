@@ -20,6 +20,7 @@ from tests.engine.storage.reading import (
     raising,
     read_shard,
     replace_header,
+    short_reads,
 )
 
 from pipeload.errors import ShardError
@@ -51,6 +52,14 @@ _INDICES = [
     np.array([95], np.uint64),
     np.arange(96)[::-1].reshape(4, 24),
 ]
+
+
+def test_rows_come_in_any_number_of_reads(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, lookup, whole = table
+    short_reads(monkeypatch)
+    indices = np.array([[3, 1, 3], [0, 95, 1]])
+    for _ in range(2):
+        np.testing.assert_array_equal(storage.read_rows(lookup, indices, keep_cached=False), whole[indices])
 
 
 @pytest.mark.parametrize("indices", _INDICES, ids=lambda indices: f"{indices.dtype}{list(indices.shape)}")

@@ -22,6 +22,7 @@ from tests.engine.storage.reading import (
     open_storage,
     parts_of,
     read_shard,
+    short_reads,
 )
 
 from pipeload.errors import ShardError
@@ -205,3 +206,9 @@ def test_a_cancelled_read_does_not_count_as_verified(toy_copy: Path, monkeypatch
     flip(path, -1)
     with pytest.raises(ShardError, match="is damaged"):
         read_shard(storage, shard)
+
+
+def test_a_graph_comes_in_any_number_of_reads(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shard, _ = open_storage(toy)
+    short_reads(monkeypatch)
+    assert open_graph(storage, shard) == (toy / shard.graph.path).read_bytes()

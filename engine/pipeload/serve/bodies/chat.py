@@ -121,7 +121,9 @@ class ChatRequest(Choosing, kw_only=True, forbid_unknown_fields=True):
         top_logprobs: the likeliest tokens in the place of each, 0 to 20; needs `logprobs`.
         response_format: JSON, or JSON that fits a schema.
         tools, tool_choice, parallel_tool_calls: functions that an answer may, or must, call.
-        metadata, store, service_tier, safety_identifier, prompt_cache_key: have no effect.
+        metadata, store, service_tier, safety_identifier: have no effect.
+        prompt_cache_key, prompt_cache_options, prompt_cache_retention: have no effect: texts are kept while there is
+            memory.
     """
 
     messages: list[Message]
@@ -134,6 +136,8 @@ class ChatRequest(Choosing, kw_only=True, forbid_unknown_fields=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, str] | None = None
+    prompt_cache_retention: str | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
@@ -141,6 +145,7 @@ class ChatRequest(Choosing, kw_only=True, forbid_unknown_fields=True):
     functions: Any = None
     function_call: Any = None
     modalities: Any = None
+    moderation: Any = None
     audio: Any = None
     prediction: Any = None
     reasoning_effort: Any = None

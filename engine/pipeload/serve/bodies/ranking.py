@@ -26,6 +26,8 @@ class RerankRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         documents: texts, or objects with `text`.
         top_n: the most documents in the answer.
         return_documents: the answer has the documents' texts, too.
+        priority: has no effect: calls are served as they come.
+        truncation: pairs that are longer than the model takes are always cut.
     """
 
     query: str
@@ -33,6 +35,8 @@ class RerankRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     top_n: int | None = None
     return_documents: bool | None = None
+    priority: int | None = None
+    truncation: Any = None
     max_tokens_per_doc: Any = None
     max_chunks_per_doc: Any = None
     rank_fields: Any = None

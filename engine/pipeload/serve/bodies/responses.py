@@ -30,6 +30,13 @@ class InputItem(msgspec.Struct, kw_only=True):
     type: str = "message"
 
 
+class CacheOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How OpenAI keeps beginnings of texts."""
+
+    mode: str | None = None
+    ttl: str | None = None
+
+
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A text or a conversation to answer.
 
@@ -40,7 +47,9 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
         max_output_tokens: the most tokens of the answer.
         temperature, top_p, stream: as for `/v1/chat/completions`.
         metadata: comes back in the answer.
-        store, user, service_tier, safety_identifier, prompt_cache_key, stream_options: have no effect.
+        store, user, service_tier, safety_identifier, stream_options: have no effect.
+        prompt_cache_key, prompt_cache_options, prompt_cache_retention: have no effect: texts are kept while there is
+            memory.
     """
 
     input: str | list[InputItem]
@@ -56,6 +65,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: CacheOptions | None = None
+    prompt_cache_retention: str | None = None
     stream_options: dict[str, bool] | None = None
     parallel_tool_calls: bool | None = None
     tools: Any = None
@@ -65,6 +76,11 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     include: Any = None
     truncation: Any = None
     background: Any = None
+    background_options: Any = None
+    context_management: Any = None
+    image: Any = None
+    moderation: Any = None
+    access_programs: Any = None
     previous_response_id: Any = None
     conversation: Any = None
     prompt: Any = None

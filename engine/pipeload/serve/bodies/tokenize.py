@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from pipeload.serve.bodies.chat import Message
@@ -18,6 +20,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         messages: the conversation, in the place of a text.
         add_special_tokens: add the tokens that the tokenizer puts around a text.
         return_token_strs: the answer has the tokens' texts, too.
+        add_generation_prompt: a conversation always ends with the beginning of an answer.
     """
 
     model: str | None = None
@@ -25,6 +28,12 @@ class TokenizeRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     messages: list[Message] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+    mm_processor_kwargs: Any = None
+    tools: Any = None
 
 
 class TokenizeAnswer(msgspec.Struct, kw_only=True):

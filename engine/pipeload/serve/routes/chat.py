@@ -31,7 +31,8 @@ from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.routes.tokens import token_logprobs
-from pipeload.serve.sampling import Order, order_of
+from pipeload.serve.sampling import TOP_LOGPROBS, Order, order_of, within
+from pipeload.serve.settings import LIMITS
 from pipeload.serve.sse import DONE, event
 from pipeload.serve.stops import StopCutter
 from pipeload.tasks.generate.sequence import NewToken
@@ -47,6 +48,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
+    "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -86,7 +88,7 @@ async def chat(desk: Desk, request: Request) -> Response:
                 [prompt],
                 max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
                 logprobs=bool(body.logprobs),
-                top_logprobs=body.top_logprobs or 0,
+                top_logprobs=within("top_logprobs", body.top_logprobs or 0, 0, TOP_LOGPROBS),
                 rules=form.rules(model, len(prompt)),
                 hidden_stops=form.hidden_stops,
             )
@@ -108,14 +110,20 @@ async def chat(desk: Desk, request: Request) -> Response:
     return json_response(ChatAnswer(choices=choices, usage=usage, **identity))
 
 
-def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def messages_of(messages: Sequence[Message], name: str = "messages") -> list[dict[str, Any]]:
     """The messages as chat templates take them.
+
+    Args:
+        messages: of the request.
+        name: of their field.
 
     Raises:
         ApiError: there is none, or one has parts that are no text.
     """
     if not messages:
-        raise ApiError(400, "messages is an empty list. Send at least one message.", param="messages")
+        raise ApiError(400, f"{name} is an empty list. Send at least one message.", param=name)
+    if len(messages) > LIMITS.messages:
+        raise ApiError(400, f"{name} has {len(messages)} entries; this server takes {LIMITS.messages}.", param=name)
     made = []
     for index, message in enumerate(messages):
         content = message.content
@@ -125,15 +133,15 @@ def messages_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
                     raise ApiError(
                         400,
                         f"Message {index} has a part of type '{part.type:.40}'; the models here read text only.",
-                        param="messages",
+                        param=name,
                     )
             content = "".join(part.text or "" for part in content)
         role = "system" if message.role == "developer" else message.role
-        made.append({"role": role, "content": content or ""} | _beside(message, index))
+        made.append({"role": role, "content": content or ""} | _beside(message, index, name))
     return made
 
 
-def _beside(message: Message, index: int) -> dict[str, Any]:
+def _beside(message: Message, index: int, name: str) -> dict[str, Any]:
     """Other fields of a message than role and content. Templates take the arguments of calls as objects."""
     fields: dict[str, Any] = {}
     if message.name:
@@ -146,7 +154,7 @@ def _beside(message: Message, index: int) -> dict[str, Any]:
             arguments = msgspec.json.decode(call.function.arguments, type=dict[str, Any])
         except (msgspec.MsgspecError, RecursionError) as error:
             raise ApiError(
-                400, f"Message {index} has arguments that are no JSON object: {error}.", param="messages"
+                400, f"Message {index} has arguments that are no JSON object: {error}.", param=name
             ) from error
         calls.append(
             {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

@@ -23,7 +23,7 @@ from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.desk import Desk, DeskRoute, counted, json_response, new_id
 from pipeload.serve.routes.inputs import listed
 from pipeload.serve.routes.tokens import finish_reason, token_text
-from pipeload.serve.sampling import Order, order_of
+from pipeload.serve.sampling import TOP_LOGPROBS, Order, order_of, within
 from pipeload.serve.sse import DONE, event
 from pipeload.serve.stops import StopCutter
 from pipeload.tasks.generate.prompts import token_ids, tokenizer_if_any
@@ -60,7 +60,7 @@ async def completions(desk: Desk, request: Request) -> Response:
                 [token_ids(one, tokenizer) for one in prompts],
                 max_tokens=body.max_tokens,
                 logprobs=body.logprobs is not None,
-                top_logprobs=body.logprobs or 0,
+                top_logprobs=within("logprobs", body.logprobs or 0, 0, TOP_LOGPROBS),
             )
 
         return await place.run(work)

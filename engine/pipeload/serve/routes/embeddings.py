@@ -49,7 +49,7 @@ async def embeddings(desk: Desk, request: Request) -> Response:
     if body.dimensions is not None:
         options = {"truncate_dim": body.dimensions, "normalize": True}
     async with desk.call(request, served) as (place, model):
-        vectors, tokens = await place.run(lambda: _embedded(model, texts, cut=False, **options))
+        vectors, tokens = await place.run(lambda: _embedded(model, texts, "input", cut=False, **options))
     note(request, inputs=len(texts), prompt_tokens=tokens)
     data = [
         Embedding(index=index, embedding=_base64(vector) if body.encoding_format == "base64" else vector.tolist())
@@ -71,15 +71,21 @@ async def embed(desk: Desk, request: Request) -> Response:
         "prompt_name": body.prompt_name,
     }
     async with desk.call(request, desk.models.find(None, _TASKS)) as (place, model):
-        vectors, tokens = await place.run(lambda: _embedded(model, texts, cut=bool(body.truncate), **options))
+        vectors, tokens = await place.run(lambda: _embedded(model, texts, "inputs", cut=bool(body.truncate), **options))
     note(request, inputs=len(texts), prompt_tokens=tokens)
     return json_response([vector.tolist() for vector in vectors])
 
 
 def _embedded(
-    model: Model, texts: Sequence[str | list[int]], *, cut: bool, truncate_dim: int | None = None, **options: Any
+    model: Model,
+    texts: Sequence[str | list[int]],
+    name: str,
+    *,
+    cut: bool,
+    truncate_dim: int | None = None,
+    **options: Any,
 ) -> tuple[NDArray[np.float32], int]:
-    """The vectors, and the number of tokens that they were made of."""
+    """The vectors of texts, which came in the field of this name, and the number of tokens that they were made of."""
     tokenizer = tokenizer_of(model)
     rows = [tokenizer.encode(text) if isinstance(text, str) else tokenizer.given(text) for text in texts]
     for index, row in enumerate(rows):
@@ -88,6 +94,7 @@ def _embedded(
                 400,
                 f"Text {index} has more than the {tokenizer.max_length} tokens that the model takes. Split it.",
                 code="context_length_exceeded",
+                param=name,
             )
     vectors = model.embed(texts, truncate_dim=truncate_dim, **options)
     if truncate_dim is not None and vectors.shape[1] < truncate_dim:

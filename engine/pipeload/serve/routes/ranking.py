@@ -32,6 +32,7 @@ __all__ = ["routes"]
 
 _TASKS = ("text-classification",)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "truncation": (True,),
     "max_tokens_per_doc": (),
     "max_chunks_per_doc": (),
     "rank_fields": (["text"],),

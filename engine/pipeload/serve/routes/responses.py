@@ -43,6 +43,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "truncation": ("disabled",),
     "background": (False,),
+    "background_options": (),
+    "context_management": ([],),
+    "image": (),
+    "moderation": (),
+    "access_programs": (),
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -102,12 +107,12 @@ async def responses(desk: Desk, request: Request) -> Response:
 def _messages(body: ResponsesRequest) -> list[dict[str, Any]]:
     turns = [] if body.instructions is None else [Message(role="system", content=body.instructions)]
     if isinstance(body.input, str):
-        return messages_of([*turns, Message(role="user", content=body.input)])
+        return messages_of([*turns, Message(role="user", content=body.input)], "input")
     for index, item in enumerate(body.input):
         if item.type != "message" or item.role is None:
             raise ApiError(400, f"Input {index} has the type '{item.type:.40}'; only messages are read.", param="input")
         turns.append(Message(role=item.role, content=item.content))
-    return messages_of(turns)
+    return messages_of(turns, "input")
 
 
 def _ended(begun: ResponseAnswer, answers: Answers, item_id: str, request: Request) -> ResponseAnswer:

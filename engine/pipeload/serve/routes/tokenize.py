@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pipeload.serve.bodies.tokenize import TokenizeAnswer, TokenizeRequest
 from pipeload.serve.errors import ApiError
-from pipeload.serve.reading import read
+from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.chat import messages_of
 from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, note
 from pipeload.serve.routes.tokens import token_text
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["routes"]
 
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+
 
 def routes(desk: Desk) -> list[DeskRoute]:
     """The routes of this module."""
@@ -30,6 +39,7 @@ def routes(desk: Desk) -> list[DeskRoute]:
 async def tokenize(desk: Desk, request: Request) -> Response:
     """The token ids of a text or a conversation."""
     body = await read(request, TokenizeRequest)
+    refuse(body, _NEUTRAL)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "Send either prompt or messages.", param="prompt")
     messages = None if body.messages is None else messages_of(body.messages)

@@ -1,0 +1,299 @@
+"""The planner's choices and sums, each by figures that can be worked out by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tests.engine.plans import manifest_of, with_common
+
+from pipeload.errors import BudgetError
+from pipeload.planning import planner
+from pipeload.planning.footprint import least_bytes, session_bytes, whole_bytes
+from pipeload.planning.layouts import Layout
+from pipeload.planning.needs import Needs
+from pipeload.planning.planner import (
+    LEAST_RUNTIME_BYTES,
+    MOST_RUNTIME_BYTES,
+    Plan,
+    forecast,
+    make_plan,
+    predict,
+    process_bytes,
+    runtime_bytes,
+    with_needs,
+)
+from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.schedule import Schedule, ShardWork
+
+MB = 1_000_000
+PROFILE = Profile(process_bytes=50 * MB, cores=4)
+
+
+def _times(number: int = 1) -> ShardTimes:
+    return ShardTimes(
+        session_s=1.0 * number,
+        run_s=10.0 * number,
+        loading_run_s=15.0 * number,
+        pack_s=3.0 * number,
+        packed_run_s=4.0 * number,
+    )
+
+
+def _layout(**fields: Any) -> Layout:
+    least: dict[str, Any] = {
+        "loaders": 1,
+        "buffers": 2,
+        "buffer_bytes": MB,
+        "sessions": None,
+        "sessions_bytes": 0,
+        "resident": frozenset(),
+        "partly_resident": {},
+        "packed": False,
+        "packed_streamed": False,
+        "packing_bytes": 0,
+        "used_bytes": 0,
+        "resident_bytes": 0,
+        "streamed_bytes": 10 * MB,
+        "threads": 1,
+    }
+    return Layout(**(least | fields))
+
+
+def _plan(**fields: Any) -> Plan:
+    least: dict[str, Any] = {
+        "budget_bytes": 100,
+        "loaders": 1,
+        "buffers": 1,
+        "buffer_bytes": 1,
+        "resident": frozenset(),
+        "packed": False,
+        "threads": 1,
+        "process_bytes": 10,
+        "pass_bytes": 2,
+        "cache_bytes": 3,
+        "resident_bytes": 0,
+        "streamed_bytes": 1,
+        "peak_bytes": 50,
+    }
+    return Plan(**(least | fields))
+
+
+# The process
+
+
+def test_the_runtime_is_assumed_until_it_is_measured_to_be_no_leftover_of_another_run() -> None:
+    assert runtime_bytes(PROFILE) == 18_000_000
+    assert (LEAST_RUNTIME_BYTES, MOST_RUNTIME_BYTES) == (6_000_000, 36_000_000)
+    assert runtime_bytes(replace(PROFILE, runtime_bytes=LEAST_RUNTIME_BYTES - 1)) == 18_000_000
+    for measured in (LEAST_RUNTIME_BYTES, LEAST_RUNTIME_BYTES + 1, 2 * MOST_RUNTIME_BYTES):
+        profile = replace(PROFILE, runtime_bytes=measured)
+        assert runtime_bytes(profile) == measured
+        assert process_bytes(profile) == 50 * MB + measured
+
+
+# Plans
+
+
+def test_a_plan_is_direct_and_packs_nothing_unless_it_says_so() -> None:
+    plan = _plan()
+    assert (plan.sessions, plan.sessions_bytes, plan.partly_resident, plan.packing_bytes) == (None, 0, {}, 0)
+    assert (plan.packed_streamed, plan.direct, plan.first_pass_s, plan.steady_pass_s) == (False, True, None, None)
+
+
+def test_weights_are_what_is_left_of_the_peak() -> None:
+    assert _plan(packing_bytes=5).weights_bytes == 50 - 10 - 2 - 3 - 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loaders": 2}, {"buffers": 2}, {"buffer_bytes": 2}, {"sessions": 1}, {"packed_streamed": True},
+        {"direct": False}, {"resident": frozenset("a")}, {"partly_resident": {"a": (0, 1)}}, {"packed": True},
+        {"threads": 2},
+    ],
+)  # fmt: skip
+def test_what_cannot_change_while_shards_are_loaded_is_the_layout(change: dict[str, Any]) -> None:
+    assert _plan(**change).layout != _plan().layout
+    assert _plan(peak_bytes=60, pass_bytes=7, steady_pass_s=1.0).layout == _plan().layout
+
+
+def test_other_needs_move_the_peak_and_nothing_else() -> None:
+    plan = _plan(packing_bytes=5)
+    profile = Profile(process_bytes=100, cores=1, runtime_bytes=LEAST_RUNTIME_BYTES)
+    other = with_needs(plan, profile, Needs(pass_bytes=1000, cache_bytes=20_000), 7)
+    process = 100 + LEAST_RUNTIME_BYTES
+    assert (other.budget_bytes, other.process_bytes, other.pass_bytes, other.cache_bytes) == (7, process, 1000, 20_000)
+    assert other.peak_bytes == process + 1000 + 20_000 + 5 + 30
+    assert (other.weights_bytes, other.layout) == (plan.weights_bytes, plan.layout)
+
+
+# The work of a layout
+
+
+def _work(layout: Layout, *, times: dict[str, ShardTimes] | None = None) -> list[ShardWork]:
+    manifest = with_common(manifest_of([100, 200], [1000], [1000], [50]), (1, 2))
+    firsts = (0, 1, 1, 3)
+    return planner._work(manifest, firsts, layout, times or {f"s{k}": _times(k + 1) for k in range(4)})
+
+
+def test_a_streamed_shard_is_read_for_each_pass_and_its_session_is_made() -> None:
+    work = _work(_layout(partly_resident={"s0": (100, 300)}))
+    assert work[0] == ShardWork(
+        cold_bytes=300, steady_bytes=200, streamed=True, session_s=1.0, run_s=10.0, loading_run_s=15.0
+    )
+    assert (work[3].cold_bytes, work[3].steady_bytes, work[3].run_s) == (50, 50, 40.0)
+    # Streamed, weights in common are read for each of their shards.
+    assert [one.cold_bytes for one in work[1:3]] == [1000, 1000]
+
+
+def test_a_resident_shard_is_read_once_and_weights_in_common_with_the_first_shard_of_them() -> None:
+    work = _work(_layout(resident=frozenset({"s0", "s1", "s2"})))
+    assert [one.cold_bytes for one in work] == [300, 1000, 0, 50]
+    assert [one.steady_bytes for one in work] == [0, 0, 0, 50]
+    assert [one.streamed for one in work] == [False, False, False, True]
+
+
+def test_resident_shards_are_packed_behind_the_passes_and_streamed_ones_by_their_loaders() -> None:
+    resident = frozenset({"s0"})
+    for packed in (False, True):
+        for packed_streamed in (False, True):
+            work = _work(_layout(resident=resident, packed=packed, packed_streamed=packed_streamed))
+            first, last = work[0], work[3]
+            assert (first.session_s, first.run_s) == (1.0, 4.0 if packed else 10.0)
+            assert (last.session_s, last.run_s) == ((12.0, 16.0) if packed_streamed else (4.0, 40.0))
+            # Reading slows both down in the same proportion.
+            assert (first.loading_run_s, last.loading_run_s) == (1.5 * first.run_s, 1.5 * last.run_s)
+
+
+def test_reading_never_makes_computing_faster_and_a_shard_that_takes_no_time_is_not_slowed_down() -> None:
+    faster = replace(_times(), loading_run_s=5.0)
+    nothing = replace(_times(), run_s=0.0)
+    work = _work(_layout(), times={"s0": faster, "s1": nothing, "s2": _times(), "s3": _times()})
+    assert work[0].loading_run_s == 10.0
+    assert (work[1].run_s, work[1].loading_run_s) == (0.0, 0.0)
+
+
+# The choice
+
+
+def _preferred(*pairs: tuple[dict[str, Any], float]) -> int:
+    """Which of these layouts is taken; all have the same steady pass, and these first ones."""
+    equal = [(_layout(**fields), Schedule(first_s=first_s, steady_s=1.0)) for fields, first_s in pairs]
+    return equal.index(planner._preferred(equal))
+
+
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        (({"packed": True, "buffers": 2}, 1.0), ({"buffers": 3}, 1.5)),
+        (({"sessions": None}, 1.03), ({"sessions": 1}, 1.0)),
+        (({"sessions": 1, "buffers": 2}, 1.0), ({"buffers": 3}, 1.0)),
+        (({"buffers": 1, "streamed_bytes": 5}, 1.0), ({"buffers": 2, "streamed_bytes": 9}, 1.0)),
+        (({"buffers": 3, "streamed_bytes": 5}, 1.0), ({"buffers": 2, "streamed_bytes": 9}, 1.0)),
+        (({"buffers": 2, "loaders": 2, "streamed_bytes": 5}, 1.0), ({"buffers": 3, "loaders": 2}, 1.0)),
+        (({"buffers": 1, "streamed_bytes": 0}, 1.0), ({"buffers": 0, "loaders": 2, "streamed_bytes": 1}, 1.0)),
+        (({"streamed_bytes": 9, "loaders": 1}, 1.0), ({"streamed_bytes": 5, "loaders": 2, "buffers": 3}, 1.0)),
+        (({"loaders": 2, "buffers": 3, "threads": 1}, 1.0), ({"loaders": 1, "threads": 2}, 1.0)),
+        (({"threads": 2}, 1.0), ({"threads": 1}, 1.0)),
+    ],
+    ids=[
+        "not packed", "early", "a session for each buffer", "not fewer buffers", "not more buffers",
+        "a buffer to spare beside each loader", "nothing to spare where nothing is streamed", "little to read",
+        "few loaders", "few threads",
+    ],
+)  # fmt: skip
+def test_among_equally_fast_layouts_the_one_is_taken_that_is(
+    worse: tuple[dict[str, Any], float], better: tuple[dict[str, Any], float]
+) -> None:
+    assert _preferred(worse, better) == 1
+    assert _preferred(better, worse) == 0
+
+
+def test_a_first_pass_that_is_longer_by_two_percent_is_not_late() -> None:
+    later, earlier = {"streamed_bytes": 5}, {"streamed_bytes": 9}
+    assert _preferred((later, 1.02), (earlier, 1.0)) == 0
+    assert _preferred((later, 1.021), (earlier, 1.0)) == 1
+
+
+def _measured(threads: dict[int, float], share: float = 1.0) -> Profile:
+    """Times of four shards of 10 MB: seconds to run each, by number of threads."""
+    times = {
+        count: {
+            f"s{k}": ShardTimes(
+                session_s=1e-3,
+                run_s=seconds,
+                loading_run_s=seconds,
+                pack_s=1e-3,
+                packed_run_s=seconds * share,
+            )
+            for k in range(4)
+        }
+        for count, seconds in threads.items()
+    }
+    return replace(PROFILE, read_bytes_per_s={1: 1e9}, times=times)
+
+
+@pytest.mark.parametrize(("one_thread_s", "threads"), [(0.0910, 2), (0.0905, 1), (0.05, 1), (0.2, 2)])
+def test_fewer_threads_are_taken_only_where_they_are_faster_by_a_tenth(one_thread_s: float, threads: int) -> None:
+    manifest = manifest_of(*[[10 * MB]] * 4)
+    profile = _measured({1: one_thread_s, 2: 0.1})
+    plan = make_plan(manifest, profile, budget_bytes=10**9, needs=Needs())
+    assert plan.threads == threads
+
+
+def test_the_prediction_is_a_measured_profiles_forecast() -> None:
+    manifest = manifest_of(*[[10 * MB]] * 4)
+    profile = _measured({2: 0.1})
+    plan = make_plan(manifest, profile, budget_bytes=10**9, needs=Needs(pass_bytes=MB), loaders=1)
+    assert predict(manifest, profile, plan) == forecast(manifest, profile, plan)
+    assert (plan.first_pass_s, plan.steady_pass_s) == (
+        forecast(manifest, profile, plan).first_s,
+        forecast(manifest, profile, plan).steady_s,
+    )
+    # All is read once: 10 ms each and a session; only the first is waited for.
+    assert plan.first_pass_s == pytest.approx(0.011 + 4 * 0.1)
+    assert plan.steady_pass_s == pytest.approx(4 * 0.1)
+    assert predict(manifest, PROFILE, plan) is None
+    assert forecast(manifest, PROFILE, plan).steady_s > 0
+
+
+def test_the_peak_is_the_sum_of_its_parts_and_half_a_percent_of_the_memory_for_weights_stays_free() -> None:
+    manifest = manifest_of(*[[10 * MB]] * 4)
+    needs = Needs(pass_bytes=3 * MB, cache_bytes=5 * MB)
+    fixed = 50 * MB + 18 * MB + 8 * MB
+    one = whole_bytes(manifest.shards[0]) + session_bytes(manifest.shards[0], 4)
+    # Four shards that are not packed, and no buffer.
+    for free, fits in ((4 * one, False), (int(4 * one / 0.995) + 2, True)):
+        plan = make_plan(manifest, PROFILE, budget_bytes=fixed + free, needs=needs, threads=4)
+        assert (len(plan.resident) == 4) is fits
+        assert plan.process_bytes == 68 * MB
+        assert plan.peak_bytes == fixed + plan.weights_bytes
+        assert plan.peak_bytes <= fixed + int(free * 0.995) + 1
+
+
+# Too small a budget
+
+
+def test_the_smallest_budget_is_rounded_up_to_the_next_megabyte_and_one_more() -> None:
+    manifest = manifest_of([MB], [80 * MB], [3 * MB])
+    needs = Needs(pass_bytes=7 * MB, cache_bytes=9 * MB)
+    with pytest.raises(BudgetError) as caught:
+        make_plan(manifest, PROFILE, budget_bytes=85 * MB, needs=needs)
+    exact = 68 * MB + 16 * MB + int(least_bytes(manifest.shards, 4) / 0.995)
+    assert caught.value.needed_bytes == (exact // MB + 2) * MB
+    assert caught.value.budget_bytes == 85 * MB
+    assert "(1.0 MB were left for it)" in str(caught.value)
+    assert "68.0 MB process and runtime + 7.0 MB activations + 9.0 MB caches" in str(caught.value)
+    with pytest.raises(BudgetError, match=r"\(0 B were left for it\)"):
+        make_plan(manifest, PROFILE, budget_bytes=10 * MB, needs=needs)
+
+
+def test_the_smallest_budget_is_that_of_the_fewest_threads() -> None:
+    manifest = manifest_of(*[[10 * MB]] * 4)
+    profile = _measured({1: 0.1, 100: 0.1})
+    with pytest.raises(BudgetError) as caught:
+        make_plan(manifest, profile, budget_bytes=1, needs=Needs())
+    exact = 68 * MB + int(least_bytes(manifest.shards, 1) / 0.995)
+    assert caught.value.needed_bytes == (exact // MB + 2) * MB
