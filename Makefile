@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate test-system soak
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -77,6 +77,13 @@ test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is no
 test-page: $(STAMP)  ## the server's page in the system's Chromium; installs Playwright, 165 MB, into the environment
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
 	$(BIN)/python -m pytest tests/integration/test_page.py
+
+test-system: $(STAMP)  ## faults of the system made for real: disks, cgroups, limits, kills, allocators; SYSTEM_ARGS=--short takes a minute
+	$(BIN)/python -m tests.system $(SYSTEM_ARGS)
+
+soak: $(STAMP)  ## processes at random budgets, peak and answers checked, for HOURS (8); goes on where the last soak ended
+	$(BIN)/python -m tests.soak --hours $(or $(HOURS),8) $(SOAK_ARGS)
+
 docs: $(DOCS_STAMP)  ## the site of docs/ in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo "The site is build/site/index.html; $(DOCS)/bin/mkdocs serve shows it while you write."

@@ -155,8 +155,8 @@ class Staging:
 
     def __enter__(self) -> Self:
         self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._acquire()
         try:
+            self._acquire()
             leftovers = list(self._leftovers("staging"))
             # New, whatever lies there: a link that was planted would lead all files elsewhere.
             self._folder.mkdir()
@@ -210,9 +210,10 @@ class Staging:
             try:
                 with suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(descriptor), self._lock_path.lstat()):
+                        # From here on `__exit__` removes it, also where a full disk does not take the number.
+                        self._lock = descriptor
                         os.ftruncate(descriptor, 0)
                         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                        self._lock = descriptor
                         return
             finally:
                 # A lock that nothing refers to would keep this process from its next try.

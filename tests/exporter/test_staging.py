@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -194,4 +195,17 @@ def test_killed(tmp_path: Path, before: str, moment: str) -> None:
         assert names(tmp_path) == ["model"]
     build(target, "next", force=True)
     assert content(target) == "next"
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_lock_that_a_full_disk_does_not_take_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            build(tmp_path / "model", "new")
+    assert names(tmp_path) == []
+    build(tmp_path / "model", "new")
     assert names(tmp_path) == ["model"]

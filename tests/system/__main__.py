@@ -13,8 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.proof.counts import Line, keep
+import msgspec
+from tests.models import REPOSITORY
+from tests.proof.counts import Kept, Line, keep
+from tests.system.rows import Finding
 from tests.system.table import ROWS
+
+_KEPT = REPOSITORY / "tests" / "proof" / "counts" / "system.json"
 
 
 def main() -> int:
@@ -26,34 +31,50 @@ def main() -> int:
     given = parser.parse_args()
     if unknown := set(given.names) - {row.name for row in ROWS}:
         parser.error(f"there is no row {', '.join(sorted(unknown))}")
-    begin_s, lines = time.monotonic(), []
+    lines: list[Line] = []
+    if given.keep and not given.names:
+        _KEPT.unlink(missing_ok=True)
     for row in ROWS:
-        if (given.names and row.name not in given.names) or (given.short and row.slow):
+        if (given.names and row.name not in given.names) or (given.short and (row.slow or row.long)):
             continue
         if reason := row.lacks():
             print(f"      -     -  {row.name}: not tried: {reason}", flush=True)
             continue
         with tempfile.TemporaryDirectory(prefix="pipeload-system-") as place:
             begun_s = time.monotonic()
-            found = row.make(Path(place))
+            try:
+                found = row.make(Path(place))
+            except AssertionError as error:
+                # A process that hangs, or was killed.
+                found = Finding(runs=1, failures=[str(error)])
         for failure in found.failures:
             print(f"FAILED {row.name}: {failure}\n  python -m tests.system {row.name}", file=sys.stderr, flush=True)
         print(
             f"{found.runs:7,} {len(found.failures):5,}  {row.name}: {row.fault} ({time.monotonic() - begun_s:.1f} s)",
             flush=True,
         )
-        lines.append(
-            Line(
-                fault=row.fault,
-                outcome=row.outcome,
-                recovered=row.recovered,
-                runs=found.runs,
-                failures=min(len(found.failures), found.runs),
-            )
+        line = Line(
+            fault=row.fault,
+            outcome=row.outcome,
+            recovered=row.recovered,
+            runs=found.runs,
+            failures=min(len(found.failures), found.runs),
         )
-    if given.keep:
-        keep("system", "python -m tests.system --keep", time.monotonic() - begin_s, lines)
+        lines.append(line)
+        if given.keep:
+            _keep(time.monotonic() - begun_s, line)
     return int(any(line.failures for line in lines))
+
+
+def _keep(seconds: float, line: Line) -> None:
+    """Keep the count of a row, beside those of the others."""
+    known, before_s = {}, 0.0
+    if _KEPT.exists():
+        kept = msgspec.json.decode(_KEPT.read_bytes(), type=Kept)
+        known, before_s = {one.fault: one for one in kept.lines}, kept.seconds
+    known[line.fault] = line
+    found = [known[row.fault] for row in ROWS if row.fault in known]
+    keep("system", "python -m tests.system --keep", before_s + seconds, found)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ ROWS = (
         recovered="the same",
         make=_huge_pages(True),
         lacks=_lacks_huge_pages,
-        slow=True,
+        long=True,
     ),
     Row(
         name="no-huge-pages",
@@ -148,6 +148,6 @@ ROWS = (
         recovered="the same",
         make=_huge_pages(False),
         lacks=_lacks_huge_pages,
-        slow=True,
+        long=True,
     ),
 )

@@ -141,7 +141,7 @@ ROWS = (
         recovered=_AGAIN,
         make=_each("llama", "read fails", value=errno.EIO, count=ALWAYS, step=3),
         lacks=no_compiler,
-        slow=True,
+        long=True,
     ),
     Row(
         name="eio-minilm",
@@ -150,7 +150,7 @@ ROWS = (
         recovered=_AGAIN,
         make=_each("minilm", "read fails", value=errno.EIO, count=ALWAYS, step=7),
         lacks=lambda: no_compiler() or lacks_real("minilm")(),
-        slow=True,
+        long=True,
     ),
     Row(
         name="open",
@@ -183,7 +183,7 @@ ROWS = (
         recovered=_AGAIN,
         make=_each("llama", "read is short", value=0, count=1),
         lacks=no_compiler,
-        slow=True,
+        long=True,
     ),
     Row(
         name="slow-disk",
@@ -192,7 +192,7 @@ ROWS = (
         recovered=_AGAIN,
         make=_all("bert", "read is slow", value=30_000_000),
         lacks=no_compiler,
-        slow=True,
+        long=True,
     ),
     Row(
         name="bit-flip",
@@ -201,6 +201,7 @@ ROWS = (
         recovered=_AGAIN,
         make=_each("bert", "bit flips", value=40, count=1),
         lacks=no_compiler,
+        slow=True,
     ),
     Row(
         name="bit-flip-smollm2",
@@ -209,6 +210,6 @@ ROWS = (
         recovered=_AGAIN,
         make=_each("smollm2-135m", "bit flips", value=3000, count=ALWAYS, step=40),
         lacks=lambda: no_compiler() or lacks_real("smollm2-135m")(),
-        slow=True,
+        long=True,
     ),
 )

@@ -93,7 +93,7 @@ def _export(place: Path, target: Path) -> Sequence[object]:
     if not source.exists():
         write_onnx(source, blocks=12)
         (source.parent / "config.json").write_text('{"model_type": "toy", "architectures": ["ToyModel"]}')
-    return "export", source.parent, target
+    return "export", source, target
 
 
 def _convert(place: Path, target: Path) -> Sequence[object]:
@@ -112,7 +112,7 @@ ROWS = (
         recovered="the next export goes on, makes the same files, and leaves no others",
         make=_killed(_export, 30, 1),
         lacks=_lacks_onnx,
-        slow=True,
+        long=True,
     ),
     Row(
         name="kill-convert",
@@ -121,6 +121,6 @@ ROWS = (
         recovered="the next conversion goes on, makes the same files, and leaves no others",
         make=_killed(_convert, 21, 2),
         lacks=lambda: _lacks_onnx() or lacks_real("minilm")(),
-        slow=True,
+        long=True,
     ),
 )

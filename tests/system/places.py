@@ -48,7 +48,11 @@ def _folders(place: Path) -> Finding:
                     "TMPDIR": str(disk / "tmp"),
                 },
                 "no home": {"HOME": None, "PIPELOAD_CACHE": None, "XDG_CACHE_HOME": None},
-                "a home that is missing": {"HOME": "/nonexistent/home", "PIPELOAD_CACHE": None, "XDG_CACHE_HOME": None},
+                "a home that is missing": {
+                    "HOME": str(place / "missing" / "home"),
+                    "PIPELOAD_CACHE": None,
+                    "XDG_CACHE_HOME": None,
+                },
             }
             for name, changed in changes.items():
                 found.runs += 1
@@ -61,7 +65,6 @@ def _folders(place: Path) -> Finding:
                         found.expect(right, f"{words}: no answer")
                     ended = worker.end()
                     found.expect(ended.code == 0 and not ended.stderr, f"{words}: {ended.code} {ended.stderr[-300:]}")
-    found.expect(not os.path.lexists("/nonexistent"), "a home was made")
     return found
 
 
@@ -93,8 +96,10 @@ def _clock(place: Path) -> Finding:
                 os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
                 errors = [worker.ask("call", task="run") for _ in range(2)]
                 worker.ask("close")
-                errors.append(worker.ask("load", directory=str(directory), budget=budget + 4_000_000))
-                errors.append(worker.ask("call", task="run"))
+                budget = worker.ask("load", directory=str(directory), budget=1).needed_bytes + 1_500_000
+                errors.append(worker.ask("load", directory=str(directory), budget=budget))
+                if not errors[-1].error:
+                    errors[-1] = worker.ask("call", task="run")
                 for told in errors:
                     judge(found, told, expected, f"{words}, damaged")
                 found.expect(errors[-1].error, f"{words}: the damage is not noticed")
@@ -115,7 +120,7 @@ ROWS = (
         recovered="the same",
         make=_folders,
         lacks=lacks_mount,
-        slow=True,
+        long=True,
     ),
     Row(
         name="clock",
@@ -124,5 +129,6 @@ ROWS = (
         recovered="right answers when the file is mended",
         make=_clock,
         lacks=no_compiler,
+        slow=True,
     ),
 )

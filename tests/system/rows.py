@@ -48,6 +48,7 @@ class Row:
         fault, outcome, recovered: see `tests.proof.counts.Line`.
         make: tries it in an empty folder.
         slow: it takes more than a few seconds.
+        long: it takes a minute or more; only the command tries it, and `make test-survey`.
         lacks: why this machine cannot try it; None where it can.
     """
 
@@ -57,6 +58,7 @@ class Row:
     recovered: str
     make: Callable[[Path], Finding]
     slow: bool = False
+    long: bool = False
     lacks: Callable[[], str | None] = always
 
 
@@ -110,8 +112,9 @@ def one_error(found: Finding, ended: Ended, words: str) -> bool:
         return True
     lines = [line for line in ended.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    found.expect(ended.code in (1, 2), f"{words}: exit code {ended.code}: {ended.stderr[-300:]}")
     found.expect("Traceback" not in ended.stderr, f"{words}: a traceback: {ended.stderr[-300:]}")
-    # Where the interpreter's libraries cannot begin, they say so themselves, in a line.
+    if errors:
+        found.expect(ended.code in (1, 2), f"{words}: exit code {ended.code}: {ended.stderr[-300:]}")
+    # Where the C library or an interpreter's library cannot begin, it ends the process by itself, with a line.
     found.expect(len(errors or lines) == 1, f"{words}: {len(errors)} errors: {ended.stderr[-300:]}")
     return False

@@ -120,7 +120,7 @@ ROWS = (
         recovered="the next export succeeds",
         make=_grows(_export),  # type: ignore[arg-type]
         lacks=_lacks_onnx,
-        slow=True,
+        long=True,
     ),
     Row(
         name="full-convert",
@@ -129,7 +129,7 @@ ROWS = (
         recovered="the next conversion succeeds",
         make=_grows(_convert),  # type: ignore[arg-type]
         lacks=lambda: _lacks_onnx() or lacks_real("minilm")(),
-        slow=True,
+        long=True,
     ),
     Row(
         name="full-disk",
@@ -138,7 +138,7 @@ ROWS = (
         recovered="a larger disk works",
         make=_small_disk,
         lacks=lambda: lacks_mount() or _lacks_onnx(),
-        slow=True,
+        long=True,
     ),
     Row(
         name="full-cache",
@@ -146,6 +146,6 @@ ROWS = (
         outcome="the model loads, and answers right",
         recovered="the same",
         make=_cache,
-        slow=True,
+        long=True,
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.system import allocators, disks, groups, kills, limits, places, space
+from tests.system import allocators, disks, groups, kills, limits, places, servers, space
 from tests.system.rows import Row
 
 __all__ = ["ROWS"]
@@ -15,4 +15,5 @@ ROWS: tuple[Row, ...] = (
     *limits.ROWS,
     *allocators.ROWS,
     *places.ROWS,
+    *servers.ROWS,
 )

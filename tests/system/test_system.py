@@ -11,9 +11,11 @@ from tests.system.table import ROWS
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.xdist_group("system")]
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else []) for row in ROWS]
-)
+def _marks(row: Row) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.survey] if row.long else [pytest.mark.slow] if row.slow else []
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=_marks(row)) for row in ROWS])
 def test_what_the_row_says_comes_of_its_fault(row: Row, tmp_path: Path) -> None:
     if reason := row.lacks():
         pytest.skip(reason)

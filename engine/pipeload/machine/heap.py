@@ -90,7 +90,7 @@ def one_arena() -> None:
 
 
 def is_scattered() -> bool:
-    """Whether the heap had several arenas when it was limited: memory freed in one is of no use to threads of others."""
+    """Whether the heap had several arenas when it was limited: what is freed in one is of no use to others' threads."""
     return _scattered
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import socket
 import weakref
 from collections.abc import Callable, Iterable
@@ -22,6 +24,8 @@ _FULL_PAUSE_S = 0.05
 """Before it is looked again whether a connection has ended."""
 _PAUSE_S = 1.0
 """Before connections are accepted again, where the process has no descriptor left for one."""
+_KEPT_DESCRIPTORS = 64
+"""Of the process, or half of all, are not for connections: Loading Agents open files for calls that run."""
 
 
 class Port:
@@ -79,6 +83,9 @@ class Port:
             self._pause(_FULL_PAUSE_S)
             return
         try:
+            if not _has_descriptor():
+                self._pause(_PAUSE_S)
+                return
             accepted, _ = self.listening.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
@@ -119,6 +126,21 @@ class Port:
         if not task.cancelled():
             # A client may have gone already.
             task.exception()
+
+
+def _has_descriptor() -> bool:
+    """Whether one more connection leaves the descriptors that answers need.
+
+    Raises:
+        OSError: there is none at all.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        return True
+    # The system gives the lowest number that is free.
+    lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.close(lowest)
+    return lowest < most - min(_KEPT_DESCRIPTORS, most // 2)
 
 
 def _expect(protocol: H11Protocol, keep_alive_s: float, begun: asyncio.Task[object]) -> None:

@@ -149,6 +149,10 @@ class _Server(uvicorn.Server):
         """Close the port, drain, and end the application."""
         await self._port.close()
         await super().shutdown(sockets)
+        if self.force_exit:
+            # uvicorn leaves the application as it is, which would end with a traceback: closed models end their calls.
+            self._application.leave()
+            await self.lifespan.shutdown()
 
     def _replace(self) -> None:
         """Replace the process, unless there is a request. Nothing is awaited, so none can come meanwhile."""

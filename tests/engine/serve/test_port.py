@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import uvicorn
 from tests.engine.harness import PATIENCE_S
 from uvicorn.server import ServerState
 
+from pipeload.serve import port as ports
 from pipeload.serve.connections import Connection
 from pipeload.serve.handover import IdleConnection
 from pipeload.serve.port import Port, idle_connections, listening_socket
@@ -125,5 +128,32 @@ def test_of_too_many_connections_the_longest_idle_is_closed_and_none_that_has_a_
             writer.close()
         await process.port.close()
         await process.until(lambda: not process.state.connections)
+
+    asyncio.run(main())
+
+
+def test_connections_leave_the_descriptors_that_answers_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = [0]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (most[0], most[0]))
+    monkeypatch.setattr(ports, "_PAUSE_S", 0)
+
+    async def main() -> None:
+        process = _Process()
+        lowest = os.dup(0)
+        os.close(lowest)
+        # Half of the descriptors are kept. Clients' ends are in this process, too: a connection takes two numbers.
+        most[0] = 2 * (lowest + 4)
+        process.port.accept()
+        clients = []
+        for _ in range(6):
+            clients.append(await asyncio.open_connection(*process.port.listening.getsockname()))
+            await process.until(lambda: len(process.state.connections) == len(clients) or not ports._has_descriptor())
+        assert 0 < len(process.state.connections) < len(clients)
+        most[0] += 100
+        await process.until(lambda: len(process.state.connections) == len(clients))
+        for _, writer in clients:
+            writer.close()
+        await process.until(lambda: not process.state.connections)
+        await process.port.close()
 
     asyncio.run(main())

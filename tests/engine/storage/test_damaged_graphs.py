@@ -96,3 +96,10 @@ def test_a_graph_that_is_overwritten_before_it_is_read_is_named(
     monkeypatch.setattr(storages.os, "pread", change_first)
     with pytest.raises(ShardError, match="is damaged"):
         open_graph(storage, shard)
+
+
+def test_a_graph_that_comes_in_several_reads_is_whole(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shard, _ = open_storage(toy)
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, nbytes, at: real(descriptor, max(1, nbytes // 3), at))
+    assert open_graph(storage, shard) == (toy / shard.graph.path).read_bytes()
