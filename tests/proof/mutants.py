@@ -2,18 +2,20 @@
 
     python -m tests.proof.mutants                       all modules
     python -m tests.proof.mutants pipeline/exchange.py  one of them
-    python -m tests.proof.mutants --keep                all, and keeps the counts in docs/reliability.md
+    python -m tests.proof.mutants --again               those that no earlier run has killed (build/mutants has them)
+    python -m tests.proof.mutants --again --keep        the same, and keeps the counts of all in docs/reliability.md
 
 A mutant is a module with one small fault (`mutations.py`). The module's tests are collected once; for each mutant a
 forked process puts its code into the module, and runs them. It is *killed* when a test fails, *timed out* when the
-tests do not end. One that the tests pass is tried once more by a new process that imports it in the place of the
-module, and has *survived* if they pass again. Survivors are explained in mutants.md, by their lines; one that is not
-makes the command fail. So does a fork without a fault that does not pass: every 20th is one.
+tests do not end. One that passes has *survived*; a fault outside of functions is tried once more by a new process that
+imports it in the place of the module, since there a fork cannot tell. Survivors are explained in mutants.md, by their
+lines; one that is not makes the command fail. So does a fork without a fault that fails: one of 20 has none.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.machinery
 import importlib.util
 import os
@@ -32,6 +34,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 from _pytest.main import pytest_runtestloop as run_tests
 from tests.proof.counts import Line, keep
@@ -40,19 +43,15 @@ from tests.proof.mutations import Mutant, mutants_of
 _ROOT = Path(__file__).resolve().parents[2]
 _ENGINE = _ROOT / "engine" / "pipeload"
 _EXPLAINED = Path(__file__).with_name("mutants.md")
-_PATIENCE_S = 6
+_PATIENCE_S = 15
 """How long a wait in a test of a mutant may take."""
-_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 30.0, 5.0
-_CONTROL_EVERY = 20
+_LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 60.0, 5.0
+_CONTROL_EVERY, _TOLD_EVERY = 20, 50
 
 TESTS = {
     "pipeline/reservations.py": ["pipeline/test_reservations.py"],
     "pipeline/exchange.py": ["pipeline/test_exchange*.py"],
-    "planning/planner.py": [
-        "planning/test_planner.py",
-        "planning/test_shared_weights.py",
-        "planning/test_fewer_sessions.py",
-    ],
+    "planning/planner.py": ["planning/test_planner_figures.py"],
 }
 """Module -> the tests that state its rules, below tests/engine."""
 
@@ -69,50 +68,79 @@ def main() -> None:
     """Try the mutants of the named modules, print the survivors, and keep the counts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(TESTS)}")
+    parser.add_argument("--again", action="store_true", help="leave out the mutants that earlier runs have killed")
     parser.add_argument("--keep", action="store_true", help="keep the counts in docs/reliability.md")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N")
-    parser.add_argument("--line", type=int, metavar="N", help="only the mutants of this line")
     parser.add_argument("--with", type=Path, metavar="FILE", help="run the tests with this text in the module's place")
     arguments = parser.parse_args()
     if unknown := set(arguments.modules) - TESTS.keys():
         parser.error(f"has no tests for {', '.join(sorted(unknown))}: choose from {', '.join(TESTS)}")
-    if arguments.keep and (arguments.modules or arguments.line):
+    if arguments.keep and arguments.modules:
         parser.error("--keep is for all mutants of all modules")
     modules, mutated = arguments.modules or list(TESTS), vars(arguments)["with"]
     if mutated is not None:
         sys.exit(_run_with(modules[0], mutated.read_text()))
-    begin_s, lines = time.perf_counter(), []
+    lines, seconds = [], 0.0
     for module in modules:
-        lines.append(_try_module(module, arguments.workers, arguments.line))
+        records = _Records(module, again=arguments.again)
+        lines.append(_try_module(module, records, arguments.workers))
+        seconds += records.seconds
     if arguments.keep:
-        keep("mutants", "make mutants", time.perf_counter() - begin_s, lines)
+        keep("mutants", "make mutants", seconds, lines)
     if any(line.failures for line in lines):
         sys.exit(
             f"{_EXPLAINED.relative_to(_ROOT)} does not explain all survivors: state the rules they break in tests."
         )
 
 
-def _try_module(module: str, workers: int, only: int | None) -> Line:
+class _Records:
+    """Outcomes of a module's mutants, kept in build/mutants from one run to the next, and how long they took."""
+
+    def __init__(self, module: str, *, again: bool) -> None:
+        self._path = _ROOT / "build" / "mutants" / f"{_name(module)}.json"
+        self.seconds, self.outcomes = 0.0, {}
+        if again and self._path.exists():
+            self.seconds, self.outcomes = msgspec.json.decode(
+                self._path.read_bytes(), type=tuple[float, dict[str, Outcome]]
+            )
+
+    def outcome(self, mutant: Mutant) -> Outcome:
+        """That of an earlier run; SURVIVED of one that was not tried."""
+        return self.outcomes.get(_key(mutant), Outcome.SURVIVED)
+
+    def add(self, mutant: Mutant, outcome: Outcome, seconds: float) -> None:
+        self.outcomes[_key(mutant)] = outcome
+        self.seconds += seconds
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_bytes(msgspec.json.encode((self.seconds, self.outcomes)))
+
+
+def _key(mutant: Mutant) -> str:
+    return hashlib.sha256(mutant.source.encode()).hexdigest()
+
+
+def _try_module(module: str, records: _Records, workers: int) -> Line:
     source = (_ENGINE / module).read_text()
-    mutants = [mutant for mutant in mutants_of(source) if only in (None, mutant.line)]
-    print(f"{module}: {len(mutants)} mutants", flush=True)
-    trial = _Trial(module, source, mutants, workers)
-    code = _run_pytest(module, [trial])
-    if code != pytest.ExitCode.OK or len(trial.outcomes) < len(mutants):
-        sys.exit(f"The tests of {module} do not run without a mutant.")
+    mutants = mutants_of(source)
+    left = [mutant for mutant in mutants if records.outcome(mutant) is Outcome.SURVIVED]
+    print(f"{module}: {len(mutants)} mutants, {len(left)} of them to try", flush=True)
+    if left:
+        trial = _Trial(module, source, left, records, workers)
+        if _run_pytest(module, [trial]) != pytest.ExitCode.OK or not trial.ended:
+            sys.exit(f"The tests of {module} do not run without a mutant.")
     explained, unexplained = _explained(module), 0
-    for mutant, outcome in zip(mutants, trial.outcomes, strict=True):
-        if outcome is Outcome.SURVIVED:
+    for mutant in mutants:
+        if records.outcome(mutant) is Outcome.SURVIVED:
             known = (mutant.before, mutant.after) in explained
             unexplained += not known
             print(f"  {'explained' if known else 'SURVIVED'} {module}:{mutant.line}")
             print(f"    `{mutant.before}` -> `{mutant.after}`")
-    counts = Counter(trial.outcomes)
+    counts = Counter(map(records.outcome, mutants))
     killed, survived, timed_out = (counts[kind] for kind in (Outcome.KILLED, Outcome.SURVIVED, Outcome.TIMED_OUT))
     print(f"{module}: {killed} killed, {timed_out} timed out, {survived} survived, {unexplained} of them not explained")
     return Line(
         fault=f"one fault in `{module}`",
-        outcome=f"{killed:,} make a test fail, {timed_out:,} make one hang",
+        outcome=f"{killed:,} make a test fail, {timed_out:,} make the tests hang",
         recovered=f"{survived - unexplained:,} survive and are explained",
         runs=len(mutants),
         failures=unexplained,
@@ -122,12 +150,13 @@ def _try_module(module: str, workers: int, only: int | None) -> Line:
 class _Trial:
     """A plugin of pytest: runs the collected tests once for each mutant, in forks, and once without."""
 
-    def __init__(self, module: str, source: str, mutants: Sequence[Mutant], workers: int) -> None:
-        self.outcomes: list[Outcome] = []
+    def __init__(self, module: str, source: str, mutants: Sequence[Mutant], records: _Records, workers: int) -> None:
+        self.ended = False
         self._module, self._source, self._mutants, self._workers = module, source, mutants, workers
+        self._records = records
         self._running: dict[int, tuple[int | None, float]] = {}
-        self._found: dict[int, Outcome] = {}
-        self._timeout_s = 600.0
+        self._tried, self._alive = 0, list[Mutant]()
+        self._timeout_s, self._told_s = 600.0, time.perf_counter()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -142,10 +171,9 @@ class _Trial:
                 self._start(session, None)
             self._start(session, number)
         self._collect(0)
-        for number, mutant in enumerate(self._mutants):
-            if self._found[number] is Outcome.SURVIVED:
-                self._found[number] = self._confirm(mutant)
-        self.outcomes = [self._found[number] for number in range(len(self._mutants))]
+        for mutant in self._alive:
+            self._record(mutant, Outcome.SURVIVED if mutant.inside else self._confirm(mutant))
+        self.ended = True
         return True
 
     def _start(self, session: pytest.Session, number: int | None) -> None:
@@ -185,9 +213,20 @@ class _Trial:
                     outcome = Outcome.TIMED_OUT
                 del self._running[child]
                 if number is not None:
-                    self._found[number] = outcome
+                    self._tried += 1
+                    if outcome is Outcome.SURVIVED:
+                        self._alive.append(self._mutants[number])
+                    else:
+                        self._record(self._mutants[number], outcome)
+                    if self._tried % _TOLD_EVERY == 0:
+                        print(f"  {self._tried} of {len(self._mutants)} tried, {len(self._alive)} alive", flush=True)
                 elif outcome is not Outcome.SURVIVED:
                     pytest.exit("The tests fail without a mutant.", returncode=1)
+
+    def _record(self, mutant: Mutant, outcome: Outcome) -> None:
+        now_s = time.perf_counter()
+        self._records.add(mutant, outcome, now_s - self._told_s)
+        self._told_s = now_s
 
     def _confirm(self, mutant: Mutant) -> Outcome:
         with tempfile.NamedTemporaryFile("w", suffix=".py") as file:

@@ -130,12 +130,14 @@ class Mutant:
         line: where it differs.
         before: the lines that differ, without their indentation, joined by spaces.
         after: what they have become.
+        inside: the fault is in the body of a function.
     """
 
     source: str
     line: int
     before: str
     after: str
+    inside: bool
 
 
 def mutants_of(source: str) -> list[Mutant]:
@@ -152,8 +154,8 @@ def mutants_of(source: str) -> list[Mutant]:
     return sorted((_mutant(source, mutated) for mutated in found.values()), key=lambda one: (one.line, one.after))
 
 
-def _run_part(source: str) -> str | None:
-    """The syntax tree without annotations; None where it is no Python."""
+def _run_part(source: str, *, bodies: bool = True) -> str | None:
+    """The syntax tree without annotations, and perhaps without the bodies of functions; None where it is no Python."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -163,6 +165,7 @@ def _run_part(source: str) -> str | None:
             node.annotation = None
         elif isinstance(node, ast.FunctionDef):
             node.returns = None
+            node.body = node.body if bodies else []
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
     return ast.dump(tree)
@@ -174,4 +177,5 @@ def _mutant(source: str, mutated: str) -> Mutant:
     changes = [code for code in matcher.get_opcodes() if code[0] != "equal"]
     before = [line.strip() for _, begin, end, _, _ in changes for line in old[begin:end]]
     after = [line.strip() for _, _, _, begin, end in changes for line in new[begin:end]]
-    return Mutant(source=mutated, line=changes[0][1] + 1, before=" ".join(before), after=" ".join(after))
+    inside = _run_part(source, bodies=False) == _run_part(mutated, bodies=False)
+    return Mutant(source=mutated, line=changes[0][1] + 1, before=" ".join(before), after=" ".join(after), inside=inside)

@@ -40,5 +40,4 @@ class _OpenPipelines:
 
 
 OPEN_PIPELINES = _OpenPipelines()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=OPEN_PIPELINES.forget)
+os.register_at_fork(after_in_child=OPEN_PIPELINES.forget)

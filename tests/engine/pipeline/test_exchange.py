@@ -15,6 +15,7 @@ from tests.engine.pipeline.exchanges import (
     shard_at,
     started,
     tell,
+    wait_waiting,
 )
 
 from pipeload.pipeline.exchange import Exchange
@@ -83,8 +84,10 @@ def test_no_more_loaders_work_than_were_asked_for() -> None:
     exchange = Exchange()
     exchange.start((False, False, False), 2)
     first, second = draw(exchange), draw(exchange)
-    waiting = Background(exchange.next_task)
+    # Looked at before another agent asks: it would draw the last shard, and none would be left.
     assert holds_back(exchange)
+    waiting = Background(exchange.next_task)
+    wait_waiting(exchange, 1)
     tell(exchange, Loaded(task=second, shard=shard_at(second.index)))
     assert waiting.end().index == 2
     tell(exchange, Loaded(task=first, shard=shard_at(first.index)))

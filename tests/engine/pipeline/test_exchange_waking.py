@@ -61,15 +61,13 @@ def test_a_reset_wakes_the_daemon_for_what_was_ready() -> None:
     exchange = started(True, False)
     run_one(exchange, 0)
     load_one(exchange)
-    task = draw(exchange)
+    exchange.signal_memory(short=True)
     loader = Background(exchange.next_task)
     wait_waiting(exchange, 1)
     daemon = Background(exchange.next_retired)
     wait_waiting(exchange, 2)
-    resetting = Background(exchange.reset, nothing)
-    wait_waiting(exchange, 3)
-    exchange.deliver(task, None)
-    resetting.end()
+    # Both have looked, and wait again, before what is ready is handed over.
+    exchange.reset(lambda: wait_waiting(exchange, 2))
     assert daemon.end().index == 1
     _end(exchange, loader)
 
@@ -234,6 +232,22 @@ def test_inference_that_takes_another_shard_than_the_next_is_a_fault() -> None:
     load_one(exchange)
     with pytest.raises(AssertionError, match="the same order"):
         exchange.take(1, call_of())
+    exchange.take(0, call_of())
+    load_one(exchange)
+    with pytest.raises(AssertionError, match="the same order"):
+        exchange.take(0, call_of())
+
+
+def test_one_agent_more_than_the_plan_has_may_work_while_one_packs() -> None:
+    exchange = Exchange()
+    exchange.start((True, False, False), 2)
+    for index in range(3):
+        run_one(exchange, index)
+    exchange.residents.pack([0])
+    assert draw(exchange).packing
+    assert [draw(exchange).index, holds_back(exchange)] == [1, False]
+    draw(exchange)
+    assert holds_back(exchange)
 
 
 def test_packing_waits_for_a_start_and_has_no_ticket() -> None:

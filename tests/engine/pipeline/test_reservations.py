@@ -128,6 +128,18 @@ def test_cancelling_wakes_everybody() -> None:
     assert budget.reserve(100, 6, _never)
 
 
+def test_a_cancelled_reservation_is_woken_also_where_one_that_goes_on_has_waited_longer() -> None:
+    budget = Reservations(100)
+    budget.reserve(100, 0, _never)
+    goes_on, _ = _waiting(budget, 10, 2)
+    ends, cancelled = _waiting(budget, 10, 1)
+    cancelled.cancel = True
+    budget.wake()
+    assert ends.end() is False
+    budget.release(100)
+    assert goes_on.end() is True
+
+
 def test_a_reservation_that_is_cancelled_already_takes_nothing() -> None:
     budget = Reservations(100)
     assert not budget.reserve(10, 0, lambda: True)

@@ -17,6 +17,7 @@ from pipeload.planning.planner import (
     LEAST_RUNTIME_BYTES,
     MOST_RUNTIME_BYTES,
     Plan,
+    budget_for_latency,
     forecast,
     make_plan,
     predict,
@@ -297,3 +298,42 @@ def test_the_smallest_budget_is_that_of_the_fewest_threads() -> None:
         make_plan(manifest, profile, budget_bytes=1, needs=Needs())
     exact = 68 * MB + int(least_bytes(manifest.shards, 1) / 0.995)
     assert caught.value.needed_bytes == (exact // MB + 2) * MB
+
+
+# The smallest budget for a latency
+
+
+def _reading(read_bytes_per_s: float) -> Profile:
+    """Four shards of 10 MB run for 40 ms together."""
+    return replace(_measured({2: 0.01}), read_bytes_per_s={1: read_bytes_per_s})
+
+
+def test_the_smallest_budget_for_a_latency_is_found_to_a_megabyte() -> None:
+    manifest, profile, needs = manifest_of(*[[10 * MB]] * 4), _reading(1e8), Needs(pass_bytes=2 * MB, cache_bytes=MB)
+    for latency_s in (0.401, 0.301, 0.201, 0.101, 0.041):
+        plan = budget_for_latency(manifest, profile, latency_s, needs=needs, loaders=1)
+        assert plan is not None
+        assert (plan.steady_pass_s or 1.0) <= latency_s
+        assert (plan.loaders, plan.pass_bytes, plan.cache_bytes) == (1, 2 * MB, MB)
+        less = plan.budget_bytes - MB
+        try:
+            slower = make_plan(manifest, profile, budget_bytes=less, needs=needs, loaders=1)
+        except BudgetError as error:
+            assert less < error.needed_bytes  # noqa: PT017 - no plan has less
+        else:
+            assert (slower.steady_pass_s or 0.0) > latency_s
+
+
+def test_a_latency_that_every_budget_meets_takes_the_smallest_and_one_that_none_meets_has_none() -> None:
+    manifest, profile = manifest_of(*[[10 * MB]] * 4), _reading(1e8)
+    with pytest.raises(BudgetError) as caught:
+        make_plan(manifest, profile, budget_bytes=1, needs=Needs())
+    plan = budget_for_latency(manifest, profile, 10.0, needs=Needs())
+    assert plan is not None
+    assert plan.budget_bytes == caught.value.needed_bytes
+    fastest_s = make_plan(manifest, profile, budget_bytes=10**9, needs=Needs()).steady_pass_s or 0.0
+    assert fastest_s == pytest.approx(0.04)
+    assert budget_for_latency(manifest, profile, 0.999 * fastest_s, needs=Needs()) is None
+    exact = budget_for_latency(manifest, profile, fastest_s, needs=Needs())
+    assert exact is not None
+    assert exact.streamed_bytes == 0

@@ -15,6 +15,7 @@ from tests.engine.toy import make_toy
 
 from pipeload.errors import ShardError
 from pipeload.format.manifest import FileRecord, Manifest, Shard, read, write
+from pipeload.storage import weights
 from pipeload.storage.digests import FileDigests
 from pipeload.storage.weights import Storage
 
@@ -37,8 +38,12 @@ def test_digests_are_those_of_the_parts_however_the_bytes_come(ranges: list[tupl
 
 
 @pytest.fixture
-def apart(tmp_path: Path) -> Path:
-    """A toy whose weights files have digests without the shards' ranges; slices of the table are its head."""
+def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toy whose weights files have digests without the shards' ranges; slices of the table are its head.
+
+    Its files are as if just written, however long a test takes: the table of an older one is checked by the slices.
+    """
+    monkeypatch.setattr(weights, "is_fresh", lambda _: True)
     directory = make_toy(tmp_path / "model", decoder=True)
     manifest = read(directory)
     files = [
