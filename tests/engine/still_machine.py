@@ -20,6 +20,7 @@ import pytest
 
 import pipeload.opening
 from pipeload.machine.hardware import cores
+from pipeload.machine.heap import is_scattered
 from pipeload.machine.memory import FreeMemory, rss_bytes, warm_rss_bytes
 from pipeload.planning.profile import Profile
 from pipeload.planning.replanner import Replanner
@@ -53,6 +54,7 @@ def stand_still(patch: pytest.MonkeyPatch, *, memory: bool = True, times: bool =
         patch.setattr(Replanner, "correct", lambda *_, **__: None)
         _replace(patch, cores, lambda: CORES)
         _replace(patch, FreeMemory, lambda: lambda: FREE_BYTES)
+        _replace(patch, is_scattered, lambda: False)
     if times:
         patch.setattr(pipeload.opening, "Replanner", _UnlearningReplanner)
         patch.setattr(loop, "DraftLength", _SteadyDraftLength)

@@ -13,6 +13,10 @@ from tests.engine.harness import EMULATED, run_python
 
 from pipeload.machine import heap
 
+needs_glibc = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc"
+)
+
 
 def test_limiting_the_heap_is_harmless_where_the_c_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: Any) -> None:
@@ -56,7 +60,52 @@ def test_the_c_librarys_own_allocator_is_no_foreign_one() -> None:
     assert heap.foreign_allocator() is None
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
+_THREADS = """
+import threading
+from pipeload.machine import heap
+
+def start(count):
+    barrier = threading.Barrier(count)
+    def work():
+        barrier.wait()
+        return [bytearray(2000) for _ in range(100)]
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+@needs_glibc
+@pytest.mark.parametrize("early", [True, False])
+def test_threads_share_one_arena_where_it_was_asked_for_before_they_began(early: bool) -> None:
+    """Where it was not, the heap knows that it is scattered, and that no more arenas come."""
+    before = "heap.one_arena()" if early else ""
+    program = f"{_THREADS}{before}\nstart(4)\nheap.limit_heap()\nhad = heap._arenas()\nstart(8)\n"
+    had, has, scattered = run_python(f"{program}print(had, heap._arenas(), heap.is_scattered())").stdout.split()
+    assert (had == has == "1") if early else (had == has and int(had) > 1)
+    assert scattered == str(not early)
+
+
+@needs_glibc
+def test_commands_have_one_arena() -> None:
+    program = """
+import sys
+from pipeload.__main__ import main
+sys.argv = ["pipeload", "--version"]
+try:
+    main()
+except SystemExit:
+    pass
+start(4)
+heap.limit_heap()
+print(heap._arenas())
+"""
+    assert run_python(_THREADS + program).stdout.split()[-1] == "1"
+
+
+@needs_glibc
 @pytest.mark.skipif(EMULATED, reason="the compiler is that of the host")
 def test_a_preloaded_allocator_is_refused(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps freed memory by rules of its own: no budget can be kept."""

@@ -327,6 +327,26 @@ def test_the_heap_is_given_back_unless_all_of_a_session_may_miss_its_holes(
             assert trimmed is None or bool(trims) == trimmed
 
 
+def test_the_heap_is_given_back_unless_every_agent_may_miss_the_holes_of_other_arenas(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that were there before the model have made arenas, and agents share these: memory freed in one is lost to
+    agents that use another one.
+    """
+    trims: list[str] = []
+    with rigged(small, loaders=3, buffers=3, sessions=2) as rig:
+        memory, block = rig.pipeline._memory, rig.manifest.shards[1]
+        monkeypatch.setattr(weights_memory, "is_scattered", lambda: True)
+        monkeypatch.setattr(weights_memory, "trim", lambda: trims.append("trim"))
+        # One misses what reading has split, two what lies in other arenas.
+        most = memory.plan.peak_bytes - 3 * second_copy_bytes(block) - 3 * session_bytes(block, 1)
+        for rss, trimmed in ((0, None), (most, False), (most + 1, True)):
+            monkeypatch.setattr(weights_memory, "rss_bytes", lambda rss=rss: rss)
+            trims.clear()
+            memory.fit_heap(block, streamed=True)
+            assert trimmed is None or bool(trims) == trimmed
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_calls_failures_and_plans_in_any_order(small: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Callers, plans that change, reads and sessions that fail, calls that are withdrawn, and at last a close."""
