@@ -36,5 +36,6 @@ def _openings() -> Iterator[str]:
 
 
 def test_no_other_module_opens_a_file_to_read() -> None:
-    found = [line for line in _openings() if "PIL.Image.open(" not in line]
+    # Pillow gets bytes, and the files of a model are opened by `machine/files`.
+    found = [line for line in _openings() if "PIL.Image.open(" not in line and "self._files.open(" not in line]
     assert found == []

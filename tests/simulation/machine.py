@@ -152,6 +152,12 @@ class Machine:
         self.open_files[self._next] = name
         return self._next
 
+    def open_folder(self, path: Path) -> int:
+        """It is in the kernel's memory: no disk is asked."""
+        self._next += 1
+        self.open_files[self._next] = str(path.relative_to(DIRECTORY))
+        return self._next
+
     def close(self, descriptor: int) -> None:
         del self.open_files[descriptor]
 
@@ -206,8 +212,10 @@ class SimulatedOs:
         # Constants, and functions of names and messages.
         return getattr(os, name)
 
-    def open(self, path: Path, flags: int) -> int:
-        return self._machine().open(path)
+    def open(self, path: Path | str, flags: int, *, dir_fd: int | None = None) -> int:
+        machine = self._machine()
+        whole = Path(path) if dir_fd is None else DIRECTORY / machine.open_files[dir_fd] / path
+        return machine.open_folder(whole) if flags & os.O_DIRECTORY else machine.open(whole)
 
     def close(self, descriptor: int) -> None:
         self._machine().close(descriptor)

@@ -141,7 +141,7 @@ PLANTED = {
         name="_wait_freed",
         stand_in=_wait_freed,
         changes=_closed_early,
-        found_by=2,
+        found_by=5,
     ),
     "leak": Planted(
         fault="bytes are released after a step that may raise",
@@ -149,6 +149,6 @@ PLANTED = {
         name="free",
         stand_in=_free,
         changes=_failing(arena=0.3),
-        found_by=148,
+        found_by=18,
     ),
 }

@@ -165,11 +165,13 @@ class _Thread:
         scheduler = RUNNING.scheduler
         self._scheduler = scheduler
         self.name = name
+        self.ident: int | None = None
         self.simulated = SimulatedThread(scheduler, lambda: target(*args), name)
         self.simulated.handle = self  # type: ignore[attr-defined]
 
     def start(self) -> None:
         RUNNING.may_start()
+        self.ident = id(self)
         self.simulated.begin()
         self._scheduler.step(f"start {self.name}")
 

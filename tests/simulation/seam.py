@@ -28,6 +28,7 @@ import pipeload.pipeline.open_pipelines
 import pipeload.pipeline.pipeline  # noqa: F401 - with all that it needs
 from pipeload.machine.heap import limit_heap, trim
 from pipeload.machine.memory import peak_rss_bytes, rss_bytes
+from pipeload.machine.threads import start
 from pipeload.pipeline.room import Room
 from pipeload.pipeline.session import ShardSession, shrink_arena
 from pipeload.planning import planner
@@ -62,6 +63,7 @@ REPLACED: dict[str, tuple[Any, Callable[[str], Any]]] = {
     "peak_rss_bytes": (peak_rss_bytes, lambda _: lambda: _current().peak_rss_bytes()),
     "trim": (trim, lambda _: _nothing),
     "limit_heap": (limit_heap, lambda _: _nothing),
+    "start": (start, lambda _: lambda thread: thread.start()),
 }
 """Name -> what a module has imported, and module -> what it gets instead."""
 _SYSTEM: dict[str, dict[str, tuple[ModuleType, Any]]] = {

@@ -83,7 +83,7 @@ class Port:
             self._pause(_FULL_PAUSE_S)
             return
         try:
-            if not _has_descriptor():
+            if not _has_descriptor(self.listening):
                 self._pause(_PAUSE_S)
                 return
             accepted, _ = self.listening.accept()
@@ -128,7 +128,7 @@ class Port:
             task.exception()
 
 
-def _has_descriptor() -> bool:
+def _has_descriptor(listening: socket.socket) -> bool:
     """Whether one more connection leaves the descriptors that answers need.
 
     Raises:
@@ -138,7 +138,7 @@ def _has_descriptor() -> bool:
     if most == resource.RLIM_INFINITY:
         return True
     # The system gives the lowest number that is free.
-    lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    lowest = os.dup(listening.fileno())
     os.close(lowest)
     return lowest < most - min(_KEPT_DESCRIPTORS, most // 2)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import shutil
 from collections.abc import Callable
@@ -100,7 +101,8 @@ def test_memory_that_the_system_refuses_is_named_and_the_next_call_works(
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     with monkeypatch.context() as patch:
-        patch.setattr(buffers.mmap, "mmap", refuse)
+        # Of buffers alone: threads need memory, too.
+        patch.setattr(buffers, "mmap", SimpleNamespace(**{**vars(mmap), "mmap": refuse}))
         with load(toy, smallest_budget(toy)) as model:
             with pytest.raises(pipeload.LoadError, match=r"no memory for a buffer of \d+ bytes"):
                 model.run(toys.inputs())

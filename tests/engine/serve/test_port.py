@@ -6,6 +6,7 @@ import asyncio
 import os
 import resource
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -139,6 +140,7 @@ def test_connections_leave_the_descriptors_that_answers_need(monkeypatch: pytest
 
     async def main() -> None:
         process = _Process()
+        has_descriptor = partial(ports._has_descriptor, process.port.listening)
         lowest = os.dup(0)
         os.close(lowest)
         # Half of the descriptors are kept. Clients' ends are in this process, too: a connection takes two numbers.
@@ -147,7 +149,7 @@ def test_connections_leave_the_descriptors_that_answers_need(monkeypatch: pytest
         clients = []
         for _ in range(6):
             clients.append(await asyncio.open_connection(*process.port.listening.getsockname()))
-            await process.until(lambda: len(process.state.connections) == len(clients) or not ports._has_descriptor())
+            await process.until(lambda: len(process.state.connections) == len(clients) or not has_descriptor())
         assert 0 < len(process.state.connections) < len(clients)
         most[0] += 100
         await process.until(lambda: len(process.state.connections) == len(clients))
