@@ -26,7 +26,7 @@ from rich.console import Console
 import pipeload
 from benchmarks.models import ROOT
 from benchmarks.serving.programs.clients import Order, Seen, Told
-from benchmarks.serving.servers import CONTENDERS, Limits, Models, Server, run_server
+from benchmarks.serving.servers import CONTENDERS, EMBEDDER, Limits, Models, Server, run_server
 from benchmarks.serving.workload import ANSWER_TOKENS, PARTS, QUESTIONS, TEXTS, Kind, chat_body
 from benchmarks.study import markdown_table
 from pipeload.bench.launch import child_environment
@@ -137,7 +137,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """Right answers: server -> question -> text; vectors of all texts."""
+    """Right answers of a part: server -> question -> text; vectors of all texts."""
 
     answers: Mapping[str, dict[int, str]]
     vectors: tuple[tuple[float, ...], ...]
@@ -170,12 +170,13 @@ def compare(
     turns = ROUNDS * len(clients) * sum(len(CONTENDERS[case.part]) for case in cases)
     turn_s = 60 * minutes / turns
     with tempfile.TemporaryDirectory(prefix="pipeload-serving-") as folder:
-        models = Models.prepared(environments, Path(folder), disk_bytes_per_s, console)
-        expected = _expected({case.part for case in cases}, models)
+        parts = {case.part for case in cases}
+        models = Models.prepared(parts, environments, Path(folder), disk_bytes_per_s, console)
+        expected = {part: _expected(part, models) for part in sorted(parts)}
         records: list[Record] = []
         for case in cases:
             console.print(f"{case.part} in {format_bytes(case.cap_bytes)}", highlight=False)
-            records += _run(case, models, expected, clients, turn_s, grace_s, disk_bytes_per_s, console)
+            records += _run(case, models, expected[case.part], clients, turn_s, grace_s, disk_bytes_per_s, console)
     return Report(
         machine=machine_facts(),
         disk_bytes_per_s=disk_bytes_per_s,
@@ -230,20 +231,20 @@ def _rate(record: Record) -> str:
     return f"{record.requests_per_s:.2f}" if record.count else f"no: {(record.message or '').partition(':')[0]}"
 
 
-def _expected(parts: set[str], models: Models) -> _Expected:
+def _expected(part: str, models: Models) -> _Expected:
     """Each server's own greedy answers, and the vectors of pipeload's library, without a cap and without load."""
-    kinds = {kind for part in parts for kind in PARTS[part]}
     answers: dict[str, dict[int, str]] = {}
     vectors: tuple[tuple[float, ...], ...] = ()
     free = Limits(cap_bytes=None, disk_bytes_per_s=None)
-    if "chat" in kinds:
-        for name in CONTENDERS["chat"] if "chat" in parts else ("pipeload",):
-            with run_server(name, "chat", models, free) as server:
+    if "chat" in PARTS[part]:
+        for name in CONTENDERS[part]:
+            with run_server(name, part, models, free) as server:
                 if server.failure:
                     raise RunError(f"{name} does not run without a cap: {server.failure}")
                 answers[name] = {index: _answer(server.address, index) for index in range(len(QUESTIONS))}
-    if "embeddings" in kinds:
-        with pipeload.load(models.embedder, "4GB") as model:
+    if "embeddings" in PARTS[part]:
+        directory = next(one.shards for one in models.of(part) if one.name == EMBEDDER)
+        with pipeload.load(directory, "4GB") as model:
             vectors = tuple(tuple(map(float, vector)) for vector in model.embed(list(TEXTS)))
     return _Expected(answers, vectors)
 

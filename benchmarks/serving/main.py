@@ -43,8 +43,8 @@ def load(
     clients: Annotated[str, typer.Option(metavar="NUMBERS", help="Clients, with commas.")] = "1,8,32",
     caps: Annotated[
         str, typer.Option(metavar="PART:SIZE", help="Loads and memory limits, with commas.")
-    ] = "chat:200MB,chat:400MB,embeddings:180MB,embeddings:400MB,mixed:320MB,mixed:700MB",
-    grace: Annotated[float, typer.Option(metavar="SECONDS", help="Time of answers after a turn's end.")] = 10,
+    ] = "chat-fp32:250MB,chat-fp32:350MB,chat:400MB,embeddings:180MB,embeddings-large:500MB,mixed:320MB",
+    grace: Annotated[float, typer.Option(metavar="SECONDS", help="Time of answers after a turn's end.")] = 30,
     disk: Annotated[
         str, typer.Option(metavar="RATE", help="Throttle of the disk, such as 400MB/s, or none.")
     ] = "400MB/s",

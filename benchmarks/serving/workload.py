@@ -13,7 +13,9 @@ Kind = Literal["chat", "embeddings"]
 
 PARTS: dict[str, tuple[Kind, ...]] = {
     "chat": ("chat",),
+    "chat-fp32": ("chat",),
     "embeddings": ("embeddings",),
+    "embeddings-large": ("embeddings",),
     "mixed": ("chat", "embeddings"),
 }
 """Name of a part -> kinds of requests, which come equally often."""
