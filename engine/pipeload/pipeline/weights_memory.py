@@ -138,15 +138,18 @@ class WeightsMemory:
             if shard.packed and not shard.pooled:
                 # Small copies lie in the heap, which would keep them. Those of streamed shards stay for the next one.
                 trim()
-            buffer, shard.buffer = shard.buffer, None
-            if buffer is not None:
-                if shard.pooled:
-                    self._pool.give(buffer)
-                elif shard.shared is None:
-                    buffer.close()
-                elif (left_bytes := self.shared.leave(shard.shared)) is not None:
-                    freed_bytes += left_bytes
-                    buffer.close()
+            if (buffer := shard.buffer) is not None:
+                try:
+                    if shard.pooled:
+                        self._pool.give(buffer)
+                    elif shard.shared is None:
+                        buffer.close()
+                    elif (left_bytes := self.shared.leave(shard.shared)) is not None:
+                        freed_bytes += left_bytes
+                        buffer.close()
+                finally:
+                    # Not before: the next packing waits for this.
+                    shard.buffer = None
             if self._is_short():
                 signal_memory(True)
                 try:
