@@ -1,7 +1,7 @@
 """Whichever event fails, the caller gets one true error, the next call works, and nothing is lost.
 
-The ordinary tests try the first, the middle and the last event of each kind of two operations; the surveys points
-between these, of all.
+The ordinary tests plant faults, which have to be found. The surveys try the first, the middle and the last event of
+each kind, and points between these.
 `python -m tests.faults` tries all.
 """
 
@@ -63,7 +63,7 @@ def _try(name: str, models: Path, most: int) -> int:
     return tried
 
 
-@pytest.mark.parametrize("name", _QUICK)
+@pytest.mark.parametrize("name", [*map(survey, _QUICK)])
 def test_the_first_the_middle_and_the_last_event_of_each_kind(models: Path, name: str) -> None:
     assert _try(name, models, 3) > 2 * len(KINDS)
 
