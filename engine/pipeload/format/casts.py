@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pipeload.errors import ShardError
 from pipeload.format.dtypes import ONNX_DTYPES, WIDE
-from pipeload.format.graphs import location_of
+from pipeload.format.graphs import location_of, no_graph
 from pipeload.format.manifest import Shard, WeightSpec
 from pipeload.format.protobuf import encoded, fields, spans, text
 
@@ -51,7 +51,7 @@ def without_casts(shard: Shard, data: bytes) -> bytes | None:
                 model += whole
     except (ValueError, IndexError) as error:
         # Names of nodes, which no other check reads.
-        raise ShardError(f"'{shard.graph.path}' is no ONNX graph: {error}. Copy or export the model again.") from error
+        raise no_graph(shard, error) from error
     if missing := casts.keys() - done:
         raise ShardError(
             f"'{shard.graph.path}' is not the graph that the manifest describes: it does not cast "
