@@ -88,7 +88,7 @@ class DecodeState:
         return sum(to_array(value).nbytes for value in [*self.caches.values()])
 
     @property
-    def granted(self) -> tuple[int, int]:
+    def _granted(self) -> tuple[int, int]:
         """Sequences and tokens that the caches have memory for, or get in the sweep that runs or has just ended."""
         if (coming := self._coming) is not None and coming[0].begun:
             return coming[1].batch, coming[1].capacity
@@ -303,7 +303,7 @@ class Decoding:
         """Memory of the caches of all open states, with those of one state as they will be after its next step."""
         with self._lock:
             # Tokens that other states expect are not counted yet.
-            sizes = [one.granted for one in self._states if one is not state]
+            sizes = [one._granted for one in self._states if one is not state]
         if step:
             sizes.append((step.batch, step.capacity))
         return sum(self.full_cache_bytes(*size) for size in sizes)
