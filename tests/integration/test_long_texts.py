@@ -38,6 +38,8 @@ async def main():
             answer = await client.post(path, body)
             error = answer.json()["error"] if answer.status != 200 else {}
             print(json.dumps({"status": answer.status, "error": error, "peak_bytes": peak_rss_bytes()}))
+        crowd = await asyncio.gather(*(client.post(*make(words)) for make in (embeddings, tokens) for _ in range(8)))
+        print(json.dumps({"status": [answer.status for answer in crowd], "peak_bytes": peak_rss_bytes()}))
 
 asyncio.run(main())
 """
@@ -65,6 +67,7 @@ def test_long_texts_keep_to_the_budget_or_are_refused() -> None:
     for one in told[6:9]:
         assert one["error"]["code"] == "memory_budget_exceeded"
         assert "A text of 400000 characters takes up to" in one["error"]["message"]
-    several, beyond, after = told[12:]
+    several, beyond, after, crowd = told[12:]
+    assert crowd["status"] == [200] * 16
     assert (several["status"], beyond["status"], after["status"]) == (200, 400, 200)
     assert beyond["error"]["message"].startswith("A text has 1048577 characters, and at most 1048576 are taken.")

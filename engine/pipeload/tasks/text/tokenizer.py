@@ -41,6 +41,9 @@ _MOST_BYTES = 256 << 20
 _CACHED_WORDS = 100
 """The library's own 10,000 last words would take up to 80 MB, and spare a tenth of the time."""
 
+_LONG = threading.Lock()
+"""Held for a text that needs room: those of several texts would not fit together, and only one is read anyway."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
@@ -312,6 +315,7 @@ class Tokenizer:
         with ExitStack() as stack:
             runner = self._runner()
             if runner is not None and most_bytes > FREE_BYTES:
+                stack.enter_context(_LONG)
                 try:
                     stack.enter_context(runner.room_for(most_bytes))
                 except BudgetError as error:

@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,38 @@ def test_room_is_there_while_the_library_reads_and_is_given_back(tmp_path: Path)
     tokenizer.windows("the cat", _LONG, long=1, length=16, overlap=4)
     assert held == [[needed_bytes], [0, needed_bytes], [0, 0, needed_bytes]]
     assert runner.rooms == [0, 0, 0]
+
+
+def test_long_texts_wait_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that has room for each of them refuses none because of another one, of this model or the next."""
+    _, tokenizer = _tokenizer(tmp_path)
+    (tmp_path / "other").mkdir()
+    other_runner, other = _tokenizer(tmp_path / "other")
+    inside, other_has_room = threading.Event(), threading.Event()
+    together: list[bool] = []
+
+    class Waiting:
+        def encode(self, text: str, **options: Any) -> Any:
+            if len(text) > 1000:
+                inside.set()
+                # Its room would come at once.
+                together.append(other_has_room.wait(0.3))
+            return backend.encode(text, **options)
+
+    @contextmanager
+    def room_for(most_bytes: int) -> Iterator[None]:
+        other_has_room.set()
+        yield
+
+    backend, tokenizer._backend = tokenizer._backend, Waiting()
+    monkeypatch.setattr(other_runner, "room_for", room_for)
+    first = threading.Thread(target=tokenizer.encode, args=(_LONG,))
+    first.start()
+    assert inside.wait(PATIENCE_S)
+    assert other.encode(_LONG).ids
+    first.join(PATIENCE_S)
+    assert together == [False]
+    assert other_has_room.is_set()
 
 
 def test_a_text_without_room_is_refused_before_the_library_gets_it(tmp_path: Path) -> None:
