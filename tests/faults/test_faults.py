@@ -56,7 +56,7 @@ def _try(name: str, models: Path, most: int) -> int:
     tried = 0
     for kind in KINDS:
         cell = Cell(operation=name, kind=kind)
-        deque(walk(cell, models, found, some_points(kind, found.counts.get(kind, 0), most)), 0)
+        deque(walk(cell, models, found, some_points(kind, found, most)), 0)
         broken |= cell.failures
         tried += cell.tried
     assert not broken
