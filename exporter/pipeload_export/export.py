@@ -170,11 +170,13 @@ def export(
         verify=verify,
     )
     staging: Staging | None = None
+    keeping: Staging | None = None
     try:
         with boundary("The export failed, and was undone", Path(target), progress) as notify:
             require_modules("onnx")
             staging = Staging(Path(target), MANIFEST_NAME, force=force)
-            keeping = None if keep_onnx is None else Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
+            if keep_onnx is not None:
+                keeping = Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
             staging.check()
             if keeping:
                 keeping.check()
@@ -251,6 +253,8 @@ def export(
         _warn_of_embed(Path(target), manifest, found)
     except KeyboardInterrupt:
         # It may come before the first line of `__exit__`; and too late, when the target is in its place.
+        if keeping:
+            keeping.close()
         if staging is None:
             raise
         staging.close()

@@ -41,8 +41,8 @@ def start(thread: threading.Thread) -> None:
         # Nothing is touched: it takes no memory.
         mmap.mmap(-1, stack + _BEGIN_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE).close()
     except (OSError, MemoryError, ValueError) as error:
-        fact = os.strerror(errno.ENOMEM) if isinstance(error, OSError) else "no memory"
-        raise MemoryError(f"{fact}: the process has no address space left for its stack (ulimit -v)") from error
+        lack = os.strerror(errno.ENOMEM)
+        raise MemoryError(f"{lack}: the process has no address space left for its stack (ulimit -v)") from error
     thread.start()
 
 
