@@ -17,6 +17,15 @@ from pipeload.machine.files import read_file, read_stream
 from pipeload_export.staging import Staging
 
 
+@pytest.fixture(autouse=True)
+def frozen() -> Iterator[None]:
+    """Each try collects garbage, and need not look at all that was there before."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def _descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))  # noqa: PTH208 - iterdir leaves its own one open
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from tests.engine.harness import PATIENCE_S, Background, Gate, agents, run_python
 
-import pipeload
-from pipeload.errors import LoadError
 from pipeload.machine.threads import together
 
 
@@ -53,17 +48,6 @@ def test_the_first_error_is_raised_when_all_have_ended(kind: type[BaseException]
     assert isinstance(error, kind)
     assert error.args == ("one",)
     assert ended == [True]
-
-
-def test_memory_that_lacks_for_a_thread_is_told_as_that(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-
-    monkeypatch.setattr("pipeload.machine.threads.mmap.mmap", refused)
-    with pytest.raises(LoadError, match=r"Cannot allocate memory.*ulimit -a") as found:
-        pipeload.load(toy, "1GB")
-    assert "ulimit -u" not in str(found.value)
-    assert agents() == []
 
 
 def test_no_job_begins_when_a_thread_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
