@@ -169,97 +169,84 @@ def export(
         max_error=max_error,
         verify=verify,
     )
-    staging: Staging | None = None
-    keeping: Staging | None = None
-    try:
-        with boundary("The export failed, and was undone", Path(target), progress) as notify:
-            require_modules("onnx")
-            staging = Staging(Path(target), MANIFEST_NAME, force=force)
-            if keep_onnx is not None:
-                keeping = Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
-            staging.check()
-            if keeping:
-                keeping.check()
-                if staging.overlaps(keeping):
-                    raise ConfigError(f"The target {target} and the folder for the ONNX model {keep_onnx} overlap.")
-            found = find_source(
-                str(source),
-                task=task,
-                revision=revision,
-                opset=opset,
-                trust_remote_code=trust_remote_code,
-                allow_missing=allow_missing,
+    with boundary("The export failed, and was undone", Path(target), progress) as notify:
+        require_modules("onnx")
+        staging = Staging(Path(target), MANIFEST_NAME, force=force)
+        keeping = None if keep_onnx is None else Staging(Path(keep_onnx), _KEPT_ONNX, force=force)
+        staging.check()
+        if keeping:
+            keeping.check()
+            if staging.overlaps(keeping):
+                raise ConfigError(f"The target {target} and the folder for the ONNX model {keep_onnx} overlap.")
+        found = find_source(
+            str(source),
+            task=task,
+            revision=revision,
+            opset=opset,
+            trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing,
+            progress=notify,
+        )
+        gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
+        if max_error is not None and weights == "auto" and not gguf:
+            raise ConfigError(_NO_ERROR)
+        if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
+            options = (whole, weights, kv_cache, repr(how), draft, keep_onnx is None)
+            staging.resume(identity_of({**facts_of(found), "options": options}))
+        with ExitStack() as stack:
+            stack.enter_context(staging)
+            if not isinstance(found, Checkpoint):
+                _check_space(staging, found.nbytes * (_ONNX_DISK_FACTOR + _share(how, draft)), found.nbytes)
+            journal = stack.enter_context(Journal(staging.root))
+            unsplit = (
+                _traced(found, staging, weights, _share(how, draft), notify, keep=keeping is not None)
+                if isinstance(found, Checkpoint)
+                else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
+            )
+            floats, source_graph = runner(unsplit.path, unsplit.weights), unsplit
+            if draft and unsplit.task != _DECODES:
+                raise no_draft(unsplit.task)
+            if gguf:
+                unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
+            built = partial(
+                build,
+                journal=journal,
+                whole=whole,
+                int8_caches=kv_cache == "int8",
+                exact_16_bits=weights != "fp32",
                 progress=notify,
             )
-            gguf = found.request.gguf_path if isinstance(found, Checkpoint) and weights == "auto" else None
-            if max_error is not None and weights == "auto" and not gguf:
-                raise ConfigError(_NO_ERROR)
-            if not (allow_missing or trust_remote_code):  # random numbers, or code, may make other weights each time
-                options = (whole, weights, kv_cache, repr(how), draft, keep_onnx is None)
-                staging.resume(identity_of({**facts_of(found), "options": options}))
-            with ExitStack() as stack:
-                stack.enter_context(staging)
-                if not isinstance(found, Checkpoint):
-                    _check_space(staging, found.nbytes * (_ONNX_DISK_FACTOR + _share(how, draft)), found.nbytes)
-                journal = stack.enter_context(Journal(staging.root))
-                unsplit = (
-                    _traced(found, staging, weights, _share(how, draft), notify, keep=keeping is not None)
-                    if isinstance(found, Checkpoint)
-                    else resolve_beside(found, staging.work, notify, trust_remote_code=trust_remote_code)
+            split_into = staging.floats if how else staging.result
+            split_into.mkdir(exist_ok=True)
+            manifest = built(unsplit, split_into, verify=verify)
+            if how:
+                manifest = write_rounded(
+                    *(split_into, staging.result, staging.work, how, notify), journal=journal, verify=verify
                 )
-                floats, source_graph = runner(unsplit.path, unsplit.weights), unsplit
-                if draft and unsplit.task != _DECODES:
-                    raise no_draft(unsplit.task)
+            elif verify and manifest.small_weights:
+                manifest = _measured(staging.result, manifest, floats, max_error, notify)
+            if verify and isinstance(found, Checkpoint):
+                parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
+                manifest = replace(manifest, parity=parity)
+                write(manifest, staging.result)
+            elif verify:
+                check_running(staging.result, manifest, notify)
+            if draft:
+                if not manifest.caches:
+                    raise no_draft(f"{manifest.task} without KV caches")
                 if gguf:
-                    unsplit = _with_blocks(unsplit, gguf, staging.work / "blocks", notify)
-                built = partial(
-                    build,
-                    journal=journal,
-                    whole=whole,
-                    int8_caches=kv_cache == "int8",
-                    exact_16_bits=weights != "fp32",
-                    progress=notify,
-                )
-                split_into = staging.floats if how else staging.result
-                split_into.mkdir(exist_ok=True)
-                manifest = built(unsplit, split_into, verify=verify)
-                if how:
-                    manifest = write_rounded(
-                        *(split_into, staging.result, staging.work, how, notify), journal=journal, verify=verify
-                    )
-                elif verify and manifest.small_weights:
-                    manifest = _measured(staging.result, manifest, floats, max_error, notify)
-                if verify and isinstance(found, Checkpoint):
-                    parity = check_parity(staging.result, manifest, found.request, staging.work, notify, _REMEDY)
-                    manifest = replace(manifest, parity=parity)
-                    write(manifest, staging.result)
-                elif verify:
-                    check_running(staging.result, manifest, notify)
-                if draft:
-                    if not manifest.caches:
-                        raise no_draft(f"{manifest.task} without KV caches")
-                    if gguf:
-                        # The model has the file's blocks, and not the floats that they stand for.
-                        split_into = staging.floats
-                        split_into.mkdir()
-                        built(source_graph, split_into, verify=False)
-                    manifest = add_draft(manifest, staging, split_into, draft, notify, journal=journal, verify=verify)
-                journal.close()
-                if keeping:
-                    stack.enter_context(keeping)
-                    _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
-                    keeping.commit()
-                staging.commit()
-        _warn_of_embed(Path(target), manifest, found)
-    except KeyboardInterrupt:
-        # It may come before the first line of `__exit__`; and too late, when the target is in its place.
-        if keeping:
-            keeping.close()
-        if staging is None:
-            raise
-        staging.close()
-        if not staging.committed:
-            raise
+                    # The model has the file's blocks, and not the floats that they stand for.
+                    split_into = staging.floats
+                    split_into.mkdir()
+                    built(source_graph, split_into, verify=False)
+                manifest = add_draft(manifest, staging, split_into, draft, notify, journal=journal, verify=verify)
+            journal.close()
+            if keeping:
+                stack.enter_context(keeping)
+                _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))
+                keeping.commit()
+            staging.commit()
+    _warn_of_embed(Path(target), manifest, found)
     return manifest
 
 

@@ -44,8 +44,8 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 class Staging:
     """A context in which a folder is built that `commit` puts in the target's place.
 
-    Ctrl-C may come before the first line of `__exit__`, and then the `with` ends without it. A caller who goes on calls
-    `close`; else the end of this object does.
+    Ctrl-C may come before the first line of `__exit__`, and then the `with` ends without it. The end of this object
+    does the same.
 
     Args:
         target: the folder to make.
@@ -68,8 +68,6 @@ class Staging:
         # The open lock file, if any; whether this process holds it, under its name.
         self._held: list[int] = []
         self._owned = False
-        # Device and inode of the folder that `commit` moves.
-        self._moved: tuple[int, int] | None = None
         self._pid = os.getpid()
         try:
             # Resolved, so that two spellings meet at one lock and a symbolic link stays where it is.
@@ -145,19 +143,11 @@ class Staging:
                 "not replaced. Name another target, or remove it yourself."
             )
 
-    @property
-    def committed(self) -> bool:
-        """Whether the target is what this context has built."""
-        with suppress(OSError):
-            return self._moved is not None and _identity_of(self._target) == self._moved
-        return False
-
     def commit(self) -> None:
         """Flush the result to the disk, then put it in the target's place."""
         _sync(self.result)
         try:
             self.check()
-            self._moved = _identity_of(self.result)
             if not self._target.exists():
                 self.result.rename(self._target)
             elif not _exchange(self.result, self._target):
@@ -328,11 +318,6 @@ class Staging:
 
 def _is_lock(found: os.stat_result) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
-
-
-def _identity_of(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
 
 
 def _exchange(one: Path, other: Path) -> bool:

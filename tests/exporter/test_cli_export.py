@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -106,24 +105,6 @@ def test_export(run: Run, source: Path, tmp_path: Path) -> None:
     assert ["last_hidden_state", f"{checked.max_abs_error:.2e}", f"{checked.max_rel_error:.2e}", "0.0001"] in [
         line.split() for line in out.splitlines()
     ]
-
-
-@pytest.mark.parametrize("command", ["export", "convert"])
-def test_an_interrupt_is_too_late_once_the_target_is_there(
-    run: Run, source: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    @contextmanager
-    def interrupted() -> Iterator[Callable[..., None]]:
-        yield lambda *_: None
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(f"pipeload.cli.commands.{command}.progress_bars", interrupted)
-    target = tmp_path / "target"
-    given = (source, target) if command == "export" else (exported, target, "--weights", "int8")
-    code, out, err = run(command, *given)
-    assert (code, err) == (0, "")
-    assert str(target) in out
-    assert read(target).shards
 
 
 def test_export_as_json(run: Run, source: Path, tmp_path: Path) -> None:

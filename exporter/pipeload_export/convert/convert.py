@@ -88,34 +88,25 @@ def convert(
     )
     assert how is not None
     source = Path(directory)
-    staging: Staging | None = None
-    try:
-        with boundary("The conversion failed, and was undone", Path(target), progress) as notify:
-            require_modules("onnx")
-            from pipeload_export.convert.rounding import check_floats, check_names  # needs the extra [export]
+    with boundary("The conversion failed, and was undone", Path(target), progress) as notify:
+        require_modules("onnx")
+        from pipeload_export.convert.rounding import check_floats, check_names  # needs the extra [export]
 
-            check_names(check_floats(source), how.kept)
-            staging = Staging(Path(target), MANIFEST_NAME, force=force)
-            staging.check()
-            if source.resolve().is_relative_to(Path(target).expanduser().resolve()):
-                raise ConfigError(
-                    f"The target {target} is the directory {source}, or a folder around it. Name another one."
-                )
-            facts = {"manifest": (source / MANIFEST_NAME).read_bytes(), "how": repr(how)}
-            staging.resume(identity_of(facts))
-            with staging, Journal(staging.root) as journal:
-                manifest = write_rounded(
-                    *(source, staging.result, staging.work, how, notify), journal=journal, verify=verify
-                )
-                journal.close()
-                staging.commit()
-    except KeyboardInterrupt:
-        # It may come before the first line of `__exit__`; and too late, when the target is in its place.
-        if staging is None:
-            raise
-        staging.close()
-        if not staging.committed:
-            raise
+        check_names(check_floats(source), how.kept)
+        staging = Staging(Path(target), MANIFEST_NAME, force=force)
+        staging.check()
+        if source.resolve().is_relative_to(Path(target).expanduser().resolve()):
+            raise ConfigError(
+                f"The target {target} is the directory {source}, or a folder around it. Name another one."
+            )
+        facts = {"manifest": (source / MANIFEST_NAME).read_bytes(), "how": repr(how)}
+        staging.resume(identity_of(facts))
+        with staging, Journal(staging.root) as journal:
+            manifest = write_rounded(
+                *(source, staging.result, staging.work, how, notify), journal=journal, verify=verify
+            )
+            journal.close()
+            staging.commit()
     return manifest
 
 

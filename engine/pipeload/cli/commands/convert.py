@@ -13,7 +13,6 @@ from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import accuracy_report, print_json, print_table, summary
 from pipeload.cli.rounding import Asymmetric, Keep, MaxError, Mixed
 from pipeload.cli.terminal import say
-from pipeload.format.manifest import Manifest
 
 __all__ = ["convert"]
 
@@ -47,31 +46,20 @@ def convert(
 
         pipeload convert gpt gpt-mixed --weights int4 --mixed 0.5%
     """
-    manifest: Manifest | None = None
-    try:
-        with progress_bars() as progress:
-            manifest = pipeload_export.convert(
-                directory,
-                target,
-                weights=weights,
-                block_size=int(block_size),
-                asymmetric=asymmetric,
-                keep=keep or (),
-                mixed=mixed,
-                max_error=max_error,
-                force=force,
-                verify=not no_verify,
-                progress=progress,
-            )
-        _tell(directory, target, manifest, as_json=as_json)
-    except KeyboardInterrupt:
-        if manifest is None:
-            raise
-        # Too late: the target is in its place.
-        _tell(directory, target, manifest, as_json=as_json)
-
-
-def _tell(directory: Path, target: Path, manifest: Manifest, *, as_json: bool) -> None:
+    with progress_bars() as progress:
+        manifest = pipeload_export.convert(
+            directory,
+            target,
+            weights=weights,
+            block_size=int(block_size),
+            asymmetric=asymmetric,
+            keep=keep or (),
+            mixed=mixed,
+            max_error=max_error,
+            force=force,
+            verify=not no_verify,
+            progress=progress,
+        )
     assert manifest.small_weights is not None
     if as_json:
         print_json({"target": str(target), **summary(manifest), "small_weights": manifest.small_weights})

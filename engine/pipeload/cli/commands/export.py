@@ -14,7 +14,6 @@ from pipeload.cli.progress import progress_bars
 from pipeload.cli.report import accuracy_report, differences, parity_report, print_json, print_table, summary
 from pipeload.cli.rounding import Asymmetric, Keep, MaxError, Mixed
 from pipeload.cli.terminal import say
-from pipeload.format.manifest import Manifest
 
 __all__ = ["export"]
 
@@ -90,40 +89,29 @@ def export(
     """
     if verbose:
         show_libraries()
-    manifest: Manifest | None = None
-    try:
-        with progress_bars() as progress:
-            manifest = pipeload_export.export(
-                source,
-                target,
-                task=task,
-                revision=revision,
-                opset=opset,
-                whole=whole,
-                weights=weights,
-                kv_cache=kv_cache,
-                block_size=int(block_size),
-                asymmetric=asymmetric,
-                keep=keep or (),
-                mixed=mixed,
-                draft=draft,
-                max_error=max_error,
-                force=force,
-                trust_remote_code=trust_remote_code,
-                allow_missing=allow_missing,
-                keep_onnx=keep_onnx,
-                verify=not no_verify,
-                progress=progress,
-            )
-        _tell(target, manifest, as_json=as_json)
-    except KeyboardInterrupt:
-        if manifest is None:
-            raise
-        # Too late: the target is in its place.
-        _tell(target, manifest, as_json=as_json)
-
-
-def _tell(target: Path, manifest: Manifest, *, as_json: bool) -> None:
+    with progress_bars() as progress:
+        manifest = pipeload_export.export(
+            source,
+            target,
+            task=task,
+            revision=revision,
+            opset=opset,
+            whole=whole,
+            weights=weights,
+            kv_cache=kv_cache,
+            block_size=int(block_size),
+            asymmetric=asymmetric,
+            keep=keep or (),
+            mixed=mixed,
+            draft=draft,
+            max_error=max_error,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            allow_missing=allow_missing,
+            keep_onnx=keep_onnx,
+            verify=not no_verify,
+            progress=progress,
+        )
     if as_json:
         facts: dict[str, Any] = {"verification": manifest.verification, "parity": manifest.parity}
         facts |= {"small_weights": manifest.small_weights} if manifest.small_weights else {}
