@@ -1,0 +1,46 @@
+"""A scheduler and three nodes of unequal budgets, as processes on loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.engine.cluster.processes import Cluster
+from tests.engine.harness import EMULATED
+from tests.models import made_once
+
+pytest.importorskip("distributed")
+
+MODELS = ("bert", "vit", "gpt2", "llama")
+BUDGETS = {"small": "330MB", "middle": "400MB", "large": "500MB"}
+
+if EMULATED:
+    pytest.skip("subprocesses do not work under qemu", allow_module_level=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker of a test run has the cluster."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A node's directory of models."""
+    folder = tmp_path_factory.mktemp("models")
+    given = os.environ.get("PIPELOAD_TEST_MODELS")
+    source = Path(given) if given else made_once(*MODELS)
+    for name in MODELS:
+        (folder / name).symlink_to(source / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """For tests that end no node."""
+    with Cluster(models, tmp_path_factory.mktemp("cluster")) as made:
+        made.start(BUDGETS)
+        yield made
