@@ -45,8 +45,10 @@ test-requests: $(STAMP)  ## 10,000 malformed requests to a server
 
 fuzz: $(STAMP)  ## strange inputs for every reader of strangers' files, for a minute; FUZZ_ARGS has targets, --seconds, --seed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
+
 test-faults: $(STAMP)  ## every fault in turn: an hour or more; FAULTS_ARGS='run --kind read' tries a part
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
+
 attacks: $(STAMP)  ## attacks on everything that a stranger gives, each refused or held; they are in `make test` too
 	$(BIN)/python -m tests.attacks
 

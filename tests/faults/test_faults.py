@@ -1,6 +1,7 @@
 """Whichever event fails, the caller gets one true error, the next call works, and nothing is lost.
 
-The ordinary tests try the first, the middle and the last event of each kind; the slow ones points between these.
+The ordinary tests plant faults, which have to be found. The surveys try the first, the middle and the last event of
+each kind, and points between these.
 `python -m tests.faults` tries all.
 """
 
@@ -17,7 +18,7 @@ from tests.faults.injector import FAULTS, KINDS, Injector
 from tests.faults.operations import OPERATIONS, prepare
 from tests.faults.trial import attempt
 from tests.faults.walk import Cell, some_points, untouched, walk
-from tests.marks import slow
+from tests.marks import survey
 from tests.shared import folder_of_the_run, made_by_one
 
 from pipeload.pipeline.session import to_array
@@ -62,12 +63,12 @@ def _try(name: str, models: Path, most: int) -> int:
     return tried
 
 
-@pytest.mark.parametrize("name", _QUICK)
+@pytest.mark.parametrize("name", [*map(survey, _QUICK)])
 def test_the_first_the_middle_and_the_last_event_of_each_kind(models: Path, name: str) -> None:
     assert _try(name, models, 3) > 2 * len(KINDS)
 
 
-@pytest.mark.parametrize("name", [*map(slow, OPERATIONS)])
+@pytest.mark.parametrize("name", [*map(survey, OPERATIONS)])
 def test_events_of_each_kind(models: Path, name: str) -> None:
     assert _try(name, models, _FEW_POINTS if OPERATIONS[name].slow else _SLOW_POINTS)
 

@@ -29,6 +29,7 @@ FOUND = {
     494: "an error at the closing of a buffer hid that of the disk",
     4442: "a session that had failed kept its memory while another shard had its reservation",
     1114: "the next shard was packed while the original of the one before had its memory",
+    7290643: "an error of the recovery after a failed batch had an exception of the pipeline's own in its chain",
     724: "a pass was refused that the plan in force has room for",
 }
 """Seeds that have found a fault of the engine, which was mended since -> the fault."""

@@ -7,7 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.system.processes import Worker, run_command
@@ -53,8 +53,14 @@ def _command(name: str, values: tuple[int, ...]) -> Callable[[Path], Finding]:
     return make
 
 
-def _loaded(name: str, values: tuple[int, ...]) -> Callable[[Path], Finding]:
-    """The limit is set in a process whose libraries are there, before it loads a model; then it is lifted."""
+def _loaded(name: str, values: Sequence[int], *, beside: str | None = None) -> Callable[[Path], Finding]:
+    """The limit is set in a process whose libraries are there, before it loads a model; then it is lifted.
+
+    Args:
+        name: of the limit.
+        values: for it.
+        beside: the fact of the process that is added to each value; None for none.
+    """
 
     def make(place: Path) -> Finding:
         found = Finding()
@@ -67,8 +73,9 @@ def _loaded(name: str, values: tuple[int, ...]) -> Callable[[Path], Finding]:
             most = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
             for value in values:
                 found.runs += 1
-                words = f"{name} {value}"
-                worker.ask("limit", name=name, value=value)
+                words = f"{name} {value}" if beside is None else f"{name} {value} beside what is there"
+                there = 0 if beside is None else worker.ask("facts").result[beside]
+                worker.ask("limit", name=name, value=there + value)
                 told = worker.ask("load", directory=directory, budget="1GB")
                 if told.error:
                     judge(found, told, [], words)
@@ -111,36 +118,6 @@ def _lacks_users() -> str | None:
         return "needs the right to become another user, and setpriv"
     done = subprocess.run([*_OTHER, sys.executable, "-c", ""], capture_output=True)
     return f"setpriv: {done.stderr.decode().strip()}" if done.returncode else None
-
-
-def _address_space(place: Path) -> Finding:
-    """So much more address space than the process has, before it loads a model; then without a limit."""
-    found = Finding()
-    with Worker({"PIPELOAD_CACHE": str(place / "cache")}) as worker:
-        directory = str(tiny("llama"))
-        worker.ask("load", directory=directory, budget="1GB")
-        expected = worker.ask("call", task="generate").result
-        worker.ask("close")
-        for more in (400, 200, 100, 60, 40, 30, 24, 20, *range(16, -1, -1)):
-            found.runs += 1
-            words = f"{more} MiB more of address space"
-            worker.ask("limit", name="AS", value=worker.ask("facts").result["space"] + (more << 20))
-            told = worker.ask("load", directory=directory, budget="1GB")
-            if told.error:
-                judge(found, told, [], words)
-            else:
-                judge(found, worker.ask("call", task="generate"), expected, words)
-            worker.ask("close")
-            worker.ask("limit", name="AS", value=resource.RLIM_INFINITY)
-            told = worker.ask("load", directory=directory, budget="1GB")
-            found.expect(not told.error, f"{words}, afterwards: {told.error}")
-            if not told.error:
-                after = judge(found, worker.ask("call", task="generate"), expected, f"{words}, afterwards")
-                found.expect(after, f"{words}: no answer afterwards")
-            worker.ask("close")
-        ended = worker.end()
-        found.expect(ended.code == 0 and not ended.stderr, f"the end: {ended.code} {ended.stderr[-300:]}")
-    return found
 
 
 _ONE = "right answers, or one error (below 400 MB the C library's own) without a traceback; no hang"
@@ -197,7 +174,9 @@ ROWS = (
         fault="RLIMIT_AS leaves 400 MB and less when a model is loaded",
         outcome="right answers, or a PipeloadError with the reason",
         recovered="right answers when the limit is lifted",
-        make=_address_space,
+        make=_loaded(
+            "AS", [more << 20 for more in (400, 200, 100, 60, 40, 30, 24, 20, *range(16, -1, -1))], beside="space"
+        ),
         slow=True,
     ),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pipeload.errors import ShardError
 from pipeload.format.dtypes import ONNX_DTYPES, WIDE
-from pipeload.format.graphs import location_of
+from pipeload.format.graphs import location_of, no_graph
 from pipeload.format.manifest import Shard, WeightSpec
 from pipeload.format.protobuf import encoded, fields, spans, text
 
@@ -37,17 +37,21 @@ def without_casts(shard: Shard, data: bytes) -> bytes | None:
         data: its `.onnx` file, checked by `check_graph`.
 
     Raises:
-        ShardError: the graph does not cast the tensors that the manifest says.
+        ShardError: the graph does not cast the tensors that the manifest says, or a name in it is no text.
     """
     casts = {spec.name: spec for spec in shard.tensors if spec.widened is not None}
     if not casts:
         return None
     model, done = bytearray(), set[str]()
-    for number, value, whole in spans(memoryview(data)):
-        if number == _GRAPH and isinstance(value, memoryview):
-            model += encoded(_GRAPH, _graph(shard, value, casts, done))
-        else:
-            model += whole
+    try:
+        for number, value, whole in spans(memoryview(data)):
+            if number == _GRAPH and isinstance(value, memoryview):
+                model += encoded(_GRAPH, _graph(shard, value, casts, done))
+            else:
+                model += whole
+    except (ValueError, IndexError) as error:
+        # Names of nodes, which no other check reads.
+        raise no_graph(shard, error) from error
     if missing := casts.keys() - done:
         raise ShardError(
             f"'{shard.graph.path}' is not the graph that the manifest describes: it does not cast "

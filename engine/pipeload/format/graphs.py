@@ -16,7 +16,7 @@ from pipeload.format.dtypes import ONNX_DTYPES
 from pipeload.format.manifest import Shard
 from pipeload.format.protobuf import fields, packed, text
 
-__all__ = ["check_graph", "location_of"]
+__all__ = ["check_graph", "location_of", "no_graph"]
 
 _CHILDREN = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -44,6 +44,11 @@ class _Found:
     outputs: list[str] = field(default_factory=list)
 
 
+def no_graph(shard: Shard, error: Exception) -> ShardError:
+    """The error for a file that is no ONNX graph, and why."""
+    return ShardError(f"'{shard.graph.path}' is no ONNX graph: {error}. Copy or export the model again.")
+
+
 def check_graph(shard: Shard, data: bytes) -> None:
     """Check that the graph takes exactly the shard's tensors from files, and makes exactly its outputs.
 
@@ -58,7 +63,7 @@ def check_graph(shard: Shard, data: bytes) -> None:
     try:
         _collect("model", memoryview(data), 0, found)
     except (ValueError, IndexError) as error:
-        raise ShardError(f"'{name}' is no ONNX graph: {error}. Copy or export the model again.") from error
+        raise no_graph(shard, error) from error
     expected: dict[str, _Place] = {}
     if shard.weights is not None:
         location = location_of(shard.weights.path, name)

@@ -302,10 +302,10 @@ class Pipeline:
 
     def _serve(self, call: Call[dict[str, Value]]) -> dict[str, Value]:
         """Serve a call, and the calls waiting behind it. Returns its outputs."""
-        try:
+        with suppress(_RowsFailed):
             return self._serve_joined(call)
-        except _RowsFailed:
-            if self._exchange.broken:
+        if self._exchange.broken:
+            with foreign_errors(LoadError, _PLAN_FACT, MEMORY_REMEDY):
                 self._room.recover()
         return self._serve_joined(call)
 

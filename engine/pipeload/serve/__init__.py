@@ -20,7 +20,6 @@ metrics        figures for Prometheus
 machine        memory, shards, and lanes of the latest sweep
 page/          a page for people: files that a browser runs
 log            a line for each request
-intake         the bodies of all requests, bounded together
 door           who may come in
 connections    ended where a request or the taking of an answer lasts too long
 images         pictures in requests
