@@ -13,6 +13,7 @@ stage         a range of shards on a node: a Dask actor
 route         which arrays travel from stage to stage; pure
 placing       offers and profiles -> which node runs which stage
 watch         which nodes are there
+loop          the loop in which a client waits, in a thread of its own
 ring          the stages of one placement, and the calls through them
 state         KV caches on the nodes, and the tokens to compute them again from
 model         a model with the methods of `pipeload.Model`

@@ -6,17 +6,20 @@ import asyncio
 import hashlib
 import os
 import tempfile
+import threading
 import weakref
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from distributed import Client
 
 from pipeload.cluster.certificates import security_of
+from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
@@ -24,7 +27,7 @@ from pipeload.cluster.placing import Member, by_hand, place
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError
-from pipeload.foreign import first_line, foreign_errors
+from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME, Manifest
 from pipeload.planning.placement import Placement
@@ -35,8 +38,7 @@ __all__ = ["Connection", "Status"]
 _CONNECT_S = 15
 _ASK_S = 120.0
 """A node measures a model that it has no profile of."""
-
-_Made = TypeVar("_Made")
+_FAREWELL_S = 5.0
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,33 +69,36 @@ class Connection:
 
     def __init__(self, address: str, certificates: Path | None = None) -> None:
         security = security_of(address, certificates, "client")
-        with foreign_errors(
-            ClusterError,
-            f"No cluster answers at {address}",
-            "Start it with `pipeload cluster start`, and look at address, certificates and firewall.",
-        ):
-            self._client = Client(
-                address, security=security, timeout=_CONNECT_S, set_as_default=False, direct_to_workers=True
-            )
         self._address = address
         self._models: weakref.WeakSet[ClusterModel] = weakref.WeakSet()
-        self._speeds: dict[tuple[str, str], Profile] = {}
-        self._watch = Watch(self._client.scheduler)
+        self._known: dict[tuple[str, str], Member] = {}
+        self._closing = threading.Lock()
         self._closed = False
+        self.loop = Loop()
         try:
-            self._ask(self._watch.look())
+            with foreign_errors(
+                ClusterError,
+                f"No cluster answers at {address}",
+                "Start it with `pipeload cluster start`, and look at address, certificates and firewall.",
+            ):
+                self._client = self.loop.begin(_connected(address, security)).result()
+            self.loop.at_the_end(partial(_disconnected, self._client))
+            self._watch = Watch(self._client.scheduler)
+            self.loop.ask(self._watch.look())
+            self.loop.begin(self._watch.run())
         except BaseException:
-            self._client.close()
+            self.loop.close()
             raise
-        self._watching = self.begin(self._watch.run())
+        # One that is dropped, or left open when the program ends, takes leave too.
+        self._finalizer = weakref.finalize(self, self.loop.close)
 
     def nodes(self) -> list[Status]:
-        """The nodes of the cluster, by name, and the stages that are open on them.
+        """The nodes of the cluster, by name, and the stages that are open on them; none of another version of pipeload.
 
         Raises:
             ClusterError: the scheduler does not answer.
         """
-        self._ask(self._watch.look())
+        self.loop.ask(self._watch.look())
         found = [
             Status(address=address, offer=offer, stages=self._watch.facts.get(address, []))
             for address, offer in self._watch.offers.items()
@@ -151,46 +156,42 @@ class Connection:
         self._check_usable()
         sha256, name = self._named(model)
         manifest, content = self._manifest(sha256)
-        folder = tempfile.TemporaryDirectory(prefix="pipeload-cluster-", ignore_cleanup_errors=True)
-        directory = Path(folder.name) / name
-        self._bring(sha256, manifest, content, directory)
         given = [stages]
 
         def open_ring(lost: frozenset[str]) -> Ring:
             # What the caller has named holds for the first placement.
             wanted = given.pop() if given else None
             placement, members = self._placed(sha256, manifest, lost, wanted, latency_share)
-            return self._ask(self._opened(manifest, placement, members, sha256, name))
+            return self.loop.ask(self._opened(manifest, placement, members, sha256, name))
 
+        with foreign_errors(ClusterError, "The model's settings cannot be kept here", "Make room for temporary files."):
+            folder = tempfile.TemporaryDirectory(prefix="pipeload-cluster-", ignore_cleanup_errors=True)
         try:
-            opened = ClusterModel(self, name, directory, manifest, open_ring)
+            directory = Path(folder.name) / name
+            self._bring(sha256, manifest, content, directory)
+            opened = ClusterModel(self.loop, name, directory, manifest, open_ring)
         except BaseException:
             folder.cleanup()
             raise
         weakref.finalize(opened, folder.cleanup)
-        self._models.add(opened)
+        with self._closing:
+            self._models.add(opened)
+            closed = self._closed
+        if closed:
+            opened.close()
+            self._check_usable()
         return opened
 
     def close(self) -> None:
-        """Close the models that were loaded, and the connection. May be called again."""
-        if self._closed:
-            return
-        for model in [*self._models]:
+        """Close the models that were loaded, and the connection; calls that run end with ClosedError. May be called
+        again.
+        """
+        with self._closing:
+            self._closed = True
+            models = [*self._models]
+        for model in models:
             model.close()
-        self._closed = True
-        self._watching.cancel()
-        self._client.close()
-
-    def begin(self, work: Coroutine[Any, Any, _Made]) -> Future[_Made]:
-        """Begin a coroutine in the connection's loop. For models of the cluster."""
-        if self._closed:
-            work.close()
-            raise ClosedError("The connection to the cluster is closed. Connect again.")
-        return asyncio.run_coroutine_threadsafe(work, self._client.loop.asyncio_loop)
-
-    def forget(self, model: ClusterModel) -> None:
-        """A model was closed."""
-        self._models.discard(model)
+        self._finalizer()
 
     def __repr__(self) -> str:
         return f"<pipeload.cluster.Connection to {self._address}{', closed' if self._closed else ''}>"
@@ -213,10 +214,13 @@ class Connection:
 
     def _named(self, model: str | os.PathLike[str]) -> tuple[str, str]:
         """A model's sha256 and name."""
-        path = Path(model)
+        with foreign_errors(
+            ConfigError, f"{model!r:.80} is no name of a model", "Pass a str, or the path of one here."
+        ):
+            path = Path(model)
         if (path / MANIFEST_NAME).is_file():
             return hashlib.sha256(manifests.content(path)).hexdigest(), path.resolve().name
-        self._ask(self._watch.look())
+        self.loop.ask(self._watch.look())
         offers = self._watch.offers.values()
         found = {offer.models[str(model)] for offer in offers if str(model) in offer.models}
         if len(found) == 1:
@@ -227,18 +231,26 @@ class Connection:
                 "name the model by its directory here."
             )
         known = ", ".join(sorted({name for offer in offers for name in offer.models})) or "none"
-        raise ClusterError(f"No node has a model of the name {model}; there are {known}. Start a node that has it.")
+        raise ClusterError(
+            f"No node has a model of the name {model}; there are {known}. Start a node that has it.{self._others()}"
+        )
 
     def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
-        self._ask(self._watch.look())
+        self.loop.ask(self._watch.look())
         found = {
             address: offer
             for address, offer in self._watch.offers.items()
             if sha256 in offer.models.values() and offer.process not in lost
         }
         if not found:
-            raise ClusterError("No node has the model. Start one with `pipeload node` that has it in --models.")
+            raise ClusterError(
+                f"No node has the model. Start one with `pipeload node` that has it in --models.{self._others()}"
+            )
         return found
+
+    def _others(self) -> str:
+        """What is to say of nodes that take part in nothing."""
+        return "".join(f" {address}: {error}" for address, error in self._watch.strangers.items())
 
     def _manifest(self, sha256: str) -> tuple[Manifest, bytes]:
         content = self._asked(sha256, "pipeload_manifest")
@@ -253,31 +265,23 @@ class Connection:
         weights |= {shard.graph.path for shard in manifest.shards}
         for record in manifest.files:
             if record.path not in weights and record.nbytes <= SETTINGS_BYTES:
-                data = self._asked(sha256, "pipeload_file", path=record.path)
-                target = directory / record.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / MANIFEST_NAME).write_bytes(content)
+                _write(directory / record.path, self._asked(sha256, "pipeload_file", path=record.path))
+        _write(directory / MANIFEST_NAME, content)
 
     def _asked(self, sha256: str, operation: str, **arguments: Any) -> Any:
         """The answer of the first node that has the model and answers."""
         refusal: PipeloadError | None = None
         for address in self._members(sha256, frozenset()):
             try:
-                return self._ask(self._call(address, operation, {"sha256": sha256, **arguments}))
+                return self.loop.ask(self._call(address, operation, {"sha256": sha256, **arguments}))
             except ClusterError as error:
                 refusal = error
         assert refusal is not None
         raise refusal
 
     async def _call(self, address: str, operation: str, arguments: Mapping[str, Any]) -> Any:
-        try:
+        with foreign_errors(ClusterError, f"The node at {address} does not answer", "This machine must reach it too."):
             return await asyncio.wait_for(getattr(self._client.rpc(address), operation)(**arguments), _ASK_S)
-        except (TimeoutError, OSError) as error:
-            raise ClusterError(
-                f"The node at {address} does not answer: {first_line(error)}. This machine must reach it too."
-            ) from error
 
     def _placed(
         self,
@@ -287,46 +291,70 @@ class Connection:
         stages: Mapping[str, str] | None,
         latency_share: float,
     ) -> tuple[Placement, list[Member]]:
-        members = self._ask(self._speeds_of(sha256, self._members(sha256, lost)))
+        _check(stages, latency_share)
+        members = self.loop.ask(self._speeds_of(sha256, self._members(sha256, lost)))
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
         if stages is not None:
-            if not isinstance(stages, Mapping) or not stages:
-                raise ConfigError(f"stages is {stages!r:.80}; it must be shards by name of a node, or None.")
             return by_hand(manifest, members, stages), members
         return place(manifest, members, latency_share=latency_share), members
 
     async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed; one that does not answer takes no part."""
 
-        async def one(address: str, offer: Offer) -> Member | None:
+        async def one(address: str, offer: Offer) -> Member | PipeloadError:
             key = offer.process, sha256
-            if key not in self._speeds:
+            if key not in self._known:
                 try:
                     told = await self._call(address, "pipeload_speed", {"sha256": sha256})
-                except ClusterError:
-                    return None
-                self._speeds[key] = msgspec.convert(told, Profile, str_keys=True)
-            return Member(address=address, offer=offer, speed=self._speeds[key])
+                except PipeloadError as error:
+                    return error
+                speed = msgspec.convert(told, Profile, str_keys=True)
+                self._known[key] = Member(address=address, offer=offer, speed=speed)
+            return self._known[key]
 
         found = await asyncio.gather(*(one(*each) for each in offers.items()))
-        members = [member for member in found if member is not None]
+        members = [member for member in found if isinstance(member, Member)]
         if not members:
-            raise ClusterError(
-                f"None of the nodes that have the model answers ({', '.join(offers)}). This machine must reach them "
-                "too."
-            )
+            refusals = " ".join(dict.fromkeys(str(refusal) for refusal in found))
+            raise ClusterError(f"None of the nodes that have the model can run it. {refusals}")
         return members
-
-    def _ask(self, work: Coroutine[Any, Any, _Made]) -> _Made:
-        future = self.begin(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
 
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The connection to the cluster is closed. Connect again.")
+
+
+async def _connected(address: str, security: Any) -> Client:
+    return await Client(
+        address,
+        security=security,
+        timeout=_CONNECT_S,
+        set_as_default=False,
+        direct_to_workers=True,
+        asynchronous=True,
+    )
+
+
+async def _disconnected(client: Client) -> None:
+    # What does not hear of it notices that the connection has ended.
+    with suppress(OSError):
+        await client.close(timeout=_FAREWELL_S)
+
+
+def _check(stages: object, latency_share: object) -> None:
+    if stages is not None and not (
+        isinstance(stages, Mapping)
+        and stages
+        and all(isinstance(name, str) and isinstance(shards, str) for name, shards in stages.items())
+    ):
+        raise ConfigError(f"stages is {stages!r:.80}; it must be shards by name of a node, as text, or None.")
+    if not isinstance(latency_share, int | float) or not 0 <= latency_share <= 1:
+        raise ConfigError(f"latency_share is {latency_share!r:.80}; it must be from 0 (throughput) to 1 (latency).")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with foreign_errors(ClusterError, f"{path} cannot be written", "Make room for temporary files."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.cluster.loop import Loop
 from pipeload.cluster.messages import Job, NodeLostError, TextLostError
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.state import ClusterState, Texts
@@ -37,9 +39,6 @@ from pipeload.tasks.fill.fill_mask import fill_mask
 from pipeload.tasks.generate.generate import generate
 from pipeload.tasks.generate.session import Session
 from pipeload.tracing.stats import Stats
-
-if TYPE_CHECKING:
-    from pipeload.cluster.connection import Connection
 
 __all__ = ["ClusterModel"]
 
@@ -67,7 +66,7 @@ class ClusterModel:
 
     def __init__(
         self,
-        cluster: Connection,
+        loop: Loop,
         name: str,
         directory: Path,
         manifest: Manifest,
@@ -75,7 +74,7 @@ class ClusterModel:
     ) -> None:
         self.directory, self.manifest = directory, manifest
         self.files = ModelFiles(directory, manifest)
-        self._cluster, self._name = cluster, name
+        self._loop, self._name = loop, name
         self._graph_inputs = GraphInputs(manifest)
         self._texts = Texts(manifest)
         self._open_ring = open_ring
@@ -83,7 +82,9 @@ class ClusterModel:
         self._lost: frozenset[str] = frozenset()
         self._replaced = self._passes = 0
         self._closed = False
-        self._ring = open_ring(self._lost)
+        # The only entry is the present one. A model that is dropped is closed, so what closes it must not refer to it.
+        self._rings = [open_ring(self._lost)]
+        self._finalizer = weakref.finalize(self, _end, self._loop, self._rings)
         if manifest.quantised_dynamically:
             warnings.warn(
                 "This model quantises its activations with one scale for a whole tensor, so the answers for a text "
@@ -101,6 +102,10 @@ class ClusterModel:
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Graph outputs, without the caches."""
         return self.manifest.free_outputs
+
+    @property
+    def _ring(self) -> Ring:
+        return self._rings[0]
 
     @property
     def placement(self) -> Placement:
@@ -139,7 +144,7 @@ class ClusterModel:
             ClosedError: the model was closed before or during the call.
         """
         arrays = self._checked(inputs)
-        return self._tried(lambda ring: self._finish(self._cluster.begin(ring.run(arrays))))
+        return self._tried(lambda ring: self._loop.result(self._loop.begin(ring.run(arrays))))
 
     def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0) -> Arrays:
         """`run`: rows of several callers share the nodes' sweeps, and no batch.
@@ -179,14 +184,14 @@ class ClusterModel:
             first = [future]
             # The first try is the one on its way.
             outputs = self._tried(
-                lambda now: self._finish(first.pop() if first else self._cluster.begin(now.run(inputs))), ring
+                lambda now: self._loop.result(first.pop() if first else self._loop.begin(now.run(inputs))), ring
             )
             return split_batch(outputs, sizes)
 
         try:
             for inputs, sizes in batches(items, batch):
                 arrays, ring = self._checked(inputs), self._ring
-                queue.append((ring, self._cluster.begin(ring.run(arrays)), arrays, sizes))
+                queue.append((ring, self._loop.begin(ring.run(arrays)), arrays, sizes))
                 if len(queue) > len(ring.placement.segments):
                     yield from oldest()
             while queue:
@@ -278,9 +283,10 @@ class ClusterModel:
             if self._closed:
                 return
             self._closed = True
-        self._cluster.forget(self)
-        with suppress(PipeloadError, TimeoutError):
-            self._cluster.begin(self._ring.close()).result(_FAREWELL_S)
+        self._finalizer.detach()
+        if (closing := _end(self._loop, self._rings)) is not None:
+            with suppress(TimeoutError, CancelledError):
+                closing.result(_FAREWELL_S)
 
     def __repr__(self) -> str:
         nodes = ", ".join(segment.node for segment in self.placement.segments)
@@ -344,7 +350,7 @@ class ClusterModel:
             ]
             work = [(piece, job) for (piece, _), job in zip(pieces, jobs, strict=True)]
             try:
-                return self._finish(self._cluster.begin(ring.step(work)))
+                return self._loop.result(self._loop.begin(ring.step(work)))
             except BaseException:
                 state.drop()
                 raise
@@ -395,27 +401,28 @@ class ClusterModel:
             if self._ring is not lost:
                 return
             self._lost |= lost.processes_at(error.address)
-            with suppress(PipeloadError, TimeoutError):
-                self._cluster.begin(lost.close(error)).result(_FAREWELL_S)
+            with suppress(PipeloadError, TimeoutError, CancelledError):
+                self._loop.begin(lost.close(error)).result(_FAREWELL_S)
             try:
-                self._ring = self._open_ring(self._lost)
+                self._rings[:] = [self._open_ring(self._lost)]
             except PipeloadError as refusal:
                 raise ClusterError(f"{error} The model cannot be placed anew: {refusal}") from refusal
             self._replaced += 1
 
-    def _finish(self, future: Future[_Answer]) -> _Answer:
-        try:
-            return future.result()
-        except BaseException:
-            # An interruption of the caller ends the call.
-            future.cancel()
-            raise
-
     def _end_state(self, state: ClusterState) -> None:
         """Not waited for: the nodes close it when they hear of it, or with the stage."""
         if state.ring is not None and state.id and not self._closed:
-            self._cluster.begin(state.ring.end_state(state.id))
+            with suppress(ClosedError):
+                self._loop.begin(state.ring.end_state(state.id))
 
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The model is closed. Load it again.")
+
+
+def _end(loop: Loop, rings: list[Ring]) -> Future[None] | None:
+    """Begin to close the stages of a model, unless the connection is closed."""
+    try:
+        return loop.begin(rings[0].close())
+    except ClosedError:
+        return None

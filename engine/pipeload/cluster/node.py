@@ -152,7 +152,7 @@ def start(
                 f"The node could not join the cluster at {address}",
                 "Start it with `pipeload cluster start`, and look at address, certificates and firewall.",
             ):
-                worker = await Worker(
+                worker = Worker(
                     address,
                     name=name,
                     nthreads=1,
@@ -167,12 +167,14 @@ def start(
                     startup_information={OFFER: lambda _: node.offer.told()},
                     metrics={OFFER: lambda _: list(node.stages.values())},
                 )
-            worker.extensions[OFFER] = node
-            worker.handlers |= {
-                "pipeload_manifest": node.manifest,
-                "pipeload_file": node.file,
-                "pipeload_speed": node.speed,
-            }
+                # Clients may ask as soon as the scheduler knows the node.
+                worker.extensions[OFFER] = node
+                worker.handlers |= {
+                    "pipeload_manifest": node.manifest,
+                    "pipeload_file": node.file,
+                    "pipeload_speed": node.speed,
+                }
+                await worker
             try:
                 tell(worker.address)
                 asked = asyncio.ensure_future(stopped())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
 import numpy as np
@@ -41,11 +41,16 @@ class Member:
         address: where it listens.
         offer: its own.
         speed: of the model there.
+        turns: kinds of shards -> what a stage of them costs there, once it is known: finding out takes a tenth of a
+            second each, and a model is placed anew when a node is lost.
+        needed: kinds of shards -> the smallest budget that works for a stage of them.
     """
 
     address: str
     offer: Offer
     speed: Profile
+    turns: dict[Hashable, Turn | None] = field(default_factory=dict, compare=False, repr=False)
+    needed: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
 
 
 def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float = 1.0) -> Placement:
@@ -132,16 +137,14 @@ class _Costs:
         self._stage = cache(partial(stage, manifest))
         self._needs = cache(self._needs_of)
         self._crossing = cache(lambda place: crossing_bytes(manifest, place, self._dims))
-        self._known: dict[tuple[object, ...], Turn | None] = {}
         self._kinds = _kinds(manifest)
 
     def turn(self, node: Node, begin: int, end: int) -> Turn | None:
         """See `planning.placement.Costs`."""
-        # Where they lie in a stage changes little.
-        key = (node.name, frozenset(Counter(self._kinds[begin:end]).items()))
-        if key not in self._known:
-            self._known[key] = self._turn(self._members[node.name], begin, end)
-        return self._known[key]
+        member, key = self._members[node.name], self._key(begin, end)
+        if key not in member.turns:
+            member.turns[key] = self._turn(member, begin, end)
+        return member.turns[key]
 
     def send_s(self, _from: Node, _to: Node, place: int) -> float:
         """See `planning.placement.Sends`."""
@@ -149,10 +152,17 @@ class _Costs:
 
     def needed_bytes(self, member: Member, begin: int, end: int) -> int:
         """The smallest budget of a node that works for a stage."""
-        try:
-            return self._plan(member, begin, end, 1).budget_bytes
-        except BudgetError as error:
-            return error.needed_bytes
+        key = self._key(begin, end)
+        if key not in member.needed:
+            try:
+                member.needed[key] = self._plan(member, begin, end, 1).budget_bytes
+            except BudgetError as error:
+                member.needed[key] = error.needed_bytes
+        return member.needed[key]
+
+    def _key(self, begin: int, end: int) -> Hashable:
+        """Equal for stages that cost the same on a node: where shards lie in a stage changes little."""
+        return frozenset(Counter(self._kinds[begin:end]).items())
 
     def _turn(self, member: Member, begin: int, end: int) -> Turn | None:
         try:

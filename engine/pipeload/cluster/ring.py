@@ -138,7 +138,7 @@ class Ring:
         if not self._lost.done():
             self._lost.set_exception(reason or ClosedError("The model was closed during the call. Load it again."))
         self._lost.exception()
-        await self._everywhere("close")
+        await self._everywhere("close", besides=reason)
         actors, self._actors, self._places = self._actors, [], []
         for actor in actors:
             actor.release()
@@ -177,9 +177,10 @@ class Ring:
         last = self._places[-1]
         try:
             return (await self._unless_lost([self._call(last, "answer", number), *passes]))[0]
-        except PipeloadError:
-            with suppress(PipeloadError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._call(last, "forget", number), _FAREWELL_S)
+        except PipeloadError as error:
+            if not _is_at(last, error):
+                with suppress(PipeloadError, asyncio.TimeoutError):
+                    await asyncio.wait_for(self._call(last, "forget", number), _FAREWELL_S)
             raise
 
     async def _unless_lost(self, calls: Sequence[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
@@ -198,12 +199,18 @@ class Ring:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _everywhere(self, method: str, *arguments: Any) -> None:
+    async def _everywhere(self, method: str, *arguments: Any, besides: PipeloadError | None = None) -> None:
+        """Call all stages, but for that of a node that was lost, which would be waited for in vain."""
+
         async def one(place: Place) -> None:
             with suppress(PipeloadError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._call(place, method, *arguments), _FAREWELL_S)
 
-        await asyncio.gather(*(one(place) for place in self._places))
+        await asyncio.gather(*(one(place) for place in self._places if not _is_at(place, besides)))
 
     async def _call(self, place: Place, method: str, *arguments: Any) -> Any:
         return await call(self._client.rpc, place, method, *arguments)
+
+
+def _is_at(place: Place, error: PipeloadError | None) -> bool:
+    return isinstance(error, NodeLostError) and error.address == place.address

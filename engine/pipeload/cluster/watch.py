@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeload.cluster.offer import OFFER, Offer
 from pipeload.errors import ClusterError
-from pipeload.foreign import first_line
+from pipeload.foreign import foreign_errors
 
 __all__ = ["Watch"]
 
@@ -26,6 +26,7 @@ class Watch:
 
     Attributes:
         offers: address -> offer.
+        strangers: address -> the error of a node whose offer cannot be read; it takes part in nothing.
         facts: address -> the open stages of the node.
         listeners: called, in the loop's thread, with the offers after each look, or with an error once the scheduler
             is lost.
@@ -34,6 +35,7 @@ class Watch:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self.offers: dict[str, Offer] = {}
+        self.strangers: dict[str, ClusterError] = {}
         self.facts: dict[str, list[dict[str, Any]]] = {}
         self.listeners: set[Callable[[dict[str, Offer] | ClusterError], object]] = set()
 
@@ -41,18 +43,22 @@ class Watch:
         """Ask the scheduler.
 
         Raises:
-            ClusterError: it does not answer, or a node has another version of pipeload.
+            ClusterError: it does not answer.
         """
-        try:
+        with foreign_errors(
+            ClusterError,
+            "The cluster's scheduler does not answer",
+            "Start it with `pipeload cluster start`, and connect again.",
+        ):
             told = await asyncio.wait_for(self._scheduler.identity(n_workers=-1), _SILENT_S)
-        except (TimeoutError, OSError) as error:
-            raise ClusterError(
-                f"The cluster's scheduler does not answer: {first_line(error)}. Start it with `pipeload cluster "
-                "start`, and connect again."
-            ) from error
-        workers = {address: facts for address, facts in told["workers"].items() if OFFER in facts}
-        self.offers = {address: Offer.heard(facts[OFFER]) for address, facts in workers.items()}
-        self.facts = {address: list(facts["metrics"].get(OFFER, ())) for address, facts in workers.items()}
+            workers = {address: facts for address, facts in told["workers"].items() if OFFER in facts}
+            facts = {address: list(own["metrics"].get(OFFER, ())) for address, own in workers.items()}
+        self.offers, self.strangers, self.facts = {}, {}, facts
+        for address, own in workers.items():
+            try:
+                self.offers[address] = Offer.heard(own[OFFER])
+            except ClusterError as error:
+                self.strangers[address] = error
 
     async def run(self) -> None:
         """Look until cancelled, and tell the listeners."""
@@ -60,13 +66,13 @@ class Watch:
         while True:
             try:
                 await self.look()
-                answered_s, told = time.monotonic(), self.offers
+                told: dict[str, Offer] | ClusterError = self.offers
+                answered_s = time.monotonic()
             except ClusterError as error:
                 if time.monotonic() - answered_s < _SILENT_S:
                     await asyncio.sleep(_INTERVAL_S)
                     continue
-                self._tell(error)
-                return
+                told = error
             self._tell(told)
             await asyncio.sleep(_INTERVAL_S)
 

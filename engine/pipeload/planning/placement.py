@@ -10,8 +10,8 @@ period    max over i of max(c_i, r_i, t_i)   with enough passes in flight that e
 ```
 
 The search is exact: labels (sum, largest reading, period) travel over the cuts, for each set of nodes used and the last
-of them, and a label that another one equals or beats in all three is dropped. Nodes of one kind are interchangeable,
-so only their number matters.
+of them. A label is dropped that another one equals or beats in all three, or that promises no better ring than a known
+one, whatever follows. Nodes of one kind are interchangeable, so only their number matters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import inf
+from operator import le
 from typing import TypeAlias
+
+import numpy as np
 
 from pipeload.errors import ConfigError
 
@@ -139,16 +143,16 @@ def place_shards(
     if not 0 <= latency_share <= 1:
         raise ConfigError(f"latency_share is {latency_share}; it must be between 0 (throughput) and 1 (latency).")
     kinds = _kinds(nodes)
-    found = [
-        path
-        for first in range(len(kinds))
-        if (path := _Search(kinds, cuts, count, cost, send_s, private, latency_share, first).best()) is not None
-    ]
-    if not found:
-        return None
-    best = min(found, key=lambda path: path[0])
-    return _placement(kinds, cost, send_s, best[1])
+    search = _Search(kinds, cuts, count, cost, send_s, private, latency_share)
+    best: tuple[float, _Path] | None = None
+    # What few nodes promise rules most of the placements on more of them out.
+    for most in sorted({min(_FEW, len(nodes)), len(nodes)}):
+        for first in range(len(kinds)):
+            best = search.best(first, most, best)
+    return _placement(kinds, cost, send_s, best[1]) if best is not None else None
 
+
+_FEW = 3
 
 _Kinds: TypeAlias = tuple[tuple[Node, ...], ...]
 _Path: TypeAlias = tuple[tuple[int, int, int], ...]
@@ -167,9 +171,17 @@ class _Label:
     def is_no_better_than(self, other: _Label) -> bool:
         return self.sum_s >= other.sum_s and self.read_s >= other.read_s and self.period_s >= other.period_s
 
+    def followed_by(self, rest: _Label) -> _Label:
+        return _Label(
+            self.sum_s + rest.sum_s,
+            max(self.read_s, rest.read_s),
+            max(self.period_s, rest.period_s),
+            self.path,
+        )
+
 
 class _Search:
-    """The best ring that begins on a node of one kind."""
+    """The best rings of some nodes."""
 
     def __init__(
         self,
@@ -180,9 +192,8 @@ class _Search:
         send_s: Sends,
         private: Collection[int],
         latency_share: float,
-        first: int,
     ) -> None:
-        self._kinds, self._send_s, self._share, self._first = kinds, send_s, latency_share, first
+        self._kinds, self._send_s, self._share = kinds, send_s, latency_share
         self._places = [0, *cuts, count]
         self._turns = {
             (kind, begin, end): turn
@@ -192,23 +203,34 @@ class _Search:
             if alike[0].trusted or not any(begin <= place < end for place in private)
             if (turn := cost(alike[0], begin, end)) is not None
         }
+        self._rests = self._least_rests(sum(len(alike) for alike in kinds))
 
-    def best(self) -> tuple[float, _Path] | None:
-        """Objective and path; None where nothing fits."""
-        count = self._places[-1]
-        none_used = (0,) * len(self._kinds)
+    def best(self, first: int, most: int, known: tuple[float, _Path] | None) -> tuple[float, _Path] | None:
+        """Objective and path of the best ring that begins on a node of one kind, or what is known if it is no worse.
+
+        Args:
+            first: the kind.
+            most: nodes in the ring.
+            known: None where nothing is known to fit.
+        """
+        limit = known[0] if known is not None else inf
         # Place -> (used nodes of each kind, kind of the last one) -> labels.
         labels: dict[int, dict[tuple[tuple[int, ...], int], list[_Label]]] = {place: {} for place in self._places}
+        none_used = (0,) * len(self._kinds)
         for end in self._places[1:]:
-            self._extend(labels, (none_used, -1), _Label(0.0, 0.0, 0.0, ()), self._first, 0, end)
-        for begin in self._places[1:-1]:
+            self._extend(labels, (none_used, -1), _Label(0.0, 0.0, 0.0, ()), first, 0, end, most, limit)
+        for number, begin in enumerate(self._places[1:-1], 1):
             for state, alive in labels[begin].items():
                 for label in alive:
                     for kind in range(len(self._kinds)):
-                        for end in self._places[self._places.index(begin) + 1 :]:
-                            self._extend(labels, state, label, kind, begin, end)
-        done = [self._closed(label, state[1]) for state, alive in labels[count].items() for label in alive]
-        return min(((self._objective(label), label.path) for label in done), key=lambda pair: pair[0], default=None)
+                        for end in self._places[number + 1 :]:
+                            self._extend(labels, state, label, kind, begin, end, most, limit)
+        for state, alive in labels[self._places[-1]].items():
+            for label in alive:
+                objective = self._objective(self._closed(label, state[1], first))
+                if objective < limit:
+                    limit, known = objective, (objective, label.path)
+        return known
 
     def _extend(
         self,
@@ -218,28 +240,36 @@ class _Search:
         kind: int,
         begin: int,
         end: int,
+        most: int,
+        limit: float,
     ) -> None:
         used, last = state
         turn = self._turns.get((kind, begin, end))
         if turn is None or used[kind] == len(self._kinds[kind]):
             return
         send_s = self._sending(last, kind, begin) if last >= 0 else 0.0
+        # What has no share in the objective makes no label better than another.
         longer = _Label(
-            label.sum_s + send_s + turn.run_s,
-            max(label.read_s, turn.read_s),
-            max(label.period_s, send_s, turn.run_s, turn.read_s),
+            label.sum_s + send_s + turn.run_s if self._share > 0 else 0.0,
+            max(label.read_s, turn.read_s) if self._share > 0 else 0.0,
+            max(label.period_s, send_s, turn.run_s, turn.read_s) if self._share < 1 else 0.0,
             (*label.path, (kind, begin, end)),
         )
-        more = tuple(number + (other == kind) for other, number in enumerate(used))
-        known = labels[end].setdefault((more, kind), [])
-        if any(longer.is_no_better_than(other) for other in known):
+        rest = self._rests[most - len(longer.path)].get(end)
+        if rest is None or self._objective(longer.followed_by(rest)) >= limit:
             return
+        more = tuple(number + (other == kind) for other, number in enumerate(used))
+        for (others, at), alive in labels[end].items():
+            # Fewer nodes leave more for the rest.
+            if at == kind and all(map(le, others, more)) and any(longer.is_no_better_than(other) for other in alive):
+                return
+        known = labels[end].setdefault((more, kind), [])
         known[:] = [other for other in known if not other.is_no_better_than(longer)]
         known.append(longer)
 
-    def _closed(self, label: _Label, last: int) -> _Label:
+    def _closed(self, label: _Label, last: int, first: int) -> _Label:
         """The ring, with the answer's way back to its first node."""
-        send_s = self._sending(last, self._first, self._places[-1]) if len(label.path) > 1 else 0.0
+        send_s = self._sending(last, first, self._places[-1]) if len(label.path) > 1 else 0.0
         return _Label(label.sum_s + send_s, label.read_s, max(label.period_s, send_s), label.path)
 
     def _sending(self, kind: int, to: int, place: int) -> float:
@@ -249,6 +279,32 @@ class _Search:
     def _objective(self, label: _Label) -> float:
         latency_s = max(label.sum_s, label.read_s)
         return self._share * latency_s + (1 - self._share) * label.period_s
+
+    def _least_rests(self, nodes: int) -> list[dict[int, _Label]]:
+        """For each number of nodes, place -> what the shards from there on take at least on these.
+
+        Each of the three times is the least by itself, a node may be used again, and sending takes no time.
+        """
+        number = {place: index for index, place in enumerate(self._places)}
+        runs, reads, periods = (np.full((len(number), len(number)), np.inf) for _ in range(3))
+        for (_, begin, end), turn in self._turns.items():
+            at = number[begin], number[end]
+            runs[at] = min(runs[at], turn.run_s)
+            reads[at] = min(reads[at], turn.read_s)
+            periods[at] = min(periods[at], max(turn.run_s, turn.read_s))
+        least = np.full((3, len(number)), np.inf)
+        least[:, -1] = 0.0
+        rests = []
+        for _ in range(nodes + 1):
+            labels = [_Label(sum_s, read_s, period_s, ()) for sum_s, read_s, period_s in least.T.tolist()]
+            rests.append({place: label for place, label in zip(self._places, labels, strict=True) if label.sum_s < inf})
+            following = (
+                (runs + least[0]).min(axis=1),
+                np.maximum(reads, least[1]).min(axis=1),
+                np.maximum(periods, least[2]).min(axis=1),
+            )
+            least = np.minimum(least, following)
+        return rests
 
 
 def _kinds(nodes: Sequence[Node]) -> _Kinds:

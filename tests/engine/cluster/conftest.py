@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from tests.engine.cluster.processes import Cluster
-from tests.engine.harness import EMULATED
+from tests.engine.harness import EMULATED, agents
 from tests.models import made_once
 
-pytest.importorskip("distributed")
-
 MODELS = ("bert", "vit", "gpt2", "llama")
+_PROCESSES = {"cluster", "own_cluster", "models"}
 BUDGETS = {"small": "330MB", "middle": "400MB", "large": "500MB"}
 
-if EMULATED:
-    pytest.skip("subprocesses do not work under qemu", allow_module_level=True)
+if EMULATED or find_spec("distributed") is None:
+    # Subprocesses do not work under qemu, and the extra is not needed for all else.
+    collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker of a test run has the cluster."""
+    """One worker of a test run has the cluster; tests with processes are slow."""
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent in item.path.parents and _PROCESSES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("cluster"))
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def no_agent_survives() -> Iterator[None]:
+    """But for the thread of the connection that the tests of a module share."""
+    yield
+    assert agents() in ([], ["pipeload-cluster"])
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,6 @@ def stages_on(directory: Path, *nodes: str) -> dict[str, str]:
     manifest = manifests.read(directory)
     names = [shard.name for shard in manifest.shards]
     cuts = stage_places(manifest)
-    if len(cuts) < len(nodes) - 1:
-        pytest.skip("a shard before the blocks takes the caches of all, so the model cannot be cut between them")
     chosen = [cuts[len(cuts) * number // len(nodes)] for number in range(1, len(nodes))]
     places = [0, *chosen, len(names)]
     return {

@@ -13,7 +13,6 @@ import pytest
 from tests.engine.cluster.processes import Cluster
 from tests.engine.cluster.test_answers import references, stages_on
 from tests.engine.harness import Background, Gate, assert_close
-from tests.marks import slow
 
 import pipeload
 from pipeload.cluster.settings import LOST_AFTER_S
@@ -27,7 +26,7 @@ def own_cluster(models: Path, tmp_path: Path) -> Iterator[Cluster]:
         yield made
 
 
-@pytest.mark.parametrize("lost", ["first", slow("second")])
+@pytest.mark.parametrize("lost", ["first", "second"])
 def test_a_text_goes_on_from_its_tokens_on_the_nodes_that_are_left(
     own_cluster: Cluster, models: Path, lost: str
 ) -> None:
@@ -76,7 +75,7 @@ def test_without_a_node_each_call_has_one_clear_error(own_cluster: Cluster, mode
                 model.run(inputs)
 
 
-@pytest.mark.slow
+@pytest.mark.survey
 def test_a_node_that_hangs_is_lost_within_a_bounded_time(own_cluster: Cluster, models: Path) -> None:
     """It takes part in no further placement, though its connections stay open."""
     inputs = references(models / "bert")[0]
