@@ -53,6 +53,8 @@ class DecodeState:
         self.capacity = self.expected = self._first_capacity = capacity
         self.batch = self.steps = 0
         self.caches: dict[str, Value] = {}
+        # The step that is queued, runs, or has ended and is not settled yet.
+        self._coming: tuple[Feed, Step] | None = None
         # Whether the caches were made with the frequencies of texts longer than `RopeChange.tokens`.
         self._is_long = False
         self._on_close = on_close
@@ -84,6 +86,13 @@ class DecodeState:
     def nbytes(self) -> int:
         """Memory of the caches, with the room behind their tokens."""
         return sum(to_array(value).nbytes for value in [*self.caches.values()])
+
+    @property
+    def _granted(self) -> tuple[int, int]:
+        """Sequences and tokens that the caches have memory for, or get in the sweep that runs or has just ended."""
+        if (coming := self._coming) is not None and coming[0].begun:
+            return coming[1].batch, coming[1].capacity
+        return self.batch, self.capacity
 
     def expect(self, tokens: int) -> None:
         """Tell that the next steps will need this many tokens; the next step plans for them."""
@@ -230,7 +239,10 @@ class Decoding:
         # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
         feed.room = min(room, wanted)
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
-        return Step(length=length, capacity=wanted, expected=max(state.expected, length), batch=max(state.batch, rows))
+        expected, batch = max(state.expected, length), max(state.batch, rows)
+        step = Step(length=length, capacity=wanted, expected=expected, batch=batch)
+        state._coming = feed, step
+        return step
 
     def end(self, state: DecodeState, step: Step, outputs: Mapping[str, Value]) -> None:
         """Settle a step that succeeded: its caches become the state's."""
@@ -239,6 +251,7 @@ class Decoding:
         state._is_long = self._is_long(step.length)
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
         state.steps += 1
+        state._coming = None
 
     def abandon(self, state: DecodeState) -> None:
         """Settle a step that failed or was withdrawn."""
@@ -247,6 +260,7 @@ class Decoding:
             state.caches = {}
         # Memory that was not granted is not counted, but some caches may have grown before the pass failed.
         state.capacity = max(state.capacity, state.room)
+        state._coming = None
 
     def pieces(
         self, arrays: Arrays, dims: Mapping[str, int], positions: int, step: Step
@@ -291,7 +305,7 @@ class Decoding:
         """Memory of the caches of all open states, with those of one state as they will be after its next step."""
         with self._lock:
             # Tokens that other states expect are not counted yet.
-            sizes = [(one.batch, one.capacity) for one in self._states if one is not state]
+            sizes = [one._granted for one in self._states if one is not state]
         if step:
             sizes.append((step.batch, step.capacity))
         return sum(self.full_cache_bytes(*size) for size in sizes)

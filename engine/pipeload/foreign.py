@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from pipeload.errors import ExportError, LoadError, PipeloadError, RunError
@@ -57,8 +57,7 @@ def shortage_in(error: BaseException) -> str | None:
 
     Anywhere in a program it may find no memory, no thread, no descriptor, or no room for another library.
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    *_, error = chain(error, ("__cause__",))
     if isinstance(error, MemoryError):
         return "no memory is left to it"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -83,13 +82,18 @@ def let_go(error: BaseException) -> None:
         traceback.clear_frames(link.__traceback__)
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, its causes and contexts, and theirs, each once: exceptions may form circles."""
+def chain(error: BaseException, links: Sequence[str] = ("__cause__", "__context__")) -> Iterator[BaseException]:
+    """The error, its causes and contexts, and theirs, each once: exceptions may form circles.
+
+    Args:
+        error: where to begin.
+        links: the attributes to follow; of several, the last one first.
+    """
     seen: set[int] = set()
     found: list[BaseException | None] = [error]
     while found:
         link = found.pop()
         if link is not None and id(link) not in seen:
             seen.add(id(link))
-            found += [link.__cause__, link.__context__]
+            found += [getattr(link, name) for name in links]
             yield link

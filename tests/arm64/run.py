@@ -33,7 +33,10 @@ ENGINE_TESTS = REPOSITORY / "tests" / "engine"
 
 # Parts that differ most on another architecture: system calls and alignment, and kernels. All of it together, threads
 # included, is in the comparison of outputs.
-SHORT_SELECTION = ("storage", "pipeline/test_session.py")
+SHORT_SELECTION = (
+    *(f"storage/test_{name}.py" for name in ("buffers", "page_sizes", "rows", "weights", "widening")),
+    "pipeline/test_session.py",
+)
 
 # onnxruntime chooses its kernels by the features of the CPU. One CPU a choice: Raspberry Pi 4 (plain NEON) and
 # 5 (dot products), AWS Graviton 3 (SVE, bfloat16, int8 matrices), all that qemu knows (SVE2, SME).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeload.errors import ClosedError, ConfigError, LoadError, ManifestError, RunError, ShardError
-from pipeload.foreign import first_line, foreign_errors
+from pipeload.foreign import chain, first_line, foreign_errors, shortage_in
 
 
 class PanicException(BaseException):
@@ -49,3 +49,17 @@ def test_an_error_without_a_message_is_named_by_its_type() -> None:
     assert first_line(StopIteration()) == "StopIteration"
     assert first_line(OSError(28, "No space left on device", "/tmp/x")) == "No space left on device"
     assert first_line(RuntimeError("First.\nSecond.")) == "First"
+
+
+def test_the_root_of_an_error_is_found_in_a_circle_of_causes_too() -> None:
+    root = MemoryError()
+    first, second = LoadError("a shard"), RunError("a pass")
+    first.__cause__, second.__cause__ = second, root
+    assert shortage_in(first) == "no memory is left to it"
+    first.__context__ = OSError(24, "Too many open files")
+    assert shortage_in(first) == "no memory is left to it", "contexts are no causes"
+    root.__cause__ = first
+    assert shortage_in(first) == "no memory is left to it"
+    second.__cause__ = second
+    assert shortage_in(second) is None
+    assert [*chain(first)] == [first, first.__context__, second]

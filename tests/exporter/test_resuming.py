@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.exporter.models import write_gpt2, write_json, write_onnx
+from tests.marks import survey
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import MANIFEST_NAME
@@ -127,7 +128,7 @@ def test_the_result_is_that_of_an_undisturbed_export(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gate", ["in the middle of a file", "before the target is put in place"])
+@pytest.mark.parametrize("gate", ["in the middle of a file", survey("before the target is put in place")])
 def test_a_checkpoint_whose_weights_stay_in_it(
     gate: str, tmp_path: Path, written: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

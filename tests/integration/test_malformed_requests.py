@@ -32,7 +32,7 @@ hypothesis = pytest.importorskip("hypothesis")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), pytest.mark.xdist_group("serve")]
 
-REQUESTS = int(os.environ.get("PIPELOAD_TEST_REQUESTS", "500"))
+REQUESTS = int(os.environ.get("PIPELOAD_TEST_REQUESTS", "250"))
 """Of all three kinds together."""
 _PATIENCE_S = 300
 _SENDERS = 4

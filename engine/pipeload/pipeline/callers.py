@@ -61,8 +61,8 @@ class Caller:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._token is not None:
-            _CURRENT.reset(self._token)
+        assert self._token is not None
+        _CURRENT.reset(self._token)
 
 
 _CURRENT: ContextVar[Caller | None] = ContextVar("caller", default=None)

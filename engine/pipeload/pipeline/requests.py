@@ -65,8 +65,8 @@ class Call(Generic[Result]):
 
     def withdraw(self) -> None:
         """Stop waiting for the call: forget it, or end it if it runs."""
-        if self._queue is not None:
-            self._queue.forget(self)
+        assert self._queue is not None
+        self._queue.forget(self)
 
 
 class Calls:

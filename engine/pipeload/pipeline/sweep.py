@@ -41,6 +41,7 @@ class Feed:
         outputs: all graph outputs, at the end.
         top_logits: see `top`.
         error: the error that ended this feed early.
+        begun: its sweep has begun.
         alive: during the sweep, the values of each piece that a later shard takes.
     """
 
@@ -53,6 +54,7 @@ class Feed:
     outputs: dict[str, Value] = field(default_factory=dict)
     top_logits: Sequence[Sequence[TopLogits]] | None = None
     error: Exception | None = None
+    begun: bool = field(init=False, default=False)
     alive: list[dict[str, Value]] = field(init=False, default_factory=list)
     _slices: list[NDArray[Any]] = field(init=False, default_factory=list)
     _running_top: RunningTop | None = field(init=False, default=None)
@@ -64,6 +66,7 @@ class Feed:
             in_place: names of the cache inputs that shards write in place.
             length: see `length_input`.
         """
+        self.begun = True
         self.alive = [dict(piece) for piece in self.pieces]
         self._running_top = RunningTop(self.top) if self.top else None
         for name in in_place:

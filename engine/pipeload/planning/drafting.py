@@ -17,14 +17,21 @@ costs nothing while reading takes longer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning.needs import Needs
-from pipeload.planning.planner import Plan, forecast, make_plan, process_bytes, times_of
+from pipeload.planning.planner import (
+    AMPLE_BYTES,
+    Plan,
+    forecast,
+    least_budget_bytes,
+    make_plan,
+    process_bytes,
+    times_of,
+)
 from pipeload.planning.profile import Profile
 
 __all__ = ["Contender", "Drafting", "expected_tokens", "weigh"]
@@ -37,7 +44,6 @@ _GAIN = 1.2
 """Times the speed without it that a draft must promise: its own times vary, and what it takes is missed by others."""
 _FIRST_SLOPE = 0.25
 """Assumed cost of computing each further token of a sweep, relative to the first: weights are read once."""
-_AMPLE_BYTES = 1 << 50
 _SPARE_SHARE = 0.006
 """A plan leaves half a percent of its budget for weights free."""
 
@@ -162,7 +168,7 @@ def weigh(
     if not alone.streamed_bytes:
         return Drafting(used=False, reason="the model fits into memory", plain_s=plain_s)
     # With all the memory that it could use, other resident shards are packed too; that much need not be.
-    ample = plan(draft, _AMPLE_BYTES)
+    ample = plan(draft, AMPLE_BYTES)
     whole = plan(draft, ample.peak_bytes)
     if whole.streamed_bytes:
         whole = ample
@@ -170,7 +176,8 @@ def weigh(
     try:
         beside = plan(model, budget_bytes, draft_bytes)
     except BudgetError:
-        free = max(0, budget_bytes - _least_bytes(model, plan))
+        least_bytes = least_budget_bytes(model.manifest, model.profile, model.needs, threads=threads)
+        free = max(0, budget_bytes - least_bytes)
         needs = f"needs {format_bytes(draft_bytes)}, {format_bytes(free)} are free beside the model"
         return Drafting(used=False, reason=needs, plain_s=plain_s, acceptance=acceptance)
     times = times_of(model.manifest, model.profile, beside.threads).values()
@@ -183,14 +190,6 @@ def weigh(
         draft_s=_steady_s(draft, whole),
         plain_s=plain_s,
     ).with_acceptance(acceptance)
-
-
-def _least_bytes(one: Contender, plan: Callable[[Contender, int], Plan]) -> int:
-    """The smallest budget that works."""
-    try:
-        return plan(one, 1).budget_bytes
-    except BudgetError as error:
-        return error.needed_bytes
 
 
 def _steady_s(one: Contender, plan: Plan) -> float:

@@ -45,7 +45,7 @@ from typing import Any
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
 from pipeload.machine.sizes import format_bytes
-from pipeload.planning.footprint import least_bytes, session_bytes, whole_bytes
+from pipeload.planning.footprint import least_bytes
 from pipeload.planning.layouts import Layout, Range, layouts
 from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
@@ -53,11 +53,13 @@ from pipeload.planning.rates import Rates
 from pipeload.planning.schedule import Schedule, ShardWork, least_steady_s, simulate
 
 __all__ = [
+    "AMPLE_BYTES",
     "LEAST_RUNTIME_BYTES",
     "MOST_RUNTIME_BYTES",
     "Plan",
     "budget_for_latency",
     "forecast",
+    "least_budget_bytes",
     "make_plan",
     "predict",
     "process_bytes",
@@ -70,6 +72,8 @@ _RUNTIME_BYTES, LEAST_RUNTIME_BYTES, MOST_RUNTIME_BYTES = 18_000_000, 6_000_000,
 """onnxruntime's code pages, thread stacks, heap and the trace, which appear with the first passes: assumed until they
 are measured. A measured figure below the second comes from a process that had run a model before, and tells nothing;
 above the third, the host has grown, which is no figure to keep for other processes."""
+AMPLE_BYTES = 1 << 50
+"""A budget that is more than any model can use."""
 _ROUND_BYTES = 1_000_000
 _SPARE_SHARE = 0.005
 """Plans leave this fraction of the memory for weights free: the heap's own use is known only that precisely."""
@@ -168,11 +172,10 @@ def make_plan(
     Raises:
         BudgetError: not even one buffer for the largest shard fits.
     """
-    process = process_bytes(profile)
-    fixed = process + needs.pass_bytes + needs.cache_bytes
+    beside = _beside_bytes(profile, needs)
     speed = Rates.of(manifest, profile, threads)
-    free = budget_bytes - fixed
-    free -= max(0, int(free * _SPARE_SHARE))
+    free = budget_bytes - beside
+    free -= int(free * _SPARE_SHARE)
     found: list[tuple[Layout, Schedule]] = []
     fastest_s = float("inf")
     most_threads = max(speed.times)
@@ -189,7 +192,7 @@ def make_plan(
         fastest_s = min(fastest_s, schedule.steady_s)
         found.append((layout, schedule))
     if not found:
-        raise _too_small(manifest, budget_bytes, process, needs, min(speed.times))
+        raise _too_small(manifest, profile, budget_bytes, needs, threads)
     layout, schedule = _preferred([pair for pair in found if pair[1].steady_s <= fastest_s * (1 + _CLOSE)])
     return Plan(
         budget_bytes=budget_bytes,
@@ -204,13 +207,13 @@ def make_plan(
         packed_streamed=layout.packed_streamed,
         direct=speed.direct,
         threads=layout.threads,
-        process_bytes=process,
+        process_bytes=process_bytes(profile),
         pass_bytes=needs.pass_bytes,
         cache_bytes=needs.cache_bytes,
         packing_bytes=layout.packing_bytes,
         resident_bytes=layout.resident_bytes,
         streamed_bytes=layout.streamed_bytes,
-        peak_bytes=fixed + layout.used_bytes,
+        peak_bytes=beside + layout.used_bytes,
         first_pass_s=schedule.first_s if profile.measured else None,
         steady_pass_s=schedule.steady_s if profile.measured else None,
     )
@@ -226,17 +229,33 @@ def runtime_bytes(profile: Profile) -> int:
     return profile.runtime_bytes if profile.runtime_bytes >= LEAST_RUNTIME_BYTES else _RUNTIME_BYTES
 
 
+def _beside_bytes(profile: Profile, needs: Needs) -> int:
+    return process_bytes(profile) + needs.pass_bytes + needs.cache_bytes
+
+
+def least_budget_bytes(manifest: Manifest, profile: Profile, needs: Needs, *, threads: int | None = None) -> int:
+    """The smallest budget that works, rounded up to whole megabytes: one buffer, for one shard after the other.
+
+    Args:
+        manifest: the model.
+        profile: the machine and the process.
+        needs: of one pass, beside weights.
+        threads: intra-op threads; None chooses.
+    """
+    fewest = min(Rates.of(manifest, profile, threads).times)
+    needed = _beside_bytes(profile, needs) + int(least_bytes(manifest.shards, fewest) / (1 - _SPARE_SHARE))
+    return (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
+
+
 def with_needs(plan: Plan, profile: Profile, needs: Needs, budget_bytes: int) -> Plan:
     """The same layout for passes with other needs; its peak may be above the budget."""
-    process = process_bytes(profile)
-    beside = process + needs.pass_bytes + needs.cache_bytes
     return replace(
         plan,
         budget_bytes=budget_bytes,
-        process_bytes=process,
+        process_bytes=process_bytes(profile),
         pass_bytes=needs.pass_bytes,
         cache_bytes=needs.cache_bytes,
-        peak_bytes=beside + plan.packing_bytes + plan.weights_bytes,
+        peak_bytes=_beside_bytes(profile, needs) + plan.packing_bytes + plan.weights_bytes,
     )
 
 
@@ -259,7 +278,13 @@ def forecast(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule:
 
 
 def budget_for_latency(
-    manifest: Manifest, profile: Profile, latency_s: float, *, needs: Needs, **options: Any
+    manifest: Manifest,
+    profile: Profile,
+    latency_s: float,
+    *,
+    needs: Needs,
+    loaders: int | None = None,
+    threads: int | None = None,
 ) -> Plan | None:
     """The plan with the smallest budget whose steady pass takes no longer than `latency_s`; None when none does.
 
@@ -267,31 +292,30 @@ def budget_for_latency(
         manifest: the model.
         profile: a measured one.
         latency_s: the target.
-        needs: as for `make_plan`.
-        **options: `loaders` and `threads` of `make_plan`.
+        needs: as for `make_plan`, as are loaders and threads.
+        loaders: number of Loading Agents.
+        threads: intra-op threads.
     """
 
     def plan(budget_bytes: int) -> Plan:
-        return make_plan(manifest, profile, budget_bytes=budget_bytes, needs=needs, **options)
+        return make_plan(manifest, profile, budget_bytes=budget_bytes, needs=needs, loaders=loaders, threads=threads)
 
-    # Above this budget everything is resident and packed, and more memory is of no use.
-    threads = max(Rates.of(manifest, profile, options.get("threads")).times)
-    most = process_bytes(profile) + needs.pass_bytes + needs.cache_bytes
-    most += 2 * sum(whole_bytes(shard) + session_bytes(shard, threads) for shard in manifest.shards)
-    try:
-        least = plan(1).budget_bytes
-    except BudgetError as error:
-        least = error.needed_bytes
-    most = max(most, least)
-    if (plan(most).steady_pass_s or 0.0) > latency_s:
+    def meets(plan: Plan) -> bool:
+        assert plan.steady_pass_s is not None, "the profile was not measured"
+        return plan.steady_pass_s <= latency_s
+
+    least, most = least_budget_bytes(manifest, profile, needs, threads=threads), AMPLE_BYTES
+    if meets(smallest := plan(least)):
+        return smallest
+    if not meets(plan(most)):
         return None
     while most - least > _ROUND_BYTES:
         middle = (least + most) // 2
-        if (plan(middle).steady_pass_s or 0.0) <= latency_s:
+        if meets(plan(middle)):
             most = middle
         else:
             least = middle
-    return plan(least) if (plan(least).steady_pass_s or 0.0) <= latency_s else plan(most)
+    return plan(most)
 
 
 def _work(
@@ -304,7 +328,7 @@ def _work(
         begin, end = layout.partly_resident.get(shard.name, (0, shard.nbytes))
         packed = shard.packed or (layout.packed if resident else layout.packed_streamed)
         # A resident shard has the computer to itself while nothing is streamed; only reading slows computing down.
-        slowdown = own.loading_run_s / own.run_s if own.run_s else 1.0
+        slowdown = max(1.0, own.loading_run_s / own.run_s) if own.run_s else 1.0
         run_s = own.packed_run_s if packed else own.run_s
         work.append(
             ShardWork(
@@ -314,7 +338,7 @@ def _work(
                 streamed=not resident,
                 session_s=own.pack_s if packed and not resident else own.session_s,
                 run_s=run_s,
-                loading_run_s=run_s * max(1.0, slowdown),
+                loading_run_s=run_s * slowdown,
             )
         )
     return work
@@ -348,17 +372,18 @@ def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedu
     return min(equal, key=order)
 
 
-def _too_small(manifest: Manifest, budget_bytes: int, process_bytes: int, needs: Needs, threads: int) -> BudgetError:
-    fixed = process_bytes + needs.pass_bytes + needs.cache_bytes
+def _too_small(
+    manifest: Manifest, profile: Profile, budget_bytes: int, needs: Needs, threads: int | None
+) -> BudgetError:
     largest = max(manifest.shards, key=lambda shard: shard.memory_bytes)
-    needed = fixed + int(least_bytes(manifest.shards, threads) / (1 - _SPARE_SHARE))
-    needed = (needed // _ROUND_BYTES + 2) * _ROUND_BYTES
+    needed = least_budget_bytes(manifest, profile, needs, threads=threads)
+    left = max(0, budget_bytes - _beside_bytes(profile, needs))
     return BudgetError(
         f"A memory budget of {format_bytes(budget_bytes)} cannot work for this model: the smallest that can is "
-        f"{format_bytes(needed)} = {format_bytes(process_bytes)} process and runtime + "
+        f"{format_bytes(needed)} = {format_bytes(process_bytes(profile))} process and runtime + "
         f"{format_bytes(needs.pass_bytes)} activations + "
         f"{format_bytes(needs.cache_bytes)} caches + the largest shard '{largest.name}' with "
-        f"{format_bytes(largest.memory_bytes)} ({format_bytes(max(0, budget_bytes - fixed))} were left for it), "
+        f"{format_bytes(largest.memory_bytes)} ({format_bytes(left)} were left for it), "
         f"rounded up. Raise the budget to at least {needed} bytes, or pass smaller inputs.",
         needed_bytes=needed,
         budget_bytes=budget_bytes,

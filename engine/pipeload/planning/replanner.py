@@ -55,8 +55,8 @@ _HEADROOM_SHARE = 0.01
 _SLACK_SHARE, _SLACK_BYTES = 0.005, 1_500_000
 """Corrected figures add this fraction of the budget, or this much where that is more: one of the next passes may take
 more than the latest did. Python takes memory in arenas of 1 MiB, and holes in the heap come and go."""
-_AMPLE_BYTES, _AMPLE_FACTOR = 1 << 50, 1.006
-"""More than any model can use; and what a plan leaves free of it."""
+_AMPLE_FACTOR = 1.006
+"""A plan leaves half a percent of the memory for weights free."""
 _GUARD_SHARE = 0.0025
 """A process that outgrew its plan gets another one unless at least this fraction of the budget is left."""
 _WRONG_PASSES, _WRONG_S = 2, 0.5
@@ -145,11 +145,8 @@ class Replanner:
         them and to the latest passes. Any thread may ask.
         """
         process = planner.process_bytes(self._profile)
-        try:
-            least = self._plan_in(self._profile, needs, 1).peak_bytes
-        except BudgetError as error:
-            least = error.needed_bytes
-        ample = self._plan_in(self._profile, _most([*self._needs, needs]), _AMPLE_BYTES).peak_bytes
+        least = planner.least_budget_bytes(self._manifest, self._profile, needs, threads=self._threads)
+        ample = self._plan_in(self._profile, _most([*self._needs, needs]), planner.AMPLE_BYTES).peak_bytes
         return least - process, int((ample - process) * _AMPLE_FACTOR)
 
     def _plan_in(self, process: Profile, needs: Needs, limit_bytes: int) -> Plan:

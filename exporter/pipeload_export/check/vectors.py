@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pipeload
-from pipeload.errors import ConfigError, ExportError, PipeloadError, TruncationWarning
+from pipeload.errors import ConfigError, ExportError, TruncationWarning
 from pipeload.format.closeness import range_of
 from pipeload.format.manifest import Manifest, Vectors, Verification
 from pipeload.notify import Notify
@@ -48,13 +48,18 @@ _SHOWN = 40
 
 
 def makes_vectors(directory: Path, manifest: Manifest) -> bool:
-    """Whether `embed` takes the model and its texts, and by modules of sentence-transformers."""
+    """Whether `embed` takes the model and its texts, and by modules of sentence-transformers.
+
+    Raises:
+        ShardError: a file of sentence-transformers is missing or damaged.
+        RunError, LoadError: the process has no memory left, or too little of something else, to find out.
+    """
     files = ModelFiles(directory, manifest, verify=False)
     if manifest.task != "feature-extraction" or not {MODULES, "tokenizer.json"} <= files.records.keys():
         return False
     try:
         check_embed(FilesOnly(directory, manifest, files))
-    except PipeloadError:
+    except ConfigError:
         return False
     return True
 
@@ -168,6 +173,7 @@ def ask_vectors(directory: Path, manifest: Manifest, request: Request, work: Pat
 
     Raises:
         ExportError: sentence-transformers cannot open the checkpoint or answers nothing, or memory is short.
+        ShardError, RunError, LoadError: as `makes_vectors`.
     """
     if not makes_vectors(directory, manifest) or obstacle(directory, manifest, request):
         return None

@@ -60,6 +60,11 @@ def _many_shards(content: Any) -> None:
     content["shards"][3:3] = [{**block, "name": f"block.{k}"} for k in range(20_000)]
 
 
+def _list_draft(content: Any) -> None:
+    content["files"].append({**content["files"][0], "path": "draft/pipeload.json"})
+    content["draft"] = {"path": "draft", "nbytes": 1000, "top1": 0.5}
+
+
 _TERM = ("structures", "block", "activations", 0, 0)
 
 _FAULTS = [
@@ -81,6 +86,8 @@ _FAULTS = [
     (_set("shards", 2, "tensors", 0, "shape", to=[0, 2**62, 2**62]), "no valid dtype and shape"),
     (_set("shards", 2, "tensors", 0, "offset", to=2**63), "no valid dtype and shape"),
     (_set("files", 0, "nbytes", to=2**63), "no valid size and sha256"),
+    (_list_draft, "it has a draft, and no caches"),
+    (_set("files", 0, "path", to="x" * 4097), "the path of file 'x*.*' has 4097 characters"),
     (_set("files", 0, "path", to="./shards//x"), "'./shards//x' is another way to write 'shards/x'"),
     (_set("shards", 2, "outputs", to=["hidden.1"]), "tensor 'hidden.1' occurs twice"),
     (_set("shards", 2, "outputs", to=["elsewhere"]), "makes 'elsewhere', which is no edge and no output of the model"),
@@ -111,7 +118,29 @@ def _twice(content: Any) -> None:
     content["caches"].append(content["caches"][0])
 
 
+def _draft(**fields: Any) -> Change:
+    def change(content: Any) -> None:
+        _list_draft(content)
+        content["draft"] |= fields
+
+    return change
+
+
+def _flat_cache(content: Any) -> None:
+    cache = content["caches"][0]
+    cache["in_place"] = True
+    for spec in (*content["inputs"], *content["outputs"]):
+        if spec["name"] in (cache["input"], cache["output"]):
+            spec["shape"] = spec["shape"][:3]
+
+
 _DECODER_FAULTS = [
+    (_draft(path="elsewhere"), "the manifest of the draft in 'elsewhere' is not in the list of files"),
+    (_draft(nbytes=-1), "the draft has -1 bytes, and 0.5 of its first choices are right"),
+    (_draft(nbytes=2**63), "the draft has 9223372036854775808 bytes"),
+    (_draft(top1=1.01), "the draft has 1000 bytes, and 1.01 of its first choices are right"),
+    (_draft(top1=-0.01), "and -0.01 of its first choices are right"),
+    (_flat_cache, "cache '.*' is written in place and has 3 dimensions, not 4"),
     (_without_slice, "the head consists of .* and the slices among the shards are"),
     (_without_slice_shard, r"the slices of the head make \d+ values of 'logits', which has 96"),
     (lambda m: m["head"]["shards"].reverse(), "the head consists of"),
@@ -128,6 +157,16 @@ def test_a_head_and_outputs_are_whole(toy_decoder: Path, tmp_path: Path, change:
     directory = Path(shutil.copytree(toy_decoder, tmp_path / "model"))
     with pytest.raises(ManifestError, match=words):
         manifests.read(_edit(directory, change))
+
+
+@pytest.mark.parametrize("top1", [None, 0.0, 1.0])
+def test_a_draft_is_listed_and_in_the_directory_of_a_decoder(
+    toy_decoder: Path, tmp_path: Path, top1: float | None
+) -> None:
+    directory = Path(shutil.copytree(toy_decoder, tmp_path / "model"))
+    draft = manifests.read(_edit(directory, _draft(top1=top1))).draft
+    assert draft is not None
+    assert (draft.path, draft.nbytes, draft.top1) == ("draft", 1000, top1)
 
 
 def test_a_message_lists_twenty_faults_at_most(toy_copy: Path) -> None:

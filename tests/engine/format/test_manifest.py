@@ -15,6 +15,7 @@ from pipeload.errors import ConfigError, ManifestError
 from pipeload.format import manifest as manifests
 from pipeload.format.dtypes import ITEM_BYTES
 from pipeload.format.manifest import MANIFEST_NAME, ByteTerm, Manifest, Structure, TensorSpec, bind_dims, evaluate_dim
+from pipeload.format.records import Accuracy, OutputError, SmallWeights
 
 
 def _tensor(name: str, *shape: int | str) -> TensorSpec:
@@ -56,6 +57,25 @@ def test_an_inconsistent_manifest_is_not_written(toy: Path, tmp_path: Path) -> N
     with pytest.raises(ManifestError, match="no shards"):
         manifests.write(manifest, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("field", ["cosine", "top1", "perplexity", "source_perplexity", "max_abs_error"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_an_accuracy_that_is_no_number_is_not_written(toy: Path, tmp_path: Path, field: str, number: float) -> None:
+    """In JSON it would be null."""
+
+    def manifest_with(number: float) -> Manifest:
+        error = OutputError(output="x", max_abs_error=1.0, mean_abs_error=0.5, max_rel_error=0.1)
+        found: dict[str, Any] = {"inputs": (), "outputs": (error,)}
+        found |= {"outputs": (replace(error, max_abs_error=number),)} if field == "max_abs_error" else {field: number}
+        weights = SmallWeights(bits=8, fine_bits=8, block_size=32, symmetric=True, accuracy=Accuracy(**found))
+        return replace(manifests.read(toy), small_weights=weights)
+
+    with pytest.raises(ManifestError, match="the accuracy of its weights is no number"):
+        manifests.write(manifest_with(number), tmp_path)
+    assert not list(tmp_path.iterdir())
+    manifests.write(manifest_with(0.5), tmp_path)
+    assert manifests.read(tmp_path) == manifest_with(0.5)
 
 
 def test_the_fields_are_pinned() -> None:
@@ -294,6 +314,11 @@ def test_a_symbol_inside_a_sum_is_solved() -> None:
 def test_sums_are_solved_in_whatever_order_they_come() -> None:
     specs = [_tensor("x", "a + b"), _tensor("y", "b + c"), _tensor("z", "c")]
     assert bind_dims(specs, {"x": (6,), "y": (5,), "z": (2,)}) == {"a": 3, "b": 3, "c": 2}
+
+
+def test_a_sum_of_two_symbols_that_nothing_else_binds_binds_none_and_is_no_contradiction() -> None:
+    specs = [_tensor("mask", "past + length"), _tensor("ids", "batch")]
+    assert bind_dims(specs, {"mask": (6,), "ids": (2,)}) == {"batch": 2}
 
 
 def test_inputs_that_were_left_out_bind_nothing() -> None:

@@ -16,12 +16,13 @@ from tests.engine.model.loading import PLENTY, THREADS, load
 
 import pipeload
 from pipeload.format import manifest as manifests
-from pipeload.format.manifest import TensorSpec
+from pipeload.format.manifest import Shard, TensorSpec
 from pipeload.pipeline import joining
 from pipeload.pipeline.callers import Caller
 from pipeload.pipeline.joining import Joins, Padding
 from pipeload.pipeline.session import ShardSession
 from pipeload.pipeline.sweep import Feed, Sweep
+from pipeload.storage.weights import Storage
 
 RIGHT = Padding(fills=(("input_ids", 0), ("attention_mask", 0)), left=False)
 LEFT = Padding(fills=RIGHT.fills, left=True)
@@ -240,6 +241,62 @@ def test_rows_that_fail_fail_their_own_call_only(toy: Path, passes: Passes, budg
         assert_same(model.run(texts(1, 6)), expected(toy, texts(1, 6)))
 
 
+def test_a_process_without_memory_for_the_parts_of_a_batch_tells_each_of_its_callers(
+    toy: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on: it has memory for the next pass."""
+    cut, armed = joining.to_value, []
+
+    def fails(*arguments: Any) -> Any:
+        # Joining the rows uses it too.
+        if armed and len(passes.shapes) == 2:
+            raise MemoryError("Unable to allocate 9 GB")
+        return cut(*arguments)
+
+    monkeypatch.setattr(joining, "to_value", fails)
+    with load(toy) as model:
+        run = ShardSession.run
+        monkeypatch.setattr(
+            ShardSession, "run", lambda *arguments: (armed.append(len(passes.shapes) == 2), run(*arguments))[1]
+        )
+        for caller in together(model, passes, [texts(1, 6), texts(1, 6, 1)]):
+            error = caller.wait()
+            assert isinstance(error, pipeload.RunError)
+            assert "The outputs of joined rows could not be cut apart: " in str(error)
+            assert isinstance(error.__cause__, MemoryError)
+        assert_same(model.run(texts(1, 6)), expected(toy, texts(1, 6)))
+
+
+def test_rows_that_failed_together_run_again_after_a_sweep_that_a_read_has_ended(
+    toy: Path, passes: Passes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read's error is that of the call beside them, which had not failed."""
+    run, read, failed = ShardSession.run, Storage.read_weights, []
+
+    def fails(self: ShardSession, *arguments: Any) -> Any:
+        if len(passes.shapes) == 2 and not failed:
+            failed.append("rows")
+            raise pipeload.RunError("The rows of both failed.")
+        return run(self, *arguments)
+
+    def fails_once(self: Storage, shard: Shard, *arguments: Any, **options: Any) -> bool:
+        if shard.name == "epilogue" and failed == ["rows"]:
+            failed.append("read")
+            raise pipeload.LoadError("The disk failed.")
+        return read(self, shard, *arguments, **options)
+
+    monkeypatch.setattr(ShardSession, "run", fails)
+    monkeypatch.setattr(Storage, "read_weights", fails_once)
+    cases = [texts(1, 6), texts(1, 6, 1), texts(1, 40, 2)]
+    with load(toy, smallest_budget(toy)) as model:
+        first, second, beside = together(model, passes, cases)
+        assert "The disk failed." in str(beside.wait())
+        assert passes.shapes[1] == [(2, 6), (1, 40)]
+        assert_same(first.end(), expected(toy, cases[0]))
+        assert_same(second.end(), expected(toy, cases[1]))
+    assert failed == ["rows", "read"]
+
+
 def test_a_close_ends_all_calls_of_a_batch(toy: Path, monkeypatch: pytest.MonkeyPatch, passes: Passes) -> None:
     inside = Gate()
     with load(toy) as model:
@@ -274,5 +331,8 @@ def test_only_models_of_texts_without_caches_share_batches(toy: Path, toy_decode
     (output,) = manifest.outputs
     for shape in (("sequence_length", 64), ("batch_size", "batch_size", 64), ("batch_size", "2 * sequence_length")):
         assert Joins.of(replace(manifest, outputs=(replace(output, shape=shape),))) is None
+    for shape in ((2, "sequence_length"), ("batch_size", 128)):
+        inputs = tuple(replace(spec, shape=shape) for spec in manifest.inputs)
+        assert Joins.of(replace(manifest, inputs=inputs)) is None
     images = TensorSpec(name="pixel_values", dtype="float32", shape=("batch_size", 3, "height", "width"))
     assert Joins.of(replace(manifest, inputs=(images,))) is None

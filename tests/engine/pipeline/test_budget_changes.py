@@ -26,6 +26,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import rss_bytes
 from pipeload.pipeline import pipeline as pipelines
+from pipeload.pipeline import weights_memory
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import to_value
 from pipeload.planning.needs import Needs
@@ -150,6 +151,20 @@ def test_everything_at_once(
         assert rig.pipeline._memory.reservations.reserved_bytes <= rig.pipeline._memory.reservations._limit_bytes
 
 
+def test_an_idle_model_plans_anew_when_memory_becomes_short(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "_WATCH_S", 0.001)
+    with budgeted(toy, 2) as (rig, budgets, free):
+        rig.check()
+        replanner = rig.replanner
+        assert replanner.asked.acquire(timeout=PATIENCE_S)
+        free[0] = budgets[0]
+        # No call has come: this is the Daemon's doing.
+        assert replanner.asked.acquire(timeout=PATIENCE_S)
+        rig.pipeline.call(Call(nothing)).result()
+        assert rig.pipeline.plan.peak_bytes <= rig.pipeline.plan.budget_bytes <= budgets[0]
+        rig.check()
+
+
 @pytest.mark.slow
 def test_an_idle_model_gives_memory_back_when_it_becomes_short(
     toy_large: Path, monkeypatch: pytest.MonkeyPatch
@@ -215,3 +230,24 @@ def test_auto_is_checked_against_what_is_free_and_not_against_the_old_budget(toy
         free[0] = 10**12
         rig.check()
         assert rig.pipeline.plan.budget_bytes == budgets[2]
+
+
+def test_what_the_heap_keeps_is_given_back_before_it_counts_as_growth_of_the_host(
+    toy_large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [100_000_000]
+    monkeypatch.setattr(weights_memory, "rss_bytes", lambda: PROCESS_BYTES + kept[0])
+    monkeypatch.setattr(weights_memory, "trim", lambda: kept.__setitem__(0, 0))
+    with budgeted(toy_large, 2) as (rig, _, _):
+        kept[0] = 0
+        rig.check(passes=2)
+        before = rig.pipeline.plan
+        # Beside the weights, which are loaded.
+        kept[0] = rig.pipeline._memory.occupied_bytes + 100_000_000
+        rig.check()
+        assert kept[0] == 0
+        assert rig.pipeline.plan.process_bytes == before.process_bytes
+        monkeypatch.setattr(weights_memory, "trim", nothing)
+        kept[0] = rig.pipeline._memory.occupied_bytes + 30_000_000
+        rig.check()
+        assert rig.pipeline.plan.process_bytes > before.process_bytes + 5_000_000

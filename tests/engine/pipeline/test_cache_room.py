@@ -150,6 +150,31 @@ def test_texts_that_begin_together_have_room_for_the_caches_of_all(wide_toy: Pat
     assert all(np.argmax(found) == expected.token_ids[0] for found in logits)
 
 
+def test_caches_that_a_sweep_made_count_for_the_next_one_before_their_callers_have_them(
+    wide_toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads of callers may be late: the next sweep waits for none of them."""
+    gate = Gate()
+    with load(wide_toy, 45_000_000) as model, ExitStack() as stack:
+        one = model._decoding.full_cache_bytes(1, 128)
+        late, other = (stack.enter_context(model.new_state()) for _ in range(2))
+        end = model._decoding.end
+
+        def end_late(state: Any, *arguments: Any) -> None:
+            if state is late:
+                gate.stop_here()
+            end(state, *arguments)
+
+        monkeypatch.setattr(model._decoding, "end", end_late)
+        caller = Background(_step, model, [5, 6, 7], late)
+        gate.wait_reached()
+        _step(model, [5, 6, 7], other)
+        assert model.plan.cache_bytes >= 2 * one
+        gate.open()
+        caller.end()
+        assert model._decoding.cache_bytes() == 2 * one
+
+
 def test_a_session_refuses_in_time_what_will_not_fit(wide_toy: Path) -> None:
     """As `generate` does, not in the middle of the text."""
     with load(wide_toy, 12_000_000) as model:

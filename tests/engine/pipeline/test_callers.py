@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,3 +188,36 @@ def test_calls_that_were_served_together_are_waited_for(toy: Path) -> None:
         for thread in threads:
             thread.join()
         assert rig.pipeline.stats.passes == rounds
+
+
+class _Unlike(Exception):  # noqa: N818
+    """An error that cannot be copied: it is made of two arguments, and keeps one."""
+
+    def __init__(self, place: str, number: int) -> None:
+        super().__init__(f"{place}, {number}")
+
+
+def test_every_caller_gets_an_error_of_the_callers_own_that_cannot_be_copied(toy: Path) -> None:
+    error = _Unlike("here", 3)
+
+    def fail(_: object) -> None:
+        raise error
+
+    with rigged(toy) as rig:
+        with _while_one_runs(rig) as running:
+            calls = [rig.submit() for _ in range(3)]
+            # After the first call's own sweep.
+            rig.storage.before_read = nothing
+            real = rig.pipeline._sweep.run
+
+            def run(*arguments: Any, **options: Any) -> None:
+                rig.pipeline._progress = fail if len(arguments[0]) == 3 else None
+                real(*arguments, **options)
+
+            rig.pipeline._sweep.run = run  # type: ignore[method-assign]
+        running.result()
+        for call in calls:
+            with pytest.raises(_Unlike, match="here, 3") as caught:
+                call.result()
+            assert caught.value is error
+        rig.check(passes=2)

@@ -142,3 +142,16 @@ def test_calls_without_a_sweep_are_not_overtaken() -> None:
     for call in (first, budget, new):
         exchange.calls.submit(call)
     assert [exchange.next_call() for _ in range(3)] == [first, budget, new]
+
+
+def test_an_exchange_that_closes_ends_the_calls_that_wait_and_leaves_those_whose_callers_have_left() -> None:
+    exchange, cause = Exchange(), OSError("disk")
+    left, waiting = call_of(), call_of()
+    for call in (left, waiting):
+        exchange.calls.submit(call)
+    assert left.outcome.cancel()
+    exchange.calls.close(cause)
+    with pytest.raises(ClosedError, match="closed before the call began") as caught:
+        waiting.result()
+    assert caught.value.__cause__ is cause
+    assert left.outcome.cancelled()

@@ -157,3 +157,21 @@ def test_a_cast_that_is_not_the_manifests_is_named(narrow: Path, change: Callabl
     change(model.graph.node[0])
     with pytest.raises(ShardError, match=r"it does not cast 'block.0.w' to 'block.0.w.wide'. Export the model again"):
         without_casts(shard, model.SerializeToString())
+
+
+def test_a_cast_may_have_a_name_and_a_description(narrow: Path) -> None:
+    shard = manifests.read(narrow).shards[1]
+    plain = onnx.load(narrow / shard.graph.path, load_external_data=False)
+    named = onnx.load(narrow / shard.graph.path, load_external_data=False)
+    for node in named.graph.node:
+        if node.op_type == "Cast":
+            node.name, node.doc_string, node.domain = "widens", "to float32", ""
+    assert without_casts(shard, named.SerializeToString()) == without_casts(shard, plain.SerializeToString())
+
+
+def test_an_operator_whose_name_is_no_text_is_named(narrow: Path) -> None:
+    shard = manifests.read(narrow).shards[1]
+    data = (narrow / shard.graph.path).read_bytes()
+    assert b"Tanh" in data
+    with pytest.raises(ShardError, match=r"'shards/block\.000\.onnx' is no ONNX graph: .*export the model again"):
+        without_casts(shard, data.replace(b"Tanh", b"T\xffnh"))

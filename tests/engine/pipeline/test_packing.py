@@ -15,6 +15,7 @@ from tests.engine.harness import (
     Background,
     Gate,
     assert_close,
+    assert_same,
 )
 from tests.engine.pipeline.rig import (
     BLOCKS,
@@ -30,7 +31,10 @@ from tests.engine.pipeline.rig import (
 
 from pipeload.errors import LoadError
 from pipeload.format import manifest as manifests
+from pipeload.format.manifest import Shard
 from pipeload.pipeline import loader as loaders
+from pipeload.pipeline.loader import Loader
+from pipeload.pipeline.messages import Task
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.session import ShardSession, to_value
 from pipeload.pipeline.sweep import Feed
@@ -173,3 +177,30 @@ def test_a_plan_without_packing_makes_packed_shards_leave(toy: Path) -> None:
         assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)
         rig.check(passes=2)
         assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 2)
+
+
+def test_packing_that_a_new_plan_finds_not_begun_makes_no_copy(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real, packed = Gate(), Loader._pack, []
+
+    def late(self: Loader, task: Task, shard: Shard) -> None:
+        gate.stop_here()
+        real(self, task, shard)
+
+    class Noted(ShardSession):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            packed.append(options.get("packed"))
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(Loader, "_pack", late)
+    monkeypatch.setattr(loaders, "ShardSession", Noted)
+    manifest = manifests.read(toy)
+    plans = [plan_by_hand(manifest, resident=NAMES, packed=not more, pass_bytes=more) for more in (0, 1)]
+    with rigged(toy, resident=NAMES, packed=True, replan=lambda pass_bytes, _: plans[pass_bytes]) as rig:
+        rig.check()
+        gate.wait_reached()
+        call = Background(lambda: rig.run(pass_bytes=1))
+        rig.wait(lambda: rig.exchange.stopped)
+        gate.open()
+        assert_same(call.end(), rig.expected)
+        assert not any(packed)
+        assert Counter(rig.storage.read) == dict.fromkeys(NAMES, 1)

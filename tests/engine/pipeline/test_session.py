@@ -400,3 +400,20 @@ def test_an_output_that_is_kept_keeps_no_other_one_in_memory(tmp_path: Path, in_
     trim()
     assert before - rss_bytes() > nbytes // 2
     assert to_array(cache).tolist() == [-1.0]
+
+
+def test_a_pool_of_threads_that_cannot_be_started_says_how_to_do_without_it(
+    block: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an address space or a number of processes is limited."""
+    error = RuntimeError("onnxruntime/core/platform/posix/env.cc:259: pthread_create failed, error code: 11")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(ort, "InferenceSession", fail)
+    with pytest.raises(
+        LoadError, match=r"No thread to compute shard 'block\.000' .* Load the model with threads=1"
+    ) as e:
+        ShardSession(*block, 2)
+    assert e.value.__cause__ is error

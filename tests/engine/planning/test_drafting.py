@@ -94,3 +94,16 @@ def test_a_guess_that_takes_as_long_as_a_sweep_does_not_pay() -> None:
     found = weigh(MODEL, DRAFT, budget_bytes=ROOM, acceptance=0.9)
     slow = replace(found, draft_s=found.plain_s).with_acceptance(0.9)
     assert not slow.used
+
+
+def test_a_draft_takes_no_memory_for_packed_copies_that_it_could_have() -> None:
+    """Packing would save a tenth of the time of a guess: the memory saves the model more."""
+    faster = {name: replace(times, packed_run_s=0.9e-3) for name, times in DRAFT.profile.times[4].items()}
+    packing = replace(DRAFT, profile=replace(DRAFT.profile, times={4: faster}))
+    ample = make_plan(packing.manifest, packing.profile, budget_bytes=10**12, needs=packing.needs)
+    assert ample.packed
+    found = weigh(MODEL, packing, budget_bytes=ROOM, acceptance=0.9)
+    plain = weigh(MODEL, DRAFT, budget_bytes=ROOM, acceptance=0.9)
+    assert found.used
+    assert found.draft_bytes == pytest.approx(plain.draft_bytes, rel=0.01)
+    assert found.draft_bytes < ample.peak_bytes - process_bytes(packing.profile)

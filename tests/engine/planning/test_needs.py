@@ -96,3 +96,9 @@ def test_bytes_of_a_tensor_whose_shape_is_not_known_count_nothing() -> None:
     assert tensor_bytes(spec, {"batch": 3}) == 60
     assert tensor_bytes(spec, {}) == 0
     assert tensor_bytes(replace(spec, shape=()), {}) == 0
+
+
+def test_without_a_cut_head_the_logits_of_all_positions_are_made() -> None:
+    whole = replace(_decoder(), head=None)
+    dims = {"batch": 1, "length": 1000, "past_length": 0}
+    assert pass_bytes(whole, dims, positions=1) == pass_bytes(whole, dims, positions=1000)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import itertools
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
 from tests.engine.plans import manifest_of, with_common
 
 from pipeload.errors import BudgetError
+from pipeload.format.manifest import Manifest
 from pipeload.planning import planner
 from pipeload.planning.footprint import least_bytes, session_bytes, whole_bytes
-from pipeload.planning.layouts import Layout
+from pipeload.planning.layouts import Layout, layouts
 from pipeload.planning.needs import Needs
 from pipeload.planning.planner import (
     LEAST_RUNTIME_BYTES,
@@ -19,6 +21,7 @@ from pipeload.planning.planner import (
     Plan,
     budget_for_latency,
     forecast,
+    least_budget_bytes,
     make_plan,
     predict,
     process_bytes,
@@ -26,7 +29,11 @@ from pipeload.planning.planner import (
     with_needs,
 )
 from pipeload.planning.profile import Profile, ShardTimes
-from pipeload.planning.schedule import Schedule, ShardWork
+from pipeload.planning.rates import Rates
+from pipeload.planning.schedule import Schedule, ShardWork, simulate
+
+hypothesis = pytest.importorskip("hypothesis")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 MB = 1_000_000
 PROFILE = Profile(process_bytes=50 * MB, cores=4)
@@ -130,6 +137,15 @@ def test_other_needs_move_the_peak_and_nothing_else() -> None:
     assert (other.weights_bytes, other.layout) == (plan.weights_bytes, plan.layout)
 
 
+def test_a_plan_is_a_value_whose_fields_have_names() -> None:
+    plan = _plan()
+    with pytest.raises(FrozenInstanceError):
+        plan.loaders = 2  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        Plan(*(getattr(plan, field.name) for field in fields(plan)))  # type: ignore[misc]
+    assert not hasattr(plan, "__dict__")
+
+
 # The work of a layout
 
 
@@ -168,12 +184,25 @@ def test_resident_shards_are_packed_behind_the_passes_and_streamed_ones_by_their
             assert (first.loading_run_s, last.loading_run_s) == (1.5 * first.run_s, 1.5 * last.run_s)
 
 
+def test_a_shard_that_is_always_packed_is_packed_whether_it_streams_or_stays() -> None:
+    manifest = manifest_of([100], [200])
+    manifest = replace(manifest, shards=tuple(replace(shard, packed=True) for shard in manifest.shards))
+    times = {"s0": _times(1), "s1": _times(2)}
+    stays, streams = planner._work(manifest, (0, 1), _layout(resident=frozenset({"s0"})), times)
+    # A resident one has a session that needs no more packing.
+    assert (stays.session_s, stays.run_s, stays.loading_run_s) == (1.0, 4.0, 6.0)
+    assert (streams.session_s, streams.run_s, streams.loading_run_s) == (6.0, 8.0, 12.0)
+
+
 def test_reading_never_makes_computing_faster_and_a_shard_that_takes_no_time_is_not_slowed_down() -> None:
     faster = replace(_times(), loading_run_s=5.0)
     nothing = replace(_times(), run_s=0.0)
     work = _work(_layout(), times={"s0": faster, "s1": nothing, "s2": _times(), "s3": _times()})
     assert work[0].loading_run_s == 10.0
     assert (work[1].run_s, work[1].loading_run_s) == (0.0, 0.0)
+    # Whose packed form was measured to take some.
+    work = _work(_layout(packed_streamed=True), times={"s0": faster, "s1": nothing, "s2": _times(), "s3": _times()})
+    assert (work[1].run_s, work[1].loading_run_s) == (4.0, 4.0)
 
 
 # The choice
@@ -198,11 +227,12 @@ def _preferred(*pairs: tuple[dict[str, Any], float]) -> int:
         (({"streamed_bytes": 9, "loaders": 1}, 1.0), ({"streamed_bytes": 5, "loaders": 2, "buffers": 3}, 1.0)),
         (({"loaders": 2, "buffers": 3, "threads": 1}, 1.0), ({"loaders": 1, "threads": 2}, 1.0)),
         (({"threads": 2}, 1.0), ({"threads": 1}, 1.0)),
+        (({"loaders": 2, "buffers": 0}, 1.0), ({"loaders": 1, "buffers": 2}, 1.0)),
     ],
     ids=[
         "not packed", "early", "a session for each buffer", "not fewer buffers", "not more buffers",
         "a buffer to spare beside each loader", "nothing to spare where nothing is streamed", "little to read",
-        "few loaders", "few threads",
+        "few loaders", "few threads", "few loaders, as nothing is to spare in both",
     ],
 )  # fmt: skip
 def test_among_equally_fast_layouts_the_one_is_taken_that_is(
@@ -216,6 +246,102 @@ def test_a_first_pass_that_is_longer_by_two_percent_is_not_late() -> None:
     later, earlier = {"streamed_bytes": 5}, {"streamed_bytes": 9}
     assert _preferred((later, 1.02), (earlier, 1.0)) == 0
     assert _preferred((later, 1.021), (earlier, 1.0)) == 1
+
+
+class _Chosen:
+    """A choice among given layouts, whose steady passes the test tells: which one is taken, and which are simulated.
+
+    Half a percent and a tenth become a quarter, so that products with them are exact.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, run_s: float = 0.0, most_threads: int = 1) -> None:
+        self._patch = patch
+        self._manifest = manifest_of([1])
+        one = ShardTimes(session_s=0.0, run_s=run_s, loading_run_s=run_s, pack_s=0.0, packed_run_s=run_s)
+        times = {threads: {"s0": one} for threads in range(1, most_threads + 1)}
+        self._profile = replace(PROFILE, read_bytes_per_s={1: 2.0, 2: 4.0}, times=times)
+        patch.setattr(planner, "_CLOSE", 0.25)
+        patch.setattr(planner, "_FEWER_THREADS", 1.25)
+
+    def __call__(self, *pairs: tuple[dict[str, Any], float]) -> tuple[int, list[int]]:
+        """Of (fields of a layout, its steady pass) in the order in which they are looked at: their places."""
+        made = [_layout(**fields) for fields, _ in pairs]
+        looked_at: list[int] = []
+
+        def simulated(_: Any, layout: Layout, *__: Any) -> Schedule:
+            looked_at.append(next(place for place, one in enumerate(made) if one is layout))
+            return Schedule(first_s=1.0, steady_s=pairs[looked_at[-1]][1])
+
+        self._patch.setattr(planner, "layouts", lambda *_: iter(made))
+        self._patch.setattr(planner, "_simulate", simulated)
+        plan = make_plan(self._manifest, self._profile, budget_bytes=10**9, needs=Needs())
+        taken = [place for place, one in enumerate(made) if one.buffer_bytes == plan.buffer_bytes]
+        assert len(taken) == 1, "the test tells layouts by their buffers"
+        return taken[0], looked_at
+
+
+def _reads(seconds: float, number: int, **fields: Any) -> dict[str, Any]:
+    """A layout that reads for so long in each pass, by one Loading Agent."""
+    return {"streamed_bytes": 2 * seconds, "buffer_bytes": number, **fields}
+
+
+def test_a_layout_is_simulated_unless_reading_alone_takes_longer_than_the_fastest_and_half_a_percent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose = _Chosen(monkeypatch)
+    bounds = (0.0, 125.0, 125.5, 124.0, 0.0)
+    pairs = [(_reads(bound, number), max(100.0, bound)) for number, bound in enumerate(bounds)]
+    assert choose(*pairs)[1] == [0, 1, 3, 4]
+    # By the agents that it has: two read twice as fast.
+    pairs = [(_reads(0.0, 0), 100.0), (_reads(250.0, 1, loaders=2), 200.0), (_reads(251.0, 2, loaders=2), 200.0)]
+    assert choose(*pairs)[1] == [0, 1]
+    # Another one may be the fastest later: what was simulated before it stays for the choice.
+    pairs = [(_reads(0.0, 0), 100.0), (_reads(0.0, 1), 40.0), (_reads(60.0, 2), 60.0), (_reads(50.0, 3), 50.0)]
+    assert choose(*pairs)[1] == [0, 1, 3]
+
+
+@pytest.mark.parametrize(("run_s", "looked_at"), [(125.0, [0, 1, 2]), (125.5, [0])])
+def test_nor_where_computing_alone_takes_longer(
+    monkeypatch: pytest.MonkeyPatch, run_s: float, looked_at: list[int]
+) -> None:
+    choose = _Chosen(monkeypatch, run_s=run_s)
+    assert choose((_reads(0.0, 0), 100.0), (_reads(0.0, 1), 125.0), (_reads(1.0, 2), 125.0))[1] == looked_at
+
+
+def test_of_layouts_within_half_a_percent_of_the_fastest_the_best_is_taken_and_of_slower_ones_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose = _Chosen(monkeypatch)
+    fastest, close, slow = (_reads(9.0, 0), 100.0), (_reads(5.0, 1), 125.0), (_reads(1.0, 2), 125.5)
+    for pairs in ((fastest, close, slow), (slow, close, fastest), (close, fastest, slow)):
+        assert pairs[choose(*pairs)[0]] == close
+    assert choose(fastest, slow)[0] == choose(fastest)[0] == 0
+    # The one that was the fastest for a while is far from it at the end.
+    assert choose((_reads(1.0, 0), 100.0), (_reads(9.0, 1), 40.0))[0] == 1
+
+
+@pytest.mark.parametrize(("steady_s", "taken"), [(1.0049, 1), (1.0051, 0)])
+def test_times_that_differ_by_less_than_half_a_percent_are_equal(
+    monkeypatch: pytest.MonkeyPatch, steady_s: float, taken: int
+) -> None:
+    choose = _Chosen(monkeypatch)
+    monkeypatch.undo()
+    assert choose((_reads(0.5, 0), 1.0), (_reads(0.4, 1), steady_s))[0] == taken
+
+
+def test_a_layout_with_fewer_threads_counts_where_it_is_faster_by_the_factor_and_one_with_all_always(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose = _Chosen(monkeypatch, most_threads=2)
+    every = (_reads(9.0, 0, threads=2), 100.0)
+    # 80 s are, by the factor of five quarters, as long as 100 s.
+    assert choose(every, (_reads(1.0, 1, threads=1), 80.0))[0] == 1
+    assert choose(every, (_reads(1.0, 1, threads=1), 80.5))[0] == 0
+    # It would be preferred, where it read less and counted.
+    assert choose(every, (_reads(1.0, 1, threads=1), 100.0))[0] == 0
+    assert choose(every, (_reads(5.0, 1, threads=2), 110.0))[0] == 1
+    # Others come after one that does not count.
+    assert choose(every, (_reads(1.0, 1, threads=1), 90.0), (_reads(1.0, 2, threads=1), 50.0))[0] == 2
 
 
 def _measured(threads: dict[int, float], share: float = 1.0) -> Profile:
@@ -274,6 +400,90 @@ def test_the_peak_is_the_sum_of_its_parts_and_half_a_percent_of_the_memory_for_w
         assert plan.peak_bytes <= fixed + int(free * 0.995) + 1
 
 
+@pytest.mark.parametrize("blocks", [4, 40])
+def test_all_of_a_model_stays_from_the_byte_on_from_which_it_fits_and_not_one_byte_below(blocks: int) -> None:
+    manifest = manifest_of(*[[10 * MB]] * blocks)
+    times = ShardTimes(session_s=1e-3, run_s=1e-3, loading_run_s=1e-3, pack_s=1e-3, packed_run_s=1e-3)
+    profile = replace(PROFILE, read_bytes_per_s={1: 1e8}, times={4: {shard.name: times for shard in manifest.shards}})
+    needs = Needs(pass_bytes=3 * MB, cache_bytes=5 * MB)
+    fixed = 50 * MB + 18 * MB + 3 * MB + 5 * MB
+    wanted = blocks * (whole_bytes(manifest.shards[0]) + session_bytes(manifest.shards[0], 4))
+    free = next(free for free in itertools.count(int(wanted / 0.995) - 2) if free - int(free * 0.005) >= wanted)
+    less, fits = (make_plan(manifest, profile, budget_bytes=fixed + nbytes, needs=needs) for nbytes in (free - 1, free))
+    assert (len(fits.resident), fits.streamed_bytes, fits.buffers) == (blocks, 0, 0)
+    assert less.streamed_bytes > 0
+    assert fits.peak_bytes == fixed + wanted
+    assert fits.weights_bytes == wanted
+    assert (fits.process_bytes, fits.pass_bytes, fits.cache_bytes) == (68 * MB, 3 * MB, 5 * MB)
+
+
+_SIZES = st.lists(st.lists(st.sampled_from([MB, 3 * MB, 10 * MB]), min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=60)
+@given(
+    _SIZES,
+    st.floats(0, 2.5),
+    st.sampled_from([1e8, 1e9, 1e10]),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from([None, 1, 3]),
+)
+def test_no_layout_that_fits_is_better_than_the_plan(
+    sizes: list[list[int]], share: float, read_bytes_per_s: float, packed_share: float, loaders: int | None
+) -> None:
+    """By the schedule's own figures, and in the order of preference where they are equal."""
+    manifest = manifest_of(*sizes)
+    times = {
+        shard.name: ShardTimes(
+            session_s=1e-3,
+            run_s=shard.nbytes / 4e9,
+            loading_run_s=shard.nbytes / 3e9,
+            pack_s=shard.nbytes / 1e9,
+            packed_run_s=packed_share * shard.nbytes / 4e9,
+        )
+        for shard in manifest.shards
+    }
+    profile = replace(PROFILE, read_bytes_per_s={1: read_bytes_per_s, 2: 1.5 * read_bytes_per_s}, times={2: times})
+    needs = Needs(pass_bytes=MB)
+    budget = least_budget_bytes(manifest, profile, needs) + int(share * manifest.weight_bytes)
+    plan = make_plan(manifest, profile, budget_bytes=budget, needs=needs, loaders=loaders)
+    weights = budget - 69 * MB
+    weights -= int(weights * 0.005)
+    rates = Rates.of(manifest, profile, None)
+    every = [(one, _schedule(manifest, profile, one)) for one in layouts(manifest.shards, weights, rates, loaders)]
+    fastest_s = min(schedule.steady_s for _, schedule in every)
+    close = [(one, schedule) for one, schedule in every if schedule.steady_s <= fastest_s * 1.005]
+    first_s = min(schedule.first_s for _, schedule in close)
+
+    def order(pair: tuple[Layout, Schedule]) -> tuple[Any, ...]:
+        layout, schedule = pair
+        spare = abs(layout.buffers - layout.loaders - 1) if layout.buffers else 0
+        return layout.packed, schedule.first_s > 1.02 * first_s, spare, layout.streamed_bytes, layout.loaders
+
+    best, schedule = min(close, key=order)
+    assert (plan.packed, plan.buffers, plan.loaders) == (best.packed, best.buffers, best.loaders)
+    assert (plan.streamed_bytes, plan.resident, plan.peak_bytes) == (
+        best.streamed_bytes,
+        best.resident,
+        69 * MB + best.used_bytes,
+    )
+    assert (plan.first_pass_s, plan.steady_pass_s) == (schedule.first_s, schedule.steady_s)
+
+
+def _schedule(manifest: Manifest, profile: Profile, layout: Layout) -> Schedule:
+    rates = Rates.of(manifest, profile, layout.threads)
+    work = planner._work(manifest, range(len(manifest.shards)), layout, rates.times[layout.threads])
+    return simulate(
+        work,
+        loaders=layout.loaders,
+        buffers=layout.buffers,
+        sessions=layout.sessions,
+        read_bytes_per_s=rates.bandwidth(layout.loaders),
+        threads=layout.threads,
+        cores=profile.cores,
+    )
+
+
 # Too small a budget
 
 
@@ -285,10 +495,26 @@ def test_the_smallest_budget_is_rounded_up_to_the_next_megabyte_and_one_more() -
     exact = 68 * MB + 16 * MB + int(least_bytes(manifest.shards, 4) / 0.995)
     assert caught.value.needed_bytes == (exact // MB + 2) * MB
     assert caught.value.budget_bytes == 85 * MB
-    assert "(1.0 MB were left for it)" in str(caught.value)
+    assert "the largest shard 's1' with 80.0 MB (1.0 MB were left for it)" in str(caught.value)
     assert "68.0 MB process and runtime + 7.0 MB activations + 9.0 MB caches" in str(caught.value)
     with pytest.raises(BudgetError, match=r"\(0 B were left for it\)"):
         make_plan(manifest, PROFILE, budget_bytes=10 * MB, needs=needs)
+
+
+def test_the_smallest_budget_holds_the_largest_shard_and_half_a_percent() -> None:
+    """Of gigabytes, which is more than the rounding hides."""
+    manifest = manifest_of([MB], [2000 * MB])
+    needs = Needs(pass_bytes=7 * MB, cache_bytes=9 * MB)
+    exact = 68 * MB + 16 * MB + int(least_bytes(manifest.shards, 4) / 0.995)
+    needed = least_budget_bytes(manifest, PROFILE, needs)
+    assert needed == (exact // MB + 2) * MB
+    plan = make_plan(manifest, PROFILE, budget_bytes=needed, needs=needs)
+    assert (plan.buffers, plan.budget_bytes) == (1, needed)
+    # Two megabytes are spare, and it is a whole number of them.
+    with pytest.raises(BudgetError) as caught:
+        make_plan(manifest, PROFILE, budget_bytes=exact - MB, needs=needs)
+    assert caught.value.needed_bytes == needed
+    assert "with 2.00 GB (2.01 GB were left for it)" in str(caught.value)
 
 
 def test_the_smallest_budget_is_that_of_the_fewest_threads() -> None:
@@ -298,6 +524,11 @@ def test_the_smallest_budget_is_that_of_the_fewest_threads() -> None:
         make_plan(manifest, profile, budget_bytes=1, needs=Needs())
     exact = 68 * MB + int(least_bytes(manifest.shards, 1) / 0.995)
     assert caught.value.needed_bytes == (exact // MB + 2) * MB
+    assert least_budget_bytes(manifest, profile, Needs()) == caught.value.needed_bytes
+    # Or of those that were asked for.
+    more = session_bytes(manifest.shards[0], 100) - session_bytes(manifest.shards[0], 1)
+    asked = least_budget_bytes(manifest, profile, Needs(), threads=100)
+    assert asked - caught.value.needed_bytes == pytest.approx(more / 0.995, abs=MB)
 
 
 # The smallest budget for a latency

@@ -636,3 +636,51 @@ def test_room_is_not_forgotten_where_times_vary() -> None:
     for _ in range(2 * PATIENCE):
         case.pass_()
     assert case.plan.layout == before.layout
+
+
+# The first plan
+
+
+def test_the_first_plan_keeps_to_the_free_memory_even_below_the_budget() -> None:
+    case = _Case(budget=400 * MB, free=250 * MB)
+    plan = case.replanner.first_plan(NEEDS)
+    assert plan.peak_bytes <= plan.budget_bytes == 250 * MB
+    # Free memory always swings a little.
+    for free in (398 * MB, 400 * MB, 10**12):
+        case.free = free
+        assert case.replanner.first_plan(NEEDS) == case.replanner.plan(NEEDS, 400 * MB)
+    case.free = 398 * MB - 1
+    assert case.replanner.first_plan(NEEDS).budget_bytes == case.free
+
+
+def test_a_first_plan_that_only_free_memory_stands_against_says_so() -> None:
+    case = _Case(budget=400 * MB, free=90 * MB)
+    with pytest.raises(BudgetError, match=r"budget of 400.0 MB would do, but .* leave only 90.0 MB") as caught:
+        case.replanner.first_plan(NEEDS)
+    needed = caught.value.needed_bytes
+    assert caught.value.budget_bytes == 90 * MB
+    case.free = needed
+    assert case.replanner.first_plan(NEEDS).budget_bytes == needed
+
+
+def test_a_budget_that_could_never_work_is_refused_for_its_own_sake() -> None:
+    with pytest.raises(BudgetError, match=r"budget of 90.0 MB cannot work") as caught:
+        Replanner(MANIFEST, _profile(), budget_bytes=90 * MB, free_bytes=lambda: 80 * MB).first_plan(NEEDS)
+    assert caught.value.budget_bytes == 90 * MB
+
+
+# The profile that is kept
+
+
+def test_what_is_kept_was_learned_from_passes_of_its_own_sizes() -> None:
+    case = _Case(profile=Profile(process_bytes=PROCESS, cores=1))
+    assert case.replanner.learned is None
+    spans = _pass_spans(case.plan, run_s=3e-3, bandwidth=5e8)
+    assert case.replanner.after_pass(case.plan, spans, 1.0, "text")
+    assert case.replanner.learned is None
+    # What was read ahead for passes of another kind tells little.
+    assert case.replanner.after_pass(case.plan, spans, 1.0, None)
+    assert case.replanner.learned is None
+    assert case.replanner.after_pass(case.plan, spans, 1.0, None)
+    assert case.replanner.learned == case.replanner.profile
+    assert case.replanner.learned.measured

@@ -46,7 +46,11 @@ def test_a_body_that_never_ends_is_answered_and_takes_no_place(chat_model: Path)
 
     async def ask() -> None:
         async with running(settings(chat_model, max_waiting=1)) as client:
+            intake = client.application.work.intake
             slow = client.begin("POST", "/v1/completions", raw=b'{"prompt": "x', unfinished=True)
+            # The time of a body begins when it is read.
+            while intake.free_bytes == LIMITS.bodies_bytes:
+                await asyncio.sleep(0)
             await clock.move(LIMITS.body_s + _JUST_BEFORE_S)
             assert slow.status == 0
             # The only place is free meanwhile.

@@ -29,7 +29,7 @@ async def _all_below_500(client: Client, seed: int, count: int) -> None:
 
 
 @pytest.mark.timeout(900, func_only=True)
-@pytest.mark.parametrize(("seed", "count"), [(1, 150), slow(2, 2000)])
+@pytest.mark.parametrize(("seed", "count"), [(1, 150), slow(2, 600)])
 def test_strange_requests_are_refused(chat_model: Path, embedder: Path, seed: int, count: int) -> None:
     async def ask(client: Client) -> None:
         await _all_below_500(client, seed, count)

@@ -12,6 +12,7 @@ from tests.engine.storage.reading import (
     flip,
     open_graph,
     open_storage,
+    raising,
     short_reads,
 )
 
@@ -103,3 +104,38 @@ def test_a_graph_that_comes_in_several_reads_is_whole(toy: Path, monkeypatch: py
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda descriptor, nbytes, at: real(descriptor, max(1, nbytes // 3), at))
     assert open_graph(storage, shard) == (toy / shard.graph.path).read_bytes()
+
+
+def test_a_graph_of_which_the_disk_brings_nothing_is_named(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shard, _ = open_storage(toy)
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
+    nbytes = shard.graph.nbytes
+    with pytest.raises(ShardError, match=rf"'{shard.graph.path}' brought no byte 0, although it has {nbytes} bytes"):
+        open_graph(storage, shard)
+
+
+def test_a_graph_that_is_cut_before_it_is_read_is_named(toy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shard, _ = open_storage(toy_copy)
+    read, path = os.pread, toy_copy / shard.graph.path
+
+    def cut_first(*arguments: int) -> bytes:
+        os.truncate(path, shard.graph.nbytes - 1)
+        return read(*arguments)
+
+    monkeypatch.setattr(os, "pread", cut_first)
+    with pytest.raises(
+        ShardError, match=rf"has {shard.graph.nbytes - 1} bytes, the manifest says {shard.graph.nbytes}"
+    ):
+        open_graph(storage, shard)
+
+
+def test_a_graph_beyond_the_limit_is_refused_unread(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, shard, _ = open_storage(toy)
+    for nbytes, refused in ((shard.graph.nbytes, False), (shard.graph.nbytes - 1, True)):
+        monkeypatch.setattr(storages, "_MOST_GRAPH_BYTES", nbytes)
+        if not refused:
+            open_graph(storage, shard)
+            continue
+        monkeypatch.setattr(os, "pread", raising(AssertionError("it is read")))
+        with pytest.raises(ShardError, match=rf"has {nbytes + 1} bytes, and a shard's graph has at most {nbytes}"):
+            open_graph(storage, shard)

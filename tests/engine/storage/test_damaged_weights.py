@@ -21,6 +21,7 @@ from tests.engine.storage.reading import (
     raising,
     read_shard,
     refusing_direct_read,
+    replace_header,
 )
 
 from pipeload.errors import LoadError, ShardError
@@ -152,3 +153,12 @@ def test_a_file_that_vanishes_after_it_was_opened_fails_by_name_or_not_at_all(
     with pytest.raises(ShardError, match="cannot be read: No such file"):
         read_shard(storage, shard)
     assert descriptors() == before
+
+
+def test_a_header_with_a_name_twice_is_damaged(toy_copy: Path) -> None:
+    """Readers differ in which of the two they take."""
+    storage, shard, path = open_storage(toy_copy)
+    entry = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+    replace_header(f'{{"a":{entry},"a":{entry}}}'.encode())(path)
+    with pytest.raises(ShardError, match=r"has a damaged safetensors header: .*a name occurs twice"):
+        read_shard(storage, shard)

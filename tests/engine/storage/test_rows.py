@@ -218,3 +218,20 @@ def test_short_reads_bring_the_same_rows(table: Any, monkeypatch: pytest.MonkeyP
     storage, lookup, whole = table
     for _ in range(2):  # the header is parsed at the first, and compared at the second
         np.testing.assert_array_equal(storage.read_rows(lookup, np.array([7, 1]), keep_cached=True), whole[[7, 1]])
+
+
+def test_rows_of_which_the_disk_brings_nothing_are_named(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, lookup, _ = table
+    storage.read_rows(lookup, np.array([1]), keep_cached=True)
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    begin = lookup.table.offset + 7 * lookup.table.nbytes // lookup.table.shape[0]
+    with pytest.raises(ShardError, match=rf"'{lookup.path}' brought no byte {begin}, although it has"):
+        storage.read_rows(lookup, np.array([7]), keep_cached=True)
+
+
+def test_rows_are_read_where_the_page_cache_takes_no_advice(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, lookup, whole = table
+    monkeypatch.delattr(os, "posix_fadvise")
+    for keep_cached in (True, False):
+        rows = storage.read_rows(lookup, np.array([7, 1]), keep_cached=keep_cached)
+        np.testing.assert_array_equal(rows, whole[[7, 1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ from tests.engine.storage.reading import (
     expected_of,
     note_direct_reads,
     open_storage,
+    raising,
+    read_shard,
 )
 
 from pipeload.errors import ShardError
@@ -61,3 +64,31 @@ def test_a_stream_of_a_file_that_is_cut_is_named(toy_copy: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(ShardError, match="bytes, the manifest says"):
         list(storage.stream_weights(shard, Buffer(PAGE_BYTES)))
+
+
+def test_a_shard_that_is_to_be_read_from_the_disk_leaves_the_page_cache(
+    toy_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, shard, path = open_storage(toy_copy)
+    assert shard.weights is not None
+    advised: list[tuple[str, int, int, int]] = []
+
+    def note(descriptor: int, offset: int, nbytes: int, advice: int) -> None:
+        advised.append((str(Path(f"/proc/self/fd/{descriptor}").readlink()), offset, nbytes, advice))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    storage.forget_cached(shard)
+    assert advised == [(str(path), shard.weights.offset, shard.weights.nbytes, os.POSIX_FADV_DONTNEED)]
+    storage.forget_cached(replace(shard, weights=None, tensors=()))
+    assert len(advised) == 1
+
+
+def test_a_page_cache_that_takes_no_advice_keeps_a_shard(toy_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read all the same; where the system refuses the advice, too."""
+    storage, shard, _ = open_storage(toy_copy)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fadvise", raising(OSError(errno.ENODEV, "No such device")))
+        storage.forget_cached(shard)
+    monkeypatch.delattr(os, "posix_fadvise")
+    storage.forget_cached(shard)
+    assert read_shard(storage, shard) == expected_of(toy_copy, shard)

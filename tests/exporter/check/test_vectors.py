@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.tasks import fakes
 from tests.exporter.models import write_json
 from tests.exporter.source.test_tokenizer import write_words
 from tests.marks import slow
@@ -17,8 +19,8 @@ from tests.models import seeded, traced_here
 
 import pipeload
 from pipeload.cli.report import parity_report
-from pipeload.errors import ExportError
-from pipeload.format.manifest import Manifest, read
+from pipeload.errors import ExportError, RunError, ShardError
+from pipeload.format.manifest import FileRecord, Manifest, read
 from pipeload.tasks.embed import embed as embedding
 from pipeload.tasks.embed import modules as modules_of_embed
 from pipeload.tasks.text.tokenizer import Tokenizer
@@ -243,3 +245,26 @@ def test_a_directory_of_before_has_no_vectors(tmp_path: Path) -> None:
     parity = read(tmp_path / "target").parity
     assert parity is not None
     assert parity.vectors is None
+
+
+def test_only_a_model_that_embed_refuses_makes_no_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file, or a process without memory, says nothing of the model: verify would have found it in order."""
+    write_modules(tmp_path, "Transformer", "Pooling", "Normalize")
+    write_json(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
+    write_words(tmp_path, do_lower_case=False)
+    shape = {"last_hidden_state": ("batch_size", "sequence_length", 32)}
+    listed = [FileRecord(path=name, nbytes=0, sha256="") for name in (vectors.MODULES, "tokenizer.json")]
+    found = replace(fakes.manifest("feature-extraction", outputs=shape), files=tuple(listed))
+    assert vectors.makes_vectors(tmp_path, found)
+    write_modules(tmp_path, "Transformer", "Pooling", "WordWeights")
+    assert not vectors.makes_vectors(tmp_path, found)
+    (tmp_path / vectors.MODULES).write_text("[{")
+    with pytest.raises(ShardError, match="damaged"):
+        vectors.makes_vectors(tmp_path, found)
+
+    def short(_: object) -> None:
+        raise RunError("The process has no memory left.")
+
+    monkeypatch.setattr(vectors, "check_embed", short)
+    with pytest.raises(RunError):
+        vectors.makes_vectors(tmp_path, found)

@@ -106,7 +106,7 @@ def plan(
             raise
         # The user needs the answers about other budgets now, so they come before the error.
         refusal = error
-    smallest = _smallest(make)
+    smallest = planner.least_budget_bytes(manifest, found, wanted["needs"], threads=wanted["threads"])
     drafting = _drafting(directory, manifest, found, wanted, budget_bytes) if manifest.draft else None
     facts: dict[str, Any] = {
         "plan": _facts(manifest, found, chosen) if chosen else None,
@@ -268,14 +268,6 @@ def _row(facts: dict[str, Any]) -> tuple[str, ...]:
         _weights(facts, "resident"),
         f"{facts['loaders']} + {facts['buffers']} x {format_bytes(facts['buffer_bytes'])}",
     )
-
-
-def _smallest(make: Any) -> int:
-    try:
-        make(1)
-    except BudgetError as error:
-        return error.needed_bytes
-    return 1
 
 
 def _sweep(manifest: Manifest, make: Any, smallest: int) -> list[int]:
