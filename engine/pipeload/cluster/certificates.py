@@ -6,25 +6,32 @@ every node, since Dask unpickles what it sends; see docs/cluster.md.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import re
+import ssl
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from pipeload.errors import ConfigError
-from pipeload.foreign import foreign_errors
+from pipeload.errors import ClusterError, ConfigError
+from pipeload.foreign import first_line, foreign_errors
 
-__all__ = ["Role", "is_loopback", "make_certificates", "security_of"]
+__all__ = ["Role", "check_accepted", "is_loopback", "make_certificates", "security_of"]
 
 Role: TypeAlias = Literal["scheduler", "node", "client"]
 
 _ROLES: tuple[Role, ...] = ("scheduler", "node", "client")
+_DASK_ROLES: Mapping[Role, str] = {"scheduler": "scheduler", "node": "worker", "client": "client"}
 _ADDRESS = re.compile(r"(tcp|tls)://(\[[0-9a-fA-F:.]+\]|[^\[\]:/]+):(\d{1,5})")
 _VALID = timedelta(days=5 * 365)
 _SKEW = timedelta(days=1)
 """Clocks of boards without a battery are behind."""
+_HANDSHAKE_S = 10.0
+_MOST_PORT = 65_535
 _CA = "ca.pem"
 
 
@@ -91,12 +98,13 @@ def security_of(address: str, certificates: Path | None, role: Role) -> Any:
         role: of this process.
 
     Raises:
-        ConfigError: the address is none, is reached by other machines and has no TLS, or certificates are missing.
+        ConfigError: the address is none, is reached by other machines and has no TLS, or certificates are missing or
+            damaged.
     """
     from distributed.security import Security
 
     found = _ADDRESS.fullmatch(address)
-    if not found:
+    if not found or int(found[3]) > _MOST_PORT:
         raise ConfigError(f"'{address}' is no address of a cluster. Write it as tls://HOST:8786.")
     if found[1] == "tcp":
         if certificates is not None:
@@ -115,9 +123,53 @@ def security_of(address: str, certificates: Path | None, role: Role) -> Any:
             f"{missing[0]} cannot be read. Copy it from the directory that `pipeload cluster init` has made."
         )
     # Each role connects to others too, as a client of their TLS.
-    kind = "worker" if role == "node" else role
+    kind = _DASK_ROLES[role]
     fields = {f"tls_{kind}_cert": certificate, f"tls_{kind}_key": key}
-    return Security(require_encryption=True, tls_ca_file=ca, **fields)
+    security = Security(require_encryption=True, tls_ca_file=ca, **fields)
+    with foreign_errors(
+        ConfigError,
+        f"The certificates of the {role} in {certificates} cannot be used",
+        "Copy them again from the directory that `pipeload cluster init` has made.",
+    ):
+        security.get_connection_args(kind)
+    return security
+
+
+async def check_accepted(address: str, security: Any, role: Role) -> None:
+    """Try whether the scheduler and this process accept each other's certificates: Dask would try again and again.
+
+    A scheduler that is not there yet is no error.
+
+    Args:
+        address: the scheduler's.
+        security: of `security_of`.
+        role: of this process.
+
+    Raises:
+        ClusterError: one of them refuses the other's certificate.
+    """
+    if security is None:
+        return
+    host, _, port = address.partition("://")[2].rpartition(":")
+    context = security.get_connection_args(_DASK_ROLES[role])["ssl_context"]
+    try:
+        async with asyncio.timeout(_HANDSHAKE_S):
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+            try:
+                # A scheduler that refuses the certificate says so once this side takes the handshake for done.
+                await reader.read(1)
+            finally:
+                writer.close()
+                with suppress(OSError):
+                    await writer.wait_closed()
+    except ssl.SSLError as error:
+        raise ClusterError(
+            f"The scheduler at {address} and this {role} do not accept each other's certificates: {first_line(error)}. "
+            "Copy both from the directory that one `pipeload cluster init` has made."
+        ) from error
+    except (OSError, ValueError):
+        # None is there, or the host is no name: Dask waits for it, and tells.
+        return
 
 
 def is_loopback(host: str) -> bool:

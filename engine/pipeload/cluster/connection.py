@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from distributed import Client
 
-from pipeload.cluster.certificates import security_of
+from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.node import SETTINGS_BYTES
@@ -327,6 +327,7 @@ class Connection:
 
 
 async def _connected(address: str, security: Any) -> Client:
+    await check_accepted(address, security, "client")
     return await Client(
         address,
         security=security,

@@ -15,7 +15,7 @@ from distributed import Worker
 
 from pipeload.budget import Budget
 from pipeload.cluster import settings
-from pipeload.cluster.certificates import is_loopback, security_of
+from pipeload.cluster.certificates import check_accepted, is_loopback, security_of
 from pipeload.cluster.offer import OFFER, Offer, models_in
 from pipeload.cluster.rates import speed_of
 from pipeload.cluster.running import until_stopped
@@ -145,6 +145,7 @@ def start(
     protocol = address.partition("://")[0]
 
     async def run(stopped: Callable[[], Awaitable[object]]) -> None:
+        await check_accepted(address, security, "node")
         node = Node(name, models, memory_budget, trusted=trusted)
         with tempfile.TemporaryDirectory(prefix="pipeload-node-") as scratch:
             with foreign_errors(

@@ -6,14 +6,20 @@ import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tests.engine.cluster.processes import Cluster
-from tests.engine.harness import EMULATED, agents
+from tests.engine.harness import EMULATED
 from tests.models import made_once
 
+import pipeload
+
+if TYPE_CHECKING:
+    from pipeload.cluster.connection import Connection
+
 MODELS = ("bert", "vit", "gpt2", "llama")
-_PROCESSES = {"cluster", "own_cluster", "models"}
+_PROCESSES = {"cluster", "models"}
 BUDGETS = {"small": "330MB", "middle": "400MB", "large": "500MB"}
 
 if EMULATED or find_spec("distributed") is None:
@@ -29,13 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(autouse=True)
-def no_agent_survives() -> Iterator[None]:
-    """But for the thread of the connection that the tests of a module share."""
-    yield
-    assert agents() in ([], ["pipeload-cluster"])
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A node's directory of models."""
@@ -48,8 +47,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cluster(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """For tests that end no node."""
+def processes(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A scheduler, and nodes once a test needs them."""
     with Cluster(models, tmp_path_factory.mktemp("cluster")) as made:
-        made.start(BUDGETS)
         yield made
+
+
+@pytest.fixture
+def cluster(processes: Cluster) -> Cluster:
+    """A cluster whose nodes all run, also where the test before has ended some: starting one takes seconds."""
+    processes.start(BUDGETS)
+    return processes
+
+
+@pytest.fixture
+def connection(cluster: Cluster) -> Iterator[Connection]:
+    with pipeload.connect(cluster.address) as found:
+        yield found

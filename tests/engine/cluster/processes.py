@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from tests.engine.harness import PATIENCE_S
+from tests.engine.harness import PATIENCE_S, Background
 
 
 class Cluster:
@@ -24,14 +24,16 @@ class Cluster:
     def __init__(self, models: Path, folder: Path, certificates: Path | None = None) -> None:
         self._models, self._folder, self.certificates = models, folder, certificates
         self.nodes: dict[str, subprocess.Popen[str]] = {}
-        self.scheduler, self.address = self._started("cluster", "start", "--port", "0")
+        self.scheduler = self._begun("cluster", "start", "--port", "0")
+        self.address = line(self.scheduler)
 
     def start(self, budgets: Mapping[str, str], *options: str) -> None:
-        """Start nodes, and wait until the scheduler knows them."""
-        for name, budget in budgets.items():
-            self.nodes[name] = self._begun(*self._node(name, budget), *options)
-        for name in budgets:
-            _line(self.nodes[name])
+        """Start those of the nodes that do not run, and wait until the scheduler knows them."""
+        missing = [name for name in budgets if name not in self.nodes or self.nodes[name].poll() is not None]
+        for name in missing:
+            self.nodes[name] = self._begun(*self._node(name, budgets[name]), *options)
+        for name in missing:
+            line(self.nodes[name])
 
     def begun_program(self, program: str) -> subprocess.Popen[str]:
         """A program of Python in a process of its own, which waits for its standard input."""
@@ -69,10 +71,6 @@ class Cluster:
         options = {"cluster": self.address, "name": name, "budget": budget, "models": str(self._models)}
         return ["node", *(word for option, value in options.items() for word in (f"--{option}", value))]
 
-    def _started(self, *words: str) -> tuple[subprocess.Popen[str], str]:
-        process = self._begun(*words)
-        return process, _line(process)
-
     def _begun(self, *words: str) -> subprocess.Popen[str]:
         more = ("--certificates", str(self.certificates)) if self.certificates else ()
         command = self._command(*words, *more)
@@ -88,9 +86,13 @@ class Cluster:
         return os.environ | own
 
 
-def _line(process: subprocess.Popen[str]) -> str:
-    """The line by which a process says that it is there."""
+def line(process: subprocess.Popen[str]) -> str:
+    """The line by which a process says that it is there. One that says nothing is killed."""
     assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    assert line, f"the process ended with {process.wait(PATIENCE_S)}"
-    return line
+    reading = Background(process.stdout.readline)
+    reading.join(PATIENCE_S)
+    if reading.is_alive():
+        process.kill()
+    found = str(reading.end()).strip()
+    assert found, f"the process ended with {process.wait(PATIENCE_S)}"
+    return found

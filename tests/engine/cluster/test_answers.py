@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from tests.engine.cluster.conftest import MODELS
-from tests.engine.cluster.processes import Cluster
+from tests.engine.cluster.processes import Cluster, line
 from tests.engine.harness import PATIENCE_S, Background, assert_close
 from tests.models import REFERENCE_NAME
 
@@ -21,12 +21,6 @@ from pipeload.format import manifest as manifests
 
 NODES = ("small", "large", "middle")
 GENERATORS = ("gpt2", "llama")
-
-
-@pytest.fixture(scope="module")
-def connection(cluster: Cluster) -> Iterator[Connection]:
-    with pipeload.connect(cluster.address) as found:
-        yield found
 
 
 def stages_on(directory: Path, *nodes: str) -> dict[str, str]:
@@ -140,8 +134,7 @@ def test_stages_end_with_a_client_that_is_killed(connection: Connection, cluster
     )
     client = cluster.begun_program(program)
     try:
-        assert client.stdout is not None
-        assert client.stdout.readline() == "open\n"
+        assert line(client) == "open"
         wait_until(connection, lambda stages: len(stages) == 3)
     finally:
         client.kill()

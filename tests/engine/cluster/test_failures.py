@@ -8,27 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.engine.cluster.processes import Cluster
 from tests.engine.cluster.test_answers import references, stages_on
 from tests.engine.harness import Background, Gate, assert_close
 
 import pipeload
+from pipeload.cluster.connection import Connection
 from pipeload.cluster.settings import LOST_AFTER_S
 
 
-@pytest.fixture
-def own_cluster(models: Path, tmp_path: Path) -> Iterator[Cluster]:
-    """For a test that ends nodes."""
-    with Cluster(models, tmp_path) as made:
-        made.start({"first": "400MB", "second": "400MB"})
-        yield made
-
-
-@pytest.mark.parametrize("lost", ["first", "second"])
+@pytest.mark.parametrize("lost", ["small", "large"])
 def test_a_text_goes_on_from_its_tokens_on_the_nodes_that_are_left(
-    own_cluster: Cluster, models: Path, lost: str
+    cluster: Cluster, connection: Connection, models: Path, lost: str
 ) -> None:
     """The node dies between two tokens: none is wrong, missing or doubled."""
     prompt, options = [5, 6, 7, 8], {"max_new_tokens": 12, "do_sample": True, "seed": 3}
@@ -39,61 +31,62 @@ def test_a_text_goes_on_from_its_tokens_on_the_nodes_that_are_left(
     def on_token(token: pipeload.NewToken) -> None:
         told.append(token.token_id)
         if len(told) == 5:
-            own_cluster.kill(lost)
+            cluster.kill(lost)
 
-    with pipeload.connect(own_cluster.address) as connection:
-        with connection.load("llama", stages=stages_on(models / "llama", "first", "second")) as model:
-            assert model.generate(prompt, on_token=on_token, **options).token_ids == expected
-            assert tuple(told) == expected
-            assert [segment.node for segment in model.placement.segments] == [*{"first", "second"} - {lost}]
-            assert model.replacements == 1
+    with connection.load("llama", stages=stages_on(models / "llama", "small", "large")) as model:
+        assert model.generate(prompt, on_token=on_token, **options).token_ids == expected
+        assert tuple(told) == expected
+        assert lost not in [segment.node for segment in model.placement.segments]
+        assert model.replacements == 1
 
 
-def test_passes_go_on_where_a_node_is_left_that_has_the_model(own_cluster: Cluster, models: Path) -> None:
+def test_passes_go_on_where_a_node_is_left_that_has_the_model(
+    cluster: Cluster, connection: Connection, models: Path
+) -> None:
     inputs = references(models / "bert")[1]
     with pipeload.load(models / "bert") as alone:
         expected = alone.run(inputs)
-    with pipeload.connect(own_cluster.address) as connection:
-        with connection.load("bert", stages=stages_on(models / "bert", "first", "second")) as model:
-            many = model.run_many(inputs for _ in range(6))
-            made = [next(many)]
-            own_cluster.kill("first")
-            made += many
-            assert len(made) == 6
-            for one in made:
-                assert_close(one, expected, 1e-5)
+    with connection.load("bert", stages=stages_on(models / "bert", "small", "large")) as model:
+        many = model.run_many(inputs for _ in range(6))
+        made = [next(many)]
+        cluster.kill("small")
+        made += many
+        assert len(made) == 6
+        for one in made:
+            assert_close(one, expected, 1e-5)
 
 
-def test_without_a_node_each_call_has_one_clear_error(own_cluster: Cluster, models: Path) -> None:
+def test_without_a_node_each_call_has_one_clear_error(cluster: Cluster, connection: Connection, models: Path) -> None:
     inputs = references(models / "bert")[0]
-    with pipeload.connect(own_cluster.address) as connection, connection.load("bert") as model:
+    with connection.load("bert") as model:
         model.run(inputs)
-        for name in [*own_cluster.nodes]:
-            own_cluster.kill(name)
+        for name in [*cluster.nodes]:
+            cluster.kill(name)
         for _ in range(2):
             with pytest.raises(pipeload.ClusterError, match=r"lost|No node"):
                 model.run(inputs)
 
 
 @pytest.mark.survey
-def test_a_node_that_hangs_is_lost_within_a_bounded_time(own_cluster: Cluster, models: Path) -> None:
+def test_a_node_that_hangs_is_lost_within_a_bounded_time(
+    cluster: Cluster, connection: Connection, models: Path
+) -> None:
     """It takes part in no further placement, though its connections stay open."""
     inputs = references(models / "bert")[0]
-    with pipeload.connect(own_cluster.address) as connection:
-        with connection.load("bert", stages=stages_on(models / "bert", "first", "second")) as model:
-            expected = model.run(inputs)
-            os.kill(own_cluster.nodes["second"].pid, signal.SIGSTOP)
-            try:
-                call = Background(model.run, inputs)
-                call.join(3 * LOST_AFTER_S)
-                assert not call.is_alive(), "the call waits for a node that does not answer"
-                assert_close(call.end(), expected, 1e-5)
-                assert [segment.node for segment in model.placement.segments] == ["first"]
-            finally:
-                os.kill(own_cluster.nodes["second"].pid, signal.SIGCONT)
+    with connection.load("bert", stages=stages_on(models / "bert", "small", "large")) as model:
+        expected = model.run(inputs)
+        os.kill(cluster.nodes["large"].pid, signal.SIGSTOP)
+        try:
+            call = Background(model.run, inputs)
+            call.join(3 * LOST_AFTER_S)
+            assert not call.is_alive(), "the call waits for a node that does not answer"
+            assert_close(call.end(), expected, 1e-5)
+            assert "large" not in [segment.node for segment in model.placement.segments]
+        finally:
+            cluster.kill("large")
 
 
-def test_closing_ends_a_call_that_waits(own_cluster: Cluster, models: Path) -> None:
+def test_closing_ends_a_call_that_waits(connection: Connection, models: Path) -> None:
     gate = Gate()
     inputs = references(models / "bert")[0]
 
@@ -102,16 +95,16 @@ def test_closing_ends_a_call_that_waits(own_cluster: Cluster, models: Path) -> N
         gate.stop_here()
         yield inputs
 
-    with pipeload.connect(own_cluster.address) as connection:
-        model = connection.load("bert")
-        call = Background(lambda: list(model.run_many(endless())))
-        gate.wait_reached()
-        model.close()
-        gate.open()
-        assert isinstance(call.wait(), pipeload.ClosedError)
-        with pytest.raises(pipeload.ClosedError):
-            model.run(inputs)
-        again = connection.load("bert")
-        np.testing.assert_equal(again.run(inputs).keys(), again.run(inputs).keys())
+    model = connection.load("bert")
+    call = Background(lambda: list(model.run_many(endless())))
+    gate.wait_reached()
+    model.close()
+    gate.open()
+    assert isinstance(call.wait(), pipeload.ClosedError)
+    with pytest.raises(pipeload.ClosedError):
+        model.run(inputs)
+    again = connection.load("bert")
+    assert_close(again.run(inputs), again.run(inputs), 1e-5)
+    connection.close()
     with pytest.raises(pipeload.ClosedError):
         again.run(inputs)

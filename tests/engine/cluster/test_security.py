@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def test_files_that_exist_are_left_as_they_are(tmp_path: Path) -> None:
         ("tls://10.0.0.1:8786", "needs certificates"),
         ("10.0.0.1", "no address"),
         ("http://127.0.0.1:80", "no address"),
+        ("tcp://127.0.0.1:65536", "no address"),
     ],
 )
 def test_an_address_that_others_reach_needs_certificates(address: str, fact: str) -> None:
@@ -49,22 +51,28 @@ def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
         security_of("tls://127.0.0.1:1", tmp_path / "made", "client")
 
 
-def test_others_certificates_are_refused(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the scheduler's CA, a node and a client take part; of another one, neither."""
-    own, other = tmp_path / "own", tmp_path / "other"
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    make_certificates(tmp_path / "made")
+    (tmp_path / "made" / "client.pem").write_text("no certificate")
+    with pytest.raises(pipeload.ConfigError, match="cannot be used"):
+        security_of("tls://127.0.0.1:1", tmp_path / "made", "client")
+
+
+def test_others_certificates_are_refused(models: Path, tmp_path: Path) -> None:
+    """Of the scheduler's CA, a node and a client take part; of another one, neither, and both are told at once."""
+    own, other, halves = tmp_path / "own", tmp_path / "other", tmp_path / "halves"
     make_certificates(own)
     make_certificates(other)
+    # It trusts the scheduler, which does not trust it.
+    shutil.copytree(other, halves)
+    shutil.copy(own / "ca.pem", halves)
     with Cluster(models, tmp_path, own) as cluster:
         assert cluster.address.startswith("tls://")
         cluster.start({"node": "400MB"})
-        assert "could not join" in cluster.refused("stranger", "400MB", other)
-        with monkeypatch.context() as patched:
-            # They are refused at once, and try again until then.
-            patched.setattr("pipeload.cluster.connection._CONNECT_S", 1)
-            with pytest.raises(pipeload.ClusterError, match="No cluster answers"):
-                pipeload.connect(cluster.address, other)
-            with pytest.raises((pipeload.ClusterError, pipeload.ConfigError)):
-                pipeload.connect(cluster.address.replace("tls", "tcp"))
+        assert "do not accept each other's certificates" in cluster.refused("stranger", "400MB", halves)
+        for refused in (other, halves):
+            with pytest.raises(pipeload.ClusterError, match="do not accept each other's certificates"):
+                pipeload.connect(cluster.address, refused)
         with pipeload.connect(cluster.address, own) as connection, connection.load("bert") as model:
             inputs = references(models / "bert")[0]
             assert [node.offer.name for node in connection.nodes()] == ["node"]
