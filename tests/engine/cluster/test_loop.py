@@ -7,7 +7,7 @@ import socket
 import threading
 
 import pytest
-from tests.engine.harness import Background, Gate, agents, run_python
+from tests.engine.harness import Background, Gate, agents
 
 import pipeload
 from pipeload.cluster.loop import Loop
@@ -63,18 +63,3 @@ def test_an_address_where_none_answers_leaves_no_thread(monkeypatch: pytest.Monk
         with pytest.raises(pipeload.ClusterError, match="No cluster answers"):
             pipeload.connect(f"tcp://127.0.0.1:{taken.getsockname()[1]}")
     assert threading.active_count() <= before
-
-
-@pytest.mark.parametrize("program", ["import pipeload; pipeload.load", "import pipeload.cli", "import pipeload.serve"])
-def test_dask_is_imported_for_a_cluster_only(program: str) -> None:
-    run_python(f"{program}; import sys; assert not {{'dask', 'distributed', 'cryptography'}} & sys.modules.keys()")
-
-
-def test_without_the_extra_the_error_names_it() -> None:
-    run_python(
-        "import sys; sys.modules['distributed'] = None\n"
-        "import pipeload\n"
-        "try:\n    pipeload.connect('tcp://127.0.0.1:1')\n"
-        "except pipeload.ConfigError as error:\n    assert 'pipeload[cluster]' in str(error), error\n"
-        "else:\n    raise SystemExit('it connected')"
-    )
