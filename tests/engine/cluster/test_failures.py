@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.cluster.processes import Cluster
-from tests.engine.cluster.test_answers import references, stages_on
-from tests.engine.harness import Background, Gate, assert_close
+from tests.engine.cluster.processes import Cluster, line
+from tests.engine.cluster.test_answers import references, stages_on, wait_until
+from tests.engine.harness import PATIENCE_S, Background, Gate, assert_close
 
 import pipeload
 from pipeload.cluster.connection import Connection
@@ -65,6 +66,47 @@ def test_without_a_node_each_call_has_one_clear_error(cluster: Cluster, connecti
         for _ in range(2):
             with pytest.raises(pipeload.ClusterError, match=r"lost|No node"):
                 model.run(inputs)
+
+
+def test_a_node_that_does_not_tell_its_speed_takes_no_part(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, silent = connection._call, {node.address for node in connection.nodes() if node.offer.name != "middle"}
+
+    async def cut_off(address: str, operation: str, arguments: Mapping[str, Any]) -> Any:
+        if address in silent:
+            raise pipeload.ClusterError(f"The node at {address} does not answer.")
+        return await call(address, operation, arguments)
+
+    monkeypatch.setattr(connection, "_call", cut_off)
+    # The manifest, too, comes from the first node that answers.
+    assert [segment.node for segment in connection.plan("bert").segments] == ["middle"]
+    silent |= {node.address for node in connection.nodes()}
+    connection._known.clear()
+    with pytest.raises(pipeload.ClusterError, match="does not answer"):
+        connection.plan("bert")
+
+
+def test_a_model_that_is_dropped_ends_its_stages(connection: Connection, models: Path) -> None:
+    model = connection.load("bert", stages=stages_on(models / "bert", "small", "large"))
+    wait_until(connection, lambda stages: len(stages) == 2)
+    del model
+    gc.collect()
+    wait_until(connection, lambda stages: not stages)
+
+
+def test_a_program_that_leaves_its_connection_open_ends(cluster: Cluster) -> None:
+    program = (
+        f"import pipeload; cluster = pipeload.connect({cluster.address!r})\n"
+        "model = cluster.load('bert'); print('open', flush=True)"
+    )
+    client = cluster.begun_program(program)
+    try:
+        assert line(client) == "open"
+        assert client.wait(PATIENCE_S) == 0
+    finally:
+        client.kill()
+        client.communicate()
 
 
 @pytest.mark.survey

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from concurrent.futures import Future
 
 import pytest
 from tests.engine.harness import Background, Gate, agents
@@ -39,6 +40,20 @@ def test_what_a_library_raises_is_an_error_of_the_cluster() -> None:
     try:
         with pytest.raises(pipeload.ClusterError, match="of a library"):
             loop.ask(_failing())
+    finally:
+        loop.close()
+
+
+def test_what_an_interrupted_caller_waited_for_is_cancelled() -> None:
+    class Interrupted(Future[None]):
+        def result(self, timeout: float | None = None) -> None:
+            raise KeyboardInterrupt
+
+    loop, future = Loop(), Interrupted()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.result(future)
+        assert future.cancelled()
     finally:
         loop.close()
 
