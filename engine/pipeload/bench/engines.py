@@ -10,7 +10,7 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -100,6 +100,10 @@ class Engine(ABC):
         """The same: there is one caller."""
         del padding, passes
         return self.run(inputs)
+
+    def room_for(self, most_bytes: int) -> AbstractContextManager[None]:  # noqa: ARG002 - there is nothing to keep to
+        """No budget, so no room to make."""
+        return nullcontext()
 
     def new_state(self, capacity: int = 0) -> ArrayState:
         """An empty cache; the capacity is not needed."""

@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -266,6 +266,16 @@ class ClusterModel:
             ConfigError: the model generates no text.
         """
         return Session(self, capacity)
+
+    def room_for(self, most_bytes: int, kept_bytes: int = 0) -> AbstractContextManager[None]:
+        """No budget holds for a client, so there is no room to make.
+
+        Args:
+            most_bytes: what the body makes.
+            kept_bytes: what stays of it.
+        """
+        del most_bytes, kept_bytes
+        return nullcontext()
 
     # Each is the task's own function, whose first argument is the model.
     embed = embed

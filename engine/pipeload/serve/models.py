@@ -204,7 +204,7 @@ class Served:
         begin_s = time.perf_counter()
         while True:
             try:
-                model = await self._on_thread(lambda: pipeload.load(self.directory, self._budget()))
+                model = await self._on_thread(self._load)
                 break
             except BudgetError as error:
                 if await self._close_another():
@@ -216,6 +216,15 @@ class Served:
         self.prefixes.begin(model)
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
+        return model
+
+    def _load(self) -> Model:
+        # Imported with the first model, as the engine is.
+        from pipeload.tasks.generate.prompts import tokenizer_if_any
+
+        model = pipeload.load(self.directory, self._budget())
+        if (tokenizer := tokenizer_if_any(model, required=False)) is not None:
+            tokenizer.most_characters = LIMITS.text_characters
         return model
 
     async def _close_another(self) -> bool:

@@ -25,6 +25,7 @@ class Limits:
         json_depth: of lists and objects within one another.
         inputs: texts, documents or images of a request.
         messages: of a conversation.
+        text_characters: of a text; while it is read, all other calls wait.
         prompt_tokens: of a prompt; a model's own positions may allow fewer.
         copies: answers to one prompt.
         stops: stop strings.
@@ -42,6 +43,7 @@ class Limits:
     json_depth: int = 64
     inputs: int = 2048
     messages: int = 8192
+    text_characters: int = 1 << 20
     prompt_tokens: int = 131_072
     copies: int = 16
     stops: int = 16

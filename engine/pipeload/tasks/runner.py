@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -101,6 +101,9 @@ class Runner(Protocol):
         length, and changes no answer. Callers who have had fewer passes before go first.
         """
 
+    def room_for(self, most_bytes: int) -> AbstractContextManager[None]:
+        """Memory under the model's budget for what the body makes; see `Model.room_for`."""
+
 
 @dataclass(frozen=True, eq=False)
 class FilesOnly:
@@ -117,6 +120,10 @@ class FilesOnly:
     def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         """Not for such a model."""
         raise NotImplementedError
+
+    def room_for(self, most_bytes: int) -> AbstractContextManager[None]:  # noqa: ARG002 - there is nothing to keep to
+        """No budget, so no room to make."""
+        return nullcontext()
 
 
 class Decoder(Runner, Protocol[State]):

@@ -109,6 +109,7 @@ def test_what_cannot_be_ordered_is_refused(classifier: Path) -> None:
         for body, words in (
             ({"query": query, "documents": []}, "empty list"),
             ({"query": query, "documents": ["a"], "top_n": 0}, "at least 1"),
+            ({"query": "a " * 10_000, "documents": ["a"] * 1000}, "20000 characters, which are read with each of 1000"),
             ({"query": query, "documents": ["a"], "max_chunks_per_doc": 3}, "max_chunks_per_doc"),
         ):
             assert words in (await client.post("/v1/rerank", body)).message

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,9 @@ class WithFiles:
     def files(self) -> ModelFiles:
         return ModelFiles(self.directory, self.manifest)
 
+    def room_for(self, most_bytes: int) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class ToyRunner(WithFiles):
     """Runs a Python function instead of a model, and keeps the arguments of each call."""
@@ -78,6 +82,8 @@ class ToyRunner(WithFiles):
         self.function = function
         self.calls: list[dict[str, Array]] = []
         self.largest_batch: int | None = None
+        self.rooms: list[int] = []
+        self.largest_room: int | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         rows = len(next(iter(inputs.values())))
@@ -88,6 +94,16 @@ class ToyRunner(WithFiles):
 
     def run_rows(self, inputs: Mapping[str, Array], padding: Padding, *, passes: int = 0) -> dict[str, Array]:
         return self.run(inputs)
+
+    @contextmanager
+    def room_for(self, most_bytes: int) -> Iterator[None]:
+        if self.largest_room is not None and most_bytes > self.largest_room:
+            raise BudgetError("too small", needed_bytes=2, budget_bytes=1)
+        self.rooms.append(most_bytes)
+        try:
+            yield
+        finally:
+            self.rooms[-1] = 0
 
 
 def run_by_torch(model: Any) -> Callable[[Mapping[str, Array]], dict[str, Array]]:

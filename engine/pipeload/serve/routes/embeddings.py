@@ -87,8 +87,10 @@ def _embedded(
 ) -> tuple[NDArray[np.float32], int]:
     """The vectors of texts, which came in the field of this name, and the number of tokens that they were made of."""
     tokenizer = tokenizer_of(model)
-    rows = [tokenizer.encode(text) if isinstance(text, str) else tokenizer.given(text) for text in texts]
-    for index, row in enumerate(rows):
+    tokens = 0
+    for index, text in enumerate(texts):
+        row = tokenizer.encode(text) if isinstance(text, str) else tokenizer.given(text)
+        tokens += len(row.ids)
         if row.cut and not cut:
             raise ApiError(
                 400,
@@ -101,7 +103,7 @@ def _embedded(
         raise ApiError(
             400, f"dimensions is {truncate_dim}, and the model's vectors have {vectors.shape[1]}.", param="dimensions"
         )
-    return vectors, sum(len(row.ids) for row in rows)
+    return vectors, tokens
 
 
 def _base64(vector: NDArray[np.float32]) -> str:

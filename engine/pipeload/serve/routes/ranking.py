@@ -22,6 +22,7 @@ from pipeload.serve.models import Served
 from pipeload.serve.reading import read, refuse
 from pipeload.serve.routes.desk import Desk, DeskRoute, json_response, new_id, note
 from pipeload.serve.routes.inputs import check_count
+from pipeload.serve.settings import LIMITS
 from pipeload.tasks.classify.rerank import Ranked
 from pipeload.tasks.text.tokenizer import tokenizer_of
 
@@ -92,6 +93,14 @@ async def _ranked(
     check_count(documents, name)
     if top is not None and top < 1:
         raise ApiError(400, f"top_n is {top}; it must be at least 1.", param="top_n")
+    # A request is small, and the query is read with each text.
+    if len(query) * len(documents) > LIMITS.body_bytes:
+        raise ApiError(
+            400,
+            f"The query has {len(query)} characters, which are read with each of {len(documents)} texts: at most "
+            f"{LIMITS.body_bytes} in all. Shorten it, or send fewer texts.",
+            param="query",
+        )
 
     def work(model: Model) -> tuple[list[Ranked], int]:
         ranked = model.rerank(query, documents, top_k=top)

@@ -107,20 +107,20 @@ def _characters(window: Window, first: int, last: int, long: int) -> tuple[int, 
     """Where the tokens lie in the text, with the whole of the words that they cut."""
     begin, end = _word(window, first, long), _word(window, last, long)
     if begin is None or end is None:
-        return window.offsets[first][0], window.offsets[last][1]
+        return window.begins[first], window.ends[last]
     return begin[0], end[1]
 
 
 def _word(window: Window, token: int, long: int) -> tuple[int, int] | None:
     word = window.words[token]
-    if word is None:
+    if word < 0:
         return None
     places = [
         place
         for place, (other, sequence) in enumerate(zip(window.words, window.sequences, strict=True))
         if other == word and sequence == long
     ]
-    return (window.offsets[places[0]][0], window.offsets[places[-1]][1]) if places else None
+    return (window.begins[places[0]], window.ends[places[-1]]) if places else None
 
 
 def _add(found: list[Answer], answer: Answer) -> None:

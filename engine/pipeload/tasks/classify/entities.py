@@ -115,8 +115,8 @@ def entities(
 
 
 def _tokens(probabilities: NDArray[np.float32], text: str, encoded: Encoded, tokenizer: Tokenizer) -> Iterator[_Token]:
-    for scores, id_, special, (start, end) in zip(
-        probabilities, encoded.ids, encoded.special, encoded.offsets, strict=True
+    for scores, id_, special, start, end in zip(
+        probabilities, encoded.ids, encoded.special, encoded.begins, encoded.ends, strict=True
     ):
         if not special:
             unknown = id_ == tokenizer.unknown_id

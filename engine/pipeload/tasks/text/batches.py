@@ -16,8 +16,9 @@ from pipeload.tasks.text.tokenizer import Encoded, tokenizer_of
 
 __all__ = ["WINDOW", "by_rows", "in_windows"]
 
-WINDOW = 1024
-"""The tokens of at most this many texts are in memory together: the budget has no room for those of all texts."""
+WINDOW, WINDOW_CHARACTERS = 1024, 1 << 18
+"""The tokens of at most this many texts, and of texts with this many characters, are in memory together: the budget has
+no room for those of all texts."""
 _REMEDY = "Pass a smaller batch_size, lower the memory budget, or end other programs."
 
 Result = TypeVar("Result")
@@ -25,8 +26,26 @@ Text = TypeVar("Text")
 
 
 def in_windows(texts: Sequence[Text], made: Callable[[Sequence[Text]], list[Result]]) -> list[Result]:
-    """What `made` returns for windows of the texts, one after another, in one list."""
-    return [result for i in range(0, len(texts), WINDOW) for result in made(texts[i : i + WINDOW])]
+    """What `made` returns for windows of the texts, one after another, in one list.
+
+    Args:
+        texts: texts, pairs of texts, or token ids, which are not counted: the caller has them anyway.
+        made: the results of a window.
+    """
+    results: list[Result] = []
+    begin = characters = 0
+    for end, text in enumerate(texts):
+        size = _characters(text)
+        if end > begin and (end - begin == WINDOW or characters + size > WINDOW_CHARACTERS):
+            results += made(texts[begin:end])
+            begin, characters = end, 0
+        characters += size
+    return results + made(texts[begin:]) if begin < len(texts) else results
+
+
+def _characters(text: object) -> int:
+    parts = text if isinstance(text, tuple) else (text,)
+    return sum(len(part) for part in parts if isinstance(part, str))
 
 
 def by_rows(

@@ -22,7 +22,7 @@ def padded(rows: Sequence[Sequence[int]], *, fill: int, side: Side) -> NDArray[n
     longest = max(len(row) for row in rows)
     array = np.full((len(rows), longest), fill, np.int64)
     for target, row in zip(array, rows, strict=True):
-        if row:
+        if len(row):
             target[slice(len(row)) if side == "right" else slice(-len(row), None)] = row
     return array
 

@@ -7,9 +7,12 @@ Ids equal those of transformers' fast tokenizers. Decoded text is exactly the te
 from __future__ import annotations
 
 import json
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import weakref
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -19,52 +22,61 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.errors import ConfigError, ShardError, TruncationWarning
+from pipeload.errors import BudgetError, ConfigError, ShardError, TruncationWarning
 from pipeload.foreign import foreign_errors
 from pipeload.machine.heap import trim
+from pipeload.machine.sizes import format_bytes
 from pipeload.pipeline.joining import Padding
 from pipeload.tasks.model_files import AddedToken, ModelConfig, read_sentence, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 from pipeload.tasks.text.growth import check_growth
 from pipeload.tasks.text.padding import Side, padded, position_ids
 from pipeload.tasks.text.pairs import TextOrPair, check_text
+from pipeload.tasks.text.reading import FREE_BYTES, reading_bytes
 
 __all__ = ["Detokenizer", "Encoded", "Tokenizer", "Window", "tokenizer_of"]
 
 _FILE = "tokenizer.json"
 _MOST_BYTES = 256 << 20
+_CACHED_WORDS = 100
+"""The library's own 10,000 last words would take up to 80 MB, and spare a tenth of the time."""
+
+_LONG = threading.Lock()
+"""Held for a text that needs room: those of several texts would not fit together, and only one is read anyway."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One text as tokens; the tuples have one entry per token.
+    """One text as tokens; the arrays have one entry per token, since tuples would take ten times the memory.
 
     Attributes:
         ids: indices into the vocabulary.
         type_ids: the segment that the token belongs to.
-        special: whether the tokenizer added the token (`[CLS]`, `</s>` ...).
-        offsets: where in the text the token comes from: first character and one past the last.
+        special: 1 if the tokenizer added the token (`[CLS]`, `</s>` ...), else 0.
+        begins: where in the text the token comes from: the first character.
+        ends: one past the last one.
         cut: whether the text has more tokens than these.
     """
 
-    ids: tuple[int, ...]
-    type_ids: tuple[int, ...]
-    special: tuple[bool, ...]
-    offsets: tuple[tuple[int, int], ...]
+    ids: array[int]
+    type_ids: array[int]
+    special: array[int]
+    begins: array[int]
+    ends: array[int]
     cut: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window(Encoded):
-    """A text and a part of another one as tokens; the tuples have one entry per token.
+    """A text and a part of another one as tokens; the arrays have one entry per token.
 
     Attributes:
-        sequences: 0 for tokens of the first text, 1 for those of the second, None for special tokens.
-        words: the index of the word within its text; None for special tokens, and where the tokenizer has no words.
+        sequences: 0 for tokens of the first text, 1 for those of the second, -1 for special tokens.
+        words: the index of the word within its text; -1 for special tokens, and where the tokenizer has no words.
     """
 
-    sequences: tuple[int | None, ...]
-    words: tuple[int | None, ...]
+    sequences: array[int]
+    words: array[int]
 
 
 class _TokenizerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,9 +104,13 @@ class _SentenceConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokenizer:
-    """The tokenizer of one model. Safe to use from several threads: nothing changes after it is made.
+    """The tokenizer of one model. Safe to use from several threads, which read texts one after another.
+
+    The library takes hundreds of bytes for each character of a text while it reads it, and keeps all other threads
+    waiting. A text that is not short is read in memory of the model's budget, from which weights have given way.
 
     Attributes:
+        most_characters: a longer text is refused; None takes any.
         max_length: texts are cut to at most this many tokens; None for text generation, where no text may be cut, and
             for tokenizers and models without a limit.
         pad_id: the id that pads shorter texts of a batch.
@@ -112,6 +128,10 @@ class Tokenizer:
         sentence = read_sentence(files, _SentenceConfig)
         self._file = files.path(_FILE)
         self._backend = _load(runner)
+        # The runner keeps the tokenizer.
+        self._runner = weakref.ref(runner)
+        self._reading = threading.Lock()
+        self.most_characters: int | None = None
         with self._library("is damaged"):
             self._take(settings, sentence, config, runner.manifest.task)
 
@@ -156,27 +176,22 @@ class Tokenizer:
             add_special_tokens: add the special tokens that the tokenizer puts around a text or two.
 
         Raises:
-            ConfigError: a text is no string, or no valid Unicode.
+            ConfigError: a text is no string, no valid Unicode, or too long.
+            BudgetError: the memory budget has no room for reading it.
             ShardError: `tokenizer.json` has no tokens for it.
         """
-        check_text(text)
-        if pair is not None:
-            check_text(pair)
-        with self._library("cannot turn a text into tokens"):
+        texts = (text,) if pair is None else (text, pair)
+        with self._room(texts), self._library("cannot turn a text into tokens"):
             # One text at a time: encode_batch starts threads that live until the process ends.
-            encoding = self._backend.encode(text, pair, add_special_tokens=add_special_tokens)
-            return Encoded(cut=bool(encoding.overflowing), **_tuples(encoding))
+            encoding = self._backend.encode(*texts, add_special_tokens=add_special_tokens)
+            return Encoded(cut=bool(encoding.overflowing), **_arrays(encoding))
 
     def given(self, ids: Sequence[int]) -> Encoded:
         """A text that its caller has turned into tokens already, special ones included, cut to `max_length`."""
-        kept = tuple(map(int, ids[: self.max_length]))
-        return Encoded(
-            ids=kept,
-            type_ids=(0,) * len(kept),
-            special=(False,) * len(kept),
-            offsets=((0, 0),) * len(kept),
-            cut=len(ids) > len(kept),
-        )
+        # What is no id of the vocabulary is refused later.
+        kept = array("q", ids[: self.max_length])
+        none = array("q", bytes(kept.itemsize * len(kept)))
+        return Encoded(ids=kept, type_ids=none, special=none, begins=none, ends=none, cut=len(ids) > len(kept))
 
     def windows(self, first: str, second: str, *, long: int, length: int, overlap: int) -> list[Window]:
         """Both texts, the long one in overlapping parts, each with the whole of the other one; see `encode`.
@@ -189,11 +204,11 @@ class Tokenizer:
             overlap: tokens that a part shares with the part before.
 
         Raises:
-            ConfigError: a text is no valid string, or the short one leaves too little room for parts of the other.
+            ConfigError: a text is no valid string or too long, or the short one leaves too little room for parts of the
+                other one.
+            BudgetError: the memory budget has no room for reading them.
         """
-        for text in (first, second):
-            check_text(text)
-        with self._library("cannot turn a text into tokens"):
+        with self._room((first, second)), self._library("cannot turn a text into tokens"):
             pair = [self._backend.encode(text, add_special_tokens=False) for text in (first, second)]
             room = length - len(pair[1 - long].ids) - self._backend.num_special_tokens_to_add(True)
             if room <= overlap < len(pair[long].ids):
@@ -208,8 +223,9 @@ class Tokenizer:
                 encoding = self._backend.post_process(*parts)
                 # The library's own sequence_ids get lost when a first text is cut.
                 own = iter([0] * len(parts[0].ids) + [1] * len(parts[1].ids))
-                sequences = tuple(None if special else next(own) for special in encoding.special_tokens_mask)
-                found.append(Window(sequences=sequences, words=tuple(encoding.word_ids), **_tuples(encoding)))
+                sequences = array("b", (-1 if special else next(own) for special in encoding.special_tokens_mask))
+                words = array("i", (-1 if word is None else word for word in encoding.word_ids))
+                found.append(Window(sequences=sequences, words=words, **_arrays(encoding)))
             return found
 
     def encode_all(self, texts: Iterable[TextOrPair | list[int]]) -> list[Encoded]:
@@ -238,7 +254,7 @@ class Tokenizer:
         """
         if not all(row.ids for row in rows):
             raise ConfigError("A text has no tokens: it is empty, or the vocabulary has nothing that it holds.")
-        mask = padded([(1,) * len(row.ids) for row in rows], fill=0, side=self.padding_side)
+        mask = padded([array("B", b"\1" * len(row.ids)) for row in rows], fill=0, side=self.padding_side)
         return {
             "input_ids": padded([row.ids for row in rows], fill=self.pad_id, side=self.padding_side),
             "attention_mask": mask,
@@ -286,6 +302,40 @@ class Tokenizer:
             decoder = self._backend.decoder
             return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
 
+    @contextmanager
+    def _room(self, texts: Sequence[str]) -> Iterator[None]:
+        """The right to let the library read texts, and memory for it."""
+        for text in texts:
+            check_text(text)
+            if self.most_characters is not None and len(text) > self.most_characters:
+                raise ConfigError(
+                    f"A text has {len(text)} characters, and at most {self.most_characters} are taken. Split it."
+                )
+        most_bytes = sum(reading_bytes(text, self._tokens) for text in texts)
+        with ExitStack() as stack:
+            runner = self._runner()
+            if runner is not None and most_bytes > FREE_BYTES:
+                stack.enter_context(_LONG)
+                try:
+                    stack.enter_context(runner.room_for(most_bytes))
+                except BudgetError as error:
+                    raise BudgetError(
+                        f"A text of {sum(map(len, texts))} characters takes up to {format_bytes(most_bytes)} to read: "
+                        f"split it, or make room. {error}",
+                        needed_bytes=error.needed_bytes,
+                        budget_bytes=error.budget_bytes,
+                    ) from error
+                # The heap would keep what the library has freed, in the place of weights.
+                stack.callback(trim)
+            stack.enter_context(self._reading)
+            yield
+
+    def _tokens(self, piece: str) -> int:
+        """The tokens of a piece of a text."""
+        with self._reading, self._library("cannot turn a text into tokens"):
+            encoding = self._backend.encode(piece, add_special_tokens=False)
+            return sum(len(part.ids) for part in (encoding, *encoding.overflowing))
+
     def _encoded(self, text: TextOrPair | list[int]) -> Encoded:
         if isinstance(text, list):
             return self.given(text)
@@ -302,12 +352,17 @@ class Tokenizer:
         return id_
 
 
-def _tuples(encoding: Any) -> dict[str, Any]:
+def _arrays(encoding: Any) -> dict[str, Any]:
+    # One after another: the library makes Python's objects of each.
+    offsets = encoding.offsets
+    begins, ends = (array("I", (place[side] for place in offsets)) for side in (0, 1))
+    del offsets
     return {
-        "ids": tuple(encoding.ids),
-        "type_ids": tuple(encoding.type_ids),
-        "special": tuple(bool(flag) for flag in encoding.special_tokens_mask),
-        "offsets": tuple(encoding.offsets),
+        "ids": array("I", encoding.ids),
+        "type_ids": array("I", encoding.type_ids),
+        "special": array("I", encoding.special_tokens_mask),
+        "begins": begins,
+        "ends": ends,
     }
 
 
@@ -390,7 +445,10 @@ def _load(runner: Runner) -> Any:
     path = runner.files.path(_FILE)
     check_growth(data, str(path))
     with foreign_errors(ShardError, f"{path} is damaged", "Export the model again."):
-        return tokenizers.Tokenizer.from_buffer(data)
+        made = tokenizers.Tokenizer.from_buffer(data)
+        if hasattr(made.model, "_resize_cache"):
+            made.model._resize_cache(_CACHED_WORDS)
+        return made
 
 
 def _set_prefix_space(backend: Any, wanted: bool | None) -> None:
