@@ -20,13 +20,16 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate test-system soak
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate test-system soak cluster-demo
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
 
 serve-demo: $(STAMP)  ## serve two real models in one memory cgroup of 300 MB, and call them; SERVE_DEMO_ARGS=--once ends then
 	$(BIN)/python -m benchmarks.serve_demo $(SERVE_DEMO_ARGS)
+
+cluster-demo: $(STAMP)  ## three nodes of unequal budgets on this machine run BERT-Large and SmolLM2 together
+	$(BIN)/python -m benchmarks.cluster_demo
 
 test: $(STAMP)  ## all tests but the slow, the surveys and the emulated ones
 	$(BIN)/python $(PYTEST) -m "not slow and not survey"

@@ -19,6 +19,7 @@ budget      memory that several models share
 tasks/      embed, classify, zero_shot, rerank, answer, fill_mask, generate, chat
 opening     the process measured, the first plan made, the agents started
 model       the facade
+cluster/    several machines that run one model together
 bench/      pipeload beside other ways to run a model
 serve/      models over HTTP
 cli/        the commands
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from pipeload.errors import (
     BudgetError,
     ClosedError,
+    ClusterError,
     ConfigError,
     EmbeddingWarning,
     ExportError,
@@ -49,6 +51,7 @@ from pipeload.errors import (
 
 if TYPE_CHECKING:
     from pipeload.budget import Budget
+    from pipeload.cluster.connecting import connect
     from pipeload.decode import DecodeState
     from pipeload.model import Model, load
     from pipeload.planning.planner import Plan
@@ -76,6 +79,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "ClosedError",
+    "ClusterError",
     "ConfigError",
     "DecodeState",
     "EmbeddingWarning",
@@ -100,6 +104,7 @@ __all__ = [
     "Stats",
     "TextStream",
     "TruncationWarning",
+    "connect",
     "load",
 ]
 
@@ -120,6 +125,7 @@ _HOMES = {
     "Session": "tasks.generate.session",
     "Stats": "tracing.stats",
     "TextStream": "tasks.generate.streaming",
+    "connect": "cluster.connecting",
     "load": "model",
 }
 """Name -> module, imported at the name's first use: with onnxruntime and NumPy an import takes up to seconds, in which

@@ -163,6 +163,7 @@ class Decoding:
         caches: graph input -> the graph output that takes its place; empty for a model without caches.
         in_place: the shards write new tokens into the caches that they get.
         keeps_beginnings: the caches of a text serve each text that begins as it does.
+        lengths: symbols of the tokens in the caches and of the new ones; None where caches have no such lengths.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -171,7 +172,7 @@ class Decoding:
         self.in_place = any(cache.in_place for cache in manifest.caches)
         self._shapes = {spec.name: spec.shape for spec in manifest.inputs}
         self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
-        self._lengths = _lengths(manifest, self._grown)
+        self.lengths = _lengths(manifest, self._grown) if manifest.caches else None
         self._can_be_cut = can_be_cut(manifest)
         change = manifest.rope_change
         self.keeps_beginnings = (
@@ -212,7 +213,7 @@ class Decoding:
 
         Args:
             state: it holds the tokens before.
-            feed: of the step; gets the room that its caches must have.
+            feed: of the step; gets the room that its caches must have, and where it has no positions, all new ones.
             dims: sizes of the symbolic dimensions.
 
         Raises:
@@ -220,7 +221,8 @@ class Decoding:
                 use for a text of this length.
         """
         length = evaluate_dim(self._grown, dims)
-        positions, new = feed.positions or 0, length - state.length
+        new = length - state.length
+        positions = feed.positions = new if feed.positions is None else feed.positions
         if not isinstance(positions, int | np.integer) or not 1 <= positions <= new:
             raise ConfigError(f"positions is {positions!r}; it must be from 1 to {new}, the new tokens of this step.")
         change = self._manifest.rope_change
@@ -268,9 +270,9 @@ class Decoding:
         The last piece has all positions whose logits are wanted. Without caches in place there is one piece, and where
         the pieces of a text would be quantised with scales of their own, or have other rotary frequencies.
         """
-        if self._lengths is None:
+        if self.lengths is None:
             return [arrays], [dims]
-        past, text = self._lengths
+        past, text = self.lengths
         before, length = dims[past], dims[text]
         if not self.in_place:
             # The last of the expected steps goes over all tokens: what does not fit then is refused now.

@@ -9,6 +9,7 @@ PipeloadError
  |- LoadError       a shard could not be brought into memory
  |- RunError        ONNX Runtime failed while it ran a shard
  |- ExportError     a model could not be exported, split or verified
+ |- ClusterError    a node of the cluster was lost, or the cluster cannot do what was asked
  '- ClosedError     the model was closed before or during the call
 ```
 
@@ -30,6 +31,7 @@ from functools import partial
 __all__ = [
     "BudgetError",
     "ClosedError",
+    "ClusterError",
     "ConfigError",
     "EmbeddingWarning",
     "ExportError",
@@ -88,6 +90,10 @@ class RunError(PipeloadError):
 
 class ExportError(PipeloadError):
     """A model could not be exported, split, verified or packaged."""
+
+
+class ClusterError(PipeloadError):
+    """The cluster cannot do what was asked: it cannot be reached, a node was lost, or no placement works."""
 
 
 class ClosedError(PipeloadError):

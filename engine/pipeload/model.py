@@ -31,6 +31,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
+from pipeload.format.stages import stage_of
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.sizes import format_bytes
 from pipeload.opening import Opened, Options, draft_bytes, open_pipeline, weigh_draft
@@ -80,6 +81,7 @@ def load(
     profile: Profile | None = None,
     progress: Callable[[Progress], None] | None = None,
     draft: Literal["auto"] | None = "auto",
+    shards: str | None = None,
 ) -> Model:
     """Open a sharded model directory under a memory budget for the whole process.
 
@@ -103,6 +105,10 @@ def load(
         draft: "auto" opens the draft that `pipeload export --draft` has put beside the model, where the budget has room
             for it and it is expected to pay: it guesses tokens of `generate`, and the model checks them, so the texts
             stay the same. `Model.draft` says what is expected, or why the draft is left out. None leaves it out.
+        shards: opens a stage, a part of the model: the names of its first and last shard, as in
+            `"block.000:block.011"`, where either may be left out. Its inputs are what these shards take from others
+            (edges), its outputs what others take from them, and it has the KV caches of its own shards: `run` and
+            `step_outputs` work as for a whole model. None opens all shards.
 
     Returns:
         The model, a context manager.
@@ -125,7 +131,7 @@ def load(
     """
     with foreign_errors(ConfigError, f"{path!r} is no path of a directory", "Pass a str or a path."):
         directory = Path(path)
-    manifest = manifests.read(directory)
+    manifest = whole = manifests.read(directory)
     if sizes is not None and not isinstance(sizes, Mapping):
         raise ConfigError(f"sizes is {sizes!r}; it must be sizes by name, such as {{'sequence_length': 128}}.")
     if profile is not None and not isinstance(profile, Profile):
@@ -143,6 +149,12 @@ def load(
             raise ConfigError(f"{name} is {number}; it must be at least 1, or None to choose.")
     if draft not in ("auto", None):
         raise ConfigError(f"draft is {draft!r:.80}; it must be 'auto' or None.")
+    if shards is not None:
+        if not isinstance(shards, str):
+            raise ConfigError(
+                f"shards is {shards!r:.80}; it must be FIRST:LAST, such as 'block.000:block.011', or None."
+            )
+        manifest = stage_of(whole, shards)
     budget = budget_of(memory_budget)
     files = ModelFiles(directory, manifest, verify=verify)
     if manifest.quantised_dynamically:
@@ -165,6 +177,7 @@ def load(
                 verify=verify,
                 profile=profile,
                 progress=progress,
+                stage_of=None if shards is None else whole,
             ),
             draft=draft is not None,
         )
@@ -196,6 +209,9 @@ class Model:
         self._pass_needs = _pass_needs_of(manifest)
         self._pid = os.getpid()
         self._budget = options.budget
+        self._whole = options.stage_of is None
+        # A stage with the end of the model makes what the model makes.
+        self._has_logits = options.stage_of is None or manifest.shards[-1] is options.stage_of.shards[-1]
         self.own_draft, beside = self._open_draft(options) if draft else (None, options)
         try:
             open_pipeline(directory, manifest, self._decoding, beside, self._bring_in, self._adopt)
@@ -411,8 +427,32 @@ class Model:
         Raises:
             PipeloadError: as `run`.
         """
+        self._check_logits()
         outputs, _ = self._step(positions, 0, inputs, state)
         return self._logits(outputs, positions)
+
+    def step_outputs(
+        self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, *, positions: int | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """`step` that returns all outputs, as a stage has them: edges, and logits where it has the head.
+
+        Args:
+            inputs: as for `step`; of a stage, the edges of the new tokens too.
+            state: as for `step`.
+            positions: compute the logits of this many of the last new tokens; None for all. A stage without a cut head
+                takes all.
+
+        Returns:
+            An array for each output that is no cache; edges have all new tokens.
+
+        Raises:
+            PipeloadError: as `run`.
+        """
+        if not self._whole and self.manifest.head is None:
+            # A long text would pass in pieces, and only the last one would leave.
+            positions = None
+        outputs, _ = self._step(positions, 0, inputs, state)
+        return {spec.name: to_array(outputs[spec.name]) for spec in self.outputs}
 
     def step_top(
         self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, top: int, *, positions: int = 1
@@ -432,6 +472,7 @@ class Model:
             PipeloadError: as `run`.
         """
         check_positive("top", top)
+        self._check_logits()
         outputs, feed = self._step(positions, top, inputs, state)
         if feed.top_logits is not None:
             return feed.top_logits
@@ -526,7 +567,7 @@ class Model:
         return draft, weighed.model
 
     def _step(
-        self, positions: int, top: int, inputs: Mapping[str, NDArray[Any]], state: DecodeState
+        self, positions: int | None, top: int, inputs: Mapping[str, NDArray[Any]], state: DecodeState
     ) -> tuple[dict[str, Value], Feed]:
         """Run one pass of a decoder. Returns its outputs, and the feed with its largest logits."""
 
@@ -535,7 +576,8 @@ class Model:
             feed = Feed(positions=positions, top=top)
             return self._step_once(feed, inputs, state), feed
 
-        check_positive("positions", positions)
+        if positions is not None:
+            check_positive("positions", positions)
         return self._budget.with_room(self._pipeline.share, once)
 
     def _step_once(self, feed: Feed, inputs: Mapping[str, NDArray[Any]], state: DecodeState) -> dict[str, Value]:
@@ -555,10 +597,15 @@ class Model:
         decoding.end(state, step, outputs)
         return outputs
 
+    def _check_logits(self) -> None:
+        if not self._has_logits:
+            raise ConfigError("This is a stage of a model, which has no logits. Take its step by step_outputs.")
+
     def _bring_in(self) -> None:
         """The tokenizer takes tens of megabytes: it must be loaded before the process is measured."""
-        with suppress(ConfigError):
-            tokenizer_of(self)
+        if self._whole:
+            with suppress(ConfigError):
+                tokenizer_of(self)
 
     def _logits(self, outputs: Mapping[str, Value], positions: int) -> NDArray[Any]:
         return to_array(outputs[self.outputs[0].name])[:, -positions:, :]

@@ -38,6 +38,7 @@ __all__ = [
     "acceptance_of",
     "draft_bytes",
     "draft_contender",
+    "first_needs",
     "open_pipeline",
     "weigh_draft",
 ]
@@ -62,6 +63,7 @@ class Options:
         process_bytes: memory of the process without models, where the caller knows it; None measures.
         brought_bytes: memory that opening the model has brought into the process before.
         fixed_bytes: the share of a draft; None for a model.
+        stage_of: of a stage, the manifest of the whole model, whose files it has in common with other stages.
     """
 
     budget: Budget
@@ -74,6 +76,7 @@ class Options:
     process_bytes: int | None = None
     brought_bytes: int = 0
     fixed_bytes: int | None = None
+    stage_of: Manifest | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,8 @@ class Opened:
         pipeline: the agents.
         replanner: makes their plans.
         profile_dims: sizes of the symbolic dimensions that the profile is for.
-        keep: writes the profile that passes have improved to the user's cache; None where the caller gave the profile.
+        keep: writes the profile that passes have improved to the user's cache; None where the caller gave the profile,
+            and for a stage, whose passes tell nothing of the other shards.
     """
 
     pipeline: Pipeline
@@ -140,7 +144,7 @@ def open_pipeline(
             "no budget can be kept. Start the program without it (LD_PRELOAD)."
         )
     stamps = stamps_of(directory, manifests.content(directory)) if options.verify else None
-    storage = Storage(directory, manifest, verify=options.verify, stamps=stamps)
+    storage = Storage(directory, options.stage_of or manifest, verify=options.verify, stamps=stamps)
     profile_dims = profiler.profile_dims(manifest) if manifest.caches else dict(options.dims)
     kept = options.profile or profile_store.find(directory, profile_dims)
     with OPEN_PIPELINES.lock:
@@ -169,7 +173,7 @@ def open_pipeline(
                 threads=threads,
                 share=share,
             )
-            needed = _first_needs(manifest, decoding, options.dims)
+            needed = first_needs(manifest, decoding, options.dims)
             plan = options.budget.with_room(
                 share, lambda: _first_plan(replanner, needed), lambda: replanner.extremes(needed)[1]
             )
@@ -184,7 +188,7 @@ def open_pipeline(
                     pipeline=pipeline,
                     replanner=replanner,
                     profile_dims=profile_dims,
-                    keep=keep if options.profile is None else None,
+                    keep=keep if options.profile is None and options.stage_of is None else None,
                 )
             )
         except BaseException:
@@ -216,7 +220,7 @@ def weigh_draft(
     guesser = draft_contender(*draft, profile)
     free_bytes = FreeMemory()()
     told = weigh(
-        Contender(manifest=manifest, profile=profile, needs=_first_needs(manifest, Decoding(manifest), options.dims)),
+        Contender(manifest=manifest, profile=profile, needs=first_needs(manifest, Decoding(manifest), options.dims)),
         guesser,
         budget_bytes=min(options.budget.budget_bytes or free_bytes, free_bytes),
         acceptance=acceptance_of(manifest),
@@ -258,7 +262,7 @@ def draft_contender(directory: Path, manifest: Manifest, model: Profile) -> Cont
     # One process has one runtime.
     own = replace(own, process_bytes=model.process_bytes, cores=model.cores, runtime_bytes=model.runtime_bytes)
     return Contender(
-        manifest=manifest, profile=own, needs=_first_needs(manifest, Decoding(manifest), _draft_dims(manifest))
+        manifest=manifest, profile=own, needs=first_needs(manifest, Decoding(manifest), _draft_dims(manifest))
     )
 
 
@@ -311,7 +315,8 @@ def _first_plan(replanner: Replanner, needed: Needs) -> Plan:
     return replanner.first_plan(replace(needed, cache_bytes=0))
 
 
-def _first_needs(manifest: Manifest, decoding: Decoding, dims: Mapping[str, int]) -> Needs:
+def first_needs(manifest: Manifest, decoding: Decoding, dims: Mapping[str, int]) -> Needs:
+    """Memory beside weights that the first plan is made for: of a pass, and of a decoder's first caches."""
     pass_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
     return Needs(
         pass_bytes=pass_bytes, cache_bytes=decoding.full_cache_bytes(1, CAPACITY_STEP) if manifest.caches else 0

@@ -15,6 +15,7 @@ def test_the_tree_is_pinned() -> None:
     assert tree == {
         "BudgetError": (errors.PipeloadError, MemoryError),
         "ClosedError": (errors.PipeloadError,),
+        "ClusterError": (errors.PipeloadError,),
         "ConfigError": (errors.PipeloadError, ValueError),
         "EmbeddingWarning": (UserWarning,),
         "ExportError": (errors.PipeloadError,),

@@ -29,6 +29,7 @@ from tests.exporter.graphs import (
 
 from pipeload.errors import ExportError
 from pipeload.format.manifest import PAGE_BYTES, evaluate_dim
+from pipeload.format.stages import cut_places
 from pipeload_export.check.cases import sample_cases
 from pipeload_export.split import split
 from pipeload_export.write import narrow
@@ -105,6 +106,16 @@ def test_caches_are_paired_in_their_order(name: str, sharded_architecture: Calla
     assert len(caches) == (8 if name == "gptneo" else 6)
     for cache in caches:
         assert cache.output == cache.input.replace("past_key_values", "present")
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_a_stage_can_begin_at_every_block_but_the_first(
+    name: str, sharded_architecture: Callable[[str], Sharded]
+) -> None:
+    """No shard before the blocks takes the caches of all of them for their lengths."""
+    manifest = sharded_architecture(name).manifest
+    blocks = [place for place, shard in enumerate(manifest.shards) if shard.role == "block"]
+    assert set(blocks[1:]) <= set(cut_places(manifest))
 
 
 @pytest.mark.parametrize("name", ["bert-masked", "gpt2", "gptneo", "llama"])

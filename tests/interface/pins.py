@@ -37,6 +37,12 @@ COMMANDS = (
     "generate",
     "chat",
     "serve",
+    "node",
+    "cluster",
+    "cluster init",
+    "cluster start",
+    "cluster plan",
+    "cluster status",
     "timeline",
     "bench",
 )
@@ -53,6 +59,11 @@ def help_of(command: str, width: int = _WIDTH) -> str:
     result = CliRunner().invoke(app, [*command.split(), "--help"], env=variables, prog_name="pipeload")
     assert result.exit_code == 0
     return "\n".join(line.rstrip() for line in result.stdout.splitlines()) + "\n"
+
+
+def file_of(command: str) -> str:
+    """The name of the file with a command's help."""
+    return f"help-{command.replace(' ', '-') or 'pipeload'}.txt"
 
 
 def signatures_of(package: Any) -> str:
@@ -106,7 +117,7 @@ def without_frames(text: str) -> str:
 
 def texts() -> dict[str, str]:
     """File name -> content."""
-    found = {f"help-{command or 'pipeload'}.txt": help_of(command) for command in COMMANDS}
+    found = {file_of(command): help_of(command) for command in COMMANDS}
     found["pipeload.txt"] = signatures_of(pipeload)
     found["pipeload_export.txt"] = signatures_of(pipeload_export)
     return found

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.interface.pins import COMMANDS, PINNED, help_of, signatures_of, texts, without_frames
+from tests.interface.pins import COMMANDS, PINNED, file_of, help_of, signatures_of, texts, without_frames
 from tests.marks import slow
 
 import pipeload
@@ -27,7 +28,7 @@ def test_public_names_and_signatures_stay(package: object) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_each_command_stays(command: str) -> None:
-    pinned = (PINNED / f"help-{command or 'pipeload'}.txt").read_text()
+    pinned = (PINNED / file_of(command)).read_text()
     assert without_frames(help_of(command)) == without_frames(pinned), _HINT
 
 
@@ -45,9 +46,14 @@ def test_help_fits_a_terminal_of_80_columns(command: str) -> None:
 
 def test_every_command_and_package_is_pinned() -> None:
     assert sorted(texts()) == sorted(path.name for path in PINNED.iterdir())
-    assert {command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands} == set(
-        COMMANDS[1:]
-    )  # type: ignore[union-attr]
+    found = {_name_of(command) for command in app.registered_commands}
+    for group in app.registered_groups:
+        found |= {group.name, *(f"{group.name} {_name_of(each)}" for each in group.typer_instance.registered_commands)}
+    assert found == set(COMMANDS[1:])
+
+
+def _name_of(command: Any) -> str:
+    return str(command.name or command.callback.__name__.replace("_", "-"))
 
 
 @pytest.mark.parametrize(

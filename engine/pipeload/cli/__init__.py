@@ -17,12 +17,14 @@ from pipeload.cli.commands import (
     catalog,
     chat,
     classify,
+    cluster,
     convert,
     embed,
     export,
     fill_mask,
     generate,
     inspect,
+    node,
     plan,
     profile,
     rerank,
@@ -72,10 +74,16 @@ for _command in (
     generate.generate,
     chat.chat,
     serve.serve,
+    node.node,
     timeline.timeline,
     bench.bench,
 ):
     app.command(help=_unwrapped(_command.__doc__ or ""))(_command)
+
+_cluster = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+for _part in (cluster.init, cluster.start, cluster.plan, cluster.status):
+    _cluster.command(help=_unwrapped(_part.__doc__ or ""))(_part)
+app.add_typer(_cluster, name="cluster", help="Several machines that run one model together.")
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ def _shards(
     result: dict[int, int] = {}
     users: dict[str, set[int]] = {}
     active_users: dict[str, set[int]] = {}
-    for index in range(len(graph.nodes) - 1, -1, -1):
+    for index in _from_the_end(graph):
         node = graph.nodes[index]
         wanted = {place for name in node.output for place in users.get(name, ())}
         fixed = index in first or any(name in pinned for name in node.output)
@@ -150,6 +150,20 @@ def _shards(
             if node.op_type not in SHAPE_OPS:
                 active_users.setdefault(name, set()).add(shard)
     return dict(sorted(result.items()))
+
+
+def _from_the_end(graph: Graph) -> list[int]:
+    """Indices of the nodes, each behind its users, and a tensor's shapes behind all other users of the tensor.
+
+    Only then is it known whether the shard that asks for a shape has the tensor itself: of a decoder whose blocks ask
+    for the lengths of their own caches, no other shard takes all caches.
+    """
+    keys: list[tuple[int, ...]] = []
+    made: dict[str, tuple[int, ...]] = {}
+    for index, node in enumerate(graph.nodes):
+        keys.append((*made.get(node.input[0], (-1,)), index) if node.op_type in SHAPE_OPS else (index,))
+        made.update(dict.fromkeys(node.output, keys[-1]))
+    return sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
 
 
 def _is_better_early(op_type: str, inputs: Sequence[str], places: set[int], active_users: dict[str, set[int]]) -> bool:

@@ -139,3 +139,24 @@ def test_keys_and_values_of_one_operator_are_told_apart_by_its_places(shard: Cal
     sharded = shard(model)
     names = [f"{number}.{kind}" for number in range(3) for kind in ("key", "value")]
     assert pairs(sharded) == [(f"past.{name}", f"present.{name}") for name in names]
+
+
+@pytest.mark.parametrize("asked_first", [False, True])
+def test_a_block_asks_for_the_length_of_its_own_cache(asked_first: bool, shard: Callable[..., Sharded]) -> None:
+    """Wherever the graph asks for it: no shard but the block takes the cache."""
+    builder = Builder()
+    x = builder.embed(builder.input("input_ids", ["batch", "length"]))
+    for number in range(3):
+        past = builder.input(f"past.{number}.key", ["batch", "past", WIDTH], TensorProto.FLOAT)
+        length = builder.op("Shape", past, start=1, end=2) if asked_first else None
+        update, present = builder.attention(x, past=past)
+        length = length or builder.op("Shape", past, start=1, end=2)
+        x = builder.op("Add", x, builder.op("Mul", update, builder.op("Cast", length, to=TensorProto.FLOAT)))
+        x = builder.op("Add", x, builder.feed_forward(x))
+        builder.output(present, f"present.{number}.key", ["batch", "past + length", WIDTH])
+    builder.output(x, "y", ["batch", "length", WIDTH])
+    sharded = shard(builder.model())
+    assert len(pairs(sharded)) == 3
+    for cache in sharded.model.caches:
+        assert [item.role for item in sharded.model.shards if cache.input in item.inputs] == ["block"]
+    opens_and_answers(sharded, PLACE)

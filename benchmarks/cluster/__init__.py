@@ -1,0 +1,1 @@
+"""What carries a cluster: memory, disk and messages of Dask distributed, beside Ray."""

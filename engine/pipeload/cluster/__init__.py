@@ -1,0 +1,23 @@
+"""Several machines that run one model together, over Dask distributed.
+
+```
+certificates  a CA and certificates; who may connect to what
+settings      how the processes of a cluster use Dask
+running       a loop that runs until a signal ends it
+scheduler     the process that knows the nodes
+offer         a node's offer: its budget, its models, its trust label
+rates         a model's speed on a node: the kept profile, or measured there
+node          the process that runs stages: a Dask worker
+messages      what nodes tell each other beside arrays; a node that was lost
+stage         a range of shards on a node: a Dask actor
+route         which arrays travel from stage to stage; pure
+placing       offers and profiles -> which node runs which stage
+watch         which nodes are there
+loop          the loop in which a client waits, in a thread of its own
+ring          the stages of one placement, and the calls through them
+state         KV caches on the nodes, and the tokens to compute them again from
+model         a model with the methods of `pipeload.Model`
+connection    the cluster as a program sees it
+connecting    `pipeload.connect`
+```
+"""

@@ -1,0 +1,361 @@
+"""The cluster as a program sees it: its nodes, and the models on them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from distributed import Client
+
+from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.loop import Loop
+from pipeload.cluster.model import ClusterModel
+from pipeload.cluster.node import SETTINGS_BYTES
+from pipeload.cluster.offer import Offer
+from pipeload.cluster.placing import Member, by_hand, place
+from pipeload.cluster.ring import Ring
+from pipeload.cluster.watch import Watch
+from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError
+from pipeload.foreign import foreign_errors
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import MANIFEST_NAME, Manifest
+from pipeload.planning.placement import Placement
+from pipeload.planning.profile import Profile
+
+__all__ = ["Connection", "Status"]
+
+_CONNECT_S = 15
+_ASK_S = 120.0
+"""A node measures a model that it has no profile of."""
+_FAREWELL_S = 5.0
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """A node and its open stages.
+
+    Attributes:
+        address: where it listens.
+        offer: see there.
+        stages: of each open one, the model's name, its shards and the number of its calls.
+    """
+
+    address: str
+    offer: Offer
+    stages: list[dict[str, Any]]
+
+
+class Connection:
+    """A connection to a cluster. Made by `pipeload.connect`; a context manager, safe to use from several threads.
+
+    Args:
+        address: the scheduler's.
+        certificates: the directory with ca.pem, client.pem and client-key.pem; None for a loopback address without TLS.
+
+    Raises:
+        ConfigError: the address is none, or certificates are missing.
+        ClusterError: no scheduler answers there.
+    """
+
+    def __init__(self, address: str, certificates: Path | None = None) -> None:
+        security = security_of(address, certificates, "client")
+        self._address = address
+        self._models: weakref.WeakSet[ClusterModel] = weakref.WeakSet()
+        self._known: dict[tuple[str, str], Member] = {}
+        self._closing = threading.Lock()
+        self._closed = False
+        self.loop = Loop()
+        try:
+            with foreign_errors(
+                ClusterError,
+                f"No cluster answers at {address}",
+                "Start it with `pipeload cluster start`, and look at address, certificates and firewall.",
+            ):
+                self._client = self.loop.begin(_connected(address, security)).result()
+            self.loop.at_the_end(partial(_disconnected, self._client))
+            self._watch = Watch(self._client.scheduler)
+            self.loop.ask(self._watch.look())
+            self.loop.begin(self._watch.run())
+        except BaseException:
+            self.loop.close()
+            raise
+        # One that is dropped, or left open when the program ends, takes leave too.
+        self._finalizer = weakref.finalize(self, self.loop.close)
+
+    def nodes(self) -> list[Status]:
+        """The nodes of the cluster, by name, and the stages that are open on them; none of another version of pipeload.
+
+        Raises:
+            ClusterError: the scheduler does not answer.
+        """
+        self.loop.ask(self._watch.look())
+        found = [
+            Status(address=address, offer=offer, stages=self._watch.facts.get(address, []))
+            for address, offer in self._watch.offers.items()
+        ]
+        return sorted(found, key=lambda one: one.offer.name)
+
+    def plan(
+        self, model: str | os.PathLike[str], *, stages: Mapping[str, str] | None = None, latency_share: float = 1.0
+    ) -> Placement:
+        """Where a model would run, and what that promises; nothing is opened.
+
+        Args:
+            model: as for `load`.
+            stages: as for `load`.
+            latency_share: as for `load`.
+
+        Raises:
+            ClusterError: as `load`.
+        """
+        sha256, _ = self._named(model)
+        placement, _ = self._placed(sha256, self._manifest(sha256)[0], frozenset(), stages, latency_share)
+        return placement
+
+    def manifest(self, model: str | os.PathLike[str]) -> Manifest:
+        """A model's manifest, of a node that has it.
+
+        Args:
+            model: as for `load`.
+
+        Raises:
+            ClusterError: no node has the model, or none answers.
+        """
+        return self._manifest(self._named(model)[0])[0]
+
+    def load(
+        self, model: str | os.PathLike[str], *, stages: Mapping[str, str] | None = None, latency_share: float = 1.0
+    ) -> ClusterModel:
+        """Open a model on the nodes that have it. Weights do not travel: each node reads its own copy.
+
+        Args:
+            model: its name on the nodes, or its directory here; the manifest's sha256 tells the model.
+            stages: name of a node -> its shards, as `"FIRST:LAST"`, in the order of the model; None finds the best
+                placement. A node that is lost is replaced by what is best then.
+            latency_share: 1 places for the shortest time of one pass after another, 0 for the most passes a second with
+                enough of them at the same time; between, for the weighted sum.
+
+        Returns:
+            The model, a context manager, with the methods of `pipeload.Model`.
+
+        Raises:
+            ClusterError: no node has the model, nodes have several models of this name, no placement fits the nodes'
+                budgets, or a node was lost.
+            PipeloadError: a stage cannot be opened, as `pipeload.load`.
+        """
+        self._check_usable()
+        sha256, name = self._named(model)
+        manifest, content = self._manifest(sha256)
+        given = [stages]
+
+        def open_ring(lost: frozenset[str]) -> Ring:
+            # What the caller has named holds for the first placement.
+            wanted = given.pop() if given else None
+            placement, members = self._placed(sha256, manifest, lost, wanted, latency_share)
+            return self.loop.ask(self._opened(manifest, placement, members, sha256, name))
+
+        with foreign_errors(ClusterError, "The model's settings cannot be kept here", "Make room for temporary files."):
+            folder = tempfile.TemporaryDirectory(prefix="pipeload-cluster-", ignore_cleanup_errors=True)
+        try:
+            directory = Path(folder.name) / name
+            self._bring(sha256, manifest, content, directory)
+            opened = ClusterModel(self.loop, name, directory, manifest, open_ring)
+        except BaseException:
+            folder.cleanup()
+            raise
+        weakref.finalize(opened, folder.cleanup)
+        with self._closing:
+            self._models.add(opened)
+            closed = self._closed
+        if closed:
+            opened.close()
+            self._check_usable()
+        return opened
+
+    def close(self) -> None:
+        """Close the models that were loaded, and the connection; calls that run end with ClosedError. May be called
+        again.
+        """
+        with self._closing:
+            self._closed = True
+            models = [*self._models]
+        for model in models:
+            model.close()
+        self._finalizer()
+
+    def __repr__(self) -> str:
+        return f"<pipeload.cluster.Connection to {self._address}{', closed' if self._closed else ''}>"
+
+    def __enter__(self) -> Connection:
+        self._check_usable()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def _opened(
+        self, manifest: Manifest, placement: Placement, members: list[Member], sha256: str, name: str
+    ) -> Ring:
+        ring = Ring(self._client, self._watch, manifest, placement, members)
+        await ring.start(sha256, name)
+        return ring
+
+    def _named(self, model: str | os.PathLike[str]) -> tuple[str, str]:
+        """A model's sha256 and name."""
+        with foreign_errors(
+            ConfigError, f"{model!r:.80} is no name of a model", "Pass a str, or the path of one here."
+        ):
+            path = Path(model)
+        if (path / MANIFEST_NAME).is_file():
+            return hashlib.sha256(manifests.content(path)).hexdigest(), path.resolve().name
+        self.loop.ask(self._watch.look())
+        offers = self._watch.offers.values()
+        found = {offer.models[str(model)] for offer in offers if str(model) in offer.models}
+        if len(found) == 1:
+            return found.pop(), str(model)
+        if found:
+            raise ClusterError(
+                f"The nodes have {len(found)} different models of the name {model}. Copy one of them to all nodes, or "
+                "name the model by its directory here."
+            )
+        known = ", ".join(sorted({name for offer in offers for name in offer.models})) or "none"
+        raise ClusterError(
+            f"No node has a model of the name {model}; there are {known}. Start a node that has it.{self._others()}"
+        )
+
+    def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
+        self.loop.ask(self._watch.look())
+        found = {
+            address: offer
+            for address, offer in self._watch.offers.items()
+            if sha256 in offer.models.values() and offer.process not in lost
+        }
+        if not found:
+            raise ClusterError(
+                f"No node has the model. Start one with `pipeload node` that has it in --models.{self._others()}"
+            )
+        return found
+
+    def _others(self) -> str:
+        """What is to say of nodes that take part in nothing."""
+        return "".join(f" {address}: {error}" for address, error in self._watch.strangers.items())
+
+    def _manifest(self, sha256: str) -> tuple[Manifest, bytes]:
+        content = self._asked(sha256, "pipeload_manifest")
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise ClusterError("A node sent another manifest than it offers. Start the node again.")
+        return manifests.parse(content, Path(MANIFEST_NAME)), content
+
+    def _bring(self, sha256: str, manifest: Manifest, content: bytes, directory: Path) -> None:
+        """Write a model's manifest, tokenizer and settings."""
+        weights = {shard.weights.path for shard in manifest.shards if shard.weights}
+        weights |= {lookup.path for shard in manifest.shards for lookup in shard.lookups}
+        weights |= {shard.graph.path for shard in manifest.shards}
+        for record in manifest.files:
+            if record.path not in weights and record.nbytes <= SETTINGS_BYTES:
+                _write(directory / record.path, self._asked(sha256, "pipeload_file", path=record.path))
+        _write(directory / MANIFEST_NAME, content)
+
+    def _asked(self, sha256: str, operation: str, **arguments: Any) -> Any:
+        """The answer of the first node that has the model and answers."""
+        refusal: PipeloadError | None = None
+        for address in self._members(sha256, frozenset()):
+            try:
+                return self.loop.ask(self._call(address, operation, {"sha256": sha256, **arguments}))
+            except ClusterError as error:
+                refusal = error
+        assert refusal is not None
+        raise refusal
+
+    async def _call(self, address: str, operation: str, arguments: Mapping[str, Any]) -> Any:
+        with foreign_errors(ClusterError, f"The node at {address} does not answer", "This machine must reach it too."):
+            return await asyncio.wait_for(getattr(self._client.rpc(address), operation)(**arguments), _ASK_S)
+
+    def _placed(
+        self,
+        sha256: str,
+        manifest: Manifest,
+        lost: frozenset[str],
+        stages: Mapping[str, str] | None,
+        latency_share: float,
+    ) -> tuple[Placement, list[Member]]:
+        _check(stages, latency_share)
+        members = self.loop.ask(self._speeds_of(sha256, self._members(sha256, lost)))
+        names = [member.offer.name for member in members]
+        if len(set(names)) < len(names):
+            raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
+        if stages is not None:
+            return by_hand(manifest, members, stages), members
+        return place(manifest, members, latency_share=latency_share), members
+
+    async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
+        """The nodes that tell their speed; one that does not answer takes no part."""
+
+        async def one(address: str, offer: Offer) -> Member | PipeloadError:
+            key = offer.process, sha256
+            if key not in self._known:
+                try:
+                    told = await self._call(address, "pipeload_speed", {"sha256": sha256})
+                except PipeloadError as error:
+                    return error
+                speed = msgspec.convert(told, Profile, str_keys=True)
+                self._known[key] = Member(address=address, offer=offer, speed=speed)
+            return self._known[key]
+
+        found = await asyncio.gather(*(one(*each) for each in offers.items()))
+        members = [member for member in found if isinstance(member, Member)]
+        if not members:
+            refusals = " ".join(dict.fromkeys(str(refusal) for refusal in found))
+            raise ClusterError(f"None of the nodes that have the model can run it. {refusals}")
+        return members
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("The connection to the cluster is closed. Connect again.")
+
+
+async def _connected(address: str, security: Any) -> Client:
+    await check_accepted(address, security, "client")
+    return await Client(
+        address,
+        security=security,
+        timeout=_CONNECT_S,
+        set_as_default=False,
+        direct_to_workers=True,
+        asynchronous=True,
+    )
+
+
+async def _disconnected(client: Client) -> None:
+    # What does not hear of it notices that the connection has ended.
+    with suppress(OSError):
+        await client.close(timeout=_FAREWELL_S)
+
+
+def _check(stages: object, latency_share: object) -> None:
+    if stages is not None and not (
+        isinstance(stages, Mapping)
+        and stages
+        and all(isinstance(name, str) and isinstance(shards, str) for name, shards in stages.items())
+    ):
+        raise ConfigError(f"stages is {stages!r:.80}; it must be shards by name of a node, as text, or None.")
+    if not isinstance(latency_share, int | float) or not 0 <= latency_share <= 1:
+        raise ConfigError(f"latency_share is {latency_share!r:.80}; it must be from 0 (throughput) to 1 (latency).")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with foreign_errors(ClusterError, f"{path} cannot be written", "Make room for temporary files."):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)

@@ -1,0 +1,199 @@
+"""The process that runs stages: a Dask worker, without a nanny, so that the budget holds for the process."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from distributed import Worker
+from distributed.comm import get_address_host_port
+from distributed.utils import get_ip
+
+from pipeload.budget import Budget
+from pipeload.cluster import settings
+from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.offer import OFFER, Offer, models_in
+from pipeload.cluster.rates import speed_of
+from pipeload.cluster.running import until_stopped
+from pipeload.errors import ClusterError, ShardError
+from pipeload.foreign import foreign_errors
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import MANIFEST_NAME, Manifest
+from pipeload.machine.memory import auto_budget_bytes
+from pipeload.machine.sizes import parse_budget
+from pipeload.measuring.profiler import measure
+from pipeload.planning.profile import Profile
+from pipeload.storage.model_files import ModelFiles
+
+__all__ = ["SETTINGS_BYTES", "Node", "start"]
+
+_MESSAGES_BYTES = 16_000_000
+"""Activations that arrive and leave, and what Dask keeps of them."""
+_JOIN_S = 20
+SETTINGS_BYTES = 64 << 20
+"""A model's tokenizer and settings, which clients ask for."""
+
+
+class Node:
+    """The models and the budget of this process.
+
+    Args:
+        name: the node's.
+        models: the directory of its sharded model directories.
+        memory_budget: as for `pipeload.load`.
+        trusted: see `Offer`.
+
+    Attributes:
+        budget: of all stages.
+        stages: id -> facts about each open stage, for `pipeload cluster status`.
+    """
+
+    def __init__(self, name: str, models: Path, memory_budget: str, *, trusted: bool) -> None:
+        budget_bytes = parse_budget(memory_budget) or auto_budget_bytes()
+        self._models = models_in(models)
+        self._speeds: dict[str, Profile] = {}
+        self._measuring = asyncio.Lock()
+        self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
+        self.stages: dict[str, dict[str, Any]] = {}
+        measured = measure()
+        self.offer = Offer(
+            name=name,
+            process=uuid.uuid4().hex,
+            budget_bytes=budget_bytes,
+            process_bytes=measured.process_bytes + _MESSAGES_BYTES,
+            cores=measured.cores,
+            trusted=trusted,
+            models={model: sha256 for model, (sha256, _) in self._models.items()},
+        )
+
+    def model(self, sha256: str) -> tuple[Path, bytes]:
+        """A model's directory and the bytes of its manifest.
+
+        Raises:
+            ShardError: the node has no model with this manifest, or has it no more.
+        """
+        for known, directory in self._models.values():
+            if known == sha256:
+                data = manifests.content(directory)
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise ShardError(f"{directory} on the node {self.offer.name} has changed. Start the node again.")
+                return directory, data
+        raise ShardError(f"The node {self.offer.name} has no model with the manifest {sha256[:16]} ...")
+
+    async def manifest(self, sha256: str) -> bytes:
+        """A model's manifest. For other processes."""
+        return self.model(sha256)[1]
+
+    async def file(self, sha256: str, path: str) -> bytes:
+        """A model's tokenizer or settings; no weights. For other processes.
+
+        Raises:
+            ShardError: there is no such file, it is damaged, or too large to be one.
+        """
+        directory, data = self.model(sha256)
+        found = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        content = await asyncio.to_thread(found.read, path, most_bytes=SETTINGS_BYTES)
+        if content is None:
+            raise ShardError(f"The model has no file '{path}'.")
+        return content
+
+    async def speed(self, sha256: str) -> dict[str, Any]:
+        """The fields of a profile of a model on this node; takes a second or two the first time. For clients."""
+        directory, data = self.model(sha256)
+        async with self._measuring:
+            if sha256 not in self._speeds:
+                manifest: Manifest = manifests.parse(data, directory / MANIFEST_NAME)
+                self._speeds[sha256] = await asyncio.to_thread(
+                    speed_of, directory, manifest, self.budget, self.offer.process_bytes
+                )
+        return dict(msgspec.to_builtins(self._speeds[sha256]))
+
+
+def start(
+    address: str,
+    models: Path,
+    memory_budget: str,
+    *,
+    name: str,
+    host: str | None,
+    certificates: Path | None,
+    trusted: bool,
+    tell: Callable[[str], object],
+) -> None:
+    """Run a node until SIGINT or SIGTERM, or until the scheduler sends it away.
+
+    Args:
+        address: the scheduler's.
+        models: see `Node`.
+        memory_budget: likewise, for this process.
+        name: the node's.
+        host: to listen on; None finds the address by which the scheduler is reached.
+        certificates: the directory of `make_certificates`; None without TLS.
+        trusted: see `Offer`.
+        tell: called with the node's address once the scheduler knows it.
+
+    Raises:
+        ConfigError: an argument is invalid, or certificates are missing.
+        ClusterError: the scheduler cannot be reached, or refuses the node.
+    """
+    security = security_of(address, certificates, "node")
+    settings.use()
+    protocol = address.partition("://")[0]
+
+    async def run(stopped: Callable[[], Awaitable[object]]) -> None:
+        await check_accepted(address, security, "node")
+        node = Node(name, models, memory_budget, trusted=trusted)
+        with tempfile.TemporaryDirectory(prefix="pipeload-node-") as scratch:
+            with foreign_errors(
+                ClusterError,
+                f"The node could not join the cluster at {address}",
+                "Start it with `pipeload cluster start`, and look at address, certificates and firewall.",
+            ):
+                worker = Worker(
+                    address,
+                    name=name,
+                    nthreads=1,
+                    host=host or _own_address(address),
+                    protocol=f"{protocol}://",
+                    security=security,
+                    memory_limit=0,
+                    dashboard=False,
+                    dashboard_address="127.0.0.1:0",
+                    local_directory=scratch,
+                    death_timeout=_JOIN_S,
+                    startup_information={OFFER: lambda _: node.offer.told()},
+                    metrics={OFFER: lambda _: list(node.stages.values())},
+                )
+                # Clients may ask as soon as the scheduler knows the node.
+                worker.extensions[OFFER] = node
+                worker.handlers |= {
+                    "pipeload_manifest": node.manifest,
+                    "pipeload_file": node.file,
+                    "pipeload_speed": node.speed,
+                }
+                await worker
+            try:
+                tell(worker.address)
+                asked = asyncio.ensure_future(stopped())
+                ended = asyncio.ensure_future(worker.finished())
+                await asyncio.wait([asked, ended], return_when=asyncio.FIRST_COMPLETED)
+                if not asked.done():
+                    raise ClusterError(
+                        f"The cluster at {address} has ended, or has lost this node. Start the node again."
+                    )
+                ended.cancel()
+            finally:
+                await worker.close(nanny=False)
+
+    until_stopped(run)
+
+
+def _own_address(scheduler: str) -> str:
+    """The address of this machine on the way to a scheduler. Dask would take that of the way to the internet."""
+    return str(get_ip(*get_address_host_port(scheduler)))

@@ -1,0 +1,255 @@
+"""Offers and speeds -> which node runs which stage, and what that promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+
+import numpy as np
+
+from pipeload.cluster.offer import Offer
+from pipeload.cluster.route import crossing_bytes, stage_places
+from pipeload.decode import Decoding
+from pipeload.errors import BudgetError, ClusterError, ConfigError
+from pipeload.format.manifest import Manifest
+from pipeload.format.stages import stage, stage_of
+from pipeload.machine.sizes import format_bytes
+from pipeload.measuring.profiler import profile_dims
+from pipeload.opening import first_needs
+from pipeload.planning import needs, planner
+from pipeload.planning.needs import Needs
+from pipeload.planning.placement import Node, Placement, Segment, Turn, place_shards
+from pipeload.planning.planner import Plan
+from pipeload.planning.profile import Profile, ShardTimes
+from pipeload.planning.rates import Rates
+
+__all__ = ["CALL_S", "LINK_BYTES_PER_S", "Member", "by_hand", "place"]
+
+CALL_S = 0.002
+"""A message from node to node, on the software's side."""
+LINK_BYTES_PER_S = 110e6
+"""Links are not measured: gigabit Ethernet is assumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A node that has a model.
+
+    Attributes:
+        address: where it listens.
+        offer: its own.
+        speed: of the model there.
+        turns: kinds of shards -> what a stage of them costs there, once it is known: finding out takes a tenth of a
+            second each, and a model is placed anew when a node is lost.
+        needed: kinds of shards -> the smallest budget that works for a stage of them.
+    """
+
+    address: str
+    offer: Offer
+    speed: Profile
+    turns: dict[Hashable, Turn | None] = field(default_factory=dict, compare=False, repr=False)
+    needed: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
+
+
+def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float = 1.0) -> Placement:
+    """The best placement of a model on nodes.
+
+    The first and the last shard, which see texts and answers, are placed on trusted nodes only.
+
+    Args:
+        manifest: the model.
+        members: nodes that have it.
+        latency_share: see `planning.placement.place_shards`.
+
+    Raises:
+        ClusterError: no placement fits the nodes' budgets; the message names the smallest budget that works.
+    """
+    costs = _Costs(manifest, members)
+    count = len(manifest.shards)
+    nodes = [Node(name=member.offer.name, trusted=member.offer.trusted) for member in members]
+    found = place_shards(
+        nodes,
+        stage_places(manifest),
+        count,
+        costs.turn,
+        costs.send_s,
+        private=(0, count - 1),
+        latency_share=latency_share,
+    )
+    if found is None:
+        raise _refusal(manifest, members, nodes, costs)
+    return found
+
+
+def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, str]) -> Placement:
+    """The placement that a caller names.
+
+    Args:
+        manifest: the model.
+        members: nodes that have it.
+        stages: name of a node -> its shards, as FIRST:LAST, in the order of the model.
+
+    Raises:
+        ConfigError: a node is none of the members, or the ranges are not all shards, one after another.
+        ClusterError: a stage does not fit the budget of its node.
+    """
+    known = {member.offer.name: member for member in members}
+    names = [shard.name for shard in manifest.shards]
+    costs, segments, end = _Costs(manifest, members), [], 0
+    for number, (name, shards) in enumerate(stages.items()):
+        if name not in known:
+            raise ConfigError(f"stages names the node '{name}'; those that have the model are {', '.join(known)}.")
+        own = stage_of(manifest, shards)
+        begin, end_before = names.index(own.shards[0].name), end
+        end = begin + len(own.shards)
+        cuts = {0, len(names), *stage_places(manifest)}
+        if begin != end_before or not {begin, end} <= cuts:
+            raise ConfigError(
+                f"'{shards}' on the node '{name}' does not follow the stage before it: that ends before shard "
+                f"'{names[min(end_before, len(names) - 1)]}'. Each stage of a decoder has at least one block."
+            )
+        node = Node(name=name)
+        turn = costs.turn(node, begin, end)
+        if turn is None:
+            needed = costs.needed_bytes(known[name], begin, end)
+            raise ClusterError(
+                f"{shards} does not fit the node {name}: it needs a budget of {format_bytes(needed)}, and has "
+                f"{format_bytes(known[name].offer.budget_bytes)}. Raise its budget, or give it other shards."
+            )
+        following = Node(name=[*stages][(number + 1) % len(stages)])
+        send_s = costs.send_s(node, following, end) if len(stages) > 1 else 0.0
+        segments.append(Segment(node=name, begin=begin, end=end, run_s=turn.run_s, read_s=turn.read_s, send_s=send_s))
+    if end != len(names):
+        raise ConfigError(f"stages ends before shard '{names[end]}'. Place all shards.")
+    return Placement(segments=tuple(segments))
+
+
+class _Costs:
+    """Times and memory of stages on nodes; equal stages are planned once for each node."""
+
+    def __init__(self, manifest: Manifest, members: Sequence[Member]) -> None:
+        self._members = {member.offer.name: member for member in members}
+        self._speeds = {member.offer.name: _evened(manifest, member.speed) for member in members}
+        self._dims = profile_dims(manifest)
+        # Finding out where a model may be cut takes milliseconds each time.
+        self._stage = cache(partial(stage, manifest))
+        self._needs = cache(self._needs_of)
+        self._crossing = cache(lambda place: crossing_bytes(manifest, place, self._dims))
+        self._kinds = _kinds(manifest)
+
+    def turn(self, node: Node, begin: int, end: int) -> Turn | None:
+        """See `planning.placement.Costs`."""
+        member, key = self._members[node.name], self._key(begin, end)
+        if key not in member.turns:
+            member.turns[key] = self._turn(member, begin, end)
+        return member.turns[key]
+
+    def send_s(self, _from: Node, _to: Node, place: int) -> float:
+        """See `planning.placement.Sends`."""
+        return CALL_S + self._crossing(place) / LINK_BYTES_PER_S
+
+    def needed_bytes(self, member: Member, begin: int, end: int) -> int:
+        """The smallest budget of a node that works for a stage."""
+        key = self._key(begin, end)
+        if key not in member.needed:
+            try:
+                member.needed[key] = self._plan(member, begin, end, 1).budget_bytes
+            except BudgetError as error:
+                member.needed[key] = error.needed_bytes
+        return member.needed[key]
+
+    def _key(self, begin: int, end: int) -> Hashable:
+        """Equal for stages that cost the same on a node: where shards lie in a stage changes little."""
+        return frozenset(Counter(self._kinds[begin:end]).items())
+
+    def _turn(self, member: Member, begin: int, end: int) -> Turn | None:
+        try:
+            plan = self._plan(member, begin, end, member.offer.budget_bytes)
+        except BudgetError:
+            return None
+        speed = self._speeds[member.offer.name]
+        own = self._stage(begin, end)
+        rates = Rates.of(own, speed, plan.threads)
+        read_s = plan.streamed_bytes / rates.bandwidth(plan.loaders)
+        run_s = planner.rested_pass_s(own, speed, plan)
+        if plan.steady_pass_s is not None and plan.streamed_bytes:
+            # Sessions, and computing while shards are read, take time of their own.
+            read_s = max(read_s, plan.steady_pass_s)
+        return Turn(run_s=run_s, read_s=read_s)
+
+    def _plan(self, member: Member, begin: int, end: int, budget_bytes: int) -> Plan:
+        return planner.make_plan(
+            self._stage(begin, end),
+            self._speeds[member.offer.name],
+            budget_bytes=budget_bytes,
+            needs=self._needs(begin, end),
+        )
+
+    def _needs_of(self, begin: int, end: int) -> Needs:
+        own = self._stage(begin, end)
+        return first_needs(own, Decoding(own), needs.planning_dims(own))
+
+
+def _kinds(manifest: Manifest) -> list[object]:
+    """Of each shard, what its cost depends on: shards of one kind differ in their names only."""
+    return [
+        (shard.role, shard.nbytes, shard.memory_bytes, shard.packed, len(shard.lookups)) for shard in manifest.shards
+    ]
+
+
+def _evened(manifest: Manifest, speed: Profile) -> Profile:
+    """The profile with the same times for shards of one kind: what differs was chance."""
+    groups: dict[object, list[str]] = {}
+    for shard, kind in zip(manifest.shards, _kinds(manifest), strict=True):
+        groups.setdefault(kind, []).append(shard.name)
+    fields = ("session_s", "run_s", "loading_run_s", "pack_s", "packed_run_s")
+    times = {}
+    for threads, own in speed.times.items():
+        times[threads] = {
+            name: ShardTimes(
+                **{field: float(np.median([getattr(own[one], field) for one in names])) for field in fields}
+            )
+            for names in groups.values()
+            for name in names
+        }
+    return replace(speed, times=times)
+
+
+def _refusal(manifest: Manifest, members: Sequence[Member], nodes: Sequence[Node], costs: _Costs) -> ClusterError:
+    """The error for a model that has no place, with the smallest budget of every node that gives it one."""
+    places = [0, *stage_places(manifest), len(manifest.shards)]
+    known = {member.offer.name: member for member in members}
+    needed = {
+        (name, begin, end): costs.needed_bytes(member, begin, end)
+        for name, member in known.items()
+        for number, begin in enumerate(places)
+        for end in places[number + 1 :]
+    }
+
+    def works(budget_bytes: int) -> bool:
+        def cost(node: Node, begin: int, end: int) -> Turn | None:
+            budget = max(budget_bytes, known[node.name].offer.budget_bytes)
+            return Turn(run_s=0.0, read_s=0.0) if needed[node.name, begin, end] <= budget else None
+
+        return (
+            place_shards(nodes, places[1:-1], places[-1], cost, lambda *_: 0.0, private=(0, places[-1] - 1)) is not None
+        )
+
+    budgets = ", ".join(f"{name} {format_bytes(member.offer.budget_bytes)}" for name, member in known.items())
+    sizes = sorted(set(needed.values()))
+    if not works(sizes[-1]):
+        return ClusterError(
+            "No placement works: the first and the last shard, which see texts and answers, run on trusted nodes only, "
+            f"and there is none among {', '.join(known)}. Start a node without --untrusted."
+        )
+    least, most = 0, len(sizes) - 1
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if works(sizes[middle]) else (middle + 1, most)
+    return ClusterError(
+        f"The model does not fit the nodes that have it ({budgets}). The smallest budget of a node that works is "
+        f"{format_bytes(sizes[least])}, rounded up: {sizes[least]} bytes. Raise the nodes' budgets to that, or add a "
+        "node."
+    )

@@ -1,0 +1,225 @@
+"""A range of shards on a node: a Dask actor, which calls the actor of the next stage with what it has made."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from distributed import get_worker
+
+from pipeload.cluster.messages import Job, Place, TextLostError, call
+from pipeload.cluster.offer import OFFER
+from pipeload.decode import DecodeState
+from pipeload.errors import ClosedError, PipeloadError
+from pipeload.foreign import let_go
+from pipeload.inputs import Arrays
+from pipeload.model import Model, load
+
+__all__ = ["Stage"]
+
+_CALLERS = 16
+"""Calls that run or wait in the stage's model at once: those that wait share its next sweep."""
+_ANSWERS = 256
+"""Answers whose caller has not come for them."""
+
+_Made = TypeVar("_Made")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Slot:
+    """The caches of one batch of growing texts here.
+
+    Attributes:
+        state: the model's.
+        step: number of the latest step that has begun.
+        busy: a piece runs.
+        failed: a piece has; the caches are of no use any more.
+        changed: notified when one of these has changed.
+    """
+
+    state: DecodeState
+    step: int = -1
+    busy: bool = False
+    failed: bool = False
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def has_turn(self, job: Job) -> bool:
+        """Whether a piece may run: pieces of a step run one after another, and steps do."""
+        if self.failed:
+            return True
+        if self.busy:
+            return False
+        return self.step < job.step if job.first else (self.step, self.state.length) == (job.step, job.past)
+
+
+class Stage:
+    """A stage of a model on this node.
+
+    Args:
+        sha256: of the model's manifest.
+        name: the model's, for `pipeload cluster status`.
+        shards: its first and last shard, as `pipeload.load` takes them.
+
+    Raises:
+        PipeloadError: as `pipeload.load`; ShardError also where the node has no such model.
+    """
+
+    def __init__(self, sha256: str, name: str, shards: str) -> None:
+        self._worker = get_worker()
+        self._node = self._worker.extensions[OFFER]
+        directory, _ = self._node.model(sha256)
+        self._model: Model = load(directory, self._node.budget, shards=shards, draft=None)
+        self._takes = [spec.name for spec in self._model.inputs]
+        self._caches = self._model.manifest.cache_inputs
+        self._made = [spec.name for spec in self._model.outputs]
+        self._threads = ThreadPoolExecutor(_CALLERS, "pipeload-stage")
+        self._slots: dict[str, _Slot] = {}
+        self._answers: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
+        self._next: Place | None = None
+        self._passes: frozenset[str] = frozenset()
+        self._id = uuid.uuid4().hex
+        self._calls = 0
+        self._facts: dict[str, Any] = {"model": name, "shards": shards, "calls": 0}
+        self._node.stages[self._id] = self._facts
+        # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
+        weakref.finalize(self, self._node.stages.pop, self._id, None)
+
+    async def follow(self, place: Place | None, passes: Sequence[str]) -> None:
+        """Set the next stage, None for the last one, and the names of the arrays that leave this one."""
+        self._next, self._passes = place, frozenset(passes)
+
+    async def run(self, number: str, arrays: Arrays) -> None:
+        """One pass; it returns when the last stage has the answer.
+
+        Args:
+            number: of the call, for `answer`.
+            arrays: graph inputs and edges that this stage and later ones take.
+        """
+        given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
+        made = await self._in_thread(lambda: self._model.run(_usable(given)))
+        await self._pass_on("run", number, arrays | made)
+
+    async def step(self, number: str, arrays: Arrays, job: Job) -> None:
+        """One piece of a step; it returns when the last stage has the answer.
+
+        Args:
+            number: of the call, for `answer`; only the last piece has one.
+            arrays: as for `run`, without caches.
+            job: see there.
+        """
+        given = {name: arrays[name] for name in self._takes}
+        async with self._turn(job) as slot:
+            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job))
+        await self._pass_on("step", number, made if self._next is None else arrays | made, job)
+
+    async def answer(self, number: str) -> Any:
+        """The answer of a call, once it is there; of the last stage."""
+        try:
+            return await self._answer(number)
+        finally:
+            self._answers.pop(number, None)
+
+    async def forget(self, number: str) -> None:
+        """There will be no answer of this call, or its caller has left."""
+        if (answer := self._answers.pop(number, None)) is not None:
+            answer.cancel()
+
+    async def end_state(self, state: str) -> None:
+        """Give the memory of a state's caches back. May be called again."""
+        if (slot := self._slots.pop(state, None)) is not None:
+            await self._fail(slot)
+            slot.state.close()
+
+    async def close(self) -> None:
+        """End running calls, close the model, and join its threads. May be called again."""
+        self._node.stages.pop(self._id, None)
+        for state in [*self._slots]:
+            await self.end_state(state)
+        for number in [*self._answers]:
+            await self.forget(number)
+        await asyncio.to_thread(self._model.close)
+        self._threads.shutdown(wait=False)
+
+    def _step(self, state: DecodeState, given: Arrays, job: Job) -> Any:
+        if state.length > job.past:
+            state.truncate(job.past)
+        if job.expected != state.expected:
+            state.expect(job.expected)
+        if self._next is None and job.top:
+            return {"": self._model.step_top(given, state, job.top, positions=job.positions)}
+        if self._next is None:
+            return {"": np.ascontiguousarray(self._model.step(given, state, positions=job.positions))}
+        return self._model.step_outputs(given, state)
+
+    @asynccontextmanager
+    async def _turn(self, job: Job) -> AsyncIterator[_Slot]:
+        slot = self._slot(job)
+        async with slot.changed:
+            await slot.changed.wait_for(lambda: slot.has_turn(job))
+            if slot.failed or slot.state.closed or slot.state.length < job.past:
+                slot.failed = True
+                raise TextLostError("The caches of a text are lost, since an earlier part of it failed. Call again.")
+            slot.step, slot.busy = job.step, True
+        try:
+            yield slot
+        except BaseException:
+            await self._fail(slot)
+            raise
+        async with slot.changed:
+            slot.busy = False
+            slot.changed.notify_all()
+
+    def _slot(self, job: Job) -> _Slot:
+        if job.state not in self._slots:
+            # Of a step of several pieces, another one than the first may arrive first.
+            self._slots[job.state] = _Slot(state=self._model.new_state())
+        return self._slots[job.state]
+
+    @staticmethod
+    async def _fail(slot: _Slot) -> None:
+        async with slot.changed:
+            slot.failed, slot.busy = True, False
+            slot.changed.notify_all()
+
+    async def _pass_on(self, method: str, number: str, arrays: Arrays, *job: Job) -> None:
+        if self._next is None:
+            answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in self._passes}
+            if number and not (waiting := self._answer(number)).done():
+                waiting.set_result(answer)
+            return
+        leaving = {name: array for name, array in arrays.items() if name in self._passes}
+        await call(self._worker.rpc, self._next, method, number, leaving, *job)
+
+    def _answer(self, number: str) -> asyncio.Future[Any]:
+        """What the call's answer will be in; whichever of its caller and the pass is first makes it."""
+        if number not in self._answers:
+            self._answers[number] = asyncio.get_running_loop().create_future()
+            while len(self._answers) > _ANSWERS:
+                self._answers.popitem(last=False)[1].cancel()
+        return self._answers[number]
+
+    async def _in_thread(self, run: Callable[[], _Made]) -> _Made:
+        self._calls += 1
+        self._facts["calls"] = self._calls
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        except PipeloadError as error:
+            # It travels without its cause, which may be of a library that the caller has not.
+            let_go(error)
+            error.__cause__ = error.__context__ = None
+            raise error.with_traceback(None) from None
+        except RuntimeError as error:  # the threads are shut down
+            raise ClosedError("The stage is closed. Load the model again.") from error
+
+
+def _usable(arrays: Arrays) -> Arrays:
+    """Arrays as kernels take them: one that came behind others in a message may begin anywhere."""
+    return {name: np.require(array, requirements=("C", "A")) for name, array in arrays.items()}

@@ -1,0 +1,56 @@
+"""A node can be asked as soon as the scheduler knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipeload
+from pipeload.cluster import node as nodes
+from pipeload.cluster.node import Node
+from pipeload.cluster.offer import OFFER
+
+
+class _Asked(Exception):  # noqa: N818 - it ends the node
+    """A client has asked the node before it has said that it is there."""
+
+
+class _Worker:
+    """Of Dask. To await it is to join, and a client asks at that moment."""
+
+    def __init__(self, *_: object, startup_information: dict[str, Any], **__: object) -> None:
+        self.handlers: dict[str, Any] = {}
+        self.extensions: dict[str, Any] = {}
+        self._offer = startup_information[OFFER](self)
+
+    def __await__(self) -> Generator[None, None, None]:
+        (sha256,) = self._offer["models"].values()
+        assert isinstance(self.extensions[OFFER], Node)
+        assert (yield from self.handlers["pipeload_manifest"](sha256).__await__())
+        assert {"pipeload_file", "pipeload_speed"} <= self.handlers.keys()
+        raise _Asked
+
+
+def test_clients_may_ask_at_once(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy").symlink_to(toy)
+    monkeypatch.setattr(nodes, "Worker", _Worker)
+    with pytest.raises(pipeload.ClusterError, match="could not join") as told:
+        nodes.start(
+            "tcp://127.0.0.1:1",
+            tmp_path,
+            "8GB",
+            name="node",
+            host=None,
+            certificates=None,
+            trusted=True,
+            tell=lambda _: None,
+        )
+    assert isinstance(told.value.__cause__, _Asked)
+
+
+def test_a_node_listens_where_the_scheduler_is_reached() -> None:
+    """A switch of boards has no way to the internet, whose address Dask would take."""
+    assert nodes._own_address("tls://127.0.0.1:8786") == "127.0.0.1"

@@ -1,0 +1,158 @@
+"""A ring waits for no node that was lost, and never for ever: calls to its stages are answered here, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.engine.cluster.test_placing import MB, member
+from tests.engine.harness import PATIENCE_S
+
+import pipeload
+from pipeload.cluster import ring as rings
+from pipeload.cluster.messages import NodeLostError, Place
+from pipeload.cluster.ring import Ring
+from pipeload.cluster.watch import Watch
+from pipeload.format import manifest as manifests
+from pipeload.planning.placement import Placement, Segment
+
+
+class _Actor:
+    released = False
+
+    async def exception(self) -> None:
+        return None
+
+    def release(self) -> None:
+        self.released = True
+
+
+class _Nodes:
+    """Two nodes, and what their stages were called for.
+
+    Attributes:
+        calls: (node, method) in the order of the calls.
+        silent: methods that are never answered, by node.
+        reached: set by each of those.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.silent: set[tuple[str, str]] = set()
+        self.reached = asyncio.Semaphore(0)
+        self.actors: list[_Actor] = []
+
+    def submit(self, *_: object, **__: object) -> _Actor:
+        self.actors.append(_Actor())
+        return self.actors[-1]
+
+    def rpc(self, _: str) -> None:
+        raise AssertionError("calls go through `call`")
+
+    async def call(self, _: object, place: Place, method: str, *__: object) -> Any:
+        self.calls.append((place.node, method))
+        if (place.node, method) in self.silent:
+            self.reached.release()
+            await asyncio.Event().wait()
+        return {}
+
+
+@pytest.fixture
+def in_a_ring(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a coroutine function with an open ring of the nodes a and b, the nodes, and the watch; it must end."""
+
+    def run(body: Callable[[Ring, _Nodes, Watch], Awaitable[None]]) -> None:
+        async def main() -> None:
+            nodes, watch = _Nodes(), Watch(None)
+            monkeypatch.setattr(rings, "call", nodes.call)
+            manifest = manifests.read(toy)
+            count = len(manifest.shards)
+            ranges = {"a": (0, count // 2), "b": (count // 2, count)}
+            segments = tuple(
+                Segment(node=name, begin=begin, end=end, run_s=0.0, read_s=0.0, send_s=0.0)
+                for name, (begin, end) in ranges.items()
+            )
+            made = Ring(nodes, watch, manifest, Placement(segments=segments), [member(one, MB) for one in ranges])
+            await made.start("", "toy")
+            await body(made, nodes, watch)
+
+        asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+    return run
+
+
+@pytest.mark.parametrize("lost", ["a", "b"])
+def test_a_call_ends_with_a_lost_node_and_asks_nothing_of_it(in_a_ring: Callable[..., None], lost: str) -> None:
+    async def body(ring: Ring, nodes: _Nodes, watch: Watch) -> None:
+        # They never answer: the scheduler alone tells that one of them is gone.
+        nodes.silent = {("a", "run"), ("b", "answer")} | {(lost, method) for method in ("forget", "close")}
+        call = asyncio.ensure_future(ring.run({}))
+        await nodes.reached.acquire()
+        await nodes.reached.acquire()
+        others = {f"tcp://{name}": member(name, MB).offer for name in {"a", "b"} - {lost}}
+        for listener in [*watch.listeners]:
+            listener(others)
+        with pytest.raises(NodeLostError) as told:
+            await call
+        assert told.value.address == f"tcp://{lost}"
+        # The last stage drops the answer that will not come, unless it is the lost one.
+        assert (("b", "forget") in nodes.calls) == (lost != "b")
+        await ring.close(told.value)
+        assert (lost, "close") not in nodes.calls
+        assert {("a", "close"), ("b", "close")} & {*nodes.calls}
+        assert all(actor.released for actor in nodes.actors)
+        with pytest.raises(NodeLostError):
+            await ring.run({})
+
+    in_a_ring(body)
+
+
+def test_closing_ends_beside_a_node_that_does_not_answer(
+    in_a_ring: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rings, "_FAREWELL_S", 0.01)
+
+    async def body(ring: Ring, nodes: _Nodes, watch: Watch) -> None:
+        nodes.silent = {("b", "close"), ("a", "run"), ("b", "answer"), ("b", "forget")}
+        call = asyncio.ensure_future(ring.run({}))
+        await nodes.reached.acquire()
+        await ring.close()
+        with pytest.raises(pipeload.ClosedError):
+            await call
+        assert all(actor.released for actor in nodes.actors)
+        assert not watch.listeners
+
+    in_a_ring(body)
+
+
+def test_a_call_ends_with_the_scheduler(in_a_ring: Callable[..., None]) -> None:
+    async def body(ring: Ring, nodes: _Nodes, watch: Watch) -> None:
+        nodes.silent = {("a", "run"), ("b", "answer")}
+        call = asyncio.ensure_future(ring.run({}))
+        await nodes.reached.acquire()
+        for listener in [*watch.listeners]:
+            listener(pipeload.ClusterError("the scheduler is gone"))
+        with pytest.raises(pipeload.ClusterError, match="the scheduler is gone"):
+            await call
+
+    in_a_ring(body)
+
+
+def test_a_node_that_came_back_is_another_one(in_a_ring: Callable[..., None]) -> None:
+    """Its caches and stages are gone, though it has the address and the name of the lost one."""
+
+    async def body(ring: Ring, _: _Nodes, watch: Watch) -> None:
+        there = {f"tcp://{name}": member(name, MB).offer for name in ("a", "b")}
+        for listener in [*watch.listeners]:
+            listener(there)
+        assert await ring.run({}) == {}
+        again = {**there, "tcp://b": member("b", MB, process="another start").offer}
+        for listener in [*watch.listeners]:
+            listener(again)
+        with pytest.raises(NodeLostError, match="node b"):
+            await ring.run({})
+
+    in_a_ring(body)
