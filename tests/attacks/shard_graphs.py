@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import ModelProto, SparseTensorProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper
 from tests.attacks.attack import HELD, attack, refused, run_module
 from tests.attacks.victims import GRAPH, change_manifest, model_directory, read_all, run_model
 
@@ -141,6 +141,77 @@ def _recursive(model: ModelProto) -> None:
             if name == made:
                 node.output[place] = "before"
     model.graph.node.append(helper.make_node("F", ["before"], [made], domain="own"))
+
+
+@attack
+def sizes_beyond_the_manifest(folder: Path) -> str:
+    """Operators that make a terabyte of nothing: of constants, of shapes, in steps, in a branch, and out of order."""
+    outcome = HELD
+    for number, (inline, nodes) in enumerate(_bombs()):
+        (own := folder / str(number)).mkdir()
+        directory = model_directory(own)
+        model = onnx.load(directory / GRAPH, load_external_data=False)
+        model.graph.initializer.extend(inline)
+        model.graph.node.extend(nodes)
+        outcome = refused(lambda d=directory, m=model: read_all(_with_graph(d, m)), ShardError, "Do not trust this")
+    (sparse := folder / "sparse").mkdir()
+    directory = model_directory(sparse)
+    model = onnx.load(directory / GRAPH, load_external_data=False)
+    values = helper.make_tensor("few", TensorProto.FLOAT, [1], [1.0])
+    indices = helper.make_tensor("where", TensorProto.INT64, [1], [5])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [1 << 38]))
+    refused(lambda: read_all(_with_graph(directory, model)), ShardError, "Do not trust this")
+    return outcome
+
+
+def _bombs() -> Iterator[tuple[list[TensorProto], list[NodeProto]]]:
+    """Initialisers and nodes of graphs whose last tensor has a terabyte; each is for a shard that takes `hidden.1`."""
+    huge, many, node = 1 << 38, 1 << 20, helper.make_node
+
+    def whole(*values: int, name: str = "size") -> TensorProto:
+        return helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+
+    def number(kind: int, value: float, name: str) -> TensorProto:
+        return helper.make_tensor(name, kind, [], [value])
+
+    one = node("Constant", [], ["one"], value=helper.make_tensor("", TensorProto.FLOAT, [1], [1.0]))
+    made = node("ConstantOfShape", ["size"], ["bomb"])
+    yield [whole(huge)], [made]
+    yield [whole(huge)], [one, node("Expand", ["one", "size"], ["bomb"])]
+    yield [whole(huge)], [one, node("Tile", ["one", "size"], ["bomb"])]
+    yield [whole(0, huge)], [one, node("Pad", ["one", "size"], ["bomb"])]
+    whole_range = [number(TensorProto.INT64, value, name) for name, value in (("a", 0), ("b", huge), ("c", 1))]
+    yield whole_range, [node("Range", ["a", "b", "c"], ["bomb"])]
+    real_range = [number(TensorProto.FLOAT, value, name) for name, value in (("a", 0), ("b", huge), ("c", 0.5))]
+    yield real_range, [node("Range", ["a", "b", "c"], ["bomb"])]
+    depth = [whole(0), number(TensorProto.INT64, huge, "depth"), whole(0, 1, name="values")]
+    yield depth, [node("OneHot", ["size", "depth", "values"], ["bomb"])]
+    sizes = [whole(1, 1, many, many, name="sizes"), whole(1, 1, 1, 1)]
+    resized = node("Resize", ["image", "", "", "sizes"], ["bomb"], mode="nearest")
+    yield sizes, [one, node("Reshape", ["one", "size"], ["image"]), resized]
+    scales = helper.make_tensor("scales", TensorProto.FLOAT, [4], [1.0, 1.0, float(many), float(many)])
+    resized = node("Resize", ["image", "", "scales"], ["bomb"], mode="nearest")
+    yield [scales, whole(1, 1, 1, 1)], [one, node("Reshape", ["one", "size"], ["image"]), resized]
+    yield [], [node("RandomNormal", [], ["bomb"], shape=[many, many])]
+    # By arithmetic on shapes.
+    shape = node("Shape", ["hidden.1"], ["shape"])
+    yield [whole(many)], [shape, node("Mul", ["shape", "size"], ["by"]), node("ConstantOfShape", ["by"], ["bomb"])]
+    squares = [node("Mul", [f"s{k}", f"s{k}"], [f"s{k + 1}"]) for k in range(3)]
+    yield [], [node("Shape", ["hidden.1"], ["s0"], start=1, end=2), *squares, node("ConstantOfShape", ["s3"], ["bomb"])]
+    # By operators that make a little more of what they get, again and again.
+    doubled = [node("Concat", [f"x{k}", f"x{k}"], [f"x{k + 1}"], axis=0) for k in range(40)]
+    yield [], [node("Identity", ["hidden.1"], ["x0"]), *doubled]
+    column, row, pair = whole(-1, 1, name="column"), whole(1, -1, name="row"), []
+    for k in range(4):
+        pair += [node("Reshape", [f"x{k}", "column"], [f"c{k}"]), node("Reshape", [f"x{k}", "row"], [f"r{k}"])]
+        pair.append(node("MatMul" if k % 2 else "Add", [f"c{k}", f"r{k}"], [f"x{k + 1}"]))
+    yield [column, row], [node("Identity", ["hidden.1"], ["x0"]), *pair]
+    # In a branch that sees the size around it, and before the node that makes its size.
+    told = helper.make_tensor_value_info("bomb", TensorProto.FLOAT, ["n"])
+    inner = helper.make_graph([made], "inner", [], [told])
+    truth = number(TensorProto.BOOL, 1, "truth")
+    yield [whole(huge), truth], [node("If", ["truth"], ["out"], then_branch=inner, else_branch=inner)]
+    yield [], [node("ConstantOfShape", ["late"], ["bomb"]), node("Constant", [], ["late"], value=whole(huge))]
 
 
 def _with_graph(directory: Path, graph: ModelProto | bytes) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-__all__ = ["encoded", "fields", "packed", "spans", "text"]
+__all__ = ["encoded", "fields", "packed", "signed", "spans", "text"]
 
 _BYTES = 2
 """The wire type of a text, of bytes and of a message."""
@@ -59,6 +59,12 @@ def packed(data: memoryview) -> list[int]:
         value, at = _varint(data, at)
         values.append(value)
     return values
+
+
+def signed(value: int) -> int:
+    """A number of 64 bits that protobuf has written without its sign."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
 
 
 def text(value: int | bytes | memoryview) -> str:

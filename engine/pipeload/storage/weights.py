@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipeload.errors import ShardError
 from pipeload.format.casts import without_casts
+from pipeload.format.graph_sizes import check_sizes
 from pipeload.format.graphs import check_graph
 from pipeload.format.manifest import FileRecord, Lookup, Manifest, Shard, WeightSpec, WeightsRange
 from pipeload.format.pages import page_floor
@@ -75,6 +76,7 @@ class Storage:
         self, directory: Path, manifest: Manifest, *, verify: bool = True, stamps: Stamps | None = None
     ) -> None:
         self._files = ModelFiles(directory, manifest, verify=verify)
+        self._manifest = manifest
         self._ranges = ranges_of(manifest)
         self._verify = verify
         self._stamps = stamps if stamps is not None else Stamps(None)
@@ -129,6 +131,11 @@ class Storage:
                 return GraphFile(path, data)
             check_graph(shard, data)
             widened = without_casts(shard, data)
+            # A stamp is of the file and of the manifest: it holds for all that follows from these two.
+            sizes = f"{record.path}: sizes"
+            if not (self._verify and unchanged and self._stamps.has(sizes, file.stamp)):
+                check_sizes(self._manifest, shard, data if widened is None else widened)
+                self._stamps.add(sizes, file.stamp, file.stamp_now())
             self._graphs.pop(shard.name, None)
             if unchanged and not is_fresh(file.stamp):
                 self._graphs[shard.name] = file.stamp, widened

@@ -11,8 +11,18 @@ from tests.fuzz.mutations import damaged
 from tests.fuzz.target import Target, Trial, Wrong
 
 from pipeload.format.casts import without_casts
+from pipeload.format.graph_sizes import check_sizes
 from pipeload.format.graphs import check_graph, location_of
-from pipeload.format.manifest import FileRecord, Shard, WeightSpec, WeightsRange
+from pipeload.format.manifest import (
+    ByteTerm,
+    FileRecord,
+    Manifest,
+    Shard,
+    Structure,
+    TensorSpec,
+    WeightSpec,
+    WeightsRange,
+)
 from pipeload.format.protobuf import encoded, spans
 
 __all__ = ["messages_of"]
@@ -33,6 +43,20 @@ _SHARD = Shard(
     structure="s",
 )
 
+_MANIFEST = Manifest(
+    exporter="tests",
+    source="",
+    model_type="",
+    task="",
+    inputs=(TensorSpec(name="x", dtype="float32", shape=("n", 4)),),
+    outputs=(TensorSpec(name="y", dtype="float32", shape=("n", 4)),),
+    edges=(),
+    shards=(_SHARD,),
+    structures={"s": Structure(activations=((ByteTerm(nbytes=64, dims=("n",)),),))},
+    files=(),
+    dims=("n",),
+)
+
 
 def _seed(*, with_branch: bool = False) -> bytes:
     """A graph that the shard may have."""
@@ -49,7 +73,15 @@ def _seed(*, with_branch: bool = False) -> bytes:
         helper.make_node("Cast", ["n"], ["n.wide"], to=kind.FLOAT),
         helper.make_node("MatMul", ["x", "w"], ["xw"]),
         helper.make_node("Add", ["xw", "n.wide"], ["y"]),
+        helper.make_node("Shape", ["x"], ["size"]),
+        helper.make_node("Concat", ["size", "size"], ["sizes"], axis=0),
+        helper.make_node("Slice", ["sizes", "size", "size"], ["cut"]),
+        helper.make_node("ConstantOfShape", ["size"], ["zeros"], value=helper.make_tensor("", kind.INT64, [1], [1])),
+        helper.make_node("Expand", ["zeros", "size"], ["wide"]),
+        helper.make_node("Range", ["first", "last", "step"], ["range"]),
+        helper.make_node("Resize", ["x", "", "scales"], ["resized"], scales=[1.0, 2.0]),
     ]
+    initializers += [helper.make_tensor(name, kind.INT64, [], [5]) for name in ("first", "last", "step")]
     if with_branch:
         value = helper.make_tensor("c", kind.FLOAT, [1], [1.0])
         branch = helper.make_graph([helper.make_node("Constant", [], ["b"], value=value)], "b", [], [])
@@ -126,6 +158,7 @@ def _prepare() -> Trial:
     def trial(data: bytes) -> bool:
         check_graph(_SHARD, data)
         changed = without_casts(_SHARD, data)
+        check_sizes(_MANIFEST, _SHARD, data if changed is None else changed)
         try:
             model = onnx.load_model_from_string(data)
             onnx.load_model_from_string(changed or b"")
