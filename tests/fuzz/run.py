@@ -97,9 +97,9 @@ def input_of(target: Target, pool: Sequence[bytes], seed: int, number: int) -> b
     return pool[number] if number < len(pool) else target.mutate(Random(seed << 48 | number), pool)
 
 
-def inputs_of(target: Target, pool: Sequence[bytes], seed: int) -> Callable[[int], bytes]:
-    """Number -> input."""
-    return lambda number: input_of(target, pool, seed, number)
+def inputs_of(target: Target, pool: Sequence[bytes], seed: int, *, first: int = 0) -> Callable[[int], bytes]:
+    """Number -> input, from the input with the number `first` on."""
+    return lambda number: input_of(target, pool, seed, first + number)
 
 
 def run(target: Target, make: Callable[[int], bytes], *, inputs: int | None, seconds: float | None) -> Tally:
