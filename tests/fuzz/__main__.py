@@ -99,10 +99,13 @@ def _tell(target: Target, tally: Tally) -> None:
     )
     for reason in dict.fromkeys(broken.reason for broken in tally.broken):
         same = [broken for broken in tally.broken if broken.reason == reason]
-        shortest = min(same, key=lambda broken: len(broken.data))
-        (path,) = corpora.keep(corpora.FOUND, target.name, [shortest.data])
-        print(f"  {len(same)} x {reason}\n{shortest.detail}  {shortest.data[:200]!r}")
-        print(f"  again: python -m tests.fuzz {target.name} --replay {os.path.relpath(path)}", flush=True)
+        print(f"  {len(same)} x {reason}", flush=True)
+        inputs = [(broken.data, broken.detail) for broken in same if broken.data is not None]
+        if inputs:
+            shortest, detail = min(inputs, key=lambda pair: len(pair[0]))
+            (path,) = corpora.keep(corpora.FOUND, target.name, [shortest])
+            print(f"{detail}  {shortest[:200]!r}")
+            print(f"  again: python -m tests.fuzz {target.name} --replay {os.path.relpath(path)}", flush=True)
 
 
 def _replay(target: Target, path: Path, *, minimise: bool) -> int:
@@ -122,7 +125,7 @@ def _known(target: Target) -> int:
 def _try_known(target: Target, inputs: Sequence[bytes]) -> Tally:
     tally = try_all(target, inputs)
     for broken in tally.broken:
-        print(f"{broken.data[:200]!r}: {broken.reason}\n{broken.detail}")
+        print(f"{(broken.data or b'')[:200]!r}: {broken.reason}\n{broken.detail}")
     print(f"{target.name}: {tally.refused} refused, {tally.answered} answered, {len(tally.broken)} broke a promise")
     return tally
 

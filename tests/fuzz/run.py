@@ -35,6 +35,7 @@ import psutil
 from tests.fuzz.target import Target, Trial, Wrong
 
 from pipeload.errors import PipeloadError
+from pipeload.machine import heap
 
 __all__ = ["Broken", "Tally", "checked", "input_of", "inputs_of", "run", "try_all"]
 
@@ -58,12 +59,12 @@ class Broken:
     """An input that broke a promise.
 
     Attributes:
-        data: the input.
+        data: the input; None where no single one did it.
         reason: in one line; inputs with the same one have the same cause.
         detail: the traceback, where there is one.
     """
 
-    data: bytes
+    data: bytes | None
     reason: str
     detail: str = ""
 
@@ -183,7 +184,7 @@ def _one_child(
     if status == 0:
         if early and grown - early > _GROWTH_BYTES:
             reason = f"memory grew by {(grown - early) >> 20} MiB over {number - first} inputs"
-            tally.broken.append(Broken(data=b"", reason=reason))
+            tally.broken.append(Broken(data=None, reason=reason))
         return number, took_s
     # The child ended within an input, which counts, and the next one goes on behind it.
     if began == 0:
@@ -315,6 +316,8 @@ def _loop(
         if (number - first) % 1000 == 999:
             if os.getppid() != parent:
                 return
+            # Free memory that the heap keeps, after one large image for instance, is no growth.
+            heap.trim()
             grown = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
             early = early or (grown if number - first > _GROWTH_FROM else 0)
     else:

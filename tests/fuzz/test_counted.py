@@ -24,7 +24,7 @@ def test_runs_add_up_and_targets_that_were_not_tried_keep_their_counts(tmp_path:
 
 
 def test_memory_that_grew_is_a_failure_without_an_input(tmp_path: Path) -> None:
-    tally = Tally(inputs=3, refused=3, broken=[Broken(data=b"", reason="memory grew")])
+    tally = Tally(inputs=3, refused=3, broken=[Broken(data=None, reason="memory grew")])
     assert add({"sizes": tally}, 1, tmp_path / "counted.json")["sizes"].broken == 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Callable
@@ -65,6 +66,30 @@ def test_a_broken_promise_is_told_with_its_input(data: bytes) -> None:
 def test_memory_that_grows_is_told() -> None:
     tally = run(_target(), lambda number: b"grows" if number % 40 == 0 else b"", inputs=8000, seconds=None)
     assert [broken.reason.split(" by")[0] for broken in tally.broken] == ["memory grew"]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_free_memory_of_the_heap_is_no_growth() -> None:
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    size, count = 100_000, 1000
+
+    def prepare() -> Trial:
+        def trial(data: bytes) -> bool:
+            if data == b"large":
+                pieces = [ctypes.c_void_p(library.malloc(size)) for _ in range(count)]
+                for piece in pieces:
+                    ctypes.memset(piece, 1, size)
+                # The last one stays, above all that is free.
+                for piece in pieces[:-1]:
+                    library.free(piece)
+            return True
+
+        return trial
+
+    target = Target(name="planted", what="", prepare=prepare, mutate=bytes_of)
+    tally = run(target, lambda number: b"large" if number == 3500 else b"", inputs=5000, seconds=None)
+    assert tally.broken == []
 
 
 def test_a_run_within_its_promises_counts_all() -> None:
