@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 from tests.fuzz.run import Tally
+from tests.fuzz.sketch import REGISTERS, about, together
 from tests.fuzz.target import Target
 from tests.proof.counts import Line, keep
 
@@ -27,6 +28,7 @@ class Counted(msgspec.Struct, kw_only=True, frozen=True):
         slowest_s: the most processor time of an input.
         peak_bytes: the most memory of the process.
         seeds: of the runs; those of the runs before this file was made are not known.
+        registers: of the different inputs, see `sketch`; those of runs before there was one are not among them.
     """
 
     inputs: int = 0
@@ -37,6 +39,7 @@ class Counted(msgspec.Struct, kw_only=True, frozen=True):
     slowest_s: float = 0.0
     peak_bytes: int = 0
     seeds: tuple[int, ...] = ()
+    registers: bytes = bytes(REGISTERS)
 
     def with_run(self, tally: Tally, seed: int) -> Counted:
         """These and a run's; a seed that is among them is a ValueError."""
@@ -52,6 +55,7 @@ class Counted(msgspec.Struct, kw_only=True, frozen=True):
             slowest_s=round(max(self.slowest_s, tally.slowest_s), 3),
             peak_bytes=max(self.peak_bytes, tally.peak_bytes),
             seeds=(*self.seeds, seed),
+            registers=together(self.registers, tally.registers),
         )
 
 
@@ -86,7 +90,8 @@ def _line(what: str, parts: list[Counted]) -> Line:
     peak_bytes = max((one.peak_bytes for one in parts), default=0)
     return Line(
         fault=what,
-        outcome=f"{sum(one.refused for one in parts):,} refused, {sum(one.answered for one in parts):,} answered",
+        outcome=f"{sum(one.refused for one in parts):,} refused, {sum(one.answered for one in parts):,} answered; "
+        f"{sum(about(one.registers) for one in parts):,} or more are different",
         recovered=f"slowest {slowest_s:.2f} s, peak {peak_bytes / 1e6:.0f} MB",
         runs=sum(one.inputs for one in parts),
         failures=sum(one.broken for one in parts),

@@ -12,6 +12,7 @@ import pytest
 from tests.fuzz.minimise import smaller
 from tests.fuzz.mutations import bytes_of, json_of
 from tests.fuzz.run import inputs_of, run, try_all
+from tests.fuzz.sketch import about
 from tests.fuzz.target import Target, Trial, Wrong
 
 from pipeload.errors import ConfigError
@@ -95,6 +96,12 @@ def test_free_memory_of_the_heap_is_no_growth() -> None:
 def test_a_run_within_its_promises_counts_all() -> None:
     tally = run(_target(), lambda number: b"refused" if number % 2 else b"", inputs=5000, seconds=None)
     assert (tally.inputs, tally.refused, tally.answered, tally.broken) == (5000, 2500, 2500, [])
+    assert about(tally.registers) == 2
+
+
+def test_different_inputs_are_counted_beyond_a_child_that_ends() -> None:
+    tally = try_all(_target(), [b"a", b"killed", b"a", b"b", b"killed", b"c"])
+    assert about(tally.registers) == 4
 
 
 def test_a_fault_of_the_trial_itself_is_no_finding() -> None:
