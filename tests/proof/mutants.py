@@ -53,8 +53,8 @@ _CONTROL_EVERY, _TOLD_EVERY = 20, 50
 TESTS = {
     "pipeline/reservations.py": ["pipeline/test_reservations.py"],
     "pipeline/exchange.py": ["pipeline/test_exchange*.py"],
-    "pipeline/requests.py": ["pipeline/test_exchange*.py"],
-    "pipeline/residents.py": ["pipeline/test_exchange*.py"],
+    "pipeline/requests.py": ["pipeline/test_requests.py", "pipeline/test_exchange*.py"],
+    "pipeline/residents.py": ["pipeline/test_residents.py", "pipeline/test_exchange*.py"],
     "planning/planner.py": ["planning/test_planner_figures.py", "planning/test_planner.py"],
     "planning/schedule.py": ["planning/test_schedule.py", "planning/test_fewer_sessions.py"],
 }
