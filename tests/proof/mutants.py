@@ -56,6 +56,13 @@ TESTS = {
     "pipeline/requests.py": ["pipeline/test_requests.py", "pipeline/test_exchange*.py"],
     "pipeline/residents.py": ["pipeline/test_residents.py", "pipeline/test_exchange*.py"],
     "planning/planner.py": ["planning/test_planner_figures.py", "planning/test_planner.py"],
+    "planning/layouts.py": [
+        "planning/test_layouts.py",
+        "planning/test_planner_figures.py",
+        "planning/test_shared_weights.py",
+        "planning/test_fewer_sessions.py",
+        "planning/test_planner.py",
+    ],
     "planning/schedule.py": ["planning/test_schedule.py", "planning/test_fewer_sessions.py"],
 }
 """Module -> the tests that state its rules, below tests/engine."""
