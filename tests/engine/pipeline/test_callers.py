@@ -234,9 +234,8 @@ def test_a_copy_of_an_error_has_no_frames() -> None:
         def __copy__(self) -> WithFrames:
             return WithFrames(*self.args).with_traceback(self.__traceback__)
 
-    try:
+    with pytest.raises(WithFrames) as caught:
         raise WithFrames("here")
-    except WithFrames as error:
-        copy = pipelines._copy_of(error)
-        assert error.__traceback__ is not None
-        assert (copy.args, copy.__cause__, copy.__traceback__) == (("here",), error, None)
+    copy = pipelines._copy_of(caught.value)
+    assert caught.value.__traceback__ is not None
+    assert (copy.args, copy.__cause__, copy.__traceback__) == (("here",), caught.value, None)
