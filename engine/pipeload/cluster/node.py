@@ -103,6 +103,10 @@ class Node:
             raise ShardError(f"The model has no file '{path}'.")
         return content
 
+    def known_speed(self, sha256: str) -> Profile | None:
+        """What `speed` has told of a model, by which it was placed: its stages are planned alike. None before."""
+        return self._speeds.get(sha256)
+
     async def speed(self, sha256: str) -> dict[str, Any]:
         """The fields of a profile of a model on this node; takes a second or two the first time. For clients."""
         directory, data = self.model(sha256)
