@@ -92,6 +92,11 @@ class Connection:
         # One that is dropped, or left open when the program ends, takes leave too.
         self._finalizer = weakref.finalize(self, self.loop.close)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the scheduler was lost: models answer no more, and only another connection opens new ones."""
+        return self._watch.lost
+
     def nodes(self) -> list[Status]:
         """The nodes of the cluster, by name, and the stages that are open on them; none of another version of pipeload.
 
