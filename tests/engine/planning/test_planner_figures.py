@@ -25,6 +25,7 @@ from pipeload.planning.planner import (
     make_plan,
     predict,
     process_bytes,
+    rested_pass_s,
     runtime_bytes,
     with_needs,
 )
@@ -384,6 +385,20 @@ def test_the_prediction_is_a_measured_profiles_forecast() -> None:
     assert plan.steady_pass_s == pytest.approx(4 * 0.1)
     assert predict(manifest, PROFILE, plan) is None
     assert forecast(manifest, PROFILE, plan).steady_s > 0
+
+
+def test_a_pass_after_a_rest_reads_what_the_buffers_do_not_hold() -> None:
+    manifest = manifest_of(*[[100 * MB]] * 4)
+    profile = replace(_measured({1: 0.5}), read_bytes_per_s={1: 100 * MB})
+    plan = _plan(buffers=2, streamed_bytes=400 * MB)
+    # Two wait in buffers. The third is read once the first has run, for 0.5 s, and the fourth after it.
+    session_s = profile.times[1]["s0"].session_s
+    assert rested_pass_s(manifest, profile, plan) == pytest.approx(0.5 + 2 * (1 + session_s) + 0.5)
+    # In a row, a pass takes the reading of all of them.
+    assert forecast(manifest, profile, plan).steady_s == pytest.approx(4 * (1 + session_s))
+    # What stays, or fits the buffers, is not read, whatever the disk.
+    for waiting in (_plan(buffers=4, streamed_bytes=400 * MB), _plan(resident=frozenset({"s0", "s1", "s2", "s3"}))):
+        assert rested_pass_s(manifest, profile, waiting) == pytest.approx(4 * 0.5)
 
 
 def test_the_peak_is_the_sum_of_its_parts_and_half_a_percent_of_the_memory_for_weights_stays_free() -> None:
