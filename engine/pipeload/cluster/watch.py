@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeload.cluster.offer import OFFER, Offer
+from pipeload.cluster.settings import LOST_AFTER_S
 from pipeload.errors import ClusterError
 from pipeload.foreign import foreign_errors
 
 __all__ = ["Watch"]
 
 _INTERVAL_S = 0.5
-_SILENT_S = 10.0
+_SILENT_S = float(LOST_AFTER_S)
 """A scheduler that does not answer for this time is lost."""
 
 

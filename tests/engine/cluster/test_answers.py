@@ -97,6 +97,27 @@ def test_a_state_that_is_cut_goes_on_from_there(connection: Connection, models: 
             np.testing.assert_allclose(again, model.step(_inputs_of(model, ids[:, :15]), other), rtol=1e-4, atol=1e-5)
 
 
+def test_a_node_without_the_model_fetches_its_shards(
+    cluster: Cluster, connection: Connection, models: Path, tmp_path: Path
+) -> None:
+    inputs = references(models / "llama")
+    with pipeload.load(models / "llama") as alone:
+        expected = [alone.run(each) for each in inputs]
+    cluster.start({"empty": "400MB"}, "--fetch", "10MB", models=tmp_path)
+    try:
+        with connection.load("llama", stages=stages_on(models / "llama", "small", "empty")) as model:
+            for one, other in zip([model.run(each) for each in inputs], expected, strict=True):
+                assert_close(one, other, 1e-5)
+    finally:
+        cluster.kill("empty")
+    (fetched,) = (tmp_path / ".fetched").iterdir()
+    names = {path.name for path in (models / "llama" / "shards").iterdir()}
+    found = {path.name for path in (fetched / "shards").iterdir()}
+    # Its own, and the first ones, by which it was measured.
+    assert found <= names
+    assert {path.name for path in (models / "llama" / "shards").glob("block.002.*")} <= found
+
+
 def test_callers_share_the_stages(connection: Connection, models: Path) -> None:
     prompts = [[number, number + 1, number + 2] for number in range(6)]
     with pipeload.load(models / "gpt2") as alone:
