@@ -69,7 +69,7 @@ coverage: $(STAMP)  ## branch coverage of pipeline, storage, format and planning
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[coverage]'
 	$(BIN)/python -m tests.proof.branches $(COVERAGE_TESTS) --workers $(WORKERS) $(COVERAGE_ARGS)
 
-mutants: $(STAMP)  ## one fault after another in reservations, exchange and planner: does a test see each? MUTANTS_ARGS=--keep keeps the counts
+mutants: $(STAMP)  ## one fault after another in seven modules of pipeline and planning: does a test see each? MUTANTS_ARGS=--keep keeps the counts
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python -m tests.proof.mutants --workers $(WORKERS) $(MUTANTS_ARGS)
 
