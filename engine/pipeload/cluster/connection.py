@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,11 +20,12 @@ import msgspec
 from distributed import Client
 
 from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.links import Link
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member, by_hand, place
+from pipeload.cluster.placing import Links, Member, by_hand, place
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError
@@ -72,6 +74,7 @@ class Connection:
         self._address = address
         self._models: weakref.WeakSet[ClusterModel] = weakref.WeakSet()
         self._known: dict[tuple[str, str], Member] = {}
+        self._links: dict[frozenset[str], Link] = {}
         self._closing = threading.Lock()
         self._closed = False
         self.loop = Loop()
@@ -319,9 +322,10 @@ class Connection:
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
+        links = self.loop.ask(self._links_of(members))
         if stages is not None:
-            return by_hand(manifest, members, stages), members
-        return place(manifest, members, latency_share=latency_share), members
+            return by_hand(manifest, members, stages, links), members
+        return place(manifest, members, links, latency_share=latency_share), members
 
     async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed; one that does not answer takes no part."""
@@ -346,9 +350,34 @@ class Connection:
             raise ClusterError(f"None of the nodes that have the model can run it. {refusals}")
         return members
 
+    async def _links_of(self, members: list[Member]) -> Links:
+        """The links between nodes, measured by one node after another: they would disturb each other."""
+        for number, member in enumerate(members):
+            others = {
+                other.address: other.offer.process
+                for other in members[number + 1 :]
+                if _pair(member, other) not in self._links
+            }
+            if others:
+                with suppress(PipeloadError):
+                    told = await self._call(member.address, "pipeload_links", {"others": others})
+                    for other in members:
+                        if other.address in told:
+                            self._links[_pair(member, other)] = msgspec.convert(told[other.address], Link)
+        return {
+            frozenset((one.offer.name, other.offer.name)): self._links[_pair(one, other)]
+            for one, other in combinations(members, 2)
+            if _pair(one, other) in self._links
+        }
+
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The connection to the cluster is closed. Connect again.")
+
+
+def _pair(one: Member, other: Member) -> frozenset[str]:
+    """Two starts of nodes, whichever measures the way between them."""
+    return frozenset((one.offer.process, other.offer.process))
 
 
 async def _connected(address: str, security: Any) -> Client:

@@ -8,9 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from math import inf
+from typing import TypeAlias
 
 import numpy as np
 
+from pipeload.cluster.links import Link
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.route import crossing_bytes, stage_places
 from pipeload.cluster.store import files_of
@@ -28,13 +30,16 @@ from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
 
-__all__ = ["CALL_S", "LINK_BYTES_PER_S", "Member", "by_hand", "place"]
+__all__ = ["ASSUMED", "CALL_S", "Links", "Member", "by_hand", "place"]
 
 _FETCHED_GAIN = 1.1
 CALL_S = 0.002
 """A message from node to node, on the software's side."""
-LINK_BYTES_PER_S = 110e6
-"""Links are not measured: gigabit Ethernet is assumed."""
+ASSUMED = Link(latency_s=0.0, bytes_per_s=110e6)
+"""A link that could not be measured: gigabit Ethernet."""
+
+Links: TypeAlias = Mapping[frozenset[str], Link]
+"""Names of two nodes -> the link between them; those that are missing are assumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,9 @@ class Member:
     needed: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
 
 
-def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float = 1.0) -> Placement:
+def place(
+    manifest: Manifest, members: Sequence[Member], links: Links | None = None, *, latency_share: float = 1.0
+) -> Placement:
     """The best placement of a model on nodes.
 
     The first and the last shard, which see texts and answers, are placed on trusted nodes only. Fetching shards takes
@@ -68,23 +75,25 @@ def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float
     Args:
         manifest: the model.
         members: nodes that have it, or can fetch it.
+        links: between them.
         latency_share: see `planning.placement.place_shards`.
 
     Raises:
         ClusterError: no placement fits the nodes' budgets; the message names the smallest budget that works.
     """
-    found = _best(manifest, members, latency_share)
+    links = links or {}
+    found = _best(manifest, members, links, latency_share)
     owners = [member for member in members if not member.fetches]
     if owners and not {segment.node for segment in found.segments} <= {member.offer.name for member in owners}:
         with suppress(ClusterError):
-            alone = _best(manifest, owners, latency_share)
+            alone = _best(manifest, owners, links, latency_share)
             if alone.objective(latency_share) <= _FETCHED_GAIN * found.objective(latency_share):
                 return alone
     return found
 
 
-def _best(manifest: Manifest, members: Sequence[Member], latency_share: float) -> Placement:
-    costs = _Costs(manifest, members)
+def _best(manifest: Manifest, members: Sequence[Member], links: Links, latency_share: float) -> Placement:
+    costs = _Costs(manifest, members, links)
     count = len(manifest.shards)
     nodes = [Node(name=member.offer.name, trusted=member.offer.trusted) for member in members]
     found = place_shards(
@@ -101,13 +110,16 @@ def _best(manifest: Manifest, members: Sequence[Member], latency_share: float) -
     return found
 
 
-def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, str]) -> Placement:
+def by_hand(
+    manifest: Manifest, members: Sequence[Member], stages: Mapping[str, str], links: Links | None = None
+) -> Placement:
     """The placement that a caller names.
 
     Args:
         manifest: the model.
         members: nodes that have it.
         stages: name of a node -> its shards, as FIRST:LAST, in the order of the model.
+        links: between the nodes.
 
     Raises:
         ConfigError: a node is none of the members, or the ranges are not all shards, one after another.
@@ -115,7 +127,7 @@ def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, 
     """
     known = {member.offer.name: member for member in members}
     names = [shard.name for shard in manifest.shards]
-    costs, segments, end = _Costs(manifest, members), [], 0
+    costs, segments, end = _Costs(manifest, members, links or {}), [], 0
     for number, (name, shards) in enumerate(stages.items()):
         if name not in known:
             raise ConfigError(f"stages names the node '{name}'; those that have the model are {', '.join(known)}.")
@@ -153,7 +165,8 @@ def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, 
 class _Costs:
     """Times and memory of stages on nodes; equal stages are planned once for each node."""
 
-    def __init__(self, manifest: Manifest, members: Sequence[Member]) -> None:
+    def __init__(self, manifest: Manifest, members: Sequence[Member], links: Links) -> None:
+        self._links = links
         self._members = {member.offer.name: member for member in members}
         self._speeds = {member.offer.name: _evened(manifest, member.speed) for member in members}
         self._dims = profile_dims(manifest)
@@ -179,9 +192,10 @@ class _Costs:
             member.turns[key] = self._turn(member, begin, end)
         return member.turns[key]
 
-    def send_s(self, _from: Node, _to: Node, place: int) -> float:
+    def send_s(self, sender: Node, receiver: Node, place: int) -> float:
         """See `planning.placement.Sends`."""
-        return CALL_S + self._crossing(place) / LINK_BYTES_PER_S
+        link = self._links.get(frozenset((sender.name, receiver.name)), ASSUMED)
+        return CALL_S + link.latency_s + self._crossing(place) / link.bytes_per_s
 
     def needed_bytes(self, member: Member, begin: int, end: int) -> int:
         """The smallest budget of a node that works for a stage."""

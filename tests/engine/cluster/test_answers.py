@@ -118,6 +118,12 @@ def test_a_node_without_the_model_fetches_its_shards(
     assert {path.name for path in (models / "llama" / "shards").glob("block.002.*")} <= found
 
 
+def test_links_are_measured_before_a_model_is_placed(connection: Connection) -> None:
+    connection.plan("bert")
+    assert len(connection._links) == len(NODES) * (len(NODES) - 1) / 2
+    assert all(link.latency_s > 0 and link.bytes_per_s > 0 for link in connection._links.values())
+
+
 def test_callers_share_the_stages(connection: Connection, models: Path) -> None:
     prompts = [[number, number + 1, number + 2] for number in range(6)]
     with pipeload.load(models / "gpt2") as alone:
