@@ -89,7 +89,7 @@ class Stage:
         self._passes: frozenset[str] = frozenset()
         self._id = uuid.uuid4().hex
         self._calls = 0
-        self._facts: dict[str, Any] = {"model": name, "shards": shards, "calls": 0}
+        self._facts: dict[str, Any] = {"model": name, "sha256": sha256, "shards": shards, "calls": 0}
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
         weakref.finalize(self, self._node.stages.pop, self._id, None)
