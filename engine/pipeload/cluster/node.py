@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from distributed.utils import get_ip
 from pipeload.budget import Budget
 from pipeload.cluster import settings
 from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.fetching import Fetcher
+from pipeload.cluster.links import Link, measured
 from pipeload.cluster.offer import OFFER, Offer, models_in
-from pipeload.cluster.rates import speed_of
+from pipeload.cluster.rates import first_shards, speed_of
 from pipeload.cluster.running import until_stopped
-from pipeload.errors import ClusterError, ShardError
+from pipeload.cluster.store import PIECE_BYTES, Store
+from pipeload.errors import ClusterError, ConfigError, ShardError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME, Manifest
+from pipeload.format.stages import stage_of
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import parse_budget
 from pipeload.measuring.profiler import measure
@@ -36,6 +41,10 @@ __all__ = ["SETTINGS_BYTES", "Node", "start"]
 _MESSAGES_BYTES = 16_000_000
 """Activations that arrive and leave, and what Dask keeps of them."""
 _JOIN_S = 20
+_FETCHED = ".fetched"
+_LINK_S = 20.0
+_SENT_AT_ONCE = 2
+"""Pieces of files that are in memory for other nodes."""
 SETTINGS_BYTES = 64 << 20
 """A model's tokenizer and settings, which clients ask for."""
 
@@ -48,28 +57,53 @@ class Node:
         models: the directory of its sharded model directories.
         memory_budget: as for `pipeload.load`.
         trusted: see `Offer`.
+        fetched_bytes: likewise; these shards are in the folder `.fetched` of the models' directory.
 
     Attributes:
         budget: of all stages.
         stages: id -> facts about each open stage, for `pipeload cluster status`.
+
+    Raises:
+        ConfigError: there is no model, and none is to be fetched.
+        ManifestError: a model's manifest is damaged.
     """
 
-    def __init__(self, name: str, models: Path, memory_budget: str, *, trusted: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        models: Path,
+        memory_budget: str,
+        *,
+        trusted: bool,
+        fetched_bytes: int = 0,
+    ) -> None:
         budget_bytes = parse_budget(memory_budget) or auto_budget_bytes()
         self._models = models_in(models)
+        if not self._models and not fetched_bytes:
+            raise ConfigError(
+                f"{models} holds no sharded model directory. Copy those here that `pipeload export` made, or let the "
+                "node fetch shards from others with --fetch."
+            )
+        self._fetcher = Fetcher(Store(models / _FETCHED, fetched_bytes))
+        self._files: dict[str, ModelFiles] = {}
+        self._sending = asyncio.Semaphore(_SENT_AT_ONCE)
+        self._pool: Callable[[str], Any] | None = None
+        self._links: dict[tuple[str, str], Link] = {}
         self._speeds: dict[str, Profile] = {}
+        # One measurement at a time, of a model or of a link.
         self._measuring = asyncio.Lock()
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
         self.stages: dict[str, dict[str, Any]] = {}
-        measured = measure()
+        here = measure()
         self.offer = Offer(
             name=name,
             process=uuid.uuid4().hex,
             budget_bytes=budget_bytes,
-            process_bytes=measured.process_bytes + _MESSAGES_BYTES,
-            cores=measured.cores,
+            process_bytes=here.process_bytes + _MESSAGES_BYTES,
+            cores=here.cores,
             trusted=trusted,
             models={model: sha256 for model, (sha256, _) in self._models.items()},
+            fetched_bytes=fetched_bytes,
         )
 
     def model(self, sha256: str) -> tuple[Path, bytes]:
@@ -78,13 +112,31 @@ class Node:
         Raises:
             ShardError: the node has no model with this manifest, or has it no more.
         """
-        for known, directory in self._models.values():
-            if known == sha256:
+        fetched = self._fetcher.store.directory(sha256)
+        for known, directory in (*self._models.values(), (sha256, fetched)):
+            if known == sha256 and directory.exists():
                 data = manifests.content(directory)
                 if hashlib.sha256(data).hexdigest() != sha256:
                     raise ShardError(f"{directory} on the node {self.offer.name} has changed. Start the node again.")
                 return directory, data
         raise ShardError(f"The node {self.offer.name} has no model with the manifest {sha256[:16]} ...")
+
+    def listen_to(self, worker: Any) -> None:
+        """Let other processes ask this node through Dask's worker, and this one ask other nodes."""
+        worker.extensions[OFFER] = self
+        worker.handlers |= {
+            "pipeload_manifest": self.manifest,
+            "pipeload_file": self.file,
+            "pipeload_piece": self.piece,
+            "pipeload_fetch": self.fetch,
+            "pipeload_speed": self.speed,
+            "pipeload_links": self.links,
+            "pipeload_take": self.take,
+        }
+        self._pool = self._fetcher.pool = worker.rpc
+
+    def _open_models(self) -> set[str]:
+        return {facts["sha256"] for facts in self.stages.values()}
 
     async def manifest(self, sha256: str) -> bytes:
         """A model's manifest. For other processes."""
@@ -103,8 +155,47 @@ class Node:
             raise ShardError(f"The model has no file '{path}'.")
         return content
 
-    async def speed(self, sha256: str) -> dict[str, Any]:
-        """The fields of a profile of a model on this node; takes a second or two the first time. For clients."""
+    def known_speed(self, sha256: str) -> Profile | None:
+        """What `speed` has told of a model, by which it was placed: its stages are planned alike. None before."""
+        return self._speeds.get(sha256)
+
+    async def piece(self, sha256: str, path: str, offset: int, nbytes: int) -> bytes:
+        """A piece of a file of a model that this node has all of. For other nodes.
+
+        Raises:
+            ShardError: there is no such model or file, or it cannot be read.
+        """
+        if not self.offer.has(sha256):
+            raise ShardError(f"The node {self.offer.name} has not all of the model {sha256[:16]} ...")
+        if sha256 not in self._files:
+            directory, data = self.model(sha256)
+            self._files[sha256] = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        async with self._sending:
+            return await asyncio.to_thread(self._files[sha256].piece, path, offset, min(nbytes, PIECE_BYTES))
+
+    async def fetch(self, sha256: str, shards: str, sources: Sequence[str]) -> None:
+        """Take the files of a stage from other nodes, as far as they are not here. For clients.
+
+        Args:
+            sha256: of the model's manifest.
+            shards: its first and last shard, as `pipeload.load` takes them.
+            sources: addresses of nodes that have all of the model.
+
+        Raises:
+            ClusterError: none of them gives a file. The next try goes on from where this one stopped.
+            ConfigError: there is no room within the limit of --fetch, or on the disk.
+        """
+        await self._fetcher.bring(sha256, lambda whole: stage_of(whole, shards), sources, self._open_models())
+
+    async def speed(self, sha256: str, sources: Sequence[str] = ()) -> dict[str, Any]:
+        """The fields of a profile of a model on this node; takes a second or two the first time. For clients.
+
+        Args:
+            sha256: of the model's manifest.
+            sources: of its first shards, by which it is measured, where this node has not all of it.
+        """
+        if not self.offer.has(sha256):
+            await self._fetcher.bring(sha256, first_shards, sources, self._open_models())
         directory, data = self.model(sha256)
         async with self._measuring:
             if sha256 not in self._speeds:
@@ -113,6 +204,28 @@ class Node:
                     speed_of, directory, manifest, self.budget, self.offer.process_bytes
                 )
         return dict(msgspec.to_builtins(self._speeds[sha256]))
+
+    async def take(self, data: bytes) -> int:
+        """The number of these bytes. For other nodes, which measure the way here."""
+        return len(data)
+
+    async def links(self, others: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """The ways to other nodes, by address, as far as they answer; measured the first time. For clients.
+
+        Args:
+            others: address -> process of each, see `Offer`.
+        """
+        assert self._pool is not None
+        found = {}
+        async with self._measuring:
+            for key in others.items():
+                if key not in self._links:
+                    with suppress(ClusterError), foreign_errors(ClusterError, "It does not answer", "Look at its log."):
+                        async with asyncio.timeout(_LINK_S):
+                            self._links[key] = await measured(self._pool(key[0]))
+                if key in self._links:
+                    found[key[0]] = dict(msgspec.to_builtins(self._links[key]))
+        return found
 
 
 def start(
@@ -124,6 +237,7 @@ def start(
     host: str | None,
     certificates: Path | None,
     trusted: bool,
+    fetched_bytes: int,
     tell: Callable[[str], object],
 ) -> None:
     """Run a node until SIGINT or SIGTERM, or until the scheduler sends it away.
@@ -136,6 +250,7 @@ def start(
         host: to listen on; None finds the address by which the scheduler is reached.
         certificates: the directory of `make_certificates`; None without TLS.
         trusted: see `Offer`.
+        fetched_bytes: likewise.
         tell: called with the node's address once the scheduler knows it.
 
     Raises:
@@ -148,7 +263,7 @@ def start(
 
     async def run(stopped: Callable[[], Awaitable[object]]) -> None:
         await check_accepted(address, security, "node")
-        node = Node(name, models, memory_budget, trusted=trusted)
+        node = Node(name, models, memory_budget, trusted=trusted, fetched_bytes=fetched_bytes)
         with tempfile.TemporaryDirectory(prefix="pipeload-node-") as scratch:
             with foreign_errors(
                 ClusterError,
@@ -171,12 +286,7 @@ def start(
                     metrics={OFFER: lambda _: list(node.stages.values())},
                 )
                 # Clients may ask as soon as the scheduler knows the node.
-                worker.extensions[OFFER] = node
-                worker.handlers |= {
-                    "pipeload_manifest": node.manifest,
-                    "pipeload_file": node.file,
-                    "pipeload_speed": node.speed,
-                }
+                node.listen_to(worker)
                 await worker
             try:
                 tell(worker.address)

@@ -16,6 +16,7 @@ from pipeload.cluster.route import leaving, shards_of
 from pipeload.cluster.stage import Stage
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
+from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.inputs import Arrays
 from pipeload.planning.placement import Placement
@@ -53,12 +54,13 @@ class Ring:
         self._actors: list[Any] = []
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def start(self, sha256: str, name: str) -> None:
-        """Open every stage on its node.
+    async def start(self, sha256: str, name: str, sources: Sequence[str]) -> None:
+        """Open every stage on its node, once the node has its files.
 
         Args:
             sha256: of the model's manifest.
             name: the model's.
+            sources: addresses of nodes that have all of the model, for those that have not.
 
         Raises:
             PipeloadError: a stage cannot be opened, or a node was lost.
@@ -66,6 +68,13 @@ class Ring:
         self._watch.listeners.add(self._hear)
         try:
             places = [0, *(segment.end for segment in self.placement.segments)]
+            await self._unless_lost(
+                [
+                    self._fetched(member, sha256, shards_of(self._manifest, begin, end), sources)
+                    for member, (begin, end) in zip(self._members, pairwise(places), strict=True)
+                    if not member.offer.has(sha256)
+                ]
+            )
             for member, (begin, end) in zip(self._members, pairwise(places), strict=True):
                 key = f"pipeload-stage-{uuid.uuid4().hex}"
                 actor = self._client.submit(
@@ -165,6 +174,13 @@ class Ring:
         if self._lost.done():
             self._lost.result()
         return uuid.uuid4().hex
+
+    async def _fetched(self, member: Member, sha256: str, shards: str, sources: Sequence[str]) -> None:
+        """Let a node take the files of its shards from others. That may take minutes, and ends with the node."""
+        with foreign_errors(
+            ClusterError, f"The node {member.offer.name} could not fetch shards {shards}", "Its log has more."
+        ):
+            await self._client.rpc(member.address).pipeload_fetch(sha256=sha256, shards=shards, sources=[*sources])
 
     async def _opened(self, actor: Any, place: Place) -> None:
         error = await actor.exception()

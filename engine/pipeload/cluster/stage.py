@@ -76,7 +76,9 @@ class Stage:
         self._worker = get_worker()
         self._node = self._worker.extensions[OFFER]
         directory, _ = self._node.model(sha256)
-        self._model: Model = load(directory, self._node.budget, shards=shards, draft=None)
+        self._model: Model = load(
+            directory, self._node.budget, shards=shards, draft=None, profile=self._node.known_speed(sha256)
+        )
         self._takes = [spec.name for spec in self._model.inputs]
         self._caches = self._model.manifest.cache_inputs
         self._made = [spec.name for spec in self._model.outputs]
@@ -87,7 +89,7 @@ class Stage:
         self._passes: frozenset[str] = frozenset()
         self._id = uuid.uuid4().hex
         self._calls = 0
-        self._facts: dict[str, Any] = {"model": name, "shards": shards, "calls": 0}
+        self._facts: dict[str, Any] = {"model": name, "sha256": sha256, "shards": shards, "calls": 0}
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
         weakref.finalize(self, self._node.stages.pop, self._id, None)

@@ -486,5 +486,7 @@ def _copy_of(error: BaseException) -> BaseException:
     with suppress(Exception):
         found = copy(error)
         found.__cause__ = error.__cause__ or error
+        # Where Dask is imported, copies of errors have them.
+        found.__traceback__ = None
         return found
     return error

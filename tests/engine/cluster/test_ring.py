@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,13 +45,23 @@ class _Nodes:
         self.silent: set[tuple[str, str]] = set()
         self.reached = asyncio.Semaphore(0)
         self.actors: list[_Actor] = []
+        self.failure: Exception | None = None
 
     def submit(self, *_: object, **__: object) -> _Actor:
         self.actors.append(_Actor())
         return self.actors[-1]
 
-    def rpc(self, _: str) -> None:
-        raise AssertionError("calls go through `call`")
+    def rpc(self, address: str) -> Any:
+        """A node, which is asked for one thing by the ring itself: to fetch."""
+
+        async def pipeload_fetch(sha256: str, shards: str, sources: list[str]) -> None:
+            assert not self.actors, "its stage is opened when the files are there"
+            assert (sha256, sources) == ("sha256", ["tcp://source"])
+            self.calls.append((address, shards))
+            if self.failure is not None:
+                raise self.failure
+
+        return SimpleNamespace(pipeload_fetch=pipeload_fetch)
 
     async def call(self, _: object, place: Place, method: str, *__: object) -> Any:
         self.calls.append((place.node, method))
@@ -62,11 +73,20 @@ class _Nodes:
 
 @pytest.fixture
 def in_a_ring(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run a coroutine function with an open ring of the nodes a and b, the nodes, and the watch; it must end."""
+    """Run a coroutine function with an open ring of the nodes a and b, the nodes, and the watch; it must end.
 
-    def run(body: Callable[[Ring, _Nodes, Watch], Awaitable[None]]) -> None:
+    The node b has to fetch its shards where `fetches` is true, which may fail.
+    """
+
+    def run(
+        body: Callable[[Ring, _Nodes, Watch], Awaitable[None]],
+        *,
+        fetches: bool = False,
+        failure: Exception | None = None,
+    ) -> None:
         async def main() -> None:
             nodes, watch = _Nodes(), Watch(None)
+            nodes.failure = failure
             monkeypatch.setattr(rings, "call", nodes.call)
             manifest = manifests.read(toy)
             count = len(manifest.shards)
@@ -75,8 +95,9 @@ def in_a_ring(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
                 Segment(node=name, begin=begin, end=end, run_s=0.0, read_s=0.0, send_s=0.0)
                 for name, (begin, end) in ranges.items()
             )
-            made = Ring(nodes, watch, manifest, Placement(segments=segments), [member(one, MB) for one in ranges])
-            await made.start("", "toy")
+            members = [member("a", MB), member("b", MB, models=() if fetches else ("sha256",))]
+            made = Ring(nodes, watch, manifest, Placement(segments=segments), members)
+            await made.start("sha256", "toy", ["tcp://source"])
             await body(made, nodes, watch)
 
         asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
@@ -156,3 +177,23 @@ def test_a_node_that_came_back_is_another_one(in_a_ring: Callable[..., None]) ->
             await ring.run({})
 
     in_a_ring(body)
+
+
+def test_a_node_has_its_files_before_its_stage_is_opened(in_a_ring: Callable[..., None], toy: Path) -> None:
+    shards = manifests.read(toy).shards
+
+    async def body(ring: Ring, nodes: _Nodes, _: Watch) -> None:
+        first, last = shards[len(shards) // 2].name, shards[-1].name
+        assert nodes.calls[0] == ("tcp://b", f"{first}:{last}")
+        assert await ring.run({}) == {}
+
+    in_a_ring(body, fetches=True)
+
+
+@pytest.mark.parametrize("failure", [pipeload.ConfigError("no room"), OSError("cut off")])
+def test_a_node_that_cannot_fetch_has_one_clear_error(in_a_ring: Callable[..., None], failure: Exception) -> None:
+    async def body(*_: object) -> None:
+        raise AssertionError("it is open")
+
+    with pytest.raises(pipeload.PipeloadError, match=str(failure)):
+        in_a_ring(body, fetches=True, failure=failure)

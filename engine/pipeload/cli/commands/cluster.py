@@ -121,12 +121,19 @@ def status(cluster: Address, certificates: Certificates = None, as_json: Json = 
             one.address,
             format_bytes(one.offer.budget_bytes),
             "yes" if one.offer.trusted else "no",
-            ", ".join(sorted(one.offer.models)),
+            _models(one.offer),
             "; ".join(f"{each['model']} {each['shards']}, {each['calls']} calls" for each in one.stages) or "none",
         )
         for one in nodes
     ]
     typer.echo(table(rows))
+
+
+def _models(offer: Any) -> str:
+    found = sorted(offer.models)
+    if offer.fetched_bytes:
+        found.append(f"others by up to {format_bytes(offer.fetched_bytes)} of fetched shards")
+    return ", ".join(found)
 
 
 def placement_facts(manifest: Manifest, found: Any) -> dict[str, Any]:
