@@ -38,7 +38,7 @@ import pipeload
 try:
     pipeload.connect("tcp://127.0.0.1:1")
 except pipeload.ConfigError as error:
-    assert str(error) == "A cluster needs the package distributed: pip install 'pipeload[cluster]'.", error
+    assert str(error).startswith("A cluster needs the package distributed: pip install '.[cluster]' in "), error
 else:
     raise SystemExit("it connected")
 """
@@ -69,7 +69,7 @@ for words, package in (
             assert end.code == 1, (words, end.code)
         else:
             raise AssertionError(words)
-    assert told.getvalue() == f"error: A cluster needs the package {{package}}: pip install 'pipeload[cluster]'.\\n", (
+    assert told.getvalue().startswith(f"error: A cluster needs the package {{package}}: pip install '.[cluster]'"), (
         words, told.getvalue()
     )
 """

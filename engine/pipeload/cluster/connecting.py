@@ -52,4 +52,6 @@ def missing_package(error: ModuleNotFoundError) -> ConfigError:
     """The error for a package of a cluster that is not installed; raises the given one where it is pipeload's own."""
     if error.name is None or error.name.startswith("pipeload"):
         raise error
-    return ConfigError(f"A cluster needs the package {error.name}: pip install 'pipeload[cluster]'.")
+    return ConfigError(
+        f"A cluster needs the package {error.name}: pip install '.[cluster]' in the folder of pipeload's source."
+    )
