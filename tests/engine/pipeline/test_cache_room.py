@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.harness import EMULATED, Background, Gate, run_python, smallest_budget, wait_for_calls
+from tests.engine.harness import EMULATED, Background, Gate, figures_of_memory, smallest_budget, wait_for_calls
 from tests.engine.tasks.generate.drafting import PROMPT, Recorder, assert_same, load
 from tests.engine.toy import make_toy
 from tests.marks import slow
@@ -234,6 +234,6 @@ with pipeload.load({str(exported_llama)!r}, budget, threads=1) as model:
     assert model.stats.budget_bytes <= budget
     print(tokens, model.stats.peak_bytes - budget)
 """
-    tokens, beyond = map(int, run_python(program).stdout.split())
+    tokens, beyond = figures_of_memory(program)
     assert tokens >= 300
     assert beyond <= 0
