@@ -155,6 +155,10 @@ class Node:
             raise ShardError(f"The model has no file '{path}'.")
         return content
 
+    def known_speed(self, sha256: str) -> Profile | None:
+        """What `speed` has told of a model, by which it was placed: its stages are planned alike. None before."""
+        return self._speeds.get(sha256)
+
     async def piece(self, sha256: str, path: str, offset: int, nbytes: int) -> bytes:
         """A piece of a file of a model that this node has all of. For other nodes.
 
