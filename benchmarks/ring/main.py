@@ -2,6 +2,7 @@
 
 answers    four models on one to four nodes of unequal budgets, beside one machine
 tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
+paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
 
@@ -16,6 +17,7 @@ from rich.console import Console
 import pipeload_export
 from benchmarks.models import ROOT
 from benchmarks.ring import answers as answers_part
+from benchmarks.ring import paper as paper_part
 from benchmarks.ring import tokens as tokens_part
 from benchmarks.study import Parts
 from pipeload.format.manifest import MANIFEST_NAME
@@ -25,6 +27,7 @@ PARTS = Parts(
     kinds={
         "answers": (answers_part.Report, answers_part.rows),
         "tokens": (tokens_part.Report, tokens_part.rows),
+        "paper": (paper_part.Report, paper_part.rows),
     },
 )
 MODELS = ("bert-large", "vit-large", "smollm2-135m", "gpt2-xl")
@@ -82,6 +85,12 @@ def tokens(
         console=console,
     )
     PARTS.keep("tokens", report, output)
+
+
+@app.command()
+def paper(output: Output = None) -> None:
+    """Up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence."""
+    PARTS.keep("paper", paper_part.imagine(), output)
 
 
 def _directory(name: str, console: Console) -> Path:
