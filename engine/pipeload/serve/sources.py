@@ -97,10 +97,9 @@ class Nodes:
         self._refusal, self._again_s = "", 0.0
         self._connection = pipeload.connect(address, certificates)
 
-    @property
-    def lost(self) -> bool:
-        """Whether the scheduler was lost. Models that were opened before that answer no more."""
-        return self._connection.lost
+    def has_lost(self, connection: Connection) -> bool:
+        """Whether a connection is of no use any more, and neither are the models that were opened by it."""
+        return connection is not self._connection or connection.lost
 
     def connection(self) -> Connection:
         """A connection to the scheduler that is there now.
@@ -156,14 +155,16 @@ class OnNodes:
 
     def __init__(self, nodes: Nodes, name: str) -> None:
         self._nodes, self._name = nodes, name
+        self._connection: Connection | None = None
         self.manifest = nodes.connection().manifest(name)
         self.made = int(time.time())
 
     @property
     def lost(self) -> bool:
         """See `Source`."""
-        return self._nodes.lost
+        return self._connection is not None and self._nodes.has_lost(self._connection)
 
     def load(self) -> Model:
         """Open it. It has all of a model that routes use; its plans are the nodes' own."""
-        return cast("Model", self._nodes.connection().load(self._name))
+        self._connection = connection = self._nodes.connection()
+        return cast("Model", connection.load(self._name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ def test_a_text_goes_on_from_its_tokens_on_the_nodes_that_are_left(
         assert model.replacements == 1
 
 
+@pytest.mark.parametrize("end", [Cluster.kill, Cluster.stop])
 def test_passes_go_on_where_a_node_is_left_that_has_the_model(
-    cluster: Cluster, connection: Connection, models: Path
+    cluster: Cluster, connection: Connection, models: Path, end: Callable[[Cluster, str], None]
 ) -> None:
     inputs = references(models / "bert")[1]
     with pipeload.load(models / "bert") as alone:
@@ -50,7 +51,7 @@ def test_passes_go_on_where_a_node_is_left_that_has_the_model(
     with connection.load("bert", stages=stages_on(models / "bert", "small", "large")) as model:
         many = model.run_many(inputs for _ in range(6))
         made = [next(many)]
-        cluster.kill("small")
+        end(cluster, "small")
         made += many
         assert len(made) == 6
         for one in made:
