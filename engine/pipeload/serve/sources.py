@@ -97,10 +97,6 @@ class Nodes:
         self._refusal, self._again_s = "", 0.0
         self._connection = pipeload.connect(address, certificates)
 
-    def has_lost(self, connection: Connection) -> bool:
-        """Whether a connection is of no use any more, and neither are the models that were opened by it."""
-        return connection is not self._connection or connection.lost
-
     def connection(self) -> Connection:
         """A connection to the scheduler that is there now.
 
@@ -162,7 +158,8 @@ class OnNodes:
     @property
     def lost(self) -> bool:
         """See `Source`."""
-        return self._connection is not None and self._nodes.has_lost(self._connection)
+        # Of the connection that has opened it: another model may have brought about a new one since.
+        return self._connection is not None and self._connection.lost
 
     def load(self) -> Model:
         """Open it. It has all of a model that routes use; its plans are the nodes' own."""
