@@ -318,7 +318,13 @@ class Connection:
         latency_share: float,
     ) -> tuple[Placement, list[Member]]:
         _check(stages, latency_share)
-        members = self.loop.ask(self._speeds_of(sha256, self._members(sha256, lost)))
+        offers = {
+            address: offer
+            for address, offer in self._members(sha256, lost).items()
+            # A node that is not named need not fetch shards to be measured by them.
+            if stages is None or offer.has(sha256) or offer.name in stages
+        }
+        members = self.loop.ask(self._speeds_of(sha256, offers))
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")

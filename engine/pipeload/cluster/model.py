@@ -295,7 +295,7 @@ class ClusterModel:
             self._closed = True
         self._finalizer.detach()
         if (closing := _end(self._loop, self._rings)) is not None:
-            with suppress(TimeoutError, CancelledError):
+            with suppress(PipeloadError, TimeoutError, CancelledError):
                 closing.result(_FAREWELL_S)
 
     def __repr__(self) -> str:

@@ -177,10 +177,12 @@ class Ring:
 
     async def _fetched(self, member: Member, sha256: str, shards: str, sources: Sequence[str]) -> None:
         """Let a node take the files of its shards from others. That may take minutes, and ends with the node."""
-        with foreign_errors(
-            ClusterError, f"The node {member.offer.name} could not fetch shards {shards}", "Its log has more."
-        ):
-            await self._client.rpc(member.address).pipeload_fetch(sha256=sha256, shards=shards, sources=[*sources])
+        fact = f"The node {member.offer.name} could not fetch shards {shards}"
+        try:
+            with foreign_errors(ClusterError, "It does not answer", "Its log may have more."):
+                await self._client.rpc(member.address).pipeload_fetch(sha256=sha256, shards=shards, sources=[*sources])
+        except PipeloadError as error:
+            raise ClusterError(f"{fact}. {error}") from error
 
     async def _opened(self, actor: Any, place: Place) -> None:
         error = await actor.exception()

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from distributed import get_worker
+from distributed.core import Status
 
-from pipeload.cluster.messages import Job, Place, TextLostError, call
+from pipeload.cluster.messages import Job, NodeLostError, Place, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
-from pipeload.errors import ClosedError, PipeloadError
+from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.foreign import let_go
 from pipeload.inputs import Arrays
 from pipeload.model import Model, load
@@ -198,7 +199,14 @@ class Stage:
                 waiting.set_result(answer)
             return
         leaving = {name: array for name, array in arrays.items() if name in self._passes}
-        await call(self._worker.rpc, self._next, method, number, leaving, *job)
+        try:
+            await call(self._worker.rpc, self._next, method, number, leaving, *job)
+        except ClusterError as error:
+            if self._worker.rpc.status == Status.closed:
+                # Not the next node is lost: this one ends.
+                node, address = self._node.offer.name, self._worker.address
+                raise NodeLostError(f"The node {node} at {address} has ended during the call.", address) from error
+            raise
 
     def _answer(self, number: str) -> asyncio.Future[Any]:
         """What the call's answer will be in; whichever of its caller and the pass is first makes it."""

@@ -61,7 +61,7 @@ def test_a_pass_is_that_of_one_machine(connection: Connection, models: Path, nam
             assert_close(one, other, 1e-5)
 
 
-@pytest.mark.parametrize(("name", "count"), [("gpt2", 1), ("gpt2", 2), ("gpt2", 3), ("llama", 3)])
+@pytest.mark.parametrize(("name", "count"), [("gpt2", 2), ("gpt2", 3), ("llama", 3)])
 def test_texts_are_those_of_one_machine(connection: Connection, models: Path, name: str, count: int) -> None:
     prompts: list[list[int]] = [[5, 6, 7], [*range(20, 31)]]
     options: dict[str, Any] = {"max_new_tokens": 12}
