@@ -92,21 +92,26 @@ def main() -> None:
     modules, mutated = arguments.modules or list(TESTS), vars(arguments)["with"]
     if mutated is not None:
         sys.exit(_run_with(modules[0], mutated.read_text()))
-    before = kept("mutants")
-    seconds, lines = (before.seconds, {line.fault: line for line in before.lines}) if before else (0.0, {})
     failures = 0
     for module in modules:
         records = _Records(module, again=arguments.again)
         line = _try_module(module, records, arguments.workers)
-        lines[line.fault] = line
-        seconds += records.seconds
         failures += line.failures
-    if arguments.keep:
-        keep("mutants", "make mutants", seconds, [lines[name] for name in map(_fault, TESTS) if name in lines])
+        if arguments.keep:
+            _keep(line, records.seconds)
     if failures:
         sys.exit(
             f"{_EXPLAINED.relative_to(_ROOT)} does not explain all survivors: state the rules they break in tests."
         )
+
+
+def _keep(line: Line, seconds: float) -> None:
+    """Keep the counts of a module, beside those of the others."""
+    before = kept("mutants")
+    lines = {one.fault: one for one in before.lines} if before else {}
+    lines[line.fault] = line
+    total = seconds + (before.seconds if before else 0.0)
+    keep("mutants", "make mutants", total, [lines[name] for name in map(_fault, TESTS) if name in lines])
 
 
 class _Records:
