@@ -88,10 +88,11 @@ def publish(targets: list[Target], found: Mapping[str, Counted]) -> None:
 def _line(what: str, parts: list[Counted]) -> Line:
     slowest_s = max((one.slowest_s for one in parts), default=0.0)
     peak_bytes = max((one.peak_bytes for one in parts), default=0)
+    different = sum(about(one.registers) for one in parts)
     return Line(
         fault=what,
-        outcome=f"{sum(one.refused for one in parts):,} refused, {sum(one.answered for one in parts):,} answered; "
-        f"{sum(about(one.registers) for one in parts):,} or more are different",
+        outcome=f"{sum(one.refused for one in parts):,} refused, {sum(one.answered for one in parts):,} answered"
+        + (f"; {different:,} or more are different" if different else ""),
         recovered=f"slowest {slowest_s:.2f} s, peak {peak_bytes / 1e6:.0f} MB",
         runs=sum(one.inputs for one in parts),
         failures=sum(one.broken for one in parts),

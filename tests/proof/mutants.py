@@ -50,7 +50,7 @@ _EXPLAINED = Path(__file__).with_name("mutants.md")
 _PATIENCE_S = 15
 """How long a wait in a test of a mutant may take."""
 _LEAST_TIMEOUT_S, _TIMEOUT_FACTOR = 60.0, 5.0
-_CONTROL_EVERY, _TOLD_EVERY = 20, 50
+_CONTROL_EVERY, _CONTROL_TIMEOUT_S, _TOLD_EVERY = 20, 600.0, 50
 
 TESTS = {
     "pipeline/reservations.py": ["pipeline/test_reservations.py"],
@@ -92,21 +92,26 @@ def main() -> None:
     modules, mutated = arguments.modules or list(TESTS), vars(arguments)["with"]
     if mutated is not None:
         sys.exit(_run_with(modules[0], mutated.read_text()))
-    before = kept("mutants")
-    seconds, lines = (before.seconds, {line.fault: line for line in before.lines}) if before else (0.0, {})
     failures = 0
     for module in modules:
         records = _Records(module, again=arguments.again)
         line = _try_module(module, records, arguments.workers)
-        lines[line.fault] = line
-        seconds += records.seconds
         failures += line.failures
-    if arguments.keep:
-        keep("mutants", "make mutants", seconds, [lines[name] for name in map(_fault, TESTS) if name in lines])
+        if arguments.keep:
+            _keep(line, records.seconds)
     if failures:
         sys.exit(
             f"{_EXPLAINED.relative_to(_ROOT)} does not explain all survivors: state the rules they break in tests."
         )
+
+
+def _keep(line: Line, seconds: float) -> None:
+    """Keep the counts of a module, beside those of the others."""
+    before = kept("mutants")
+    lines = {one.fault: one for one in before.lines} if before else {}
+    lines[line.fault] = line
+    total = seconds + (before.seconds if before else 0.0)
+    keep("mutants", "make mutants", total, [lines[name] for name in map(_fault, TESTS) if name in lines])
 
 
 class _Records:
@@ -172,7 +177,7 @@ class _Trial:
         self._records = records
         self._running: dict[int, tuple[int | None, float]] = {}
         self._tried, self._alive, self._late = 0, list[Mutant](), list[int]()
-        self._timeout_s, self._told_s = 600.0, time.perf_counter()
+        self._timeout_s, self._told_s = _LEAST_TIMEOUT_S, time.perf_counter()
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -229,7 +234,7 @@ class _Trial:
                 outcome = Outcome.SURVIVED if done and status == 0 else Outcome.KILLED
                 took_s = time.perf_counter() - begin_s
                 if not done:
-                    if took_s < self._timeout_s:
+                    if took_s < (_CONTROL_TIMEOUT_S if number is None else self._timeout_s):
                         continue
                     os.kill(child, signal.SIGKILL)
                     os.waitpid(child, 0)

@@ -14,7 +14,14 @@ from pipeload.planning.schedule import Roofline, Schedule, ShardWork, roofline, 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
-_settings = settings(derandomize=True, database=None, deadline=None, max_examples=300)
+_settings = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=300,
+    # Of a busy machine, it would be no fault.
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 CLOSE = 1e-9
 ROOM = {"threads": 1, "cores": 100}
 """Loading Agents have processors of their own."""
