@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from distributed import get_worker
+from distributed import Status, get_worker
 
-from pipeload.cluster.messages import Job, Place, TextLostError, call
+from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
 from pipeload.errors import ClosedError, PipeloadError
@@ -74,6 +74,7 @@ class Stage:
 
     def __init__(self, sha256: str, name: str, shards: str) -> None:
         self._worker = get_worker()
+        self._address = str(self._worker.address)
         self._node = self._worker.extensions[OFFER]
         directory, _ = self._node.model(sha256)
         self._model: Model = load(
@@ -198,7 +199,10 @@ class Stage:
                 waiting.set_result(answer)
             return
         leaving = {name: array for name, array in arrays.items() if name in self._passes}
-        await call(self._worker.rpc, self._next, method, number, leaving, *job)
+        try:
+            await call(self._worker.rpc, self._next, method, number, leaving, *job)
+        except DisconnectedError:
+            raise self._ending() from None
 
     def _answer(self, number: str) -> asyncio.Future[Any]:
         """What the call's answer will be in; whichever of its caller and the pass is first makes it."""
@@ -208,17 +212,28 @@ class Stage:
                 self._answers.popitem(last=False)[1].cancel()
         return self._answers[number]
 
+    def _ending(self) -> NodeLostError:
+        """The error for a call that this node has when its user stops it: the call is tried on others."""
+        return NodeLostError(
+            f"The node {self._node.offer.name} at {self._address} was lost during the call: it ends.", self._address
+        )
+
     async def _in_thread(self, run: Callable[[], _Made]) -> _Made:
         self._calls += 1
         self._facts["calls"] = self._calls
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, run)
         except PipeloadError as error:
+            if self._worker.status is not Status.running:
+                # Its model was closed.
+                raise self._ending() from None
             # It travels without its cause, which may be of a library that the caller has not.
             let_go(error)
             error.__cause__ = error.__context__ = None
             raise error.with_traceback(None) from None
         except RuntimeError as error:  # the threads are shut down
+            if self._worker.status is not Status.running:
+                raise self._ending() from None
             raise ClosedError("The stage is closed. Load the model again.") from error
 
 
