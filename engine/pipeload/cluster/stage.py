@@ -18,7 +18,7 @@ from distributed import Status, get_worker
 from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
-from pipeload.errors import ClosedError, PipeloadError
+from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.foreign import let_go
 from pipeload.inputs import Arrays
 from pipeload.model import Model, load
@@ -201,8 +201,11 @@ class Stage:
         leaving = {name: array for name, array in arrays.items() if name in self._passes}
         try:
             await call(self._worker.rpc, self._next, method, number, leaving, *job)
-        except DisconnectedError:
-            raise self._ending() from None
+        except ClusterError as error:
+            # Where this node ends, its connections do: the next node is not lost.
+            if self._ends or isinstance(error, DisconnectedError):
+                raise self._ending() from None
+            raise
 
     def _answer(self, number: str) -> asyncio.Future[Any]:
         """What the call's answer will be in; whichever of its caller and the pass is first makes it."""
@@ -211,6 +214,11 @@ class Stage:
             while len(self._answers) > _ANSWERS:
                 self._answers.popitem(last=False)[1].cancel()
         return self._answers[number]
+
+    @property
+    def _ends(self) -> bool:
+        """Whether this node has been told to end."""
+        return self._worker.status not in (Status.running, Status.paused)
 
     def _ending(self) -> NodeLostError:
         """The error for a call that this node has when its user stops it: the call is tried on others."""
@@ -224,7 +232,7 @@ class Stage:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, run)
         except PipeloadError as error:
-            if self._worker.status is not Status.running:
+            if self._ends:
                 # Its model was closed.
                 raise self._ending() from None
             # It travels without its cause, which may be of a library that the caller has not.
@@ -232,7 +240,7 @@ class Stage:
             error.__cause__ = error.__context__ = None
             raise error.with_traceback(None) from None
         except RuntimeError as error:  # the threads are shut down
-            if self._worker.status is not Status.running:
+            if self._ends:
                 raise self._ending() from None
             raise ClosedError("The stage is closed. Load the model again.") from error
 

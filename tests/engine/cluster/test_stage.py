@@ -14,21 +14,17 @@ import pipeload
 from pipeload.cluster.messages import NodeLostError, Place
 from pipeload.cluster.stage import Stage
 
-
-class _ClosedPool:
-    """Of Dask, when the worker ends."""
-
-    def __call__(self, _: str) -> Any:
-        async def actor_execute(**_: object) -> None:
-            raise RuntimeError("ConnectionPool is closed")
-
-        return SimpleNamespace(actor_execute=actor_execute)
+CLOSED = RuntimeError("ConnectionPool is closed")
 
 
-def _stage(status: Status, threads: ThreadPoolExecutor | None = None) -> Any:
+def _stage(status: Status, threads: ThreadPoolExecutor | None = None, failure: Exception = CLOSED) -> Any:
     """A stage as far as it passes calls on and computes; Dask makes whole ones."""
+
+    async def actor_execute(**_: object) -> None:
+        raise failure
+
     made: Any = object.__new__(Stage)
-    made._worker = SimpleNamespace(rpc=_ClosedPool(), status=status)
+    made._worker = SimpleNamespace(rpc=lambda _: SimpleNamespace(actor_execute=actor_execute), status=status)
     made._node = SimpleNamespace(offer=SimpleNamespace(name="own"))
     made._address = "tcp://own"
     made._next = Place(node="next", address="tcp://next", key="stage")
@@ -36,10 +32,21 @@ def _stage(status: Status, threads: ThreadPoolExecutor | None = None) -> Any:
     return made
 
 
-def test_a_node_that_ends_tells_that_it_is_lost_and_not_the_next_one() -> None:
-    with pytest.raises(NodeLostError, match="node own") as told:
-        asyncio.run(_stage(Status.closing)._pass_on("run", "1", {}))
-    assert told.value.address == "tcp://own"
+@pytest.mark.parametrize(
+    ("status", "failure", "lost"),
+    [
+        (Status.closing, CLOSED, "own"),
+        (Status.closing, OSError("its connections end first"), "own"),
+        (Status.running, CLOSED, "own"),
+        (Status.running, OSError("cut off"), "next"),
+    ],
+)
+def test_a_node_that_ends_tells_that_it_is_lost_and_not_the_next_one(
+    status: Status, failure: Exception, lost: str
+) -> None:
+    with pytest.raises(NodeLostError, match=f"node {lost}") as told:
+        asyncio.run(_stage(status, failure=failure)._pass_on("run", "1", {}))
+    assert told.value.address == f"tcp://{lost}"
 
 
 @pytest.mark.parametrize(("status", "kind"), [(Status.closing, NodeLostError), (Status.running, pipeload.ClosedError)])
