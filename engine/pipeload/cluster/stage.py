@@ -74,7 +74,6 @@ class Stage:
 
     def __init__(self, sha256: str, name: str, shards: str) -> None:
         self._worker = get_worker()
-        self._address = str(self._worker.address)
         self._node = self._worker.extensions[OFFER]
         directory, _ = self._node.model(sha256)
         self._model: Model = load(
@@ -222,8 +221,9 @@ class Stage:
 
     def _ending(self) -> NodeLostError:
         """The error for a call that this node has when its user stops it: the call is tried on others."""
+        address = self._worker.address
         return NodeLostError(
-            f"The node {self._node.offer.name} at {self._address} was lost during the call: it ends.", self._address
+            f"The node {self._node.offer.name} at {address} was lost during the call: it ends.", address
         )
 
     async def _in_thread(self, run: Callable[[], _Made]) -> _Made:

@@ -24,9 +24,10 @@ def _stage(status: Status, threads: ThreadPoolExecutor | None = None, failure: E
         raise failure
 
     made: Any = object.__new__(Stage)
-    made._worker = SimpleNamespace(rpc=lambda _: SimpleNamespace(actor_execute=actor_execute), status=status)
+    made._worker = SimpleNamespace(
+        address="tcp://own", status=status, rpc=lambda _: SimpleNamespace(actor_execute=actor_execute)
+    )
     made._node = SimpleNamespace(offer=SimpleNamespace(name="own"))
-    made._address = "tcp://own"
     made._next = Place(node="next", address="tcp://next", key="stage")
     made._passes, made._threads, made._calls, made._facts = frozenset(), threads, 0, {}
     return made
