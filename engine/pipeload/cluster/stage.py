@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from distributed import get_worker
-from distributed.core import Status
+from distributed import Status, get_worker
 
-from pipeload.cluster.messages import Job, NodeLostError, Place, TextLostError, call
+from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
@@ -202,10 +201,9 @@ class Stage:
         try:
             await call(self._worker.rpc, self._next, method, number, leaving, *job)
         except ClusterError as error:
-            if self._worker.rpc.status == Status.closed:
-                # Not the next node is lost: this one ends.
-                node, address = self._node.offer.name, self._worker.address
-                raise NodeLostError(f"The node {node} at {address} has ended during the call.", address) from error
+            # Where this node ends, its connections do: the next node is not lost.
+            if self._ends or isinstance(error, DisconnectedError):
+                raise self._ending() from None
             raise
 
     def _answer(self, number: str) -> asyncio.Future[Any]:
@@ -216,17 +214,34 @@ class Stage:
                 self._answers.popitem(last=False)[1].cancel()
         return self._answers[number]
 
+    @property
+    def _ends(self) -> bool:
+        """Whether this node has been told to end."""
+        return self._worker.status not in (Status.running, Status.paused)
+
+    def _ending(self) -> NodeLostError:
+        """The error for a call that this node has when its user stops it: the call is tried on others."""
+        address = self._worker.address
+        return NodeLostError(
+            f"The node {self._node.offer.name} at {address} was lost during the call: it ends.", address
+        )
+
     async def _in_thread(self, run: Callable[[], _Made]) -> _Made:
         self._calls += 1
         self._facts["calls"] = self._calls
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, run)
         except PipeloadError as error:
+            if self._ends:
+                # Its model was closed.
+                raise self._ending() from None
             # It travels without its cause, which may be of a library that the caller has not.
             let_go(error)
             error.__cause__ = error.__context__ = None
             raise error.with_traceback(None) from None
         except RuntimeError as error:  # the threads are shut down
+            if self._ends:
+                raise self._ending() from None
             raise ClosedError("The stage is closed. Load the model again.") from error
 
 
