@@ -404,6 +404,30 @@ def test_a_pass_after_a_rest_reads_what_the_buffers_do_not_hold() -> None:
         assert rested_pass_s(manifest, profile, waiting) == pytest.approx(4 * 0.5)
 
 
+def _slow(shards: int, session_s: float, loading_run_s: float) -> tuple[Manifest, Profile]:
+    """Shards of ten bytes, a byte a second, that run for half a second while nothing is read."""
+    times = ShardTimes(session_s=session_s, run_s=0.5, loading_run_s=loading_run_s, pack_s=1.0, packed_run_s=0.5)
+    every = {1: {f"s{k}": times for k in range(shards)}}
+    return manifest_of(*[[10]] * shards), replace(PROFILE, read_bytes_per_s={1: 1.0}, times=every)
+
+
+def test_a_pass_after_a_rest_waits_for_no_shard_that_stays_and_reads_beside_it() -> None:
+    manifest, profile = _slow(2, 5.0, 0.5)
+    plan = _plan(buffers=1, resident=frozenset({"s1"}), streamed_bytes=10)
+    assert rested_pass_s(manifest, profile, plan) == pytest.approx(1.0)
+    # The third is read from 0.5 to 10.5, and the last one behind it; the fourth stays.
+    manifest, profile = _slow(5, 0.0, 0.5)
+    plan = _plan(buffers=2, resident=frozenset({"s3"}), streamed_bytes=40)
+    assert rested_pass_s(manifest, profile, plan) == pytest.approx(20.5 + 0.5)
+
+
+def test_a_pass_after_a_rest_computes_as_while_others_read_where_anything_is_streamed() -> None:
+    manifest, profile = _slow(2, 0.0, 0.75)
+    assert rested_pass_s(manifest, profile, _plan(buffers=2, streamed_bytes=20)) == pytest.approx(1.5)
+    plan = _plan(buffers=0, streamed_bytes=0, resident=frozenset({"s0", "s1"}))
+    assert rested_pass_s(manifest, profile, plan) == pytest.approx(1.0)
+
+
 def test_the_peak_is_the_sum_of_its_parts_and_half_a_percent_of_the_memory_for_weights_stays_free() -> None:
     manifest = manifest_of(*[[10 * MB]] * 4)
     needs = Needs(pass_bytes=3 * MB, cache_bytes=5 * MB)

@@ -159,6 +159,12 @@ def test_a_steady_pass_reads_or_computes_whatever_takes_longer() -> None:
     assert roofline(manifest, _profile({1: 2.0}, (3, 1), (2, 4)), 30).steady_s == pytest.approx(3)
 
 
+def test_the_bound_computes_with_the_best_number_of_threads() -> None:
+    profile = _profile({1: 1000.0}, (3, 4), (2, 4))
+    slower = {name: replace(times, run_s=5.0) for name, times in profile.times[1].items()}
+    assert roofline(manifest_of([1], [1]), replace(profile, times={**profile.times, 2: slower})).steady_s == 5
+
+
 def test_a_first_pass_reads_up_to_some_shard_and_computes_from_there() -> None:
     manifest = manifest_of([10], [20], [30])
     # Everything is read before the last one runs: 60 + 1.
