@@ -64,7 +64,7 @@ def _keep(seconds: float) -> None:
         totals = msgspec.json.decode(path.read_bytes(), type=_Report).totals
     runs = totals.num_statements + totals.num_branches
     failures = totals.missing_lines + totals.missing_branches
-    told = f"{(runs - failures) / runs:.2%} are taken"
+    told = f"{100 * (runs - failures) / runs:.2f} % are taken"
     keep(
         "coverage",
         "make coverage",
