@@ -69,9 +69,12 @@ coverage: $(STAMP)  ## branch coverage of pipeline, storage, format and planning
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[coverage]'
 	$(BIN)/python -m tests.proof.branches $(COVERAGE_TESTS) --workers $(WORKERS) $(COVERAGE_ARGS)
 
-mutants: $(STAMP)  ## one fault after another in seven modules of pipeline and planning: does a test see each? MUTANTS_ARGS=--keep keeps the counts
+# Those of planning/layouts.py have not been tried: it has as many as the others together.
+MUTATED = $(addprefix pipeline/,reservations.py exchange.py requests.py residents.py) planning/planner.py planning/schedule.py
+
+mutants: $(STAMP)  ## one fault after another in six modules of pipeline and planning: does a test see each? MUTANTS_ARGS=--keep keeps the counts
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
-	$(BIN)/python -m tests.proof.mutants --workers $(WORKERS) $(MUTANTS_ARGS)
+	$(BIN)/python -m tests.proof.mutants $(MUTATED) --workers $(WORKERS) $(MUTANTS_ARGS)
 
 test-arm64: $(STAMP)  ## the engine on aarch64, emulated where the machine is not one
 	$(BIN)/python -m tests.arm64.run $(ARM64_ARGS)

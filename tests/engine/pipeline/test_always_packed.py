@@ -196,7 +196,8 @@ def test_streamed_shards_are_packed_into_the_same_pages_one_after_the_other(tmp_
     assert first_pages > 500, "the first one takes new memory"
     assert later_pages < 1.5 * first_pages, "of the seven behind it, one finds no hole of its size"
     assert of_plan <= 1
-    assert kept > 2048 * 2048, "the memory is kept, and goes when the heap is trimmed"
+    # In one of ten processes all of them find the same hole, which then is the smaller one: 3.7 MB in place of 6.3.
+    assert kept > 2048 * 2048 / 2, "the memory is kept, and goes when the heap is trimmed"
 
 
 def test_the_heap_is_given_back_before_a_shard_that_may_not_fit_into_its_holes(

@@ -218,3 +218,13 @@ def test_eight_nodes_that_all_differ_are_placed_by_few_steps(
 def test_wrong_arguments_are_refused(nodes: list[Node], share: float, fact: str) -> None:
     with pytest.raises(pipeload.ConfigError, match=fact):
         place_shards(nodes, [], 1, _fits(1), lambda *_: 0.0, latency_share=share)
+
+
+def test_the_objective_weighs_latency_and_period() -> None:
+    segments = tuple(
+        Segment(node=name, begin=number, end=number + 1, run_s=2.0, read_s=3.0, send_s=0.5)
+        for number, name in enumerate("ab")
+    )
+    found = Placement(segments=segments)
+    assert (found.latency_s, found.period_s) == (5.0, 3.0)
+    assert [found.objective(share) for share in (1.0, 0.5, 0.0)] == [5.0, 4.0, 3.0]

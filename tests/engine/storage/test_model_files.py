@@ -97,3 +97,14 @@ def test_a_process_at_its_limits_is_not_told_to_export_again(number: int) -> Non
     assert isinstance(error, LoadError)
     assert "ulimit" in str(error)
     assert isinstance(unreadable("shards/block.000.onnx", OSError(errno.EIO, os.strerror(errno.EIO))), ShardError)
+
+
+def test_a_piece_of_a_listed_file_is_read(open_files: Callable[..., ModelFiles], toy_copy: Path) -> None:
+    files = open_files()
+    assert files.piece(NAME, 0, 3) + files.piece(NAME, 3, 100) == TEXT
+    assert files.piece(NAME, len(TEXT), 3) == b""
+    with pytest.raises(ShardError, match="lists no file 'other.json'"):
+        files.piece("other.json", 0, 3)
+    (toy_copy / NAME).unlink()
+    with pytest.raises(ShardError, match=r"1_Pooling/config\.json"):
+        files.piece(NAME, 0, 3)
