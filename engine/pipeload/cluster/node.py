@@ -12,10 +12,12 @@ from typing import Any
 
 import msgspec
 from distributed import Worker
+from distributed.comm import get_address_host_port
+from distributed.utils import get_ip
 
 from pipeload.budget import Budget
 from pipeload.cluster import settings
-from pipeload.cluster.certificates import check_accepted, is_loopback, security_of
+from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.offer import OFFER, Offer, models_in
 from pipeload.cluster.rates import speed_of
 from pipeload.cluster.running import until_stopped
@@ -157,7 +159,7 @@ def start(
                     address,
                     name=name,
                     nthreads=1,
-                    host=host or ("127.0.0.1" if is_loopback(address.split("://")[1].rpartition(":")[0]) else None),
+                    host=host or _own_address(address),
                     protocol=f"{protocol}://",
                     security=security,
                     memory_limit=0,
@@ -190,3 +192,8 @@ def start(
                 await worker.close(nanny=False)
 
     until_stopped(run)
+
+
+def _own_address(scheduler: str) -> str:
+    """This machine's address by which a scheduler is reached. Dask would take that of the way to the internet."""
+    return str(get_ip(*get_address_host_port(scheduler)))

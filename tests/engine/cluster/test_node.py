@@ -49,3 +49,8 @@ def test_clients_may_ask_at_once(toy: Path, tmp_path: Path, monkeypatch: pytest.
             tell=lambda _: None,
         )
     assert isinstance(told.value.__cause__, _Asked)
+
+
+def test_a_node_listens_where_the_scheduler_is_reached() -> None:
+    """A switch of boards has no way to the internet, whose address Dask would take."""
+    assert nodes._own_address("tls://127.0.0.1:8786") == "127.0.0.1"
