@@ -6,6 +6,7 @@ settings      how the processes of a cluster use Dask
 running       a loop that runs until a signal ends it
 scheduler     the process that knows the nodes
 offer         a node's offer: its budget, its models, its trust label
+pace          whether a node has become slower with a model
 rates         a model's speed on a node: the kept profile, or measured there
 node          the process that runs stages: a Dask worker
 messages      what nodes tell each other beside arrays; a node that was lost

@@ -47,11 +47,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         address: where it listens.
         offer: see there.
-        stages: of each open one, the model's name, its shards and the number of its calls.
+        budget_bytes: what the node may use now: its budget, or less where its memory is short.
+        stages: of each open one, the model's name and sha256, its shards, the number of its calls, of those that run or
+            wait, the seconds of computing and reading of its latest pass, and how much longer both take than at their
+            best.
     """
 
     address: str
     offer: Offer
+    budget_bytes: int
     stages: list[dict[str, Any]]
 
 
@@ -100,7 +104,12 @@ class Connection:
         """
         self.loop.ask(self._watch.look())
         found = [
-            Status(address=address, offer=offer, stages=self._watch.facts.get(address, []))
+            Status(
+                address=address,
+                offer=offer,
+                budget_bytes=self._watch.budgets[address],
+                stages=self._watch.facts.get(address, []),
+            )
             for address, offer in self._watch.offers.items()
         ]
         return sorted(found, key=lambda one: one.offer.name)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import tempfile
 import uuid
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from distributed.utils import get_ip
 from pipeload.budget import Budget
 from pipeload.cluster import settings
 from pipeload.cluster.certificates import check_accepted, security_of
-from pipeload.cluster.offer import OFFER, Offer, models_in
+from pipeload.cluster.offer import BUDGET, OFFER, Offer, models_in
+from pipeload.cluster.pace import Pace
 from pipeload.cluster.rates import speed_of
 from pipeload.cluster.running import until_stopped
 from pipeload.errors import ClusterError, ShardError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME, Manifest
-from pipeload.machine.memory import auto_budget_bytes
+from pipeload.machine.memory import FreeMemory, auto_budget_bytes
 from pipeload.machine.sizes import parse_budget
 from pipeload.measuring.profiler import measure
 from pipeload.planning.profile import Profile
@@ -52,6 +54,7 @@ class Node:
     Attributes:
         budget: of all stages.
         stages: id -> facts about each open stage, for `pipeload cluster status`.
+        paces: sha256 -> how fast the model's stages have been here.
     """
 
     def __init__(self, name: str, models: Path, memory_budget: str, *, trusted: bool) -> None:
@@ -61,6 +64,8 @@ class Node:
         self._measuring = asyncio.Lock()
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
         self.stages: dict[str, dict[str, Any]] = {}
+        self.paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self._free = FreeMemory()
         measured = measure()
         self.offer = Offer(
             name=name,
@@ -85,6 +90,10 @@ class Node:
                     raise ShardError(f"{directory} on the node {self.offer.name} has changed. Start the node again.")
                 return directory, data
         raise ShardError(f"The node {self.offer.name} has no model with the manifest {sha256[:16]} ...")
+
+    def present_budget_bytes(self) -> int:
+        """What its memory lets the node use now: the budget, or less where cgroup and machine leave less."""
+        return min(self.offer.budget_bytes, self._free())
 
     async def manifest(self, sha256: str) -> bytes:
         """A model's manifest. For other processes."""
@@ -168,7 +177,10 @@ def start(
                     local_directory=scratch,
                     death_timeout=_JOIN_S,
                     startup_information={OFFER: lambda _: node.offer.told()},
-                    metrics={OFFER: lambda _: list(node.stages.values())},
+                    metrics={
+                        OFFER: lambda _: list(node.stages.values()),
+                        BUDGET: lambda _: node.present_budget_bytes(),
+                    },
                 )
                 # Clients may ask as soon as the scheduler knows the node.
                 worker.extensions[OFFER] = node
@@ -195,5 +207,5 @@ def start(
 
 
 def _own_address(scheduler: str) -> str:
-    """This machine's address by which a scheduler is reached. Dask would take that of the way to the internet."""
+    """The address of this machine by which a scheduler is reached. Dask would take that of the way to the internet."""
     return str(get_ip(*get_address_host_port(scheduler)))

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,8 +20,11 @@ from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
 from pipeload.errors import ClosedError, PipeloadError
 from pipeload.foreign import let_go
+from pipeload.format.caches import past_symbols
+from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
 from pipeload.model import Model, load
+from pipeload.planning import planner
 
 __all__ = ["Stage"]
 
@@ -79,6 +82,9 @@ class Stage:
         self._model: Model = load(directory, self._node.budget, shards=shards, draft=None)
         self._takes = [spec.name for spec in self._model.inputs]
         self._caches = self._model.manifest.cache_inputs
+        past = past_symbols(self._model.manifest)
+        # A mask over all tokens grows with each of them.
+        self._grown = {spec.name for spec in self._model.inputs if any(past & set(symbols(dim)) for dim in spec.shape)}
         self._made = [spec.name for spec in self._model.outputs]
         self._threads = ThreadPoolExecutor(_CALLERS, "pipeload-stage")
         self._slots: dict[str, _Slot] = {}
@@ -86,8 +92,21 @@ class Stage:
         self._next: Place | None = None
         self._passes: frozenset[str] = frozenset()
         self._id = uuid.uuid4().hex
-        self._calls = 0
-        self._facts: dict[str, Any] = {"model": name, "shards": shards, "calls": 0}
+        self._pace = self._node.paces[sha256]
+        times = planner.times_of(self._model.manifest, self._model.profile, self._model.plan.threads)
+        self._expected_s = sum(one.run_s for one in times.values())
+        self._timed_passes = 0
+        self._calls: list[Hashable] = []
+        self._facts: dict[str, Any] = {
+            "model": name,
+            "sha256": sha256,
+            "shards": shards,
+            "calls": 0,
+            "waiting": 0,
+            "run_s": 0.0,
+            "read_s": 0.0,
+            "slowness": (1.0, 1.0),
+        }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
         weakref.finalize(self, self._node.stages.pop, self._id, None)
@@ -104,7 +123,7 @@ class Stage:
             arrays: graph inputs and edges that this stage and later ones take.
         """
         given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
-        made = await self._in_thread(lambda: self._model.run(_usable(given)))
+        made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given))
         await self._pass_on("run", number, arrays | made)
 
     async def step(self, number: str, arrays: Arrays, job: Job) -> None:
@@ -117,7 +136,9 @@ class Stage:
         """
         given = {name: arrays[name] for name in self._takes}
         async with self._turn(job) as slot:
-            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job))
+            # Computing depends on the cached tokens too, though little.
+            kind = _sizes({name: given[name] for name in given if name not in self._grown}), job.past.bit_length()
+            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job), kind)
         await self._pass_on("step", number, made if self._next is None else arrays | made, job)
 
     async def answer(self, number: str) -> Any:
@@ -206,11 +227,20 @@ class Stage:
                 self._answers.popitem(last=False)[1].cancel()
         return self._answers[number]
 
-    async def _in_thread(self, run: Callable[[], _Made]) -> _Made:
-        self._calls += 1
-        self._facts["calls"] = self._calls
+    async def _in_thread(self, run: Callable[[], _Made], kind: Hashable) -> _Made:
+        """Run a call in a thread.
+
+        Args:
+            run: the call.
+            kind: equal for calls of the same sizes.
+        """
+        self._calls.append(kind)
+        self._facts["calls"] += 1
+        self._facts["waiting"] = len(self._calls)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            made = await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            self._time(kind)
+            return made
         except PipeloadError as error:
             # It travels without its cause, which may be of a library that the caller has not.
             let_go(error)
@@ -218,6 +248,23 @@ class Stage:
             raise error.with_traceback(None) from None
         except RuntimeError as error:  # the threads are shut down
             raise ClosedError("The stage is closed. Load the model again.") from error
+        finally:
+            self._calls.remove(kind)
+            self._facts["waiting"] = len(self._calls)
+
+    def _time(self, kind: Hashable) -> None:
+        """Take the times of the latest pass, unless calls of several sizes run, any of which it may have been."""
+        stats = self._model.stats
+        if stats.last is None or stats.passes == self._timed_passes or any(other != kind for other in self._calls):
+            return
+        self._timed_passes = stats.passes
+        plan = self._model.plan
+        self._pace.note((kind, plan.threads, plan.packed, plan.streamed_bytes > 0), stats.last, self._expected_s)
+        self._facts |= {"run_s": self._pace.run_s, "read_s": self._pace.read_s, "slowness": self._pace.slowness}
+
+
+def _sizes(arrays: Arrays) -> Hashable:
+    return tuple(sorted((name, array.shape) for name, array in arrays.items()))
 
 
 def _usable(arrays: Arrays) -> Arrays:

@@ -16,6 +16,9 @@ from pipeload.machine.sizes import format_bytes
 
 __all__ = ["init", "plan", "start", "status"]
 
+_SLOWER = 1.25
+"""A factor below that is the usual swing."""
+
 Address = Annotated[
     str, typer.Option("--cluster", metavar="ADDRESS", help="The cluster's address, such as tls://10.0.0.1:8786.")
 ]
@@ -103,6 +106,8 @@ def plan(
 def status(cluster: Address, certificates: Certificates = None, as_json: Json = False) -> None:
     """List the nodes of a cluster, their models, and the stages that are open on them.
 
+    Of each node the memory that it may use now, of each stage its calls, and the seconds of its latest pass.
+
     Examples:
         pipeload cluster status --cluster tls://10.0.0.1:8786 --certificates certificates
     """
@@ -119,14 +124,28 @@ def status(cluster: Address, certificates: Certificates = None, as_json: Json = 
         (
             one.offer.name,
             one.address,
-            format_bytes(one.offer.budget_bytes),
+            _budget(one),
             "yes" if one.offer.trusted else "no",
             ", ".join(sorted(one.offer.models)),
-            "; ".join(f"{each['model']} {each['shards']}, {each['calls']} calls" for each in one.stages) or "none",
+            "; ".join(map(_stage, one.stages)) or "none",
         )
         for one in nodes
     ]
     typer.echo(table(rows))
+
+
+def _budget(node: Any) -> str:
+    whole = format_bytes(node.offer.budget_bytes)
+    return whole if node.budget_bytes >= node.offer.budget_bytes else f"{format_bytes(node.budget_bytes)} of {whole}"
+
+
+def _stage(facts: dict[str, Any]) -> str:
+    slower = max(facts["slowness"])
+    return (
+        f"{facts['model']} {facts['shards']}, {facts['calls']} calls, {facts['waiting']} now, computing "
+        f"{facts['run_s'] * 1000:.1f} ms, reading {facts['read_s'] * 1000:.1f} ms"
+        + (f", {slower:.1f} times slower than at its best" if slower > _SLOWER else "")
+    )
 
 
 def placement_facts(manifest: Manifest, found: Any) -> dict[str, Any]:

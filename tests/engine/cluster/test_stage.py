@@ -1,0 +1,97 @@
+"""A stage tells what its calls are doing, and takes the times of passes whose sizes it knows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.engine.harness import PATIENCE_S, Gate
+
+import pipeload
+from pipeload.cluster import stage as stages
+from pipeload.cluster.offer import OFFER
+from pipeload.cluster.stage import Stage
+from pipeload.format import manifest as manifests
+from pipeload.measuring.example_inputs import example_inputs
+from pipeload.measuring.profiler import profile_dims
+from pipeload.tracing.stats import PassStats
+
+
+class _Pace:
+    def __init__(self) -> None:
+        self.kinds: list[Hashable] = []
+        self.run_s, self.read_s, self.slowness = 0.5, 0.25, (1.5, 1.0)
+
+    def note(self, kind: Hashable, last: PassStats, expected_s: float) -> None:
+        assert last.agents
+        assert expected_s > 0
+        self.kinds.append(kind)
+
+
+@pytest.fixture
+def node(toy: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    made = SimpleNamespace(
+        model=lambda _: (toy, b""), budget=pipeload.Budget("8GB"), stages={}, paces=defaultdict(_Pace)
+    )
+    monkeypatch.setattr(stages, "get_worker", lambda: SimpleNamespace(extensions={OFFER: made}))
+    return made
+
+
+def test_facts_of_a_stage(node: SimpleNamespace, toy: Path) -> None:
+    manifest = manifests.read(toy)
+    inputs = example_inputs(manifest, profile_dims(manifest))
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        (facts,) = node.stages.values()
+        assert (facts["model"], facts["sha256"], facts["calls"], facts["slowness"]) == ("toy", "hash", 0, (1.0, 1.0))
+        await stage.follow(None, [spec.name for spec in manifest.outputs])
+        for number in range(3):
+            await stage.run(str(number), inputs)
+        assert (facts["calls"], facts["waiting"]) == (3, 0)
+        assert (facts["run_s"], facts["read_s"], facts["slowness"]) == (0.5, 0.25, (1.5, 1.0))
+        await stage.close()
+        assert not node.stages
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert len(node.paces["hash"].kinds) == 3
+    assert len({*node.paces["hash"].kinds}) == 1
+
+
+def test_calls_of_other_sizes_at_once_are_not_timed(
+    node: SimpleNamespace, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest pass may have been any of theirs."""
+    manifest = manifests.read(toy)
+    dims = profile_dims(manifest)
+    inputs = example_inputs(manifest, dims)
+    others = example_inputs(manifest, {name: size + 1 for name, size in dims.items()})
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        (facts,) = node.stages.values()
+        gate, run = Gate(), stage._model.run
+
+        def stopping(arrays: dict[str, Any]) -> Any:
+            if next(iter(arrays.values())).shape == next(iter(others.values())).shape:
+                gate.stop_here()
+            return run(arrays)
+
+        monkeypatch.setattr(stage._model, "run", stopping)
+        await stage.follow(None, [spec.name for spec in manifest.outputs])
+        waiting = asyncio.ensure_future(stage.run("other", others))
+        await asyncio.to_thread(gate.wait_reached)
+        assert facts["waiting"] == 1
+        await stage.run("own", inputs)
+        assert node.paces["hash"].kinds == []
+        gate.open()
+        await waiting
+        assert len(node.paces["hash"].kinds) == 1
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
