@@ -50,7 +50,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         budget_bytes: what the node may use now: its budget, or less where its memory is short.
         stages: of each open one, the model's name and sha256, its shards, the number of its calls, of those that run or
             wait, the seconds of computing and reading of its latest pass, and how much longer both take than at their
-            best.
+            best, None before.
     """
 
     address: str

@@ -105,7 +105,8 @@ class Stage:
             "waiting": 0,
             "run_s": 0.0,
             "read_s": 0.0,
-            "slowness": (1.0, 1.0),
+            # Not measured yet.
+            "slowness": None,
         }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.

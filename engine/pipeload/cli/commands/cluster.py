@@ -140,7 +140,7 @@ def _budget(node: Any) -> str:
 
 
 def _stage(facts: dict[str, Any]) -> str:
-    slower = max(facts["slowness"])
+    slower = max(facts["slowness"] or (1.0,))
     return (
         f"{facts['model']} {facts['shards']}, {facts['calls']} calls, {facts['waiting']} now, computing "
         f"{facts['run_s'] * 1000:.1f} ms, reading {facts['read_s'] * 1000:.1f} ms"
