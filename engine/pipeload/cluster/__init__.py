@@ -16,6 +16,8 @@ placing       offers and profiles -> which node runs which stage
 watch         which nodes are there
 loop          the loop in which a client waits, in a thread of its own
 ring          the stages of one placement, and the calls through them
+calls         which ring calls go to, and which are on their way
+history       the changes of a model's placement
 state         KV caches on the nodes, and the tokens to compute them again from
 model         a model with the methods of `pipeload.Model`
 connection    the cluster as a program sees it

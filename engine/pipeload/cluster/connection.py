@@ -19,6 +19,7 @@ import msgspec
 from distributed import Client
 
 from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.history import EVENTS
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.node import SETTINGS_BYTES
@@ -178,7 +179,7 @@ class Connection:
         try:
             directory = Path(folder.name) / name
             self._bring(sha256, manifest, content, directory)
-            opened = ClusterModel(self.loop, name, directory, manifest, open_ring)
+            opened = ClusterModel(self.loop, name, directory, manifest, open_ring, self._tell)
         except BaseException:
             folder.cleanup()
             raise
@@ -217,9 +218,18 @@ class Connection:
     async def _opened(
         self, manifest: Manifest, placement: Placement, members: list[Member], sha256: str, name: str
     ) -> Ring:
-        ring = Ring(self._client, self._watch, manifest, placement, members)
-        await ring.start(sha256, name)
+        ring = Ring(self._client, self._watch, manifest, sha256, name, placement, members)
+        await ring.start()
         return ring
+
+    def _tell(self, change: Mapping[str, Any]) -> None:
+        """Let the scheduler keep a change; one that is lost, or a closed connection, takes none."""
+        with suppress(ClosedError):
+            self.loop.begin(self._told(change))
+
+    async def _told(self, change: Mapping[str, Any]) -> None:
+        with suppress(OSError, RuntimeError):
+            await self._client.log_event(EVENTS, dict(change))
 
     def _named(self, model: str | os.PathLike[str]) -> tuple[str, str]:
         """A model's sha256 and name."""

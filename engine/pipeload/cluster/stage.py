@@ -41,6 +41,7 @@ class _Slot:
     """The caches of one batch of growing texts here.
 
     Attributes:
+        route: of the ring that they belong to.
         state: the model's.
         step: number of the latest step that has begun.
         busy: a piece runs.
@@ -48,6 +49,7 @@ class _Slot:
         changed: notified when one of these has changed.
     """
 
+    route: str
     state: DecodeState
     step: int = -1
     busy: bool = False
@@ -63,8 +65,24 @@ class _Slot:
         return self.step < job.step if job.first else (self.step, self.state.length) == (job.step, job.past)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """Where the arrays of a ring's calls go.
+
+    Attributes:
+        following: the next stage; None for the last one.
+        passes: names of the arrays that leave this one.
+    """
+
+    following: Place | None
+    passes: frozenset[str]
+
+
 class Stage:
     """A stage of a model on this node.
+
+    It may belong to several rings at a time: while a model moves, stages that stay where they are belong to the ring
+    before and to the one after. Each has a route, which calls name.
 
     Args:
         sha256: of the model's manifest.
@@ -89,8 +107,7 @@ class Stage:
         self._threads = ThreadPoolExecutor(_CALLERS, "pipeload-stage")
         self._slots: dict[str, _Slot] = {}
         self._answers: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
-        self._next: Place | None = None
-        self._passes: frozenset[str] = frozenset()
+        self._ways: dict[str, _Way] = {}
         self._id = uuid.uuid4().hex
         self._pace = self._node.paces[sha256]
         times = planner.times_of(self._model.manifest, self._model.profile, self._model.plan.threads)
@@ -112,35 +129,51 @@ class Stage:
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
         weakref.finalize(self, self._node.stages.pop, self._id, None)
 
-    async def follow(self, place: Place | None, passes: Sequence[str]) -> None:
-        """Set the next stage, None for the last one, and the names of the arrays that leave this one."""
-        self._next, self._passes = place, frozenset(passes)
+    async def follow(self, route: str, place: Place | None, passes: Sequence[str]) -> None:
+        """Belong to a ring.
 
-    async def run(self, number: str, arrays: Arrays) -> None:
+        Args:
+            route: the ring's.
+            place: its next stage; None for the last one.
+            passes: names of the arrays that leave this one.
+        """
+        self._ways[route] = _Way(following=place, passes=frozenset(passes))
+
+    async def part(self, route: str) -> None:
+        """Belong to a ring no more, and give the memory of its caches back. May be called again."""
+        self._ways.pop(route, None)
+        for state in [state for state, slot in self._slots.items() if slot.route == route]:
+            await self.end_state(state)
+
+    async def run(self, route: str, number: str, arrays: Arrays) -> None:
         """One pass; it returns when the last stage has the answer.
 
         Args:
+            route: of the ring.
             number: of the call, for `answer`.
             arrays: graph inputs and edges that this stage and later ones take.
         """
+        self._way(route)
         given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
         made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given))
-        await self._pass_on("run", number, arrays | made)
+        await self._pass_on("run", route, number, arrays | made)
 
-    async def step(self, number: str, arrays: Arrays, job: Job) -> None:
+    async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> None:
         """One piece of a step; it returns when the last stage has the answer.
 
         Args:
+            route: of the ring.
             number: of the call, for `answer`; only the last piece has one.
             arrays: as for `run`, without caches.
             job: see there.
         """
         given = {name: arrays[name] for name in self._takes}
-        async with self._turn(job) as slot:
+        is_last = self._way(route).following is None
+        async with self._turn(route, job) as slot:
             # Computing depends on the cached tokens too, though little.
             kind = _sizes({name: given[name] for name in given if name not in self._grown}), job.past.bit_length()
-            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job), kind)
-        await self._pass_on("step", number, made if self._next is None else arrays | made, job)
+            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job, is_last), kind)
+        await self._pass_on("step", route, number, made if is_last else arrays | made, job)
 
     async def answer(self, number: str) -> Any:
         """The answer of a call, once it is there; of the last stage."""
@@ -170,20 +203,20 @@ class Stage:
         await asyncio.to_thread(self._model.close)
         self._threads.shutdown(wait=False)
 
-    def _step(self, state: DecodeState, given: Arrays, job: Job) -> Any:
+    def _step(self, state: DecodeState, given: Arrays, job: Job, is_last: bool) -> Any:
         if state.length > job.past:
             state.truncate(job.past)
         if job.expected != state.expected:
             state.expect(job.expected)
-        if self._next is None and job.top:
+        if is_last and job.top:
             return {"": self._model.step_top(given, state, job.top, positions=job.positions)}
-        if self._next is None:
+        if is_last:
             return {"": np.ascontiguousarray(self._model.step(given, state, positions=job.positions))}
         return self._model.step_outputs(given, state)
 
     @asynccontextmanager
-    async def _turn(self, job: Job) -> AsyncIterator[_Slot]:
-        slot = self._slot(job)
+    async def _turn(self, route: str, job: Job) -> AsyncIterator[_Slot]:
+        slot = self._slot(route, job)
         async with slot.changed:
             await slot.changed.wait_for(lambda: slot.has_turn(job))
             if slot.failed or slot.state.closed or slot.state.length < job.past:
@@ -199,10 +232,10 @@ class Stage:
             slot.busy = False
             slot.changed.notify_all()
 
-    def _slot(self, job: Job) -> _Slot:
+    def _slot(self, route: str, job: Job) -> _Slot:
         if job.state not in self._slots:
             # Of a step of several pieces, another one than the first may arrive first.
-            self._slots[job.state] = _Slot(state=self._model.new_state())
+            self._slots[job.state] = _Slot(route=route, state=self._model.new_state())
         return self._slots[job.state]
 
     @staticmethod
@@ -211,14 +244,21 @@ class Stage:
             slot.failed, slot.busy = True, False
             slot.changed.notify_all()
 
-    async def _pass_on(self, method: str, number: str, arrays: Arrays, *job: Job) -> None:
-        if self._next is None:
-            answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in self._passes}
+    async def _pass_on(self, method: str, route: str, number: str, arrays: Arrays, *job: Job) -> None:
+        way = self._way(route)
+        if way.following is None:
+            answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in way.passes}
             if number and not (waiting := self._answer(number)).done():
                 waiting.set_result(answer)
             return
-        leaving = {name: array for name, array in arrays.items() if name in self._passes}
-        await call(self._worker.rpc, self._next, method, number, leaving, *job)
+        leaving = {name: array for name, array in arrays.items() if name in way.passes}
+        await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
+
+    def _way(self, route: str) -> _Way:
+        if route not in self._ways:
+            # Of a call whose caller has left.
+            raise ClosedError("The model has left these stages. Call again.")
+        return self._ways[route]
 
     def _answer(self, number: str) -> asyncio.Future[Any]:
         """What the call's answer will be in; whichever of its caller and the pass is first makes it."""
