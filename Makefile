@@ -46,7 +46,7 @@ test-requests: $(STAMP)  ## 10,000 malformed requests to a server
 fuzz: $(STAMP)  ## strange inputs for every reader of strangers' files, for a minute; FUZZ_ARGS has targets, --seconds, --seed
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
-test-faults: $(STAMP)  ## every fault in turn: an hour or more; FAULTS_ARGS='run --kind read' tries a part
+test-faults: $(STAMP)  ## every fault in turn: hours; FAULTS_ARGS='run --kind read' tries a part
 	$(BIN)/python -m tests.faults $(FAULTS_ARGS)
 
 attacks: $(STAMP)  ## attacks on everything that a stranger gives, each refused or held; they are in `make test` too
@@ -65,14 +65,11 @@ test-latest: $(STAMP) $(LATEST_STAMP)  ## the engine and the demo's caps with th
 test-torch: $(TORCH_STAMP)  ## exports with transformers 5 or newer, by the exporter of torch
 	$(TORCH)/bin/python $(PYTEST) tests/exporter/source/test_by_torch.py
 
-coverage: $(STAMP)  ## branch coverage of pipeline, storage, format and planning by their tests: 100 %, or the missing branches
+coverage: $(STAMP)  ## branch coverage of pipeline, storage, format and planning by their tests: 100 %, or the missing branches; COVERAGE_ARGS=--keep keeps the counts
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[coverage]'
-	rm -rf build/coverage
-	$(BIN)/python -m coverage run $(PYTEST) -m "not slow and not survey" $(COVERAGE_TESTS)
-	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report
+	$(BIN)/python -m tests.proof.branches $(COVERAGE_TESTS) --workers $(WORKERS) $(COVERAGE_ARGS)
 
-mutants: $(STAMP)  ## one fault after another in reservations, exchange and planner: does a test see each? MUTANTS_ARGS=--keep keeps the counts
+mutants: $(STAMP)  ## one fault after another in seven modules of pipeline and planning: does a test see each? MUTANTS_ARGS=--keep keeps the counts
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutants]'
 	$(BIN)/python -m tests.proof.mutants --workers $(WORKERS) $(MUTANTS_ARGS)
 

@@ -12,6 +12,10 @@ from itertools import count
 from pkgutil import walk_packages
 
 import pytest
+
+# Before anything imports onnxruntime, whose telemetry opens sockets at moments of its own.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from tests.models import SIBLINGS
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and every program that they start inherits it.

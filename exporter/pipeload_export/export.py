@@ -240,6 +240,7 @@ def export(
                     split_into.mkdir()
                     built(source_graph, split_into, verify=False)
                 manifest = add_draft(manifest, staging, split_into, draft, notify, journal=journal, verify=verify)
+            journal.close()
             if keeping:
                 stack.enter_context(keeping)
                 _keep(unsplit, keeping.result, move=isinstance(found, Checkpoint))

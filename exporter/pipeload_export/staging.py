@@ -23,6 +23,7 @@ import re
 import secrets
 import shutil
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ from types import TracebackType
 from typing import Self
 
 from pipeload.errors import ConfigError, ExportError
+from pipeload.machine.files import descriptors, opening
 
 __all__ = ["Staging"]
 
@@ -42,12 +44,14 @@ _NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 class Staging:
     """A context in which a folder is built that `commit` puts in the target's place.
 
+    Ctrl-C may come before the first line of `__exit__`, and then the `with` ends without it. The end of this object
+    does the same.
+
     Args:
         target: the folder to make.
         marker: a file that marks a folder as one that this program made. Only such a folder, or an empty one, is
             replaced.
         force: an existing target may be replaced.
-
         wait: while another process builds the same folder, wait for it; otherwise refuse.
 
     Raises:
@@ -56,7 +60,15 @@ class Staging:
         OSError: the system does not let the folder be made.
     """
 
+    _pid = 0
+    """Of the process that has made it; of no process before that is done."""
+
     def __init__(self, target: Path, marker: str, *, force: bool, wait: bool = False) -> None:
+        self._made = False
+        # The open lock file, if any; whether this process holds it, under its name.
+        self._held: list[int] = []
+        self._owned = False
+        self._pid = os.getpid()
         try:
             # Resolved, so that two spellings meet at one lock and a symbolic link stays where it is.
             self._target = target.expanduser().resolve()
@@ -68,9 +80,7 @@ class Staging:
         self._marker = marker
         self._force = force
         self._wait = wait
-        self._lock: int | None = None
         self._folder = self._beside("staging")
-        self._made = False
         self._identity = ""
 
     @property
@@ -159,8 +169,12 @@ class Staging:
             self._acquire()
             leftovers = list(self._leftovers("staging"))
             # New, whatever lies there: a link that was planted would lead all files elsewhere.
-            self._folder.mkdir()
             self._made = True
+            try:
+                self._folder.mkdir()
+            except OSError:
+                self._made = False
+                raise
             (self._folder / _BEFORE).mkdir()
             (self._folder / _IDENTITY).write_text(self._identity)
             self._clean_up(leftovers)
@@ -168,21 +182,50 @@ class Staging:
             self.work.mkdir()
             self.result.mkdir()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.close()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self.close()
+        except BaseException:
+            # Ctrl-C; a second one leaves the rest to the next export.
+            self.close()
+            raise
+
+    def __del__(self) -> None:
+        if self._pid == os.getpid():
+            self.close()
+
+    def close(self) -> None:
+        """Remove everything but the target. May be called again."""
         if self._made:
             shutil.rmtree(self._folder, ignore_errors=True)
-        if self._lock is not None:
+            # Once more where the disk has failed for a moment.
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._made = False
+        self._release()
+
+    def _release(self) -> None:
+        """Close the lock file, and remove it where this process holds it."""
+        if self._held:
             # Removed while it is held: a process that waits for the old file finds it gone, and makes a new one.
+            owned, self._owned = self._owned, False
             with suppress(OSError):
-                self._lock_path.unlink()
-            os.close(self._lock)
-            self._lock = None
+                if owned or self._is_own(self._held[0]):
+                    self._lock_path.unlink()
+            closing = map(os.close, self._held)
+            self._held = []
+            deque(closing, 0)
+
+    def _is_own(self, descriptor: int) -> bool:
+        """Whether this process can hold the lock file, and it still has its name."""
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found = os.fstat(descriptor)
+        return _is_lock(found) and os.path.samestat(found, self._lock_path.lstat())
 
     @property
     def _lock_path(self) -> Path:
@@ -199,41 +242,32 @@ class Staging:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
             except BlockingIOError as error:
                 owner = os.pread(descriptor, 32, 0).decode(errors="replace")
-                os.close(descriptor)
                 raise ExportError(
                     f"Another export to {self._target} is under way (process {owner or 'unknown'}). "
                     "Wait for it, or name another target."
                 ) from error
-            except BaseException:
-                os.close(descriptor)
-                raise
-            try:
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(os.fstat(descriptor), self._lock_path.lstat()):
-                        # From here on `__exit__` removes it, also where a full disk does not take the number.
-                        self._lock = descriptor
-                        os.ftruncate(descriptor, 0)
-                        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-                        return
-            finally:
-                # A lock that nothing refers to would keep this process from its next try.
-                if self._lock != descriptor:
-                    os.close(descriptor)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), self._lock_path.lstat()):
+                    self._owned = True
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                    return
+            self._release()
 
     def _open_lock(self) -> int:
         """The open lock file, which no other name, link or pipe stands for: the process id is written into it."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            descriptor = os.open(self._lock_path, flags, 0o666)
+            self._held += opening(self._lock_path, flags)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise self._foreign_lock("a symbolic link") from error
             raise
-        found = os.fstat(descriptor)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
-            return descriptor
-        os.close(descriptor)
-        raise self._foreign_lock("a file with a second name" if stat.S_ISREG(found.st_mode) else "no regular file")
+        found = os.fstat(self._held[0])
+        if not _is_lock(found):
+            regular = stat.S_ISREG(found.st_mode)
+            raise self._foreign_lock("a file with a second name" if regular else "no regular file")
+        return self._held[0]
 
     def _foreign_lock(self, kind: str) -> ExportError:
         return ExportError(
@@ -282,6 +316,10 @@ class Staging:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def _is_lock(found: os.stat_result) -> bool:
+    return stat.S_ISREG(found.st_mode) and found.st_nlink <= 1
+
+
 def _exchange(one: Path, other: Path) -> bool:
     """Let two folders change places in one step, where the kernel and the file system can (Linux `renameat2`)."""
     try:
@@ -304,11 +342,9 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with descriptors() as held:
+        held += opening(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.fsync(held[0])
 
 
 def _sync_folder(path: Path) -> None:

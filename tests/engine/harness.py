@@ -101,11 +101,17 @@ def agents() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeload-")]
 
 
-def run_python(program: str, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own, with this one's import path; it must end with that exit code."""
+def run_python(program: str, exit_code: int = 0, *, traced: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own, with this one's import path; it must end with that exit code.
+
+    `make coverage` traces it, unless `traced` is False.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    if not traced:
+        environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_PROCESS_")}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -114,6 +120,11 @@ def run_python(program: str, exit_code: int = 0) -> subprocess.CompletedProcess[
     )
     assert done.returncode == exit_code, done.stderr
     return done
+
+
+def figures_of_memory(program: str) -> list[float]:
+    """The numbers that a program prints about the memory of its process, in which no tracer has objects of its own."""
+    return [float(word) for word in run_python(program, traced=False).stdout.split()]
 
 
 def smallest_budget(directory: Path, **options: Any) -> int:

@@ -23,6 +23,7 @@ def test_the_public_names_are_pinned() -> None:
         "Budget",
         "BudgetError",
         "ClosedError",
+        "ClusterError",
         "ConfigError",
         "DecodeState",
         "EmbeddingWarning",
@@ -47,6 +48,7 @@ def test_the_public_names_are_pinned() -> None:
         "Stats",
         "TextStream",
         "TruncationWarning",
+        "connect",
         "load",
     ]
 

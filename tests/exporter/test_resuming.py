@@ -291,6 +291,34 @@ def test_an_error_of_the_disk_after_a_file_was_written_is_raised(
     assert names(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("made", ["export", "convert"])
+def test_the_last_error_of_the_journal_comes_before_the_target(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    def make(name: str) -> None:
+        if made == "export":
+            export(source, tmp_path / name, verify=False)
+        else:
+            convert(tmp_path / "floats", tmp_path / name, weights="int8", block_size=32, verify=False)
+
+    note, noted, failing = journal.Journal._note, [0], 0
+
+    def count(*arguments: Any) -> None:
+        noted[0] += 1
+        if noted[0] == failing:
+            raise OSError(5, "Input/output error")
+        note(*arguments)
+
+    export(source, tmp_path / "floats", verify=False)
+    monkeypatch.setattr(journal.Journal, "_note", count)
+    make("whole")
+    noted, failing = [0], noted[0]
+    assert failing > 1
+    with pytest.raises(ExportError, match="Input/output error"):
+        make("target")
+    assert names(tmp_path) == ["floats", "source", "whole"]
+
+
 def test_a_manifest_is_only_in_a_whole_target(source: Path, tmp_path: Path) -> None:
     kill(source, tmp_path / "target", GATES["in the middle of a file"])
     export(source, tmp_path / "target", verify=False)

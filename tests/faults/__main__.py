@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before onnxruntime is imported: its telemetry opens descriptors and sockets at moments of its own.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 from tests.faults.injector import FAULTS, KINDS
 from tests.faults.operations import OPERATIONS, prepare
@@ -27,8 +29,6 @@ from tests.faults.trial import Hang
 from tests.faults.walk import Cell, Untouched, all_points, untouched, walk
 from tests.proof.counts import Line, keep
 
-_INTERRUPTS = 150
-"""A call runs thousands of lines of its caller's thread: as many of them, evenly spread, are interrupted."""
 _MEANINGS = {
     "open": "a file is not opened (EMFILE, EIO, ENOMEM)",
     "read": "a read fails (EIO, ENOMEM), is short, or brings nothing",
@@ -43,7 +43,7 @@ _MEANINGS = {
     "session": "onnxruntime makes no session (memory, threads)",
     "run": "onnxruntime fails in a run",
     "callback": "a callback of the caller raises",
-    "interrupt": "Ctrl-C in a line of the caller's thread",
+    "interrupt": "Ctrl-C where the caller's thread looks at signals",
 }
 
 
@@ -83,13 +83,11 @@ def main() -> int:
 def _tried(name: str, kind: str, models: Path, found: Untouched, given: argparse.Namespace) -> Cell:
     cell = Cell(operation=name, kind=kind)
     faults = [one for one in FAULTS[kind] if given.fault in (None, one)]
-    events = found.counts.get(kind, 0)
     points: Iterable[tuple[str, int]]
     if given.at:
         points = [(fault, given.at) for fault in faults]
     elif kind == "interrupt":
-        places = range(0, _INTERRUPTS, given.every)
-        points = [(fault, 1 + place * events // _INTERRUPTS) for fault in faults for place in places]
+        points = [(fault, number) for fault in faults for number in found.looks[:: given.every]]
     else:
         points = all_points(cell, faults, given.every)
     for result in walk(cell, models, found, points):

@@ -8,10 +8,10 @@ it, directly or through a library; imports of modules do not count.
 from __future__ import annotations
 
 import builtins
+import dis
 import errno
 import fcntl
 import io
-import linecache
 import mmap
 import os
 import subprocess
@@ -22,8 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
@@ -75,6 +76,7 @@ class Injector:
         error: the exception that was raised; None for a read that was short, or before that.
         fired: the n-th event has come.
         place: where it came.
+        looks: instruction at which the kind `interrupt` has come -> number of its first event there, and of its last.
     """
 
     kind: str = ""
@@ -85,6 +87,7 @@ class Injector:
     error: BaseException | None = None
     fired: bool = False
     place: str = ""
+    looks: dict[tuple[CodeType, int], tuple[int, int]] = field(default_factory=dict)
     _lock: Any = field(default_factory=threading.Lock)
 
     def disarm(self) -> None:
@@ -103,6 +106,9 @@ class Injector:
             if not self.armed:
                 return None
             self.counts[kind] += 1
+            if kind == "interrupt" and frame is not None:
+                key, number = (frame.f_code, frame.f_lasti), self.counts[kind]
+                self.looks[key] = (self.looks.get(key, (number, number))[0], number)
             if not self.kind or self.counts[kind] != self.at:
                 return None
             self.fired, self.place = True, place
@@ -141,19 +147,39 @@ def _system(name: str, path: str | None = None) -> OSError:
 
 @contextmanager
 def interrupted(injector: Injector) -> Iterator[None]:
-    """A context in which each line of the product that this thread runs is an event of the kind `interrupt`.
+    """A context in which each place where the interpreter looks at signals is an event of the kind `interrupt`.
 
-    But for lines with `try:` alone, where the interpreter never looks at signals: it does so after calls, and where
-    functions and rounds of loops begin.
+    Of the product's code that this thread runs. CPython does not look between any two lines: it does so where a
+    function begins or a generator goes on, after a call of what is not written in Python, and where a loop goes
+    back. So it never leaves a `with` over a lock without the lock's end, but it may lose what a call has returned.
     """
-
-    def line(frame: FrameType, event: str, _: object) -> Any:
-        if event == "line" and linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() != "try:":
-            injector.event("interrupt", frame=frame)
-        return line
+    entered: set[int] = set()
 
     def call(frame: FrameType, event: str, _: object) -> Any:
-        return line if is_product(frame.f_code.co_filename) else None
+        code = frame.f_code
+        if frame.f_back is not None and code.co_name not in _CONSTRUCTORS and code.co_filename != __file__:
+            entered.add(id(frame.f_back))
+        if not is_product(code.co_filename):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        looks, before = _looks_of(code), -1
+
+        def opcode(frame: FrameType, event: str, _: object) -> Any:
+            nonlocal before
+            if event == "opcode":
+                at, before_it = frame.f_lasti, before
+                before = at
+                if at in looks.calls:
+                    entered.discard(id(frame))
+                elif (
+                    at in looks.starts
+                    or (before_it in looks.jumps and at < before_it)
+                    or (looks.after.get(at) == before_it and id(frame) not in entered)
+                ):
+                    injector.event("interrupt", frame=frame)
+            return opcode
+
+        return opcode
 
     if injector.kind not in ("", "interrupt"):
         yield
@@ -164,6 +190,51 @@ def interrupted(injector: Injector) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+_CONSTRUCTORS = ("__init__", "__new__")
+"""Called by the interpreter's own code, after which it looks at signals; after other Python code it does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Looks:
+    """Where the interpreter looks at signals in a function: offsets of its instructions.
+
+    Attributes:
+        starts: where it begins, or goes on after a `yield`.
+        calls: its calls.
+        jumps: from where loops go back.
+        after: instruction behind a call -> that call, where both are in the same `try` or `with`.
+    """
+
+    starts: frozenset[int]
+    calls: frozenset[int]
+    jumps: frozenset[int]
+    after: Mapping[int, int]
+
+
+@cache
+def _looks_of(code: CodeType) -> _Looks:
+    starts, calls, jumps = set[int](), set[int](), set[int]()
+    after: dict[int, int] = {}
+    handlers = dis.Bytecode(code).exception_entries  # type: ignore[attr-defined] # not in its stubs
+
+    def handler(offset: int) -> object:
+        return next((one.target for one in handlers if one.start <= offset < one.end), None)
+
+    latest: int | None = None
+    for step in dis.get_instructions(code):
+        if latest is not None and handler(latest) == handler(step.offset):
+            after[step.offset] = latest
+        latest = None
+        if step.opname == "RESUME" and (step.arg or 0) & 3 < 2:
+            starts.add(step.offset)
+        elif step.opname in ("CALL", "CALL_KW", "CALL_FUNCTION_EX"):
+            calls.add(step.offset)
+            latest = step.offset
+        elif "JUMP_BACKWARD" in step.opname and "NO_INTERRUPT" not in step.opname:
+            jumps.add(step.offset)
+    return _Looks(starts=frozenset(starts), calls=frozenset(calls), jumps=frozenset(jumps), after=after)
 
 
 def is_product(path: str) -> bool:

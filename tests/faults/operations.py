@@ -24,6 +24,7 @@ from tests.models import made_once
 
 import pipeload
 import pipeload.cli
+from pipeload.cli.ending import INTERRUPTED
 from pipeload.errors import BudgetError
 from pipeload.tracing.trace import Progress
 from pipeload_export import convert, export
@@ -205,6 +206,7 @@ def _content(folder: Path) -> dict[str, str]:
 
 def _making(name: str, make: Callable[[Place, Path, Callable[..., None]], Any]) -> Operation:
     """An operation that makes a folder, whole or not at all."""
+    made: list[dict[str, str]] = []
 
     @contextmanager
     def opened(place: Place) -> Iterator[Callable[[], Any]]:
@@ -212,16 +214,31 @@ def _making(name: str, make: Callable[[Place, Path, Callable[..., None]], Any]) 
         target.parent.mkdir()
 
         def call() -> Any:
-            make(place, target, lambda *_: place.notify())
-            made = _content(target)
-            shutil.rmtree(target)
-            return made
+            try:
+                make(place, target, lambda *_: place.notify())
+            except KeyboardInterrupt:
+                _check_whole(target, made)
+                raise
+            made.append(_taken(target))
+            return made[-1]
 
         yield call
         if found := sorted(path.name for path in target.parent.iterdir()):
             raise AssertionError(f"left behind beside the target: {found}")
 
     return Operation(name=name, opened=opened, slow=True)
+
+
+def _taken(target: Path) -> dict[str, str]:
+    content = _content(target)
+    shutil.rmtree(target)
+    return content
+
+
+def _check_whole(target: Path, made: list[dict[str, str]]) -> None:
+    """An interrupt may come when the target is in its place already."""
+    if target.exists() and _taken(target) not in made:
+        raise AssertionError("the target of an interrupted call is not whole")
 
 
 def _export(place: Place, target: Path, progress: Callable[..., None]) -> None:
@@ -233,6 +250,8 @@ def _convert(place: Place, target: Path, progress: Callable[..., None]) -> None:
 
 
 def _command(name: str, *arguments: str, makes: bool = False) -> Operation:
+    made: list[dict[str, str]] = []
+
     @contextmanager
     def opened(place: Place) -> Iterator[Callable[[], Any]]:
         target = place.folder / "made"
@@ -252,11 +271,12 @@ def _command(name: str, *arguments: str, makes: bool = False) -> Operation:
                 except SystemExit as end:
                     code = end.code or 0
             if code:
+                if code == INTERRUPTED:
+                    _check_whole(target, made)
                 raise CommandFailed(code, out.getvalue(), err.getvalue())
             if makes:
-                made = _content(target)
-                shutil.rmtree(target)
-                return made
+                made.append(_taken(target))
+                return made[-1]
             return [line for line in out.getvalue().splitlines() if not line.startswith("pass ")]
 
         yield call

@@ -137,7 +137,8 @@ class _Inventory:
             found.append(f"descriptors are open: {more}")
         if len(live_maps()) > self._maps:
             found.append(f"buffers were not given back: {live_maps()[self._maps :]}")
-        if held := [one.reserved_bytes for one in self._reservations if one.reserved_bytes]:
+        # Of one whose making was interrupted there is no figure, and no agent has it.
+        if held := [nbytes for one in self._reservations if (nbytes := getattr(one, "reserved_bytes", 0))]:
             found.append(f"bytes are reserved: {held}")
         for one in list(self._pipelines):
             if not _is_closed(one):
@@ -266,4 +267,5 @@ def _tells(error: BaseException, injector: Injector) -> bool:
         return injector.fault == "zero"
     if isinstance(cause, OSError):
         return str(cause.strerror) in text
-    return any(word in text for word in str(cause).split(". ")) or "memory" in text
+    lack = {"no memory": "memory", "no thread": "thread"}.get(injector.fault)
+    return any(word in text for word in str(cause).split(". ")) or (lack is not None and lack in text)

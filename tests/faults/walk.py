@@ -41,10 +41,12 @@ class Untouched:
     Attributes:
         answer: its answer.
         counts: kind -> the number of its events.
+        looks: numbers of the events of `interrupt` that are the first or the last at their instruction, in order.
     """
 
     answer: Any
     counts: Mapping[str, int]
+    looks: Sequence[int]
 
 
 def untouched(operation: Operation, models: Path) -> Untouched:
@@ -54,7 +56,8 @@ def untouched(operation: Operation, models: Path) -> Untouched:
         result = attempt(operation, injector, models, None)
         if result.failures:
             raise AssertionError(f"{operation.name} breaks a promise without a fault: {result.failures}")
-    return Untouched(answer=result.answer, counts=injector.counts)
+    looks = sorted({number for pair in injector.looks.values() for number in pair})
+    return Untouched(answer=result.answer, counts=injector.counts, looks=looks)
 
 
 def walk(
@@ -95,7 +98,8 @@ def all_points(cell: Cell, faults: Sequence[str], every: int = 1) -> Iterator[tu
                 break
 
 
-def some_points(kind: str, events: int, most: int) -> Iterator[tuple[str, int]]:
+def some_points(kind: str, found: Untouched, most: int) -> Iterator[tuple[str, int]]:
     """At most this many events, evenly spread from the first to the last, and the ways of failing in turn."""
-    numbers = sorted({1 + place * (events - 1) // max(1, most - 1) for place in range(most)}) if events else []
-    return zip(cycle(FAULTS[kind]), numbers, strict=False)
+    events = found.looks if kind == "interrupt" else range(1, 1 + found.counts.get(kind, 0))
+    places = sorted({place * (len(events) - 1) // max(1, most - 1) for place in range(most)}) if events else []
+    return zip(cycle(FAULTS[kind]), [events[place] for place in places], strict=False)

@@ -10,21 +10,17 @@ import argparse
 import os
 import random
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 from tests.fuzz import corpora
+from tests.fuzz.counted import add, counted, publish
 from tests.fuzz.guided import is_installed, run_guided
 from tests.fuzz.minimise import least_corpus, smaller
 from tests.fuzz.run import Tally, inputs_of, run, try_all
 from tests.fuzz.strategies import drawn
 from tests.fuzz.target import Target
 from tests.fuzz.targets import NAMES, target_of
-from tests.proof.counts import Kept, Line, keep
-
-_COUNTS = Path(__file__).parents[1] / "proof" / "counts" / "fuzz.json"
 
 
 def main() -> int:
@@ -41,7 +37,7 @@ def main() -> int:
     parser.add_argument("--replay", type=Path, help="a file, or a folder of files: try these inputs of one TARGET")
     parser.add_argument("--known", action="store_true", help="only the inputs of corpus and found, once each")
     parser.add_argument("--minimise", action="store_true", help="make the corpus, or the file to replay, smaller")
-    parser.add_argument("--keep", action="store_true", help="put the counts into docs/reliability.md")
+    parser.add_argument("--keep", action="store_true", help="add the counts to those in docs/reliability.md")
     options = parser.parse_args()
     if unknown := [name for name in options.targets if name not in NAMES]:
         parser.error(f"{unknown[0]} is no target. There are: {' '.join(NAMES)}.")
@@ -49,6 +45,8 @@ def main() -> int:
         parser.error("--replay takes the name of the one TARGET whose input the file is.")
     if options.guided and not is_installed():
         parser.error("--guided needs atheris: pip install 'pipeload[fuzz]'.")
+    if options.guided and options.keep:
+        parser.error("--keep counts the inputs of a seed: those of --guided are others in each run.")
     # Before any library is imported: their threads would not survive a fork.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     targets = [target_of(name) for name in options.targets or NAMES]
@@ -61,11 +59,14 @@ def main() -> int:
             least_corpus(target)
         return 0
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
+    before = counted() if options.keep else {}
+    if any(target.name in before and seed in before[target.name].seeds for target in targets):
+        parser.error(f"the inputs of seed {seed} are counted: choose another --seed.")
     print(f"seed {seed}", flush=True)
-    begun = time.monotonic()
     tallies = _run_all(targets, options, seed)
     if options.keep:
-        _keep(dict(zip(options.targets or NAMES, tallies, strict=True)), time.monotonic() - begun)
+        named = {target.name: tally for target, tally in zip(targets, tallies, strict=True)}
+        publish([target_of(name) for name in NAMES], add(named, seed))
     return int(any(tally.broken for tally in tallies))
 
 
@@ -79,7 +80,9 @@ def _run_all(targets: Sequence[Target], options: argparse.Namespace, seed: int) 
         if options.guided:
             tally = run_guided(target, pool, seed, inputs=options.inputs, seconds=part)
         else:
-            tally = run(target, inputs_of(target, pool, seed), inputs=options.inputs, seconds=part)
+            # Counts of several runs add up, and known inputs are in those of the first one.
+            first = len(pool) if options.keep and target.name in counted() else 0
+            tally = run(target, inputs_of(target, pool, seed, first=first), inputs=options.inputs, seconds=part)
         tallies.append(tally)
         _tell(target, tally)
     return tallies
@@ -96,37 +99,13 @@ def _tell(target: Target, tally: Tally) -> None:
     )
     for reason in dict.fromkeys(broken.reason for broken in tally.broken):
         same = [broken for broken in tally.broken if broken.reason == reason]
-        shortest = min(same, key=lambda broken: len(broken.data))
-        (path,) = corpora.keep(corpora.FOUND, target.name, [shortest.data])
-        print(f"  {len(same)} x {reason}\n{shortest.detail}  {shortest.data[:200]!r}")
-        print(f"  again: python -m tests.fuzz {target.name} --replay {os.path.relpath(path)}", flush=True)
-
-
-def _keep(tallies: Mapping[str, Tally], seconds: float) -> None:
-    """Put the counts of these targets in the place of their own older ones; those of the others stay."""
-    names = {target_of(name).what: name for name in NAMES}
-    lines: dict[str, Line] = {}
-    if _COUNTS.is_file():
-        before = msgspec.json.decode(_COUNTS.read_bytes(), type=Kept)
-        seconds += before.seconds
-        lines = {names[line.fault]: line for line in before.lines if line.fault in names}
-    lines |= {name: _line(target_of(name), tally) for name, tally in tallies.items()}
-    keep(
-        "fuzz",
-        "python -m tests.fuzz [TARGET ...] --seconds S --keep",
-        seconds,
-        [lines[name] for name in NAMES if name in lines],
-    )
-
-
-def _line(target: Target, tally: Tally) -> Line:
-    return Line(
-        fault=target.what,
-        outcome=f"{tally.refused:,} refused, {tally.answered:,} answered",
-        recovered=f"slowest {tally.slowest_s:.2f} s, peak {tally.peak_bytes / 1e6:.0f} MB",
-        runs=tally.inputs,
-        failures=len(tally.broken),
-    )
+        print(f"  {len(same)} x {reason}", flush=True)
+        inputs = [(broken.data, broken.detail) for broken in same if broken.data is not None]
+        if inputs:
+            shortest, detail = min(inputs, key=lambda pair: len(pair[0]))
+            (path,) = corpora.keep(corpora.FOUND, target.name, [shortest])
+            print(f"{detail}  {shortest[:200]!r}")
+            print(f"  again: python -m tests.fuzz {target.name} --replay {os.path.relpath(path)}", flush=True)
 
 
 def _replay(target: Target, path: Path, *, minimise: bool) -> int:
@@ -146,7 +125,7 @@ def _known(target: Target) -> int:
 def _try_known(target: Target, inputs: Sequence[bytes]) -> Tally:
     tally = try_all(target, inputs)
     for broken in tally.broken:
-        print(f"{broken.data[:200]!r}: {broken.reason}\n{broken.detail}")
+        print(f"{(broken.data or b'')[:200]!r}: {broken.reason}\n{broken.detail}")
     print(f"{target.name}: {tally.refused} refused, {tally.answered} answered, {len(tally.broken)} broke a promise")
     return tally
 

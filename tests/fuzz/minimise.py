@@ -94,7 +94,8 @@ def _lines(target: Target, inputs: list[bytes]) -> list[set[tuple[str, int]]]:
 
 def smaller(target: Target, broken: Broken) -> bytes:
     """A shorter input that breaks the same promise: pieces are cut out, halves first, as long as that holds."""
-    data, size, tries = broken.data, len(broken.data) // 2, 0
+    data, tries = broken.data or b"", 0
+    size = len(data) // 2
     while size and tries < _MOST_TRIES:
         at = 0
         while at < len(data) and tries < _MOST_TRIES:

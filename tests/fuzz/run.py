@@ -2,7 +2,7 @@
 
 ```
  parent                                    child, forked with everything imported; RLIMIT_AS bounds its memory
- reads number and begin of the input  <--  shared page: number, begin, refusals, answers ...
+ reads number and begin of the input  <--  shared pages: number, begin, refusals, answers ...
  too late: SIGKILL, and the next child goes on behind this input
  takes what broke a promise           <--  pipe: number, reason
 ```
@@ -32,9 +32,11 @@ from random import Random
 from typing import Any, NoReturn
 
 import psutil
+from tests.fuzz.sketch import REGISTERS, note
 from tests.fuzz.target import Target, Trial, Wrong
 
 from pipeload.errors import PipeloadError
+from pipeload.machine import heap
 
 __all__ = ["Broken", "Tally", "checked", "input_of", "inputs_of", "run", "try_all"]
 
@@ -58,12 +60,12 @@ class Broken:
     """An input that broke a promise.
 
     Attributes:
-        data: the input.
+        data: the input; None where no single one did it.
         reason: in one line; inputs with the same one have the same cause.
         detail: the traceback, where there is one.
     """
 
-    data: bytes
+    data: bytes | None
     reason: str
     detail: str = ""
 
@@ -79,6 +81,7 @@ class Tally:
         peak_bytes: the most memory of the process, interpreter and libraries included.
         covered: places of the code that were reached; 0 where that was not measured.
         broken: inputs that broke a promise, at most 20 of each reason.
+        registers: of the different inputs, see `sketch`.
     """
 
     inputs: int = 0
@@ -90,6 +93,7 @@ class Tally:
     peak_bytes: int = 0
     covered: int = 0
     broken: list[Broken] = field(default_factory=list)
+    registers: bytes = bytes(REGISTERS)
 
 
 def input_of(target: Target, pool: Sequence[bytes], seed: int, number: int) -> bytes:
@@ -97,9 +101,9 @@ def input_of(target: Target, pool: Sequence[bytes], seed: int, number: int) -> b
     return pool[number] if number < len(pool) else target.mutate(Random(seed << 48 | number), pool)
 
 
-def inputs_of(target: Target, pool: Sequence[bytes], seed: int) -> Callable[[int], bytes]:
-    """Number -> input."""
-    return lambda number: input_of(target, pool, seed, number)
+def inputs_of(target: Target, pool: Sequence[bytes], seed: int, *, first: int = 0) -> Callable[[int], bytes]:
+    """Number -> input, from the input with the number `first` on."""
+    return lambda number: input_of(target, pool, seed, first + number)
 
 
 def run(target: Target, make: Callable[[int], bytes], *, inputs: int | None, seconds: float | None) -> Tally:
@@ -140,7 +144,8 @@ def _one_child(
     folder: str,
 ) -> tuple[int, float]:
     """Fork a child and wait for its end; returns the number of the next input, and the seconds since the first."""
-    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page = mmap.mmap(-1, mmap.PAGESIZE + REGISTERS)
+    page[mmap.PAGESIZE :] = tally.registers
     _PAGE.pack_into(page, 0, first, 0.0, 0.0, 0, 0, 0.0, -1.0, 0, 0)
     taking, giving = os.pipe()
     sys.stdout.flush()
@@ -168,6 +173,7 @@ def _one_child(
     took_s = time.monotonic() - begun if begun else 0.0
     _, status, used = os.wait4(child, 0)
     number, began, _, refused, answered, slowest_s, slowest, early, grown = _PAGE.unpack_from(page)
+    tally.registers = page[mmap.PAGESIZE :]
     tally.inputs += number - first
     tally.refused += refused
     tally.answered += answered
@@ -183,7 +189,7 @@ def _one_child(
     if status == 0:
         if early and grown - early > _GROWTH_BYTES:
             reason = f"memory grew by {(grown - early) >> 20} MiB over {number - first} inputs"
-            tally.broken.append(Broken(data=b"", reason=reason))
+            tally.broken.append(Broken(data=None, reason=reason))
         return number, took_s
     # The child ended within an input, which counts, and the next one goes on behind it.
     if began == 0:
@@ -297,11 +303,14 @@ def _loop(
     parent = os.getppid()
     slowest_s, slowest, told = 0.0, -1.0, 0
     used_s, number = time.process_time(), first
+    registers = memoryview(page)[mmap.PAGESIZE :]
     for number in range(first, last):
         if (now := time.monotonic()) > until:
             break
         _PAGE.pack_into(page, 0, number, now, used_s, refused, answered, slowest_s, slowest, early, grown)
-        right, reason, detail = check(trial, make(number))
+        data = make(number)
+        note(registers, data)
+        right, reason, detail = check(trial, data)
         before_s, used_s = used_s, time.process_time()
         if used_s - before_s > slowest_s:
             slowest_s, slowest = used_s - before_s, float(number)
@@ -315,6 +324,8 @@ def _loop(
         if (number - first) % 1000 == 999:
             if os.getppid() != parent:
                 return
+            # Free memory that the heap keeps, after one large image for instance, is no growth.
+            heap.trim()
             grown = int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
             early = early or (grown if number - first > _GROWTH_FROM else 0)
     else:

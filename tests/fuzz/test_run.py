@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from tests.fuzz.minimise import smaller
 from tests.fuzz.mutations import bytes_of, json_of
 from tests.fuzz.run import inputs_of, run, try_all
+from tests.fuzz.sketch import about
 from tests.fuzz.target import Target, Trial, Wrong
 
 from pipeload.errors import ConfigError
@@ -67,9 +69,39 @@ def test_memory_that_grows_is_told() -> None:
     assert [broken.reason.split(" by")[0] for broken in tally.broken] == ["memory grew"]
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_free_memory_of_the_heap_is_no_growth() -> None:
+    library = ctypes.CDLL(None)
+    library.malloc.restype = ctypes.c_void_p
+    size, count = 100_000, 1000
+
+    def prepare() -> Trial:
+        def trial(data: bytes) -> bool:
+            if data == b"large":
+                pieces = [ctypes.c_void_p(library.malloc(size)) for _ in range(count)]
+                for piece in pieces:
+                    ctypes.memset(piece, 1, size)
+                # The last one stays, above all that is free.
+                for piece in pieces[:-1]:
+                    library.free(piece)
+            return True
+
+        return trial
+
+    target = Target(name="planted", what="", prepare=prepare, mutate=bytes_of)
+    tally = run(target, lambda number: b"large" if number == 3500 else b"", inputs=5000, seconds=None)
+    assert tally.broken == []
+
+
 def test_a_run_within_its_promises_counts_all() -> None:
     tally = run(_target(), lambda number: b"refused" if number % 2 else b"", inputs=5000, seconds=None)
     assert (tally.inputs, tally.refused, tally.answered, tally.broken) == (5000, 2500, 2500, [])
+    assert about(tally.registers) == 2
+
+
+def test_different_inputs_are_counted_beyond_a_child_that_ends() -> None:
+    tally = try_all(_target(), [b"a", b"killed", b"a", b"b", b"killed", b"c"])
+    assert about(tally.registers) == 4
 
 
 def test_a_fault_of_the_trial_itself_is_no_finding() -> None:

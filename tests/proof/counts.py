@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-__all__ = ["Kept", "Line", "keep", "publish"]
+__all__ = ["Kept", "Line", "keep", "kept", "publish"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FOLDER = Path(__file__).parent / "counts"
@@ -54,15 +54,21 @@ class Kept(msgspec.Struct, kw_only=True, frozen=True):
 
 def keep(name: str, command: str, seconds: float, lines: Sequence[Line]) -> None:
     """Write counts/NAME.json, and the tables of the page."""
-    kept = Kept(
+    tried = Kept(
         command=command,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         seconds=round(seconds, 1),
         lines=tuple(lines),
     )
     _FOLDER.mkdir(exist_ok=True)
-    (_FOLDER / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(kept), indent=1) + b"\n")
+    (_FOLDER / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(tried), indent=1) + b"\n")
     publish()
+
+
+def kept(name: str) -> Kept | None:
+    """What an earlier run has kept; None where there was none."""
+    path = _FOLDER / f"{name}.json"
+    return msgspec.json.decode(path.read_bytes(), type=Kept) if path.is_file() else None
 
 
 def publish() -> None:
@@ -78,14 +84,14 @@ def publish() -> None:
     _PAGE.write_text(page)
 
 
-def _table(kept: Kept) -> str:
+def _table(tried: Kept) -> str:
     rows = [
         f"| {line.fault} | {line.outcome} | {line.recovered} | {line.runs:,} | {line.failures:,} |"
-        for line in kept.lines
+        for line in tried.lines
     ]
     return "\n".join(
         [
-            f"`{kept.command}`, {kept.date}, {kept.seconds:,.0f} s:",
+            f"`{tried.command}`, {tried.date}, {tried.seconds:,.0f} s:",
             "",
             "| fault | outcome | afterwards | runs | failures |",
             "| --- | --- | --- | ---: | ---: |",

@@ -3,7 +3,9 @@
     python -m tests.proof.mutants                       all modules
     python -m tests.proof.mutants pipeline/exchange.py  one of them
     python -m tests.proof.mutants --again               those that no earlier run has killed (build/mutants has them)
-    python -m tests.proof.mutants --again --keep        the same, and keeps the counts of all in docs/reliability.md
+    python -m tests.proof.mutants --again --keep        the same, and keeps the counts in docs/reliability.md
+
+The counts of modules that are not named stay as they were kept.
 
 A mutant is a module with one small fault (`mutations.py`). The module's tests are collected once; for each mutant a
 forked process puts its code into the module, and runs them. It is *killed* when a test fails, *timed out* when the
@@ -37,7 +39,7 @@ from typing import Any
 import msgspec
 import pytest
 from _pytest.main import pytest_runtestloop as run_tests
-from tests.proof.counts import Line, keep
+from tests.proof.counts import Line, keep, kept
 from tests.proof.mutations import Mutant, mutants_of
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +53,17 @@ _CONTROL_EVERY, _TOLD_EVERY = 20, 50
 TESTS = {
     "pipeline/reservations.py": ["pipeline/test_reservations.py"],
     "pipeline/exchange.py": ["pipeline/test_exchange*.py"],
-    "planning/planner.py": ["planning/test_planner_figures.py"],
+    "pipeline/requests.py": ["pipeline/test_requests.py", "pipeline/test_exchange*.py"],
+    "pipeline/residents.py": ["pipeline/test_residents.py", "pipeline/test_exchange*.py"],
+    "planning/planner.py": ["planning/test_planner_figures.py", "planning/test_planner.py"],
+    "planning/layouts.py": [
+        "planning/test_layouts.py",
+        "planning/test_planner_figures.py",
+        "planning/test_shared_weights.py",
+        "planning/test_fewer_sessions.py",
+        "planning/test_planner.py",
+    ],
+    "planning/schedule.py": ["planning/test_schedule.py", "planning/test_fewer_sessions.py"],
 }
 """Module -> the tests that state its rules, below tests/engine."""
 
@@ -75,19 +87,21 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.modules) - TESTS.keys():
         parser.error(f"has no tests for {', '.join(sorted(unknown))}: choose from {', '.join(TESTS)}")
-    if arguments.keep and arguments.modules:
-        parser.error("--keep is for all mutants of all modules")
     modules, mutated = arguments.modules or list(TESTS), vars(arguments)["with"]
     if mutated is not None:
         sys.exit(_run_with(modules[0], mutated.read_text()))
-    lines, seconds = [], 0.0
+    before = kept("mutants")
+    seconds, lines = (before.seconds, {line.fault: line for line in before.lines}) if before else (0.0, {})
+    failures = 0
     for module in modules:
         records = _Records(module, again=arguments.again)
-        lines.append(_try_module(module, records, arguments.workers))
+        line = _try_module(module, records, arguments.workers)
+        lines[line.fault] = line
         seconds += records.seconds
+        failures += line.failures
     if arguments.keep:
-        keep("mutants", "make mutants", seconds, lines)
-    if any(line.failures for line in lines):
+        keep("mutants", "make mutants", seconds, [lines[name] for name in map(_fault, TESTS) if name in lines])
+    if failures:
         sys.exit(
             f"{_EXPLAINED.relative_to(_ROOT)} does not explain all survivors: state the rules they break in tests."
         )
@@ -139,7 +153,7 @@ def _try_module(module: str, records: _Records, workers: int) -> Line:
     killed, survived, timed_out = (counts[kind] for kind in (Outcome.KILLED, Outcome.SURVIVED, Outcome.TIMED_OUT))
     print(f"{module}: {killed} killed, {timed_out} timed out, {survived} survived, {unexplained} of them not explained")
     return Line(
-        fault=f"one fault in `{module}`",
+        fault=_fault(module),
         outcome=f"{killed:,} make a test fail, {timed_out:,} make the tests hang",
         recovered=f"{survived - unexplained:,} survive and are explained",
         runs=len(mutants),
@@ -246,10 +260,9 @@ def _graft(module: ModuleType, source: str) -> None:
     exec(compile(source, str(module.__file__), "exec", dont_inherit=True), fresh)
     for name, new in fresh.items():
         old = vars(module).get(name)
-        if getattr(new, "__module__", None) != module.__name__:
-            if not name.startswith("__"):
-                setattr(module, name, new)
-        elif isinstance(old, type) and isinstance(new, type):
+        if name.startswith("__") or new is old:
+            continue
+        if isinstance(old, type) and isinstance(new, type):
             for member, value in list(vars(new).items()):
                 if isinstance(value, FunctionType | property | classmethod | staticmethod):
                     _graft_function(old, member, value)
@@ -316,6 +329,10 @@ def _silence() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
+
+
+def _fault(module: str) -> str:
+    return f"one fault in `{module}`"
 
 
 def _name(module: str) -> str:

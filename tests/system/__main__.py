@@ -13,9 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import msgspec
 from tests.models import REPOSITORY
-from tests.proof.counts import Kept, Line, keep
+from tests.proof.counts import Line, keep, kept
 from tests.system.rows import Finding
 from tests.system.table import ROWS
 
@@ -69,9 +68,8 @@ def main() -> int:
 def _keep(seconds: float, line: Line) -> None:
     """Keep the count of a row, beside those of the others."""
     known, before_s = {}, 0.0
-    if _KEPT.exists():
-        kept = msgspec.json.decode(_KEPT.read_bytes(), type=Kept)
-        known, before_s = {one.fault: one for one in kept.lines}, kept.seconds
+    if (before := kept("system")) is not None:
+        known, before_s = {one.fault: one for one in before.lines}, before.seconds
     known[line.fault] = line
     found = [known[row.fault] for row in ROWS if row.fault in known]
     keep("system", "python -m tests.system --keep", before_s + seconds, found)

@@ -112,6 +112,10 @@ class Node:
             raise ShardError(f"The model has no file '{path}'.")
         return content
 
+    def known_speed(self, sha256: str) -> Profile | None:
+        """What `speed` has told of a model, by which it was placed: its stages are planned alike. None before."""
+        return self._speeds.get(sha256)
+
     async def speed(self, sha256: str) -> dict[str, Any]:
         """The fields of a profile of a model on this node; takes a second or two the first time. For clients."""
         directory, data = self.model(sha256)
@@ -207,5 +211,5 @@ def start(
 
 
 def _own_address(scheduler: str) -> str:
-    """The address of this machine by which a scheduler is reached. Dask would take that of the way to the internet."""
+    """The address of this machine on the way to a scheduler. Dask would take that of the way to the internet."""
     return str(get_ip(*get_address_host_port(scheduler)))

@@ -173,7 +173,7 @@ class _Costs:
         own = self._stage(begin, end)
         rates = Rates.of(own, speed, plan.threads)
         read_s = plan.streamed_bytes / rates.bandwidth(plan.loaders)
-        run_s = sum(_run_s(rates.times[plan.threads][shard.name], plan, shard.name) for shard in own.shards)
+        run_s = planner.rested_pass_s(own, speed, plan)
         if plan.steady_pass_s is not None and plan.streamed_bytes:
             # Sessions, and computing while shards are read, take time of their own.
             read_s = max(read_s, plan.steady_pass_s)
@@ -190,10 +190,6 @@ class _Costs:
     def _needs_of(self, begin: int, end: int) -> Needs:
         own = self._stage(begin, end)
         return first_needs(own, Decoding(own), needs.planning_dims(own))
-
-
-def _run_s(times: ShardTimes, plan: Plan, name: str) -> float:
-    return times.packed_run_s if plan.packed and name in plan.resident else times.run_s
 
 
 def _kinds(manifest: Manifest) -> list[object]:

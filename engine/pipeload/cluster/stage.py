@@ -97,7 +97,9 @@ class Stage:
         self._worker = get_worker()
         self._node = self._worker.extensions[OFFER]
         directory, _ = self._node.model(sha256)
-        self._model: Model = load(directory, self._node.budget, shards=shards, draft=None)
+        self._model: Model = load(
+            directory, self._node.budget, shards=shards, draft=None, profile=self._node.known_speed(sha256)
+        )
         self._takes = [spec.name for spec in self._model.inputs]
         self._caches = self._model.manifest.cache_inputs
         past = past_symbols(self._model.manifest)

@@ -14,14 +14,26 @@ import errno
 import os
 import secrets
 import stat
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["open_file", "read_at", "read_file", "read_into", "read_stream", "replace_file", "write_whole"]
+__all__ = [
+    "descriptors",
+    "open_file",
+    "opening",
+    "read_at",
+    "read_file",
+    "read_into",
+    "read_stream",
+    "replace_file",
+    "write_whole",
+]
 
 _READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
@@ -48,16 +60,48 @@ def open_file(path: Path, *, below: Path | None = None) -> Iterator[int]:
     """
     # Without O_NONBLOCK, opening a pipe waits until a program writes to it. For regular files it means nothing.
     flags = _READING | os.O_NONBLOCK
-    descriptor = _open(path, flags) if below is None else _open_below(below, path, flags)
-    try:
+    with descriptors() as held:
+        if below is None:
+            _open(held, path, flags)
+        else:
+            _open_below(held, below, path, flags)
+        [descriptor] = held
         kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
         if kind == stat.S_IFDIR:
             raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if kind != stat.S_IFREG:
             raise OSError(errno.EINVAL, f"it is {_KINDS.get(kind, 'something else')}, no regular file", str(path))
         yield descriptor
+
+
+@contextmanager
+def descriptors() -> Iterator[list[int]]:
+    """A list of open descriptors, which are closed when the context ends; `opening` adds one."""
+    held: list[int] = []
+    closing = map(os.close, held)
+    try:
+        yield held
     finally:
-        os.close(descriptor)
+        # One call closes all of them, also those that were added since.
+        deque(closing, 0)
+
+
+def opening(path: Path | str, flags: int, mode: int = 0o666, *, within: int | None = None) -> Iterator[int]:
+    """A descriptor that is opened in the step of the interpreter in which a list takes it.
+
+    So it is always in the list: `held += opening(path, flags)`. Between a call of `os.open` and the keeping of its
+    result Ctrl-C may come, and a number closes nothing when it is lost.
+
+    Args:
+        path: the file or folder.
+        flags: as for `os.open`.
+        mode: permissions of a file that is made, before the umask.
+        within: an open folder in which the path lies.
+
+    Raises:
+        OSError, ValueError: as `os.open`, in that step.
+    """
+    return map(partial(os.open, mode=mode, dir_fd=within), [path], [flags])
 
 
 def read_file(path: Path, *, most_bytes: int, below: Path | None = None) -> bytes:
@@ -85,11 +129,9 @@ def read_stream(path: Path, *, most_bytes: int) -> bytes:
     Raises:
         OSError: it is missing, cannot be read, or brings more.
     """
-    descriptor = _open(path, _READING)
-    try:
-        return _read(descriptor, path, most_bytes)
-    finally:
-        os.close(descriptor)
+    with descriptors() as held:
+        _open(held, path, _READING)
+        return _read(held[0], path, most_bytes)
 
 
 def read_at(descriptor: int, nbytes: int, offset: int) -> bytes:
@@ -166,26 +208,22 @@ def replace_file(path: Path, data: bytes) -> None:
         _refuse_name(path, error)
 
 
-def _open(path: Path, flags: int) -> int:
+def _open(held: list[int], path: Path, flags: int) -> None:
     try:
-        return os.open(path, flags)
+        held += opening(path, flags)
     except ValueError as error:
         _refuse_name(path, error)
 
 
-def _open_below(folder: Path, path: Path, flags: int) -> int:
+def _open_below(held: list[int], folder: Path, path: Path, flags: int) -> None:
     """Open a path part by part, each within the open folder before it, and none through a symbolic link."""
     *folders, name = path.relative_to(folder).parts
     try:
-        at = os.open(folder, _FOLDER)
-        try:
+        with descriptors() as inner:
+            inner += opening(folder, _FOLDER)
             for part in folders:
-                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=at)
-                os.close(at)
-                at = inner
-            return os.open(name, flags | os.O_NOFOLLOW, dir_fd=at)
-        finally:
-            os.close(at)
+                inner += opening(part, _FOLDER | os.O_NOFOLLOW, within=inner[-1])
+            held += opening(name, flags | os.O_NOFOLLOW, within=inner[-1])
     except OSError as error:
         if error.errno == errno.ELOOP or (error.errno == errno.ENOTDIR and folders):
             fact = "a part of its path became another file, or a link, while it was opened"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import resource
 import threading
 from collections.abc import Callable, Sequence
@@ -39,7 +41,8 @@ def start(thread: threading.Thread) -> None:
         # Nothing is touched: it takes no memory.
         mmap.mmap(-1, stack + _BEGIN_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE).close()
     except (OSError, MemoryError, ValueError) as error:
-        raise MemoryError("the process has no address space left for its stack (ulimit -v)") from error
+        lack = os.strerror(errno.ENOMEM)
+        raise MemoryError(f"{lack}: the process has no address space left for its stack (ulimit -v)") from error
     thread.start()
 
 

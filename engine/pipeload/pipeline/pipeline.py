@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError, RunError
-from pipeload.foreign import foreign_errors
+from pipeload.foreign import first_line, foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import peak_rss_bytes
 from pipeload.machine.threads import THREADS_REMEDY, start
@@ -275,9 +275,12 @@ class Pipeline:
 
     def _spawn(self, name: str, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, name=f"pipeload-{name}", daemon=True)
-        with foreign_errors(LoadError, f"The thread of the agent '{name}' cannot be started", THREADS_REMEDY):
+        fact = f"The thread of the agent '{name}' cannot be started"
+        with foreign_errors(LoadError, fact, THREADS_REMEDY):
             try:
                 start(thread)
+            except MemoryError as error:
+                raise LoadError(f"{fact}: {first_line(error)}. {MEMORY_REMEDY}") from error
             finally:
                 # Also where the caller is interrupted when it has just been started.
                 if thread.ident is not None:
@@ -483,5 +486,7 @@ def _copy_of(error: BaseException) -> BaseException:
     with suppress(Exception):
         found = copy(error)
         found.__cause__ = error.__cause__ or error
+        # Where Dask is imported, copies of errors have them.
+        found.__traceback__ = None
         return found
     return error

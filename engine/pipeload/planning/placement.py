@@ -1,8 +1,10 @@
 """Stages on nodes: which contiguous range of shards each node runs, and which nodes run none. Pure.
 
 The nodes of a placement form a ring: edges go from one to the next, and the answer goes back to the first. Prefetch
-wraps around: a node reads for its next turn while the others compute. So with compute time c_i, reading r_i for each
-turn and sending t_i of node i, a pass takes
+wraps around: a node reads for its next turn while the others compute, as much as its buffers hold. What else is
+streamed it must read within its turn: when the edges arrive, no more than its memory holds can be there. So with c_i
+seconds of the turn, computing and this reading, r_i of all reading for a turn, and t_i of sending of node i, a pass
+takes
 
 ```
 latency   max(sum (c_i + t_i), max r_i)      one pass after another: the tokens of one text
@@ -50,8 +52,8 @@ class Turn:
     """What a node does for one pass through its shards.
 
     Attributes:
-        run_s: seconds of computing, while its weights are there.
-        read_s: seconds of reading what does not stay in memory; it goes on while other nodes compute.
+        run_s: seconds from the arrival of the edges until its own are there, after a rest that has filled the buffers.
+        read_s: seconds of reading what does not stay in memory, of which the buffers' part goes on in the rest.
     """
 
     run_s: float

@@ -63,6 +63,7 @@ __all__ = [
     "make_plan",
     "predict",
     "process_bytes",
+    "rested_pass_s",
     "runtime_bytes",
     "times_of",
     "with_needs",
@@ -275,6 +276,26 @@ def forecast(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule:
     work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
     bandwidth = speed.bandwidth(plan.loaders)
     return _simulate(work, plan, bandwidth, profile.cores)
+
+
+def rested_pass_s(manifest: Manifest, profile: Profile, plan: Plan) -> float:
+    """Seconds of a pass after a rest in which the Loading Agents have filled the buffers: what else is streamed must be
+    read while the pass runs, since there is no place for it before.
+    """
+    speed = Rates.of(manifest, profile, plan.threads)
+    work, ready = [], plan.buffers
+    for shard in _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads]):
+        loaded = not shard.streamed or ready > 0
+        ready -= shard.streamed
+        work.append(
+            replace(
+                shard,
+                cold_bytes=0 if loaded else shard.steady_bytes,
+                session_s=0.0 if loaded else shard.session_s,
+                loading_run_s=shard.loading_run_s if plan.streamed_bytes else shard.run_s,
+            )
+        )
+    return _simulate(work, plan, speed.bandwidth(plan.loaders), profile.cores).first_s
 
 
 def budget_for_latency(

@@ -178,7 +178,7 @@ class _Engine(Collector):
                 ("sweep_callers", "Calls that the latest sweep served."),
                 ("sweep_seconds", "Duration of the latest sweep."),
                 ("read_bytes_per_second", "Bandwidth of the latest sweep, while it read."),
-                ("peak_read_bytes_per_second", "The best bandwidth that was measured on this machine."),
+                ("peak_read_bytes_per_second", "The best bandwidth that the profile knows, which follows passes."),
                 ("efficiency", "T*, the shortest time of the latest sweep, by its own."),
             )
         }

@@ -105,6 +105,7 @@ def convert(
             manifest = write_rounded(
                 *(source, staging.result, staging.work, how, notify), journal=journal, verify=verify
             )
+            journal.close()
             staging.commit()
     return manifest
 

@@ -74,8 +74,14 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self.close()
         self._writer.shutdown()
-        if error is None and self._last:
+
+    def close(self) -> None:
+        """Wait until all files are noted; no more are taken. May be called again."""
+        self._writer.shutdown()
+        if self._last:
             self._last.result()
 
     def name(self, path: Path) -> str:

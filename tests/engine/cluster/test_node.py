@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 import pipeload
 from pipeload.cluster import node as nodes
+from pipeload.cluster import stage as stages
 from pipeload.cluster.node import Node
 from pipeload.cluster.offer import OFFER
+from pipeload.cluster.stage import Stage
 
 
 class _Asked(Exception):  # noqa: N818 - it ends the node
@@ -49,6 +54,23 @@ def test_clients_may_ask_at_once(toy: Path, tmp_path: Path, monkeypatch: pytest.
             tell=lambda _: None,
         )
     assert isinstance(told.value.__cause__, _Asked)
+
+
+def test_a_stage_is_planned_with_the_speeds_by_which_it_was_placed(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another plan, of a model that nothing is known of, would keep less of it, and read the rest for every pass."""
+    (tmp_path / "toy").symlink_to(toy)
+    node = Node("board", tmp_path, "400MB", trusted=True)
+    (sha256,) = node.offer.models.values()
+    told = asyncio.run(node.speed(sha256))
+    monkeypatch.setattr(stages, "get_worker", lambda: SimpleNamespace(extensions={OFFER: node}))
+    stage = Stage(sha256, "toy", ":block.000")
+    try:
+        used = msgspec.to_builtins(stage._model.profile)
+        assert used | {"process_bytes": 0} == told | {"process_bytes": 0}
+    finally:
+        asyncio.run(stage.close())
 
 
 def test_a_node_listens_where_the_scheduler_is_reached() -> None:

@@ -38,7 +38,11 @@ class _Pace:
 @pytest.fixture
 def node(toy: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     made = SimpleNamespace(
-        model=lambda _: (toy, b""), budget=pipeload.Budget("8GB"), stages={}, paces=defaultdict(_Pace)
+        model=lambda _: (toy, b""),
+        known_speed=lambda _: None,
+        budget=pipeload.Budget("8GB"),
+        stages={},
+        paces=defaultdict(_Pace),
     )
     monkeypatch.setattr(stages, "get_worker", lambda: SimpleNamespace(extensions={OFFER: made}))
     return made

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.engine import toy as toys
-from tests.engine.harness import Background, Gate, assert_same, run_python, run_sequentially, smallest_budget
+from tests.engine.harness import Background, Gate, assert_same, figures_of_memory, run_sequentially, smallest_budget
 from tests.engine.model.loading import THREADS, fast_profile, load, no_subprocess
 from tests.engine.still_machine import PROCESS_BYTES
 
@@ -394,4 +394,5 @@ with pipeload.load(directory, budget) as model:
         assert max(one.plan.resident_bytes for one in (model, other)) > 4_000_000
         print(other.stats.peak_bytes - budget.budget_bytes)
 """
-    assert int(run_python(program).stdout) <= 0
+    [beyond_bytes] = figures_of_memory(program)
+    assert beyond_bytes <= 0

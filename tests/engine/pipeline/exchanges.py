@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from pipeload.pipeline.exchange import Exchange
@@ -74,7 +75,12 @@ def holds_back(exchange: Exchange) -> bool:
 
 def wait_waiting(exchange: Exchange, count: int) -> None:
     """Until this many agents wait for a change."""
-    while len(exchange._changed._waiters) < count:  # type: ignore[attr-defined]
+    waiting_for(exchange._changed, count)
+
+
+def waiting_for(changed: threading.Condition, count: int) -> None:
+    """Until this many threads wait for a condition."""
+    while len(changed._waiters) < count:  # type: ignore[attr-defined]
         pass
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.engine import toy as toys
-from tests.engine.harness import Gate, assert_same, run_python, run_sequentially
+from tests.engine.harness import Gate, assert_same, figures_of_memory, run_sequentially
 from tests.engine.pipeline.rig import NAMES, Scripted, fail_once, rigged
 
 import pipeload
@@ -147,7 +147,8 @@ def test_the_packed_copies_take_what_the_plan_says(tmp_path: Path) -> None:
     width = 3072
     toys.make_toy(tmp_path / "toy", blocks=5, width=width, small=True)
     program = _PROGRAM.replace("sys.argv[1]", repr(str(tmp_path / "toy"))).replace("sys.argv[2]", repr(width))
-    assert 0.9 < float(run_python(program).stdout) <= 1.0
+    [share] = figures_of_memory(program)
+    assert 0.9 < share <= 1.0
 
 
 _STREAMING = """
@@ -190,8 +191,8 @@ print(pages[0], sum(pages[1:]), (max(rss) - begin) / planned, kept - rss_bytes()
 def test_streamed_shards_are_packed_into_the_same_pages_one_after_the_other(tmp_path: Path) -> None:
     """The system clears each page that it gives, which takes longer than to fill it."""
     toys.make_toy(tmp_path / "toy", blocks=4, width=2048, small=True)
-    done = run_python(_STREAMING.replace("sys.argv[1]", repr(str(tmp_path / "toy"))))
-    first_pages, later_pages, of_plan, kept = map(float, done.stdout.split())
+    program = _STREAMING.replace("sys.argv[1]", repr(str(tmp_path / "toy")))
+    first_pages, later_pages, of_plan, kept = figures_of_memory(program)
     assert first_pages > 500, "the first one takes new memory"
     assert later_pages < 1.5 * first_pages, "of the seven behind it, one finds no hole of its size"
     assert of_plan <= 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from tests.engine.pipeline.rig import (
 from pipeload.errors import BudgetError, ConfigError, LoadError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Shard
+from pipeload.pipeline import pipeline as pipelines
 from pipeload.pipeline.requests import Call
 from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
@@ -191,10 +192,13 @@ def test_calls_that_were_served_together_are_waited_for(toy: Path) -> None:
 
 
 class _Unlike(Exception):  # noqa: N818
-    """An error that cannot be copied: it is made of two arguments, and keeps one."""
+    """An error that cannot be copied."""
 
     def __init__(self, place: str, number: int) -> None:
         super().__init__(f"{place}, {number}")
+
+    def __copy__(self) -> Self:
+        raise TypeError
 
 
 def test_every_caller_gets_an_error_of_the_callers_own_that_cannot_be_copied(toy: Path) -> None:
@@ -221,3 +225,17 @@ def test_every_caller_gets_an_error_of_the_callers_own_that_cannot_be_copied(toy
                 call.result()
             assert caught.value is error
         rig.check(passes=2)
+
+
+def test_a_copy_of_an_error_has_no_frames() -> None:
+    """Also where a library has taught exceptions to be copied with them, as tblib does."""
+
+    class WithFrames(Exception):  # noqa: N818
+        def __copy__(self) -> WithFrames:
+            return WithFrames(*self.args).with_traceback(self.__traceback__)
+
+    with pytest.raises(WithFrames) as caught:
+        raise WithFrames("here")
+    copy = pipelines._copy_of(caught.value)
+    assert caught.value.__traceback__ is not None
+    assert (copy.args, copy.__cause__, copy.__traceback__) == (("here",), caught.value, None)

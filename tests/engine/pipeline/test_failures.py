@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import mmap
+import os
 import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tests.engine import toy as toys
@@ -126,6 +130,19 @@ def test_a_thread_that_cannot_start_leaves_none_behind(toy: Path, monkeypatch: p
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(LoadError, match=r"can't start new thread\. Raise the limit"):
         Rig(toy)
+    assert agents() == []
+
+
+def test_memory_that_lacks_for_a_thread_is_told_as_that(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    # Of a thread's stack alone: buffers get theirs.
+    maps = SimpleNamespace(mmap=refused, MAP_PRIVATE=mmap.MAP_PRIVATE, MAP_ANONYMOUS=mmap.MAP_ANONYMOUS)
+    monkeypatch.setattr("pipeload.machine.threads.mmap", maps)
+    with pytest.raises(LoadError, match=r"Cannot allocate memory.*ulimit -a") as found:
+        Rig(toy)
+    assert "ulimit -u" not in str(found.value)
     assert agents() == []
 
 

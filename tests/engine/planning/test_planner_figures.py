@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from pipeload.planning.planner import (
     make_plan,
     predict,
     process_bytes,
+    rested_pass_s,
     runtime_bytes,
     with_needs,
 )
@@ -223,6 +225,7 @@ def _preferred(*pairs: tuple[dict[str, Any], float]) -> int:
         (({"buffers": 1, "streamed_bytes": 5}, 1.0), ({"buffers": 2, "streamed_bytes": 9}, 1.0)),
         (({"buffers": 3, "streamed_bytes": 5}, 1.0), ({"buffers": 2, "streamed_bytes": 9}, 1.0)),
         (({"buffers": 2, "loaders": 2, "streamed_bytes": 5}, 1.0), ({"buffers": 3, "loaders": 2}, 1.0)),
+        (({"loaders": 4, "streamed_bytes": 5}, 1.0), ({"loaders": 4, "buffers": 3}, 1.0)),
         (({"buffers": 1, "streamed_bytes": 0}, 1.0), ({"buffers": 0, "loaders": 2, "streamed_bytes": 1}, 1.0)),
         (({"streamed_bytes": 9, "loaders": 1}, 1.0), ({"streamed_bytes": 5, "loaders": 2, "buffers": 3}, 1.0)),
         (({"loaders": 2, "buffers": 3, "threads": 1}, 1.0), ({"loaders": 1, "threads": 2}, 1.0)),
@@ -231,7 +234,8 @@ def _preferred(*pairs: tuple[dict[str, Any], float]) -> int:
     ],
     ids=[
         "not packed", "early", "a session for each buffer", "not fewer buffers", "not more buffers",
-        "a buffer to spare beside each loader", "nothing to spare where nothing is streamed", "little to read",
+        "a buffer to spare beside each loader", "more where loaders have none",
+        "nothing to spare where nothing is streamed", "little to read",
         "few loaders", "few threads", "few loaders, as nothing is to spare in both",
     ],
 )  # fmt: skip
@@ -384,6 +388,20 @@ def test_the_prediction_is_a_measured_profiles_forecast() -> None:
     assert plan.steady_pass_s == pytest.approx(4 * 0.1)
     assert predict(manifest, PROFILE, plan) is None
     assert forecast(manifest, PROFILE, plan).steady_s > 0
+
+
+def test_a_pass_after_a_rest_reads_what_the_buffers_do_not_hold() -> None:
+    manifest = manifest_of(*[[100 * MB]] * 4)
+    profile = replace(_measured({1: 0.5}), read_bytes_per_s={1: 100 * MB})
+    plan = _plan(buffers=2, streamed_bytes=400 * MB)
+    # Two wait in buffers. The third is read once the first has run, for 0.5 s, and the fourth after it.
+    session_s = profile.times[1]["s0"].session_s
+    assert rested_pass_s(manifest, profile, plan) == pytest.approx(0.5 + 2 * (1 + session_s) + 0.5)
+    # In a row, a pass takes the reading of all of them.
+    assert forecast(manifest, profile, plan).steady_s == pytest.approx(4 * (1 + session_s))
+    # What stays, or fits the buffers, is not read, whatever the disk.
+    for waiting in (_plan(buffers=4, streamed_bytes=400 * MB), _plan(resident=frozenset({"s0", "s1", "s2", "s3"}))):
+        assert rested_pass_s(manifest, profile, waiting) == pytest.approx(4 * 0.5)
 
 
 def test_the_peak_is_the_sum_of_its_parts_and_half_a_percent_of_the_memory_for_weights_stays_free() -> None:
@@ -553,6 +571,34 @@ def test_the_smallest_budget_for_a_latency_is_found_to_a_megabyte() -> None:
             assert less < error.needed_bytes  # noqa: PT017 - no plan has less
         else:
             assert (slower.steady_pass_s or 0.0) > latency_s
+
+
+@pytest.mark.parametrize("times_most", [4, 7])
+def test_the_search_for_a_latency_ends_at_a_megabyte_and_asks_for_whole_bytes(
+    monkeypatch: pytest.MonkeyPatch, times_most: int
+) -> None:
+    manifest, profile = manifest_of(*[[10 * MB]] * 4), _reading(1e8)
+    least = least_budget_bytes(manifest, profile, Needs())
+    asked: list[int] = []
+
+    def planned(*_: Any, budget_bytes: int, **__: Any) -> Plan:
+        asked.append(budget_bytes)
+        return _plan(budget_bytes=budget_bytes, steady_pass_s=1.0 if budget_bytes < least + 400_000 else 0.5)
+
+    monkeypatch.setattr(planner, "make_plan", planned)
+    monkeypatch.setattr(planner, "AMPLE_BYTES", least + 2 * MB)
+    plan = budget_for_latency(manifest, profile, 0.5, needs=Needs())
+    assert plan is not None
+    assert asked == [least, least + 2 * MB, least + MB, plan.budget_bytes]
+    assert plan.budget_bytes == least + MB
+    # It goes on to a megabyte wherever it begins, by halves.
+    asked.clear()
+    monkeypatch.setattr(planner, "AMPLE_BYTES", times_most * least)
+    plan = budget_for_latency(manifest, profile, 0.5, needs=Needs())
+    assert plan is not None
+    assert least + 400_000 <= plan.budget_bytes <= least + 400_000 + MB
+    assert len(asked) <= 3 + math.ceil(math.log2((times_most - 1) * least / MB))
+    assert all(isinstance(budget_bytes, int) for budget_bytes in asked)
 
 
 def test_a_latency_that_every_budget_meets_takes_the_smallest_and_one_that_none_meets_has_none() -> None:

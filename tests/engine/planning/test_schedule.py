@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
 
 import pytest
-from tests.engine.plans import manifest_of
+from tests.engine.plans import manifest_of, with_common
 
 from pipeload.planning.profile import Profile, ShardTimes
-from pipeload.planning.schedule import Schedule, ShardWork, roofline, simulate
+from pipeload.planning.schedule import Roofline, Schedule, ShardWork, roofline, simulate
 
 hypothesis = pytest.importorskip("hypothesis")
 given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
@@ -215,3 +215,92 @@ def test_more_bandwidth_is_never_slower(
     fast = simulate(work, loaders=loaders, buffers=buffers, read_bytes_per_s=bandwidth * factor, **ROOM)
     assert fast.first_s <= slow.first_s * (1 + CLOSE)
     assert fast.steady_s <= slow.steady_s * (1 + CLOSE)
+
+
+# As the module describes it
+
+
+def _by_recurrence(
+    work: list[ShardWork], loaders: int, buffers: int, sessions: int | None, bandwidth: float, threads: int, cores: int
+) -> tuple[float, float]:
+    """The recurrence of the module's docstring, with the end of every run kept: first and steady seconds."""
+    reading_s, alone_s = sum(one.steady_bytes for one in work) / bandwidth, sum(one.run_s for one in work)
+    share = reading_s / max(reading_s, alone_s) if reading_s else 0.0
+    agents, left, ends = [0.0] * loaders, list[float](), list[float]()
+    read = run = 0.0
+    for number in range(4):
+        for one in work:
+            if one.streamed or not number:
+                agent = agents.index(min(agents))
+                buffer = left[-buffers] if one.streamed and len(left) >= buffers else 0.0
+                room = left[-sessions] if sessions and one.streamed and len(left) >= sessions else 0.0
+                read = max(agents[agent], buffer, read) + (one.steady_bytes if number else one.cold_bytes) / bandwidth
+                agents[agent] = max(read, room) + one.session_s
+                run = max(run, agents[agent])
+            run += one.run_s + (one.loading_run_s - one.run_s) * (share if number else 1.0)
+            if one.streamed:
+                left.append(run)
+        ends.append(run)
+    sessions_s = sum(one.session_s for one in work if one.streamed)
+    bounds = (alone_s, reading_s, sessions_s / min(loaders, sessions or loaders))
+    work_s = (min(threads, cores) * alone_s + sessions_s) / cores
+    return ends[0], max((ends[3] - ends[1]) / 2, *bounds, work_s)
+
+
+@_settings
+@given(
+    _work(), _LOADERS, _BUFFERS, st.one_of(st.none(), st.integers(1, 4)), _BANDWIDTHS, st.integers(1, 5),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_the_schedule_is_the_recurrence(
+    work: list[ShardWork],
+    loaders: int,
+    buffers: int,
+    sessions: int | None,
+    bandwidth: float,
+    threads: int,
+    cores: int,
+) -> None:
+    schedule = simulate(
+        work,
+        loaders=loaders,
+        buffers=buffers,
+        sessions=sessions,
+        read_bytes_per_s=bandwidth,
+        threads=threads,
+        cores=cores,
+    )
+    wanted = _by_recurrence(work, loaders, buffers, sessions, bandwidth, threads, cores)
+    assert (schedule.first_s, schedule.steady_s) == pytest.approx(wanted, rel=CLOSE)
+
+
+@_settings
+@given(st.lists(st.tuples(st.integers(0, 50), _SECONDS, _SECONDS), min_size=1, max_size=6), st.integers(0, 200))
+def test_the_roofline_is_the_maximum_over_all_shards(shards: list[tuple[int, float, float]], resident: int) -> None:
+    """The first and the last have the same weights, which are read once."""
+    manifest = manifest_of(*[[nbytes] * bool(nbytes) for nbytes, _, _ in shards])
+    if len(shards) > 1 and shards[0][0]:
+        manifest = with_common(manifest, (0, len(shards) - 1))
+    seconds = [min(pair) for _, *pair in shards]
+    read = [shard.nbytes for shard in manifest.shards]
+    if len(shards) > 1 and shards[0][0]:
+        read[-1] = 0
+    bound = roofline(manifest, _profile({1: 4.0, 2: 2.0}, *[(run, packed) for _, run, packed in shards]), resident)
+    first_s = max(sum(read[: k + 1]) / 4.0 + sum(seconds[k:]) for k in range(len(shards)))
+    assert bound.first_s == pytest.approx(first_s, rel=CLOSE)
+    assert bound.steady_s == pytest.approx(max(sum(seconds), (sum(read) - resident) / 4.0), rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [_resident(1, 1.0), Schedule(first_s=1.0, steady_s=1.0), Roofline(first_s=1.0, steady_s=1.0)],
+    ids=lambda value: type(value).__name__,
+)
+def test_work_and_its_times_are_values_whose_fields_have_names(value: Any) -> None:
+    names = [one.name for one in fields(value)]
+    assert value == replace(value)
+    with pytest.raises(FrozenInstanceError):
+        setattr(value, names[0], 2)
+    with pytest.raises(TypeError, match="positional"):
+        type(value)(*(getattr(value, name) for name in names))
+    assert not hasattr(value, "__dict__")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,20 @@ def test_pixel_values_equal_those_of_transformers(tmp_path: Path, kind: str, set
         actual = ours.batch([image])
         assert actual.dtype == np.float32
         np.testing.assert_allclose(actual, expected["pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("crop", [{}, {"do_center_crop": True, "crop_size": 1001}])
+def test_a_pixel_takes_thirty_one_bytes_on_the_way_to_its_values(tmp_path: Path, crop: dict[str, Any]) -> None:
+    """Four of them are Pillow's, which are not traced; a crop has a copy of the array, of 3 bytes."""
+    processor = _processor(tmp_path, {"size": 1000, **crop})
+    processor.batch([IMAGES[0]])
+    tracemalloc.start()
+    try:
+        values = processor.batch([IMAGES[0]])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (27.5 if not crop else 30.5) * values.size / 3
 
 
 @pytest.mark.parametrize("kind", ["ViTImageProcessor", "DeiTImageProcessor", "CLIPImageProcessor"])

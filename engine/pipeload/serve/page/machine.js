@@ -213,7 +213,7 @@ class ModelView {
         "latest sweep": sweep && time(sweep.seconds),
         efficiency: sweep?.efficiency && percent(sweep.efficiency),
         "read at": sweep?.read_bytes_per_s ? gigabytes(sweep.read_bytes_per_s) : null,
-        "best measured": model.best_read_bytes_per_s && gigabytes(model.best_read_bytes_per_s),
+        "best in its profile": model.best_read_bytes_per_s && gigabytes(model.best_read_bytes_per_s),
         sweeps: `${model.sweeps}`,
         "calls in it": sweep && `${sweep.callers}`,
       }),

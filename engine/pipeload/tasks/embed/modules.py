@@ -114,7 +114,7 @@ def _dense(files: ModelFiles, module: Module) -> Step:
             f"{', '.join(_ACTIVATIONS)} of torch. {_REMEDY}"
         )
     activate = _ACTIVATIONS[name]
-    weights = _weights(files, module, "linear.weight")
+    weights = _weights(files, module, {"linear.weight": "oi", "linear.bias": "o", "residual.weight": "oi"}, 1)
     matrix, bias = weights["linear.weight"], weights.get("linear.bias", np.zeros(1, np.float32))
     around = _residual(module, matrix, weights.get("residual.weight")) if settings.use_residual else None
 
@@ -137,7 +137,7 @@ def _residual(module: Module, matrix: Floats, other: Floats | None) -> Step:
 
 
 def _layer_norm(files: ModelFiles, module: Module) -> Step:
-    weights = _weights(files, module, "norm.weight", "norm.bias")
+    weights = _weights(files, module, {"norm.weight": "o", "norm.bias": "o"}, 2)
     scale, bias = weights["norm.weight"], weights["norm.bias"]
 
     def step(vectors: Floats) -> Floats:
@@ -149,8 +149,16 @@ def _layer_norm(files: ModelFiles, module: Module) -> Step:
     return step
 
 
-def _weights(files: ModelFiles, module: Module, *names: str) -> dict[str, Floats]:
-    """The module's tensors, of which it must have the named ones."""
+def _weights(files: ModelFiles, module: Module, shapes: Mapping[str, str], needed: int) -> dict[str, Floats]:
+    """The module's tensors.
+
+    Args:
+        files: of the model.
+        module: whose weights they are.
+        shapes: tensor -> a letter for each dimension, the same one where sizes are the same: numpy would take others,
+            and make other vectors of them.
+        needed: number of these, from the first on, that it must have.
+    """
     name = f"{module.path}/model.safetensors"
     data = files.read(name, most_bytes=_MOST_BYTES)
     if data is None:
@@ -164,8 +172,14 @@ def _weights(files: ModelFiles, module: Module, *names: str) -> dict[str, Floats
             key: _floats(np.ndarray(shape, _STORED[dtype], data, begin), dtype)
             for key, (dtype, shape, begin) in places(header).items()
         }
-        if missing := set(names) - found.keys():
-            raise LookupError(f"it has no tensor '{min(missing)}'")
+        if missing := [key for key in list(shapes)[:needed] if key not in found]:
+            raise LookupError(f"it has no tensor '{missing[0]}'")
+        sizes: dict[str, int] = {}
+        for key in (key for key in shapes if key in found):
+            shape, letters = found[key].shape, shapes[key]
+            pairs = zip(letters, shape, strict=False)
+            if len(shape) != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in pairs):
+                raise ValueError(f"its tensor '{key}' has the shape {list(shape)}")
         return found
 
 

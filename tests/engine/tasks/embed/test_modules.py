@@ -181,3 +181,24 @@ def test_weights_that_are_missing_or_damaged_are_told_by_name(tmp_path: Path) ->
     write_dense(tmp_path, "2_Dense", "torch.nn.Tanh", {"linear.weight": MATRIX}, use_residual=True)
     with pytest.raises(ShardError, match=r"has no tensor 'residual\.weight'"):
         embed(runner, "dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("linear.weight", {"linear.weight": SQUARE.reshape(-1)}),
+        ("linear.weight", {"linear.weight": SQUARE[None]}),
+        # numpy would take both for all dimensions.
+        ("linear.bias", {"linear.weight": MATRIX, "linear.bias": BIAS[:1]}),
+        ("linear.bias", {"linear.weight": SQUARE, "linear.bias": SQUARE}),
+        ("residual.weight", {"linear.weight": MATRIX, "residual.weight": MATRIX[:1]}),
+        ("norm.weight", {"norm.weight": SQUARE, "norm.bias": SQUARE[0]}),
+        ("norm.bias", {"norm.weight": SQUARE[0], "norm.bias": SQUARE[0, :1]}),
+    ],
+)
+def test_weights_of_another_shape_are_told_by_name(tmp_path: Path, name: str, tensors: Arrays) -> None:
+    kind = "LayerNorm" if name.startswith("norm") else "Dense"
+    runner = runner_with(tmp_path, kind)
+    write_dense(tmp_path, f"2_{kind}", "torch.nn.Tanh", tensors, use_residual=True)
+    with pytest.raises(ShardError, match=rf"is damaged: its tensor '{name}' has the shape \["):
+        embed(runner, "dog")
