@@ -59,6 +59,7 @@ for words, package in (
     (["cluster", "start"], "distributed"),
     (["cluster", "plan", "bert", *address], "distributed"),
     (["cluster", "status", *address], "distributed"),
+    (["serve", *address, "--port", "0"], "distributed"),
 ):
     sys.argv = ["pipeload", *words]
     with redirect_stderr(StringIO()) as told:

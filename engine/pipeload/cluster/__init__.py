@@ -7,6 +7,8 @@ running       a loop that runs until a signal ends it
 scheduler     the process that knows the nodes
 offer         a node's offer: its budget, its models, its trust label
 pace          whether a node has become slower with a model
+store         a node's disk for files of other nodes, within a limit
+fetching      takes them from there, in pieces
 rates         a model's speed on a node: the kept profile, or measured there
 node          the process that runs stages: a Dask worker
 messages      what nodes tell each other beside arrays; a node that was lost

@@ -38,7 +38,7 @@ __all__ = ["Connection", "Status"]
 
 _CONNECT_S = 15
 _ASK_S = 120.0
-"""A node measures a model that it has no profile of."""
+"""A node measures a model that it has no profile of, and may have to fetch its first shards before."""
 _FAREWELL_S = 5.0
 
 
@@ -97,6 +97,11 @@ class Connection:
         # One that is dropped, or left open when the program ends, takes leave too.
         self._finalizer = weakref.finalize(self, self.loop.close)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the scheduler was lost: models answer no more, and only another connection opens new ones."""
+        return self._watch.lost
+
     def nodes(self) -> list[Status]:
         """The nodes of the cluster, by name, and the stages that are open on them; none of another version of pipeload.
 
@@ -146,7 +151,7 @@ class Connection:
     def load(
         self, model: str | os.PathLike[str], *, stages: Mapping[str, str] | None = None, latency_share: float = 1.0
     ) -> ClusterModel:
-        """Open a model on the nodes that have it. Weights do not travel: each node reads its own copy.
+        """Open a model on the nodes that have it, and on nodes that take their shards from these, where that pays.
 
         Args:
             model: its name on the nodes, or its directory here; the manifest's sha256 tells the model.
@@ -172,7 +177,8 @@ class Connection:
             # What the caller has named holds for the first placement.
             wanted = given.pop() if given else None
             placement, members = self._placed(sha256, manifest, lost, wanted, latency_share)
-            return self.loop.ask(self._opened(manifest, placement, members, sha256, name))
+            sources = [*self._owners(sha256, lost)]
+            return self.loop.ask(self._opened(manifest, placement, members, sha256, name, sources))
 
         with foreign_errors(ClusterError, "The model's settings cannot be kept here", "Make room for temporary files."):
             folder = tempfile.TemporaryDirectory(prefix="pipeload-cluster-", ignore_cleanup_errors=True)
@@ -216,9 +222,15 @@ class Connection:
         self.close()
 
     async def _opened(
-        self, manifest: Manifest, placement: Placement, members: list[Member], sha256: str, name: str
+        self,
+        manifest: Manifest,
+        placement: Placement,
+        members: list[Member],
+        sha256: str,
+        name: str,
+        sources: list[str],
     ) -> Ring:
-        ring = Ring(self._client, self._watch, manifest, sha256, name, placement, members)
+        ring = Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members)
         await ring.start()
         return ring
 
@@ -254,18 +266,29 @@ class Connection:
             f"No node has a model of the name {model}; there are {known}. Start a node that has it.{self._others()}"
         )
 
-    def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
+    def _owners(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
+        """The nodes that have all of a model, by address."""
         self.loop.ask(self._watch.look())
         found = {
             address: offer
             for address, offer in self._watch.offers.items()
-            if sha256 in offer.models.values() and offer.process not in lost
+            if offer.has(sha256) and offer.process not in lost
         }
         if not found:
             raise ClusterError(
                 f"No node has the model. Start one with `pipeload node` that has it in --models.{self._others()}"
             )
         return found
+
+    def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
+        """The nodes that have a model, or take its shards from those that have, by address."""
+        owners = self._owners(sha256, lost)
+        fetching = {
+            address: offer
+            for address, offer in self._watch.offers.items()
+            if offer.fetched_bytes and offer.process not in lost
+        }
+        return fetching | owners
 
     def _others(self) -> str:
         """What is to say of nodes that take part in nothing."""
@@ -290,7 +313,7 @@ class Connection:
     def _asked(self, sha256: str, operation: str, **arguments: Any) -> Any:
         """The answer of the first node that has the model and answers."""
         refusal: PipeloadError | None = None
-        for address in self._members(sha256, frozenset()):
+        for address in self._owners(sha256, frozenset()):
             try:
                 return self.loop.ask(self._call(address, operation, {"sha256": sha256, **arguments}))
             except ClusterError as error:
@@ -321,16 +344,18 @@ class Connection:
 
     async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed; one that does not answer takes no part."""
+        owners = [address for address, offer in offers.items() if offer.has(sha256)]
 
         async def one(address: str, offer: Offer) -> Member | PipeloadError:
             key = offer.process, sha256
             if key not in self._known:
                 try:
-                    told = await self._call(address, "pipeload_speed", {"sha256": sha256})
+                    sources = [] if offer.has(sha256) else owners
+                    told = await self._call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
                 except PipeloadError as error:
                     return error
                 speed = msgspec.convert(told, Profile, str_keys=True)
-                self._known[key] = Member(address=address, offer=offer, speed=speed)
+                self._known[key] = Member(address=address, offer=offer, speed=speed, fetches=not offer.has(sha256))
             return self._known[key]
 
         found = await asyncio.gather(*(one(*each) for each in offers.items()))

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pipeload.errors import ClosedError, ClusterError
 from pipeload.foreign import foreign_errors
+from pipeload.pipeline.callers import wait_for
 
 __all__ = ["Loop"]
 
@@ -49,17 +50,17 @@ class Loop:
         raise ClosedError(_CLOSED)
 
     def result(self, future: Future[_Made]) -> _Made:
-        """Wait for what `begin` has begun. A caller that is interrupted cancels it.
+        """Wait for what `begin` has begun. A caller that is interrupted, or leaves, cancels it.
 
         Raises:
-            ClosedError: the loop was closed meanwhile.
+            ClosedError: the loop was closed meanwhile, or the caller has left.
             ClusterError: a library failed in it.
             PipeloadError: of the coroutine.
         """
         try:
             with foreign_errors(ClusterError, "The cluster failed", "The logs of its processes have more."):
                 try:
-                    return future.result()
+                    return wait_for(future)
                 except CancelledError:
                     raise ClosedError(_CLOSED) from None
         except BaseException:

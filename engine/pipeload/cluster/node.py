@@ -7,7 +7,7 @@ import hashlib
 import tempfile
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ from distributed.utils import get_ip
 from pipeload.budget import Budget
 from pipeload.cluster import settings
 from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.fetching import Fetcher
 from pipeload.cluster.offer import BUDGET, OFFER, Offer, models_in
 from pipeload.cluster.pace import Pace
-from pipeload.cluster.rates import speed_of
+from pipeload.cluster.rates import first_shards, speed_of
 from pipeload.cluster.running import until_stopped
-from pipeload.errors import ClusterError, ShardError
+from pipeload.cluster.store import PIECE_BYTES, Store
+from pipeload.errors import ClusterError, ConfigError, ShardError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME, Manifest
+from pipeload.format.stages import stage_of
 from pipeload.machine.memory import FreeMemory, auto_budget_bytes
 from pipeload.machine.sizes import parse_budget
 from pipeload.measuring.profiler import measure
@@ -38,6 +41,9 @@ __all__ = ["SETTINGS_BYTES", "Node", "start"]
 _MESSAGES_BYTES = 16_000_000
 """Activations that arrive and leave, and what Dask keeps of them."""
 _JOIN_S = 20
+_FETCHED = ".fetched"
+_SENT_AT_ONCE = 2
+"""Pieces of files that are in memory for other nodes."""
 SETTINGS_BYTES = 64 << 20
 """A model's tokenizer and settings, which clients ask for."""
 
@@ -50,16 +56,37 @@ class Node:
         models: the directory of its sharded model directories.
         memory_budget: as for `pipeload.load`.
         trusted: see `Offer`.
+        fetched_bytes: likewise; these shards are in the folder `.fetched` of the models' directory.
 
     Attributes:
         budget: of all stages.
         stages: id -> facts about each open stage, for `pipeload cluster status`.
         paces: sha256 -> how fast the model's stages have been here.
+
+    Raises:
+        ConfigError: there is no model, and none is to be fetched.
+        ManifestError: a model's manifest is damaged.
     """
 
-    def __init__(self, name: str, models: Path, memory_budget: str, *, trusted: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        models: Path,
+        memory_budget: str,
+        *,
+        trusted: bool,
+        fetched_bytes: int = 0,
+    ) -> None:
         budget_bytes = parse_budget(memory_budget) or auto_budget_bytes()
         self._models = models_in(models)
+        if not self._models and not fetched_bytes:
+            raise ConfigError(
+                f"{models} holds no sharded model directory. Copy those here that `pipeload export` made, or let the "
+                "node fetch shards from others with --fetch."
+            )
+        self._fetcher = Fetcher(Store(models / _FETCHED, fetched_bytes))
+        self._files: dict[str, ModelFiles] = {}
+        self._sending = asyncio.Semaphore(_SENT_AT_ONCE)
         self._speeds: dict[str, Profile] = {}
         self._measuring = asyncio.Lock()
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
@@ -75,6 +102,7 @@ class Node:
             cores=measured.cores,
             trusted=trusted,
             models={model: sha256 for model, (sha256, _) in self._models.items()},
+            fetched_bytes=fetched_bytes,
         )
 
     def model(self, sha256: str) -> tuple[Path, bytes]:
@@ -83,8 +111,9 @@ class Node:
         Raises:
             ShardError: the node has no model with this manifest, or has it no more.
         """
-        for known, directory in self._models.values():
-            if known == sha256:
+        fetched = self._fetcher.store.directory(sha256)
+        for known, directory in (*self._models.values(), (sha256, fetched)):
+            if known == sha256 and directory.exists():
                 data = manifests.content(directory)
                 if hashlib.sha256(data).hexdigest() != sha256:
                     raise ShardError(f"{directory} on the node {self.offer.name} has changed. Start the node again.")
@@ -94,6 +123,21 @@ class Node:
     def present_budget_bytes(self) -> int:
         """What its memory lets the node use now: the budget, or less where cgroup and machine leave less."""
         return min(self.offer.budget_bytes, self._free())
+
+    def listen_to(self, worker: Any) -> None:
+        """Let other processes ask this node through Dask's worker, and this one ask other nodes."""
+        worker.extensions[OFFER] = self
+        worker.handlers |= {
+            "pipeload_manifest": self.manifest,
+            "pipeload_file": self.file,
+            "pipeload_piece": self.piece,
+            "pipeload_fetch": self.fetch,
+            "pipeload_speed": self.speed,
+        }
+        self._fetcher.pool = worker.rpc
+
+    def _open_models(self) -> set[str]:
+        return {facts["sha256"] for facts in self.stages.values()}
 
     async def manifest(self, sha256: str) -> bytes:
         """A model's manifest. For other processes."""
@@ -116,8 +160,43 @@ class Node:
         """What `speed` has told of a model, by which it was placed: its stages are planned alike. None before."""
         return self._speeds.get(sha256)
 
-    async def speed(self, sha256: str) -> dict[str, Any]:
-        """The fields of a profile of a model on this node; takes a second or two the first time. For clients."""
+    async def piece(self, sha256: str, path: str, offset: int, nbytes: int) -> bytes:
+        """A piece of a file of a model that this node has all of. For other nodes.
+
+        Raises:
+            ShardError: there is no such model or file, or it cannot be read.
+        """
+        if not self.offer.has(sha256):
+            raise ShardError(f"The node {self.offer.name} has not all of the model {sha256[:16]} ...")
+        if sha256 not in self._files:
+            directory, data = self.model(sha256)
+            self._files[sha256] = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        async with self._sending:
+            return await asyncio.to_thread(self._files[sha256].piece, path, offset, min(nbytes, PIECE_BYTES))
+
+    async def fetch(self, sha256: str, shards: str, sources: Sequence[str]) -> None:
+        """Take the files of a stage from other nodes, as far as they are not here. For clients.
+
+        Args:
+            sha256: of the model's manifest.
+            shards: its first and last shard, as `pipeload.load` takes them.
+            sources: addresses of nodes that have all of the model.
+
+        Raises:
+            ClusterError: none of them gives a file. The next try goes on from where this one stopped.
+            ConfigError: there is no room within the limit of --fetch, or on the disk.
+        """
+        await self._fetcher.bring(sha256, lambda whole: stage_of(whole, shards), sources, self._open_models())
+
+    async def speed(self, sha256: str, sources: Sequence[str] = ()) -> dict[str, Any]:
+        """The fields of a profile of a model on this node; takes a second or two the first time. For clients.
+
+        Args:
+            sha256: of the model's manifest.
+            sources: of its first shards, by which it is measured, where this node has not all of it.
+        """
+        if not self.offer.has(sha256):
+            await self._fetcher.bring(sha256, first_shards, sources, self._open_models())
         directory, data = self.model(sha256)
         async with self._measuring:
             if sha256 not in self._speeds:
@@ -137,6 +216,7 @@ def start(
     host: str | None,
     certificates: Path | None,
     trusted: bool,
+    fetched_bytes: int,
     tell: Callable[[str], object],
 ) -> None:
     """Run a node until SIGINT or SIGTERM, or until the scheduler sends it away.
@@ -149,6 +229,7 @@ def start(
         host: to listen on; None finds the address by which the scheduler is reached.
         certificates: the directory of `make_certificates`; None without TLS.
         trusted: see `Offer`.
+        fetched_bytes: likewise.
         tell: called with the node's address once the scheduler knows it.
 
     Raises:
@@ -161,7 +242,7 @@ def start(
 
     async def run(stopped: Callable[[], Awaitable[object]]) -> None:
         await check_accepted(address, security, "node")
-        node = Node(name, models, memory_budget, trusted=trusted)
+        node = Node(name, models, memory_budget, trusted=trusted, fetched_bytes=fetched_bytes)
         with tempfile.TemporaryDirectory(prefix="pipeload-node-") as scratch:
             with foreign_errors(
                 ClusterError,
@@ -187,12 +268,7 @@ def start(
                     },
                 )
                 # Clients may ask as soon as the scheduler knows the node.
-                worker.extensions[OFFER] = node
-                worker.handlers |= {
-                    "pipeload_manifest": node.manifest,
-                    "pipeload_file": node.file,
-                    "pipeload_speed": node.speed,
-                }
+                node.listen_to(worker)
                 await worker
             try:
                 tell(worker.address)

@@ -34,6 +34,7 @@ class Offer:
         cores: processors that it may use.
         trusted: may run a model's first and last shards, which see texts and answers.
         models: name -> sha256 of the manifest.
+        fetched_bytes: the most disk for shards of other models, which it takes from other nodes; 0 where it takes none.
     """
 
     name: str
@@ -43,6 +44,11 @@ class Offer:
     cores: int
     trusted: bool
     models: dict[str, str]
+    fetched_bytes: int
+
+    def has(self, sha256: str) -> bool:
+        """Whether it has all of the model with this manifest."""
+        return sha256 in self.models.values()
 
     def told(self) -> dict[str, Any]:
         """The offer as plain values."""
@@ -67,11 +73,13 @@ def models_in(directory: Path) -> dict[str, tuple[str, Path]]:
     """Name -> sha256 of the manifest and directory, of each sharded model directory in a directory.
 
     Raises:
-        ConfigError: it is no directory, or has none.
+        ConfigError: it is no directory.
         ManifestError: a manifest is damaged.
     """
     found: dict[str, tuple[str, Path]] = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory. Name one that holds sharded model directories.")
+    for path in sorted(directory.iterdir()):
         if (path / MANIFEST_NAME).is_file():
             data = manifests.content(path)
             try:
@@ -79,6 +87,4 @@ def models_in(directory: Path) -> dict[str, tuple[str, Path]]:
             except ManifestError as error:
                 raise ManifestError(f"{error} Or remove {path}.") from error
             found[path.name] = (hashlib.sha256(data).hexdigest(), path)
-    if not found:
-        raise ConfigError(f"{directory} holds no sharded model directory. Copy those here that `pipeload export` made.")
     return found

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from math import inf
 
 import numpy as np
 
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.route import crossing_bytes, stage_places
+from pipeload.cluster.store import files_of
 from pipeload.decode import Decoding
 from pipeload.errors import BudgetError, ClusterError, ConfigError
 from pipeload.format.manifest import Manifest
@@ -27,6 +30,7 @@ from pipeload.planning.rates import Rates
 
 __all__ = ["CALL_S", "LINK_BYTES_PER_S", "Member", "by_hand", "place"]
 
+_FETCHED_GAIN = 1.1
 CALL_S = 0.002
 """A message from node to node, on the software's side."""
 LINK_BYTES_PER_S = 110e6
@@ -35,12 +39,13 @@ LINK_BYTES_PER_S = 110e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A node that has a model.
+    """A node that has a model, or can fetch it.
 
     Attributes:
         address: where it listens.
         offer: its own.
         speed: of the model there.
+        fetches: it has not all of the model, and takes shards from other nodes.
         turns: kinds of shards -> what a stage of them costs there, once it is known: finding out takes a tenth of a
             second each, and a model is placed anew when a node is lost.
         needed: kinds of shards -> the smallest budget that works for a stage of them.
@@ -49,6 +54,7 @@ class Member:
     address: str
     offer: Offer
     speed: Profile
+    fetches: bool = False
     turns: dict[Hashable, Turn | None] = field(default_factory=dict, compare=False, repr=False)
     needed: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -56,16 +62,28 @@ class Member:
 def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float = 1.0) -> Placement:
     """The best placement of a model on nodes.
 
-    The first and the last shard, which see texts and answers, are placed on trusted nodes only.
+    The first and the last shard, which see texts and answers, are placed on trusted nodes only. Fetching shards takes
+    time and disk, so nodes that would have to are used where that saves more than a tenth.
 
     Args:
         manifest: the model.
-        members: nodes that have it.
+        members: nodes that have it, or can fetch it.
         latency_share: see `planning.placement.place_shards`.
 
     Raises:
         ClusterError: no placement fits the nodes' budgets; the message names the smallest budget that works.
     """
+    found = _best(manifest, members, latency_share)
+    owners = [member for member in members if not member.fetches]
+    if owners and not {segment.node for segment in found.segments} <= {member.offer.name for member in owners}:
+        with suppress(ClusterError):
+            alone = _best(manifest, owners, latency_share)
+            if alone.objective(latency_share) <= _FETCHED_GAIN * found.objective(latency_share):
+                return alone
+    return found
+
+
+def _best(manifest: Manifest, members: Sequence[Member], latency_share: float) -> Placement:
     costs = _Costs(manifest, members)
     count = len(manifest.shards)
     nodes = [Node(name=member.offer.name, trusted=member.offer.trusted) for member in members]
@@ -113,10 +131,16 @@ def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, 
         node = Node(name=name)
         turn = costs.turn(node, begin, end)
         if turn is None:
+            offer = known[name].offer
+            if not costs.has_disk(known[name], begin, end):
+                raise ClusterError(
+                    f"{shards} does not fit the disk of the node {name}, which may fetch "
+                    f"{format_bytes(offer.fetched_bytes)}. Start it with a larger --fetch, or give it other shards."
+                )
             needed = costs.needed_bytes(known[name], begin, end)
             raise ClusterError(
                 f"{shards} does not fit the node {name}: it needs a budget of {format_bytes(needed)}, and has "
-                f"{format_bytes(known[name].offer.budget_bytes)}. Raise its budget, or give it other shards."
+                f"{format_bytes(offer.budget_bytes)}. Raise its budget, or give it other shards."
             )
         following = Node(name=[*stages][(number + 1) % len(stages)])
         send_s = costs.send_s(node, following, end) if len(stages) > 1 else 0.0
@@ -137,11 +161,20 @@ class _Costs:
         self._stage = cache(partial(stage, manifest))
         self._needs = cache(self._needs_of)
         self._crossing = cache(lambda place: crossing_bytes(manifest, place, self._dims))
+        self._file_bytes = cache(
+            lambda begin, end: sum(record.nbytes for record in files_of(self._stage(begin, end), manifest))
+        )
         self._kinds = _kinds(manifest)
+
+    def has_disk(self, member: Member, begin: int, end: int) -> bool:
+        """Whether a node has the files of a stage, or may take as much disk as they do."""
+        return not member.fetches or self._file_bytes(begin, end) <= member.offer.fetched_bytes
 
     def turn(self, node: Node, begin: int, end: int) -> Turn | None:
         """See `planning.placement.Costs`."""
         member, key = self._members[node.name], self._key(begin, end)
+        if not self.has_disk(member, begin, end):
+            return None
         if key not in member.turns:
             member.turns[key] = self._turn(member, begin, end)
         return member.turns[key]
@@ -226,12 +259,13 @@ def _refusal(manifest: Manifest, members: Sequence[Member], nodes: Sequence[Node
         for name, member in known.items()
         for number, begin in enumerate(places)
         for end in places[number + 1 :]
+        if costs.has_disk(member, begin, end)
     }
 
     def works(budget_bytes: int) -> bool:
         def cost(node: Node, begin: int, end: int) -> Turn | None:
             budget = max(budget_bytes, known[node.name].offer.budget_bytes)
-            return Turn(run_s=0.0, read_s=0.0) if needed[node.name, begin, end] <= budget else None
+            return Turn(run_s=0.0, read_s=0.0) if needed.get((node.name, begin, end), inf) <= budget else None
 
         return (
             place_shards(nodes, places[1:-1], places[-1], cost, lambda *_: 0.0, private=(0, places[-1] - 1)) is not None

@@ -19,7 +19,7 @@ from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
 from pipeload.storage.weights import Storage
 
-__all__ = ["speed_of"]
+__all__ = ["first_shards", "speed_of"]
 
 _RUNS = 3
 _LEAST_S = 1e-6
@@ -29,8 +29,8 @@ def speed_of(directory: Path, manifest: Manifest, budget: Budget, process_bytes:
     """A profile with the speed of every shard.
 
     Args:
-        directory: the sharded model directory.
-        manifest: its manifest.
+        directory: the sharded model directory, or one that has at least the files of `first_shards`.
+        manifest: the model's.
         budget: of the process.
         process_bytes: see `Offer`.
 
@@ -45,7 +45,9 @@ def speed_of(directory: Path, manifest: Manifest, budget: Budget, process_bytes:
     rates = Rates.of(manifest, assumed, None)
     (threads, times), *_ = rates.times.items()
     factor = _slowness(directory, manifest, budget, dims, {name: one.run_s for name, one in times.items()})
-    read = one_agent_bandwidth(Storage(directory, manifest, verify=False), manifest.shards)
+    # A node that fetches shards has a part of them.
+    there = [shard for shard in manifest.shards if shard.weights and (directory / shard.weights.path).is_file()]
+    read = one_agent_bandwidth(Storage(directory, manifest, verify=False), there)
     return replace(
         assumed,
         read_bytes_per_s={1: read} if read else dict(rates.read_bytes_per_s),
@@ -64,13 +66,20 @@ def speed_of(directory: Path, manifest: Manifest, budget: Budget, process_bytes:
     )
 
 
+def first_shards(manifest: Manifest) -> Manifest:
+    """The stage by which a model is measured: the shards up to the first block.
+
+    From the model's own inputs on: lengths and places that shards hand on cannot be made up.
+    """
+    first = next((place for place, shard in enumerate(manifest.shards) if shard.role == "block"), 0)
+    return stage(manifest, 0, next((place for place in cut_places(manifest) if place > first), len(manifest.shards)))
+
+
 def _slowness(
     directory: Path, manifest: Manifest, budget: Budget, dims: dict[str, int], assumed_s: dict[str, float]
 ) -> float:
     """Measured seconds of the shards up to the first block over the assumed ones; 1.0 where they fail."""
-    # From the model's own inputs on: lengths and places that shards hand on cannot be made up.
-    first = next((place for place, shard in enumerate(manifest.shards) if shard.role == "block"), 0)
-    own = stage(manifest, 0, next((place for place in cut_places(manifest) if place > first), len(manifest.shards)))
+    own = first_shards(manifest)
     arrays = example_inputs(own, dims)
     names = f"{own.shards[0].name}:{own.shards[-1].name}"
     found = []

@@ -16,6 +16,7 @@ from pipeload.cluster.route import leaving, shards_of
 from pipeload.cluster.stage import Stage
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
+from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.inputs import Arrays
 from pipeload.planning.placement import Placement
@@ -57,6 +58,7 @@ class Ring:
         manifest: the whole model.
         sha256: of it.
         name: the model's.
+        sources: addresses of nodes that have all of the model, for those that have not.
         placement: which node runs which shards.
         members: the nodes that it names.
         beside: the ring whose stages are taken over where they are the same; both are open until one is closed.
@@ -72,13 +74,14 @@ class Ring:
         manifest: Manifest,
         sha256: str,
         name: str,
+        sources: Sequence[str],
         placement: Placement,
         members: Sequence[Member],
         beside: Ring | None = None,
     ) -> None:
         known = {member.offer.name: member for member in members}
         self._client, self._watch, self._manifest = client, watch, manifest
-        self._sha256, self._name = sha256, name
+        self._sha256, self._name, self._sources = sha256, name, [*sources]
         self.placement = placement
         self._members = [known[segment.node] for segment in placement.segments]
         self._route = uuid.uuid4().hex
@@ -97,13 +100,20 @@ class Ring:
             self._stages.append(stage)
 
     async def start(self) -> None:
-        """Open every stage that is not open yet on its node.
+        """Open every stage that is not open yet on its node, once the node has its files.
 
         Raises:
             PipeloadError: a stage cannot be opened, or a node was lost.
         """
         self._watch.listeners.add(self._hear)
         try:
+            await self._unless_lost(
+                [
+                    self._fetched(member, stage)
+                    for member, stage in zip(self._members, self._stages, strict=True)
+                    if stage in self._new and not member.offer.has(self._sha256)
+                ]
+            )
             for stage in self._new:
                 stage.actor = self._client.submit(
                     Stage,
@@ -213,6 +223,16 @@ class Ring:
         if self._lost.done():
             self._lost.result()
         return uuid.uuid4().hex
+
+    async def _fetched(self, member: Member, stage: _Opened) -> None:
+        """Let a node take the files of its shards from others. That may take minutes, and ends with the node."""
+        shards = shards_of(self._manifest, stage.begin, stage.end)
+        with foreign_errors(
+            ClusterError, f"The node {member.offer.name} could not fetch shards {shards}", "Its log has more."
+        ):
+            await self._client.rpc(member.address).pipeload_fetch(
+                sha256=self._sha256, shards=shards, sources=self._sources
+            )
 
     async def _ready(self, stage: _Opened) -> None:
         error = await stage.actor.exception()

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeload.cluster.offer import BUDGET, OFFER, Offer
+from pipeload.cluster.settings import LOST_AFTER_S
 from pipeload.errors import ClusterError
 from pipeload.foreign import foreign_errors
 
 __all__ = ["Watch"]
 
 _INTERVAL_S = 0.5
-_SILENT_S = 10.0
+_SILENT_S = float(LOST_AFTER_S)
 """A scheduler that does not answer for this time is lost."""
 
 
@@ -29,6 +30,7 @@ class Watch:
         strangers: address -> the error of a node whose offer cannot be read; it takes part in nothing.
         facts: address -> the open stages of the node.
         budgets: address -> bytes that the node may use now: its budget, or less where its memory is short.
+        lost: the scheduler did not answer for some time; models that were opened before that are of no use.
         listeners: called, in the loop's thread, with the offers after each look, or with an error once the scheduler
             is lost.
     """
@@ -39,6 +41,7 @@ class Watch:
         self.strangers: dict[str, ClusterError] = {}
         self.facts: dict[str, list[dict[str, Any]]] = {}
         self.budgets: dict[str, int] = {}
+        self.lost = False
         self.listeners: set[Callable[[dict[str, Offer] | ClusterError], object]] = set()
 
     async def look(self) -> None:
@@ -78,7 +81,7 @@ class Watch:
                 if time.monotonic() - answered_s < _SILENT_S:
                     await asyncio.sleep(_INTERVAL_S)
                     continue
-                told = error
+                told, self.lost = error, True
             self._tell(told)
             await asyncio.sleep(_INTERVAL_S)
 

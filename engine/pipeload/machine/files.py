@@ -24,6 +24,7 @@ from typing import NoReturn
 from pipeload.machine.sizes import format_bytes
 
 __all__ = [
+    "append_file",
     "descriptors",
     "open_file",
     "opening",
@@ -180,6 +181,19 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     replace_file(path, data)
+
+
+def append_file(path: Path, data: bytes) -> None:
+    """Write at the end of a file, which is made where it is missing.
+
+    Raises:
+        OSError: it cannot be written; its `filename` is `path`.
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _is_own_file(path: Path) -> bool:

@@ -101,7 +101,7 @@ class Adapting:
         if present is None:
             return "move"
         share = self._latency_share
-        return "move" if best.objective_s(share) <= (1 - _GAIN) * present.objective_s(share) else "keep"
+        return "move" if best.objective(share) <= (1 - _GAIN) * present.objective(share) else "keep"
 
 
 Factors: TypeAlias = tuple[float, float]

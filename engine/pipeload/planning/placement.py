@@ -103,8 +103,8 @@ class Placement:
         """Seconds between the ends of passes, with many in flight."""
         return max(max(segment.run_s, segment.read_s, segment.send_s) for segment in self.segments)
 
-    def objective_s(self, latency_share: float) -> float:
-        """The weighted sum of both: the less, the better. For the share see `place_shards`."""
+    def objective(self, latency_share: float) -> float:
+        """The weighted sum of both; see `place_shards`."""
         return latency_share * self.latency_s + (1 - latency_share) * self.period_s
 
 

@@ -144,8 +144,7 @@ class Application:
             self.leave()
             opening.cancel()
             await asyncio.wait([opening])
-            for served in self.desk.models.served.values():
-                await served.end()
+            await self.desk.models.end()
             self._pool.shutdown()
 
     def leave(self) -> None:

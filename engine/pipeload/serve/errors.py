@@ -7,7 +7,7 @@ import logging
 import msgspec
 from starlette.responses import Response
 
-from pipeload.errors import BudgetError, ClosedError, ConfigError, PipeloadError
+from pipeload.errors import BudgetError, ClosedError, ClusterError, ConfigError, PipeloadError
 
 __all__ = ["ApiError", "ErrorAnswer", "api_error", "error_response"]
 
@@ -81,6 +81,9 @@ def api_error(error: BaseException) -> ApiError:
         return ApiError(400, str(error), code="memory_budget_exceeded")
     if isinstance(error, ClosedError):
         return ApiError(503, str(error), code="closed", retry_after_s=1)
+    if isinstance(error, ClusterError):
+        LOGGER.warning("The cluster failed: %s", error)
+        return ApiError(503, str(error), code="cluster_unavailable", retry_after_s=5)
     LOGGER.error("A request failed: %s", error, exc_info=None if isinstance(error, PipeloadError) else error)
     if isinstance(error, PipeloadError):
         return ApiError(500, str(error), code=type(error).__name__)

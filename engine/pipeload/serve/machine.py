@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 
 from pipeload.machine.memory import peak_rss_bytes, rss_bytes
 from pipeload.machine.sizes import parse_budget
-from pipeload.serve.bodies.machine import Lane, LaneSpan, Machine, MachineModel, ModelMemory, ShardState, Sweep
+from pipeload.serve.bodies.machine import (
+    Lane,
+    LaneSpan,
+    Machine,
+    MachineModel,
+    ModelMemory,
+    ShardState,
+    StageOnNode,
+    Sweep,
+)
 from pipeload.serve.models import Served
 from pipeload.tracing.chrome import passes
 from pipeload.tracing.trace import Span, Trace, agent_times
@@ -33,7 +42,7 @@ _MOST_SPANS = 400
 def machine_of(desk: Desk) -> Machine:
     """The process and its models, now."""
     found = [_model(served, desk.metrics.tokens_per_s.get(served.name)) for served in desk.models.served.values()]
-    plans = [model.plan for served in desk.models.served.values() if (model := served.model) is not None]
+    plans = [model.plan for served in desk.models.served.values() if (model := served.here) is not None]
     budget_bytes = parse_budget(desk.settings.budget)
     if budget_bytes is None:
         budget_bytes = max((plan.budget_bytes for plan in plans), default=None)
@@ -67,12 +76,21 @@ def _model(served: Served, tokens_per_s: float | None) -> MachineModel:
         tokens_per_s=tokens_per_s,
     )
     if model is not None:
-        plan, stats = model.plan, model.stats
+        stats = model.stats
         made.sweeps += stats.passes
         made.read_bytes += stats.read_bytes
+    if (here := served.here) is not None:
+        plan, stats = here.plan, here.stats
         made.best_read_bytes_per_s = stats.peak_read_bytes_per_s
         made.memory, made.shards = _memory(plan), _shards(manifest, plan)
-        made.sweep = _sweep(stats, model.trace)
+        made.sweep = _sweep(stats, here.trace)
+    if (there := served.there) is not None:
+        made.replacements = there.replacements
+        names = [shard.name for shard in manifest.shards]
+        made.stages = [
+            StageOnNode(node=one.node, first=names[one.begin], last=names[one.end - 1])
+            for one in there.placement.segments
+        ]
     return made
 
 

@@ -200,8 +200,10 @@ class _Engine(Collector):
             gauges["prefix_entries"].add_metric(name, served.prefixes.entries)
             sweeps, read_bytes = served.sweeps, served.read_bytes
             if model is not None:
-                plan, stats = model.plan, model.stats
+                stats = model.stats
                 sweeps, read_bytes = sweeps + stats.passes, read_bytes + stats.read_bytes
+            if served.here is not None:
+                plan = served.here.plan
                 found: dict[str, float | None] = {
                     "budget_bytes": plan.budget_bytes,
                     "resident_bytes": plan.resident_bytes,

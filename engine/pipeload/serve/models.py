@@ -1,7 +1,4 @@
-"""Models by their names: opened when the server starts or when they are called, closed when they are idle.
-
-The only module of the server that opens models.
-"""
+"""Models by their names: opened when the server starts or when they are called, closed when they are idle."""
 
 from __future__ import annotations
 
@@ -10,25 +7,24 @@ import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import msgspec
 
 import pipeload
-from pipeload.errors import BudgetError
-from pipeload.format import manifest as manifests
+from pipeload.errors import BudgetError, ConfigError
 from pipeload.machine.heap import trim
 from pipeload.machine.memory import rss_bytes
 from pipeload.machine.sizes import format_bytes
 from pipeload.serve.errors import LOGGER, ApiError
 from pipeload.serve.prefixes import Prefixes
 from pipeload.serve.settings import LIMITS, Settings, most_connections
+from pipeload.serve.sources import Directory, Nodes, OnNodes, Source
 
 if TYPE_CHECKING:
-    from pipeload.budget import Budget
+    from pipeload.cluster.model import ClusterModel
     from pipeload.model import Model
 
 __all__ = ["ModelCounts", "Models", "Served", "beside_bytes"]
@@ -58,8 +54,7 @@ class Served:
 
     Args:
         name: its name in requests.
-        directory: its path.
-        budget: gives the one that all models share.
+        source: where it is opened.
         idle_s: see `Settings`.
         executor: runs what takes long.
         all_served: all models of the server.
@@ -72,26 +67,24 @@ class Served:
         generating: those of them that generate, each with KV caches of its own.
         opened, closed: how many times.
         sweeps, read_bytes: of its earlier openings.
-        made: seconds since the epoch, of its manifest.
+        made: see `Source`.
         prefixes: KV caches of texts that have ended.
     """
 
     def __init__(
         self,
         name: str,
-        directory: Path,
-        budget: Callable[[], Budget],
+        source: Source,
         idle_s: float | None,
         executor: Executor,
         all_served: Mapping[str, Served],
         prefix_cache_bytes: int | None = None,
     ) -> None:
-        self.name, self.directory = name, directory
-        self.manifest = manifests.read(directory)
-        self.made = int((directory / manifests.MANIFEST_NAME).stat().st_mtime)
+        self.name, self._source = name, source
+        self.manifest, self.made = source.manifest, source.made
         self.model: Model | None = None
         self.users = self.generating = self.opened = self.closed = self.sweeps = self.read_bytes = 0
-        self._budget, self._idle_s, self._executor = budget, idle_s, executor
+        self._idle_s, self._executor = idle_s, executor
         self._all_served = all_served
         self.prefixes = Prefixes(prefix_cache_bytes)
         self._lock = asyncio.Lock()
@@ -99,6 +92,16 @@ class Served:
         self._ended = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def here(self) -> Model | None:
+        """The open model, where it runs in this process and has a plan; else None."""
+        return self.model if self._source.here else None
+
+    @property
+    def there(self) -> ClusterModel | None:
+        """The open model, where it runs on the nodes of a cluster; else None."""
+        return None if self._source.here else cast("ClusterModel | None", self.model)
 
     @property
     def idle(self) -> bool:
@@ -125,6 +128,8 @@ class Served:
             PipeloadError: it cannot be opened.
             ApiError: the budget has no room for it now.
         """
+        if self._source.lost and not self.users:
+            await self.close()
         async with self._lock:
             model = self.model or await self._open()
             self.users += 1
@@ -213,7 +218,9 @@ class Served:
                     raise
                 raise ApiError(503, str(error), code="memory_budget_exceeded", retry_after_s=5) from error
         self.model = model
-        self.prefixes.begin(model)
+        if self._source.here:
+            # Nodes have no way to ask for the memory of caches that are kept for later.
+            self.prefixes.begin(model)
         self.opened += 1
         LOGGER.info("%s is open; %.0f ms", self.name, 1e3 * (time.perf_counter() - begin_s))
         return model
@@ -222,7 +229,7 @@ class Served:
         # Imported with the first model, as the engine is.
         from pipeload.tasks.generate.prompts import tokenizer_if_any
 
-        model = pipeload.load(self.directory, self._budget())
+        model = self._source.load()
         if (tokenizer := tokenizer_if_any(model, required=False)) is not None:
             tokenizer.most_characters = LIMITS.text_characters
         return model
@@ -258,6 +265,8 @@ class Models:
 
     Raises:
         ManifestError: a directory holds no valid model.
+        ConfigError: an alias is of no model.
+        ClusterError: the cluster does not answer, or has no such model.
     """
 
     def __init__(self, settings: Settings, executor: Executor) -> None:
@@ -265,11 +274,24 @@ class Models:
         # Made with the first model, since it brings the engine in.
         beside = beside_bytes(settings.max_waiting)
         self.budget = budget = cache(lambda: pipeload.Budget(settings.budget, beside_bytes=beside))
-        for name, directory in settings.directories.items():
+        self._executor = executor
+        self._nodes: Nodes | None = None
+        sources: dict[str, Source] = {
+            name: Directory(directory, budget) for name, directory in settings.directories.items()
+        }
+        with ExitStack() as stack:
+            if settings.cluster is not None:
+                self._nodes = nodes = Nodes(settings.cluster, settings.certificates)
+                stack.callback(nodes.close)
+                sources |= {name: OnNodes(nodes, name) for name in settings.names or nodes.models()}
+            self.aliases = dict(settings.aliases)
+            if unknown := sorted({*self.aliases.values()} - sources.keys()):
+                raise ConfigError(f"An alias is of {unknown[0]}, which is none of the models: {', '.join(sources)}.")
+            stack.pop_all()
+        for name, source in sources.items():
             self.served[name] = Served(
-                name, directory, budget, settings.idle_s, executor, self.served, settings.prefix_cache_bytes
+                name, source, settings.idle_s, executor, self.served, settings.prefix_cache_bytes
             )
-        self.aliases = dict(settings.aliases)
         self.ready = False
 
     @property
@@ -292,6 +314,13 @@ class Models:
             async with served.use():
                 pass
         self.ready = True
+
+    async def end(self) -> None:
+        """Close all models for good, and leave the cluster."""
+        for served in self.served.values():
+            await served.end()
+        if self._nodes is not None:
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._nodes.close)
 
     def find(self, name: str | None, tasks: Sequence[str] = ()) -> Served:
         """The model that a request names; without a name, the only one for these tasks.

@@ -88,7 +88,9 @@ class _Server(uvicorn.Server):
         # Of all registries of the process: the time at which each series began doubles the answer.
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._application = Application(settings, self.stop, handover)
-        self._replaceable, self._handover, self._caught = replaceable, handover, caught
+        # A connection to a cluster would not survive it.
+        self._replaceable = replaceable and settings.cluster is None
+        self._handover, self._caught = handover, caught
         self._port = Port(listening, self._protocol, most_connections(settings.max_waiting))
         super().__init__(
             uvicorn.Config(

@@ -60,7 +60,7 @@ class Settings:
     """How a server runs.
 
     Attributes:
-        directories: name -> sharded model directory.
+        directories: name -> sharded model directory; none for a server of a cluster's models.
         aliases: other name -> one of these names.
         budget: the memory budget of the process, as `pipeload.load` takes it.
         host: address to listen on.
@@ -72,6 +72,9 @@ class Settings:
         prefix_cache_bytes: the most that KV caches of each model's ended texts may take; None for a part of the budget.
         cors_origins: web origins whose pages may call; `*` for any.
         log_format: the form of the log on stderr; None writes none.
+        cluster: the address of the cluster whose models are served; None for models of this machine.
+        certificates: for this address, as `pipeload.connect` takes them.
+        names: of the cluster's models; none for all that its nodes have at the start.
     """
 
     directories: Mapping[str, Path]
@@ -86,6 +89,9 @@ class Settings:
     prefix_cache_bytes: int | None = None
     cors_origins: tuple[str, ...] = ()
     log_format: Literal["text", "json"] | None = None
+    cluster: str | None = None
+    certificates: Path | None = None
+    names: tuple[str, ...] = ()
 
 
 def most_connections(calls: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from pipeload.errors import LoadError, ShardError
 from pipeload.format.manifest import FileRecord, Manifest
-from pipeload.machine.files import open_file, read_file
+from pipeload.machine.files import open_file, read_at, read_file
 
 __all__ = ["ModelFiles", "unreadable"]
 
@@ -66,6 +66,20 @@ class ModelFiles:
                 "yourself."
             )
         return data
+
+    def piece(self, name: str, offset: int, nbytes: int) -> bytes:
+        """These bytes of a listed file, fewer only where it ends, unchecked.
+
+        Raises:
+            ShardError: it is not listed, is missing, cannot be read, or lies outside the directory.
+        """
+        if name not in self.records:
+            raise ShardError(f"The manifest lists no file {name!r}.")
+        try:
+            with open_file(self.path(name), below=self._directory) as descriptor:
+                return read_at(descriptor, nbytes, offset)
+        except OSError as error:
+            raise unreadable(name, error) from error
 
     def open(self, name: str) -> AbstractContextManager[int]:
         """A descriptor of a file, inside the directory whatever happens to its path meanwhile; see `open_file`.

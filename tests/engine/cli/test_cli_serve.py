@@ -48,6 +48,30 @@ def test_options_become_settings(served: list[Any], tmp_path: Path) -> None:
     assert made.log_format == "text"
 
 
+@pytest.mark.parametrize("names", [[], ["bert-large"]])
+def test_models_of_a_cluster_have_no_directories(served: list[Any], tmp_path: Path, names: list[str]) -> None:
+    address = "tls://10.0.0.1:8786"
+    result = _serve(*names, "--cluster", address, "--certificates", tmp_path, "--alias", "gpt=bert-large")
+    assert result.exit_code == 0, result.output
+    (made,) = served
+    assert (made.directories, made.names, made.aliases) == ({}, (*names,), {"gpt": "bert-large"})
+    assert (made.cluster, made.certificates) == (address, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Name a sharded model directory, or a cluster with --cluster."),
+        (["--cluster", "tls://10.0.0.1:8786", "--prefix-cache", "1MB"], "--prefix-cache is for models of this machine"),
+    ],
+)
+def test_there_are_models_to_serve(served: list[Any], arguments: list[str], words: str) -> None:
+    result = _serve(*arguments)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+    assert not served
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,14 +14,20 @@ from typing import TYPE_CHECKING
 import pytest
 from tests.engine.cluster.processes import Cluster
 from tests.engine.harness import EMULATED
-from tests.models import made_once
+from tests.engine.serve.conftest import TEMPLATE, with_words
+from tests.engine.tasks.fakes import write_bert_tokenizer
+from tests.models import REFERENCE_NAME, made_once
 
 import pipeload
+from pipeload.format import manifest as manifests
+from pipeload.format.manifest import FileRecord
 
 if TYPE_CHECKING:
     from pipeload.cluster.connection import Connection
 
 MODELS = ("bert", "vit", "gpt2", "llama")
+CHAT, EMBEDDER = "chat", "embedder"
+"""Llama and BERT with tokenizers."""
 _PROCESSES = {"cluster", "models"}
 BUDGETS = {"small": "330MB", "middle": "400MB", "large": "500MB"}
 
@@ -43,7 +52,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(given) if given else made_once(*MODELS)
     for name in MODELS:
         (folder / name).symlink_to(source / name)
+    _list_files(with_words(Path(shutil.copytree(source / "llama", folder / CHAT)), chat_template=TEMPLATE))
+    embedder = Path(shutil.copytree(source / "bert", folder / EMBEDDER))
+    write_bert_tokenizer(embedder)
+    _list_files(embedder)
     return folder
+
+
+def _list_files(directory: Path) -> None:
+    """Add the files of a directory to its manifest, as an export does: clients get no others."""
+    manifest = manifests.read(directory)
+    known = {record.path for record in manifest.files} | {REFERENCE_NAME, manifests.MANIFEST_NAME}
+    added = [
+        FileRecord(path=path.name, nbytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(directory.iterdir())
+        if path.suffix == ".json" and path.name not in known
+    ]
+    manifests.write(replace(manifest, files=(*manifest.files, *added)), directory)
 
 
 @pytest.fixture(scope="session")

@@ -27,11 +27,11 @@ class Cluster:
         self.scheduler = self._begun("cluster", "start", "--port", "0")
         self.address = line(self.scheduler)
 
-    def start(self, budgets: Mapping[str, str], *options: str) -> None:
+    def start(self, budgets: Mapping[str, str], *options: str, models: Path | None = None) -> None:
         """Start those of the nodes that do not run, and wait until the scheduler knows them."""
         missing = [name for name in budgets if name not in self.nodes or self.nodes[name].poll() is not None]
         for name in missing:
-            self.nodes[name] = self._begun(*self._node(name, budgets[name]), *options)
+            self.nodes[name] = self._begun(*self._node(name, budgets[name], models), *options)
         for name in missing:
             line(self.nodes[name])
 
@@ -67,8 +67,9 @@ class Cluster:
             process.kill()
             process.communicate()
 
-    def _node(self, name: str, budget: str) -> list[str]:
-        options = {"cluster": self.address, "name": name, "budget": budget, "models": str(self._models)}
+    def _node(self, name: str, budget: str, models: Path | None = None) -> list[str]:
+        folder = str(models or self._models)
+        options = {"cluster": self.address, "name": name, "budget": budget, "models": folder}
         return ["node", *(word for option, value in options.items() for word in (f"--{option}", value))]
 
     def _begun(self, *words: str) -> subprocess.Popen[str]:

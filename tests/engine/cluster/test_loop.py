@@ -8,10 +8,11 @@ import threading
 from concurrent.futures import Future
 
 import pytest
-from tests.engine.harness import Background, Gate, agents
+from tests.engine.harness import PATIENCE_S, Background, Gate, agents
 
 import pipeload
 from pipeload.cluster.loop import Loop
+from pipeload.pipeline.callers import Caller
 
 
 async def _forever(begun: Gate) -> None:
@@ -54,6 +55,32 @@ def test_what_an_interrupted_caller_waited_for_is_cancelled() -> None:
         with pytest.raises(KeyboardInterrupt):
             loop.result(future)
         assert future.cancelled()
+    finally:
+        loop.close()
+
+
+def test_a_call_whose_caller_has_left_is_cancelled() -> None:
+    """A server's client goes away: its text ends at the token that is on its way."""
+    loop, begun, ended = Loop(), Gate(), threading.Event()
+
+    async def cancelled() -> None:
+        try:
+            await _forever(begun)
+        finally:
+            ended.set()
+
+    caller = Caller()
+
+    def call() -> None:
+        with caller:
+            loop.ask(cancelled())
+
+    try:
+        waiting = Background(call)
+        begun.stop_here()
+        caller.leave()
+        assert isinstance(waiting.wait(), pipeload.ClosedError)
+        assert ended.wait(PATIENCE_S)
     finally:
         loop.close()
 

@@ -27,6 +27,7 @@ class _Worker:
     """Of Dask. To await it is to join, and a client asks at that moment."""
 
     def __init__(self, *_: object, startup_information: dict[str, Any], **__: object) -> None:
+        self.rpc: Any = None
         self.handlers: dict[str, Any] = {}
         self.extensions: dict[str, Any] = {}
         self._offer = startup_information[OFFER](self)
@@ -35,7 +36,7 @@ class _Worker:
         (sha256,) = self._offer["models"].values()
         assert isinstance(self.extensions[OFFER], Node)
         assert (yield from self.handlers["pipeload_manifest"](sha256).__await__())
-        assert {"pipeload_file", "pipeload_speed"} <= self.handlers.keys()
+        assert {"pipeload_file", "pipeload_speed", "pipeload_piece", "pipeload_fetch"} <= self.handlers.keys()
         raise _Asked
 
 
@@ -51,6 +52,7 @@ def test_clients_may_ask_at_once(toy: Path, tmp_path: Path, monkeypatch: pytest.
             host=None,
             certificates=None,
             trusted=True,
+            fetched_bytes=0,
             tell=lambda _: None,
         )
     assert isinstance(told.value.__cause__, _Asked)

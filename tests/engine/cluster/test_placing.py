@@ -13,7 +13,7 @@ from tests.engine.still_machine import PROFILE
 
 import pipeload
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member, place
+from pipeload.cluster.placing import Member, by_hand, place
 from pipeload.cluster.route import leaving, stage_places
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest
@@ -24,7 +24,9 @@ from pipeload.planning.planner import Plan
 MB = 1_000_000
 
 
-def member(name: str, budget_bytes: int, *, trusted: bool = True, process: str = "") -> Member:
+def member(
+    name: str, budget_bytes: int, *, trusted: bool = True, process: str = "", models: tuple[str, ...] = ("sha256",)
+) -> Member:
     offer = Offer(
         name=name,
         process=process or name,
@@ -32,7 +34,8 @@ def member(name: str, budget_bytes: int, *, trusted: bool = True, process: str =
         process_bytes=PROFILE.process_bytes,
         cores=PROFILE.cores,
         trusted=trusted,
-        models={},
+        models={sha256: sha256 for sha256 in models},
+        fetched_bytes=0,
     )
     return Member(address=f"tcp://{name}", offer=offer, speed=PROFILE)
 
@@ -98,6 +101,40 @@ def test_equal_stages_are_planned_once_and_not_again_where_a_node_is_lost(
     after = place(manifest, [one for one in members if one.offer.name != lost])
     assert lost not in {segment.node for segment in after.segments}
     assert planned == []
+
+
+def _fetching(budget_bytes: int, disk_bytes: int) -> Member:
+    made = member("fetching", budget_bytes)
+    return replace(made, fetches=True, offer=replace(made.offer, fetched_bytes=disk_bytes))
+
+
+def test_a_stage_fits_the_disk_of_a_node_that_has_to_fetch(manifest: Manifest) -> None:
+    small, owner = member("owner", 201 * MB), member("owner", 232 * MB)
+    block = next(shard for shard in manifest.shards if shard.role == "block")
+    used = 0
+    for blocks in (9, 5, 3):
+        found = place(manifest, [owner, _fetching(900 * MB, blocks * block.nbytes)])
+        fetched = [one for one in found.segments if one.node == "fetching"]
+        used += len(fetched)
+        shards = [shard for one in fetched for shard in manifest.shards[one.begin : one.end]]
+        assert sum(shard.nbytes for shard in shards) <= blocks * block.nbytes
+    assert used
+    with pytest.raises(pipeload.ClusterError, match="does not fit the nodes"):
+        place(manifest, [small, _fetching(900 * MB, disk_bytes=1)])
+    with pytest.raises(pipeload.ClusterError, match="larger --fetch"):
+        by_hand(manifest, [_fetching(900 * MB, disk_bytes=1)], {"fetching": ":"})
+
+
+def test_a_node_that_has_to_fetch_is_used_where_that_pays(manifest: Manifest) -> None:
+    owner = member("owner", 232 * MB)
+    fetching = _fetching(900 * MB, disk_bytes=900 * MB)
+    assert "fetching" in {segment.node for segment in place(manifest, [owner, fetching]).segments}
+    # As good as the other one is not enough.
+    enough = member("owner", 900 * MB)
+    assert [segment.node for segment in place(manifest, [fetching, enough]).segments] == ["owner"]
+    # Without another one that has room, it is needed.
+    small = member("owner", 201 * MB)
+    assert "fetching" in {segment.node for segment in place(manifest, [small, fetching]).segments}
 
 
 def test_each_stage_gets_all_that_it_takes(exported: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,10 @@ from pipeload.planning.placement import Placement, Segment
 class _Actor:
     released = False
 
-    def __init__(self, failure: pipeload.PipeloadError | None) -> None:
+    def __init__(self, failure: Exception | None) -> None:
         self._failure = failure
 
-    async def exception(self) -> pipeload.PipeloadError | None:
+    async def exception(self) -> Exception | None:
         return self._failure
 
     def release(self) -> None:
@@ -49,14 +50,23 @@ class _Nodes:
         self.silent: set[tuple[str, str]] = set()
         self.reached = asyncio.Semaphore(0)
         self.actors: list[_Actor] = []
-        self.failure: pipeload.PipeloadError | None = None
+        self.failure: Exception | None = None
 
     def submit(self, *_: object, **__: object) -> _Actor:
         self.actors.append(_Actor(self.failure))
         return self.actors[-1]
 
-    def rpc(self, _: str) -> None:
-        raise AssertionError("calls go through `call`")
+    def rpc(self, address: str) -> Any:
+        """A node, which is asked for one thing by the ring itself: to fetch."""
+
+        async def pipeload_fetch(sha256: str, shards: str, sources: list[str]) -> None:
+            assert not self.actors, "its stage is opened when the files are there"
+            assert (sha256, sources) == ("sha256", ["tcp://source"])
+            self.calls.append((address, shards))
+            if self.failure is not None:
+                raise self.failure
+
+        return SimpleNamespace(pipeload_fetch=pipeload_fetch)
 
     async def call(self, _: object, place: Place, method: str, *__: object) -> Any:
         self.calls.append((place.node, method))
@@ -66,8 +76,10 @@ class _Nodes:
         return {}
 
 
-def ring_on(nodes: _Nodes, watch: Watch, directory: Path, names: str, beside: Ring | None = None) -> Ring:
-    """A ring of two nodes, each with half of the shards."""
+def ring_on(
+    nodes: _Nodes, watch: Watch, directory: Path, names: str, beside: Ring | None = None, *, fetches: str = ""
+) -> Ring:
+    """A ring of two nodes, each with half of the shards, which some have to fetch."""
     manifest = manifests.read(directory)
     count = len(manifest.shards)
     places = [0, count // 2, count]
@@ -75,19 +87,29 @@ def ring_on(nodes: _Nodes, watch: Watch, directory: Path, names: str, beside: Ri
         Segment(node=name, begin=begin, end=end, run_s=0.0, read_s=0.0, send_s=0.0)
         for name, begin, end in zip(names, places[:-1], places[1:], strict=True)
     )
-    members = [member(one, MB) for one in names]
-    return Ring(nodes, watch, manifest, "", "toy", Placement(segments=segments), members, beside)
+    members = [member(one, MB, models=() if one in fetches else ("sha256",)) for one in names]
+    placement = Placement(segments=segments)
+    return Ring(nodes, watch, manifest, "sha256", "toy", ["tcp://source"], placement, members, beside)
 
 
 @pytest.fixture
 def in_a_ring(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run a coroutine function with an open ring of the nodes a and b, the nodes, and the watch; it must end."""
+    """Run a coroutine function with an open ring of the nodes a and b, the nodes, and the watch; it must end.
 
-    def run(body: Callable[[Ring, _Nodes, Watch], Awaitable[None]]) -> None:
+    The node b has to fetch its shards where `fetches` is true, which may fail.
+    """
+
+    def run(
+        body: Callable[[Ring, _Nodes, Watch], Awaitable[None]],
+        *,
+        fetches: bool = False,
+        failure: Exception | None = None,
+    ) -> None:
         async def main() -> None:
             nodes, watch = _Nodes(), Watch(None)
+            nodes.failure = failure
             monkeypatch.setattr(rings, "call", nodes.call)
-            made = ring_on(nodes, watch, toy, "ab")
+            made = ring_on(nodes, watch, toy, "ab", fetches="b" if fetches else "")
             await made.start()
             await body(made, nodes, watch)
 
@@ -211,11 +233,31 @@ def test_a_ring_that_cannot_be_opened_leaves_the_one_before(in_a_ring: Callable[
 def test_a_node_that_came_back_has_no_stage_to_take_over(in_a_ring: Callable[..., None], toy: Path) -> None:
     async def body(before: Ring, nodes: _Nodes, watch: Watch) -> None:
         manifest = manifests.read(toy)
-        again = [member("a", MB, process="another start"), member("b", MB)]
-        after = Ring(nodes, watch, manifest, "", "toy", before.placement, again, before)
+        again = [member("a", MB, process="another start", models=("sha256",)), member("b", MB, models=("sha256",))]
+        after = Ring(nodes, watch, manifest, "sha256", "toy", [], before.placement, again, before)
         await after.start()
         assert len(nodes.actors) == 3
         await before.close()
         await after.close()
 
     in_a_ring(body)
+
+
+def test_a_node_has_its_files_before_its_stage_is_opened(in_a_ring: Callable[..., None], toy: Path) -> None:
+    shards = manifests.read(toy).shards
+
+    async def body(ring: Ring, nodes: _Nodes, _: Watch) -> None:
+        first, last = shards[len(shards) // 2].name, shards[-1].name
+        assert nodes.calls[0] == ("tcp://b", f"{first}:{last}")
+        assert await ring.run({}) == {}
+
+    in_a_ring(body, fetches=True)
+
+
+@pytest.mark.parametrize("failure", [pipeload.ConfigError("no room"), OSError("cut off")])
+def test_a_node_that_cannot_fetch_has_one_clear_error(in_a_ring: Callable[..., None], failure: Exception) -> None:
+    async def body(*_: object) -> None:
+        raise AssertionError("it is open")
+
+    with pytest.raises(pipeload.PipeloadError, match=str(failure)):
+        in_a_ring(body, fetches=True, failure=failure)

@@ -126,7 +126,7 @@ def status(cluster: Address, certificates: Certificates = None, as_json: Json = 
             one.address,
             _budget(one),
             "yes" if one.offer.trusted else "no",
-            ", ".join(sorted(one.offer.models)),
+            _models(one.offer),
             "; ".join(map(_stage, one.stages)) or "none",
         )
         for one in nodes
@@ -146,6 +146,13 @@ def _stage(facts: dict[str, Any]) -> str:
         f"{facts['run_s'] * 1000:.1f} ms, reading {facts['read_s'] * 1000:.1f} ms"
         + (f", {slower:.1f} times slower than at its best" if slower > _SLOWER else "")
     )
+
+
+def _models(offer: Any) -> str:
+    found = sorted(offer.models)
+    if offer.fetched_bytes:
+        found.append(f"others by up to {format_bytes(offer.fetched_bytes)} of fetched shards")
+    return ", ".join(found)
 
 
 def placement_facts(manifest: Manifest, found: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from pipeload.cli.options import Budget
 from pipeload.cluster.connecting import missing_package
+from pipeload.machine.sizes import parse_bytes
 
 __all__ = ["Certificates", "node", "tell"]
 
@@ -38,6 +39,14 @@ def node(
     host: Annotated[
         str | None, typer.Option(help="The address to listen on; else the one by which the cluster is reached.")
     ] = None,
+    fetch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Take shards of models that are not here from other nodes, into .fetched in --models, which may take "
+            "this much disk, such as 4GB.",
+        ),
+    ] = None,
     untrusted: Annotated[
         bool,
         typer.Option("--untrusted", help="Never run a model's first and last shards, which see texts and answers."),
@@ -50,6 +59,8 @@ def node(
 
     Examples:
         pipeload node --cluster tls://10.0.0.1:8786 --budget 512MB --models /srv/models --certificates certificates
+
+        pipeload node --cluster tls://10.0.0.1:8786 --budget 2GB --models /srv/models --fetch 8GB
     """
     try:
         from pipeload.cluster.node import start
@@ -63,6 +74,7 @@ def node(
         host=host,
         certificates=certificates,
         trusted=not untrusted,
+        fetched_bytes=0 if fetch is None else parse_bytes(fetch),
         tell=tell,
     )
 

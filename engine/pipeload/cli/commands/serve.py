@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pipeload.cli.commands.node import Certificates
 from pipeload.cli.loudness import LOUDNESS
 from pipeload.cli.options import Budget, pairs
 from pipeload.cli.terminal import say
@@ -27,8 +28,14 @@ _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 def serve(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Sharded model directories, as `pipeload export` makes them.")
-    ],
+        list[Path] | None,
+        typer.Argument(
+            metavar="DIR...",
+            help="Sharded model directories, as `pipeload export` makes them; with --cluster names of models on its "
+            "nodes, or none for all of them.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Budget = "auto",
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on; 0 takes a free one.")] = 8080,
@@ -40,7 +47,10 @@ def serve(
     ] = False,
     alias: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Another name for a model; may be given several times."),
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Another name for a model, by its directory, with --cluster by its name; may be given several times.",
+        ),
     ] = None,
     max_waiting: Annotated[
         int, typer.Option(metavar="N", min=1, max=1024, help="Calls that are served or wait; more are refused.")
@@ -61,6 +71,11 @@ def serve(
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A web origin whose pages may call, or *; may be given several times."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Serve models that run on the nodes of this cluster, not here."),
+    ] = None,
+    certificates: Certificates = None,
     log_format: Annotated[Literal["text", "json"], typer.Option(help="The form of the log on stderr.")] = "text",
 ) -> None:
     """Serve models over HTTP, with OpenAI's interface.
@@ -74,6 +89,8 @@ def serve(
         pipeload serve models/exported/smollm2-135m --alias gpt-4o-mini=models/exported/smollm2-135m --port 8000
 
         pipeload serve models/exported/minilm --host 0.0.0.0 --api-key-file keys.txt --log-format json
+
+        pipeload serve --cluster tls://10.0.0.1:8786 --certificates certificates
     """
     from pipeload.machine.sizes import parse_budget, parse_bytes
 
@@ -87,10 +104,13 @@ def serve(
         raise ConfigError(
             f"The server needs the package {error.name}: pip install starlette uvicorn prometheus-client."
         ) from error
-    named = _named(directories)
+    given = directories or []
+    _check_models(given, cluster, prefix_cache)
+    named = _named(given)
+    aliases = pairs(alias, "--alias")
     settings = Settings(
-        directories=named,
-        aliases=_aliases(pairs(alias, "--alias"), named),
+        directories={} if cluster else named,
+        aliases=aliases if cluster else _aliases(aliases, named),
         budget=budget,
         host=host,
         port=port,
@@ -100,6 +120,9 @@ def serve(
         prefix_cache_bytes=None if prefix_cache is None else 0 if prefix_cache == "0" else parse_bytes(prefix_cache),
         cors_origins=tuple(cors_origin or ()),
         log_format=None if LOUDNESS.quiet else log_format,
+        cluster=cluster,
+        certificates=certificates if cluster else None,
+        names=tuple(map(str, given)) if cluster else (),
     )
     _check_door(settings, no_auth=no_auth)
     serve_models(settings, _tell, replaceable=True)
@@ -120,6 +143,14 @@ def _check_door(settings: Settings, *, no_auth: bool) -> None:
         raise typer.BadParameter(
             f"Other machines reach --host {settings.host}: give --api-key-file, or say --no-auth to let them all in."
         )
+
+
+def _check_models(given: list[Path], cluster: str | None, prefix_cache: str | None) -> None:
+    """Raise typer.BadParameter if there is nothing to serve, or an option is not for the models of a cluster."""
+    if cluster is None and not given:
+        raise typer.BadParameter("Name a sharded model directory, or a cluster with --cluster.")
+    if cluster is not None and prefix_cache is not None:
+        raise typer.BadParameter("--prefix-cache is for models of this machine: nodes keep no caches of ended texts.")
 
 
 def _named(directories: list[Path]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Lane", "LaneSpan", "Machine", "MachineModel", "ModelMemory", "ShardState", "Sweep"]
+__all__ = ["Lane", "LaneSpan", "Machine", "MachineModel", "ModelMemory", "ShardState", "StageOnNode", "Sweep"]
 
 
 class ModelMemory(msgspec.Struct, kw_only=True):
@@ -89,6 +89,19 @@ class Sweep(msgspec.Struct, kw_only=True):
     left_out: int
 
 
+class StageOnNode(msgspec.Struct, kw_only=True):
+    """A range of a model's shards on a node of a cluster.
+
+    Attributes:
+        node: the node's name.
+        first, last: names of its shards.
+    """
+
+    node: str
+    first: str
+    last: str
+
+
 class MachineModel(msgspec.Struct, kw_only=True):
     """A model.
 
@@ -98,8 +111,10 @@ class MachineModel(msgspec.Struct, kw_only=True):
         sweeps, read_bytes: since the server began.
         tokens_per_s: of the latest answer after its first token; null before, and where it had one token.
         best_read_bytes_per_s: the most that was measured on this machine; null without a measurement.
-        memory, sweep: null while the model is closed, or before its first sweep.
-        shards: in their order; none while the model is closed.
+        memory, sweep: null while the model is closed, or before its first sweep, and where it runs on a cluster.
+        shards: in their order; none while the model is closed, and where it runs on a cluster.
+        stages: of a model that is open on a cluster, in their order.
+        replacements: how often it was placed anew there, since a node was lost.
     """
 
     name: str
@@ -113,6 +128,8 @@ class MachineModel(msgspec.Struct, kw_only=True):
     memory: ModelMemory | None = None
     sweep: Sweep | None = None
     shards: list[ShardState] = []
+    stages: list[StageOnNode] = []
+    replacements: int = 0
 
 
 class Machine(msgspec.Struct, kw_only=True):

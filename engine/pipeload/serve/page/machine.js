@@ -203,7 +203,10 @@ class ModelView {
 
   update(model) {
     const { memory, sweep } = model;
-    this.state.textContent = memory
+    const stages = model.stages.map((stage) => `${stage.node} (${stage.first} to ${stage.last})`).join(", ");
+    this.state.textContent = stages
+      ? `${model.task}, open on ${stages}`
+      : memory
       ? `${model.task}, open: ${bytes(memory.kept_bytes)} of ${bytes(model.weight_bytes)} of weights stay, ` +
         (memory.streamed_bytes ? `each sweep reads ${bytes(memory.streamed_bytes)}` : "nothing is read again")
       : `${model.task}, closed: its next call opens it`;
@@ -215,6 +218,7 @@ class ModelView {
         "read at": sweep?.read_bytes_per_s ? gigabytes(sweep.read_bytes_per_s) : null,
         "best in its profile": model.best_read_bytes_per_s && gigabytes(model.best_read_bytes_per_s),
         sweeps: `${model.sweeps}`,
+        "placed anew": model.replacements ? `${model.replacements}` : null,
         "calls in it": sweep && `${sweep.callers}`,
       }),
     );
