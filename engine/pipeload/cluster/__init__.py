@@ -20,6 +20,8 @@ loop          the loop in which a client waits, in a thread of its own
 ring          the stages of one placement, and the calls through them
 calls         which ring calls go to, and which are on their way
 history       the changes of a model's placement
+rings         the present ring, and how another one takes its place
+adapter       looks at the nodes, and moves the model
 state         KV caches on the nodes, and the tokens to compute them again from
 model         a model with the methods of `pipeload.Model`
 connection    the cluster as a program sees it

@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from distributed import Client
 
+from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.history import EVENTS
 from pipeload.cluster.loop import Loop
@@ -26,6 +27,7 @@ from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.placing import Member, by_hand, place
 from pipeload.cluster.ring import Ring
+from pipeload.cluster.state import Texts
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError
 from pipeload.foreign import foreign_errors
@@ -34,7 +36,7 @@ from pipeload.format.manifest import MANIFEST_NAME, Manifest
 from pipeload.planning.placement import Placement
 from pipeload.planning.profile import Profile
 
-__all__ = ["Connection", "Status"]
+__all__ = ["Change", "Connection", "Status"]
 
 _CONNECT_S = 15
 _ASK_S = 120.0
@@ -58,6 +60,26 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     offer: Offer
     budget_bytes: int
     stages: list[dict[str, Any]]
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of the placement of a model that is open somewhere, as the cluster's scheduler knows it.
+
+    Attributes:
+        at_s: when the scheduler heard of it, in seconds since 1970.
+        model: the model's name.
+        before: nodes and shards until then.
+        after: the same from then on; None where the placement before stays.
+        why: the reason, and what failed.
+        waited_s: seconds in which no call of the model could begin.
+    """
+
+    at_s: float
+    model: str
+    before: str
+    after: str | None
+    why: str
+    waited_s: float
 
 
 class Connection:
@@ -119,6 +141,14 @@ class Connection:
             for address, offer in self._watch.offers.items()
         ]
         return sorted(found, key=lambda one: one.offer.name)
+
+    def reconfigurations(self) -> list[Change]:
+        """The latest changes of the placements of all models of the cluster, the oldest first. At most 100.
+
+        Raises:
+            ClusterError: the scheduler does not answer.
+        """
+        return self.loop.ask(self._changes())
 
     def plan(
         self, model: str | os.PathLike[str], *, stages: Mapping[str, str] | None = None, latency_share: float = 1.0
@@ -190,6 +220,8 @@ class Connection:
             folder.cleanup()
             raise
         weakref.finalize(opened, folder.cleanup)
+        if stages is None and Texts(manifest).can_go_on:
+            self._adapt(opened, sha256, name, latency_share)
         with self._closing:
             self._models.add(opened)
             closed = self._closed
@@ -239,6 +271,11 @@ class Connection:
         with suppress(ClosedError):
             self.loop.begin(self._told(change))
 
+    async def _changes(self) -> list[Change]:
+        with foreign_errors(ClusterError, "The cluster's scheduler does not answer", "Connect again."):
+            told = await asyncio.wait_for(self._client.get_events(EVENTS), _CONNECT_S)
+        return [msgspec.convert({"at_s": at_s, **change}, Change) for at_s, change in told]
+
     async def _told(self, change: Mapping[str, Any]) -> None:
         with suppress(OSError, RuntimeError):
             await self._client.log_event(EVENTS, dict(change))
@@ -282,13 +319,16 @@ class Connection:
 
     def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
         """The nodes that have a model, or take its shards from those that have, by address."""
-        owners = self._owners(sha256, lost)
-        fetching = {
+        self._owners(sha256, lost)
+        return self._candidates(sha256, lost)
+
+    def _candidates(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
+        """The same, as the latest look has found them."""
+        return {
             address: offer
             for address, offer in self._watch.offers.items()
-            if offer.fetched_bytes and offer.process not in lost
+            if (offer.has(sha256) or offer.fetched_bytes) and offer.process not in lost
         }
-        return fetching | owners
 
     def _others(self) -> str:
         """What is to say of nodes that take part in nothing."""
@@ -334,7 +374,10 @@ class Connection:
         latency_share: float,
     ) -> tuple[Placement, list[Member]]:
         _check(stages, latency_share)
-        members = self.loop.ask(self._speeds_of(sha256, self._members(sha256, lost)))
+        members = []
+        for member in self.loop.ask(self._speeds_of(sha256, self._members(sha256, lost))):
+            told_bytes = self._watch.budgets.get(member.address, member.offer.budget_bytes)
+            members.append(member.now(manifest, usable_bytes(member.offer, told_bytes), member.slowness))
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
@@ -344,26 +387,46 @@ class Connection:
 
     async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed; one that does not answer takes no part."""
-        owners = [address for address, offer in offers.items() if offer.has(sha256)]
-
-        async def one(address: str, offer: Offer) -> Member | PipeloadError:
-            key = offer.process, sha256
-            if key not in self._known:
-                try:
-                    sources = [] if offer.has(sha256) else owners
-                    told = await self._call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
-                except PipeloadError as error:
-                    return error
-                speed = msgspec.convert(told, Profile, str_keys=True)
-                self._known[key] = Member(address=address, offer=offer, speed=speed, fetches=not offer.has(sha256))
-            return self._known[key]
-
-        found = await asyncio.gather(*(one(*each) for each in offers.items()))
+        found = await asyncio.gather(*(self._speed_of(sha256, address, offer) for address, offer in offers.items()))
         members = [member for member in found if isinstance(member, Member)]
         if not members:
             refusals = " ".join(dict.fromkeys(str(refusal) for refusal in found))
             raise ClusterError(f"None of the nodes that have the model can run it. {refusals}")
         return members
+
+    async def _speed_of(self, sha256: str, address: str, offer: Offer) -> Member | PipeloadError:
+        """A node with its speed, or the error where it cannot tell that."""
+        key = offer.process, sha256
+        if key not in self._known:
+            fetches = not offer.has(sha256)
+            sources = [own for own, other in self._watch.offers.items() if other.has(sha256)] if fetches else []
+            try:
+                told = await self._call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
+            except PipeloadError as error:
+                return error
+            speed = msgspec.convert(told, Profile, str_keys=True)
+            self._known[key] = Member(address=address, offer=offer, speed=speed, fetches=fetches)
+        return self._known[key]
+
+    def _adapt(self, model: ClusterModel, sha256: str, name: str, latency_share: float) -> None:
+        """Let a model move when its nodes change."""
+        manifest = model.manifest
+
+        def ring(placement: Placement, members: Sequence[Member], beside: Ring) -> Ring:
+            sources = [address for address, offer in self._watch.offers.items() if offer.has(sha256)]
+            return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside)
+
+        adapter = Adapter(
+            model.rings,
+            manifest,
+            self._watch,
+            sha256,
+            latency_share,
+            offers=partial(self._candidates, sha256, frozenset()),
+            member=partial(self._speed_of, sha256),
+            ring=ring,
+        )
+        self.loop.begin(adapter.run())
 
     def _check_usable(self) -> None:
         if self._closed:

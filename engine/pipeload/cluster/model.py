@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import threading
-import time
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeload.cluster.calls import Calls
 from pipeload.cluster.history import History, Reconfiguration
 from pipeload.cluster.loop import Loop
-from pipeload.cluster.messages import Job, NodeLostError, TextLostError
+from pipeload.cluster.messages import Job
 from pipeload.cluster.ring import Ring
+from pipeload.cluster.rings import Begun, Rings
 from pipeload.cluster.state import ClusterState, Texts
 from pipeload.errors import (
-    BudgetError,
     ClosedError,
     ClusterError,
     ConfigError,
-    PipeloadError,
     QuantisationWarning,
     RunError,
 )
@@ -71,6 +66,7 @@ class ClusterModel:
         directory: with the model's manifest, tokenizer and settings, and no weights.
         manifest: its shards, inputs and outputs.
         files: its tokenizer and settings.
+        rings: its stages, and the calls to them.
         own_draft: None: a model's own draft is not used on a cluster.
     """
 
@@ -90,17 +86,12 @@ class ClusterModel:
         self._loop, self._name = loop, name
         self._graph_inputs = GraphInputs(manifest)
         self._texts = Texts(manifest)
-        self._open_ring = open_ring
-        self._placing = threading.Lock()
-        self._lost: frozenset[str] = frozenset()
-        self._replaced = self._passes = 0
+        self._passes = 0
         self._closed = False
-        self._opening: Future[None] | None = None
-        self._refusal: ClusterError | None = None
         self._history = History(name, manifest, tell)
         # A model that is dropped is closed, so what closes it must not refer to it.
-        self._calls = Calls(open_ring(self._lost))
-        self._finalizer = weakref.finalize(self, _end, self._loop, self._calls)
+        self.rings = Rings(loop, open_ring, self._history)
+        self._finalizer = weakref.finalize(self, self.rings.drop)
         if manifest.quantised_dynamically:
             warnings.warn(
                 "This model quantises its activations with one scale for a whole tensor, so the answers for a text "
@@ -120,18 +111,14 @@ class ClusterModel:
         return self.manifest.free_outputs
 
     @property
-    def _ring(self) -> Ring:
-        return self._calls.ring
-
-    @property
     def placement(self) -> Placement:
         """Which node runs which shards now."""
-        return self._ring.placement
+        return self.rings.present.placement
 
     @property
     def replacements(self) -> int:
         """How often the model was placed anew, since a node was lost."""
-        return self._replaced
+        return self.rings.replaced
 
     @property
     def reconfigurations(self) -> tuple[Reconfiguration, ...]:
@@ -165,7 +152,7 @@ class ClusterModel:
             ClosedError: the model was closed before or during the call.
         """
         arrays = self._checked(inputs)
-        return self._tried(lambda ring: self._loop.begin(ring.run(arrays)))
+        return self._tried(self._pass_of(arrays))
 
     def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0) -> Arrays:
         """`run`: rows of several callers share the nodes' sweeps, and no batch.
@@ -198,17 +185,17 @@ class ClusterModel:
             raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
         if self.manifest.quantised_dynamically:
             batch = 1
-        queue: deque[tuple[_Begun[Arrays], Arrays, list[int]]] = deque()
+        queue: deque[tuple[Begun[Arrays], Arrays, list[int]]] = deque()
 
         def oldest() -> Iterator[Arrays]:
             begun, inputs, sizes = queue.popleft()
-            outputs: Arrays = self._tried(lambda ring: self._loop.begin(ring.run(inputs)), begun)
+            outputs: Arrays = self._tried(self._pass_of(inputs), begun)
             return split_batch(outputs, sizes)
 
         try:
             for inputs, sizes in batches(items, batch):
                 arrays = self._checked(inputs)
-                begun = self._begin(lambda ring, arrays=arrays: self._loop.begin(ring.run(arrays)))  # type: ignore[misc]
+                begun = self.rings.begin(self._pass_of(arrays))
                 queue.append((begun, arrays, sizes))
                 if len(queue) > len(begun.ring.placement.segments):
                     yield from oldest()
@@ -307,16 +294,9 @@ class ClusterModel:
 
     def close(self) -> None:
         """End running calls with ClosedError, and close the stages on the nodes. May be called again."""
-        # A move that goes on ends too.
-        self._calls.close()
-        if (opening := self._opening) is not None:
-            opening.cancel()
-        with self._placing:
-            if self._closed:
-                return
-            self._closed = True
+        self._closed = True
         self._finalizer.detach()
-        if (closing := _end(self._loop, self._calls)) is not None:
+        if (closing := self.rings.close()) is not None:
             with suppress(TimeoutError, CancelledError):
                 closing.result(_FAREWELL_S)
 
@@ -389,6 +369,9 @@ class ClusterModel:
         state.batch = max(state.batch, next(iter(arrays.values())).shape[0])
         return made
 
+    def _pass_of(self, arrays: Arrays) -> Callable[[Ring], Future[Arrays]]:
+        return lambda ring: self._loop.begin(ring.run(arrays))
+
     def _checked(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         self._check_usable()
         with foreign_errors(RunError, "The inputs could not be brought into the pipeline", "Pass smaller inputs."):
@@ -396,137 +379,16 @@ class ClusterModel:
         # Caches that are left out are empty on the nodes too.
         return dict(inputs)
 
-    def _begin(self, once: Callable[[Ring], Future[_Answer]]) -> _Begun[_Answer]:
-        """Begin a call on the present stages; waits while there are none."""
-        self._check_usable()
-        while isinstance(ring := self._calls.enter(), Future):
-            self._loop.result(ring)
-        moves = self._calls.moves
-        try:
-            future = once(ring)
-        except BaseException:
-            self._calls.leave(ring)
-            raise
-        # Not when its caller takes the answer: of a list of passes, the caller may wait for room to begin the next one.
-        future.add_done_callback(partial(_leave, self._calls, ring))
-        return _Begun(ring, future, moves)
-
     def _tried(
         self,
         once: Callable[[Ring], Future[_Answer]],
-        begun: _Begun[_Answer] | None = None,
+        begun: Begun[_Answer] | None = None,
         *,
         failed: Callable[[], object] = bool,
     ) -> _Answer:
-        """What a call gives, on a new placement where a node was lost.
-
-        Args:
-            once: begins the call.
-            begun: its first try, where that has begun.
-            failed: called after each try that failed.
-        """
-        tries, waited = _ATTEMPTS, False
-        while True:
-            begun = begun or self._begin(once)
-            try:
-                made = self._loop.result(begun.future)
-            except BaseException as error:
-                failed()
-                tries -= 1
-                if isinstance(error, BudgetError) and not waited and (ends := self._calls.settled(begun.moves)):
-                    # The stages before and after a move were there together. That is no fault of the nodes.
-                    self._loop.result(ends)
-                    waited, tries = True, tries + 1
-                elif isinstance(error, BudgetError) and self._refusal is not None:
-                    raise self._refusal from error
-                elif isinstance(error, NodeLostError):
-                    if not tries:
-                        text = f"{error} The call was tried twice. Call again once the nodes stay."
-                        raise ClusterError(text) from error
-                    self._replace(begun.ring, error)
-                elif not isinstance(error, TextLostError) or not tries:
-                    raise
-                begun = None
-            else:
-                self._passes += 1
-                return made
-
-    def _move(self, seen: Ring, prepare: Callable[[Ring], Ring], why: str, *, together: bool) -> bool:
-        """Move to other stages, between two passes. Returns whether the model has moved.
-
-        Calls on their way end on the stages before. Texts go on there from their tokens.
-
-        Args:
-            seen: the ring that the decision was made for; where it is not the present one, nothing is done.
-            prepare: called, in the loop, with the ring before; gives one that is to be started.
-            why: the reason.
-            together: the nodes have room for the stages before and after at the same time. Else calls wait while the
-                ones are closed and the others opened.
-        """
-        with self._placing:
-            if self._closed or self._ring is not seen:
-                return False
-
-            async def prepared() -> Ring:
-                return prepare(seen)
-
-            self._calls.move()
-            begin_s, waited_s = time.monotonic(), 0.0
-            try:
-                ring = self._loop.ask(prepared())
-                try:
-                    if together:
-                        self._wait_open(ring)
-                        self._calls.to(ring)
-                        self._calls.ended(seen)
-                    else:
-                        self._calls.shut()
-                        begin_s = time.monotonic()
-                        self._calls.ended(seen)
-                        self._loop.ask(seen.close(_left()))
-                        self._wait_open(ring)
-                        self._calls.to(ring)
-                        waited_s = time.monotonic() - begin_s
-                finally:
-                    # What is not in use any more, or never came into use.
-                    self._loop.ask((ring if self._ring is seen else seen).close(_left()))
-            except PipeloadError as error:
-                if not self._calls.closed:
-                    waited_s = 0.0 if together else time.monotonic() - begin_s
-                    self._history.add(seen.placement, None, f"{why} That failed: {error}", waited_s)
-                return False
-            finally:
-                self._calls.rest()
-            self._history.add(seen.placement, ring.placement, why, waited_s)
-            return True
-
-    def _wait_open(self, ring: Ring) -> None:
-        """Open stages; ends when the model is closed meanwhile."""
-        self._opening = self._loop.begin(ring.start())
-        try:
-            if self._calls.closed:
-                self._opening.cancel()
-            self._loop.result(self._opening)
-        finally:
-            self._opening = None
-
-    def _replace(self, lost: Ring, error: NodeLostError) -> None:
-        """Place the model anew, where no other thread has done so."""
-        with self._placing:
-            if self._closed:
-                raise ClosedError("The model was closed during the call. Load it again.")
-            if self._ring is not lost:
-                return
-            begin_s = time.monotonic()
-            self._lost |= lost.processes_at(error.address)
-            with suppress(PipeloadError, TimeoutError, CancelledError):
-                self._loop.begin(lost.close(error)).result(_FAREWELL_S)
-            try:
-                self._calls.to(self._open_ring(self._lost))
-            except PipeloadError as refusal:
-                raise ClusterError(f"{error} The model cannot be placed anew: {refusal}") from refusal
-            self._replaced += 1
-            self._history.add(lost.placement, self.placement, str(error), time.monotonic() - begin_s)
+        made = self.rings.answer(once, begun, failed=failed)
+        self._passes += 1
+        return made
 
     def _end_state(self, state: ClusterState) -> None:
         """Not waited for: the nodes close it when they hear of it, or with the stage."""
@@ -537,35 +399,3 @@ class ClusterModel:
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The model is closed. Load it again.")
-
-
-class _Begun(NamedTuple, Generic[_Answer]):
-    """A call on its way.
-
-    Attributes:
-        ring: its stages.
-        future: its answer.
-        moves: those of the model that had ended when it began.
-    """
-
-    ring: Ring
-    future: Future[_Answer]
-    moves: int
-
-
-def _left() -> NodeLostError:
-    """The error of calls that find a ring that was left; where there is no other one, they place the model anew."""
-    return NodeLostError("The model has left its stages.", "")
-
-
-def _leave(calls: Calls, ring: Ring, _: object) -> None:
-    calls.leave(ring)
-
-
-def _end(loop: Loop, calls: Calls) -> Future[None] | None:
-    """Begin to close the stages of a model, unless the connection is closed."""
-    calls.close()
-    try:
-        return loop.begin(calls.ring.close())
-    except ClosedError:
-        return None

@@ -99,6 +99,20 @@ class Ring:
             stage.rings += 1
             self._stages.append(stage)
 
+    async def bring(self) -> None:
+        """Let every node take those files of its stage that it has not. Calls may go on meanwhile.
+
+        Raises:
+            PipeloadError: a node cannot, or was lost.
+        """
+        await self._unless_lost(
+            [
+                self._fetched(member, stage)
+                for member, stage in zip(self._members, self._stages, strict=True)
+                if stage in self._new and not member.offer.has(self._sha256)
+            ]
+        )
+
     async def start(self) -> None:
         """Open every stage that is not open yet on its node, once the node has its files.
 
@@ -107,13 +121,7 @@ class Ring:
         """
         self._watch.listeners.add(self._hear)
         try:
-            await self._unless_lost(
-                [
-                    self._fetched(member, stage)
-                    for member, stage in zip(self._members, self._stages, strict=True)
-                    if stage in self._new and not member.offer.has(self._sha256)
-                ]
-            )
+            await self.bring()
             for stage in self._new:
                 stage.actor = self._client.submit(
                     Stage,
@@ -196,6 +204,11 @@ class Ring:
                 stage.actor.release()
 
         await asyncio.gather(*map(leave, stages))
+
+    @property
+    def members(self) -> list[Member]:
+        """Its nodes, as they were when it was placed."""
+        return [*self._members]
 
     def processes_at(self, address: str) -> frozenset[str]:
         """The process of the node at an address, if it is one of these."""

@@ -36,7 +36,7 @@ _SWING = 1.25
 """A node that takes up to this many times as long as at its best is not slow."""
 _SLOW_S, _MOST_SLOW_S = 600.0, 9600.0
 """The time for which a node that runs nothing counts as slow."""
-_STEP = 0.1
+_STEP = 0.2
 """A slowness that differs from the one in force by less than this fraction is the same."""
 
 Decision: TypeAlias = Literal["keep", "move", "give up"]
@@ -123,13 +123,14 @@ class Slowness:
     def __init__(self) -> None:
         self._nodes: dict[str, _Slow] = {}
 
-    def look(self, node: str, measured: Factors | None, now_s: float) -> Factors:
+    def look(self, node: str, measured: Factors | None, now_s: float, *, runs: bool) -> Factors:
         """The slowness of a node to place by.
 
         Args:
             node: this start of it.
-            measured: by passes there; None where it runs nothing of the model.
+            measured: by passes there; None before the first one.
             now_s: by a clock that never goes back.
+            runs: whether it runs a part of the model.
         """
         own = self._nodes.setdefault(node, _Slow())
         if measured is not None:
@@ -138,6 +139,9 @@ class Slowness:
                 own.lasts_s, own.until_s = min(2 * own.lasts_s, _MOST_SLOW_S), inf
             run, read = (_stepped(before, now) for before, now in zip(own.factors, measured, strict=True))
             own.factors = (run, read)
+        elif runs:
+            # It has just begun to, and has its stage from before or another one.
+            pass
         elif own.factors != _FAST and own.until_s == inf:
             own.until_s = now_s + own.lasts_s
         elif now_s >= own.until_s:

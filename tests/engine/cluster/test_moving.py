@@ -41,6 +41,9 @@ class _Ring:
         self.reason: pipeload.PipeloadError | None = None
         self.steps: list[list[int]] = []
 
+    async def bring(self) -> None:
+        self.told.append(f"bringing {self.name}")
+
     async def start(self) -> None:
         self.told.append(f"opening {self.name}")
         await asyncio.to_thread(self.opens.stop_here)
@@ -105,7 +108,7 @@ class _Opened:
         return str(self.model.run(self.inputs)["answer"][0])
 
     def move(self, *, together: bool = True) -> bool:
-        return self.model._move(self.old, lambda _: self.new, "faster.", together=together)  # type: ignore[arg-type, return-value]
+        return self.model.rings.move(self.old, lambda _: self.new, "faster.", together=together)  # type: ignore[arg-type, return-value]
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def opened(toy: Path) -> Iterator[_Opened]:
 
 
 def wait_for(opened: _Opened, holds: Callable[[Calls], object]) -> None:
-    calls = opened.model._calls
+    calls = opened.model.rings._calls
     with calls._changed:
         assert calls._changed.wait_for(lambda: holds(calls), PATIENCE_S)
 
@@ -156,11 +159,12 @@ def test_without_room_for_both_calls_wait_between_two_passes(opened: _Opened) ->
     wait_for(opened, lambda calls: calls._shut)
     later = Background(opened.run)
     wait_for(opened, lambda calls: calls._waiting)
-    assert opened.told == []
+    # What has to be fetched is fetched before calls wait.
+    assert opened.told == ["bringing new"]
     opened.old.passes.open()
     assert on_its_way.end() == "old"
     opened.new.opens.wait_reached()
-    assert opened.told == ["closed old", "opening new"]
+    assert opened.told == ["bringing new", "closed old", "opening new"]
     assert later.is_alive()
     opened.new.opens.open()
     assert later.end() == "new"

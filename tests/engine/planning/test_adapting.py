@@ -142,26 +142,34 @@ def test_room_that_comes_back_is_seen_after_giving_up() -> None:
 
 def test_the_usual_swing_is_no_slowness() -> None:
     known = Slowness()
-    assert known.look("a", (1.2, 1.1), 0.0) == (1.0, 1.0)
-    assert known.look("a", (1.5, 1.1), 1.0) == (1.5, 1.0)
+    assert known.look("a", (1.2, 1.1), 0.0, runs=True) == (1.0, 1.0)
+    assert known.look("a", (1.5, 1.1), 1.0, runs=True) == (1.5, 1.0)
     # A little more or less than before would only have all placements predicted again.
-    assert known.look("a", (1.6, 1.1), 2.0) == (1.5, 1.0)
-    assert known.look("a", (3.0, 2.0), 3.0) == (3.0, 2.0)
-    assert known.look("a", (1.0, 1.0), 4.0) == (1.0, 1.0)
+    assert known.look("a", (1.7, 1.1), 2.0, runs=True) == (1.5, 1.0)
+    assert known.look("a", (3.0, 2.0), 3.0, runs=True) == (3.0, 2.0)
+    assert known.look("a", (1.0, 1.0), 4.0, runs=True) == (1.0, 1.0)
 
 
 def test_a_node_that_was_slow_is_tried_again_ever_later() -> None:
     """It runs nothing any more, so nothing tells whether it is still slow."""
     known, now_s = Slowness(), 0.0
-    assert known.look("b", None, now_s) == (1.0, 1.0)
+    assert known.look("b", None, now_s, runs=False) == (1.0, 1.0)
     waits_s = []
     for _ in range(8):
-        assert known.look("a", (3.0, 1.0), now_s) == (3.0, 1.0)
+        assert known.look("a", (3.0, 1.0), now_s, runs=True) == (3.0, 1.0)
         left_s = now_s
-        while known.look("a", None, now_s) != (1.0, 1.0):
+        while known.look("a", None, now_s, runs=False) != (1.0, 1.0):
             now_s += 10.0
         waits_s.append(now_s - left_s)
     assert waits_s[0] >= 600
     assert all(after >= before for before, after in pairwise(waits_s))
     assert waits_s[-1] == max(waits_s) < 10_000
     assert waits_s[1] >= 2 * waits_s[0] - 20
+
+
+def test_a_node_with_another_stage_is_as_slow_as_before_until_a_pass_tells() -> None:
+    known = Slowness()
+    known.look("a", (3.0, 1.0), 0.0, runs=True)
+    for now_s in (1.0, 10_000.0):
+        assert known.look("a", None, now_s, runs=True) == (3.0, 1.0)
+    assert known.look("a", (1.0, 1.0), 10_001.0, runs=True) == (1.0, 1.0)
