@@ -28,6 +28,8 @@ __all__ = ["Adapter", "usable_bytes"]
 
 _STEPS, _WHOLE = 40, 0.98
 """Less memory than the budget counts in steps of this part of it; what is this near to it is all of it."""
+_NOTICED_LOOKS = 10
+"""A call that a node refuses for want of memory waits for a move for this many looks: first the node has to tell."""
 _ASK_AGAIN_S = 60.0
 """A node that cannot tell its speed is asked again after this time."""
 
@@ -82,15 +84,18 @@ class Adapter:
         self._adapting, self._slowness = Adapting(latency_share), Slowness()
         self._members: dict[str, Member] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._silent: set[str] = set()
         self._seen: tuple[Nodes, Placement] | None = None
         self._outlook = Outlook(present=None, best=None)
         self._refusal: ClusterError | None = None
         self._before: Nodes = ()
         self._begun: Ring | None = None
+        self._looked: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
         """Look at the nodes until the model is closed."""
         looked = asyncio.Event()
+        self._rings.notice = self.notice
 
         def hear(told: object) -> None:
             if not isinstance(told, ClusterError):
@@ -102,12 +107,15 @@ class Adapter:
                 await looked.wait()
                 looked.clear()
                 await self.look(time.monotonic())
+                self._tell_looked()
         except ClosedError:
             return
         except Exception:  # noqa: BLE001 - calls go on; the log tells it
             _LOG.exception("A model on a cluster stays where it is from now on, since looking at its nodes failed.")
         finally:
             self._watch.listeners.discard(hear)
+            self._rings.notice = None
+            self._tell_looked()
             for asking in self._asking.values():
                 asking.cancel()
 
@@ -133,7 +141,8 @@ class Adapter:
         decision, best = self._adapting.look(self._outlook, now_s), self._outlook.best
         if self._outlook.present is not None:
             self._rings.refuse(None)
-        elif decision == "give up" and self._refusal is not None:
+        elif decision == "give up" and self._refusal is not None and not self._asking.keys() - self._silent:
+            # A node that has just joined may have room: it is asked for its speed first.
             self._rings.refuse(self._refusal)
         if decision != "move" or best is None:
             return
@@ -145,6 +154,20 @@ class Adapter:
         # Where a node was lost meanwhile, the calls have placed the model anew.
         if moved or self._rings.present is ring:
             self._adapting.changed(time.monotonic(), failed=not moved)
+
+    async def notice(self) -> None:
+        """Wait until the model has left its placement, or has not done so for some looks."""
+        ring = self._rings.present
+        for _ in range(_NOTICED_LOOKS):
+            if self._rings.present is not ring or self._rings.notice is None:
+                return
+            self._looked = self._looked or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._looked)
+
+    def _tell_looked(self) -> None:
+        looked, self._looked = self._looked, None
+        if looked is not None:
+            looked.set_result(None)
 
     def _present(self, now_s: float) -> list[Member]:
         """The nodes as they are now; those whose speed is not known yet are asked, and take part later."""
@@ -175,9 +198,11 @@ class Adapter:
                 if isinstance(told, Member):
                     self._members[offer.process] = told
                 else:
+                    self._silent.add(offer.process)
                     await asyncio.sleep(_ASK_AGAIN_S)
             finally:
                 del self._asking[offer.process]
+                self._silent.discard(offer.process)
 
         self._asking[offer.process] = asyncio.ensure_future(ask())
 

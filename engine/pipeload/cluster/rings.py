@@ -26,6 +26,8 @@ __all__ = ["Begun", "Rings"]
 _ATTEMPTS = 2
 """A call whose node was lost is tried this many times in all."""
 _FAREWELL_S = 30.0
+_SHORT_SHARE = 0.98
+"""A node that refuses a call within less than this fraction of its budget is short of memory."""
 
 _Answer = TypeVar("_Answer")
 
@@ -55,6 +57,8 @@ class Rings:
     Attributes:
         lost: processes of the nodes that were lost.
         replaced: how often the model was placed anew, since a node was lost.
+        notice: waits until a placement without room was left, or has room after all; None where the model does not
+            adapt.
     """
 
     def __init__(self, loop: Loop, open_ring: Callable[[frozenset[str]], Ring], history: History) -> None:
@@ -64,6 +68,7 @@ class Rings:
         self._refusal: ClusterError | None = None
         self.lost: frozenset[str] = frozenset()
         self.replaced = 0
+        self.notice: Callable[[], Coroutine[Any, Any, None]] | None = None
         self._calls = Calls(open_ring(self.lost))
 
     @property
@@ -115,6 +120,10 @@ class Rings:
                 if isinstance(error, BudgetError) and not waited and (ends := self._calls.settled(begun.moves)):
                     # The stages before and after a move were there together. That is no fault of the nodes.
                     self._loop.result(ends)
+                    waited, tries = True, tries + 1
+                elif isinstance(error, BudgetError) and not waited and self.notice and _is_short(begun.ring, error):
+                    # The model will leave that node in a few looks, if another placement has room.
+                    self._loop.ask(self.notice())
                     waited, tries = True, tries + 1
                 elif isinstance(error, BudgetError) and self._refusal is not None:
                     raise self._refusal from error
@@ -234,6 +243,14 @@ class Rings:
                 raise ClusterError(f"{error} The model cannot be placed anew: {refusal}") from refusal
             self.replaced += 1
             self._history.add(lost.placement, self.present.placement, str(error), time.monotonic() - begin_s)
+
+
+def _is_short(ring: Ring, error: BudgetError) -> bool:
+    """Whether a node has refused a call within less memory than any had when the model was placed on them."""
+    return not any(
+        member.offer.budget_bytes * _SHORT_SHARE <= error.budget_bytes <= member.offer.budget_bytes
+        for member in ring.members
+    )
 
 
 def _since(begin_s: float | None) -> float:

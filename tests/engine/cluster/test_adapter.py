@@ -48,7 +48,7 @@ class _Cluster:
             self.join(name, budget_bytes)
         self._stand_on(place(self.manifest, [*self.nodes.values()]))
         self.rings: Any = SimpleNamespace(
-            present=self.ring, closed=False, lost=frozenset(), refuse=self._refuse, move=self._move
+            present=self.ring, closed=False, lost=frozenset(), notice=None, refuse=self._refuse, move=self._move
         )
         self.adapter = Adapter(
             self.rings,
@@ -208,6 +208,32 @@ def test_where_nothing_has_room_calls_get_one_clear_error(toy_large: Path) -> No
     assert cluster.refusal is None
 
 
+def test_a_node_that_is_asked_for_its_speed_may_have_room(toy_large: Path) -> None:
+    cluster = _Cluster(toy_large, {"a": ENOUGH})
+    cluster.looks(2)
+    cluster.join("b", ENOUGH)
+    told, answered = cluster._member, asyncio.Event()
+
+    async def measured_first(address: str, offer: Offer) -> Member | PipeloadError:
+        await answered.wait()
+        return await told(address, offer)
+
+    cluster.adapter._member = measured_first
+    cluster.short("a", 100 * MB)
+
+    async def main() -> None:
+        for number in range(4 * FORCED_LOOKS):
+            if number == 2 * FORCED_LOOKS:
+                assert cluster.refusal is None
+                answered.set()
+            await cluster.adapter.look(100.0 + number / 2)
+            await asyncio.sleep(0)
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert cluster.refusal is None
+    assert cluster.on == ["b"]
+
+
 def test_a_lost_node_of_an_idle_model_is_replaced(toy_large: Path) -> None:
     """No call has met it. Where one does, the call places the model anew at once."""
     cluster = _Cluster(toy_large, {"a": ENOUGH, "b": ENOUGH})
@@ -297,6 +323,35 @@ def test_a_node_that_cannot_tell_its_speed_takes_no_part(toy_large: Path, monkey
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
     assert cluster.moves == []
     assert cluster.asked.count("tcp://b") == 1
+
+
+def test_a_call_without_room_waits_for_the_move_or_for_some_looks(toy_large: Path) -> None:
+    cluster = _Cluster(toy_large, {"a": ENOUGH, "b": ENOUGH})
+    (first,) = cluster.on
+
+    async def main() -> None:
+        running = asyncio.ensure_future(cluster.adapter.run())
+
+        async def looks_until(waiting: asyncio.Future[None]) -> None:
+            while not waiting.done():
+                for listener in [*cluster.watch.listeners]:
+                    listener({})
+                await asyncio.sleep(0)
+
+        while cluster.rings.notice is None:
+            await asyncio.sleep(0)
+        # Nothing has changed at the nodes.
+        await looks_until(asyncio.ensure_future(cluster.adapter.notice()))
+        assert cluster.moves == []
+        cluster.short(first, 100 * MB)
+        await looks_until(asyncio.ensure_future(cluster.adapter.notice()))
+        assert len(cluster.moves) == 1
+        waiting = asyncio.ensure_future(cluster.adapter.notice())
+        await asyncio.sleep(0)
+        running.cancel()
+        await waiting
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_looking_ends_with_the_model_and_a_fault_of_it_is_told(

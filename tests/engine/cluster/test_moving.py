@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.engine.cluster.test_placing import MB, member
 from tests.engine.harness import PATIENCE_S, Background, Gate, agents
 
 import pipeload
@@ -35,6 +36,7 @@ class _Ring:
     def __init__(self, name: str, told: list[str], *, gated: bool = False) -> None:
         self.name, self.told = name, told
         self.placement = Placement(segments=(Segment(node=name, begin=0, end=1, run_s=0.0, read_s=0.0, send_s=0.0),))
+        self.members = [member(name, 400 * MB)]
         self.passes, self.opens = Gate(opened=not gated), Gate(opened=True)
         self.failures: list[pipeload.PipeloadError] = []
         self.failure: pipeload.PipeloadError | None = None
@@ -220,6 +222,50 @@ def test_a_call_that_has_no_room_beside_both_waits_for_the_end_of_the_move(opene
     opened.new.failures = [error]
     with pytest.raises(pipeload.BudgetError):
         opened.run()
+
+
+def _refused_within(nbytes: int) -> pipeload.BudgetError:
+    return pipeload.BudgetError("no room", needed_bytes=450 * MB, budget_bytes=nbytes)
+
+
+def test_a_call_that_a_node_refuses_since_its_memory_is_short_waits_until_it_is_left(opened: _Opened) -> None:
+    async def notice() -> None:
+        await asyncio.to_thread(opened.move)
+
+    opened.model.rings.notice = notice
+    opened.old.failures = [_refused_within(100 * MB)]
+    assert opened.run() == "new"
+
+
+def test_a_call_that_the_whole_budget_has_no_room_for_waits_for_nothing(opened: _Opened) -> None:
+    async def notice() -> None:
+        raise AssertionError("no move would help")
+
+    opened.model.rings.notice = notice
+    opened.old.failures = [_refused_within(400 * MB)]
+    with pytest.raises(pipeload.BudgetError):
+        opened.run()
+
+
+def test_a_call_waits_once_where_no_node_has_room(opened: _Opened) -> None:
+    """Then its error is that of the model, which names the budget that works."""
+    waits: list[None] = []
+
+    async def notice() -> None:
+        waits.append(None)
+
+    opened.model.rings.notice = notice
+    opened.old.failures = [_refused_within(100 * MB) for _ in range(2)]
+    opened.model.rings.refuse(pipeload.ClusterError("the smallest budget of a node that works is 450 MB"))
+    with pytest.raises(pipeload.ClusterError, match="smallest budget") as told:
+        opened.run()
+    assert isinstance(told.value.__cause__, pipeload.BudgetError)
+    assert len(waits) == 1
+    # Said once, however long it lasts.
+    opened.model.rings.refuse(pipeload.ClusterError("the smallest budget of a node that works is 450 MB"))
+    assert len(opened.model.reconfigurations) == 1
+    opened.model.rings.refuse(None)
+    assert opened.run() == "old"
 
 
 def test_a_node_that_is_lost_while_the_model_moves_costs_no_answer(opened: _Opened) -> None:
