@@ -20,7 +20,7 @@ WORKERS ?= $(shell nproc)
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
 
-.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate test-system soak cluster-demo
+.PHONY: help demo test test-slow test-requests test-survey test-all test-latest test-torch test-arm64 coverage mutants check format clean test-page serve-demo docs fuzz test-faults attacks simulate test-system soak kills cluster-demo
 
 demo: $(STAMP)  ## export two real models and run them under a memory cap
 	$(BIN)/python -m benchmarks.demo
@@ -85,6 +85,9 @@ test-system: $(STAMP)  ## faults of the system made for real: disks, cgroups, li
 
 soak: $(STAMP)  ## processes at random budgets, peak and answers checked, for HOURS (8); goes on where the last soak ended
 	$(BIN)/python -m tests.soak --hours $(or $(HOURS),8) $(SOAK_ARGS)
+
+kills: $(STAMP)  ## nodes of a cluster killed at 200 random moments; KILLS_ARGS="--kills 20 --seed 7"
+	$(BIN)/python -m tests.kills $(KILLS_ARGS)
 
 docs: $(DOCS_STAMP)  ## the site of docs/ in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet

@@ -10,6 +10,7 @@ pace          whether a node has become slower with a model
 store         a node's disk for files of other nodes, within a limit
 fetching      takes them from there, in pieces
 rates         a model's speed on a node: the kept profile, or measured there
+links         how fast messages go from node to node
 node          the process that runs stages: a Dask worker
 messages      what nodes tell each other beside arrays; a node that was lost
 stage         a range of shards on a node: a Dask actor

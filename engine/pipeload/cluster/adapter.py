@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member, have_room_for_both, place, placed, planned
+from pipeload.cluster.placing import Links, Member, have_room_for_both, place, placed, planned
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.rings import Rings
 from pipeload.cluster.watch import Watch
@@ -63,6 +63,7 @@ class Adapter:
         latency_share: see `place_shards`.
         offers: gives the nodes that have the model, or take its shards from others, by address.
         member: asks one of them for its speed; gives an error where it cannot tell.
+        links: measures those between nodes that are not known yet.
         ring: gives one of a placement, beside the present one.
     """
 
@@ -76,11 +77,12 @@ class Adapter:
         *,
         offers: Callable[[], dict[str, Offer]],
         member: Callable[[str, Offer], Awaitable[Member | PipeloadError]],
+        links: Callable[[list[Member]], Awaitable[Links]],
         ring: Callable[[Placement, Sequence[Member], Ring], Ring],
     ) -> None:
         self._rings, self._manifest = rings, manifest
         self._watch, self._sha256, self._latency_share = watch, sha256, latency_share
-        self._offers, self._member, self._ring = offers, member, ring
+        self._offers, self._member, self._links, self._ring = offers, member, links, ring
         self._adapting, self._slowness = Adapting(latency_share), Slowness()
         self._members: dict[str, Member] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
@@ -134,7 +136,8 @@ class Adapter:
             processes = {process for process, *_ in used}
             self._before = (*used, *(one for one in nodes if one[0] not in processes))
         if self._seen != (nodes, ring.placement):
-            found = await asyncio.to_thread(self._predicted, members, ring.placement)
+            links = await self._links(members)
+            found = await asyncio.to_thread(self._predicted, members, links, ring.placement)
             if found is None:
                 return
             (self._outlook, self._refusal), self._seen = found, (nodes, ring.placement)
@@ -206,15 +209,17 @@ class Adapter:
 
         self._asking[offer.process] = asyncio.ensure_future(ask())
 
-    def _predicted(self, members: Sequence[Member], placement: Placement) -> tuple[Outlook, ClusterError | None] | None:
+    def _predicted(
+        self, members: Sequence[Member], links: Links, placement: Placement
+    ) -> tuple[Outlook, ClusterError | None] | None:
         """The outlook, and the reason where no placement has room; None where the model is closed meanwhile."""
         for _ in planned(self._manifest, members):
             if self._rings.closed:
                 return None
-        present, refusal = placed(self._manifest, members, placement), None
+        present, refusal = placed(self._manifest, members, links, placement), None
         best: Placement | None = None
         try:
-            best = place(self._manifest, members, latency_share=self._latency_share)
+            best = place(self._manifest, members, links, latency_share=self._latency_share)
         except ClusterError as error:
             refusal = error
         return Outlook(present=present, best=best), refusal

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,11 +22,12 @@ from distributed import Client
 from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.history import EVENTS
+from pipeload.cluster.links import Link
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member, by_hand, place
+from pipeload.cluster.placing import Links, Member, by_hand, place
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.state import Texts
 from pipeload.cluster.watch import Watch
@@ -99,6 +101,7 @@ class Connection:
         self._address = address
         self._models: weakref.WeakSet[ClusterModel] = weakref.WeakSet()
         self._known: dict[tuple[str, str], Member] = {}
+        self._links: dict[frozenset[str], Link] = {}
         self._closing = threading.Lock()
         self._closed = False
         self.loop = Loop()
@@ -374,16 +377,23 @@ class Connection:
         latency_share: float,
     ) -> tuple[Placement, list[Member]]:
         _check(stages, latency_share)
+        offers = {
+            address: offer
+            for address, offer in self._members(sha256, lost).items()
+            # A node that is not named need not fetch shards to be measured by them.
+            if stages is None or offer.has(sha256) or offer.name in stages
+        }
         members = []
-        for member in self.loop.ask(self._speeds_of(sha256, self._members(sha256, lost))):
+        for member in self.loop.ask(self._speeds_of(sha256, offers)):
             told_bytes = self._watch.budgets.get(member.address, member.offer.budget_bytes)
             members.append(member.now(manifest, usable_bytes(member.offer, told_bytes), member.slowness))
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
+        links = self.loop.ask(self._links_of(members))
         if stages is not None:
-            return by_hand(manifest, members, stages), members
-        return place(manifest, members, latency_share=latency_share), members
+            return by_hand(manifest, members, stages, links), members
+        return place(manifest, members, links, latency_share=latency_share), members
 
     async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed; one that does not answer takes no part."""
@@ -424,13 +434,39 @@ class Connection:
             latency_share,
             offers=partial(self._candidates, sha256, frozenset()),
             member=partial(self._speed_of, sha256),
+            links=self._links_of,
             ring=ring,
         )
         self.loop.begin(adapter.run())
 
+    async def _links_of(self, members: list[Member]) -> Links:
+        """The links between nodes, measured by one node after another: they would disturb each other."""
+        for number, member in enumerate(members):
+            others = {
+                other.address: other.offer.process
+                for other in members[number + 1 :]
+                if _pair(member, other) not in self._links
+            }
+            if others:
+                with suppress(PipeloadError):
+                    told = await self._call(member.address, "pipeload_links", {"others": others})
+                    for other in members:
+                        if other.address in told:
+                            self._links[_pair(member, other)] = msgspec.convert(told[other.address], Link)
+        return {
+            frozenset((one.offer.name, other.offer.name)): self._links[_pair(one, other)]
+            for one, other in combinations(members, 2)
+            if _pair(one, other) in self._links
+        }
+
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The connection to the cluster is closed. Connect again.")
+
+
+def _pair(one: Member, other: Member) -> frozenset[str]:
+    """Two starts of nodes, whichever measures the way between them."""
+    return frozenset((one.offer.process, other.offer.process))
 
 
 async def _connected(address: str, security: Any) -> Client:

@@ -9,7 +9,7 @@ from typing import Any
 from distributed.protocol import to_serialize
 
 from pipeload.errors import ClusterError, PipeloadError
-from pipeload.foreign import first_line
+from pipeload.foreign import first_line, foreign_errors
 
 __all__ = ["Job", "NodeLostError", "Place", "TextLostError", "call"]
 
@@ -83,16 +83,20 @@ async def call(pool: Callable[[str], Any], place: Place, method: str, *arguments
 
     Raises:
         NodeLostError: the node does not answer.
+        ClusterError: the connections of this process are closed.
         PipeloadError: of the stage.
     """
-    try:
-        answer = await pool(place.address).actor_execute(
-            function=method, actor=place.key, args=[to_serialize(each) for each in arguments], kwargs={}
-        )
-    except (TimeoutError, OSError, KeyError) as error:
-        raise NodeLostError(
-            f"The node {place.node} at {place.address} was lost during the call: {first_line(error)}.", place.address
-        ) from error
+    # A pool that is closed, since the scheduler was lost, raises errors of its own.
+    with foreign_errors(ClusterError, f"The node {place.node} could not be called", "Connect again."):
+        try:
+            answer = await pool(place.address).actor_execute(
+                function=method, actor=place.key, args=[to_serialize(each) for each in arguments], kwargs={}
+            )
+        except (TimeoutError, OSError, KeyError) as error:
+            raise NodeLostError(
+                f"The node {place.node} at {place.address} was lost during the call: {first_line(error)}.",
+                place.address,
+            ) from error
     if answer["status"] == "OK":
         return answer["result"]
     failure = answer["exception"]

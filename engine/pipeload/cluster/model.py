@@ -25,6 +25,7 @@ from pipeload.errors import (
     ClosedError,
     ClusterError,
     ConfigError,
+    PipeloadError,
     QuantisationWarning,
     RunError,
 )
@@ -297,7 +298,7 @@ class ClusterModel:
         self._closed = True
         self._finalizer.detach()
         if (closing := self.rings.close()) is not None:
-            with suppress(TimeoutError, CancelledError):
+            with suppress(PipeloadError, TimeoutError, CancelledError):
                 closing.result(_FAREWELL_S)
 
     def __repr__(self) -> str:

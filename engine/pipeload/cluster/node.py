@@ -7,7 +7,8 @@ import hashlib
 import tempfile
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pipeload.budget import Budget
 from pipeload.cluster import settings
 from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.fetching import Fetcher
+from pipeload.cluster.links import Link, measured
 from pipeload.cluster.offer import BUDGET, OFFER, Offer, models_in
 from pipeload.cluster.pace import Pace
 from pipeload.cluster.rates import first_shards, speed_of
@@ -42,6 +44,7 @@ _MESSAGES_BYTES = 16_000_000
 """Activations that arrive and leave, and what Dask keeps of them."""
 _JOIN_S = 20
 _FETCHED = ".fetched"
+_LINK_S = 20.0
 _SENT_AT_ONCE = 2
 """Pieces of files that are in memory for other nodes."""
 SETTINGS_BYTES = 64 << 20
@@ -87,19 +90,22 @@ class Node:
         self._fetcher = Fetcher(Store(models / _FETCHED, fetched_bytes))
         self._files: dict[str, ModelFiles] = {}
         self._sending = asyncio.Semaphore(_SENT_AT_ONCE)
+        self._pool: Callable[[str], Any] | None = None
+        self._links: dict[tuple[str, str], Link] = {}
         self._speeds: dict[str, Profile] = {}
+        # One measurement at a time, of a model or of a link.
         self._measuring = asyncio.Lock()
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
         self.stages: dict[str, dict[str, Any]] = {}
         self.paces: defaultdict[str, Pace] = defaultdict(Pace)
         self._free = FreeMemory()
-        measured = measure()
+        here = measure()
         self.offer = Offer(
             name=name,
             process=uuid.uuid4().hex,
             budget_bytes=budget_bytes,
-            process_bytes=measured.process_bytes + _MESSAGES_BYTES,
-            cores=measured.cores,
+            process_bytes=here.process_bytes + _MESSAGES_BYTES,
+            cores=here.cores,
             trusted=trusted,
             models={model: sha256 for model, (sha256, _) in self._models.items()},
             fetched_bytes=fetched_bytes,
@@ -133,8 +139,10 @@ class Node:
             "pipeload_piece": self.piece,
             "pipeload_fetch": self.fetch,
             "pipeload_speed": self.speed,
+            "pipeload_links": self.links,
+            "pipeload_take": self.take,
         }
-        self._fetcher.pool = worker.rpc
+        self._pool = self._fetcher.pool = worker.rpc
 
     def _open_models(self) -> set[str]:
         return {facts["sha256"] for facts in self.stages.values()}
@@ -205,6 +213,28 @@ class Node:
                     speed_of, directory, manifest, self.budget, self.offer.process_bytes
                 )
         return dict(msgspec.to_builtins(self._speeds[sha256]))
+
+    async def take(self, data: bytes) -> int:
+        """The number of these bytes. For other nodes, which measure the way here."""
+        return len(data)
+
+    async def links(self, others: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """The ways to other nodes, by address, as far as they answer; measured the first time. For clients.
+
+        Args:
+            others: address -> process of each, see `Offer`.
+        """
+        assert self._pool is not None
+        found = {}
+        async with self._measuring:
+            for key in others.items():
+                if key not in self._links:
+                    with suppress(ClusterError), foreign_errors(ClusterError, "It does not answer", "Look at its log."):
+                        async with asyncio.timeout(_LINK_S):
+                            self._links[key] = await measured(self._pool(key[0]))
+                if key in self._links:
+                    found[key[0]] = dict(msgspec.to_builtins(self._links[key]))
+        return found
 
 
 def start(

@@ -8,9 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from math import inf
+from typing import TypeAlias
 
 import numpy as np
 
+from pipeload.cluster.links import Link
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.route import crossing_bytes, stage_places
 from pipeload.cluster.store import files_of
@@ -28,13 +30,16 @@ from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
 
-__all__ = ["CALL_S", "LINK_BYTES_PER_S", "Member", "by_hand", "have_room_for_both", "place", "placed", "planned"]
+__all__ = ["ASSUMED", "CALL_S", "Links", "Member", "by_hand", "have_room_for_both", "place", "placed", "planned"]
 
 _FETCHED_GAIN = 1.1
 CALL_S = 0.002
 """A message from node to node, on the software's side."""
-LINK_BYTES_PER_S = 110e6
-"""Links are not measured: gigabit Ethernet is assumed."""
+ASSUMED = Link(latency_s=0.0, bytes_per_s=110e6)
+"""A link that could not be measured: gigabit Ethernet."""
+
+Links: TypeAlias = Mapping[frozenset[str], Link]
+"""Names of two nodes -> the link between them; those that are missing are assumed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +90,9 @@ class Member:
         return self.others[key]
 
 
-def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float = 1.0) -> Placement:
+def place(
+    manifest: Manifest, members: Sequence[Member], links: Links | None = None, *, latency_share: float = 1.0
+) -> Placement:
     """The best placement of a model on nodes.
 
     The first and the last shard, which see texts and answers, are placed on trusted nodes only. Fetching shards takes
@@ -94,23 +101,25 @@ def place(manifest: Manifest, members: Sequence[Member], *, latency_share: float
     Args:
         manifest: the model.
         members: nodes that have it, or can fetch it.
+        links: between them.
         latency_share: see `planning.placement.place_shards`.
 
     Raises:
         ClusterError: no placement fits the nodes' budgets; the message names the smallest budget that works.
     """
-    found = _best(manifest, members, latency_share)
+    links = links or {}
+    found = _best(manifest, members, links, latency_share)
     owners = [member for member in members if not member.fetches]
     if owners and not {segment.node for segment in found.segments} <= {member.offer.name for member in owners}:
         with suppress(ClusterError):
-            alone = _best(manifest, owners, latency_share)
+            alone = _best(manifest, owners, links, latency_share)
             if alone.objective(latency_share) <= _FETCHED_GAIN * found.objective(latency_share):
                 return alone
     return found
 
 
-def _best(manifest: Manifest, members: Sequence[Member], latency_share: float) -> Placement:
-    costs = _Costs(manifest, members)
+def _best(manifest: Manifest, members: Sequence[Member], links: Links, latency_share: float) -> Placement:
+    costs = _Costs(manifest, members, links)
     count = len(manifest.shards)
     nodes = [Node(name=member.offer.name, trusted=member.offer.trusted) for member in members]
     found = place_shards(
@@ -127,13 +136,16 @@ def _best(manifest: Manifest, members: Sequence[Member], latency_share: float) -
     return found
 
 
-def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, str]) -> Placement:
+def by_hand(
+    manifest: Manifest, members: Sequence[Member], stages: Mapping[str, str], links: Links | None = None
+) -> Placement:
     """The placement that a caller names.
 
     Args:
         manifest: the model.
         members: nodes that have it.
         stages: name of a node -> its shards, as FIRST:LAST, in the order of the model.
+        links: between the nodes.
 
     Raises:
         ConfigError: a node is none of the members, or the ranges are not all shards, one after another.
@@ -141,7 +153,7 @@ def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, 
     """
     known = {member.offer.name: member for member in members}
     names = [shard.name for shard in manifest.shards]
-    costs, segments, end = _Costs(manifest, members), [], 0
+    costs, segments, end = _Costs(manifest, members, links or {}), [], 0
     for number, (name, shards) in enumerate(stages.items()):
         if name not in known:
             raise ConfigError(f"stages names the node '{name}'; those that have the model are {', '.join(known)}.")
@@ -179,7 +191,8 @@ def by_hand(manifest: Manifest, members: Sequence[Member], stages: Mapping[str, 
 class _Costs:
     """Times and memory of stages on nodes; equal stages are planned once for each node."""
 
-    def __init__(self, manifest: Manifest, members: Sequence[Member]) -> None:
+    def __init__(self, manifest: Manifest, members: Sequence[Member], links: Links) -> None:
+        self._links = links
         self._members = {member.offer.name: member for member in members}
         self._speeds = {member.offer.name: _evened(manifest, member.speed) for member in members}
         self._dims = profile_dims(manifest)
@@ -205,9 +218,10 @@ class _Costs:
             member.turns[key] = self._turn(member, begin, end)
         return member.turns[key]
 
-    def send_s(self, _from: Node, _to: Node, place: int) -> float:
+    def send_s(self, sender: Node, receiver: Node, place: int) -> float:
         """See `planning.placement.Sends`."""
-        return CALL_S + self._crossing(place) / LINK_BYTES_PER_S
+        link = self._links.get(frozenset((sender.name, receiver.name)), ASSUMED)
+        return CALL_S + link.latency_s + self._crossing(place) / link.bytes_per_s
 
     def needed_bytes(self, member: Member, begin: int, end: int) -> int:
         """The smallest budget of a node that works for a stage."""
@@ -336,7 +350,7 @@ def _refusal(manifest: Manifest, members: Sequence[Member], nodes: Sequence[Node
 
 def planned(manifest: Manifest, members: Sequence[Member]) -> Iterator[None]:
     """Plan all stages that these nodes could have, a step each, so that placing the model is quick after that."""
-    costs, places = _Costs(manifest, members), [0, *stage_places(manifest), len(manifest.shards)]
+    costs, places = _Costs(manifest, members, {}), [0, *stage_places(manifest), len(manifest.shards)]
     for member in members:
         for number, begin in enumerate(places):
             for end in places[number + 1 :]:
@@ -344,23 +358,27 @@ def planned(manifest: Manifest, members: Sequence[Member]) -> Iterator[None]:
                 yield
 
 
-def placed(manifest: Manifest, members: Sequence[Member], placement: Placement) -> Placement | None:
+def placed(manifest: Manifest, members: Sequence[Member], links: Links, placement: Placement) -> Placement | None:
     """A placement with the times that it has on these nodes; None where a node is not there, or has no room.
 
     Args:
         manifest: the model.
         members: nodes that have it, as they are now.
+        links: between them.
         placement: which of them runs which shards.
     """
     known = {member.offer.name for member in members}
     if not known.issuperset(segment.node for segment in placement.segments):
         return None
-    costs, segments = _Costs(manifest, members), []
-    for segment in placement.segments:
-        turn = costs.turn(Node(name=segment.node), segment.begin, segment.end)
+    costs, segments = _Costs(manifest, members, links), []
+    for number, segment in enumerate(placement.segments):
+        node = Node(name=segment.node)
+        turn = costs.turn(node, segment.begin, segment.end)
         if turn is None:
             return None
-        segments.append(replace(segment, run_s=turn.run_s, read_s=turn.read_s))
+        following = Node(name=placement.segments[(number + 1) % len(placement.segments)].node)
+        send_s = costs.send_s(node, following, segment.end) if following != node else 0.0
+        segments.append(replace(segment, run_s=turn.run_s, read_s=turn.read_s, send_s=send_s))
     return Placement(segments=tuple(segments))
 
 
@@ -373,7 +391,7 @@ def have_room_for_both(manifest: Manifest, members: Sequence[Member], before: Pl
         before: a placement.
         after: another one.
     """
-    costs, known = _Costs(manifest, members), {member.offer.name: member for member in members}
+    costs, known = _Costs(manifest, members, {}), {member.offer.name: member for member in members}
     own = {segment.node: (segment.begin, segment.end) for segment in before.segments}
     for segment in after.segments:
         member, there = known[segment.node], own.get(segment.node)

@@ -240,12 +240,14 @@ class Ring:
     async def _fetched(self, member: Member, stage: _Opened) -> None:
         """Let a node take the files of its shards from others. That may take minutes, and ends with the node."""
         shards = shards_of(self._manifest, stage.begin, stage.end)
-        with foreign_errors(
-            ClusterError, f"The node {member.offer.name} could not fetch shards {shards}", "Its log has more."
-        ):
-            await self._client.rpc(member.address).pipeload_fetch(
-                sha256=self._sha256, shards=shards, sources=self._sources
-            )
+        fact = f"The node {member.offer.name} could not fetch shards {shards}"
+        try:
+            with foreign_errors(ClusterError, "It does not answer", "Its log may have more."):
+                await self._client.rpc(member.address).pipeload_fetch(
+                    sha256=self._sha256, shards=shards, sources=self._sources
+                )
+        except PipeloadError as error:
+            raise ClusterError(f"{fact}. {error}") from error
 
     async def _ready(self, stage: _Opened) -> None:
         error = await stage.actor.exception()

@@ -104,7 +104,7 @@ def simulate(
     alone_s = sum(shard.run_s for shard in work)
     # Computing is slower while Loading Agents read: in proportion to the part of the pass in which they read.
     reading_s = steady_bytes / read_bytes_per_s
-    share = min(1.0, reading_s / max(reading_s, alone_s)) if reading_s else 0.0
+    share = reading_s / max(reading_s, alone_s) if reading_s else 0.0
     agents = [0.0] * loaders
     storage_s = inference_s = 0.0
     buffers_free: deque[float] = deque()
@@ -171,5 +171,5 @@ def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> R
         read_bytes += shard.nbytes if firsts[place] == place else 0
         first_s = max(first_s, read_bytes / bandwidth + total_s - done_s)
         done_s += seconds
-    streamed_bytes = max(0, manifest.weight_bytes - resident_bytes)
+    streamed_bytes = manifest.weight_bytes - resident_bytes
     return Roofline(first_s=first_s, steady_s=max(total_s, streamed_bytes / bandwidth))

@@ -128,9 +128,9 @@ class Served:
             PipeloadError: it cannot be opened.
             ApiError: the budget has no room for it now.
         """
-        if self._source.lost and not self.users:
-            await self.close()
         async with self._lock:
+            if self._source.lost:
+                await self._close()
             model = self.model or await self._open()
             self.users += 1
             if self._timer is not None:
@@ -174,25 +174,7 @@ class Served:
     async def close(self) -> None:
         """Close the model, if it is open and no call has it."""
         async with self._lock:
-            if self.model is None or self.users:
-                return
-            begin_s = time.perf_counter()
-            stats = self.model.stats
-            self.prefixes.end()
-            await self._on_thread(self.model.close)
-            # At once, so that no figure has a sweep twice.
-            self.model = None
-            self.sweeps += stats.passes
-            self.read_bytes += stats.read_bytes
-            del stats
-            self.closed += 1
-            await self._on_thread(_give_back)
-            LOGGER.info(
-                "%s is closed; the process has %s; %.0f ms",
-                self.name,
-                format_bytes(rss_bytes()),
-                1e3 * (time.perf_counter() - begin_s),
-            )
+            await self._close()
 
     async def end(self) -> None:
         """Close the model for good. Calls that still have it end with ClosedError."""
@@ -204,6 +186,27 @@ class Served:
         self.prefixes.end()
         if self.model is not None:
             self.model.close()
+
+    async def _close(self) -> None:
+        if self.model is None or self.users:
+            return
+        begin_s = time.perf_counter()
+        stats = self.model.stats
+        self.prefixes.end()
+        await self._on_thread(self.model.close)
+        # At once, so that no figure has a sweep twice.
+        self.model = None
+        self.sweeps += stats.passes
+        self.read_bytes += stats.read_bytes
+        del stats
+        self.closed += 1
+        await self._on_thread(_give_back)
+        LOGGER.info(
+            "%s is closed; the process has %s; %.0f ms",
+            self.name,
+            format_bytes(rss_bytes()),
+            1e3 * (time.perf_counter() - begin_s),
+        )
 
     async def _open(self) -> Model:
         begin_s = time.perf_counter()

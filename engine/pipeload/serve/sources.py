@@ -97,11 +97,6 @@ class Nodes:
         self._refusal, self._again_s = "", 0.0
         self._connection = pipeload.connect(address, certificates)
 
-    @property
-    def lost(self) -> bool:
-        """Whether the scheduler was lost. Models that were opened before that answer no more."""
-        return self._connection.lost
-
     def connection(self) -> Connection:
         """A connection to the scheduler that is there now.
 
@@ -156,14 +151,17 @@ class OnNodes:
 
     def __init__(self, nodes: Nodes, name: str) -> None:
         self._nodes, self._name = nodes, name
+        self._connection: Connection | None = None
         self.manifest = nodes.connection().manifest(name)
         self.made = int(time.time())
 
     @property
     def lost(self) -> bool:
         """See `Source`."""
-        return self._nodes.lost
+        # Of the connection that has opened it: another model may have brought about a new one since.
+        return self._connection is not None and self._connection.lost
 
     def load(self) -> Model:
         """Open it. It has all of a model that routes use; its plans are the nodes' own."""
-        return cast("Model", self._nodes.connection().load(self._name))
+        self._connection = connection = self._nodes.connection()
+        return cast("Model", connection.load(self._name))

@@ -48,6 +48,26 @@ class Cluster:
         process.kill()
         process.communicate(timeout=PATIENCE_S)
 
+    def stop(self, name: str) -> None:
+        """End a node as its user does."""
+        process = self.nodes.pop(name)
+        process.terminate()
+        process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0
+
+    def lose_scheduler(self) -> None:
+        """End the scheduler as a machine ends whose power fails; its nodes end, too."""
+        for process in (self.scheduler, *self.nodes.values()):
+            if process is self.scheduler:
+                process.kill()
+            process.communicate(timeout=PATIENCE_S)
+        self.nodes.clear()
+
+    def start_scheduler(self) -> None:
+        """Start it again, where it was."""
+        self.scheduler = self._begun("cluster", "start", "--port", self.address.rpartition(":")[2])
+        assert line(self.scheduler) == self.address
+
     def refused(self, name: str, budget: str, certificates: Path) -> str:
         """The error of a node that cannot join."""
         command = self._command(*self._node(name, budget), "--certificates", str(certificates))

@@ -17,7 +17,7 @@ import pipeload
 from pipeload.cluster import adapter as adapters
 from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member, have_room_for_both, place
+from pipeload.cluster.placing import Links, Member, have_room_for_both, place
 from pipeload.errors import PipeloadError
 from pipeload.format import manifest as manifests
 from pipeload.planning import adapting
@@ -25,6 +25,10 @@ from pipeload.planning.placement import Placement
 
 LOOKS, FORCED_LOOKS = adapting._LOOKS, adapting._FORCED_LOOKS
 ENOUGH, TIGHT = 300 * MB, 232 * MB
+
+
+async def _no_links(_: Sequence[Member]) -> Links:
+    return {}
 
 
 class _Cluster:
@@ -58,6 +62,7 @@ class _Cluster:
             1.0,
             offers=lambda: {one.address: one.offer for one in self.nodes.values()},
             member=self._member,
+            links=_no_links,
             ring=self._ring,
             **options,
         )

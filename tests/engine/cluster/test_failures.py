@@ -44,13 +44,14 @@ def test_a_text_goes_on_from_its_tokens_on_the_nodes_that_are_left(
 def test_passes_go_on_where_a_node_is_left_that_has_the_model(
     cluster: Cluster, connection: Connection, models: Path
 ) -> None:
+    """A node that its user stops is lost as one that dies is."""
     inputs = references(models / "bert")[1]
     with pipeload.load(models / "bert") as alone:
         expected = alone.run(inputs)
     with connection.load("bert", stages=stages_on(models / "bert", "small", "large")) as model:
         many = model.run_many(inputs for _ in range(6))
         made = [next(many)]
-        cluster.kill("small")
+        cluster.stop("small")
         made += many
         assert len(made) == 6
         for one in made:

@@ -82,7 +82,10 @@ def test_another_node_goes_on_where_one_has_failed(toy: Path, tmp_path: Path) ->
     assert failing.asked + other.asked == _pieces(toy)
 
 
-@pytest.mark.parametrize("failure", [OSError("cut off"), pipeload.ShardError("it is damaged there"), KeyError("op")])
+@pytest.mark.parametrize(
+    "failure",
+    [OSError("cut off"), pipeload.ShardError("it is damaged there"), pipeload.LoadError("its disk"), KeyError("op")],
+)
 def test_another_try_goes_on_where_all_have_failed(toy: Path, tmp_path: Path, failure: Exception) -> None:
     failing, back = _Source(toy, most=3, failure=failure), _Source(toy)
     with pytest.raises(pipeload.ClusterError, match="could not be fetched"):

@@ -14,7 +14,7 @@ from tests.engine.harness import PATIENCE_S
 
 import pipeload
 from pipeload.cluster import ring as rings
-from pipeload.cluster.messages import NodeLostError, Place
+from pipeload.cluster.messages import NodeLostError, Place, call
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.watch import Watch
 from pipeload.format import manifest as manifests
@@ -261,3 +261,23 @@ def test_a_node_that_cannot_fetch_has_one_clear_error(in_a_ring: Callable[..., N
 
     with pytest.raises(pipeload.PipeloadError, match=str(failure)):
         in_a_ring(body, fetches=True, failure=failure)
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (OSError("cut off"), NodeLostError),
+        (TimeoutError(), NodeLostError),
+        (KeyError("no such actor"), NodeLostError),
+        # Of a pool that Dask has closed by itself, when its scheduler was lost.
+        (RuntimeError("ConnectionPool is closed"), pipeload.ClusterError),
+    ],
+)
+def test_whatever_a_call_meets_is_an_error_of_the_cluster(failure: Exception, kind: type[Exception]) -> None:
+    async def actor_execute(**_: object) -> None:
+        raise failure
+
+    place = Place(node="a", address="tcp://a", key="stage")
+    with pytest.raises(pipeload.ClusterError) as told:
+        asyncio.run(call(lambda _: SimpleNamespace(actor_execute=actor_execute), place, "run"))
+    assert type(told.value) is kind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 from tests.engine.cluster.conftest import BUDGETS, CHAT, EMBEDDER
 from tests.engine.cluster.processes import Cluster
-from tests.engine.harness import Gate
+from tests.engine.harness import PATIENCE_S, Gate
 from tests.engine.serve import client as clients
 from tests.engine.serve.client import Client, with_server
 
 import pipeload
+from pipeload.cluster import watch as watches
 from pipeload.cluster.model import ClusterModel
 from pipeload.serve.settings import Settings
 
@@ -132,3 +134,32 @@ def test_what_cannot_be_served_is_told_at_the_start(cluster: Cluster) -> None:
         with_server(settings(cluster, "no-such-model"), never)
     with pytest.raises(pipeload.ConfigError, match="An alias is of other"):
         with_server(settings(cluster, CHAT, aliases={"gpt": "other"}), never)
+
+
+@pytest.mark.survey
+def test_calls_go_on_when_the_scheduler_is_back(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost one ends the nodes, and Dask's own connections."""
+    monkeypatch.setattr(watches, "_SILENT_S", 1.0)
+    lost = threading.Event()
+
+    async def ask(client: Client) -> None:
+        body = REQUESTS["/v1/completions"]
+        before = await client.post("/v1/completions", body)
+        nodes = client.application.desk.models._nodes
+        assert nodes is not None
+        connection = nodes.connection()
+        connection._watch.listeners.add(lambda told: lost.set() if isinstance(told, pipeload.ClusterError) else None)
+        await asyncio.to_thread(cluster.lose_scheduler)
+        assert await asyncio.to_thread(lost.wait, PATIENCE_S)
+        refused = await client.post("/v1/completions", body)
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "cluster_unavailable")
+        await asyncio.to_thread(cluster.start_scheduler)
+        await asyncio.to_thread(cluster.start, {"node": "400MB"})
+        answer = await client.post("/v1/completions", body)
+        while answer.status == 503:
+            answer = await client.post("/v1/completions", body)
+        assert answer.json()["choices"] == before.json()["choices"]
+
+    with Cluster(models, tmp_path) as cluster:
+        cluster.start({"node": "400MB"})
+        with_server(settings(cluster, CHAT), ask)

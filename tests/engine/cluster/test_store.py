@@ -155,11 +155,18 @@ def test_other_models_make_room_but_those_in_use(toy: Path, tmp_path: Path) -> N
             incoming.finish()
         used_s = (directory / MANIFEST_NAME).stat().st_mtime - age_s
         os.utime(directory / MANIFEST_NAME, (used_s, used_s))
-    for name, left in (("fifth", {"open", "older", "old", "fresh"}), ("sixth", {"open", "old", "fresh"})):
+    left = {"open", "older", "old", "fresh"}
+    for name, gone in (("fifth", None), ("sixth", "older"), ("seventh", "old")):
         store.begin(name, content)
         store.make_room(name, records, {"open"})
-        assert {path.name for path in tmp_path.iterdir()} - {"fifth", "sixth"} == left
+        left = left - {gone} | {name}
+        assert {path.name for path in tmp_path.iterdir()} == left
         for record in records:
             incoming = store.incoming(name, manifest, record)
             incoming.add((toy / record.path).read_bytes())
             incoming.finish()
+    # Those that are left were used a moment ago, or are open.
+    store.begin("eighth", content)
+    with pytest.raises(pipeload.ConfigError, match="larger --fetch"):
+        store.make_room("eighth", records, {"open"})
+    assert {path.name for path in tmp_path.iterdir()} == left | {"eighth"}

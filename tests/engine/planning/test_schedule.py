@@ -109,6 +109,20 @@ def test_computing_is_slower_in_the_part_of_a_pass_in_which_somebody_reads() -> 
     assert (first, steady) == pytest.approx((5 + 12, 11))
 
 
+def test_computing_is_not_slower_where_no_pass_reads() -> None:
+    # A session of 2 seconds, and then 3 of computing; all weights are kept.
+    assert _times([_streamed(5, 3.0, 2.0, kept=5, loading_s=6.0)], loaders=1, buffers=1)[1] == pytest.approx(5)
+
+
+@pytest.mark.parametrize(("loaders", "sessions", "steady_s"), [(2, None, 2.5), (5, 4, 1.25), (4, 5, 1.25)])
+def test_sessions_are_made_by_as_many_agents_as_there_are_and_have_room(
+    loaders: int, sessions: int | None, steady_s: float
+) -> None:
+    work = [_streamed(0, 0.0, 5.0)]
+    schedule = simulate(work, loaders=loaders, buffers=6, sessions=sessions, read_bytes_per_s=1.0, **ROOM)
+    assert schedule.steady_s == pytest.approx(steady_s)
+
+
 def test_bandwidth_counts() -> None:
     assert _times([_streamed(100, 0.0)] * 2, loaders=1, buffers=1, bandwidth=50.0) == pytest.approx((4, 4))
 
@@ -275,16 +289,22 @@ def test_the_schedule_is_the_recurrence(
 
 
 @_settings
-@given(st.lists(st.tuples(st.integers(0, 50), _SECONDS, _SECONDS), min_size=1, max_size=6), st.integers(0, 200))
-def test_the_roofline_is_the_maximum_over_all_shards(shards: list[tuple[int, float, float]], resident: int) -> None:
-    """The first and the last have the same weights, which are read once."""
+@given(
+    st.lists(st.tuples(st.integers(0, 50), _SECONDS, _SECONDS), min_size=1, max_size=6), st.integers(0, 200),
+    st.integers(1, 6),
+)  # fmt: skip
+def test_the_roofline_is_the_maximum_over_all_shards(
+    shards: list[tuple[int, float, float]], resident: int, other: int
+) -> None:
+    """The first and another have the same weights, which are read once."""
     manifest = manifest_of(*[[nbytes] * bool(nbytes) for nbytes, _, _ in shards])
-    if len(shards) > 1 and shards[0][0]:
-        manifest = with_common(manifest, (0, len(shards) - 1))
+    common = other < len(shards) and shards[0][0] > 0
+    if common:
+        manifest = with_common(manifest, (0, other))
     seconds = [min(pair) for _, *pair in shards]
     read = [shard.nbytes for shard in manifest.shards]
-    if len(shards) > 1 and shards[0][0]:
-        read[-1] = 0
+    if common:
+        read[other] = 0
     bound = roofline(manifest, _profile({1: 4.0, 2: 2.0}, *[(run, packed) for _, run, packed in shards]), resident)
     first_s = max(sum(read[: k + 1]) / 4.0 + sum(seconds[k:]) for k in range(len(shards)))
     assert bound.first_s == pytest.approx(first_s, rel=CLOSE)

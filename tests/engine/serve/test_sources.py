@@ -14,7 +14,7 @@ import pipeload
 from pipeload.format import manifest as manifests
 from pipeload.serve import sources
 from pipeload.serve.models import Served
-from pipeload.serve.sources import Nodes
+from pipeload.serve.sources import Nodes, OnNodes
 
 
 class _Connection:
@@ -48,7 +48,6 @@ def test_a_lost_scheduler_is_connected_to_again(connections: list[Any], monkeypa
     nodes = Nodes("tcp://127.0.0.1:1", None)
     assert nodes.connection() is first
     first.lost = True
-    assert nodes.lost
     for _ in range(3):
         # The first tries; the others do not wait for tries of their own.
         with pytest.raises(pipeload.ClusterError, match="none answers"):
@@ -57,9 +56,31 @@ def test_a_lost_scheduler_is_connected_to_again(connections: list[Any], monkeypa
     now_s += sources._AGAIN_S
     assert nodes.connection() is second
     assert first.closed
-    assert not nodes.lost
     nodes.close()
     assert second.closed
+
+
+def test_all_models_of_a_lost_connection_are_lost(connections: list[Any], toy: Path) -> None:
+    """Also those that are called when another one has brought about a new connection, which closed the old one."""
+    connections += [_Connection(), _Connection()]
+    old, new = connections
+    for connection in connections:
+        connection.manifest = lambda _: manifests.read(toy)
+        connection.load = lambda name: name
+    nodes = Nodes("tcp://127.0.0.1:1", None)
+    one, other = OnNodes(nodes, "one"), OnNodes(nodes, "other")
+    assert not one.lost
+    for source in (one, other):
+        source.load()
+        assert not source.lost
+    old.lost = True
+    assert one.lost
+    one.load()
+    assert old.closed
+    assert (one.lost, other.lost) == (False, True)
+    other.load()
+    assert not other.lost
+    assert not new.closed
 
 
 class _Model:

@@ -151,8 +151,9 @@ class Tokenizer:
             known = [int(limit) for limit in limits if limit is not None and 0 < limit < 2**31]
             self.max_length = min(known, default=None)
         # Long texts that hold an answer become windows.
-        if self.max_length is not None and task != "question-answering":
-            backend.enable_truncation(self.max_length, direction=side)
+        self._cut_at = self.max_length if task != "question-answering" else None
+        if self._cut_at is not None:
+            backend.enable_truncation(self._cut_at, direction=side)
         _set_prefix_space(backend, settings.add_prefix_space)
         self._has_types = settings.model_input_names is None or "token_type_ids" in settings.model_input_names
         self.unknown_id = self._id(settings.unk_token)
@@ -184,6 +185,7 @@ class Tokenizer:
         with self._room(texts), self._library("cannot turn a text into tokens"):
             # One text at a time: encode_batch starts threads that live until the process ends.
             encoding = self._backend.encode(*texts, add_special_tokens=add_special_tokens)
+            self._check_length(encoding, self._cut_at)
             return Encoded(cut=bool(encoding.overflowing), **_arrays(encoding))
 
     def given(self, ids: Sequence[int]) -> Encoded:
@@ -221,6 +223,7 @@ class Tokenizer:
             for part in (pair[long], *pair[long].overflowing):
                 parts = (pair[0], part) if long else (part, pair[1])
                 encoding = self._backend.post_process(*parts)
+                self._check_length(encoding, length)
                 # The library's own sequence_ids get lost when a first text is cut.
                 own = iter([0] * len(parts[0].ids) + [1] * len(parts[1].ids))
                 sequences = array("b", (-1 if special else next(own) for special in encoding.special_tokens_mask))
@@ -340,6 +343,14 @@ class Tokenizer:
         if isinstance(text, list):
             return self.given(text)
         return self.encode(*text) if isinstance(text, tuple) else self.encode(text)
+
+    def _check_length(self, encoding: Any, most: int | None) -> None:
+        """The library cuts a text before its template puts it between special tokens, and perhaps more than once."""
+        if most is not None and len(encoding.ids) > most:
+            raise ShardError(
+                f"{self._file} makes {len(encoding.ids)} tokens of a text that was cut to {most}: its template has the "
+                "text more than once. Export the model again."
+            )
 
     def _library(self, fact: str) -> AbstractContextManager[None]:
         """Wraps each use of the library, which trusts its file and raises errors of any type, panics included."""

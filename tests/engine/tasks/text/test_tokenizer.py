@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,29 @@ def _assert_equal_to_transformers(directory: Path, texts: Sequence[str], **optio
     for row in expected["input_ids"]:
         plain = theirs.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert ours.decode(row) == plain
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "question-answering"])
+def test_a_template_that_repeats_a_text_makes_none_that_is_longer_than_the_model_takes(
+    tmp_path: Path, task: str
+) -> None:
+    write_bert_tokenizer(tmp_path, model_max_length=12)
+    rules = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    for kind, text in (("single", "A"), ("pair", "B")):
+        rules["post_processor"][kind].append({"Sequence": {"id": text, "type_id": 0}})
+    write_json(tmp_path, "tokenizer.json", rules)
+    tokenizer = _tokenizer(tmp_path, task)
+    assert len(tokenizer.encode("the cat").ids) == 6
+    long = "the cat sat on the mat " * 5
+
+    def encode() -> None:
+        if task == "question-answering":
+            tokenizer.windows("the", long, long=1, length=12, overlap=2)
+        else:
+            tokenizer.encode(long)
+
+    with pytest.raises(ShardError, match=r"makes \d+ tokens of a text that was cut to 12: its template"):
+        encode()
 
 
 @pytest.mark.parametrize("settings", [{}, {"padding_side": "left", "truncation_side": "left"}])

@@ -1,0 +1,1 @@
+"""Nodes of a cluster that end at random moments of random calls."""
