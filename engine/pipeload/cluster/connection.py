@@ -188,8 +188,9 @@ class Connection:
 
         Args:
             model: its name on the nodes, or its directory here; the manifest's sha256 tells the model.
-            stages: name of a node -> its shards, as `"FIRST:LAST"`, in the order of the model; None finds the best
-                placement. A node that is lost is replaced by what is best then.
+            stages: name of a node -> its shards, as `"FIRST:LAST"`, in the order of the model; a node that is lost is
+                replaced by what is best then. None finds the best placement, and moves the model when its nodes change
+                and another one pays.
             latency_share: 1 places for the shortest time of one pass after another, 0 for the most passes a second with
                 enough of them at the same time; between, for the weighted sum.
 
@@ -223,14 +224,14 @@ class Connection:
             folder.cleanup()
             raise
         weakref.finalize(opened, folder.cleanup)
-        if stages is None and Texts(manifest).can_go_on:
-            self._adapt(opened, sha256, name, latency_share)
         with self._closing:
             self._models.add(opened)
             closed = self._closed
         if closed:
             opened.close()
             self._check_usable()
+        if stages is None and Texts(manifest).can_go_on:
+            self._adapt(opened, sha256, name, latency_share)
         return opened
 
     def close(self) -> None:
@@ -277,7 +278,12 @@ class Connection:
     async def _changes(self) -> list[Change]:
         with foreign_errors(ClusterError, "The cluster's scheduler does not answer", "Connect again."):
             told = await asyncio.wait_for(self._client.get_events(EVENTS), _CONNECT_S)
-        return [msgspec.convert({"at_s": at_s, **change}, Change) for at_s, change in told]
+        found = []
+        for at_s, change in told:
+            # Of a client of another version.
+            with suppress(msgspec.ValidationError, TypeError):
+                found.append(msgspec.convert({"at_s": at_s, **change}, Change))
+        return found
 
     async def _told(self, change: Mapping[str, Any]) -> None:
         with suppress(OSError, RuntimeError):
