@@ -265,6 +265,17 @@ def test_a_move_that_failed_is_tried_again_later(toy_large: Path, clock: SimpleN
     assert cluster.on == ["b"]
 
 
+def test_a_forced_move_that_failed_is_not_tried_at_each_look(toy_large: Path, clock: SimpleNamespace) -> None:
+    cluster = _Cluster(toy_large, {"a": ENOUGH, "b": ENOUGH})
+    (first,) = cluster.on
+    cluster.looks(3)
+    cluster.short(first, 100 * MB)
+    cluster.fails = True
+    clock.now_s = cluster.now_s
+    cluster.looks(5 * FORCED_LOOKS)
+    assert len(cluster.moves) == 1
+
+
 def test_predictions_are_made_when_something_has_changed(toy_large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     search = adapters.place

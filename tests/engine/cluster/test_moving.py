@@ -321,6 +321,35 @@ def test_closing_ends_a_move_that_waits_for_the_last_call(opened: _Opened) -> No
     call.wait()
 
 
+def test_a_model_that_is_dropped_while_it_moves_leaves_no_stages(opened: _Opened) -> None:
+    """Nothing waits for the move then, so it closes what it has opened by itself."""
+    opened.old.passes = Gate()
+    call = Background(opened.run)
+    opened.old.passes.wait_reached()
+    move = Background(opened.move)
+    wait_for(opened, lambda calls: calls.ring is opened.new)
+    rings = opened.model.rings
+    # The stages of that moment are closed with the model; here the closing of the others is lost.
+    rings._calls.close()
+    assert not move.end()
+    assert {"closed old", "closed new"} <= {*opened.told}
+    opened.old.passes.open()
+    call.wait()
+
+
+def test_waiting_for_room_is_no_try(opened: _Opened) -> None:
+    """A node that is lost after that is replaced, as ever."""
+
+    async def notice() -> None:
+        await asyncio.to_thread(opened.move)
+
+    opened.model.rings.notice = notice
+    opened.old.failures = [_refused_within(100 * MB)]
+    opened.new.failures = [NodeLostError("The node new was lost.", "tcp://new")]
+    assert opened.run() == "third"
+    assert opened.model.replacements == 1
+
+
 def test_a_text_goes_on_from_its_tokens(toy_decoder: Path) -> None:
     """The first step after the move has all of them, later ones the new one alone."""
     opened = _Opened(toy_decoder)
