@@ -6,6 +6,7 @@ settings      how the processes of a cluster use Dask
 running       a loop that runs until a signal ends it
 scheduler     the process that knows the nodes
 offer         a node's offer: its budget, its models, its trust label
+pace          whether a node has become slower with a model
 store         a node's disk for files of other nodes, within a limit
 fetching      takes them from there, in pieces
 rates         a model's speed on a node: the kept profile, or measured there
@@ -18,6 +19,10 @@ placing       offers and profiles -> which node runs which stage
 watch         which nodes are there
 loop          the loop in which a client waits, in a thread of its own
 ring          the stages of one placement, and the calls through them
+calls         which ring calls go to, and which are on their way
+history       the changes of a model's placement
+rings         the present ring, and how another one takes its place
+adapter       looks at the nodes, and moves the model
 state         KV caches on the nodes, and the tokens to compute them again from
 model         a model with the methods of `pipeload.Model`
 connection    the cluster as a program sees it

@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import combinations
@@ -19,7 +19,9 @@ from typing import Any
 import msgspec
 from distributed import Client
 
+from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.history import EVENTS
 from pipeload.cluster.links import Link
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
@@ -27,6 +29,7 @@ from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.placing import Links, Member, by_hand, place
 from pipeload.cluster.ring import Ring
+from pipeload.cluster.state import Texts
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError
 from pipeload.foreign import foreign_errors
@@ -35,7 +38,7 @@ from pipeload.format.manifest import MANIFEST_NAME, Manifest
 from pipeload.planning.placement import Placement
 from pipeload.planning.profile import Profile
 
-__all__ = ["Connection", "Status"]
+__all__ = ["Change", "Connection", "Status"]
 
 _CONNECT_S = 15
 _ASK_S = 120.0
@@ -49,12 +52,36 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         address: where it listens.
         offer: see there.
-        stages: of each open one, the model's name, its shards and the number of its calls.
+        budget_bytes: what the node may use now: its budget, or less where its memory is short.
+        stages: of each open one, the model's name and sha256, its shards, the number of its calls, of those that run or
+            wait, the seconds of computing and reading of its latest pass, and how much longer both take than at their
+            best, None before.
     """
 
     address: str
     offer: Offer
+    budget_bytes: int
     stages: list[dict[str, Any]]
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of the placement of a model that is open somewhere, as the cluster's scheduler knows it.
+
+    Attributes:
+        at_s: when the scheduler heard of it, in seconds since 1970.
+        model: the model's name.
+        before: nodes and shards until then.
+        after: the same from then on; None where the placement before stays.
+        why: the reason, and what failed.
+        waited_s: seconds in which no call of the model could begin.
+    """
+
+    at_s: float
+    model: str
+    before: str
+    after: str | None
+    why: str
+    waited_s: float
 
 
 class Connection:
@@ -108,10 +135,23 @@ class Connection:
         """
         self.loop.ask(self._watch.look())
         found = [
-            Status(address=address, offer=offer, stages=self._watch.facts.get(address, []))
+            Status(
+                address=address,
+                offer=offer,
+                budget_bytes=self._watch.budgets[address],
+                stages=self._watch.facts.get(address, []),
+            )
             for address, offer in self._watch.offers.items()
         ]
         return sorted(found, key=lambda one: one.offer.name)
+
+    def reconfigurations(self) -> list[Change]:
+        """The latest changes of the placements of all models of the cluster, the oldest first. At most 100.
+
+        Raises:
+            ClusterError: the scheduler does not answer.
+        """
+        return self.loop.ask(self._changes())
 
     def plan(
         self, model: str | os.PathLike[str], *, stages: Mapping[str, str] | None = None, latency_share: float = 1.0
@@ -148,8 +188,9 @@ class Connection:
 
         Args:
             model: its name on the nodes, or its directory here; the manifest's sha256 tells the model.
-            stages: name of a node -> its shards, as `"FIRST:LAST"`, in the order of the model; None finds the best
-                placement. A node that is lost is replaced by what is best then.
+            stages: name of a node -> its shards, as `"FIRST:LAST"`, in the order of the model; a node that is lost is
+                replaced by what is best then. None finds the best placement, and moves the model when its nodes change
+                and another one pays.
             latency_share: 1 places for the shortest time of one pass after another, 0 for the most passes a second with
                 enough of them at the same time; between, for the weighted sum.
 
@@ -178,7 +219,7 @@ class Connection:
         try:
             directory = Path(folder.name) / name
             self._bring(sha256, manifest, content, directory)
-            opened = ClusterModel(self.loop, name, directory, manifest, open_ring)
+            opened = ClusterModel(self.loop, name, directory, manifest, open_ring, self._tell)
         except BaseException:
             folder.cleanup()
             raise
@@ -189,6 +230,8 @@ class Connection:
         if closed:
             opened.close()
             self._check_usable()
+        if stages is None and Texts(manifest).can_go_on:
+            self._adapt(opened, sha256, name, latency_share)
         return opened
 
     def close(self) -> None:
@@ -223,9 +266,28 @@ class Connection:
         name: str,
         sources: list[str],
     ) -> Ring:
-        ring = Ring(self._client, self._watch, manifest, placement, members)
-        await ring.start(sha256, name, sources)
+        ring = Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members)
+        await ring.start()
         return ring
+
+    def _tell(self, change: Mapping[str, Any]) -> None:
+        """Let the scheduler keep a change; one that is lost, or a closed connection, takes none."""
+        with suppress(ClosedError):
+            self.loop.begin(self._told(change))
+
+    async def _changes(self) -> list[Change]:
+        with foreign_errors(ClusterError, "The cluster's scheduler does not answer", "Connect again."):
+            told = await asyncio.wait_for(self._client.get_events(EVENTS), _CONNECT_S)
+        found = []
+        for at_s, change in told:
+            # Of a client of another version.
+            with suppress(msgspec.ValidationError, TypeError):
+                found.append(msgspec.convert({"at_s": at_s, **change}, Change))
+        return found
+
+    async def _told(self, change: Mapping[str, Any]) -> None:
+        with suppress(OSError, RuntimeError):
+            await self._client.log_event(EVENTS, dict(change))
 
     def _named(self, model: str | os.PathLike[str]) -> tuple[str, str]:
         """A model's sha256 and name."""
@@ -266,13 +328,16 @@ class Connection:
 
     def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
         """The nodes that have a model, or take its shards from those that have, by address."""
-        owners = self._owners(sha256, lost)
-        fetching = {
+        self._owners(sha256, lost)
+        return self._candidates(sha256, lost)
+
+    def _candidates(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
+        """The same, as the latest look has found them."""
+        return {
             address: offer
             for address, offer in self._watch.offers.items()
-            if offer.fetched_bytes and offer.process not in lost
+            if (offer.has(sha256) or offer.fetched_bytes) and offer.process not in lost
         }
-        return fetching | owners
 
     def _others(self) -> str:
         """What is to say of nodes that take part in nothing."""
@@ -324,7 +389,10 @@ class Connection:
             # A node that is not named need not fetch shards to be measured by them.
             if stages is None or offer.has(sha256) or offer.name in stages
         }
-        members = self.loop.ask(self._speeds_of(sha256, offers))
+        members = []
+        for member in self.loop.ask(self._speeds_of(sha256, offers)):
+            told_bytes = self._watch.budgets.get(member.address, member.offer.budget_bytes)
+            members.append(member.now(manifest, usable_bytes(member.offer, told_bytes), member.slowness))
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
@@ -335,26 +403,47 @@ class Connection:
 
     async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed; one that does not answer takes no part."""
-        owners = [address for address, offer in offers.items() if offer.has(sha256)]
-
-        async def one(address: str, offer: Offer) -> Member | PipeloadError:
-            key = offer.process, sha256
-            if key not in self._known:
-                try:
-                    sources = [] if offer.has(sha256) else owners
-                    told = await self._call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
-                except PipeloadError as error:
-                    return error
-                speed = msgspec.convert(told, Profile, str_keys=True)
-                self._known[key] = Member(address=address, offer=offer, speed=speed, fetches=not offer.has(sha256))
-            return self._known[key]
-
-        found = await asyncio.gather(*(one(*each) for each in offers.items()))
+        found = await asyncio.gather(*(self._speed_of(sha256, address, offer) for address, offer in offers.items()))
         members = [member for member in found if isinstance(member, Member)]
         if not members:
             refusals = " ".join(dict.fromkeys(str(refusal) for refusal in found))
             raise ClusterError(f"None of the nodes that have the model can run it. {refusals}")
         return members
+
+    async def _speed_of(self, sha256: str, address: str, offer: Offer) -> Member | PipeloadError:
+        """A node with its speed, or the error where it cannot tell that."""
+        key = offer.process, sha256
+        if key not in self._known:
+            fetches = not offer.has(sha256)
+            sources = [own for own, other in self._watch.offers.items() if other.has(sha256)] if fetches else []
+            try:
+                told = await self._call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
+            except PipeloadError as error:
+                return error
+            speed = msgspec.convert(told, Profile, str_keys=True)
+            self._known[key] = Member(address=address, offer=offer, speed=speed, fetches=fetches)
+        return self._known[key]
+
+    def _adapt(self, model: ClusterModel, sha256: str, name: str, latency_share: float) -> None:
+        """Let a model move when its nodes change."""
+        manifest = model.manifest
+
+        def ring(placement: Placement, members: Sequence[Member], beside: Ring) -> Ring:
+            sources = [address for address, offer in self._watch.offers.items() if offer.has(sha256)]
+            return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside)
+
+        adapter = Adapter(
+            model.rings,
+            manifest,
+            self._watch,
+            sha256,
+            latency_share,
+            offers=partial(self._candidates, sha256, frozenset()),
+            member=partial(self._speed_of, sha256),
+            links=self._links_of,
+            ring=ring,
+        )
+        self.loop.begin(adapter.run())
 
     async def _links_of(self, members: list[Member]) -> Links:
         """The links between nodes, measured by one node after another: they would disturb each other."""

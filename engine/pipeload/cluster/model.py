@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 import weakref
 from collections import deque
@@ -16,11 +15,20 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeload.cluster.history import History, Reconfiguration
 from pipeload.cluster.loop import Loop
-from pipeload.cluster.messages import Job, NodeLostError, TextLostError
+from pipeload.cluster.messages import Job
 from pipeload.cluster.ring import Ring
+from pipeload.cluster.rings import Begun, Rings
 from pipeload.cluster.state import ClusterState, Texts
-from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError, QuantisationWarning, RunError
+from pipeload.errors import (
+    ClosedError,
+    ClusterError,
+    ConfigError,
+    PipeloadError,
+    QuantisationWarning,
+    RunError,
+)
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, TensorSpec
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
@@ -59,6 +67,7 @@ class ClusterModel:
         directory: with the model's manifest, tokenizer and settings, and no weights.
         manifest: its shards, inputs and outputs.
         files: its tokenizer and settings.
+        rings: its stages, and the calls to them.
         own_draft: None: a model's own draft is not used on a cluster.
     """
 
@@ -71,20 +80,19 @@ class ClusterModel:
         directory: Path,
         manifest: Manifest,
         open_ring: Callable[[frozenset[str]], Ring],
+        tell: Callable[[Mapping[str, Any]], object],
     ) -> None:
         self.directory, self.manifest = directory, manifest
         self.files = ModelFiles(directory, manifest)
         self._loop, self._name = loop, name
         self._graph_inputs = GraphInputs(manifest)
         self._texts = Texts(manifest)
-        self._open_ring = open_ring
-        self._placing = threading.Lock()
-        self._lost: frozenset[str] = frozenset()
-        self._replaced = self._passes = 0
+        self._passes = 0
         self._closed = False
-        # The only entry is the present one. A model that is dropped is closed, so what closes it must not refer to it.
-        self._rings = [open_ring(self._lost)]
-        self._finalizer = weakref.finalize(self, _end, self._loop, self._rings)
+        self._history = History(name, manifest, tell)
+        # A model that is dropped is closed, so what closes it must not refer to it.
+        self.rings = Rings(loop, open_ring, self._history)
+        self._finalizer = weakref.finalize(self, self.rings.drop)
         if manifest.quantised_dynamically:
             warnings.warn(
                 "This model quantises its activations with one scale for a whole tensor, so the answers for a text "
@@ -104,18 +112,19 @@ class ClusterModel:
         return self.manifest.free_outputs
 
     @property
-    def _ring(self) -> Ring:
-        return self._rings[0]
-
-    @property
     def placement(self) -> Placement:
         """Which node runs which shards now."""
-        return self._ring.placement
+        return self.rings.present.placement
 
     @property
     def replacements(self) -> int:
         """How often the model was placed anew, since a node was lost."""
-        return self._replaced
+        return self.rings.replaced
+
+    @property
+    def reconfigurations(self) -> tuple[Reconfiguration, ...]:
+        """The latest 100 changes of the placement, the oldest first."""
+        return self._history.known
 
     @property
     def stats(self) -> Stats:
@@ -144,7 +153,7 @@ class ClusterModel:
             ClosedError: the model was closed before or during the call.
         """
         arrays = self._checked(inputs)
-        return self._tried(lambda ring: self._loop.result(self._loop.begin(ring.run(arrays))))
+        return self._tried(self._pass_of(arrays))
 
     def run_rows(self, inputs: Mapping[str, NDArray[Any]], padding: Padding, *, passes: int = 0) -> Arrays:
         """`run`: rows of several callers share the nodes' sweeps, and no batch.
@@ -177,28 +186,25 @@ class ClusterModel:
             raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
         if self.manifest.quantised_dynamically:
             batch = 1
-        queue: deque[tuple[Ring, Future[Arrays], Arrays, list[int]]] = deque()
+        queue: deque[tuple[Begun[Arrays], Arrays, list[int]]] = deque()
 
         def oldest() -> Iterator[Arrays]:
-            ring, future, inputs, sizes = queue.popleft()
-            first = [future]
-            # The first try is the one on its way.
-            outputs = self._tried(
-                lambda now: self._loop.result(first.pop() if first else self._loop.begin(now.run(inputs))), ring
-            )
+            begun, inputs, sizes = queue.popleft()
+            outputs: Arrays = self._tried(self._pass_of(inputs), begun)
             return split_batch(outputs, sizes)
 
         try:
             for inputs, sizes in batches(items, batch):
-                arrays, ring = self._checked(inputs), self._ring
-                queue.append((ring, self._loop.begin(ring.run(arrays)), arrays, sizes))
-                if len(queue) > len(ring.placement.segments):
+                arrays = self._checked(inputs)
+                begun = self.rings.begin(self._pass_of(arrays))
+                queue.append((begun, arrays, sizes))
+                if len(queue) > len(begun.ring.placement.segments):
                     yield from oldest()
             while queue:
                 yield from oldest()
         finally:
-            for _, future, *_ in queue:
-                future.cancel()
+            for begun, *_ in queue:
+                begun.future.cancel()
 
     def new_state(self, capacity: int = 0) -> ClusterState:
         """An empty KV cache for `step`; it is on the nodes of the blocks.
@@ -289,12 +295,9 @@ class ClusterModel:
 
     def close(self) -> None:
         """End running calls with ClosedError, and close the stages on the nodes. May be called again."""
-        with self._placing:
-            if self._closed:
-                return
-            self._closed = True
+        self._closed = True
         self._finalizer.detach()
-        if (closing := _end(self._loop, self._rings)) is not None:
+        if (closing := self.rings.close()) is not None:
             with suppress(PipeloadError, TimeoutError, CancelledError):
                 closing.result(_FAREWELL_S)
 
@@ -334,7 +337,7 @@ class ClusterModel:
         known = state.inputs is not None
         whole = texts.joined(state.inputs, arrays) if state.inputs is not None and texts.can_be_joined else arrays
 
-        def once(ring: Ring) -> Any:
+        def once(ring: Ring) -> Future[Any]:
             if state.begin(ring):
                 pieces = texts.pieces(arrays, dims, state.length, length, positions, state.expected)
             elif known and texts.can_be_joined:
@@ -359,17 +362,16 @@ class ClusterModel:
                 for number, (_, past) in enumerate(pieces)
             ]
             work = [(piece, job) for (piece, _), job in zip(pieces, jobs, strict=True)]
-            try:
-                return self._loop.result(self._loop.begin(ring.step(work)))
-            except BaseException:
-                state.drop()
-                raise
+            return self._loop.begin(ring.step(work))
 
-        made = self._tried(once)
+        made = self._tried(once, failed=state.drop)
         state.inputs, state.length, state.dims = whole, length, dims
         state.steps += 1
         state.batch = max(state.batch, next(iter(arrays.values())).shape[0])
         return made
+
+    def _pass_of(self, arrays: Arrays) -> Callable[[Ring], Future[Arrays]]:
+        return lambda ring: self._loop.begin(ring.run(arrays))
 
     def _checked(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         self._check_usable()
@@ -378,46 +380,16 @@ class ClusterModel:
         # Caches that are left out are empty on the nodes too.
         return dict(inputs)
 
-    def _tried(self, once: Callable[[Ring], _Answer], ring: Ring | None = None) -> _Answer:
-        """What a call gives, on a new placement where a node was lost.
-
-        Args:
-            once: the call.
-            ring: the stages of its first try; None for the present ones.
-        """
-        for attempt in range(_ATTEMPTS):
-            self._check_usable()
-            ring = ring or self._ring
-            try:
-                made = once(ring)
-            except TextLostError:
-                if attempt == _ATTEMPTS - 1:
-                    raise
-            except NodeLostError as error:
-                if attempt == _ATTEMPTS - 1:
-                    raise ClusterError(f"{error} The call was tried twice. Call again once the nodes stay.") from error
-                self._replace(ring, error)
-            else:
-                self._passes += 1
-                return made
-            ring = None
-        raise AssertionError("the last attempt returns or raises")
-
-    def _replace(self, lost: Ring, error: NodeLostError) -> None:
-        """Place the model anew, where no other thread has done so."""
-        with self._placing:
-            if self._closed:
-                raise ClosedError("The model was closed during the call. Load it again.")
-            if self._ring is not lost:
-                return
-            self._lost |= lost.processes_at(error.address)
-            with suppress(PipeloadError, TimeoutError, CancelledError):
-                self._loop.begin(lost.close(error)).result(_FAREWELL_S)
-            try:
-                self._rings[:] = [self._open_ring(self._lost)]
-            except PipeloadError as refusal:
-                raise ClusterError(f"{error} The model cannot be placed anew: {refusal}") from refusal
-            self._replaced += 1
+    def _tried(
+        self,
+        once: Callable[[Ring], Future[_Answer]],
+        begun: Begun[_Answer] | None = None,
+        *,
+        failed: Callable[[], object] = bool,
+    ) -> _Answer:
+        made = self.rings.answer(once, begun, failed=failed)
+        self._passes += 1
+        return made
 
     def _end_state(self, state: ClusterState) -> None:
         """Not waited for: the nodes close it when they hear of it, or with the stage."""
@@ -428,11 +400,3 @@ class ClusterModel:
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The model is closed. Load it again.")
-
-
-def _end(loop: Loop, rings: list[Ring]) -> Future[None] | None:
-    """Begin to close the stages of a model, unless the connection is closed."""
-    try:
-        return loop.begin(rings[0].close())
-    except ClosedError:
-        return None

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import tempfile
 import uuid
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ from pipeload.cluster import settings
 from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.fetching import Fetcher
 from pipeload.cluster.links import Link, measured
-from pipeload.cluster.offer import OFFER, Offer, models_in
+from pipeload.cluster.offer import BUDGET, OFFER, Offer, models_in
+from pipeload.cluster.pace import Pace
 from pipeload.cluster.rates import first_shards, speed_of
 from pipeload.cluster.running import until_stopped
 from pipeload.cluster.store import PIECE_BYTES, Store
@@ -30,7 +32,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME, Manifest
 from pipeload.format.stages import stage_of
-from pipeload.machine.memory import auto_budget_bytes
+from pipeload.machine.memory import FreeMemory, auto_budget_bytes
 from pipeload.machine.sizes import parse_budget
 from pipeload.measuring.profiler import measure
 from pipeload.planning.profile import Profile
@@ -62,6 +64,7 @@ class Node:
     Attributes:
         budget: of all stages.
         stages: id -> facts about each open stage, for `pipeload cluster status`.
+        paces: sha256 -> how fast the model's stages have been here.
 
     Raises:
         ConfigError: there is no model, and none is to be fetched.
@@ -94,6 +97,8 @@ class Node:
         self._measuring = asyncio.Lock()
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
         self.stages: dict[str, dict[str, Any]] = {}
+        self.paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self._free = FreeMemory()
         here = measure()
         self.offer = Offer(
             name=name,
@@ -120,6 +125,10 @@ class Node:
                     raise ShardError(f"{directory} on the node {self.offer.name} has changed. Start the node again.")
                 return directory, data
         raise ShardError(f"The node {self.offer.name} has no model with the manifest {sha256[:16]} ...")
+
+    def present_budget_bytes(self) -> int:
+        """What its memory lets the node use now: the budget, or less where cgroup and machine leave less."""
+        return min(self.offer.budget_bytes, self._free())
 
     def listen_to(self, worker: Any) -> None:
         """Let other processes ask this node through Dask's worker, and this one ask other nodes."""
@@ -283,7 +292,10 @@ def start(
                     local_directory=scratch,
                     death_timeout=_JOIN_S,
                     startup_information={OFFER: lambda _: node.offer.told()},
-                    metrics={OFFER: lambda _: list(node.stages.values())},
+                    metrics={
+                        OFFER: lambda _: list(node.stages.values()),
+                        BUDGET: lambda _: node.present_budget_bytes(),
+                    },
                 )
                 # Clients may ask as soon as the scheduler knows the node.
                 node.listen_to(worker)

@@ -14,10 +14,12 @@ from pipeload.errors import ClusterError, ConfigError, ManifestError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME
 
-__all__ = ["OFFER", "Offer", "models_in"]
+__all__ = ["BUDGET", "OFFER", "Offer", "models_in"]
 
 OFFER = "pipeload"
 """Its key in what Dask tells of a worker."""
+BUDGET = "pipeload-budget"
+"""The key of the bytes that the node may use now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from math import inf
 from typing import TypeAlias
@@ -30,7 +30,7 @@ from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
 
-__all__ = ["ASSUMED", "CALL_S", "Links", "Member", "by_hand", "place"]
+__all__ = ["ASSUMED", "CALL_S", "Links", "Member", "by_hand", "have_room_for_both", "place", "placed", "planned"]
 
 _FETCHED_GAIN = 1.1
 CALL_S = 0.002
@@ -49,19 +49,45 @@ class Member:
     Attributes:
         address: where it listens.
         offer: its own.
-        speed: of the model there.
+        speed: of the model there, as it is now.
         fetches: it has not all of the model, and takes shards from other nodes.
+        slowness: how many times as long computing and reading take as by the speed that the node has told.
         turns: kinds of shards -> what a stage of them costs there, once it is known: finding out takes a tenth of a
             second each, and a model is placed anew when a node is lost.
         needed: kinds of shards -> the smallest budget that works for a stage of them.
+        others: the node with other budgets and slowness.
     """
 
     address: str
     offer: Offer
     speed: Profile
     fetches: bool = False
+    slowness: tuple[float, float] = (1.0, 1.0)
     turns: dict[Hashable, Turn | None] = field(default_factory=dict, compare=False, repr=False)
     needed: dict[Hashable, int] = field(default_factory=dict, compare=False, repr=False)
+    others: dict[Hashable, Member] = field(default_factory=dict, compare=False, repr=False)
+
+    def now(self, manifest: Manifest, budget_bytes: int, slowness: tuple[float, float]) -> Member:
+        """The node with another budget, and slower than it has told.
+
+        Args:
+            manifest: the model.
+            budget_bytes: what it may use.
+            slowness: see above.
+        """
+        if (budget_bytes, slowness) == (self.offer.budget_bytes, self.slowness):
+            return self
+        key = budget_bytes, slowness
+        if key not in self.others:
+            self.others[key] = replace(
+                self,
+                offer=replace(self.offer, budget_bytes=budget_bytes),
+                speed=_slowed(manifest, self.speed, *slowness),
+                slowness=slowness,
+                turns={},
+                others={},
+            )
+        return self.others[key]
 
 
 def place(
@@ -264,6 +290,25 @@ def _evened(manifest: Manifest, speed: Profile) -> Profile:
     return replace(speed, times=times)
 
 
+def _slowed(manifest: Manifest, speed: Profile, run: float, read: float) -> Profile:
+    """The profile of a node on which computing and reading take this many times as long."""
+    rates = Rates.of(manifest, speed, None)
+    times = {
+        threads: {
+            name: ShardTimes(**{field.name: getattr(one, field.name) * run for field in fields(one)})
+            for name, one in own.items()
+        }
+        for threads, own in rates.times.items()
+    }
+    direct = speed.read_bytes_per_s or (rates.read_bytes_per_s if rates.direct else {})
+    return replace(
+        speed,
+        times=times,
+        read_bytes_per_s={loaders: rate / read for loaders, rate in direct.items()},
+        cached_read_bytes_per_s={loaders: rate / read for loaders, rate in speed.cached_read_bytes_per_s.items()},
+    )
+
+
 def _refusal(manifest: Manifest, members: Sequence[Member], nodes: Sequence[Node], costs: _Costs) -> ClusterError:
     """The error for a model that has no place, with the smallest budget of every node that gives it one."""
     places = [0, *stage_places(manifest), len(manifest.shards)]
@@ -301,3 +346,58 @@ def _refusal(manifest: Manifest, members: Sequence[Member], nodes: Sequence[Node
         f"{format_bytes(sizes[least])}, rounded up: {sizes[least]} bytes. Raise the nodes' budgets to that, or add a "
         "node."
     )
+
+
+def planned(manifest: Manifest, members: Sequence[Member]) -> Iterator[None]:
+    """Plan all stages that these nodes could have, a step each, so that placing the model is quick after that."""
+    costs, places = _Costs(manifest, members, {}), [0, *stage_places(manifest), len(manifest.shards)]
+    for member in members:
+        for number, begin in enumerate(places):
+            for end in places[number + 1 :]:
+                costs.turn(Node(name=member.offer.name), begin, end)
+                yield
+
+
+def placed(manifest: Manifest, members: Sequence[Member], links: Links, placement: Placement) -> Placement | None:
+    """A placement with the times that it has on these nodes; None where a node is not there, or has no room.
+
+    Args:
+        manifest: the model.
+        members: nodes that have it, as they are now.
+        links: between them.
+        placement: which of them runs which shards.
+    """
+    known = {member.offer.name for member in members}
+    if not known.issuperset(segment.node for segment in placement.segments):
+        return None
+    costs, segments = _Costs(manifest, members, links), []
+    for number, segment in enumerate(placement.segments):
+        node = Node(name=segment.node)
+        turn = costs.turn(node, segment.begin, segment.end)
+        if turn is None:
+            return None
+        following = Node(name=placement.segments[(number + 1) % len(placement.segments)].node)
+        send_s = costs.send_s(node, following, segment.end) if following != node else 0.0
+        segments.append(replace(segment, run_s=turn.run_s, read_s=turn.read_s, send_s=send_s))
+    return Placement(segments=tuple(segments))
+
+
+def have_room_for_both(manifest: Manifest, members: Sequence[Member], before: Placement, after: Placement) -> bool:
+    """Whether each node's budget holds its stages of two placements at the same time; one that is in both counts once.
+
+    Args:
+        manifest: the model.
+        members: the nodes of the second one.
+        before: a placement.
+        after: another one.
+    """
+    costs, known = _Costs(manifest, members, {}), {member.offer.name: member for member in members}
+    own = {segment.node: (segment.begin, segment.end) for segment in before.segments}
+    for segment in after.segments:
+        member, there = known[segment.node], own.get(segment.node)
+        if there is None or there == (segment.begin, segment.end):
+            continue
+        needed = costs.needed_bytes(member, *there) + costs.needed_bytes(member, segment.begin, segment.end)
+        if needed - member.offer.process_bytes > member.offer.budget_bytes:
+            return False
+    return True

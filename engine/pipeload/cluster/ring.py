@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pipeload.cluster.messages import Job, NodeLostError, Place, call
@@ -29,6 +29,26 @@ _FAREWELL_S = 5.0
 _Answer = TypeVar("_Answer")
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Opened:
+    """A stage that is open, or is being opened.
+
+    Attributes:
+        process: of its node.
+        begin, end: its first shard, and the one after the last.
+        place: where to call it.
+        actor: Dask's.
+        rings: number of those that it belongs to.
+    """
+
+    process: str
+    begin: int
+    end: int
+    place: Place
+    actor: Any
+    rings: int = 0
+
+
 class Ring:
     """Open stages.
 
@@ -36,67 +56,90 @@ class Ring:
         client: Dask's.
         watch: of the cluster.
         manifest: the whole model.
+        sha256: of it.
+        name: the model's.
+        sources: addresses of nodes that have all of the model, for those that have not.
         placement: which node runs which shards.
         members: the nodes that it names.
+        beside: the ring whose stages are taken over where they are the same; both are open until one is closed.
 
     Attributes:
         placement: see above.
     """
 
     def __init__(
-        self, client: Any, watch: Watch, manifest: Manifest, placement: Placement, members: Sequence[Member]
+        self,
+        client: Any,
+        watch: Watch,
+        manifest: Manifest,
+        sha256: str,
+        name: str,
+        sources: Sequence[str],
+        placement: Placement,
+        members: Sequence[Member],
+        beside: Ring | None = None,
     ) -> None:
         known = {member.offer.name: member for member in members}
         self._client, self._watch, self._manifest = client, watch, manifest
+        self._sha256, self._name, self._sources = sha256, name, [*sources]
         self.placement = placement
         self._members = [known[segment.node] for segment in placement.segments]
-        self._places: list[Place] = []
-        self._actors: list[Any] = []
+        self._route = uuid.uuid4().hex
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        there = {(one.process, one.begin, one.end): one for one in beside._stages} if beside else {}
+        self._stages: list[_Opened] = []
+        self._new: list[_Opened] = []
+        for member, segment in zip(self._members, placement.segments, strict=True):
+            process, begin, end = member.offer.process, segment.begin, segment.end
+            stage = there.get((process, begin, end))
+            if stage is None:
+                place = Place(node=member.offer.name, address=member.address, key=f"pipeload-stage-{uuid.uuid4().hex}")
+                stage = _Opened(process=process, begin=begin, end=end, place=place, actor=None)
+                self._new.append(stage)
+            stage.rings += 1
+            self._stages.append(stage)
 
-    async def start(self, sha256: str, name: str, sources: Sequence[str]) -> None:
-        """Open every stage on its node, once the node has its files.
+    async def bring(self) -> None:
+        """Let every node take those files of its stage that it has not. Calls may go on meanwhile.
 
-        Args:
-            sha256: of the model's manifest.
-            name: the model's.
-            sources: addresses of nodes that have all of the model, for those that have not.
+        Raises:
+            PipeloadError: a node cannot, or was lost.
+        """
+        await self._unless_lost(
+            [
+                self._fetched(member, stage)
+                for member, stage in zip(self._members, self._stages, strict=True)
+                if stage in self._new and not member.offer.has(self._sha256)
+            ]
+        )
+
+    async def start(self) -> None:
+        """Open every stage that is not open yet on its node, once the node has its files.
 
         Raises:
             PipeloadError: a stage cannot be opened, or a node was lost.
         """
         self._watch.listeners.add(self._hear)
         try:
-            places = [0, *(segment.end for segment in self.placement.segments)]
-            await self._unless_lost(
-                [
-                    self._fetched(member, sha256, shards_of(self._manifest, begin, end), sources)
-                    for member, (begin, end) in zip(self._members, pairwise(places), strict=True)
-                    if not member.offer.has(sha256)
-                ]
-            )
-            for member, (begin, end) in zip(self._members, pairwise(places), strict=True):
-                key = f"pipeload-stage-{uuid.uuid4().hex}"
-                actor = self._client.submit(
+            await self.bring()
+            for stage in self._new:
+                stage.actor = self._client.submit(
                     Stage,
-                    sha256,
-                    name,
-                    shards_of(self._manifest, begin, end),
-                    key=key,
+                    self._sha256,
+                    self._name,
+                    shards_of(self._manifest, stage.begin, stage.end),
+                    key=stage.place.key,
                     actor=True,
                     pure=False,
-                    workers=[member.address],
+                    workers=[stage.place.address],
                     allow_other_workers=False,
                 )
-                self._actors.append(actor)
-                self._places.append(Place(node=member.offer.name, address=member.address, key=key))
-            opening = zip(self._actors, self._places, strict=True)
-            await self._unless_lost([self._opened(actor, place) for actor, place in opening])
-            names = leaving(self._manifest, places)
+            await self._unless_lost([self._ready(stage) for stage in self._new])
+            names = leaving(self._manifest, [0, *(segment.end for segment in self.placement.segments)])
             following = [*self._places[1:], None]
             await self._unless_lost(
                 [
-                    self._call(place, "follow", after, sorted(passes))
+                    self._call(place, "follow", self._route, after, sorted(passes))
                     for place, after, passes in zip(self._places, following, names, strict=True)
                 ]
             )
@@ -112,7 +155,7 @@ class Ring:
             PipeloadError: as `Model.run`.
         """
         number = self._begun()
-        return dict(await self._answered(number, [self._call(self._places[0], "run", number, arrays)]))
+        return dict(await self._answered(number, [self._call(self._places[0], "run", self._route, number, arrays)]))
 
     async def step(self, pieces: Sequence[tuple[Arrays, Job]]) -> Any:
         """One step of a decoder, in pieces that follow each other through the stages.
@@ -129,16 +172,16 @@ class Ring:
 
         async def send(arrays: Arrays, job: Job) -> None:
             async with in_flight:
-                await self._call(self._places[0], "step", number if job.last else "", arrays, job)
+                await self._call(self._places[0], "step", self._route, number if job.last else "", arrays, job)
 
         return await self._answered(number, [send(*piece) for piece in pieces])
 
     async def end_state(self, state: str) -> None:
         """Give the memory of a state's caches back on all nodes."""
-        await self._everywhere("end_state", state)
+        await asyncio.gather(*(self._told(place, "end_state", state) for place in self._places))
 
     async def close(self, reason: PipeloadError | None = None) -> None:
-        """Close the stages. May be called again.
+        """Close the stages, but for those of another ring. May be called again.
 
         Args:
             reason: the error of calls that wait, and of later ones; None tells that the model was closed.
@@ -147,10 +190,25 @@ class Ring:
         if not self._lost.done():
             self._lost.set_exception(reason or ClosedError("The model was closed during the call. Load it again."))
         self._lost.exception()
-        await self._everywhere("close", besides=reason)
-        actors, self._actors, self._places = self._actors, [], []
-        for actor in actors:
-            actor.release()
+        stages, self._stages = self._stages, []
+        for stage in stages:
+            stage.rings -= 1
+
+        async def leave(stage: _Opened) -> None:
+            if stage.actor is None:
+                return
+            # That of a node that was lost would be waited for in vain.
+            if not _is_at(stage.place, reason):
+                await self._told(stage.place, *(("part", self._route) if stage.rings else ("close",)))
+            if not stage.rings:
+                stage.actor.release()
+
+        await asyncio.gather(*map(leave, stages))
+
+    @property
+    def members(self) -> list[Member]:
+        """Its nodes, as they were when it was placed."""
+        return [*self._members]
 
     def processes_at(self, address: str) -> frozenset[str]:
         """The process of the node at an address, if it is one of these."""
@@ -169,27 +227,34 @@ class Ring:
                 self._lost.set_exception(NodeLostError(text, member.address))
                 return
 
+    @property
+    def _places(self) -> list[Place]:
+        return [stage.place for stage in self._stages]
+
     def _begun(self) -> str:
         """The number of a new call, unless a node was lost."""
         if self._lost.done():
             self._lost.result()
         return uuid.uuid4().hex
 
-    async def _fetched(self, member: Member, sha256: str, shards: str, sources: Sequence[str]) -> None:
+    async def _fetched(self, member: Member, stage: _Opened) -> None:
         """Let a node take the files of its shards from others. That may take minutes, and ends with the node."""
+        shards = shards_of(self._manifest, stage.begin, stage.end)
         fact = f"The node {member.offer.name} could not fetch shards {shards}"
         try:
             with foreign_errors(ClusterError, "It does not answer", "Its log may have more."):
-                await self._client.rpc(member.address).pipeload_fetch(sha256=sha256, shards=shards, sources=[*sources])
+                await self._client.rpc(member.address).pipeload_fetch(
+                    sha256=self._sha256, shards=shards, sources=self._sources
+                )
         except PipeloadError as error:
             raise ClusterError(f"{fact}. {error}") from error
 
-    async def _opened(self, actor: Any, place: Place) -> None:
-        error = await actor.exception()
+    async def _ready(self, stage: _Opened) -> None:
+        error = await stage.actor.exception()
         if isinstance(error, PipeloadError):
             raise error
         if error is not None:
-            raise ClusterError(f"The node {place.node} could not open its stage: {error}.") from error
+            raise ClusterError(f"The node {stage.place.node} could not open its stage: {error}.") from error
 
     async def _answered(self, number: str, passes: Sequence[Coroutine[Any, Any, None]]) -> Any:
         last = self._places[-1]
@@ -197,8 +262,7 @@ class Ring:
             return (await self._unless_lost([self._call(last, "answer", number), *passes]))[0]
         except PipeloadError as error:
             if not _is_at(last, error):
-                with suppress(PipeloadError, asyncio.TimeoutError):
-                    await asyncio.wait_for(self._call(last, "forget", number), _FAREWELL_S)
+                await self._told(last, "forget", number)
             raise
 
     async def _unless_lost(self, calls: Sequence[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
@@ -217,14 +281,10 @@ class Ring:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _everywhere(self, method: str, *arguments: Any, besides: PipeloadError | None = None) -> None:
-        """Call all stages, but for that of a node that was lost, which would be waited for in vain."""
-
-        async def one(place: Place) -> None:
-            with suppress(PipeloadError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._call(place, method, *arguments), _FAREWELL_S)
-
-        await asyncio.gather(*(one(place) for place in self._places if not _is_at(place, besides)))
+    async def _told(self, place: Place, method: str, *arguments: Any) -> None:
+        """Call a stage that may be gone."""
+        with suppress(PipeloadError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._call(place, method, *arguments), _FAREWELL_S)
 
     async def _call(self, place: Place, method: str, *arguments: Any) -> Any:
         return await call(self._client.rpc, place, method, *arguments)

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,8 +20,11 @@ from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.foreign import let_go
+from pipeload.format.caches import past_symbols
+from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
 from pipeload.model import Model, load
+from pipeload.planning import planner
 
 __all__ = ["Stage"]
 
@@ -38,6 +41,7 @@ class _Slot:
     """The caches of one batch of growing texts here.
 
     Attributes:
+        route: of the ring that they belong to.
         state: the model's.
         step: number of the latest step that has begun.
         busy: a piece runs.
@@ -45,6 +49,7 @@ class _Slot:
         changed: notified when one of these has changed.
     """
 
+    route: str
     state: DecodeState
     step: int = -1
     busy: bool = False
@@ -60,8 +65,24 @@ class _Slot:
         return self.step < job.step if job.first else (self.step, self.state.length) == (job.step, job.past)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """Where the arrays of a ring's calls go.
+
+    Attributes:
+        following: the next stage; None for the last one.
+        passes: names of the arrays that leave this one.
+    """
+
+    following: Place | None
+    passes: frozenset[str]
+
+
 class Stage:
     """A stage of a model on this node.
+
+    It may belong to several rings at a time: while a model moves, stages that stay where they are belong to the ring
+    before and to the one after. Each has a route, which calls name.
 
     Args:
         sha256: of the model's manifest.
@@ -81,46 +102,80 @@ class Stage:
         )
         self._takes = [spec.name for spec in self._model.inputs]
         self._caches = self._model.manifest.cache_inputs
+        past = past_symbols(self._model.manifest)
+        # A mask over all tokens grows with each of them.
+        self._grown = {spec.name for spec in self._model.inputs if any(past & set(symbols(dim)) for dim in spec.shape)}
         self._made = [spec.name for spec in self._model.outputs]
         self._threads = ThreadPoolExecutor(_CALLERS, "pipeload-stage")
         self._slots: dict[str, _Slot] = {}
         self._answers: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
-        self._next: Place | None = None
-        self._passes: frozenset[str] = frozenset()
+        self._ways: dict[str, _Way] = {}
         self._id = uuid.uuid4().hex
-        self._calls = 0
-        self._facts: dict[str, Any] = {"model": name, "sha256": sha256, "shards": shards, "calls": 0}
+        self._pace = self._node.paces[sha256]
+        times = planner.times_of(self._model.manifest, self._model.profile, self._model.plan.threads)
+        self._expected_s = sum(one.run_s for one in times.values())
+        self._timed_passes = 0
+        self._calls: list[Hashable] = []
+        self._facts: dict[str, Any] = {
+            "model": name,
+            "sha256": sha256,
+            "shards": shards,
+            "calls": 0,
+            "waiting": 0,
+            "run_s": 0.0,
+            "read_s": 0.0,
+            # Not measured yet.
+            "slowness": None,
+        }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
         weakref.finalize(self, self._node.stages.pop, self._id, None)
 
-    async def follow(self, place: Place | None, passes: Sequence[str]) -> None:
-        """Set the next stage, None for the last one, and the names of the arrays that leave this one."""
-        self._next, self._passes = place, frozenset(passes)
+    async def follow(self, route: str, place: Place | None, passes: Sequence[str]) -> None:
+        """Belong to a ring.
 
-    async def run(self, number: str, arrays: Arrays) -> None:
+        Args:
+            route: the ring's.
+            place: its next stage; None for the last one.
+            passes: names of the arrays that leave this one.
+        """
+        self._ways[route] = _Way(following=place, passes=frozenset(passes))
+
+    async def part(self, route: str) -> None:
+        """Belong to a ring no more, and give the memory of its caches back. May be called again."""
+        self._ways.pop(route, None)
+        for state in [state for state, slot in self._slots.items() if slot.route == route]:
+            await self.end_state(state)
+
+    async def run(self, route: str, number: str, arrays: Arrays) -> None:
         """One pass; it returns when the last stage has the answer.
 
         Args:
+            route: of the ring.
             number: of the call, for `answer`.
             arrays: graph inputs and edges that this stage and later ones take.
         """
+        self._way(route)
         given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
-        made = await self._in_thread(lambda: self._model.run(_usable(given)))
-        await self._pass_on("run", number, arrays | made)
+        made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given))
+        await self._pass_on("run", route, number, arrays | made)
 
-    async def step(self, number: str, arrays: Arrays, job: Job) -> None:
+    async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> None:
         """One piece of a step; it returns when the last stage has the answer.
 
         Args:
+            route: of the ring.
             number: of the call, for `answer`; only the last piece has one.
             arrays: as for `run`, without caches.
             job: see there.
         """
         given = {name: arrays[name] for name in self._takes}
-        async with self._turn(job) as slot:
-            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job))
-        await self._pass_on("step", number, made if self._next is None else arrays | made, job)
+        is_last = self._way(route).following is None
+        async with self._turn(route, job) as slot:
+            # Computing depends on the cached tokens too, though little.
+            kind = _sizes({name: given[name] for name in given if name not in self._grown}), job.past.bit_length()
+            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job, is_last), kind)
+        await self._pass_on("step", route, number, made if is_last else arrays | made, job)
 
     async def answer(self, number: str) -> Any:
         """The answer of a call, once it is there; of the last stage."""
@@ -150,20 +205,20 @@ class Stage:
         await asyncio.to_thread(self._model.close)
         self._threads.shutdown(wait=False)
 
-    def _step(self, state: DecodeState, given: Arrays, job: Job) -> Any:
+    def _step(self, state: DecodeState, given: Arrays, job: Job, is_last: bool) -> Any:
         if state.length > job.past:
             state.truncate(job.past)
         if job.expected != state.expected:
             state.expect(job.expected)
-        if self._next is None and job.top:
+        if is_last and job.top:
             return {"": self._model.step_top(given, state, job.top, positions=job.positions)}
-        if self._next is None:
+        if is_last:
             return {"": np.ascontiguousarray(self._model.step(given, state, positions=job.positions))}
         return self._model.step_outputs(given, state)
 
     @asynccontextmanager
-    async def _turn(self, job: Job) -> AsyncIterator[_Slot]:
-        slot = self._slot(job)
+    async def _turn(self, route: str, job: Job) -> AsyncIterator[_Slot]:
+        slot = self._slot(route, job)
         async with slot.changed:
             await slot.changed.wait_for(lambda: slot.has_turn(job))
             if slot.failed or slot.state.closed or slot.state.length < job.past:
@@ -179,10 +234,10 @@ class Stage:
             slot.busy = False
             slot.changed.notify_all()
 
-    def _slot(self, job: Job) -> _Slot:
+    def _slot(self, route: str, job: Job) -> _Slot:
         if job.state not in self._slots:
             # Of a step of several pieces, another one than the first may arrive first.
-            self._slots[job.state] = _Slot(state=self._model.new_state())
+            self._slots[job.state] = _Slot(route=route, state=self._model.new_state())
         return self._slots[job.state]
 
     @staticmethod
@@ -191,20 +246,27 @@ class Stage:
             slot.failed, slot.busy = True, False
             slot.changed.notify_all()
 
-    async def _pass_on(self, method: str, number: str, arrays: Arrays, *job: Job) -> None:
-        if self._next is None:
-            answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in self._passes}
+    async def _pass_on(self, method: str, route: str, number: str, arrays: Arrays, *job: Job) -> None:
+        way = self._way(route)
+        if way.following is None:
+            answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in way.passes}
             if number and not (waiting := self._answer(number)).done():
                 waiting.set_result(answer)
             return
-        leaving = {name: array for name, array in arrays.items() if name in self._passes}
+        leaving = {name: array for name, array in arrays.items() if name in way.passes}
         try:
-            await call(self._worker.rpc, self._next, method, number, leaving, *job)
+            await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
         except ClusterError as error:
             # Where this node ends, its connections do: the next node is not lost.
             if self._ends or isinstance(error, DisconnectedError):
                 raise self._ending() from None
             raise
+
+    def _way(self, route: str) -> _Way:
+        if route not in self._ways:
+            # Of a call whose caller has left.
+            raise ClosedError("The model has left these stages. Call again.")
+        return self._ways[route]
 
     def _answer(self, number: str) -> asyncio.Future[Any]:
         """What the call's answer will be in; whichever of its caller and the pass is first makes it."""
@@ -226,11 +288,20 @@ class Stage:
             f"The node {self._node.offer.name} at {address} was lost during the call: it ends.", address
         )
 
-    async def _in_thread(self, run: Callable[[], _Made]) -> _Made:
-        self._calls += 1
-        self._facts["calls"] = self._calls
+    async def _in_thread(self, run: Callable[[], _Made], kind: Hashable) -> _Made:
+        """Run a call in a thread.
+
+        Args:
+            run: the call.
+            kind: equal for calls of the same sizes.
+        """
+        self._calls.append(kind)
+        self._facts["calls"] += 1
+        self._facts["waiting"] = len(self._calls)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            made = await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            self._time(kind)
+            return made
         except PipeloadError as error:
             if self._ends:
                 # Its model was closed.
@@ -243,6 +314,23 @@ class Stage:
             if self._ends:
                 raise self._ending() from None
             raise ClosedError("The stage is closed. Load the model again.") from error
+        finally:
+            self._calls.remove(kind)
+            self._facts["waiting"] = len(self._calls)
+
+    def _time(self, kind: Hashable) -> None:
+        """Take the times of the latest pass, unless calls of several sizes run, any of which it may have been."""
+        stats = self._model.stats
+        if stats.last is None or stats.passes == self._timed_passes or any(other != kind for other in self._calls):
+            return
+        self._timed_passes = stats.passes
+        plan = self._model.plan
+        self._pace.note((kind, plan.threads, plan.packed, plan.streamed_bytes > 0), stats.last, self._expected_s)
+        self._facts |= {"run_s": self._pace.run_s, "read_s": self._pace.read_s, "slowness": self._pace.slowness}
+
+
+def _sizes(arrays: Arrays) -> Hashable:
+    return tuple(sorted((name, array.shape) for name, array in arrays.items()))
 
 
 def _usable(arrays: Arrays) -> Arrays:

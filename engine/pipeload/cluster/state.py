@@ -41,6 +41,11 @@ class Texts:
         """Whether the inputs of two steps can be those of one."""
         return self.decoding.lengths is not None
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether no text ends where its caches are lost: they can be computed again, or there are none."""
+        return self.can_be_joined or not self._caches
+
     def length(self, dims: Mapping[str, int]) -> int:
         """Tokens in the caches after a step of these sizes."""
         return evaluate_dim(self._grown, dims)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeload.cluster.offer import OFFER, Offer
+from pipeload.cluster.offer import BUDGET, OFFER, Offer
 from pipeload.cluster.settings import LOST_AFTER_S
 from pipeload.errors import ClusterError
 from pipeload.foreign import foreign_errors
@@ -29,6 +29,7 @@ class Watch:
         offers: address -> offer.
         strangers: address -> the error of a node whose offer cannot be read; it takes part in nothing.
         facts: address -> the open stages of the node.
+        budgets: address -> bytes that the node may use now: its budget, or less where its memory is short.
         lost: the scheduler did not answer for some time; models that were opened before that are of no use.
         listeners: called, in the loop's thread, with the offers after each look, or with an error once the scheduler
             is lost.
@@ -39,6 +40,7 @@ class Watch:
         self.offers: dict[str, Offer] = {}
         self.strangers: dict[str, ClusterError] = {}
         self.facts: dict[str, list[dict[str, Any]]] = {}
+        self.budgets: dict[str, int] = {}
         self.lost = False
         self.listeners: set[Callable[[dict[str, Offer] | ClusterError], object]] = set()
 
@@ -56,12 +58,16 @@ class Watch:
             told = await asyncio.wait_for(self._scheduler.identity(n_workers=-1), _SILENT_S)
             workers = {address: facts for address, facts in told["workers"].items() if OFFER in facts}
             facts = {address: list(own["metrics"].get(OFFER, ())) for address, own in workers.items()}
-        self.offers, self.strangers, self.facts = {}, {}, facts
+            budgets = {address: own["metrics"].get(BUDGET) for address, own in workers.items()}
+        self.offers, self.strangers, self.facts, self.budgets = {}, {}, facts, {}
         for address, own in workers.items():
             try:
-                self.offers[address] = Offer.heard(own[OFFER])
+                offer = Offer.heard(own[OFFER])
             except ClusterError as error:
                 self.strangers[address] = error
+                continue
+            # A node that has just come has not told yet.
+            self.offers[address], self.budgets[address] = offer, budgets[address] or offer.budget_bytes
 
     async def run(self) -> None:
         """Look until cancelled, and tell the listeners."""

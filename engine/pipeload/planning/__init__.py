@@ -11,5 +11,7 @@ drafting    does a model's own draft pay?
 planner     manifest + profile + budget -> Plan
 learning    trace of a pass -> better profile
 replanner   another plan when needs, memory or the profile change
+placement   which node of several runs which shards
+adapting    when a model on several nodes moves to another placement
 ```
 """

@@ -24,20 +24,25 @@ from pipeload.planning.placement import Placement, Segment
 class _Actor:
     released = False
 
-    async def exception(self) -> None:
-        return None
+    def __init__(self, failure: Exception | None) -> None:
+        self._failure = failure
+
+    async def exception(self) -> Exception | None:
+        return self._failure
 
     def release(self) -> None:
         self.released = True
 
 
 class _Nodes:
-    """Two nodes, and what their stages were called for.
+    """Nodes, and what their stages were called for.
 
     Attributes:
         calls: (node, method) in the order of the calls.
         silent: methods that are never answered, by node.
         reached: set by each of those.
+        actors: of the stages that were opened.
+        failure: of those that are opened from now on.
     """
 
     def __init__(self) -> None:
@@ -48,7 +53,7 @@ class _Nodes:
         self.failure: Exception | None = None
 
     def submit(self, *_: object, **__: object) -> _Actor:
-        self.actors.append(_Actor())
+        self.actors.append(_Actor(self.failure))
         return self.actors[-1]
 
     def rpc(self, address: str) -> Any:
@@ -71,6 +76,22 @@ class _Nodes:
         return {}
 
 
+def ring_on(
+    nodes: _Nodes, watch: Watch, directory: Path, names: str, beside: Ring | None = None, *, fetches: str = ""
+) -> Ring:
+    """A ring of two nodes, each with half of the shards, which some have to fetch."""
+    manifest = manifests.read(directory)
+    count = len(manifest.shards)
+    places = [0, count // 2, count]
+    segments = tuple(
+        Segment(node=name, begin=begin, end=end, run_s=0.0, read_s=0.0, send_s=0.0)
+        for name, begin, end in zip(names, places[:-1], places[1:], strict=True)
+    )
+    members = [member(one, MB, models=() if one in fetches else ("sha256",)) for one in names]
+    placement = Placement(segments=segments)
+    return Ring(nodes, watch, manifest, "sha256", "toy", ["tcp://source"], placement, members, beside)
+
+
 @pytest.fixture
 def in_a_ring(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a coroutine function with an open ring of the nodes a and b, the nodes, and the watch; it must end.
@@ -88,16 +109,8 @@ def in_a_ring(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
             nodes, watch = _Nodes(), Watch(None)
             nodes.failure = failure
             monkeypatch.setattr(rings, "call", nodes.call)
-            manifest = manifests.read(toy)
-            count = len(manifest.shards)
-            ranges = {"a": (0, count // 2), "b": (count // 2, count)}
-            segments = tuple(
-                Segment(node=name, begin=begin, end=end, run_s=0.0, read_s=0.0, send_s=0.0)
-                for name, (begin, end) in ranges.items()
-            )
-            members = [member("a", MB), member("b", MB, models=() if fetches else ("sha256",))]
-            made = Ring(nodes, watch, manifest, Placement(segments=segments), members)
-            await made.start("sha256", "toy", ["tcp://source"])
+            made = ring_on(nodes, watch, toy, "ab", fetches="b" if fetches else "")
+            await made.start()
             await body(made, nodes, watch)
 
         asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
@@ -175,6 +188,57 @@ def test_a_node_that_came_back_is_another_one(in_a_ring: Callable[..., None]) ->
             listener(again)
         with pytest.raises(NodeLostError, match="node b"):
             await ring.run({})
+
+    in_a_ring(body)
+
+
+def test_a_stage_that_stays_where_it_is_belongs_to_both_rings(in_a_ring: Callable[..., None], toy: Path) -> None:
+    """Its weights are read once, and it is closed with the last of them."""
+
+    async def body(before: Ring, nodes: _Nodes, watch: Watch) -> None:
+        after = ring_on(nodes, watch, toy, "ac", before)
+        await after.start()
+        assert len(nodes.actors) == 3
+        nodes.calls.clear()
+        await before.close()
+        assert {("a", "part"), ("b", "close")} == {*nodes.calls}
+        assert [actor.released for actor in nodes.actors] == [False, True, False]
+        assert await after.run({}) == {}
+        with pytest.raises(pipeload.ClosedError):
+            await before.run({})
+        nodes.calls.clear()
+        await after.close()
+        assert {("a", "close"), ("c", "close")} == {*nodes.calls}
+        assert all(actor.released for actor in nodes.actors)
+
+    in_a_ring(body)
+
+
+def test_a_ring_that_cannot_be_opened_leaves_the_one_before(in_a_ring: Callable[..., None], toy: Path) -> None:
+    async def body(before: Ring, nodes: _Nodes, watch: Watch) -> None:
+        nodes.failure = pipeload.BudgetError("no room", needed_bytes=2, budget_bytes=1)
+        after = ring_on(nodes, watch, toy, "ac", before)
+        with pytest.raises(pipeload.BudgetError):
+            await after.start()
+        assert [actor.released for actor in nodes.actors] == [False, False, True]
+        assert ("a", "close") not in nodes.calls
+        assert await before.run({}) == {}
+        await before.close()
+        assert all(actor.released for actor in nodes.actors)
+        assert not watch.listeners
+
+    in_a_ring(body)
+
+
+def test_a_node_that_came_back_has_no_stage_to_take_over(in_a_ring: Callable[..., None], toy: Path) -> None:
+    async def body(before: Ring, nodes: _Nodes, watch: Watch) -> None:
+        manifest = manifests.read(toy)
+        again = [member("a", MB, process="another start", models=("sha256",)), member("b", MB, models=("sha256",))]
+        after = Ring(nodes, watch, manifest, "sha256", "toy", [], before.placement, again, before)
+        await after.start()
+        assert len(nodes.actors) == 3
+        await before.close()
+        await after.close()
 
     in_a_ring(body)
 

@@ -14,7 +14,7 @@ from tests.engine.harness import PATIENCE_S
 
 import pipeload
 from pipeload.cluster import watch as watches
-from pipeload.cluster.offer import OFFER, Offer
+from pipeload.cluster.offer import BUDGET, OFFER, Offer
 from pipeload.cluster.watch import Watch
 
 _WORKERS = {
@@ -45,6 +45,16 @@ def test_a_node_of_another_version_is_left_out() -> None:
     assert watch.facts["tcp://good"] == [{"model": "bert"}]
     assert "one version of pipeload" in str(watch.strangers["tcp://strange"])
     assert "tcp://of-dask" not in watch.strangers
+
+
+def test_a_node_that_has_not_told_yet_may_use_its_budget() -> None:
+    told = {
+        address: {OFFER: member(address, MB).offer.told(), "metrics": {}} for address in ("tcp://new", "tcp://short")
+    }
+    told["tcp://short"]["metrics"] = {OFFER: [], BUDGET: MB // 2}
+    watch = Watch(_Scheduler(told))
+    asyncio.run(watch.look())
+    assert watch.budgets == {"tcp://new": MB, "tcp://short": MB // 2}
 
 
 def _told(scheduler: _Scheduler, enough: Callable[[list[Any]], bool]) -> list[Any]:

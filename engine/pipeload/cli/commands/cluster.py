@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,10 @@ from pipeload.format.manifest import Manifest
 from pipeload.machine.sizes import format_bytes
 
 __all__ = ["init", "plan", "start", "status"]
+
+_SHOWN_CHANGES = 10
+_SLOWER = 1.25
+"""A factor below that is the usual swing."""
 
 Address = Annotated[
     str, typer.Option("--cluster", metavar="ADDRESS", help="The cluster's address, such as tls://10.0.0.1:8786.")
@@ -103,13 +108,16 @@ def plan(
 def status(cluster: Address, certificates: Certificates = None, as_json: Json = False) -> None:
     """List the nodes of a cluster, their models, and the stages that are open on them.
 
+    Of each node the memory that it may use now, of each stage its calls, and the seconds of its latest pass. Below, the
+    latest ten times that a model moved to other nodes, and why.
+
     Examples:
         pipeload cluster status --cluster tls://10.0.0.1:8786 --certificates certificates
     """
     with connect(cluster, certificates) as connection:
-        nodes = connection.nodes()
+        nodes, changes = connection.nodes(), connection.reconfigurations()
     if as_json:
-        print_json(nodes)
+        print_json({"nodes": nodes, "reconfigurations": changes})
         return
     if not nodes:
         typer.echo("no node; start one with `pipeload node`")
@@ -119,14 +127,36 @@ def status(cluster: Address, certificates: Certificates = None, as_json: Json = 
         (
             one.offer.name,
             one.address,
-            format_bytes(one.offer.budget_bytes),
+            _budget(one),
             "yes" if one.offer.trusted else "no",
             _models(one.offer),
-            "; ".join(f"{each['model']} {each['shards']}, {each['calls']} calls" for each in one.stages) or "none",
+            "; ".join(map(_stage, one.stages)) or "none",
         )
         for one in nodes
     ]
     typer.echo(table(rows))
+    for change in changes[-_SHOWN_CHANGES:]:
+        typer.echo(_change(change))
+
+
+def _change(change: Any) -> str:
+    at = datetime.fromtimestamp(change.at_s).astimezone().isoformat(sep=" ", timespec="seconds")
+    moved = f"moved from {change.before} to {change.after}" if change.after else f"stays on {change.before}"
+    return f"{at} {change.model}: {change.why} It {moved}; calls waited {change.waited_s:.1f} s."
+
+
+def _budget(node: Any) -> str:
+    whole = format_bytes(node.offer.budget_bytes)
+    return whole if node.budget_bytes >= node.offer.budget_bytes else f"{format_bytes(node.budget_bytes)} of {whole}"
+
+
+def _stage(facts: dict[str, Any]) -> str:
+    slower = max(facts["slowness"] or (1.0,))
+    return (
+        f"{facts['model']} {facts['shards']}, {facts['calls']} calls, {facts['waiting']} now, computing "
+        f"{facts['run_s'] * 1000:.1f} ms, reading {facts['read_s'] * 1000:.1f} ms"
+        + (f", {slower:.1f} times slower than at its best" if slower > _SLOWER else "")
+    )
 
 
 def _models(offer: Any) -> str:
