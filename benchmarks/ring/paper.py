@@ -1,4 +1,4 @@
-"""Rings of boards that nobody has here, by the planner's own recurrence: from which number of nodes on do more not pay?
+"""Rings of boards that are not here, by the planner's own recurrence: up to which number do more of them pay?
 
 A board has 4 GB, of which 3 GB are for weights, a disk of 400 MB/s, and memory of 10 GB/s, which bounds a token's
 computing. A model has equal blocks of one byte a parameter. These are assumptions; nothing here was measured.
@@ -52,7 +52,7 @@ MODELS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A model on up to so many nodes.
+    """A model on up to a number of nodes.
 
     Attributes:
         model: its name.

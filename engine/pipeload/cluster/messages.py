@@ -11,7 +11,7 @@ from distributed.protocol import to_serialize
 from pipeload.errors import ClusterError, PipeloadError
 from pipeload.foreign import first_line, foreign_errors
 
-__all__ = ["Job", "NodeLostError", "Place", "TextLostError", "call"]
+__all__ = ["DisconnectedError", "Job", "NodeLostError", "Place", "TextLostError", "call"]
 
 
 class NodeLostError(ClusterError):
@@ -27,6 +27,10 @@ class NodeLostError(ClusterError):
 
     def __reduce__(self) -> tuple[type[NodeLostError], tuple[str, str]]:
         return NodeLostError, (str(self), self.address)
+
+
+class DisconnectedError(ClusterError):
+    """The connections of this process are closed: it ends, or has lost its scheduler."""
 
 
 class TextLostError(ClusterError):
@@ -83,11 +87,11 @@ async def call(pool: Callable[[str], Any], place: Place, method: str, *arguments
 
     Raises:
         NodeLostError: the node does not answer.
-        ClusterError: the connections of this process are closed.
+        DisconnectedError: the connections of this process are closed.
         PipeloadError: of the stage.
     """
     # A pool that is closed, since the scheduler was lost, raises errors of its own.
-    with foreign_errors(ClusterError, f"The node {place.node} could not be called", "Connect again."):
+    with foreign_errors(DisconnectedError, f"The node {place.node} could not be called", "Connect again."):
         try:
             answer = await pool(place.address).actor_execute(
                 function=method, actor=place.key, args=[to_serialize(each) for each in arguments], kwargs={}

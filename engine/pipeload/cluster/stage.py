@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from distributed import get_worker
+from distributed import Status, get_worker
 
-from pipeload.cluster.messages import Job, Place, TextLostError, call
+from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
-from pipeload.errors import ClosedError, PipeloadError
+from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.foreign import let_go
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import symbols
@@ -254,7 +254,13 @@ class Stage:
                 waiting.set_result(answer)
             return
         leaving = {name: array for name, array in arrays.items() if name in way.passes}
-        await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
+        try:
+            await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
+        except ClusterError as error:
+            # Where this node ends, its connections do: the next node is not lost.
+            if self._ends or isinstance(error, DisconnectedError):
+                raise self._ending() from None
+            raise
 
     def _way(self, route: str) -> _Way:
         if route not in self._ways:
@@ -269,6 +275,18 @@ class Stage:
             while len(self._answers) > _ANSWERS:
                 self._answers.popitem(last=False)[1].cancel()
         return self._answers[number]
+
+    @property
+    def _ends(self) -> bool:
+        """Whether this node has been told to end."""
+        return self._worker.status not in (Status.running, Status.paused)
+
+    def _ending(self) -> NodeLostError:
+        """The error for a call that this node has when its user stops it: the call is tried on others."""
+        address = self._worker.address
+        return NodeLostError(
+            f"The node {self._node.offer.name} at {address} was lost during the call: it ends.", address
+        )
 
     async def _in_thread(self, run: Callable[[], _Made], kind: Hashable) -> _Made:
         """Run a call in a thread.
@@ -285,11 +303,16 @@ class Stage:
             self._time(kind)
             return made
         except PipeloadError as error:
+            if self._ends:
+                # Its model was closed.
+                raise self._ending() from None
             # It travels without its cause, which may be of a library that the caller has not.
             let_go(error)
             error.__cause__ = error.__context__ = None
             raise error.with_traceback(None) from None
         except RuntimeError as error:  # the threads are shut down
+            if self._ends:
+                raise self._ending() from None
             raise ClosedError("The stage is closed. Load the model again.") from error
         finally:
             self._calls.remove(kind)

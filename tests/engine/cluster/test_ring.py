@@ -14,7 +14,7 @@ from tests.engine.harness import PATIENCE_S
 
 import pipeload
 from pipeload.cluster import ring as rings
-from pipeload.cluster.messages import NodeLostError, Place, call
+from pipeload.cluster.messages import DisconnectedError, NodeLostError, Place, call
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.watch import Watch
 from pipeload.format import manifest as manifests
@@ -270,7 +270,7 @@ def test_a_node_that_cannot_fetch_has_one_clear_error(in_a_ring: Callable[..., N
         (TimeoutError(), NodeLostError),
         (KeyError("no such actor"), NodeLostError),
         # Of a pool that Dask has closed by itself, when its scheduler was lost.
-        (RuntimeError("ConnectionPool is closed"), pipeload.ClusterError),
+        (RuntimeError("ConnectionPool is closed"), DisconnectedError),
     ],
 )
 def test_whatever_a_call_meets_is_an_error_of_the_cluster(failure: Exception, kind: type[Exception]) -> None:
