@@ -1,0 +1,134 @@
+"""A stage tells what its calls are doing, and takes the times of passes whose sizes it knows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Hashable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tests.engine.harness import PATIENCE_S, Gate
+
+import pipeload
+from pipeload.cluster import stage as stages
+from pipeload.cluster.messages import Job
+from pipeload.cluster.offer import OFFER
+from pipeload.cluster.stage import Stage
+from pipeload.format import manifest as manifests
+from pipeload.format.caches import past_symbols
+from pipeload.measuring.example_inputs import example_inputs
+from pipeload.measuring.profiler import profile_dims
+from pipeload.tracing.stats import PassStats
+
+
+class _Pace:
+    def __init__(self) -> None:
+        self.kinds: list[Hashable] = []
+        self.run_s, self.read_s, self.slowness = 0.5, 0.25, (1.5, 1.0)
+
+    def note(self, kind: Hashable, last: PassStats, expected_s: float) -> None:
+        assert last.agents
+        assert expected_s > 0
+        self.kinds.append(kind)
+
+
+@pytest.fixture
+def node(toy: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    made = SimpleNamespace(
+        model=lambda _: (toy, b""),
+        known_speed=lambda _: None,
+        budget=pipeload.Budget("8GB"),
+        stages={},
+        paces=defaultdict(_Pace),
+    )
+    monkeypatch.setattr(stages, "get_worker", lambda: SimpleNamespace(extensions={OFFER: made}))
+    return made
+
+
+def test_facts_of_a_stage(node: SimpleNamespace, toy: Path) -> None:
+    manifest = manifests.read(toy)
+    inputs = example_inputs(manifest, profile_dims(manifest))
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        (facts,) = node.stages.values()
+        assert (facts["model"], facts["sha256"], facts["calls"], facts["slowness"]) == ("toy", "hash", 0, None)
+        await stage.follow("way", None, [spec.name for spec in manifest.outputs])
+        for number in range(3):
+            await stage.run("way", str(number), inputs)
+        assert (facts["calls"], facts["waiting"]) == (3, 0)
+        assert (facts["run_s"], facts["read_s"], facts["slowness"]) == (0.5, 0.25, (1.5, 1.0))
+        await stage.close()
+        assert not node.stages
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+    assert len(node.paces["hash"].kinds) == 3
+    assert len({*node.paces["hash"].kinds}) == 1
+
+
+def test_calls_of_other_sizes_at_once_are_not_timed(
+    node: SimpleNamespace, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latest pass may have been any of theirs."""
+    manifest = manifests.read(toy)
+    dims = profile_dims(manifest)
+    inputs = example_inputs(manifest, dims)
+    others = example_inputs(manifest, {name: size + 1 for name, size in dims.items()})
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        (facts,) = node.stages.values()
+        gate, run = Gate(), stage._model.run
+
+        def stopping(arrays: dict[str, Any]) -> Any:
+            if next(iter(arrays.values())).shape == next(iter(others.values())).shape:
+                gate.stop_here()
+            return run(arrays)
+
+        monkeypatch.setattr(stage._model, "run", stopping)
+        await stage.follow("way", None, [spec.name for spec in manifest.outputs])
+        waiting = asyncio.ensure_future(stage.run("way", "other", others))
+        await asyncio.to_thread(gate.wait_reached)
+        assert facts["waiting"] == 1
+        await stage.run("way", "own", inputs)
+        assert node.paces["hash"].kinds == []
+        gate.open()
+        await waiting
+        assert len(node.paces["hash"].kinds) == 1
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_a_stage_that_left_a_ring_has_no_caches_of_it(
+    toy_decoder: Path, node: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the ring that it still belongs to stay; a call that comes too late makes none."""
+    monkeypatch.setattr(node, "model", lambda _: (toy_decoder, b""))
+    manifest = manifests.read(toy_decoder)
+    dims = profile_dims(manifest) | dict.fromkeys(past_symbols(manifest), 0)
+    caches = manifest.cache_inputs
+    inputs = {name: array for name, array in example_inputs(manifest, dims).items() if name not in caches}
+
+    def job(state: str, step: int, past: int) -> Job:
+        return Job(state=state, step=step, past=past, first=True, last=True, expected=8, positions=1, top=0)
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        for route in ("before", "after"):
+            await stage.follow(route, None, [spec.name for spec in manifest.outputs])
+            await stage.step(route, "", inputs, job(f"of {route}", 0, 0))
+        assert {*stage._slots} == {"of before", "of after"}
+        await stage.part("before")
+        assert {*stage._slots} == {"of after"}
+        with pytest.raises(pipeload.ClosedError):
+            await stage.step("before", "", inputs, job("late", 0, 0))
+        with pytest.raises(pipeload.ClosedError):
+            await stage.run("before", "late", inputs)
+        assert {*stage._slots} == {"of after"}
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
