@@ -507,6 +507,14 @@ class Model:
         Stores the figures that passes have taught about the machine, for the next load. This also happens when an
         unclosed model is garbage-collected, and when the interpreter exits.
         """
+        try:
+            self._close()
+        except KeyboardInterrupt:
+            # What is left of it is given back; a second one leaves that to the next call.
+            self._close()
+            raise
+
+    def _close(self) -> None:
         if self.own_draft is not None:
             self.own_draft.close()
         self._finalizer()

@@ -11,8 +11,11 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from tests.engine import toy as toys
+from tests.engine.harness import agents
 from tests.faults.injector import Injector, interrupted
 
+import pipeload
 from pipeload.machine.files import read_file, read_stream
 from pipeload_export.staging import Staging
 
@@ -108,3 +111,28 @@ def test_a_lock_file_that_cannot_be_looked_at_is_removed(
         assert [path.name for path in tmp_path.iterdir()] == []
         if next(looks) <= failing_look:
             break
+
+
+# A file that is interrupted when it has just been opened is closed by its end.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+def test_closing_a_model_gives_everything_back(tmp_path: Path) -> None:
+    """Also where the caller does not close it again: the end of a `with` does not."""
+    toys.make_toy(tmp_path / "toy", blocks=3)
+    budget = pipeload.Budget("8GB")
+    models = [pipeload.load(tmp_path / "toy", budget)]
+
+    def check() -> None:
+        model = models.pop()
+        if model._finalizer.alive:
+            # It has not begun: the model is open as before.
+            model.run(toys.inputs())
+            model.close()
+        assert not agents()
+        assert not model._pipeline._exchange.residents.shards
+        assert not budget._shares.opened
+        models.append(pipeload.load(tmp_path / "toy", budget))
+        models[0].run(toys.inputs())
+
+    assert _at_each_place(lambda: models[0].close(), check) > 20
+    models[0].close()
