@@ -15,8 +15,8 @@ _OURS = {"benchmarks", "pipeload", "pipeload_export", "tests"}
 def _imported_at_once() -> Iterator[str]:
     """Top-level names of the modules that the engine's tests import when they are collected."""
     for path in (REPOSITORY / "tests" / "engine").rglob("*.py"):
-        if path.parent.name == "serve" and path.name.startswith("test_"):
-            # The folder's conftest leaves these out where the server's packages are missing.
+        if path.parent.name in ("serve", "cluster") and path.name.startswith("test_"):
+            # The folder's conftest leaves these out where the packages of servers and clusters are missing.
             continue
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -212,7 +212,7 @@ class SimulatedOs:
         # Constants, and functions of names and messages.
         return getattr(os, name)
 
-    def open(self, path: Path | str, flags: int, *, dir_fd: int | None = None) -> int:
+    def open(self, path: Path | str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         machine = self._machine()
         whole = Path(path) if dir_fd is None else DIRECTORY / machine.open_files[dir_fd] / path
         return machine.open_folder(whole) if flags & os.O_DIRECTORY else machine.open(whole)
