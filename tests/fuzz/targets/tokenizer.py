@@ -69,7 +69,7 @@ def _prepare() -> Trial:
         tokenizer = Tokenizer(FilesOnly(Path("/fuzz"), manifest, files))
         for text in _TEXTS:
             found = tokenizer.encode(text)
-            if not len(found.ids) == len(found.offsets) == len(found.type_ids) == len(found.special):
+            if len({len(one) for one in (found.ids, found.begins, found.ends, found.type_ids, found.special)}) > 1:
                 raise Wrong("a token lacks its place or kind", text)
             if any(not 0 <= begin <= end <= len(text) for begin, end in found.offsets):
                 raise Wrong("a token lies outside of its text", (text, found.offsets))
