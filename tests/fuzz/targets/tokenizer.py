@@ -71,8 +71,9 @@ def _prepare() -> Trial:
             found = tokenizer.encode(text)
             if len({len(one) for one in (found.ids, found.begins, found.ends, found.type_ids, found.special)}) > 1:
                 raise Wrong("a token lacks its place or kind", text)
-            if any(not 0 <= begin <= end <= len(text) for begin, end in found.offsets):
-                raise Wrong("a token lies outside of its text", (text, found.offsets))
+            places = [*zip(found.begins, found.ends, strict=True)]
+            if any(not 0 <= begin <= end <= len(text) for begin, end in places):
+                raise Wrong("a token lies outside of its text", (text, places))
             if len(found.ids) > 64:
                 raise Wrong("a text is longer than the model takes", text)
             tokenizer.decode(found.ids)
