@@ -30,7 +30,7 @@ pytest.importorskip("torch")
 pytestmark = pytest.mark.timeout(1800)
 """Each try has its own, shorter limit, and beside other work many of them take long."""
 
-_SLOW = ("load", "run-resident", "run_many", "embed", "step", "cli-embed")
+_SLOW = ("load", "embed", "cli-embed")
 """Seconds each; the others are surveys, since they take longer, or have the same code as these."""
 _ALWAYS = ("open", "read", "stat", "thread", "interrupt")
 _SLOW_POINTS = 4
