@@ -56,6 +56,8 @@ _CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("/v1/embeddings", {"input": "cat", "dimensions": 65}, 400, "vectors have 64", "dimensions"),
     ("/v1/embeddings", {"input": "cat", "dimensions": 0}, 400, "truncate_dim must be", None),
     ("/v1/embeddings", {"input": [[10**6]]}, 400, "token ids from 0 to", None),
+    ("/v1/embeddings", {"input": [[2**64 - 1]]}, 400, "token ids from 0 to", None),
+    ("/v1/embeddings", {"input": [[10**30]]}, 400, "token ids from 0 to", None),
     ("/v1/embeddings", {"input": "cat", "encoding_format": "hex"}, 400, "'hex'", "encoding_format"),
     ("/v1/embeddings", {"input": ["cat"] * (LIMITS.inputs + 1)}, 400, "entries; this server takes 2048", "input"),
     ("/embed", {"inputs": "cat", "truncation_direction": "Left"}, 400, "Only the end", "truncation_direction"),

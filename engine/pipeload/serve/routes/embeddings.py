@@ -89,7 +89,7 @@ def _embedded(
     tokenizer = tokenizer_of(model)
     tokens = 0
     for index, text in enumerate(texts):
-        row = tokenizer.encode(text) if isinstance(text, str) else tokenizer.given(text)
+        row = tokenizer.encode(text) if isinstance(text, str) else tokenizer.given(tokenizer.checked_ids(text))
         tokens += len(row.ids)
         if row.cut and not cut:
             raise ApiError(

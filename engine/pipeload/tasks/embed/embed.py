@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError, RunError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import TensorSpec
-from pipeload.tasks.arguments import check_positive, check_several, is_whole
+from pipeload.tasks.arguments import check_positive, check_several
 from pipeload.tasks.embed.modules import Module, Step, pooling_folder, steps
 from pipeload.tasks.embed.pooling import normalized, pool
 from pipeload.tasks.model_files import read_sentence, read_settings
-from pipeload.tasks.runner import Array, Runner, config_of, made_by_model, once_per_runner
+from pipeload.tasks.runner import Array, Runner, made_by_model, once_per_runner
 from pipeload.tasks.text.batches import by_rows, in_windows
 from pipeload.tasks.text.pairs import check_text
 from pipeload.tasks.text.tokenizer import tokenizer_of
@@ -120,18 +120,11 @@ def _embedded(
             pooled = floats if floats.ndim == 2 else recipe.finish(floats, arrays["attention_mask"])
             return [vector for _, vector in zip(indices, pooled, strict=True)]
 
-    rows = tokenizer_of(runner).encode_all(
-        recipe.prepare(prompt, text) if isinstance(text, str) else _ids(runner, text) for text in texts
+    tokenizer = tokenizer_of(runner)
+    rows = tokenizer.encode_all(
+        recipe.prepare(prompt, text) if isinstance(text, str) else tokenizer.checked_ids(text) for text in texts
     )
     return by_rows(runner, rows, batch_size, made)
-
-
-def _ids(runner: Runner, ids: Sequence[int]) -> list[int]:
-    """Token ids that a caller passed as a text, checked."""
-    most = config_of(runner).vocab_size or np.iinfo(np.int32).max
-    if not isinstance(ids, list | tuple | np.ndarray) or not all(is_whole(one, 0) and one < most for one in ids):
-        raise ConfigError(f"A text must be a string, or token ids from 0 to {most - 1}, not {ids!r:.80}.")
-    return [int(one) for one in ids]
 
 
 def _none(output: TensorSpec, recipe: _Recipe) -> NDArray[np.float32]:

@@ -27,6 +27,7 @@ from pipeload.foreign import foreign_errors
 from pipeload.machine.heap import trim
 from pipeload.machine.sizes import format_bytes
 from pipeload.pipeline.joining import Padding
+from pipeload.tasks.arguments import is_whole
 from pipeload.tasks.model_files import AddedToken, ModelConfig, read_sentence, read_settings, token_text
 from pipeload.tasks.runner import Runner, config_of, once_per_runner
 from pipeload.tasks.text.growth import check_growth
@@ -155,6 +156,7 @@ class Tokenizer:
         if self._cut_at is not None:
             backend.enable_truncation(self._cut_at, direction=side)
         _set_prefix_space(backend, settings.add_prefix_space)
+        self._ids = config.vocab_size or np.iinfo(np.int32).max
         self._has_types = settings.model_input_names is None or "token_type_ids" in settings.model_input_names
         self.unknown_id = self._id(settings.unk_token)
         self.eos_id = self._id(settings.eos_token)
@@ -188,11 +190,25 @@ class Tokenizer:
             self._check_length(encoding, self._cut_at)
             return Encoded(cut=bool(encoding.overflowing), **_arrays(encoding))
 
-    def given(self, ids: Sequence[int]) -> Encoded:
-        """A text that its caller has turned into tokens already, special ones included, cut to `max_length`."""
-        # What is no id of the vocabulary is refused later.
-        kept = array("q", ids[: self.max_length])
-        none = array("q", bytes(kept.itemsize * len(kept)))
+    def checked_ids(self, ids: object) -> list[int]:
+        """Token ids that a caller passed as a text.
+
+        Raises:
+            ConfigError: they are no list, tuple or array of ids of the vocabulary.
+        """
+        most = self._ids
+        if not isinstance(ids, list | tuple | np.ndarray) or not all(is_whole(one, 0) and one < most for one in ids):
+            raise ConfigError(f"A text must be a string, or token ids from 0 to {most - 1}, not {ids!r:.80}.")
+        return [int(one) for one in ids]
+
+    def given(self, ids: list[int]) -> Encoded:
+        """A text that its caller has turned into tokens already, special ones included, cut to `max_length`.
+
+        Args:
+            ids: from `checked_ids`.
+        """
+        kept = array("I", ids[: self.max_length])
+        none = array("I", bytes(kept.itemsize * len(kept)))
         return Encoded(ids=kept, type_ids=none, special=none, begins=none, ends=none, cut=len(ids) > len(kept))
 
     def windows(self, first: str, second: str, *, long: int, length: int, overlap: int) -> list[Window]:
