@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.study import markdown_table
 from pipeload.bench.machine import machine_facts
 from pipeload.planning.placement import Node, Placement, Turn, place_shards
-from pipeload.planning.schedule import ShardWork, simulate
+from pipeload.planning.schedule import ShardWork, rested, simulate
 
 __all__ = ["MODELS", "Record", "Report", "imagine", "rows"]
 
@@ -127,13 +127,10 @@ def _costs(model: Imagined) -> Any:
         resident = min(blocks, WEIGHTS_BYTES // nbytes)
         if resident < blocks:
             resident = max(0, WEIGHTS_BYTES // nbytes - BUFFERS)
-        streamed = blocks - resident
         # Resident blocks lie evenly between the others, so that the disk reads all the time.
         stays = [number * resident // blocks != (number + 1) * resident // blocks for number in range(blocks)]
-        ready = iter([True] * BUFFERS)
-        steady, rested = [], []
-        for stay in stays:
-            work = ShardWork(
+        work = [
+            ShardWork(
                 cold_bytes=nbytes,
                 steady_bytes=0 if stay else nbytes,
                 streamed=not stay,
@@ -141,18 +138,8 @@ def _costs(model: Imagined) -> Any:
                 run_s=nbytes / MEMORY_BYTES_PER_S,
                 loading_run_s=nbytes / MEMORY_BYTES_PER_S,
             )
-            steady.append(work)
-            there = stay or next(ready, False)
-            rested.append(
-                ShardWork(
-                    cold_bytes=0 if there else nbytes,
-                    steady_bytes=work.steady_bytes,
-                    streamed=work.streamed,
-                    session_s=0.0 if there else SESSION_S,
-                    run_s=work.run_s,
-                    loading_run_s=work.run_s,
-                )
-            )
+            for stay in stays
+        ]
         options = {
             "loaders": 1,
             "buffers": BUFFERS,
@@ -161,8 +148,8 @@ def _costs(model: Imagined) -> Any:
             "cores": CORES,
         }
         return Turn(
-            run_s=simulate(rested, **options).first_s,
-            read_s=simulate(steady, **options).steady_s if streamed else 0.0,
+            run_s=simulate(rested(work, BUFFERS), **options).first_s,
+            read_s=simulate(work, **options).steady_s if resident < blocks else 0.0,
         )
 
     return lambda _node, begin, end: turn(end - begin)

@@ -50,7 +50,7 @@ from pipeload.planning.layouts import Layout, Range, layouts
 from pipeload.planning.needs import Needs
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
-from pipeload.planning.schedule import Schedule, ShardWork, least_steady_s, simulate
+from pipeload.planning.schedule import Schedule, ShardWork, least_steady_s, rested, simulate
 
 __all__ = [
     "AMPLE_BYTES",
@@ -279,23 +279,10 @@ def forecast(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule:
 
 
 def rested_pass_s(manifest: Manifest, profile: Profile, plan: Plan) -> float:
-    """Seconds of a pass after a rest in which the Loading Agents have filled the buffers: what else is streamed must be
-    read while the pass runs, since there is no place for it before.
-    """
+    """Seconds of a pass after a rest in which the Loading Agents have filled the buffers; see `schedule.rested`."""
     speed = Rates.of(manifest, profile, plan.threads)
-    work, ready = [], plan.buffers
-    for shard in _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads]):
-        loaded = not shard.streamed or ready > 0
-        ready -= shard.streamed
-        work.append(
-            replace(
-                shard,
-                cold_bytes=0 if loaded else shard.steady_bytes,
-                session_s=0.0 if loaded else shard.session_s,
-                loading_run_s=shard.loading_run_s if plan.streamed_bytes else shard.run_s,
-            )
-        )
-    return _simulate(work, plan, speed.bandwidth(plan.loaders), profile.cores).first_s
+    work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
+    return _simulate(rested(work, plan.buffers), plan, speed.bandwidth(plan.loaders), profile.cores).first_s
 
 
 def budget_for_latency(

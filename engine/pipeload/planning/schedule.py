@@ -31,13 +31,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from pipeload.format.manifest import Manifest, first_places
 from pipeload.planning.profile import Profile
 
-__all__ = ["Roofline", "Schedule", "ShardWork", "least_steady_s", "roofline", "simulate"]
+__all__ = ["Roofline", "Schedule", "ShardWork", "least_steady_s", "rested", "roofline", "simulate"]
 
 _PASSES = 4
 
@@ -135,6 +135,30 @@ def simulate(
     sessions_s = sum(shard.session_s for shard in work if shard.streamed) / min(loaders, sessions or loaders)
     apart_s, work_s = (ends[-1] - ends[1]) / (_PASSES - 2), least_steady_s(work, threads, cores)
     return Schedule(first_s=ends[0], steady_s=max(apart_s, reading_s, sessions_s, work_s))
+
+
+def rested(work: Sequence[ShardWork], buffers: int) -> list[ShardWork]:
+    """The work of a first pass after a rest: what stays is there, and as many of the streamed shards as have buffers.
+
+    What else is streamed must be read while the pass runs, since there is no place for it before.
+
+    Args:
+        work: the shards, in order.
+        buffers: as for `simulate`.
+    """
+    found, ready, reads = [], buffers, any(shard.steady_bytes for shard in work)
+    for shard in work:
+        there = not shard.streamed or ready > 0
+        ready -= shard.streamed
+        found.append(
+            replace(
+                shard,
+                cold_bytes=0 if there else shard.steady_bytes,
+                session_s=0.0 if there else shard.session_s,
+                loading_run_s=shard.loading_run_s if reads else shard.run_s,
+            )
+        )
+    return found
 
 
 def least_steady_s(work: Sequence[ShardWork], threads: int, cores: int) -> float:
