@@ -50,8 +50,6 @@ from pipeload.tracing.stats import Stats
 
 __all__ = ["ClusterModel"]
 
-_ATTEMPTS = 2
-"""A call whose node was lost is tried this many times in all."""
 _FAREWELL_S = 30.0
 
 _Answer = TypeVar("_Answer")

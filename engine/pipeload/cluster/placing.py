@@ -25,7 +25,7 @@ from pipeload.measuring.profiler import profile_dims
 from pipeload.opening import first_needs
 from pipeload.planning import needs, planner
 from pipeload.planning.needs import Needs
-from pipeload.planning.placement import Node, Placement, Segment, Turn, place_shards
+from pipeload.planning.placement import Node, Placement, Turn, place_shards, priced
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
@@ -153,8 +153,8 @@ def by_hand(
     """
     known = {member.offer.name: member for member in members}
     names = [shard.name for shard in manifest.shards]
-    costs, segments, end = _Costs(manifest, members, links or {}), [], 0
-    for number, (name, shards) in enumerate(stages.items()):
+    costs, ranges, end = _Costs(manifest, members, links or {}), list[tuple[Node, int, int]](), 0
+    for name, shards in stages.items():
         if name not in known:
             raise ConfigError(f"stages names the node '{name}'; those that have the model are {', '.join(known)}.")
         own = stage_of(manifest, shards)
@@ -166,26 +166,14 @@ def by_hand(
                 f"'{shards}' on the node '{name}' does not follow the stage before it: that ends before shard "
                 f"'{names[min(end_before, len(names) - 1)]}'. Each stage of a decoder has at least one block."
             )
-        node = Node(name=name)
-        turn = costs.turn(node, begin, end)
-        if turn is None:
-            offer = known[name].offer
-            if not costs.has_disk(known[name], begin, end):
-                raise ClusterError(
-                    f"{shards} does not fit the disk of the node {name}, which may fetch "
-                    f"{format_bytes(offer.fetched_bytes)}. Start it with a larger --fetch, or give it other shards."
-                )
-            needed = costs.needed_bytes(known[name], begin, end)
-            raise ClusterError(
-                f"{shards} does not fit the node {name}: it needs a budget of {format_bytes(needed)}, and has "
-                f"{format_bytes(offer.budget_bytes)}. Raise its budget, or give it other shards."
-            )
-        following = Node(name=[*stages][(number + 1) % len(stages)])
-        send_s = costs.send_s(node, following, end) if len(stages) > 1 else 0.0
-        segments.append(Segment(node=name, begin=begin, end=end, run_s=turn.run_s, read_s=turn.read_s, send_s=send_s))
+        ranges.append((Node(name=name), begin, end))
+        if costs.turn(*ranges[-1]) is None:
+            raise costs.lack(known[name], shards, begin, end)
     if end != len(names):
         raise ConfigError(f"stages ends before shard '{names[end]}'. Place all shards.")
-    return Placement(segments=tuple(segments))
+    found = priced(ranges, costs.turn, costs.send_s)
+    assert found is not None
+    return found
 
 
 class _Costs:
@@ -222,6 +210,20 @@ class _Costs:
         """See `planning.placement.Sends`."""
         link = self._links.get(frozenset((sender.name, receiver.name)), ASSUMED)
         return CALL_S + link.latency_s + self._crossing(place) / link.bytes_per_s
+
+    def lack(self, member: Member, shards: str, begin: int, end: int) -> ClusterError:
+        """The error for a stage that a node has no room for."""
+        offer = member.offer
+        if not self.has_disk(member, begin, end):
+            return ClusterError(
+                f"{shards} does not fit the disk of the node {offer.name}, which may fetch "
+                f"{format_bytes(offer.fetched_bytes)}. Start it with a larger --fetch, or give it other shards."
+            )
+        return ClusterError(
+            f"{shards} does not fit the node {offer.name}: it needs a budget of "
+            f"{format_bytes(self.needed_bytes(member, begin, end))}, and has {format_bytes(offer.budget_bytes)}. Raise "
+            "its budget, or give it other shards."
+        )
 
     def needed_bytes(self, member: Member, begin: int, end: int) -> int:
         """The smallest budget of a node that works for a stage."""
@@ -277,12 +279,14 @@ def _evened(manifest: Manifest, speed: Profile) -> Profile:
     groups: dict[object, list[str]] = {}
     for shard, kind in zip(manifest.shards, _kinds(manifest), strict=True):
         groups.setdefault(kind, []).append(shard.name)
-    fields = ("session_s", "run_s", "loading_run_s", "pack_s", "packed_run_s")
     times = {}
     for threads, own in speed.times.items():
         times[threads] = {
             name: ShardTimes(
-                **{field: float(np.median([getattr(own[one], field) for one in names])) for field in fields}
+                **{
+                    each.name: float(np.median([getattr(own[one], each.name) for one in names]))
+                    for each in fields(ShardTimes)
+                }
             )
             for names in groups.values()
             for name in names
@@ -370,16 +374,9 @@ def placed(manifest: Manifest, members: Sequence[Member], links: Links, placemen
     known = {member.offer.name for member in members}
     if not known.issuperset(segment.node for segment in placement.segments):
         return None
-    costs, segments = _Costs(manifest, members, links), []
-    for number, segment in enumerate(placement.segments):
-        node = Node(name=segment.node)
-        turn = costs.turn(node, segment.begin, segment.end)
-        if turn is None:
-            return None
-        following = Node(name=placement.segments[(number + 1) % len(placement.segments)].node)
-        send_s = costs.send_s(node, following, segment.end) if following != node else 0.0
-        segments.append(replace(segment, run_s=turn.run_s, read_s=turn.read_s, send_s=send_s))
-    return Placement(segments=tuple(segments))
+    costs = _Costs(manifest, members, links)
+    ranges = [(Node(name=segment.node), segment.begin, segment.end) for segment in placement.segments]
+    return priced(ranges, costs.turn, costs.send_s)
 
 
 def have_room_for_both(manifest: Manifest, members: Sequence[Member], before: Placement, after: Placement) -> bool:

@@ -29,7 +29,7 @@ import numpy as np
 
 from pipeload.errors import ConfigError
 
-__all__ = ["Node", "Placement", "Segment", "Turn", "place_shards"]
+__all__ = ["Node", "Placement", "Segment", "Turn", "place_shards", "priced"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +155,33 @@ def place_shards(
     for most in sorted({min(_FEW, len(nodes)), len(nodes)}):
         for first in range(len(kinds)):
             best = search.best(first, most, best)
-    return _placement(kinds, cost, send_s, best[1]) if best is not None else None
+    return priced(_ranges(kinds, best[1]), cost, send_s) if best is not None else None
+
+
+def priced(ranges: Sequence[tuple[Node, int, int]], cost: Costs, send_s: Sends) -> Placement | None:
+    """A placement with its times; None where a node's shards do not fit into its budget.
+
+    Args:
+        ranges: each node in the order of the model, its first shard, and the shard after its last one.
+        cost: the time of each node for its range.
+        send_s: the time between nodes.
+    """
+    segments = []
+    for number, (node, begin, end) in enumerate(ranges):
+        turn, following = cost(node, begin, end), ranges[(number + 1) % len(ranges)][0]
+        if turn is None:
+            return None
+        segments.append(
+            Segment(
+                node=node.name,
+                begin=begin,
+                end=end,
+                run_s=turn.run_s,
+                read_s=turn.read_s,
+                send_s=send_s(node, following, end) if following != node else 0.0,
+            )
+        )
+    return Placement(segments=tuple(segments))
 
 
 _FEW = 3
@@ -320,21 +346,6 @@ def _kinds(nodes: Sequence[Node]) -> _Kinds:
     return (*alone, *(tuple(group) for _, group in groups))
 
 
-def _placement(kinds: _Kinds, cost: Costs, send_s: Sends, path: _Path) -> Placement:
+def _ranges(kinds: _Kinds, path: _Path) -> list[tuple[Node, int, int]]:
     left = [list(alike) for alike in kinds]
-    used = [left[kind].pop(0) for kind, _, _ in path]
-    segments = []
-    for number, ((_, begin, end), node) in enumerate(zip(path, used, strict=True)):
-        turn, following = cost(node, begin, end), used[(number + 1) % len(used)]
-        assert turn is not None
-        segments.append(
-            Segment(
-                node=node.name,
-                begin=begin,
-                end=end,
-                run_s=turn.run_s,
-                read_s=turn.read_s,
-                send_s=send_s(node, following, end) if following is not node else 0.0,
-            )
-        )
-    return Placement(segments=tuple(segments))
+    return [(left[kind].pop(0), begin, end) for kind, begin, end in path]
