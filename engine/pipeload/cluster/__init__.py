@@ -15,6 +15,7 @@ node          the process that runs stages: a Dask worker
 messages      what nodes tell each other beside arrays; a node that was lost
 stage         a range of shards on a node: a Dask actor
 route         which arrays travel from stage to stage; pure
+costs         what a stage costs on a node: times, memory, disk
 placing       offers and profiles -> which node runs which stage
 watch         which nodes are there
 loop          the loop in which a client waits, in a thread of its own

@@ -13,8 +13,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeAlias
 
+from pipeload.cluster.costs import Links, Member
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Links, Member, have_room_for_both, place, placed, planned
+from pipeload.cluster.placing import have_room_for_both, place, placed, planned
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.rings import Rings
 from pipeload.cluster.watch import Watch

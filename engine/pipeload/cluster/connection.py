@@ -21,13 +21,14 @@ from distributed import Client
 
 from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.certificates import check_accepted, security_of
+from pipeload.cluster.costs import Links, Member
 from pipeload.cluster.history import EVENTS
 from pipeload.cluster.links import Link
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Links, Member, by_hand, place
+from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.state import Texts
 from pipeload.cluster.watch import Watch

@@ -9,9 +9,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pipeload.cluster.costs import Member
 from pipeload.cluster.messages import Job, NodeLostError, Place, call
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member
 from pipeload.cluster.route import leaving, shards_of
 from pipeload.cluster.stage import Stage
 from pipeload.cluster.watch import Watch

@@ -16,8 +16,9 @@ from tests.engine.harness import PATIENCE_S
 import pipeload
 from pipeload.cluster import adapter as adapters
 from pipeload.cluster.adapter import Adapter, usable_bytes
+from pipeload.cluster.costs import Links, Member
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Links, Member, have_room_for_both, place
+from pipeload.cluster.placing import have_room_for_both, place
 from pipeload.errors import PipeloadError
 from pipeload.format import manifest as manifests
 from pipeload.planning import adapting

@@ -18,7 +18,7 @@ from tests.engine.cluster.test_answers import references
 from tests.engine.harness import PATIENCE_S, Background, assert_close
 
 import pipeload
-from pipeload.cluster import placing
+from pipeload.cluster import costs, placing
 from pipeload.cluster.connection import Connection
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.ring import Ring
@@ -96,7 +96,7 @@ def test_a_node_that_joins_is_used_and_a_text_goes_on(
     connection.plan("llama")
     # By its profile the node that is there takes ten times as long as the one that joins.
     for key, member in [*connection._known.items()]:
-        speed = placing._slowed(connection.manifest("llama"), member.speed, 10.0, 10.0)
+        speed = costs._slowed(connection.manifest("llama"), member.speed, 10.0, 10.0)
         connection._known[key] = replace(member, speed=speed, turns={}, others={})
     told: list[int] = []
 

@@ -12,9 +12,10 @@ import pytest
 from tests.engine.cluster.test_placing import MB, member
 
 from pipeload.cluster import links
+from pipeload.cluster.costs import ASSUMED, CALL_S
 from pipeload.cluster.links import Link, measured
 from pipeload.cluster.node import Node
-from pipeload.cluster.placing import ASSUMED, CALL_S, by_hand, place
+from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.route import crossing_bytes, stage_places
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest

@@ -12,8 +12,9 @@ import pytest
 from tests.engine.still_machine import PROFILE
 
 import pipeload
+from pipeload.cluster.costs import Member
 from pipeload.cluster.offer import Offer
-from pipeload.cluster.placing import Member, by_hand, place
+from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.route import leaving, stage_places
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest
