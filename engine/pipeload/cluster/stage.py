@@ -203,7 +203,7 @@ class Stage:
         for number in [*self._answers]:
             await self.forget(number)
         await asyncio.to_thread(self._model.close)
-        self._threads.shutdown(wait=False)
+        await asyncio.to_thread(self._threads.shutdown)
 
     def _step(self, state: DecodeState, given: Arrays, job: Job, is_last: bool) -> Any:
         if state.length > job.past:

@@ -6,6 +6,7 @@ What the nodes tell is changed on its way to the client; the stages, the calls a
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import pytest
 from tests.engine.cluster.conftest import BUDGETS
 from tests.engine.cluster.processes import Cluster, line
-from tests.engine.cluster.test_answers import references
+from tests.engine.cluster.test_answers import at_a_look, references
 from tests.engine.harness import PATIENCE_S, Background, assert_close
 
 import pipeload
 from pipeload.cluster import costs, placing
-from pipeload.cluster.connection import Connection
+from pipeload.cluster.connection import Change, Connection
 from pipeload.cluster.model import ClusterModel
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.route import shards_of, stage_places
@@ -69,19 +70,17 @@ def on(placement: Placement | None) -> list[str]:
 
 
 def wait_for_move(connection: Connection, model: ClusterModel) -> None:
-    moved = threading.Event()
+    """Until the model has moved once more, and what it has left is closed."""
+    before = len(model.reconfigurations)
+    at_a_look(connection, lambda: len(model.reconfigurations) > before)
 
-    before = model.placement
 
-    def look(_: object) -> None:
-        if model.placement is not before:
-            moved.set()
-
-    connection._watch.listeners.add(look)
-    try:
-        assert moved.wait(PATIENCE_S), model.reconfigurations
-    finally:
-        connection._watch.listeners.discard(look)
+def kept_change(connection: Connection, why: str) -> Change:
+    """The change with this reason, once the scheduler has heard of it."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (found := [one for one in connection.reconfigurations() if one.why == why]):
+        assert time.monotonic() < deadline_s
+    return found[-1]
 
 
 def test_a_node_that_joins_is_used_and_a_text_goes_on(
@@ -116,7 +115,8 @@ def test_a_node_that_joins_is_used_and_a_text_goes_on(
         assert (on(change.before), on(change.after)) == (["small"], ["large"])
         assert "large has joined" in change.why
         assert model.replacements == 0
-        (known,) = [one for one in connection.reconfigurations() if one.model == "llama" and one.why == change.why][-1:]
+        known = kept_change(connection, change.why)
+        assert known.model == "llama"
         assert known.after is not None
         assert "large" in known.after
 
@@ -271,7 +271,7 @@ def test_a_node_whose_memory_becomes_short_is_left_for_one_that_has_joined(
             for one in made:
                 assert_close(one, expected, 1e-5)
             assert (
-                connection.reconfigurations()[-1].after
+                kept_change(connection, model.reconfigurations[-1].why).after
                 == f"middle {shards_of(model.manifest, 0, len(model.manifest.shards))}"
             )
     finally:

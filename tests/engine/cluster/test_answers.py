@@ -170,11 +170,17 @@ def test_stages_end_with_a_client_that_is_killed(connection: Connection, cluster
 
 def wait_until(connection: Connection, holds: Callable[[list[Any]], bool]) -> None:
     """Wait until it holds for the stages that are open on all nodes, as the scheduler hears of them."""
+    watch = connection._watch
+    at_a_look(connection, lambda: holds([stage for stages in watch.facts.values() for stage in stages]))
+
+
+def at_a_look(connection: Connection, holds: Callable[[], bool]) -> None:
+    """Wait until it holds when the client has looked at the nodes, twice a second."""
     reached = threading.Event()
     watch = connection._watch
 
     def look(_: object) -> None:
-        if holds([stage for stages in watch.facts.values() for stage in stages]):
+        if holds():
             reached.set()
 
     watch.listeners.add(look)
