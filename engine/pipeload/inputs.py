@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, evaluate_dim, match_dims, symbols
 
-__all__ = ["Arrays", "GraphInputs", "batches", "split_batch"]
+__all__ = ["Arrays", "GraphInputs", "batches", "numpy_dtype", "split_batch"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
@@ -55,7 +55,7 @@ class GraphInputs:
             spec = self.specs.get(name)
             if not isinstance(array, np.ndarray):
                 faults.append(f"'{name}' is a {type(array).__name__}, not a NumPy array")
-            elif spec and array.dtype != (wanted := _numpy_dtype(spec.dtype)):
+            elif spec and array.dtype != (wanted := numpy_dtype(spec.dtype)):
                 faults.append(f"'{name}' has dtype {array.dtype}, the model takes {wanted}")
         given = [name for name in self._caches if name in inputs or name in cached]
         left_out = [self.specs[name] for name in self._caches if name not in given]
@@ -72,11 +72,11 @@ class GraphInputs:
         dims = {symbol: dims.get(symbol, 0) for symbol in self._manifest.dims}
         arrays = dict(inputs)
         for spec in left_out:
-            arrays[spec.name] = np.zeros([evaluate_dim(dim, dims) for dim in spec.shape], _numpy_dtype(spec.dtype))
+            arrays[spec.name] = np.zeros([evaluate_dim(dim, dims) for dim in spec.shape], numpy_dtype(spec.dtype))
         return arrays, dims
 
 
-def _numpy_dtype(dtype: str) -> str:
+def numpy_dtype(dtype: str) -> str:
     """NumPy's name of a dtype; it has no bfloat16, which appears as uint16."""
     return "uint16" if dtype == "bfloat16" else dtype
 

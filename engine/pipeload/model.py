@@ -480,6 +480,28 @@ class Model:
         running.push(self._logits(outputs, positions))
         return running.result
 
+    def hold(self, state: DecodeState, dims: Mapping[str, int], length: int) -> dict[str, NDArray[Any]]:
+        """Room for the caches of a text that another process has computed; weights give way to them.
+
+        Args:
+            state: without tokens.
+            dims: sizes of the symbolic dimensions in a step of the text.
+            length: its tokens.
+
+        Returns:
+            Graph input -> its cache, to be written before the state's next step, which follows these tokens.
+
+        Raises:
+            BudgetError: the caches do not fit the budget; the state is as it was.
+            ClosedError: the model or the state was closed.
+        """
+        self._check_usable()
+        state.check_usable_by(self)
+        pipeline = self._pipeline
+        change = partial(self._decoding.holding, state, dims, length)
+        self._budget.with_room(pipeline.share, lambda: pipeline.change(change).result())
+        return self._decoding.hold(state, dims, length)
+
     def session(self, capacity: int = 0) -> Session[DecodeState]:
         """A growing text: its `generate` does not recompute the beginning that the caches already hold.
 

@@ -79,7 +79,7 @@ class Adapter:
         offers: Callable[[], dict[str, Offer]],
         member: Callable[[str, Offer], Awaitable[Member | PipeloadError]],
         links: Callable[[list[Member]], Awaitable[Links]],
-        ring: Callable[[Placement, Sequence[Member], Ring], Ring],
+        ring: Callable[[Placement, Sequence[Member], Links, Ring], Ring],
     ) -> None:
         self._rings, self._manifest = rings, manifest
         self._watch, self._sha256, self._latency_share = watch, sha256, latency_share
@@ -89,6 +89,7 @@ class Adapter:
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._silent: set[str] = set()
         self._seen: tuple[Nodes, Placement] | None = None
+        self._between: Links = {}
         self._outlook = Outlook(present=None, best=None)
         self._refusal: ClusterError | None = None
         self._before: Nodes = ()
@@ -137,8 +138,8 @@ class Adapter:
             processes = {process for process, *_ in used}
             self._before = (*used, *(one for one in nodes if one[0] not in processes))
         if self._seen != (nodes, ring.placement):
-            links = await self._links(members)
-            found = await asyncio.to_thread(self._predicted, members, links, ring.placement)
+            self._between = await self._links(members)
+            found = await asyncio.to_thread(self._predicted, members, self._between, ring.placement)
             if found is None:
                 return
             (self._outlook, self._refusal), self._seen = found, (nodes, ring.placement)
@@ -153,7 +154,7 @@ class Adapter:
         why = _why(self._before, nodes, self._outlook, self._latency_share)
         together = await asyncio.to_thread(have_room_for_both, self._manifest, members, ring.placement, best)
         moved = await asyncio.to_thread(
-            self._rings.move, ring, lambda seen: self._ring(best, members, seen), why, together=together
+            self._rings.move, ring, lambda seen: self._ring(best, members, self._between, seen), why, together=together
         )
         # Where a node was lost meanwhile, the calls have placed the model anew.
         if moved or self._rings.present is ring:

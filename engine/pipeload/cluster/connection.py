@@ -429,9 +429,9 @@ class Connection:
         """Let a model move when its nodes change."""
         manifest = model.manifest
 
-        def ring(placement: Placement, members: Sequence[Member], beside: Ring) -> Ring:
+        def ring(placement: Placement, members: Sequence[Member], links: Links, beside: Ring) -> Ring:
             sources = [address for address, offer in self._watch.offers.items() if offer.has(sha256)]
-            return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside)
+            return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside, links)
 
         adapter = Adapter(
             model.rings,

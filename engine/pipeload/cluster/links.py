@@ -7,7 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Link", "measured"]
+__all__ = ["PIECE_BYTES", "Link", "measured"]
+
+PIECE_BYTES = 1 << 20
+"""Caches go from node to node in pieces of about this size."""
 
 _SMALL, _LARGE = 10, 3
 """Messages without data, and with them. The fastest of each counts: others waited for other work."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 import weakref
 from collections import deque
@@ -218,7 +219,9 @@ class ClusterModel:
             raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
         if not self.manifest.caches:
             raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
-        return ClusterState(self._texts, capacity, self._end_state)
+        state = ClusterState(self._texts, capacity, self._end_state)
+        self.rings.keep(state)
+        return state
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: ClusterState, *, positions: int = 1) -> NDArray[Any]:
         """One pass of a decoder over new tokens, which follow the tokens in the state.
@@ -335,16 +338,18 @@ class ClusterModel:
         known = state.inputs is not None
         whole = texts.joined(state.inputs, arrays) if state.inputs is not None and texts.can_be_joined else arrays
 
-        def once(ring: Ring) -> Future[Any]:
-            if state.begin(ring):
-                pieces = texts.pieces(arrays, dims, state.length, length, positions, state.expected)
-            elif known and texts.can_be_joined:
-                pieces = texts.pieces(whole, dims, 0, length, positions, state.expected)
+        async def on(ring: Ring) -> Any:
+            if await state.bring(ring):
+                past, given = state.length, arrays
             else:
-                raise ClusterError(
-                    "A node was lost, and the caches of this model cannot be computed again from its tokens at once. "
-                    "Generate the text anew."
-                )
+                past, given = 0, whole
+                if state.length and not (known and texts.can_be_joined):
+                    raise ClusterError(
+                        "A node was lost, and the caches of this model cannot be computed again from its tokens at "
+                        "once. Generate the text anew."
+                    )
+                state.start(ring)
+            pieces = texts.pieces(given, dims, past, length, positions, state.expected)
             last = len(pieces) - 1
             jobs = [
                 Job(
@@ -359,10 +364,12 @@ class ClusterModel:
                 )
                 for number, (_, past) in enumerate(pieces)
             ]
-            work = [(piece, job) for (piece, _), job in zip(pieces, jobs, strict=True)]
-            return self._loop.begin(ring.step(work))
+            begin_s = time.perf_counter()
+            answer = await ring.step([(piece, job) for (piece, _), job in zip(pieces, jobs, strict=True)])
+            state.timed(length - past, time.perf_counter() - begin_s)
+            return answer
 
-        made = self._tried(once, failed=state.drop)
+        made = self._tried(lambda ring: self._loop.begin(on(ring)), failed=state.drop)
         state.inputs, state.length, state.dims = whole, length, dims
         state.steps += 1
         state.batch = max(state.batch, next(iter(arrays.values())).shape[0])
@@ -392,8 +399,10 @@ class ClusterModel:
     def _end_state(self, state: ClusterState) -> None:
         """Not waited for: the nodes close it when they hear of it, or with the stage."""
         if state.ring is not None and state.id and not self._closed:
-            with suppress(ClosedError):
-                self._loop.begin(state.ring.end_state(state.id))
+            # A move may have brought them to the present stages already.
+            for ring in {state.ring, self.rings.present}:
+                with suppress(ClosedError):
+                    self._loop.begin(ring.end_state(state.id))
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -13,12 +13,14 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakSet
 
 from pipeload.cluster.calls import Calls
 from pipeload.cluster.history import History
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.messages import NodeLostError, TextLostError
 from pipeload.cluster.ring import Ring
+from pipeload.cluster.state import ClusterState
 from pipeload.errors import BudgetError, ClosedError, ClusterError, PipeloadError
 
 __all__ = ["Begun", "Rings"]
@@ -66,6 +68,8 @@ class Rings:
         self._placing = threading.Lock()
         self._opening: Future[None] | None = None
         self._refusal: ClusterError | None = None
+        self._texts: WeakSet[ClusterState] = WeakSet()
+        self._keeping = threading.Lock()
         self.lost: frozenset[str] = frozenset()
         self.replaced = 0
         self.notice: Callable[[], Coroutine[Any, Any, None]] | None = None
@@ -80,6 +84,11 @@ class Rings:
     def closed(self) -> bool:
         """Whether the model is closed, or being closed."""
         return self._calls.closed
+
+    def keep(self, state: ClusterState) -> None:
+        """Let the caches of a text follow the model where it moves, as long as something refers to them."""
+        with self._keeping:
+            self._texts.add(state)
 
     def begin(self, once: Callable[[Ring], Future[_Answer]]) -> Begun[_Answer]:
         """Begin a call on the present stages; waits while there are none."""
@@ -149,7 +158,8 @@ class Rings:
     def move(self, seen: Ring, prepare: Callable[[Ring], Ring], why: str, *, together: bool) -> bool:
         """Move to other stages, between two passes. Returns whether the model has moved.
 
-        Calls on their way end on the stages before. Texts go on there from their tokens.
+        Calls on their way end on the stages before. Texts go on from their caches, which are copied where both rings
+        are there and that is faster, or from their tokens.
 
         Args:
             seen: the ring that the decision was made for; where it is not the present one, nothing is done.
@@ -174,6 +184,7 @@ class Rings:
                         self._wait_for(ring.start())
                         self._calls.to(ring)
                         self._calls.ended(seen)
+                        self._wait_for(self._bring_texts(seen, ring))
                     else:
                         self._wait_for(ring.bring())
                         self._calls.shut()
@@ -188,6 +199,7 @@ class Rings:
                     for one in (seen, ring):
                         if one is not self._calls.ring or self._calls.closed:
                             self._loop.ask(one.close(_left()))
+                    self._loop.ask(ring.settled())
             except PipeloadError as error:
                 if not self._calls.closed:
                     self._history.add(seen.placement, None, f"{why} That failed: {error}", _since(shut_s))
@@ -215,6 +227,14 @@ class Rings:
             return self._loop.begin(self.present.close())
         except ClosedError:
             return None
+
+    async def _bring_texts(self, seen: Ring, ring: Ring) -> None:
+        """Copy the caches of the texts that have had no step since the move."""
+        with self._keeping:
+            texts = [*self._texts]
+        for text in texts:
+            if text.ring is seen:
+                await text.bring(ring)
 
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for a part of a move; ends when the model is closed meanwhile."""

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import numpy as np
 from distributed import Status, get_worker
 
-from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, TextLostError, call
+from pipeload.cluster.links import PIECE_BYTES
+from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, Text, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.foreign import let_go
-from pipeload.format.caches import past_symbols
+from pipeload.format.caches import growth, past_symbols
 from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
 from pipeload.model import Model, load
@@ -188,6 +189,53 @@ class Stage:
         """There will be no answer of this call, or its caller has left."""
         if (answer := self._answers.pop(number, None)) is not None:
             answer.cancel()
+
+    async def cached(self, state: str, name: str, begin: int, end: int) -> Arrays:
+        """Tokens of a text's cache from `begin` to before `end`, by the name of the graph input.
+
+        Raises:
+            TextLostError: they are not there.
+        """
+        slot = self._slots.get(state)
+        if slot is None or slot.busy or slot.failed or slot.state.closed or slot.state.length < end:
+            raise TextLostError("The caches of a text are not there. Call again.")
+        return {name: slot.state.cached(name, begin, end)}
+
+    async def take(self, route: str, text: Text, sources: Sequence[tuple[Place, Sequence[str]]]) -> None:
+        """Have the caches of a text from now on, for calls of a ring.
+
+        Args:
+            route: the ring's.
+            text: see there.
+            sources: the stages that have them, and names of graph inputs.
+
+        Raises:
+            BudgetError: there is no room for them.
+            PipeloadError: as `call`.
+        """
+        self._way(route)
+        if (known := self._slots.get(text.state)) is not None:
+            # It has been in the ring before too.
+            known.route = route
+            return
+        slot = self._slots[text.state] = _Slot(route=route, state=self._model.new_state(), busy=True)
+        try:
+            slot.state.expect(text.expected)
+            held = await self._in_thread(lambda: self._model.hold(slot.state, text.dims, text.length), "hold")
+            axis, _ = growth(self._model.manifest)
+            for place, name in ((place, name) for place, names in sources for name in names):
+                array = held[name].swapaxes(0, axis)
+                size = max(1, PIECE_BYTES // max(1, array[:1].nbytes))
+                for begin in range(0, text.length, size):
+                    end = min(begin + size, text.length)
+                    made = await call(self._worker.rpc, place, "cached", text.state, name, begin, end)
+                    array[begin:end] = made[name].swapaxes(0, axis)
+        except BaseException:
+            await self.end_state(text.state)
+            raise
+        async with slot.changed:
+            slot.busy = False
+            slot.changed.notify_all()
 
     async def end_state(self, state: str) -> None:
         """Give the memory of a state's caches back. May be called again."""

@@ -104,7 +104,7 @@ class _Cluster:
         self.asked.append(address)
         return next(one for one in self.nodes.values() if one.address == address)
 
-    def _ring(self, placement: Placement, members: Sequence[Member], beside: Any) -> Any:
+    def _ring(self, placement: Placement, members: Sequence[Member], _: Links, beside: Any) -> Any:
         assert beside is self.ring
         assert {segment.node for segment in placement.segments} <= {one.offer.name for one in members}
         return placement

@@ -68,6 +68,12 @@ class _Ring:
             raise self.failures.pop(0)
         return self.name
 
+    def copying_s(self, *_: object) -> None:
+        """No caches can be taken from other stages: texts begin anew."""
+
+    async def settled(self) -> None:
+        self.told.append(f"settled {self.name}")
+
     async def end_state(self, _: str) -> None:
         return None
 
@@ -146,7 +152,7 @@ def test_calls_on_their_way_end_where_they_began(opened: _Opened) -> None:
     opened.old.passes.open()
     assert on_its_way.end() == "old"
     assert move.end()
-    assert opened.told == ["opening new", "open new", "closed old"]
+    assert opened.told == ["opening new", "open new", "closed old", "settled new"]
     (change,) = opened.model.reconfigurations
     assert (change.before, change.after) == (opened.old.placement, opened.new.placement)
     assert (change.why, change.waited_s) == ("faster.", 0.0)
