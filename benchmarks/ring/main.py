@@ -2,6 +2,7 @@
 
 answers    four models on one to four nodes of unequal budgets, beside one machine
 tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
+moves      a text whose model moves: its caches copied, and computed again
 paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
@@ -17,6 +18,7 @@ from rich.console import Console
 import pipeload_export
 from benchmarks.models import ROOT
 from benchmarks.ring import answers as answers_part
+from benchmarks.ring import moves as moves_part
 from benchmarks.ring import paper as paper_part
 from benchmarks.ring import tokens as tokens_part
 from benchmarks.study import Parts
@@ -27,6 +29,7 @@ PARTS = Parts(
     kinds={
         "answers": (answers_part.Report, answers_part.rows),
         "tokens": (tokens_part.Report, tokens_part.rows),
+        "moves": (moves_part.Report, moves_part.rows),
         "paper": (paper_part.Report, paper_part.rows),
     },
 )
@@ -85,6 +88,22 @@ def tokens(
         console=console,
     )
     PARTS.keep("tokens", report, output)
+
+
+@app.command()
+def moves(
+    model: Annotated[str, typer.Argument(help="A decoder of the catalog.")] = "smollm2-135m",
+    tokens: Annotated[list[int], typer.Option(help="Lengths of the text; may be repeated.")] = [64, 512, 2048],  # noqa: B006
+    budget: Annotated[int, typer.Option(metavar="MB", help="Budget of each node, in MB.")] = 600,
+    link: Link = 1000,
+    output: Output = None,
+) -> None:
+    """A text whose model moves: its caches copied, and computed again."""
+    directory = _directory(model, Console())
+    report = moves_part.measure(
+        directory, tokens, budget_bytes=budget * 1_000_000, bits_per_s=link * 1_000_000, console=Console()
+    )
+    PARTS.keep("moves", report, output)
 
 
 @app.command()

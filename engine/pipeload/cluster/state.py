@@ -170,7 +170,7 @@ class ClusterState:
         if before is ring or before is None or not self.length:
             return before is ring
         copying_s = ring.copying_s(before, self.dims, self.length)
-        if copying_s is None or not self._texts.can_be_cut or copying_s >= self._again_s(before, ring):
+        if copying_s is None or not self._texts.can_be_cut or copying_s >= self.again_s(before, ring):
             return False
         text = Text(state=self.id, length=self.length, expected=self.expected, dims=self.dims)
         if not await ring.take(text):
@@ -191,7 +191,7 @@ class ClusterState:
         if tokens >= self._most:
             self._most, self._most_s = tokens, seconds
 
-    def _again_s(self, before: Ring, ring: Ring) -> float:
+    def again_s(self, before: Ring, ring: Ring) -> float:
         """Seconds to compute the caches again: as the largest step has taken, on nodes as fast as those now are."""
         gain = ring.placement.latency_s / before.placement.latency_s
         return self._most_s * self.length / self._most * gain if self._most else 0.0
