@@ -35,6 +35,7 @@ from pipeload.format.stages import stage_of
 from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
 from pipeload.machine.sizes import format_bytes
 from pipeload.opening import Opened, Options, draft_bytes, open_pipeline, weigh_draft
+from pipeload.pipeline.deadlines import lifted
 from pipeload.pipeline.joining import Joins, Padding, Rows
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
@@ -290,6 +291,7 @@ class Model:
             ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
             BudgetError: inputs of this size do not fit the budget; nothing was read.
             ShardError, LoadError, RunError: a shard could not be read, built or run; the next call starts afresh.
+            DeadlineError: the call was not done within its `pipeload.deadline`.
             ClosedError: the model was closed before or during the call.
         """
         return self._budget.with_room(self._pipeline.share, lambda: self._arrays(self._start(inputs).result()))
@@ -390,7 +392,7 @@ class Model:
             yield
             left_bytes = kept_bytes
         finally:
-            with suppress(ClosedError):
+            with suppress(ClosedError), lifted():
                 self._budget.extend(room, left_bytes - most_bytes)
             if left_bytes:
                 self._pipeline.rooms.append(room)

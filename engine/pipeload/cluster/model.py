@@ -149,6 +149,7 @@ class ClusterModel:
             ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
             ClusterError: a node was lost, and then another one, or the nodes that are left cannot run the model.
             PipeloadError: as `Model.run`, of the nodes.
+            DeadlineError: the call was not done within its `pipeload.deadline`.
             ClosedError: the model was closed before or during the call.
         """
         arrays = self._checked(inputs)

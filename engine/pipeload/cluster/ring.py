@@ -317,12 +317,13 @@ class Ring:
             raise ClusterError(f"The node {stage.place.node} could not open its stage: {error}.") from error
 
     async def _answered(self, number: str, passes: Sequence[Coroutine[Any, Any, None]]) -> Any:
-        last = self._places[-1]
+        places = self._places
         try:
-            return (await self._unless_lost([self._call(last, "answer", number), *passes]))[0]
-        except PipeloadError as error:
-            if not _is_at(last, error):
-                await self._told(last, "forget", number)
+            return (await self._unless_lost([self._call(places[-1], "answer", number), *passes]))[0]
+        except (PipeloadError, asyncio.CancelledError) as error:
+            # It is cancelled where the caller was interrupted, has left, or is late.
+            there = [place for place in places if not _is_at(place, error)]
+            await asyncio.gather(*(self._told(place, "forget", number) for place in there))
             raise
 
     async def _unless_lost(self, calls: Sequence[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
@@ -350,5 +351,5 @@ class Ring:
         return await call(self._client.rpc, place, method, *arguments)
 
 
-def _is_at(place: Place, error: PipeloadError | None) -> bool:
+def _is_at(place: Place, error: BaseException | None) -> bool:
     return isinstance(error, NodeLostError) and error.address == place.address

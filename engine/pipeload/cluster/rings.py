@@ -21,13 +21,15 @@ from pipeload.cluster.loop import Loop
 from pipeload.cluster.messages import NodeLostError, TextLostError
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.state import ClusterState
-from pipeload.errors import BudgetError, ClosedError, ClusterError, PipeloadError
+from pipeload.errors import BudgetError, ClosedError, ClusterError, DeadlineError, PipeloadError
+from pipeload.pipeline import deadlines
 
 __all__ = ["Begun", "Rings"]
 
 _ATTEMPTS = 2
 """A call whose node was lost is tried this many times in all."""
 _FAREWELL_S = 30.0
+_MOVING = "while the model moved to other stages"
 _SHORT_SHARE = 0.98
 """A node that refuses a call within less than this fraction of its budget is short of memory."""
 
@@ -91,9 +93,14 @@ class Rings:
             self._texts.add(state)
 
     def begin(self, once: Callable[[Ring], Future[_Answer]]) -> Begun[_Answer]:
-        """Begin a call on the present stages; waits while there are none."""
+        """Begin a call on the present stages; waits while there are none.
+
+        Raises:
+            DeadlineError: the caller's deadline has passed.
+        """
+        deadlines.check("before a pass began")
         while isinstance(ring := self._calls.enter(), Future):
-            self._loop.result(ring)
+            self._loop.result(ring, _MOVING)
         moves = self._calls.moves
         try:
             future = once(ring)
@@ -122,17 +129,17 @@ class Rings:
         while True:
             begun = begun or self.begin(once)
             try:
-                made = self._loop.result(begun.future)
+                made = self._loop.result(begun.future, _ran(begun.ring))
             except BaseException as error:
                 failed()
                 tries -= 1
                 if isinstance(error, BudgetError) and not waited and (ends := self._calls.settled(begun.moves)):
                     # The stages before and after a move were there together. That is no fault of the nodes.
-                    self._loop.result(ends)
+                    self._loop.result(ends, _MOVING)
                     waited, tries = True, tries + 1
                 elif isinstance(error, BudgetError) and not waited and self.notice and _is_short(begun.ring, error):
                     # The model will leave that node in a few looks, if another placement has room.
-                    self._loop.ask(self.notice())
+                    self._loop.ask(self.notice(), "while a node was short of memory")
                     waited, tries = True, tries + 1
                 elif isinstance(error, BudgetError) and self._refusal is not None:
                     raise self._refusal from error
@@ -247,8 +254,8 @@ class Rings:
             self._opening = None
 
     def _replace(self, lost: Ring, error: NodeLostError) -> None:
-        """Place the model anew, where no other thread has done so."""
-        with self._placing:
+        """Place the model anew, where no other thread has done so; a late caller leaves that to the next one."""
+        with deadlines.held(self._placing, _MOVING):
             if self._calls.closed:
                 raise ClosedError("The model was closed during the call. Load it again.")
             if self._calls.ring is not lost:
@@ -256,13 +263,21 @@ class Rings:
             begin_s = time.monotonic()
             self.lost |= lost.processes_at(error.address)
             with suppress(PipeloadError, TimeoutError, CancelledError):
-                self._loop.begin(lost.close(error)).result(_FAREWELL_S)
+                left_s = deadlines.left_s()
+                self._loop.begin(lost.close(error)).result(_FAREWELL_S if left_s is None else min(left_s, _FAREWELL_S))
             try:
                 self._calls.to(self._open_ring(self.lost))
+            except DeadlineError:
+                raise
             except PipeloadError as refusal:
                 raise ClusterError(f"{error} The model cannot be placed anew: {refusal}") from refusal
             self.replaced += 1
             self._history.add(lost.placement, self.present.placement, str(error), time.monotonic() - begin_s)
+
+
+def _ran(ring: Ring) -> str:
+    """When a pass on these stages is late; see `deadlines.check`."""
+    return f"while a pass ran on {', '.join(segment.node for segment in ring.placement.segments)}"
 
 
 def _is_short(ring: Ring, error: BudgetError) -> bool:

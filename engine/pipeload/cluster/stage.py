@@ -6,9 +6,9 @@ import asyncio
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from pipeload.format.caches import growth, past_symbols
 from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
 from pipeload.model import Model, load
+from pipeload.pipeline.callers import Caller
 from pipeload.planning import planner
 
 __all__ = ["Stage"]
@@ -32,7 +33,7 @@ __all__ = ["Stage"]
 _CALLERS = 16
 """Calls that run or wait in the stage's model at once: those that wait share its next sweep."""
 _ANSWERS = 256
-"""Answers whose caller has not come for them."""
+"""Answers whose caller has not come for them, and marks of calls whose caller has left."""
 
 _Made = TypeVar("_Made")
 
@@ -47,6 +48,7 @@ class _Slot:
         step: number of the latest step that has begun.
         busy: a piece runs.
         failed: a piece has; the caches are of no use any more.
+        caller: of its pieces, who leaves when the caches are closed.
         changed: notified when one of these has changed.
     """
 
@@ -55,6 +57,7 @@ class _Slot:
     step: int = -1
     busy: bool = False
     failed: bool = False
+    caller: Caller = field(default_factory=Caller)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def has_turn(self, job: Job) -> bool:
@@ -109,6 +112,7 @@ class Stage:
         self._made = [spec.name for spec in self._model.outputs]
         self._threads = ThreadPoolExecutor(_CALLERS, "pipeload-stage")
         self._slots: dict[str, _Slot] = {}
+        self._callers: dict[str, Caller] = {}
         self._answers: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
         self._ways: dict[str, _Way] = {}
         self._id = uuid.uuid4().hex
@@ -158,7 +162,8 @@ class Stage:
         """
         self._way(route)
         given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
-        made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given))
+        with self._caller(number) as caller:
+            made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given), caller)
         await self._pass_on("run", route, number, arrays | made)
 
     async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> None:
@@ -175,20 +180,23 @@ class Stage:
         async with self._turn(route, job) as slot:
             # Computing depends on the cached tokens too, though little.
             kind = _sizes({name: given[name] for name in given if name not in self._grown}), job.past.bit_length()
-            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job, is_last), kind)
+            made = await self._in_thread(
+                lambda: self._step(slot.state, _usable(given), job, is_last), kind, slot.caller
+            )
         await self._pass_on("step", route, number, made if is_last else arrays | made, job)
 
     async def answer(self, number: str) -> Any:
         """The answer of a call, once it is there; of the last stage."""
-        try:
-            return await self._answer(number)
-        finally:
-            self._answers.pop(number, None)
+        made = await self._answer(number)
+        self._answers.pop(number, None)
+        return made
 
     async def forget(self, number: str) -> None:
-        """There will be no answer of this call, or its caller has left."""
-        if (answer := self._answers.pop(number, None)) is not None:
-            answer.cancel()
+        """There will be no answer of this call, or its caller has left: a pass of it ends at its next shard."""
+        # It stays as a mark: a pass that comes later keeps no answer.
+        self._answer(number).cancel()
+        if (caller := self._callers.get(number)) is not None:
+            caller.leave()
 
     async def cached(self, state: str, name: str, begin: int, end: int) -> Arrays:
         """Tokens of a text's cache from `begin` to before `end`, by the name of the graph input.
@@ -221,7 +229,9 @@ class Stage:
         slot = self._slots[text.state] = _Slot(route=route, state=self._model.new_state(), busy=True)
         try:
             slot.state.expect(text.expected)
-            held = await self._in_thread(lambda: self._model.hold(slot.state, text.dims, text.length), "hold")
+            held = await self._in_thread(
+                lambda: self._model.hold(slot.state, text.dims, text.length), "hold", slot.caller
+            )
             axis, _ = growth(self._model.manifest)
             for place, name in ((place, name) for place, names in sources for name in names):
                 array = held[name].swapaxes(0, axis)
@@ -240,6 +250,7 @@ class Stage:
     async def end_state(self, state: str) -> None:
         """Give the memory of a state's caches back. May be called again."""
         if (slot := self._slots.pop(state, None)) is not None:
+            slot.caller.leave()
             await self._fail(slot)
             slot.state.close()
 
@@ -281,6 +292,17 @@ class Stage:
         async with slot.changed:
             slot.busy = False
             slot.changed.notify_all()
+
+    @contextmanager
+    def _caller(self, number: str) -> Iterator[Caller]:
+        """The caller of a pass, who may have left before it begins."""
+        caller = self._callers[number] = Caller()
+        if (answer := self._answers.get(number)) is not None and answer.cancelled():
+            caller.leave()
+        try:
+            yield caller
+        finally:
+            del self._callers[number]
 
     def _slot(self, route: str, job: Job) -> _Slot:
         if job.state not in self._slots:
@@ -336,18 +358,24 @@ class Stage:
             f"The node {self._node.offer.name} at {address} was lost during the call: it ends.", address
         )
 
-    async def _in_thread(self, run: Callable[[], _Made], kind: Hashable) -> _Made:
+    async def _in_thread(self, run: Callable[[], _Made], kind: Hashable, caller: Caller) -> _Made:
         """Run a call in a thread.
 
         Args:
             run: the call.
             kind: equal for calls of the same sizes.
+            caller: of the call.
         """
+
+        def within() -> _Made:
+            with caller:
+                return run()
+
         self._calls.append(kind)
         self._facts["calls"] += 1
         self._facts["waiting"] = len(self._calls)
         try:
-            made = await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            made = await asyncio.get_running_loop().run_in_executor(self._threads, within)
             self._time(kind)
             return made
         except PipeloadError as error:

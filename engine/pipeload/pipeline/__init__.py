@@ -7,6 +7,7 @@ cache_room     KV caches with room for more tokens
 sweep          one pass over the shards
 reservations   bytes of the budget, in plan order
 messages       tasks and results that pass between the agents
+deadlines      by when calls are to be done
 callers        callers that may leave
 requests       the queue of calls
 joining        rows of several calls in one batch

@@ -26,6 +26,7 @@ from pipeload.foreign import first_line, foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import peak_rss_bytes
 from pipeload.machine.threads import THREADS_REMEDY, start
+from pipeload.pipeline import deadlines
 from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.joining import Batch, Rows, grouped
@@ -204,9 +205,11 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
             ConfigError: an agent itself wants to wait for the call.
+            DeadlineError: the caller's deadline has passed.
         """
         if threading.current_thread() in self._threads:
             raise ConfigError("A progress callback runs inside a pass and cannot wait for another one. Call it later.")
+        deadlines.check("before a pass began")
         return self._exchange.calls.submit(call)
 
     def set_budget(self, budget_bytes: int | None) -> None:

@@ -129,6 +129,34 @@ def test_a_node_that_hangs_is_lost_within_a_bounded_time(
             cluster.kill("large")
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_call_that_is_late_costs_the_nodes_nothing(
+    cluster: Cluster, connection: Connection, models: Path, name: str
+) -> None:
+    """A node hangs until the deadline has passed, and no longer: it is not lost, and forgets the call."""
+    with connection.load(name, stages=stages_on(models / name, "small", "large")) as model:
+
+        def call() -> Any:
+            return model.run(references(models / name)[0]) if name == "bert" else model.generate([5, 6, 7], seed=1)
+
+        expected = call()
+        os.kill(cluster.nodes["large"].pid, signal.SIGSTOP)
+        try:
+            with (
+                pytest.raises(pipeload.DeadlineError, match="while a pass ran on small, large"),
+                pipeload.deadline(0.5),
+            ):
+                call()
+        finally:
+            os.kill(cluster.nodes["large"].pid, signal.SIGCONT)
+        wait_until(connection, lambda stages: len(stages) == 2 and not any(stage["waiting"] for stage in stages))
+        if name == "bert":
+            assert_close(call(), expected, 1e-5)
+        else:
+            assert call().token_ids == expected.token_ids
+        assert model.replacements == 0
+
+
 def test_closing_ends_a_call_that_waits(connection: Connection, models: Path) -> None:
     gate = Gate()
     inputs = references(models / "bert")[0]

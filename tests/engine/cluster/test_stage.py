@@ -13,6 +13,7 @@ from distributed import Status
 import pipeload
 from pipeload.cluster.messages import NodeLostError, Place
 from pipeload.cluster.stage import Stage
+from pipeload.pipeline.callers import Caller
 
 CLOSED = RuntimeError("ConnectionPool is closed")
 
@@ -57,5 +58,5 @@ def test_a_model_that_ends_with_its_node_is_lost_with_it(status: Status, kind: t
         raise pipeload.ClosedError("The model is closed.")
 
     with ThreadPoolExecutor(1) as threads, pytest.raises(pipeload.PipeloadError) as told:
-        asyncio.run(_stage(status, threads)._in_thread(closed, None))
+        asyncio.run(_stage(status, threads)._in_thread(closed, None, Caller()))
     assert type(told.value) is kind
