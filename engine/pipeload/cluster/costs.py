@@ -123,7 +123,7 @@ class Costs:
     def send_s(self, sender: Node, receiver: Node, place: int) -> float:
         """See `planning.placement.Sends`."""
         link = self._links.get(frozenset((sender.name, receiver.name)), ASSUMED)
-        return CALL_S + link.latency_s + self._crossing(place) / link.bytes_per_s
+        return CALL_S + link.seconds(self._crossing(place))
 
     def lack(self, member: Member, shards: str, begin: int, end: int) -> ClusterError:
         """The error for a stage that a node has no room for."""
