@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pipeload
-from benchmarks.ring.network import SWITCH, machines, within
+from benchmarks.ring.network import SWITCH, Network, machines, within
 from pipeload.bench import cgroup
 from pipeload.cluster.connection import Connection
 
@@ -51,10 +51,12 @@ class Boards:
     Attributes:
         connection: of a client on a machine of its own.
         nodes: by name.
+        network: that they are on.
     """
 
     connection: Connection
     nodes: Mapping[str, Board]
+    network: Network
 
 
 @contextmanager
@@ -63,6 +65,7 @@ def boards(
     budgets_bytes: Mapping[str, int],
     *,
     bits_per_s: int,
+    latency_s: float,
     read_bytes_per_s: int | None,
     certificates: Path,
 ) -> Iterator[Boards]:
@@ -72,6 +75,7 @@ def boards(
         models: the directory of sharded model directories, which all nodes have.
         budgets_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: see `machines`.
         read_bytes_per_s: the throttle of each node's disk; None for none.
         certificates: made here.
 
@@ -79,7 +83,7 @@ def boards(
         OSError, CalledProcessError: this user may not make cgroups or network namespaces.
     """
     with ExitStack() as stack:
-        stack.enter_context(machines([*budgets_bytes], bits_per_s))
+        network = stack.enter_context(machines([*budgets_bytes], bits_per_s, latency_s))
         init = stack.enter_context(cgroup.started(_command("cluster", "init", str(certificates)), grouped=False))
         init.process.communicate()
         given = ["--certificates", str(certificates)]
@@ -102,6 +106,7 @@ def boards(
         connection = stack.enter_context(pipeload.connect(address, certificates))
         yield Boards(
             connection=connection,
+            network=network,
             nodes={name: Board(budget_bytes=budgets_bytes[name], _started=one) for name, one in started.items()},
         )
 

@@ -55,8 +55,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         offer: see there.
         budget_bytes: what the node may use now: its budget, or less where its memory is short.
         stages: of each open one, the model's name and sha256, its shards, the number of its calls, of those that run or
-            wait, the seconds of computing and reading of its latest pass, and how much longer both take than at their
-            best, None before.
+            wait, the seconds of computing and reading of its latest pass, how much longer both take than at their
+            best, None before, and how much longer sending takes, by address of the next node.
     """
 
     address: str
@@ -446,17 +446,23 @@ class Connection:
         )
         self.loop.begin(adapter.run())
 
-    async def _links_of(self, members: list[Member]) -> Links:
-        """The links between nodes, measured by one node after another: they would disturb each other."""
+    async def _links_of(self, members: list[Member], anew: frozenset[str] = frozenset()) -> Links:
+        """The links between nodes, measured by one node after another: they would disturb each other.
+
+        Args:
+            members: the nodes.
+            anew: processes of those whose links are measured again.
+        """
         for number, member in enumerate(members):
             others = {
                 other.address: other.offer.process
                 for other in members[number + 1 :]
-                if _pair(member, other) not in self._links
+                if _pair(member, other) not in self._links or anew & _pair(member, other)
             }
             if others:
                 with suppress(PipeloadError):
-                    told = await self._call(member.address, "pipeload_links", {"others": others})
+                    arguments = {"others": others, "anew": bool(anew)}
+                    told = await self._call(member.address, "pipeload_links", arguments)
                     for other in members:
                         if other.address in told:
                             self._links[_pair(member, other)] = msgspec.convert(told[other.address], Link)

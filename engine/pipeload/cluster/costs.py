@@ -119,7 +119,7 @@ def copying_s(
             own_s += sum(-(-nbytes // PIECE_BYTES) for nbytes in found) * CALL_S
             if source.node != target.node:
                 link = links.get(frozenset((source.node, target.node)), ASSUMED)
-                own_s += len(found) * link.latency_s + sum(found) / link.bytes_per_s
+                own_s += sum(map(link.seconds, found))
         slowest_s = max(slowest_s, own_s)
     return slowest_s
 
@@ -157,7 +157,7 @@ class Costs:
     def send_s(self, sender: Node, receiver: Node, place: int) -> float:
         """See `planning.placement.Sends`."""
         link = self._links.get(frozenset((sender.name, receiver.name)), ASSUMED)
-        return CALL_S + link.latency_s + self._crossing(place) / link.bytes_per_s
+        return CALL_S + link.seconds(self._crossing(place))
 
     def lack(self, member: Member, shards: str, begin: int, end: int) -> ClusterError:
         """The error for a stage that a node has no room for."""

@@ -33,6 +33,10 @@ class Link:
     latency_s: float
     bytes_per_s: float
 
+    def seconds(self, nbytes: float) -> float:
+        """The time until a message is there."""
+        return self.latency_s + nbytes / self.bytes_per_s
+
 
 async def measured(other: Any) -> Link:
     """The link to another node.

@@ -23,7 +23,7 @@ from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.fetching import Fetcher
 from pipeload.cluster.links import Link, measured
 from pipeload.cluster.offer import BUDGET, OFFER, Offer, models_in
-from pipeload.cluster.pace import Pace
+from pipeload.cluster.pace import Pace, Series
 from pipeload.cluster.rates import first_shards, speed_of
 from pipeload.cluster.running import until_stopped
 from pipeload.cluster.store import PIECE_BYTES, Store
@@ -65,6 +65,7 @@ class Node:
         budget: of all stages.
         stages: id -> facts about each open stage, for `pipeload cluster status`.
         paces: sha256 -> how fast the model's stages have been here.
+        sends: address -> how fast activations have gone to that node.
 
     Raises:
         ConfigError: there is no model, and none is to be fetched.
@@ -98,6 +99,7 @@ class Node:
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
         self.stages: dict[str, dict[str, Any]] = {}
         self.paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self.sends: defaultdict[str, Series] = defaultdict(Series)
         self._free = FreeMemory()
         here = measure()
         self.offer = Offer(
@@ -218,17 +220,18 @@ class Node:
         """The number of these bytes. For other nodes, which measure the way here."""
         return len(data)
 
-    async def links(self, others: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    async def links(self, others: Mapping[str, str], anew: bool = False) -> dict[str, dict[str, float]]:
         """The ways to other nodes, by address, as far as they answer; measured the first time. For clients.
 
         Args:
             others: address -> process of each, see `Offer`.
+            anew: measure those that are known too; one that does not answer stays as it is known.
         """
         assert self._pool is not None
         found = {}
         async with self._measuring:
             for key in others.items():
-                if key not in self._links:
+                if anew or key not in self._links:
                     with suppress(ClusterError), foreign_errors(ClusterError, "It does not answer", "Look at its log."):
                         async with asyncio.timeout(_LINK_S):
                             self._links[key] = await measured(self._pool(key[0]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 import weakref
 from collections import OrderedDict
@@ -34,6 +35,7 @@ _CALLERS = 16
 """Calls that run or wait in the stage's model at once: those that wait share its next sweep."""
 _ANSWERS = 256
 """Answers whose caller has not come for them, and marks of calls whose caller has left."""
+_LEAST_S = 1e-6
 
 _Made = TypeVar("_Made")
 
@@ -131,6 +133,7 @@ class Stage:
             "read_s": 0.0,
             # Not measured yet.
             "slowness": None,
+            "links": {},
         }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
@@ -152,22 +155,24 @@ class Stage:
         for state in [state for state, slot in self._slots.items() if slot.route == route]:
             await self.end_state(state)
 
-    async def run(self, route: str, number: str, arrays: Arrays) -> None:
-        """One pass; it returns when the last stage has the answer.
+    async def run(self, route: str, number: str, arrays: Arrays) -> float:
+        """One pass; it returns when the last stage has the answer, with the seconds since the call came here.
 
         Args:
             route: of the ring.
             number: of the call, for `answer`.
             arrays: graph inputs and edges that this stage and later ones take.
         """
+        came_s = time.perf_counter()
         self._way(route)
         given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
         with self._caller(number) as caller:
             made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given), caller)
         await self._pass_on("run", route, number, arrays | made)
+        return time.perf_counter() - came_s
 
-    async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> None:
-        """One piece of a step; it returns when the last stage has the answer.
+    async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> float:
+        """One piece of a step; it returns as `run` does.
 
         Args:
             route: of the ring.
@@ -175,6 +180,7 @@ class Stage:
             arrays: as for `run`, without caches.
             job: see there.
         """
+        came_s = time.perf_counter()
         given = {name: arrays[name] for name in self._takes}
         is_last = self._way(route).following is None
         async with self._turn(route, job) as slot:
@@ -184,6 +190,7 @@ class Stage:
                 lambda: self._step(slot.state, _usable(given), job, is_last), kind, slot.caller
             )
         await self._pass_on("step", route, number, made if is_last else arrays | made, job)
+        return time.perf_counter() - came_s
 
     async def answer(self, number: str) -> Any:
         """The answer of a call, once it is there; of the last stage."""
@@ -324,13 +331,19 @@ class Stage:
                 waiting.set_result(answer)
             return
         leaving = {name: array for name, array in arrays.items() if name in way.passes}
+        left_s = time.perf_counter()
         try:
-            await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
+            there_s = await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
         except ClusterError as error:
             # Where this node ends, its connections do: the next node is not lost.
             if self._ends or isinstance(error, DisconnectedError):
                 raise self._ending() from None
             raise
+        # The rest of the time was on the way: there with the arrays, and back without.
+        sent_bytes, sent_s = sum(array.nbytes for array in leaving.values()), time.perf_counter() - left_s - there_s
+        self._node.sends[way.following.address].note(sent_bytes, max(sent_s, _LEAST_S))
+        followings = [each.following.address for each in self._ways.values() if each.following]
+        self._facts["links"] = {address: self._node.sends[address].slowness for address in followings}
 
     def _way(self, route: str) -> _Way:
         if route not in self._ways:
