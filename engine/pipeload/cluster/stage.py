@@ -23,6 +23,7 @@ from pipeload.foreign import let_go
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
+from pipeload.machine.cores import spelled
 from pipeload.model import Model, load
 from pipeload.planning import planner
 
@@ -126,6 +127,7 @@ class Stage:
             "read_s": 0.0,
             # Not measured yet.
             "slowness": None,
+            **self._cores(),
         }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
@@ -326,7 +328,17 @@ class Stage:
         self._timed_passes = stats.passes
         plan = self._model.plan
         self._pace.note((kind, plan.threads, plan.packed, plan.streamed_bytes > 0), stats.last, self._expected_s)
-        self._facts |= {"run_s": self._pace.run_s, "read_s": self._pace.read_s, "slowness": self._pace.slowness}
+        self._facts |= {
+            "run_s": self._pace.run_s,
+            "read_s": self._pace.read_s,
+            "slowness": self._pace.slowness,
+            **self._cores(),
+        }
+
+    def _cores(self) -> dict[str, str]:
+        """Which cores compute and which read, where one is little."""
+        cores = spelled(self._model.profile.core_capacities, self._model.plan.threads)
+        return {"cores": cores} if cores else {}
 
 
 def _sizes(arrays: Arrays) -> Hashable:
