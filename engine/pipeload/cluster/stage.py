@@ -25,6 +25,7 @@ from pipeload.foreign import let_go
 from pipeload.format.caches import growth, past_symbols
 from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
+from pipeload.machine.cores import spelled
 from pipeload.model import Model, load
 from pipeload.pipeline.callers import Caller
 from pipeload.planning import planner
@@ -134,6 +135,7 @@ class Stage:
             # Not measured yet.
             "slowness": None,
             "links": {},
+            **self._cores(),
         }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
@@ -415,7 +417,17 @@ class Stage:
         self._timed_passes = stats.passes
         plan = self._model.plan
         self._pace.note((kind, plan.threads, plan.packed, plan.streamed_bytes > 0), stats.last, self._expected_s)
-        self._facts |= {"run_s": self._pace.run_s, "read_s": self._pace.read_s, "slowness": self._pace.slowness}
+        self._facts |= {
+            "run_s": self._pace.run_s,
+            "read_s": self._pace.read_s,
+            "slowness": self._pace.slowness,
+            **self._cores(),
+        }
+
+    def _cores(self) -> dict[str, str]:
+        """Which cores compute and which read, where one is little."""
+        cores = spelled(self._model.profile.core_capacities, self._model.plan.threads)
+        return {"cores": cores} if cores else {}
 
 
 def _sizes(arrays: Arrays) -> Hashable:

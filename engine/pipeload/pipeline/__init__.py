@@ -16,6 +16,7 @@ residents      shards and parts kept between sweeps, and their packing
 exchange       where the agents meet
 agents         Loading, Inference and Daemon Agents: their loops
 weights_memory reservations, buffers, and freed memory
+affinity       cores that read, cores that compute
 loader         a Loading Agent's work on a task
 lent_outputs   outputs still kept by callers
 room           the next pass: its plan, its memory, its loaders

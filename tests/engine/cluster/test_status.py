@@ -92,3 +92,11 @@ def test_changes_of_another_version_are_left_out() -> None:
     connection: Any = SimpleNamespace(_client=SimpleNamespace(get_events=get_events))
     found = asyncio.run(Connection._changes(connection))
     assert [(one.at_s, one.model) for one in found] == [(1.0, "bert")]
+
+
+def test_cores_of_a_stage_are_told_where_one_is_little(status: Any) -> None:
+    cores = "computing on 0, reading on 1"
+    nodes = [_node("equal", 400 * MB, _STAGE), _node("unequal", 400 * MB, {**_STAGE, "cores": cores})]
+    lines = {line.split()[0]: line.rstrip() for line in status(nodes, []).splitlines() if line.strip()}
+    assert "computing on" not in lines["equal"]
+    assert lines["unequal"].endswith(cores)

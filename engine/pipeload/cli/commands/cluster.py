@@ -159,6 +159,7 @@ def _stage(facts: dict[str, Any]) -> str:
         f"{facts['run_s'] * 1000:.1f} ms, reading {facts['read_s'] * 1000:.1f} ms"
         + (f", {slower:.1f} times slower than at its best" if slower > _SLOWER else "")
         + (f", sending {sending:.1f} times slower than at its best" if sending > _SENDS_SLOWER else "")
+        + (f", {facts['cores']}" if "cores" in facts else "")
     )
 
 
