@@ -169,14 +169,14 @@ class Parts:
 
         Args:
             part: its name.
-            report: its results.
+            report: its results; those with a wrong answer go to `results/PART.wrong.json`, and not on the page.
             output: a file for them, which leaves the page as it is; None takes their place.
         """
-        path = output or self._path(part)
+        path = output or (self._path(part) if report.ok else self._path(part).with_suffix(".wrong.json"))
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(msgspec.json.format(to_json(report), indent=1) + b"\n")
         Console().print(self.kinds[part][1](report), markup=False, highlight=False, soft_wrap=True)
-        if output is None:
+        if output is None and report.ok:
             self._publish(part)
         if not report.ok:
             raise typer.Exit(1)

@@ -77,9 +77,11 @@ def checkpoint(console: Console, name: str = MODEL) -> Path:
 
 def gguf_file(console: Console, name: str = MODEL, kind: str = "F32") -> Path:
     """The checkpoint as GGUF, without a tokenizer; its products in blocks of a type, and its tables in Q8_0."""
-    source = checkpoint(console, name)
-    path = _FOLDER / (f"{name}.gguf" if kind == "F32" else f"{name}.{kind}.gguf")
-    return _made(path, lambda target: _write_gguf(source, target, gguf.GGMLQuantizationType[kind]), console)
+
+    def write(target: Path) -> None:
+        _write_gguf(checkpoint(console, name), target, gguf.GGMLQuantizationType[kind])
+
+    return _made(_FOLDER / (f"{name}.gguf" if kind == "F32" else f"{name}.{kind}.gguf"), write, console)
 
 
 def airllm_layers(console: Console, environments: Path) -> Path:

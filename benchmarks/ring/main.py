@@ -3,6 +3,7 @@
 answers    four models on one to four nodes of unequal budgets, beside one machine
 tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
 moves      a text whose model moves: its caches copied, and computed again
+peers      the same of one text, beside llama.cpp and its rpc-servers on the same nodes
 paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
@@ -20,6 +21,7 @@ from benchmarks.models import ROOT
 from benchmarks.ring import answers as answers_part
 from benchmarks.ring import moves as moves_part
 from benchmarks.ring import paper as paper_part
+from benchmarks.ring import peers as peers_part
 from benchmarks.ring import tokens as tokens_part
 from benchmarks.study import Parts
 from pipeload.format.manifest import MANIFEST_NAME
@@ -32,6 +34,7 @@ PARTS = Parts(
         "tokens": (tokens_part.Report, tokens_part.rows),
         "tokens-100mbit": (tokens_part.Report, tokens_part.rows),
         "moves": (moves_part.Report, moves_part.rows),
+        "peers": (peers_part.Report, peers_part.rows),
         "paper": (paper_part.Report, paper_part.rows),
     },
     commands={
@@ -48,6 +51,8 @@ Output = Annotated[
 ]
 Link = Annotated[int, typer.Option(metavar="MBIT", help="Rate of each node's link, in Mbit/s.")]
 Latency = Annotated[float, typer.Option(metavar="MS", help="From one machine to another, in milliseconds.")]
+Budget = Annotated[int, typer.Option(metavar="MB", help="Budget of each node, in MB.")]
+Disk = Annotated[int, typer.Option(metavar="MB", help="Throttle of each node's disk, in MB/s.")]
 Counts = Annotated[list[int], typer.Option("--nodes", help="Numbers of nodes; may be repeated.")]
 
 
@@ -84,10 +89,10 @@ def answers(
 def tokens(
     model: Annotated[str, typer.Argument(help="A decoder of the catalog.")] = "gpt2-xl",
     nodes: Counts = [1, 2, 4],  # noqa: B006 - typer's way
-    budget: Annotated[int, typer.Option(metavar="MB", help="Budget of each node, in MB.")] = 2000,
+    budget: Budget = 2000,
     link: Link = 1000,
     latency: Latency = 0.3,
-    disk: Annotated[int, typer.Option(metavar="MB", help="Throttle of each node's disk, in MB/s.")] = 400,
+    disk: Disk = 400,
     output: Output = None,
 ) -> None:
     """GPT-2 XL on one, two and four nodes of 2 GB: seconds a token."""
@@ -110,14 +115,50 @@ def moves(
     tokens: Annotated[list[int], typer.Option(help="Lengths of the text; may be repeated.")] = [64, 512, 2048],  # noqa: B006
     budget: Annotated[int, typer.Option(metavar="MB", help="Budget of each node, in MB.")] = 600,
     link: Link = 1000,
+    latency: Latency = 0.3,
     output: Output = None,
 ) -> None:
     """A text whose model moves: its caches copied, and computed again."""
-    directory = _directory(model, Console())
+    console = Console()
     report = moves_part.measure(
-        directory, tokens, budget_bytes=budget * 1_000_000, bits_per_s=link * 1_000_000, console=Console()
+        _directory(model, console),
+        tokens,
+        budget_bytes=budget * 1_000_000,
+        bits_per_s=link * 1_000_000,
+        latency_s=latency / 1000,
+        console=console,
     )
     PARTS.keep("moves", report, output)
+
+
+@app.command()
+def peers(
+    model: Annotated[str, typer.Argument(help="A seeded GPT-2 of the catalog.")] = "gpt2-xl",
+    *,
+    llama: Annotated[Path, typer.Option(metavar="FOLDER", help="With ggml-rpc-server and llama.cpp's libraries.")],
+    environments: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="With an environment `llama` that has llama-cpp-python.")
+    ] = ROOT / ".venv-rivals",
+    nodes: Counts = [1, 2, 4],  # noqa: B006 - typer's way
+    budget: Budget = 2000,
+    link: Link = 1000,
+    latency: Latency = 0.3,
+    disk: Disk = 400,
+    output: Output = None,
+) -> None:
+    """GPT-2 XL on one, two and four nodes of 2 GB, beside llama.cpp and its rpc-servers."""
+    console = Console()
+    report = peers_part.compare(
+        _directory(model, console),
+        nodes,
+        llama=peers_part.Llama.found(llama, environments),
+        budget_bytes=budget * 1_000_000,
+        bits_per_s=link * 1_000_000,
+        latency_s=latency / 1000,
+        read_bytes_per_s=disk * 1_000_000,
+        console=console,
+    )
+    PARTS.keep("peers", report, output)
 
 
 @app.command()

@@ -80,6 +80,7 @@ class Report:
         model: its name.
         budget_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         machine: see `machine_facts`.
         records: of the lengths.
     """
@@ -87,6 +88,7 @@ class Report:
     model: str
     budget_bytes: int
     bits_per_s: int
+    latency_s: float
     machine: dict[str, Any] = field(default_factory=machine_facts)
     records: list[Record] = field(default_factory=list)
 
@@ -97,7 +99,9 @@ class Report:
         return all(one.right and max(one.peak_bytes.values()) <= most_bytes for one in self.records)
 
 
-def measure(directory: Path, lengths: Sequence[int], *, budget_bytes: int, bits_per_s: int, console: Console) -> Report:
+def measure(
+    directory: Path, lengths: Sequence[int], *, budget_bytes: int, bits_per_s: int, latency_s: float, console: Console
+) -> Report:
     """Move a model with texts of these lengths.
 
     Args:
@@ -105,9 +109,10 @@ def measure(directory: Path, lengths: Sequence[int], *, budget_bytes: int, bits_
         lengths: tokens.
         budget_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         console: is told of each length.
     """
-    report = Report(model=directory.name, budget_bytes=budget_bytes, bits_per_s=bits_per_s)
+    report = Report(model=directory.name, budget_bytes=budget_bytes, bits_per_s=bits_per_s, latency_s=latency_s)
     with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as folder:
         models = Path(folder) / "models"
         models.mkdir()
@@ -119,6 +124,7 @@ def measure(directory: Path, lengths: Sequence[int], *, budget_bytes: int, bits_
                 models,
                 dict.fromkeys(names, budget_bytes),
                 bits_per_s=bits_per_s,
+                latency_s=latency_s,
                 read_bytes_per_s=None,
                 certificates=Path(folder) / "certificates",
             ) as running,

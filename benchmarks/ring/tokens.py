@@ -26,7 +26,7 @@ from pipeload.bench.table import seconds
 from pipeload.cluster.model import ClusterModel
 from pipeload.machine.sizes import format_bytes
 
-__all__ = ["PROMPT", "Record", "Report", "measure", "rows"]
+__all__ = ["PROMPT", "SETTLING", "TOKENS", "Record", "Report", "generate", "measure", "rows"]
 
 PROMPT = (464, 3139, 286, 4881, 318, 6342, 11, 290, 262, 3139, 286, 4486, 318, 11307, 13, 383)
 """16 ids of GPT-2."""
@@ -141,13 +141,21 @@ def measure(
                 certificates=Path(folder) / "certificates",
             ) as running:
                 for texts in sorted({1, 2 * count}):
-                    record = _tokens(running, directory, expected, texts)
+                    record = generate(running, directory, expected, texts)
                     report.records.append(record)
                     console.print(record, markup=False, highlight=False, soft_wrap=True)
     return report
 
 
-def _tokens(running: Boards, directory: Path, expected: Sequence[int], texts: int) -> Record:
+def generate(running: Boards, directory: Path, expected: Sequence[int], texts: int) -> Record:
+    """Generate the same text a number of times at the same time, on stages that are placed for that.
+
+    Args:
+        running: the nodes.
+        directory: the sharded model directory, whose name is that of the model on the nodes.
+        expected: the tokens after `PROMPT`, `SETTLING` of which do not count.
+        texts: their number.
+    """
     moments: list[tuple[float, int, dict[str, int]]] = []
 
     def generated(model: ClusterModel, text: int) -> bool:

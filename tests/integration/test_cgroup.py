@@ -83,3 +83,17 @@ def test_the_cap_is_real(model: Path) -> None:
     outcome = _run(f"import numpy, pipeload; numpy.ones({nbytes}, numpy.uint8)")
     assert outcome.returncode == -9
     assert outcome.oom_kills == 1
+
+
+def test_a_child_beside_another_is_charged_to_its_cgroup() -> None:
+    """Neither of the two needs what the cap forbids: together they do."""
+    program = "import signal; held = b'1' * {}; print('there', flush=True); signal.pause()"
+    command = [sys.executable, "-c", program.format(CAP_BYTES * 6 // 10)]
+    with cgroup.started(command, memory_bytes=CAP_BYTES) as one:
+        assert one.process.stdout is not None
+        assert one.process.stdout.readline() == "there\n"
+        assert one.oom_kills() == 0
+        with cgroup.started(command, beside=one) as other:
+            assert other.process.stdout is not None
+            other.process.stdout.readline()
+            assert other.oom_kills() == one.oom_kills() == 1

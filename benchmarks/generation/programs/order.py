@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeload.bench.cgroup import read_bytes
@@ -30,6 +30,9 @@ class Order:
         copied: those weights are copied out of their memory-mapped files.
         again: give the prompt once more, behind the answer, and time it.
         as_stored: use weights as they lie in their files, and do not lay them out for the processor in other memory.
+        servers: addresses of other processes of the engine, which compute parts of the model.
+        served: the model's last layers, by their numbers, that each of them gets; its head counts as a layer, the last
+            one. Empty leaves all layers to them, in parts that the engine chooses.
     """
 
     model: str
@@ -40,6 +43,8 @@ class Order:
     copied: bool = False
     again: bool = False
     as_stored: bool = False
+    servers: list[str] = field(default_factory=list)
+    served: list[int] = field(default_factory=list)
 
 
 class _Laps:

@@ -114,6 +114,7 @@ class Started:
 
     process: subprocess.Popen[str]
     _memory: _MemoryGroup | None
+    _groups: tuple[Path, ...] = ()
 
     def peak_bytes(self) -> int | None:
         """The cgroup's highest usage so far, page cache included; None without one, and with v2 before Linux 5.19."""
@@ -133,6 +134,7 @@ def started(
     read_bytes_per_s: int | None = None,
     disk_of: Path | None = None,
     grouped: bool = True,
+    beside: Started | None = None,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Started]:
     """Start a command in a fresh cgroup; at the end of the context it gets SIGTERM, and SIGKILL 30 s later.
@@ -144,6 +146,8 @@ def started(
         read_bytes_per_s: see `run`.
         disk_of: see `run`.
         grouped: False starts it without a cgroup.
+        beside: a child in whose cgroup it is started, under the same limits, which are not given again; None for a
+            cgroup of its own.
         env: see `run`.
 
     Raises:
@@ -153,7 +157,9 @@ def started(
     with ExitStack() as stack:
         memory: _MemoryGroup | None = None
         groups: tuple[Path, ...] = ()
-        if grouped:
+        if beside:
+            memory, groups = beside._memory, beside._groups
+        elif grouped:
             memory = stack.enter_context(_memory_group(memory_bytes))
             groups = _folders(memory, stack.enter_context(_disk_group(memory, read_bytes_per_s, disk_of)))
         errors = stack.enter_context(log.open("w")) if log else None
@@ -161,7 +167,7 @@ def started(
             subprocess.Popen(_entering(command, groups), stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
         )
         try:
-            yield Started(child, memory)
+            yield Started(child, memory, groups)
         finally:
             child.terminate()
             try:
