@@ -111,21 +111,35 @@ def agents() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeload-")]
 
 
-def run_python(program: str, exit_code: int = 0, *, traced: bool = True) -> subprocess.CompletedProcess[str]:
+def run_python(
+    program: str,
+    *arguments: object,
+    exit_code: int = 0,
+    given: str = "",
+    timeout_s: float = PATIENCE_S,
+    traced: bool = True,
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own, with this one's import path; it must end with that exit code.
 
-    `make coverage` traces it, unless `traced` is False.
+    Args:
+        program: its text.
+        arguments: its own, as text.
+        exit_code: see above.
+        given: what it reads.
+        timeout_s: it must end before.
+        traced: `make coverage` traces it.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if not traced:
         environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_PROCESS_")}
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env=environment,
+        input=given,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == exit_code, done.stderr
