@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import combinations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from distributed.comm import get_address_host
 
 from pipeload.cluster.costs import Links, Member
 from pipeload.cluster.links import Link
@@ -48,6 +50,8 @@ class Nodes:
         self._loop, self._watch, self._pool = loop, watch, pool
         self.known: dict[tuple[str, str], Member] = {}
         self.known_links: dict[frozenset[str], Link] = {}
+        # By machine: nodes that share cores and disk would measure each other.
+        self._measuring: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def named(self, model: str | os.PathLike[str]) -> tuple[str, str]:
         """A model's sha256 and name.
@@ -167,6 +171,8 @@ class Nodes:
     async def speeds(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
         """The nodes that tell their speed of a model; one that does not answer takes no part.
 
+        Those of one machine are asked one after another, so that each measures as if it were alone.
+
         Args:
             sha256: of the model's manifest.
             offers: the nodes to ask, by address.
@@ -190,16 +196,17 @@ class Nodes:
             offer: likewise.
         """
         key = offer.process, sha256
-        if key not in self.known:
-            fetches = not offer.has(sha256)
-            sources = self.sources(sha256) if fetches else []
-            try:
-                told = await self.call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
-            except PipeloadError as error:
-                return error
-            speed = msgspec.convert(told, Profile, str_keys=True)
-            self.known[key] = Member(address=address, offer=offer, speed=speed, fetches=fetches)
-        return self.known[key]
+        async with self._measuring[get_address_host(address)]:
+            if key not in self.known:
+                fetches = not offer.has(sha256)
+                sources = self.sources(sha256) if fetches else []
+                try:
+                    told = await self.call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
+                except PipeloadError as error:
+                    return error
+                speed = msgspec.convert(told, Profile, str_keys=True)
+                self.known[key] = Member(address=address, offer=offer, speed=speed, fetches=fetches)
+            return self.known[key]
 
     async def links(self, members: list[Member]) -> Links:
         """The links between nodes, measured by one node after another: they would disturb each other."""
