@@ -197,9 +197,10 @@ def _next_token(model: ClusterModel, inputs: Arrays, text: ClusterState) -> tupl
 def _move(running: Boards, model: ClusterModel, name: str) -> None:
     """Move all of the model to two other nodes, as its adapter would."""
     connection, manifest = running.connection, model.manifest
-    sha256, _ = connection._named(name)
-    members = connection.loop.ask(connection._speeds_of(sha256, connection._members(sha256, frozenset())))
-    links = connection.loop.ask(connection._links_of(members))
+    nodes = connection._nodes
+    sha256, _ = nodes.named(name)
+    members = connection.loop.ask(nodes.speeds(sha256, nodes.members(sha256)))
+    links = connection.loop.ask(nodes.links(members))
     names, cuts = [shard.name for shard in manifest.shards], stage_places(manifest)
     cut = cuts[len(cuts) // 2]
     stages = {"board-2": f":{names[cut - 1]}", "board-3": f"{names[cut]}:"}

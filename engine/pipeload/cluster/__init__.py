@@ -26,6 +26,7 @@ rings         the present ring, and how another one takes its place
 adapter       looks at the nodes, and moves the model
 state         KV caches on the nodes, and the tokens to compute them again from
 model         a model with the methods of `pipeload.Model`
+nodes         what the nodes tell a client: models, files, speeds, links
 connection    the cluster as a program sees it
 connecting    `pipeload.connect`
 ```

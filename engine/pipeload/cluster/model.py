@@ -20,7 +20,7 @@ from pipeload.cluster.history import History, Reconfiguration
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.messages import Job
 from pipeload.cluster.ring import Ring
-from pipeload.cluster.rings import Begun, Rings
+from pipeload.cluster.rings import FAREWELL_S, Begun, Rings
 from pipeload.cluster.state import ClusterState, Texts
 from pipeload.errors import (
     ClosedError,
@@ -50,8 +50,6 @@ from pipeload.tasks.generate.session import Session
 from pipeload.tracing.stats import Stats
 
 __all__ = ["ClusterModel"]
-
-_FAREWELL_S = 30.0
 
 _Answer = TypeVar("_Answer")
 
@@ -301,7 +299,7 @@ class ClusterModel:
         self._finalizer.detach()
         if (closing := self.rings.close()) is not None:
             with suppress(PipeloadError, TimeoutError, CancelledError):
-                closing.result(_FAREWELL_S)
+                closing.result(FAREWELL_S)
 
     def __repr__(self) -> str:
         nodes = ", ".join(segment.node for segment in self.placement.segments)

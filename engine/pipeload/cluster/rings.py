@@ -24,11 +24,12 @@ from pipeload.cluster.state import ClusterState
 from pipeload.errors import BudgetError, ClosedError, ClusterError, DeadlineError, PipeloadError
 from pipeload.pipeline import deadlines
 
-__all__ = ["Begun", "Rings"]
+__all__ = ["FAREWELL_S", "Begun", "Rings"]
 
 _ATTEMPTS = 2
 """A call whose node was lost is tried this many times in all."""
-_FAREWELL_S = 30.0
+FAREWELL_S = 30.0
+"""Closing stages is waited for this long."""
 _MOVING = "while the model moved to other stages"
 _SHORT_SHARE = 0.98
 """A node that refuses a call within less than this fraction of its budget is short of memory."""
@@ -264,7 +265,7 @@ class Rings:
             self.lost |= lost.processes_at(error.address)
             with suppress(PipeloadError, TimeoutError, CancelledError):
                 left_s = deadlines.left_s()
-                self._loop.begin(lost.close(error)).result(_FAREWELL_S if left_s is None else min(left_s, _FAREWELL_S))
+                self._loop.begin(lost.close(error)).result(FAREWELL_S if left_s is None else min(left_s, FAREWELL_S))
             try:
                 self._calls.to(self._open_ring(self.lost))
             except DeadlineError:

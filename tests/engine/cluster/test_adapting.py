@@ -94,9 +94,9 @@ def test_a_node_that_joins_is_used_and_a_text_goes_on(
     changed.hidden = {"middle", "large"}
     connection.plan("llama")
     # By its profile the node that is there takes ten times as long as the one that joins.
-    for key, member in [*connection._known.items()]:
+    for key, member in [*connection._nodes.known.items()]:
         speed = costs._slowed(connection.manifest("llama"), member.speed, 10.0, 10.0)
-        connection._known[key] = replace(member, speed=speed, turns={}, others={})
+        connection._nodes.known[key] = replace(member, speed=speed, turns={}, others={})
     told: list[int] = []
 
     with connection.load("llama") as model:
@@ -211,8 +211,8 @@ def move(
     connection: Connection, model: ClusterModel, name: str, stages: dict[str, str], *, together: bool = True
 ) -> None:
     """Move a model to stages that are chosen by hand."""
-    sha256, _ = connection._named(name)
-    members = connection.loop.ask(connection._speeds_of(sha256, connection._members(sha256, frozenset())))
+    sha256, _ = connection._nodes.named(name)
+    members = connection.loop.ask(connection._nodes.speeds(sha256, connection._nodes.members(sha256)))
     placement = placing.by_hand(model.manifest, members, stages)
 
     def prepare(before: Ring) -> Ring:

@@ -120,8 +120,8 @@ def test_a_node_without_the_model_fetches_its_shards(
 
 def test_links_are_measured_before_a_model_is_placed(connection: Connection) -> None:
     connection.plan("bert")
-    assert len(connection._links) == len(NODES) * (len(NODES) - 1) / 2
-    assert all(link.latency_s > 0 and link.bytes_per_s > 0 for link in connection._links.values())
+    assert len(connection._nodes.known_links) == len(NODES) * (len(NODES) - 1) / 2
+    assert all(link.latency_s > 0 and link.bytes_per_s > 0 for link in connection._nodes.known_links.values())
 
 
 def test_callers_share_the_stages(connection: Connection, models: Path) -> None:

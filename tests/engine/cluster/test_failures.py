@@ -72,18 +72,18 @@ def test_without_a_node_each_call_has_one_clear_error(cluster: Cluster, connecti
 def test_a_node_that_does_not_tell_its_speed_takes_no_part(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call, silent = connection._call, {node.address for node in connection.nodes() if node.offer.name != "middle"}
+    call, silent = connection._nodes.call, {node.address for node in connection.nodes() if node.offer.name != "middle"}
 
     async def cut_off(address: str, operation: str, arguments: Mapping[str, Any]) -> Any:
         if address in silent:
             raise pipeload.ClusterError(f"The node at {address} does not answer.")
         return await call(address, operation, arguments)
 
-    monkeypatch.setattr(connection, "_call", cut_off)
+    monkeypatch.setattr(connection._nodes, "call", cut_off)
     # The manifest, too, comes from the first node that answers.
     assert [segment.node for segment in connection.plan("bert").segments] == ["middle"]
     silent |= {node.address for node in connection.nodes()}
-    connection._known.clear()
+    connection._nodes.known.clear()
     with pytest.raises(pipeload.ClusterError, match="does not answer"):
         connection.plan("bert")
 
