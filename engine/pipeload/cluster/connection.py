@@ -19,7 +19,7 @@ from distributed import Client
 
 from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.certificates import check_accepted, security_of
-from pipeload.cluster.costs import Member
+from pipeload.cluster.costs import Links, Member
 from pipeload.cluster.history import EVENTS
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel

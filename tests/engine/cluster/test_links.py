@@ -13,10 +13,10 @@ from tests.engine.cluster.test_placing import MB, member
 
 import pipeload
 from pipeload.cluster import links
-from pipeload.cluster.connection import Connection
 from pipeload.cluster.costs import ASSUMED, CALL_S
 from pipeload.cluster.links import Link, measured
 from pipeload.cluster.node import Node
+from pipeload.cluster.nodes import Nodes
 from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.route import crossing_bytes, stage_places
 from pipeload.format import manifest as manifests
@@ -113,17 +113,17 @@ def test_a_client_has_links_measured_anew_of_the_nodes_that_it_names() -> None:
             raise pipeload.ClusterError("does not answer")
         return {other: {"latency_s": 0.0, "bytes_per_s": speed} for other in arguments["others"]}
 
-    connection: Any = object.__new__(Connection)
-    connection._links, connection._call = {}, call
+    asking: Any = object.__new__(Nodes)
+    asking.known_links, asking.call = {}, call
     nodes = [member(name, 900 * MB) for name in "abc"]
     ab, ac = frozenset("ab"), frozenset("ac")
-    assert asyncio.run(connection._links_of(nodes)).keys() == {ab, ac}
+    assert asyncio.run(asking.links(nodes)).keys() == {ab, ac}
     asked.clear()
-    asyncio.run(connection._links_of(nodes))
+    asyncio.run(asking.links(nodes))
     assert asked == [("tcp://b", ["tcp://c"], False)], "it has not answered yet"
     asked.clear()
     speed = 1e6
-    found = asyncio.run(connection._links_of(nodes, frozenset("c")))
+    found = asyncio.run(asking.links(nodes, frozenset("c")))
     assert asked == [("tcp://a", ["tcp://c"], True), ("tcp://b", ["tcp://c"], True)]
     assert (found[ab].bytes_per_s, found[ac].bytes_per_s) == (1e9, 1e6)
 
