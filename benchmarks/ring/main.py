@@ -2,6 +2,7 @@
 
 answers    four models on one to four nodes of unequal budgets, beside one machine
 tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
+trace      what pipeload does when links, processors, memory and nodes change, beside three that do nothing
 paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
@@ -19,6 +20,7 @@ from benchmarks.models import ROOT
 from benchmarks.ring import answers as answers_part
 from benchmarks.ring import paper as paper_part
 from benchmarks.ring import tokens as tokens_part
+from benchmarks.ring import trace as trace_part
 from benchmarks.study import Parts
 from pipeload.format.manifest import MANIFEST_NAME
 
@@ -29,6 +31,7 @@ PARTS = Parts(
         "answers-100mbit": (answers_part.Report, answers_part.rows),
         "tokens": (tokens_part.Report, tokens_part.rows),
         "tokens-100mbit": (tokens_part.Report, tokens_part.rows),
+        "trace": (trace_part.Report, trace_part.rows),
         "paper": (paper_part.Report, paper_part.rows),
     },
     commands={
@@ -99,6 +102,20 @@ def tokens(
         console=console,
     )
     PARTS.keep(part, report, output)
+
+
+@app.command()
+def trace(
+    short: Annotated[bool, typer.Option("--short", help="Shorter, for development; the page stays.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="A contender; may be repeated. Keeps nothing.")] = None,
+    output: Output = None,
+) -> None:
+    """What pipeload does when links, processors, memory and nodes change, beside three that do nothing."""
+    console = Console()
+    window_s = trace_part.SHORT_WINDOW_S if short else trace_part.WINDOW_S
+    report = trace_part.live(_directory("bert-large", console), window_s=window_s, only=only or (), console=console)
+    if only is None and (output or not short):
+        PARTS.keep("trace", report, output)
 
 
 @app.command()
