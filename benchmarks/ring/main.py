@@ -4,6 +4,7 @@ answers    four models on one to four nodes of unequal budgets, beside one machi
 tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
 moves      a text whose model moves: its caches copied, and computed again
 peers      the same of one text, beside llama.cpp and its rpc-servers on the same nodes
+trace      what pipeload does when links, processors, memory and nodes change, beside three that do nothing
 paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
@@ -23,6 +24,7 @@ from benchmarks.ring import moves as moves_part
 from benchmarks.ring import paper as paper_part
 from benchmarks.ring import peers as peers_part
 from benchmarks.ring import tokens as tokens_part
+from benchmarks.ring import trace as trace_part
 from benchmarks.study import Parts
 from pipeload.format.manifest import MANIFEST_NAME
 
@@ -35,6 +37,7 @@ PARTS = Parts(
         "tokens-100mbit": (tokens_part.Report, tokens_part.rows),
         "moves": (moves_part.Report, moves_part.rows),
         "peers": (peers_part.Report, peers_part.rows),
+        "trace": (trace_part.Report, trace_part.rows),
         "paper": (paper_part.Report, paper_part.rows),
     },
     commands={
@@ -159,6 +162,20 @@ def peers(
         console=console,
     )
     PARTS.keep("peers", report, output)
+
+
+@app.command()
+def trace(
+    short: Annotated[bool, typer.Option("--short", help="Shorter, for development; the page stays.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help="A contender; may be repeated. Keeps nothing.")] = None,
+    output: Output = None,
+) -> None:
+    """What pipeload does when links, processors, memory and nodes change, beside three that do nothing."""
+    console = Console()
+    window_s = trace_part.SHORT_WINDOW_S if short else trace_part.WINDOW_S
+    report = trace_part.live(_directory("bert-large", console), window_s=window_s, only=only or (), console=console)
+    if only is None and (output or not short):
+        PARTS.keep("trace", report, output)
 
 
 @app.command()

@@ -1,11 +1,13 @@
-"""The links of benchmarks/ring, as figures: a frame takes the time of its packets on both links, and the latency."""
+"""benchmarks/ring: frames take the time of their packets on both links, and the latency; figures of the trace."""
 
 from __future__ import annotations
 
 import struct
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from benchmarks.ring.trace import Answer, Contender, Event, Move, Report
 from benchmarks.ring.wire import HEADER_BYTES, Link, Switch, wire_bytes
 
 _GIGABIT = 10**9
@@ -66,3 +68,55 @@ def test_a_link_that_is_full_drops_frames_and_carries_the_others_at_its_rate() -
 def test_a_frame_to_all_goes_to_all_others() -> None:
     switch = _switch(_GIGABIT, _GIGABIT, _GIGABIT)
     assert {port for _, port in switch.forward(_frame(77, 2, 1), 1, now_s=1.0)} == {0, 2}
+
+
+def _answers(*ends: tuple[float, float], outcome: str = "right") -> list[Answer]:
+    return [Answer(at_s=at_s, latency_s=latency_s, outcome=outcome) for at_s, latency_s in ends]
+
+
+def _contender(answers: list[Answer], **changes: Any) -> Contender:
+    """A run of 10 s whose only event is at its beginning."""
+    event = Event(name="event", at_s=0.0, end_s=10.0, done_s=0.0, peak_bytes={}, limit_bytes={})
+    given: dict[str, Any] = {
+        "name": "one", "before": "", "events": [event], "answers": answers, "moves": [], "errors": {}, "oom_kills": 0,
+        "links_cores": 0.0,
+    }  # fmt: skip
+    return Contender(**given | changes)
+
+
+def test_a_stall_is_the_longest_time_without_an_answer_also_at_the_end() -> None:
+    for ends, stall_s in (((3.0, 4.0, 9.0), 5.0), ((5.5, 9.0), 5.5), ((1.0, 2.0), 8.0), ((), 10.0)):
+        one = _contender(_answers(*((end, 1.0) for end in ends)))
+        assert one.stall_s(one.events[0]) == stall_s
+    failed = _contender(_answers((3.0, 1.0), (9.0, 1.0)) + _answers((6.0, 1.0), outcome="error"))
+    assert failed.stall_s(failed.events[0]) == 6.0
+
+
+def test_an_event_has_settled_when_three_answers_are_as_those_of_later() -> None:
+    one = _contender(_answers((1.0, 5.0), (2.0, 1.0), (3.0, 5.0), (4.0, 1.1), (5.0, 1.2), (6.0, 1.0), (7.0, 1.0)))
+    assert one.settled_s(one.events[0]) == 4.0
+    never = _contender(_answers((1.0, 1.0), (6.0, 1.0), (7.0, 3.0), (8.0, 1.0)))
+    assert never.settled_s(never.events[0]) is None
+    assert _contender([]).settled_s(never.events[0]) is None
+
+
+def test_requests_that_failed_are_not_in_time() -> None:
+    one = _contender(_answers((1.0, 1.0), (2.0, 3.0)) + _answers((3.0, 0.1), (4.0, 0.1), outcome="error"))
+    assert one.within_share(2.0) == 0.25
+    assert one.latencies_s() == [1.0, 3.0]
+
+
+def test_a_report_fails_for_a_wrong_answer_a_fault_a_kill_and_a_move_without_need() -> None:
+    good = _contender(_answers((1.0, 1.0)) + _answers((2.0, 1.0), outcome="error"))
+    move = Move(at_s=1.0, why="", after=None, waited_s=0.0)
+
+    def report(contender: Contender, calm: Contender) -> Report:
+        return Report(model="toy", window_s=10.0, machine={}, contenders=[contender], calm=[calm])
+
+    calm = _contender(_answers((1.0, 1.0)))
+    assert report(_contender(good.answers, moves=[move]), calm).ok
+    for outcome in ("wrong", "fault"):
+        assert not report(_contender(_answers((1.0, 1.0), outcome=outcome)), calm).ok
+    assert not report(_contender(good.answers, oom_kills=1), calm).ok
+    assert not report(good, _contender(calm.answers, moves=[move])).ok
+    assert not report(good, good).ok, "without events no request fails"

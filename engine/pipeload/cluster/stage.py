@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from math import log2
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +38,8 @@ _CALLERS = 16
 _ANSWERS = 256
 """Answers whose caller has not come for them, and marks of calls whose caller has left."""
 _LEAST_S = 1e-6
+_SIZES = 4
+"""Messages count as of one size in this many steps from a size to twice as many bytes."""
 
 _Made = TypeVar("_Made")
 
@@ -343,7 +346,9 @@ class Stage:
             raise
         # The rest of the time was on the way: there with the arrays, and back without.
         sent_bytes, sent_s = sum(array.nbytes for array in leaving.values()), time.perf_counter() - left_s - there_s
-        self._node.sends[way.following.address].note(sent_bytes, max(sent_s, _LEAST_S))
+        # A mask grows with each token.
+        kind = round(_SIZES * log2(1 + sent_bytes))
+        self._node.sends[way.following.address].note(kind, max(sent_s, _LEAST_S))
         followings = [each.following.address for each in self._ways.values() if each.following]
         self._facts["links"] = {address: self._node.sends[address].slowness for address in followings}
 
