@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, evaluate_dim, match_dims, symbols
 
-__all__ = ["Arrays", "GraphInputs", "batches", "numpy_dtype", "split_batch"]
+__all__ = [
+    "INPUTS_FACT",
+    "INPUTS_REMEDY",
+    "Arrays",
+    "GraphInputs",
+    "batches",
+    "check_batches",
+    "numpy_dtype",
+    "split_batch",
+]
+
+INPUTS_FACT, INPUTS_REMEDY = "The inputs could not be brought into the pipeline", "Pass smaller inputs."
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
@@ -79,6 +90,14 @@ class GraphInputs:
 def numpy_dtype(dtype: str) -> str:
     """NumPy's name of a dtype; it has no bfloat16, which appears as uint16."""
     return "uint16" if dtype == "bfloat16" else dtype
+
+
+def check_batches(items: object, batch: object) -> None:
+    """Raise ConfigError unless these are items, and the most that are joined."""
+    if not isinstance(batch, int | np.integer) or batch < 1:
+        raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
+    if not isinstance(items, Iterable):
+        raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
 
 
 def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator[tuple[Arrays, list[int]]]:

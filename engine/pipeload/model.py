@@ -32,7 +32,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.format.stages import stage_of
-from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
+from pipeload.inputs import INPUTS_FACT, INPUTS_REMEDY, Arrays, GraphInputs, batches, check_batches, split_batch
 from pipeload.machine.sizes import format_bytes
 from pipeload.opening import Opened, Options, draft_bytes, open_pipeline, weigh_draft
 from pipeload.pipeline.deadlines import lifted
@@ -49,7 +49,7 @@ from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.answer.answer import answer
-from pipeload.tasks.arguments import check_positive, is_whole
+from pipeload.tasks.arguments import check_capacity, check_positive
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.classify.rerank import rerank
@@ -67,8 +67,6 @@ from pipeload.tracing.trace import Progress, Trace
 _Sizes: TypeAlias = tuple[tuple[str, int], ...]
 
 __all__ = ["Model", "load"]
-
-_INPUTS_FACT, _INPUTS_REMEDY = "The inputs could not be brought into the pipeline", "Pass smaller inputs."
 
 
 def load(
@@ -335,10 +333,7 @@ class Model:
         Raises:
             PipeloadError: as `run`; ConfigError also when batch is below 1.
         """
-        if not isinstance(batch, int | np.integer) or batch < 1:
-            raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
-        if not isinstance(items, Iterable):
-            raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
+        check_batches(items, batch)
         if self.manifest.quantised_dynamically:
             batch = 1
         queue: deque[tuple[Call[dict[str, Value]], Arrays, list[int]]] = deque()
@@ -409,10 +404,7 @@ class Model:
             ConfigError: the model has no caches.
         """
         self._check_usable()
-        if not is_whole(capacity, 0):
-            raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
-        if not self._decoding.caches:
-            raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
+        check_capacity(self.manifest, capacity)
         return self._decoding.new_state(capacity, self)
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, *, positions: int = 1) -> NDArray[Any]:
@@ -618,7 +610,7 @@ class Model:
             raise ConfigError(f"state is {state!r}; make one with model.new_state().")
         state.check_usable_by(self)
         decoding = self._decoding
-        with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs, decoding.cached_shapes(state))
         step = decoding.begin(state, feed, dims)
         try:
@@ -662,7 +654,7 @@ class Model:
             passes: likewise.
         """
         self._check_usable()
-        with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs)
             if lent_bytes is not None:
                 lent_bytes += 2 * sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)

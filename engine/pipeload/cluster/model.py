@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.cluster.history import History, Reconfiguration
@@ -32,13 +31,13 @@ from pipeload.errors import (
 )
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, TensorSpec
-from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
+from pipeload.inputs import INPUTS_FACT, INPUTS_REMEDY, Arrays, GraphInputs, batches, check_batches, split_batch
 from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.planning.placement import Placement
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.answer.answer import answer
-from pipeload.tasks.arguments import check_positive, is_whole
+from pipeload.tasks.arguments import check_capacity, check_positive
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.classify.rerank import rerank
@@ -178,10 +177,7 @@ class ClusterModel:
         Raises:
             PipeloadError: as `run`; ConfigError also when batch is below 1.
         """
-        if not isinstance(batch, int | np.integer) or batch < 1:
-            raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
-        if not isinstance(items, Iterable):
-            raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
+        check_batches(items, batch)
         if self.manifest.quantised_dynamically:
             batch = 1
         queue: deque[tuple[Begun[Arrays], Arrays, list[int]]] = deque()
@@ -214,10 +210,7 @@ class ClusterModel:
             ConfigError: the model has no caches.
         """
         self._check_usable()
-        if not is_whole(capacity, 0):
-            raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
-        if not self.manifest.caches:
-            raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
+        check_capacity(self.manifest, capacity)
         state = ClusterState(self._texts, capacity, self._end_state)
         self.rings.keep(state)
         return state
@@ -325,7 +318,7 @@ class ClusterModel:
         state.check_usable()
         texts = self._texts
         cached = texts.cached_shapes(state.dims, state.length) if state.length else None
-        with foreign_errors(RunError, "The inputs could not be brought into the pipeline", "Pass smaller inputs."):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs, cached)
         arrays = texts.free(arrays)
         length = texts.length(dims)
@@ -379,7 +372,7 @@ class ClusterModel:
 
     def _checked(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         self._check_usable()
-        with foreign_errors(RunError, "The inputs could not be brought into the pipeline", "Pass smaller inputs."):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             self._graph_inputs.check(inputs)
         # Caches that are left out are empty on the nodes too.
         return dict(inputs)
