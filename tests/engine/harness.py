@@ -111,6 +111,23 @@ def agents() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeload-")]
 
 
+def decoder_inputs(model: Any, ids: NDArray[np.integer[Any]], past: int = 0) -> dict[str, NDArray[Any]]:
+    """The inputs of a decoder's step.
+
+    Args:
+        model: of one machine, or of a cluster.
+        ids: `[rows, tokens]`.
+        past: tokens in the caches.
+    """
+    rows, tokens = ids.shape
+    offered = {
+        "input_ids": ids,
+        "attention_mask": np.ones((rows, past + tokens), np.int64),
+        "position_ids": np.tile(np.arange(past, past + tokens), (rows, 1)),
+    }
+    return {spec.name: offered[spec.name].astype(spec.dtype) for spec in model.inputs}
+
+
 def run_python(
     program: str,
     *arguments: object,

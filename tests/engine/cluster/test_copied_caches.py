@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.engine.cluster.test_adapting import move
-from tests.engine.cluster.test_answers import inputs_of, next_of, stages_on
+from tests.engine.cluster.test_answers import next_of, stages_on
+from tests.engine.harness import decoder_inputs
 
 import pipeload
 from pipeload.cluster import ring as rings
@@ -91,19 +92,19 @@ def test_texts_that_have_no_step_meanwhile_are_copied_too(
         with alone.new_state() as whole, model.new_state() as state, model.new_state() as cut:
             closed = model.new_state()
             for one in (state, cut, closed):
-                model.step(inputs_of(model, ids), one)
+                model.step(decoder_inputs(model, ids), one)
             cut.truncate(300)
             closed.close()
             move(connection, model, "llama", second)
             assert [*told.taken.values()] == [True, True]
             move(connection, model, "llama", first)
             begun = len(told.pieces)
-            alone.step(inputs_of(alone, ids), whole)
+            alone.step(decoder_inputs(alone, ids), whole)
             expected = alone.step(next_of(alone, ids), whole)
             np.testing.assert_allclose(model.step(next_of(model, ids), state), expected, rtol=1e-4, atol=1e-4)
             whole.truncate(300)
-            expected = alone.step(inputs_of(alone, ids[:, 300:310], past=300), whole)
-            found = model.step(inputs_of(model, ids[:, 300:310], past=300), cut)
+            expected = alone.step(decoder_inputs(alone, ids[:, 300:310], past=300), whole)
+            found = model.step(decoder_inputs(model, ids[:, 300:310], past=300), cut)
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
             assert told.pieces[begun:] == [1, 10]
 
@@ -125,7 +126,7 @@ def test_caches_that_cannot_be_copied_are_computed_again(
     with pipeload.load(models / "llama") as alone, connection.load("llama", stages=first) as model:
         with alone.new_state() as whole, model.new_state() as state:
             for one, own in ((alone, whole), (model, state)):
-                one.step(inputs_of(one, ids), own)  # type: ignore[arg-type]
+                one.step(decoder_inputs(one, ids), own)  # type: ignore[arg-type]
             move(connection, model, "llama", second)
             assert [*told.taken.values()] == [False]
             expected = alone.step(next_of(alone, ids), whole)

@@ -7,21 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.engine.harness import assert_close, smallest_budget
+from tests.engine.harness import assert_close, decoder_inputs, smallest_budget
 from tests.engine.model.loading import load
 
 import pipeload
 from pipeload.format.caches import growth
-
-
-def _inputs(model: pipeload.Model, ids: Any, past: int) -> dict[str, Any]:
-    batch, length = ids.shape
-    offered = {
-        "input_ids": ids,
-        "attention_mask": np.ones((batch, past + length), np.int64),
-        "position_ids": np.tile(np.arange(past, past + length), (batch, 1)),
-    }
-    return {spec.name: offered[spec.name] for spec in model.inputs}
 
 
 def _sizes(model: pipeload.Model, inputs: dict[str, Any]) -> dict[str, int]:
@@ -34,7 +24,7 @@ def test_a_text_goes_on_from_copied_caches(one_of_each: Path, length: int, expec
     """Also from the caches of its beginning alone."""
     ids = np.random.default_rng(3).integers(0, 90, (2, 20))
     with load(one_of_each) as first, load(one_of_each) as second, first.new_state() as state, second.new_state() as own:
-        prompt = _inputs(first, ids[:, :12], 0)
+        prompt = decoder_inputs(first, ids[:, :12], 0)
         first.step(prompt, state)
         own.expect(expected)
         held = second.hold(own, _sizes(first, prompt), length)
@@ -45,20 +35,22 @@ def test_a_text_goes_on_from_copied_caches(one_of_each: Path, length: int, expec
             pieces = np.split(array, [1], axis)
             pieces[0][:], pieces[1][:] = state.cached(name, 0, 1), state.cached(name, 1, length)
         for begin, end in [(length, 14), (14, 15), (15, 20)]:
-            made = second.step(_inputs(second, ids[:, begin:end], begin), own)
-            whole = second.run(_inputs(second, ids[:, :end], 0))["logits"]
+            made = second.step(decoder_inputs(second, ids[:, begin:end], begin), own)
+            whole = second.run(decoder_inputs(second, ids[:, :end], 0))["logits"]
             assert_close({"logits": made[:, -1]}, {"logits": whole[:, -1]}, 1e-4)
         own.truncate(3)
-        made = second.step(_inputs(second, ids[:, 3:6], 3), own)
+        made = second.step(decoder_inputs(second, ids[:, 3:6], 3), own)
         assert_close(
-            {"logits": made[:, -1]}, {"logits": second.run(_inputs(second, ids[:, :6], 0))["logits"][:, -1]}, 1e-4
+            {"logits": made[:, -1]},
+            {"logits": second.run(decoder_inputs(second, ids[:, :6], 0))["logits"][:, -1]},
+            1e-4,
         )
 
 
 def test_copied_caches_count_as_computed_ones_do(one_of_each: Path) -> None:
     ids = np.random.default_rng(3).integers(0, 90, (2, 12))
     with load(one_of_each) as model, model.new_state() as computed:
-        prompt = _inputs(model, ids, 0)
+        prompt = decoder_inputs(model, ids, 0)
         model.step(prompt, computed)
         expected = model.plan.cache_bytes
         with model.new_state() as own:
@@ -71,7 +63,7 @@ def test_copied_caches_count_as_computed_ones_do(one_of_each: Path) -> None:
 def test_caches_without_room_are_refused_and_nothing_has_changed(toy_decoder: Path) -> None:
     ids = np.random.default_rng(3).integers(0, 90, (2, 12))
     with load(toy_decoder, smallest_budget(toy_decoder) + 2_000_000) as model, model.new_state() as state:
-        prompt = _inputs(model, ids, 0)
+        prompt = decoder_inputs(model, ids, 0)
         expected = model.run(prompt)["logits"]
         with pytest.raises(pipeload.BudgetError, match="the smallest that can"):
             model.hold(state, _sizes(model, prompt), 1_000_000)
@@ -81,7 +73,7 @@ def test_caches_without_room_are_refused_and_nothing_has_changed(toy_decoder: Pa
 
 def test_a_closed_state_and_one_of_another_model_hold_nothing(toy_decoder: Path) -> None:
     with load(toy_decoder) as model, load(toy_decoder) as other:
-        sizes = _sizes(model, _inputs(model, np.zeros((1, 3), np.int64), 0))
+        sizes = _sizes(model, decoder_inputs(model, np.zeros((1, 3), np.int64), 0))
         with pytest.raises(pipeload.ConfigError, match="another model"):
             model.hold(other.new_state(), sizes, 3)
         state = model.new_state()
