@@ -198,7 +198,7 @@ def test_a_text_goes_on_wherever_the_model_is_cut(
 
         def move() -> None:
             sha256, _ = connection._nodes.named(name)
-            members = connection.loop.ask(connection._nodes.speeds(sha256, connection._nodes.members(sha256)))
+            members = connection.loop.ask(connection._nodes.speeds(sha256, connection._nodes.candidates(sha256)))
             placement = placing.by_hand(manifest, members, second)
 
             def prepare(before: Ring) -> Ring:
