@@ -150,6 +150,13 @@ class Node:
         }
         self._pool = self._fetcher.pool = worker.rpc
 
+    def _files_of(self, sha256: str) -> ModelFiles:
+        """The files of a model that is here, or was: which of them are there is seen when they are read."""
+        if sha256 not in self._files:
+            directory, data = self.model(sha256)
+            self._files[sha256] = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        return self._files[sha256]
+
     def _open_models(self) -> set[str]:
         return {facts["sha256"] for facts in self.stages.values()}
 
@@ -178,9 +185,8 @@ class Node:
 
         def found() -> list[str]:
             with suppress(ShardError):
-                directory, data = self.model(sha256)
-                manifest = manifests.parse(data, directory / MANIFEST_NAME)
-                return [record.sha256 for record in manifest.files if (directory / record.path).is_file()]
+                known = self._files_of(sha256)
+                return [record.sha256 for path, record in known.records.items() if known.path(path).is_file()]
             return []
 
         return await asyncio.to_thread(found)
@@ -195,12 +201,10 @@ class Node:
         Raises:
             ShardError: there is no such model or file, or it cannot be read.
         """
-        if sha256 not in self._files:
-            directory, data = self.model(sha256)
-            self._files[sha256] = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        files = self._files_of(sha256)
         async with self._sending:
             await asyncio.to_thread(self._fetcher.store.note_use, sha256)
-            return await asyncio.to_thread(self._files[sha256].piece, path, offset, min(nbytes, PIECE_BYTES))
+            return await asyncio.to_thread(files.piece, path, offset, min(nbytes, PIECE_BYTES))
 
     async def fetch(self, sha256: str, name: str, shards: str, sources: Sequence[str]) -> None:
         """Take the files of a stage from other nodes, as far as they are not here. For clients.
