@@ -199,7 +199,7 @@ def _move(running: Boards, model: ClusterModel, name: str) -> None:
     connection, manifest = running.connection, model.manifest
     nodes = connection._nodes
     sha256, _ = nodes.named(name)
-    members = connection.loop.ask(nodes.speeds(sha256, nodes.members(sha256)))
+    members = connection.loop.ask(nodes.speeds(sha256, nodes.candidates(sha256)))
     links = connection.loop.ask(nodes.links(members))
     names, cuts = [shard.name for shard in manifest.shards], stage_places(manifest)
     cut = cuts[len(cuts) // 2]

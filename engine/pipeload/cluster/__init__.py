@@ -8,6 +8,7 @@ scheduler     the process that knows the nodes
 offer         a node's offer: its budget, its models, its trust label
 pace          whether a node has become slower with a model
 store         a node's disk for files of other nodes, within a limit
+sources       which nodes may send which file
 fetching      takes them from there, in pieces
 rates         a model's speed on a node: the kept profile, or measured there
 links         how fast messages go from node to node

@@ -207,7 +207,7 @@ class Connection:
             beside: Ring | None = None,
             lost: frozenset[str] = frozenset(),
         ) -> Ring:
-            sources = self._nodes.sources(sha256, lost)
+            sources = [*self._nodes.candidates(sha256, lost)]
             return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside, links)
 
         def open_ring(lost: frozenset[str]) -> Ring:
@@ -295,7 +295,7 @@ class Connection:
         _check(stages, latency_share)
         offers = {
             address: offer
-            for address, offer in self._nodes.members(sha256, lost).items()
+            for address, offer in self._nodes.members(sha256, manifest, lost).items()
             # A node that is not named need not fetch shards to be measured by them.
             if stages is None or offer.has(sha256) or offer.name in stages
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,8 +21,9 @@ from pipeload.cluster.links import Link
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.node import SETTINGS_BYTES
 from pipeload.cluster.offer import Offer
+from pipeload.cluster.store import files_of
 from pipeload.cluster.watch import Watch
-from pipeload.errors import ClusterError, ConfigError, PipeloadError
+from pipeload.errors import ClusterError, ConfigError, LoadError, PipeloadError, ShardError
 from pipeload.foreign import foreign_errors
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME, Manifest
@@ -70,8 +72,8 @@ class Nodes:
         if (path / MANIFEST_NAME).is_file():
             return hashlib.sha256(manifests.content(path)).hexdigest(), path.resolve().name
         self._loop.ask(self._watch.look())
-        offers = self._watch.offers.values()
-        found = {offer.models[str(model)] for offer in offers if str(model) in offer.models}
+        names = self._names()
+        found = {sha256 for sha256, own in names.items() if str(model) in own}
         if len(found) == 1:
             return found.pop(), str(model)
         if found:
@@ -79,53 +81,39 @@ class Nodes:
                 f"The nodes have {len(found)} different models of the name {model}. Copy one of them to all nodes, or "
                 "name the model by its directory here."
             )
-        known = ", ".join(sorted({name for offer in offers for name in offer.models})) or "none"
+        known = ", ".join(sorted({name for own in names.values() for name in own})) or "none"
         raise ClusterError(
             f"No node has a model of the name {model}; there are {known}. Start a node that has it.{self._others()}"
         )
 
-    def owners(self, sha256: str, lost: frozenset[str] = frozenset()) -> dict[str, Offer]:
-        """The nodes that have all of a model, by address.
+    def members(self, sha256: str, manifest: Manifest, lost: frozenset[str] = frozenset()) -> dict[str, Offer]:
+        """The nodes that have a model, or take its shards from others, by address.
 
         Args:
             sha256: of the model's manifest.
+            manifest: the model's.
             lost: processes of nodes that do not count.
 
         Raises:
-            ClusterError: there is none.
+            ClusterError: no node has all of it, nor have all of them together.
         """
         self._loop.ask(self._watch.look())
-        found = {
-            address: offer
-            for address, offer in self._watch.offers.items()
-            if offer.has(sha256) and offer.process not in lost
-        }
-        if not found:
+        found = self.candidates(sha256, lost)
+        if any(offer.has(sha256) for offer in found.values()):
+            return found
+        there = self._loop.ask(self._files(sha256, found))
+        missing = [record.path for record in files_of(manifest, manifest) if record.sha256 not in there]
+        if missing and there:
             raise ClusterError(
-                f"No node has the model. Start one with `pipeload node` that has it in --models.{self._others()}"
+                f"No node has all of the model, and none has {len(missing)} of its files, such as '{missing[0]}'. "
+                f"Start one with `pipeload node` that has it in --models.{self._others()}"
             )
+        if missing:
+            raise self._none()
         return found
 
-    def members(self, sha256: str, lost: frozenset[str] = frozenset()) -> dict[str, Offer]:
-        """The nodes that have a model, or take its shards from those that have, by address.
-
-        Args:
-            sha256: of the model's manifest.
-            lost: processes of nodes that do not count.
-
-        Raises:
-            ClusterError: none has all of it.
-        """
-        self.owners(sha256, lost)
-        return self.candidates(sha256, lost)
-
-    def sources(self, sha256: str, lost: frozenset[str] = frozenset()) -> list[str]:
-        """Addresses of the nodes that have all of a model, as the latest look has found them."""
-        offers = self._watch.offers.items()
-        return [address for address, offer in offers if offer.has(sha256) and offer.process not in lost]
-
     def candidates(self, sha256: str, lost: frozenset[str] = frozenset()) -> dict[str, Offer]:
-        """The nodes that have a model, or take its shards from those that have, as the latest look has found them.
+        """The nodes that have a model, or take its shards from others, as the latest look has found them.
 
         Args:
             sha256: of the model's manifest.
@@ -143,9 +131,7 @@ class Nodes:
         Raises:
             ClusterError: no node has it.
         """
-        content = self._asked(sha256, "pipeload_manifest")
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise ClusterError("A node sent another manifest than it offers. Start the node again.")
+        content = self._asked(sha256, "pipeload_manifest", sha256)
         return manifests.parse(content, Path(MANIFEST_NAME)), content
 
     def bring(self, sha256: str, manifest: Manifest, content: bytes, directory: Path) -> None:
@@ -163,9 +149,9 @@ class Nodes:
         weights = {shard.weights.path for shard in manifest.shards if shard.weights}
         weights |= {lookup.path for shard in manifest.shards for lookup in shard.lookups}
         weights |= {shard.graph.path for shard in manifest.shards}
-        for record in manifest.files:
+        for record in files_of(manifest, manifest):
             if record.path not in weights and record.nbytes <= SETTINGS_BYTES:
-                _write(directory / record.path, self._asked(sha256, "pipeload_file", path=record.path))
+                _write(directory / record.path, self._asked(sha256, "pipeload_file", record.sha256, path=record.path))
         _write(directory / MANIFEST_NAME, content)
 
     async def speeds(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
@@ -199,9 +185,10 @@ class Nodes:
         async with self._measuring[get_address_host(address)]:
             if key not in self.known:
                 fetches = not offer.has(sha256)
-                sources = self.sources(sha256) if fetches else []
+                sources = [own for own in self.candidates(sha256) if own != address] if fetches else []
+                asked = {"sha256": sha256, "name": self._name(sha256), "sources": sources}
                 try:
-                    told = await self.call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
+                    told = await self.call(address, "pipeload_speed", asked)
                 except PipeloadError as error:
                     return error
                 speed = msgspec.convert(told, Profile, str_keys=True)
@@ -243,16 +230,64 @@ class Nodes:
         with foreign_errors(ClusterError, f"The node at {address} does not answer", "This machine must reach it too."):
             return await asyncio.wait_for(getattr(self._pool(address), operation)(**arguments), _ASK_S)
 
-    def _asked(self, sha256: str, operation: str, **arguments: Any) -> Any:
-        """The answer of the first node that has the model and answers."""
-        refusal: PipeloadError | None = None
-        for address in self.owners(sha256):
+    def _asked(self, sha256: str, operation: str, wanted: str, **arguments: Any) -> bytes:
+        """The answer of a node that has the model, or some files of it, and answers with these bytes.
+
+        Args:
+            sha256: of the model's manifest.
+            operation: see `call`.
+            wanted: sha256 of the answer.
+            arguments: of the operation.
+        """
+        self._loop.ask(self._watch.look())
+        found = self.candidates(sha256)
+        owners = [address for address, offer in found.items() if offer.has(sha256)]
+        others = [address for address, offer in found.items() if not offer.has(sha256)]
+        refusals: list[PipeloadError] = []
+        for address in (*random.sample(owners, len(owners)), *random.sample(others, len(others))):
             try:
-                return self._loop.ask(self.call(address, operation, {"sha256": sha256, **arguments}))
-            except ClusterError as error:
-                refusal = error
-        assert refusal is not None
-        raise refusal
+                data = bytes(self._loop.ask(self.call(address, operation, {"sha256": sha256, **arguments})))
+            except (ClusterError, ShardError, LoadError) as error:
+                refusals.append(error)
+                continue
+            if hashlib.sha256(data).hexdigest() == wanted:
+                return data
+            refusals.append(
+                ClusterError(f"The node at {address} sent other bytes than the manifest says. Start it again.")
+            )
+        if not owners:
+            raise self._none()
+        raise refusals[0]
+
+    async def _files(self, sha256: str, offers: Mapping[str, Offer]) -> set[str]:
+        """The sha256 of each file of a model that is whole on some of these nodes."""
+
+        async def of(address: str) -> list[str]:
+            with suppress(PipeloadError):
+                return list(await self.call(address, "pipeload_files", {"sha256": sha256}))
+            return []
+
+        return {one for found in await asyncio.gather(*map(of, offers)) for one in found}
+
+    def _names(self) -> dict[str, set[str]]:
+        """The names of each model that nodes have, or have fetched files of, by the manifest's sha256."""
+        found: dict[str, set[str]] = {}
+        for offer in self._watch.offers.values():
+            for name, sha256 in offer.models.items():
+                found.setdefault(sha256, set()).add(name)
+        for fetched in self._watch.fetched.values():
+            for sha256, name in fetched.items():
+                if name:
+                    found.setdefault(sha256, set()).add(name)
+        return found
+
+    def _name(self, sha256: str) -> str:
+        return min(self._names().get(sha256, ()), default="")
+
+    def _none(self) -> ClusterError:
+        return ClusterError(
+            f"No node has the model. Start one with `pipeload node` that has it in --models.{self._others()}"
+        )
 
     def _others(self) -> str:
         """What is to say of nodes that take part in nothing."""

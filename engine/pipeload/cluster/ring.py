@@ -62,7 +62,7 @@ class Ring:
         manifest: the whole model.
         sha256: of it.
         name: the model's.
-        sources: addresses of nodes that have all of the model, for those that have not.
+        sources: addresses of nodes that may have files of the model, for those that have not all.
         placement: which node runs which shards.
         members: the nodes that it names.
         beside: the ring whose stages are taken over where they are the same; both are open until one is closed.
@@ -303,8 +303,9 @@ class Ring:
         fact = f"The node {member.offer.name} could not fetch shards {shards}"
         try:
             with foreign_errors(ClusterError, "It does not answer", "Its log may have more."):
+                sources = [source for source in self._sources if source != member.address]
                 await self._client.rpc(member.address).pipeload_fetch(
-                    sha256=self._sha256, shards=shards, sources=self._sources
+                    sha256=self._sha256, name=self._name, shards=shards, sources=sources
                 )
         except PipeloadError as error:
             raise ClusterError(f"{fact}. {error}") from error

@@ -36,7 +36,7 @@ __all__ = ["Stage"]
 _CALLERS = 16
 """Calls that run or wait in the stage's model at once: those that wait share its next sweep."""
 _ANSWERS = 256
-"""Answers whose caller has not come for them, and marks of calls whose caller has left."""
+"""Answers whose caller has not come for them; and as many calls whose caller has left."""
 _LEAST_S = 1e-6
 _SIZES = 4
 """Messages count as of one size in this many steps from a size to twice as many bytes."""
@@ -120,6 +120,8 @@ class Stage:
         self._slots: dict[str, _Slot] = {}
         self._callers: dict[str, Caller] = {}
         self._answers: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
+        # Calls whose caller has left: a pass of one may come later, and keeps no answer.
+        self._left: OrderedDict[str, None] = OrderedDict()
         self._ways: dict[str, _Way] = {}
         self._id = uuid.uuid4().hex
         self._pace = self._node.paces[sha256]
@@ -199,14 +201,20 @@ class Stage:
 
     async def answer(self, number: str) -> Any:
         """The answer of a call, once it is there; of the last stage."""
-        made = await self._answer(number)
-        self._answers.pop(number, None)
-        return made
+        if number in self._left:
+            raise _caller_left()
+        try:
+            return await self._answer(number)
+        finally:
+            self._answers.pop(number, None)
 
     async def forget(self, number: str) -> None:
         """There will be no answer of this call, or its caller has left: a pass of it ends at its next shard."""
-        # It stays as a mark: a pass that comes later keeps no answer.
-        self._answer(number).cancel()
+        self._left[number] = None
+        while len(self._left) > _ANSWERS:
+            self._left.popitem(last=False)
+        if (answer := self._answers.pop(number, None)) is not None:
+            answer.cancel()
         if (caller := self._callers.get(number)) is not None:
             caller.leave()
 
@@ -307,10 +315,14 @@ class Stage:
 
     @contextmanager
     def _caller(self, number: str) -> Iterator[Caller]:
-        """The caller of a pass, who may have left before it begins."""
+        """The caller of a pass that runs.
+
+        Raises:
+            ClosedError: it has left before.
+        """
+        if number in self._left:
+            raise _caller_left()
         caller = self._callers[number] = Caller()
-        if (answer := self._answers.get(number)) is not None and answer.cancelled():
-            caller.leave()
         try:
             yield caller
         finally:
@@ -332,7 +344,7 @@ class Stage:
         way = self._way(route)
         if way.following is None:
             answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in way.passes}
-            if number and not (waiting := self._answer(number)).done():
+            if number and number not in self._left and not (waiting := self._answer(number)).done():
                 waiting.set_result(answer)
             return
         leaving = {name: array for name, array in arrays.items() if name in way.passes}
@@ -433,6 +445,10 @@ class Stage:
         """Which cores compute and which read, where one is little."""
         cores = spelled(self._model.profile.core_capacities, self._model.plan.threads)
         return {"cores": cores} if cores else {}
+
+
+def _caller_left() -> ClosedError:
+    return ClosedError("The call was ended, since its caller has left.")
 
 
 def _sizes(arrays: Arrays) -> Hashable:

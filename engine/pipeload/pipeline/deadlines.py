@@ -51,9 +51,9 @@ def deadline(seconds: float) -> AbstractContextManager[None]:
     A late call ends as an interrupted one does: its part in a pass ends at the next shard, other calls go on, and the
     model stays open. Pieces of text that a streamer has got stay got.
 
-    It holds for the thread, or the task of asyncio, that runs the body. A `TextStream` that is made in the body takes
-    it to the thread that generates. An iterator, such as that of `run_many`, has the deadline of the place where it is
-    iterated.
+    It holds for the thread, or the task of asyncio, that runs the body; `asyncio.to_thread` takes it along, and a
+    `TextStream` that is made in the body takes it to the thread that generates. An iterator, such as that of
+    `run_many`, has the deadline of the place where it is iterated.
 
     Args:
         seconds: that the body may take, above 0. Of several deadlines, one within another, the one that passes first

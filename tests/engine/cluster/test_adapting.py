@@ -212,7 +212,7 @@ def move(
 ) -> None:
     """Move a model to stages that are chosen by hand."""
     sha256, _ = connection._nodes.named(name)
-    members = connection.loop.ask(connection._nodes.speeds(sha256, connection._nodes.members(sha256)))
+    members = connection.loop.ask(connection._nodes.speeds(sha256, connection._nodes.candidates(sha256)))
     placement = placing.by_hand(model.manifest, members, stages)
 
     def prepare(before: Ring) -> Ring:

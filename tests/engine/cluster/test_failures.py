@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.cluster.conftest import BUDGETS
 from tests.engine.cluster.processes import Cluster, line
-from tests.engine.cluster.test_answers import references, stages_on, wait_until
+from tests.engine.cluster.test_answers import at_a_look, references, stages_on, wait_until
 from tests.engine.harness import PATIENCE_S, Background, Gate, assert_close
 
 import pipeload
@@ -67,6 +68,45 @@ def test_without_a_node_each_call_has_one_clear_error(cluster: Cluster, connecti
         for _ in range(2):
             with pytest.raises(pipeload.ClusterError, match=r"lost|No node"):
                 model.run(inputs)
+
+
+def test_a_model_outlives_the_nodes_that_had_all_of_it(
+    cluster: Cluster, connection: Connection, models: Path, tmp_path: Path
+) -> None:
+    """Two nodes have fetched a half each; a third one, which comes later, takes all from both."""
+    inputs = references(models / "llama")
+    with pipeload.load(models / "llama") as alone:
+        expected = [alone.run(each) for each in inputs]
+        text = alone.generate([5, 6, 7], max_new_tokens=4).token_ids
+
+    def begin(name: str) -> None:
+        (tmp_path / name).mkdir()
+        cluster.start({name: "400MB"}, "--fetch", "10MB", models=tmp_path / name)
+
+    def check(stages: Mapping[str, str] | None) -> None:
+        with connection.load("llama", stages=stages) as model:
+            for one, other in zip([model.run(each) for each in inputs], expected, strict=True):
+                assert_close(one, other, 1e-5)
+            assert model.generate([5, 6, 7], max_new_tokens=4).token_ids == text
+
+    try:
+        for name in ("half", "rest"):
+            begin(name)
+        check(stages_on(models / "llama", "half", "rest"))
+        for name in BUDGETS:
+            cluster.kill(name)
+        begin("third")
+        watch = connection._watch
+        at_a_look(connection, lambda: len(watch.offers) == 3 and sum(map(bool, watch.fetched.values())) == 2)
+        check(stages_on(models / "llama", "third"))
+        check(None)
+    finally:
+        for name in {"half", "rest", "third"} & cluster.nodes.keys():
+            cluster.kill(name)
+    (fetched,) = (tmp_path / "third" / ".fetched").iterdir()
+    assert {path.name for path in (fetched / "shards").iterdir()} == {
+        path.name for path in (models / "llama" / "shards").iterdir()
+    }
 
 
 def test_a_node_that_does_not_tell_its_speed_takes_no_part(

@@ -59,9 +59,9 @@ class _Nodes:
     def rpc(self, address: str) -> Any:
         """A node, which is asked for one thing by the ring itself: to fetch."""
 
-        async def pipeload_fetch(sha256: str, shards: str, sources: list[str]) -> None:
+        async def pipeload_fetch(sha256: str, name: str, shards: str, sources: list[str]) -> None:
             assert not self.actors, "its stage is opened when the files are there"
-            assert (sha256, sources) == ("sha256", ["tcp://source"])
+            assert (sha256, name, sources) == ("sha256", "toy", ["tcp://source"])
             self.calls.append((address, shards))
             if self.failure is not None:
                 raise self.failure
@@ -89,7 +89,7 @@ def ring_on(
     )
     members = [member(one, MB, models=() if one in fetches else ("sha256",)) for one in names]
     placement = Placement(segments=segments)
-    return Ring(nodes, watch, manifest, "sha256", "toy", ["tcp://source"], placement, members, beside)
+    return Ring(nodes, watch, manifest, "sha256", "toy", ["tcp://source", "tcp://b"], placement, members, beside)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_a_pass_ends_when_its_caller_has_left(
             await stage.forget("1")
         with pytest.raises(pipeload.ClosedError, match="caller has left"):
             await call
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises((asyncio.CancelledError, pipeload.ClosedError)):
             await asked
         gate.open()
         await other
@@ -168,8 +168,27 @@ def test_a_pass_ends_when_its_caller_has_left(
         # One that ends as its caller leaves keeps no answer.
         await stage.forget("3")
         await stage._pass_on("run", "way", "3", {})
-        assert [number for number, answer in stage._answers.items() if not answer.cancelled()] == []
-        assert stage._callers == {}
+        assert stage._answers == stage._callers == {}
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_callers_that_have_left_cost_no_other_caller_its_answer(node: SimpleNamespace, toy: Path) -> None:
+    """However many have left while a call waits: they are remembered apart."""
+    assert node.stages == {}
+    shards = manifests.read(toy).shards
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{shards[0].name}:{shards[-1].name}")
+        await stage.follow("way", None, [])
+        waiting = asyncio.ensure_future(stage.answer("waits"))
+        await asyncio.sleep(0)
+        for number in range(3 * stages._ANSWERS):
+            await stage.forget(str(number))
+        assert len(stage._left) == stages._ANSWERS
+        await stage._pass_on("run", "way", "waits", {})
+        assert await waiting == {}
         await stage.close()
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
