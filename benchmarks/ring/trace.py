@@ -50,6 +50,8 @@ JOINS = "board-5"
 READ_BYTES_PER_S, BITS_PER_S, LATENCY_S = 200_000_000, 10**9, 0.0003
 SLOW_BITS_PER_S, FEW_CORES, LESS_BYTES = 10_000_000, 1 / 4, 350_000_000
 CLIENTS, TEXTS = 2, 4
+LATENCY_SHARE = 0.5
+"""Two requests are on their way at a time: neither one alone, nor as many as there is room for."""
 WINDOW_S, SHORT_WINDOW_S = 38.0, 15.0
 NOISE_S, NOISE_CORES = 5.0, 1 / 2
 TOLERANCE = 1e-4
@@ -382,7 +384,7 @@ def live(directory: Path, *, window_s: float, only: Sequence[str] = (), console:
 
     def run(name: str, stages: Callable[[Boards], Mapping[str, str] | None], life: str = "trace") -> Contender:
         with _cluster(directory) as running:
-            with running.connection.load(directory.name, stages=stages(running)) as model:
+            with running.connection.load(directory.name, stages=stages(running), latency_share=LATENCY_SHARE) as model:
                 before, change = _shown(manifest, model), _Life(running, window_s)
                 links_s = running.network.processor_s
                 happenings = {"trace": change.trace, "noise": change.noise}.get(life, lambda: change.trace()[:1])()
@@ -461,7 +463,7 @@ def _even(manifest: Manifest) -> dict[str, str]:
 
 def _best(manifest: Manifest, running: Boards, model: str) -> dict[str, str]:
     """What pipeload finds at the start."""
-    found = running.connection.plan(model)
+    found = running.connection.plan(model, latency_share=LATENCY_SHARE)
     return {one.node: shards_of(manifest, one.begin, one.end) for one in found.segments}
 
 
