@@ -18,8 +18,8 @@ __all__ = ["BESIDE_BYTES", "Board", "Boards", "boards"]
 
 BESIDE_BYTES = 6_000_000
 """The kernel charges it to a cgroup beside the memory of its processes."""
-_LEFT_BYTES = 6_000_000
-"""A limit that falls leaves this above what is in use."""
+_LEFT_BYTES = 8_000_000
+"""A limit that falls leaves this above what was in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,18 +57,22 @@ class Board:
         text = Path(f"/proc/{self._started.process.pid}/io").read_text()
         return int(dict(line.split(": ") for line in text.splitlines())["read_bytes"])
 
-    def limit_memory(self, memory_bytes: int) -> bool:
-        """Change the cgroup's limit. Returns whether it is that: a node that has more in use first has to give it back.
+    @property
+    def limit_bytes(self) -> int:
+        """The cgroup's limit."""
+        limit_bytes = self._started.limit_bytes()
+        assert limit_bytes is not None
+        return limit_bytes
 
-        The limit then is what is in use, and a little more, as on a machine whose neighbours take all that they get.
+    def limit_memory(self, memory_bytes: int) -> None:
+        """Lower the cgroup's limit, but to no less than what was in use since the call before, and a little more.
+
+        A machine whose neighbours take more at once kills one of them. Also lets `peak_bytes` count from now on.
         """
-        present_bytes = self._started.limit_bytes()
-        assert present_bytes is not None
-        limit_bytes = max(memory_bytes, min(present_bytes, self.used_bytes + _LEFT_BYTES))
+        limit_bytes = max(memory_bytes, min(self.limit_bytes, self.peak_bytes + _LEFT_BYTES))
         with suppress(OSError):
             self._started.limit_memory(limit_bytes)
-            return limit_bytes == memory_bytes
-        return False
+        self._started.forget_peak()
 
     def limit_cores(self, cores: float) -> None:
         """Change its part of a processor."""
@@ -106,7 +110,7 @@ def boards(
     latency_s: float,
     read_bytes_per_s: int | None,
     certificates: Path,
-    cores: float | None = None,
+    cores: Mapping[str, float] | None = None,
     later: Collection[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Boards]:
@@ -119,7 +123,7 @@ def boards(
         latency_s: see `machines`.
         read_bytes_per_s: the throttle of each node's disk; None for none.
         certificates: made here.
-        cores: the part of a processor that each node has; None for all of them.
+        cores: the part of a processor of each node; None for all of them.
         later: nodes that `Boards.start` starts.
         env: of the nodes; None inherits.
 
@@ -141,7 +145,7 @@ def boards(
             words = [word for option, value in options.items() for word in (f"--{option}", value)]
             command, own = within(name, _command("node", *words, *given)), None
             if cores is not None:
-                own = stack.enter_context(quota(cores))
+                own = stack.enter_context(quota(cores[name]))
                 command = own.entering(command)
             started = stack.enter_context(
                 cgroup.started(

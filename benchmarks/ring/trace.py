@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,17 +45,20 @@ BUDGETS = {
     "board-4": 600_000_000,
     "board-5": 700_000_000,
 }
+CORES = {"board-1": 0.7, "board-2": 0.7, "board-3": 0.7, "board-4": 0.5, "board-5": 0.7}
 JOINS = "board-5"
-CORES, READ_BYTES_PER_S, BITS_PER_S, LATENCY_S = 0.7, 200_000_000, 10**9, 0.0003
-SLOW_BITS_PER_S, FEW_CORES, LESS_BYTES = 10_000_000, CORES / 4, 350_000_000
+READ_BYTES_PER_S, BITS_PER_S, LATENCY_S = 200_000_000, 10**9, 0.0003
+SLOW_BITS_PER_S, FEW_CORES, LESS_BYTES = 10_000_000, 1 / 4, 350_000_000
 CLIENTS, TEXTS = 2, 4
+LATENCY_SHARE = 0.5
+"""Two requests are on their way at a time: neither one alone, nor as many as there is room for."""
 WINDOW_S, SHORT_WINDOW_S = 38.0, 15.0
-NOISE_S, NOISE_CORES = 5.0, CORES / 2
+NOISE_S, NOISE_CORES = 5.0, 1 / 2
 TOLERANCE = 1e-4
 SLO = 3.0
 """Times the median of the largest node alone before the first event."""
 _SETTLED, _IN_A_ROW = 1.2, 3
-_LOOK_S = 0.2
+_LOOK_S, _STEP_S = 0.2, 2.5
 _AFTER_FAILURE_S = 1.0
 
 
@@ -98,15 +102,13 @@ class Event:
         name: what it is.
         at_s: when it began.
         end_s: when the next one did, or the requests ended.
-        done_s: seconds until it was done; a limit of memory falls as far as the node gives memory back.
-        peak_bytes: the most that was seen in use on each node from then on, beside its limit.
-        limit_bytes: the limits of the nodes' cgroups.
+        peak_bytes: the most that was seen in use on each node.
+        limit_bytes: the limits of the nodes' cgroups at the end: one falls as far as the node gives memory back.
     """
 
     name: str
     at_s: float
     end_s: float
-    done_s: float
     peak_bytes: dict[str, int]
     limit_bytes: dict[str, int]
 
@@ -283,24 +285,19 @@ class _Life:
         for name, happen in happenings:
             begin_s, peaks = requests.now_s, Counter[str]()
             happen()
-            done_s = requests.now_s - begin_s
-            while self._falls():
-                self._watch(peaks)
-                done_s = requests.now_s - begin_s
-                if done_s > self._window_s:
-                    break
-            # From here on the limits hold.
-            peaks.clear()
+            stepped_s = -inf
             while requests.now_s - begin_s < self._window_s:
+                if requests.now_s - stepped_s > _STEP_S:
+                    stepped_s = requests.now_s
+                    self._lower()
                 self._watch(peaks)
             self.events.append(
                 Event(
                     name=name,
                     at_s=begin_s,
                     end_s=requests.now_s,
-                    done_s=done_s,
                     peak_bytes=dict(peaks),
-                    limit_bytes=dict(self._limits),
+                    limit_bytes={name: self._running.nodes[name].limit_bytes for name in self._limits},
                 )
             )
 
@@ -313,15 +310,15 @@ class _Life:
 
         def processor() -> None:
             network.limit("board-1")
-            nodes["board-2"].limit_cores(FEW_CORES)
+            nodes["board-2"].limit_cores(FEW_CORES * CORES["board-2"])
 
         def memory() -> None:
-            nodes["board-2"].limit_cores(CORES)
-            self._limits["board-4"] = LESS_BYTES
+            nodes["board-2"].limit_cores(CORES["board-2"])
+            self._limits["board-3"] = LESS_BYTES
 
         def kill() -> None:
-            nodes["board-4"].kill()
-            del self._limits["board-4"]
+            nodes["board-3"].kill()
+            del self._limits["board-3"]
 
         def join() -> None:
             self._running.start(JOINS)
@@ -331,8 +328,8 @@ class _Life:
             ("nothing", lambda: None),
             (f"link of board-1 falls to {SLOW_BITS_PER_S // 10**6} Mbit/s", bandwidth),
             ("3/4 of board-2's processor are taken", processor),
-            (f"memory of board-4 falls to {format_bytes(LESS_BYTES)}", memory),
-            ("board-4 is killed", kill),
+            (f"memory of board-3 falls to {format_bytes(LESS_BYTES)}", memory),
+            ("board-3 is killed", kill),
             (f"{JOINS} joins", join),
         ]
 
@@ -344,7 +341,7 @@ class _Life:
             node, taken = self._running.nodes["board-1"], False
             while not ended.wait(NOISE_S):
                 taken = not taken
-                node.limit_cores(NOISE_CORES if taken else CORES)
+                node.limit_cores(CORES["board-1"] * (NOISE_CORES if taken else 1))
 
         thread = threading.Thread(target=disturb)
 
@@ -354,10 +351,12 @@ class _Life:
 
         return [("noise", thread.start), ("nothing", end)]
 
-    def _falls(self) -> bool:
-        """Whether a limit is not yet where it is to be."""
-        found = [not self._running.nodes[name].limit_memory(nbytes) for name, nbytes in self._limits.items()]
-        return any(found)
+    def _lower(self) -> None:
+        """Lower the limits that are not yet where they are to be."""
+        for name, limit_bytes in self._limits.items():
+            node = self._running.nodes[name]
+            if node.limit_bytes > limit_bytes:
+                node.limit_memory(limit_bytes)
 
     def _watch(self, peaks: Counter[str]) -> None:
         for name in self._limits:
@@ -385,7 +384,7 @@ def live(directory: Path, *, window_s: float, only: Sequence[str] = (), console:
 
     def run(name: str, stages: Callable[[Boards], Mapping[str, str] | None], life: str = "trace") -> Contender:
         with _cluster(directory) as running:
-            with running.connection.load(directory.name, stages=stages(running)) as model:
+            with running.connection.load(directory.name, stages=stages(running), latency_share=LATENCY_SHARE) as model:
                 before, change = _shown(manifest, model), _Life(running, window_s)
                 links_s = running.network.processor_s
                 happenings = {"trace": change.trace, "noise": change.noise}.get(life, lambda: change.trace()[:1])()
@@ -464,7 +463,7 @@ def _even(manifest: Manifest) -> dict[str, str]:
 
 def _best(manifest: Manifest, running: Boards, model: str) -> dict[str, str]:
     """What pipeload finds at the start."""
-    found = running.connection.plan(model)
+    found = running.connection.plan(model, latency_share=LATENCY_SHARE)
     return {one.node: shards_of(manifest, one.begin, one.end) for one in found.segments}
 
 
@@ -480,8 +479,8 @@ def _summary(one: Contender) -> str:
         latencies = one.latencies_s(one.within(event))
         lines.append(
             f"  {event.name}: {len(latencies)} answers, p50 {median(latencies or [0.0]):.2f} s, stall "
-            f"{one.stall_s(event):.1f} s, settled {settled and round(settled, 1)} s, done {event.done_s:.1f} s, "
-            f"{event.peak_bytes}"
+            f"{one.stall_s(event):.1f} s, settled {settled and round(settled, 1)} s, "
+            f"{event.peak_bytes} of {event.limit_bytes}"
         )
     lines += [f"  {move.at_s:.1f} s: {move.why} -> {move.after}, waited {move.waited_s:.1f} s" for move in one.moves]
     lines.append(f"  oom {one.oom_kills}, links {one.links_cores:.2f} cores")
@@ -492,7 +491,18 @@ def rows(report: Report) -> str:
     """The tables."""
     slo_s = report.slo_s
     whole = markdown_table(
-        ("", "p50", "p99", "answers", "errors", "wrong", f"within {seconds(slo_s)}", "moves", "links"),
+        (
+            "",
+            "p50",
+            "p99",
+            "answers",
+            "errors",
+            "wrong",
+            f"within {seconds(slo_s)}",
+            "moves",
+            "killed for memory",
+            "links",
+        ),
         [
             (
                 one.name,
@@ -500,6 +510,7 @@ def rows(report: Report) -> str:
                 *(str(sum(answer.outcome == kind for answer in one.answers)) for kind in ("right", "error", "wrong")),
                 f"{one.within_share(slo_s):.0%}",
                 str(len(one.moves)),
+                str(one.oom_kills),
                 f"{one.links_cores:.2f} cores",
             )
             for one in [*report.contenders, *report.calm]

@@ -76,7 +76,7 @@ def _answers(*ends: tuple[float, float], outcome: str = "right") -> list[Answer]
 
 def _contender(answers: list[Answer], **changes: Any) -> Contender:
     """A run of 10 s whose only event is at its beginning."""
-    event = Event(name="event", at_s=0.0, end_s=10.0, done_s=0.0, peak_bytes={}, limit_bytes={})
+    event = Event(name="event", at_s=0.0, end_s=10.0, peak_bytes={}, limit_bytes={})
     given: dict[str, Any] = {
         "name": "one", "before": "", "events": [event], "answers": answers, "moves": [], "errors": {}, "oom_kills": 0,
         "links_cores": 0.0,

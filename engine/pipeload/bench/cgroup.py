@@ -120,6 +120,11 @@ class Started:
         """The cgroup's highest usage so far, page cache included; None without one, and with v2 before Linux 5.19."""
         return self._memory.peak_bytes() if self._memory else None
 
+    def forget_peak(self) -> None:
+        """Let `peak_bytes` count from now on. With v1 only."""
+        if self._memory:
+            self._memory.forget_peak()
+
     def oom_kills(self) -> int:
         """Processes of the cgroup that the kernel has killed for memory."""
         return self._memory.oom_kills() if self._memory else 0
@@ -237,6 +242,10 @@ class _MemoryGroup:
         """The highest usage; None with v2 before Linux 5.19."""
         path = self.folder / ("memory.peak" if self.unified else "memory.max_usage_in_bytes")
         return int(path.read_text()) if path.exists() else None
+
+    def forget_peak(self) -> None:
+        """Let the highest usage count from now on. With v1 only."""
+        (self.folder / "memory.max_usage_in_bytes").write_text("0")
 
     def used_bytes(self) -> int:
         """What is charged to it now, page cache included."""
