@@ -36,6 +36,8 @@ def machines(names: Sequence[str], bits_per_s: int) -> Iterator[Mapping[str, str
             _ip("netns", "add", space)
             stack.callback(_ip, "netns", "del", space)
             _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
+            # Connections of a killed process keep its namespace for a while, and so both ends of the link.
+            stack.callback(_ip, "link", "del", outer)
             _ip("link", "set", inner, "netns", space)
             _ip("link", "set", outer, "master", _BRIDGE, "up")
             _ip("-n", space, "addr", "add", f"{addresses[name]}/24", "dev", inner)
