@@ -9,7 +9,7 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeload.cluster.sources import SourceError, Sources
 from pipeload.cluster.store import PIECE_BYTES, Incoming, Store, files_of
@@ -24,6 +24,8 @@ _ANSWER_S = 60.0
 """A node that has not sent what it was asked for after this time is given up."""
 _LIST_S = 10.0
 """The same for what it has."""
+
+_Answer = TypeVar("_Answer")
 
 
 class Fetcher:
@@ -86,7 +88,7 @@ class Fetcher:
         refusals = []
         for source in random.sample(sources, len(sources)):
             try:
-                content = bytes(await self._asked(source, "pipeload_manifest", sha256=sha256))
+                content = await self._asked(source, "pipeload_manifest", bytes, sha256=sha256)
             except SourceError as error:
                 refusals.append(f"{source}: {error}")
                 continue
@@ -96,7 +98,7 @@ class Fetcher:
         raise ClusterError(f"The manifest {sha256[:16]} ... could not be fetched. {' '.join(refusals)}")
 
     async def _files(self, source: str, sha256: str) -> list[str]:
-        return list(await self._asked(source, "pipeload_files", _LIST_S, sha256=sha256))
+        return await self._asked(source, "pipeload_files", list, _LIST_S, sha256=sha256)
 
     async def _bring(self, sha256: str, whole: Manifest, record: FileRecord, sources: Sources) -> None:
         refusals: list[str] = []
@@ -131,19 +133,26 @@ class Fetcher:
         try:
             while incoming.left:
                 asked = {"offset": incoming.position, "nbytes": min(PIECE_BYTES, incoming.left)}
-                piece = bytes(await self._asked(source, "pipeload_piece", sha256=sha256, path=path, **asked))
+                piece = await self._asked(source, "pipeload_piece", bytes, sha256=sha256, path=path, **asked)
                 sources.sent(source, len(piece))
                 await asyncio.to_thread(incoming.add, piece)
             await asyncio.to_thread(incoming.finish)
         except ShardError as error:
             raise _WrongError(str(error)) from error
 
-    async def _asked(self, source: str, operation: str, within_s: float | None = None, **arguments: Any) -> Any:
+    async def _asked(
+        self,
+        source: str,
+        operation: str,
+        kind: Callable[[Any], _Answer],
+        within_s: float | None = None,
+        **arguments: Any,
+    ) -> _Answer:
         assert self.pool is not None
         try:
             with foreign_errors(SourceError, "It sends nothing", "Look at its log."):
                 async with asyncio.timeout(within_s or _ANSWER_S):
-                    return await getattr(self.pool(source), operation)(**arguments)
+                    return kind(await getattr(self.pool(source), operation)(**arguments))
         except PipeloadError as error:
             # Of the other node: the same error here would be one of this node's disk.
             raise SourceError(str(error)) from error
