@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pipeload
 from benchmarks.ring.network import SWITCH, machines, within
 from pipeload.bench import cgroup
 from pipeload.cluster.connection import Connection
 
-__all__ = ["BESIDE_BYTES", "Board", "Boards", "boards"]
+__all__ = ["BESIDE_BYTES", "Board", "Boards", "Hardware", "boards", "command", "limited"]
 
 BESIDE_BYTES = 6_000_000
 """The kernel charges it to a cgroup beside the memory of its processes."""
+
+
+_TOLD = """
+for file in "$1"/*; do mount --bind "$file" /sys/devices/system/cpu/$(basename "$file")/cpu_capacity || exit 125; done
+shift; exec "$@"
+"""
+"""Puts files over those in which the kernel tells capacities, for a command and its children."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """A node, beside its memory.
+
+    Attributes:
+        read_bytes_per_s: the throttle of its disk; None for none.
+        processors: its quota of processor time; None for none.
+        capacities: a folder with a file `cpu1`, and so on, for each core of which the kernel is to tell the node
+            another capacity; None leaves them as they are. It changes what is told, not the core.
+        cache: its user's cache, with its profiles; None for that of this user.
+    """
+
+    read_bytes_per_s: int | None = None
+    processors: float | None = None
+    capacities: Path | None = None
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +90,8 @@ def boards(
     budgets_bytes: Mapping[str, int],
     *,
     bits_per_s: int,
-    read_bytes_per_s: int | None,
+    read_bytes_per_s: int | None = None,
+    hardware: Mapping[str, Hardware] = MappingProxyType({}),
     certificates: Path,
 ) -> Iterator[Boards]:
     """Start a cluster by the commands that users start it with, over TLS.
@@ -72,7 +100,8 @@ def boards(
         models: the directory of sharded model directories, which all nodes have.
         budgets_bytes: of each node.
         bits_per_s: of each link.
-        read_bytes_per_s: the throttle of each node's disk; None for none.
+        read_bytes_per_s: the throttle of the disk of each node that has no hardware of its own; None for none.
+        hardware: of nodes that differ.
         certificates: made here.
 
     Raises:
@@ -80,23 +109,18 @@ def boards(
     """
     with ExitStack() as stack:
         stack.enter_context(machines([*budgets_bytes], bits_per_s))
-        init = stack.enter_context(cgroup.started(_command("cluster", "init", str(certificates)), grouped=False))
+        init = stack.enter_context(cgroup.started(command("cluster", "init", str(certificates)), grouped=False))
         init.process.communicate()
         given = ["--certificates", str(certificates)]
         words = ["cluster", "start", "--host", SWITCH, "--port", "0", *given]
-        address = _line(stack.enter_context(cgroup.started(_command(*words), grouped=False)))
+        address = _line(stack.enter_context(cgroup.started(command(*words), grouped=False)))
         started = {}
         for name, budget_bytes in budgets_bytes.items():
             options = {"cluster": address, "name": name, "budget": str(budget_bytes), "models": str(models)}
             words = [word for option, value in options.items() for word in (f"--{option}", value)]
-            started[name] = stack.enter_context(
-                cgroup.started(
-                    within(name, _command("node", *words, *given)),
-                    memory_bytes=budget_bytes + BESIDE_BYTES,
-                    read_bytes_per_s=read_bytes_per_s,
-                    disk_of=models,
-                )
-            )
+            own = hardware.get(name, Hardware(read_bytes_per_s=read_bytes_per_s))
+            node = within(name, command("node", *words, *given))
+            started[name] = stack.enter_context(limited(node, own, budget_bytes, models))
         for one in started.values():
             _line(one)
         connection = stack.enter_context(pipeload.connect(address, certificates))
@@ -106,7 +130,31 @@ def boards(
         )
 
 
-def _command(*words: str) -> Sequence[str]:
+def limited(
+    words: Sequence[str], hardware: Hardware, budget_bytes: int, models: Path
+) -> AbstractContextManager[cgroup.Started]:
+    """Start a command with the memory and the hardware of a node.
+
+    Args:
+        words: the command.
+        hardware: the node's.
+        budget_bytes: its budget; the cgroup has `BESIDE_BYTES` more.
+        models: a path on its disk.
+    """
+    if hardware.capacities is not None:
+        words = ["unshare", "--mount", "/bin/sh", "-c", _TOLD, "told", str(hardware.capacities), *words]
+    return cgroup.started(
+        words,
+        memory_bytes=budget_bytes + BESIDE_BYTES,
+        read_bytes_per_s=hardware.read_bytes_per_s,
+        disk_of=models,
+        processors=hardware.processors,
+        env=None if hardware.cache is None else os.environ | {"PIPELOAD_CACHE": str(hardware.cache)},
+    )
+
+
+def command(*words: str) -> Sequence[str]:
+    """A command of pipeload."""
     return [sys.executable, "-m", "pipeload", *words]
 
 

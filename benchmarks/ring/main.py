@@ -2,6 +2,7 @@
 
 answers    four models on one to four nodes of unequal budgets, beside one machine
 tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
+cores      HiDP's two levels, each with and without, on nodes that differ in disk, processor time and cores
 paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
@@ -17,6 +18,7 @@ from rich.console import Console
 import pipeload_export
 from benchmarks.models import ROOT
 from benchmarks.ring import answers as answers_part
+from benchmarks.ring import cores as cores_part
 from benchmarks.ring import paper as paper_part
 from benchmarks.ring import tokens as tokens_part
 from benchmarks.study import Parts
@@ -27,6 +29,7 @@ PARTS = Parts(
     kinds={
         "answers": (answers_part.Report, answers_part.rows),
         "tokens": (tokens_part.Report, tokens_part.rows),
+        "cores": (cores_part.Report, cores_part.rows),
         "paper": (paper_part.Report, paper_part.rows),
     },
 )
@@ -85,6 +88,20 @@ def tokens(
         console=console,
     )
     PARTS.keep("tokens", report, output)
+
+
+@app.command()
+def cores(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(cores_part.BUDGETS_MB)}.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each variant is run.")] = 3,
+    link: Link = 1000,
+    output: Output = None,
+) -> None:
+    """HiDP's two levels, each with and without, on nodes that differ in disk, processor time and cores."""
+    console = Console()
+    directories = [_directory(name, console) for name in models or cores_part.BUDGETS_MB]
+    report = cores_part.compare(directories, rounds, bits_per_s=link * 1_000_000, console=console)
+    PARTS.keep("cores", report, output)
 
 
 @app.command()

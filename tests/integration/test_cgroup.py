@@ -83,3 +83,10 @@ def test_the_cap_is_real(model: Path) -> None:
     outcome = _run(f"import numpy, pipeload; numpy.ones({nbytes}, numpy.uint8)")
     assert outcome.returncode == -9
     assert outcome.oom_kills == 1
+
+
+def test_a_quota_of_processors_is_what_the_child_may_use() -> None:
+    program = "from pipeload.machine import cgroups, hardware; print(cgroups.cpu_quota(), hardware.cores())"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "engine")}
+    with cgroup.started([sys.executable, "-c", program], processors=0.5, env=environment) as child:
+        assert child.process.communicate(timeout=TIMEOUT_S)[0] == "0.5 1\n"

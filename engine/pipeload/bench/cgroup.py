@@ -1,4 +1,4 @@
-"""Limits for a child process: memory and disk bandwidth by cgroups v1 or v2, if this process may make them.
+"""Limits for a child process: memory, disk bandwidth and processors by cgroups v1 or v2, if this process may make them.
 
 A limit counts everything that the kernel charges: anonymous memory and page cache alike. Files should be evicted from
 the page cache before a measurement (`evict`): pages that another process read are charged to that process.
@@ -24,6 +24,7 @@ _ROOT = Path("/sys/fs/cgroup")
 _ENTER = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1" || exit 126; shift; n=$((n - 1)); done; exec "$@"'
 _SAMPLE_S = 0.05
 _END_S = 30
+_PERIOD_US = 100_000
 _UNTHROTTLED_BYTES_PER_S = 1 << 60
 """v1 counts a group's bytes only on disks for which the group has a rule."""
 
@@ -132,6 +133,7 @@ def started(
     memory_bytes: int | None = None,
     read_bytes_per_s: int | None = None,
     disk_of: Path | None = None,
+    processors: float | None = None,
     grouped: bool = True,
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Started]:
@@ -143,6 +145,7 @@ def started(
         memory_bytes: see `run`.
         read_bytes_per_s: see `run`.
         disk_of: see `run`.
+        processors: its quota of time, such as 0.5 of one; None for no quota.
         grouped: False starts it without a cgroup.
         env: see `run`.
 
@@ -155,7 +158,8 @@ def started(
         groups: tuple[Path, ...] = ()
         if grouped:
             memory = stack.enter_context(_memory_group(memory_bytes))
-            groups = _folders(memory, stack.enter_context(_disk_group(memory, read_bytes_per_s, disk_of)))
+            disk = stack.enter_context(_disk_group(memory, read_bytes_per_s, disk_of))
+            groups = _folders(memory, disk, stack.enter_context(_processor_group(memory, processors)))
         errors = stack.enter_context(log.open("w")) if log else None
         child = stack.enter_context(
             subprocess.Popen(_entering(command, groups), stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
@@ -263,9 +267,9 @@ def _watch(
     )
 
 
-def _folders(memory: _MemoryGroup, disk: Path | None) -> tuple[Path, ...]:
-    """The groups of a child, each once: with v2 the group of its memory may be that of the disk."""
-    return tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
+def _folders(memory: _MemoryGroup, *others: Path | None) -> tuple[Path, ...]:
+    """The groups of a child, each once: with v2 the group of its memory is that of disk and processors too."""
+    return tuple(dict.fromkeys(folder for folder in (memory.folder, *others) if folder))
 
 
 def _entering(command: Sequence[str], groups: Sequence[Path]) -> list[str]:
@@ -340,6 +344,23 @@ def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Pat
         with _group(_ROOT / "blkio") as folder:
             rule = f"{number} {read_bytes_per_s or _UNTHROTTLED_BYTES_PER_S}"
             (folder / "blkio.throttle.read_bps_device").write_text(rule)
+            yield folder
+
+
+@contextmanager
+def _processor_group(memory: _MemoryGroup, processors: float | None) -> Iterator[Path | None]:
+    """The group with a quota of processor time: in v2 the memory group, in v1 one of its own; None without a quota."""
+    if processors is None:
+        yield None
+        return
+    quota = int(processors * _PERIOD_US)
+    if memory.unified:
+        (memory.folder / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
+        yield memory.folder
+    else:
+        with _group(_ROOT / "cpu") as folder:
+            (folder / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+            (folder / "cpu.cfs_quota_us").write_text(str(quota))
             yield folder
 
 
