@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -117,27 +118,29 @@ def compare(directories: Sequence[Path], rounds: int, *, bits_per_s: int, consol
         processors={name: one.processors for name, one in MACHINES.items()},
         taken_share=TAKEN_SHARE,
     )
-    for directory in directories:
-        manifest = read(directory)
-        with pipeload.load(directory) as alone:
-            expected = answer(alone, manifest)
-        with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as name, _little_core():
-            folder = Path(name)
-            (folder / "models").mkdir()
-            (folder / "models" / directory.name).symlink_to(directory.resolve())
-            machines = _measured(folder, directory.name, report.budget_bytes[directory.name], console)
-            for _ in range(rounds):
-                for variant, (by_speed, by_cores) in VARIANTS.items():
-                    with boards(
-                        folder / "models",
-                        dict.fromkeys(MACHINES, report.budget_bytes[directory.name]),
-                        bits_per_s=bits_per_s,
-                        hardware=machines[by_cores],
-                        certificates=folder / "certificates",
-                    ) as running:
-                        record = _timed(running, directory.name, manifest, variant, expected, by_speed=by_speed)
-                    report.records.append(record)
-                    console.print(record, markup=False, highlight=False, soft_wrap=True)
+    manifests = {path.name: read(path) for path in directories}
+    expected = {}
+    for path in directories:
+        with pipeload.load(path) as alone:
+            expected[path.name] = answer(alone, manifests[path.name])
+    with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as name, _little_core():
+        folder = Path(name)
+        (folder / "models").mkdir()
+        for path in directories:
+            (folder / "models" / path.name).symlink_to(path.resolve())
+        machines = {model: _measured(folder, model, report.budget_bytes[model], console) for model in manifests}
+        turns = product(range(rounds), manifests.items(), VARIANTS.items())
+        for number, (model, manifest), (variant, (by_speed, by_cores)) in turns:
+            with boards(
+                folder / "models",
+                dict.fromkeys(MACHINES, report.budget_bytes[model]),
+                bits_per_s=bits_per_s,
+                hardware=machines[model][by_cores],
+                certificates=folder / f"certificates-{number}-{model}-{variant}",
+            ) as running:
+                record = _timed(running, model, manifest, variant, expected[model], by_speed=by_speed)
+            report.records.append(record)
+            console.print(record, markup=False, highlight=False, soft_wrap=True)
     return report
 
 
@@ -154,13 +157,13 @@ def _little_core() -> Iterator[None]:
 def _measured(folder: Path, model: str, budget_bytes: int, console: Console) -> dict[bool, dict[str, Hardware]]:
     """Whether cores are chosen -> the nodes, each with its profile of the model, which is measured here."""
     told = folder / "capacities"
-    told.mkdir()
+    told.mkdir(exist_ok=True)
     (told / f"cpu{LITTLE_CORE}").write_text(f"{round(1024 * (1 - TAKEN_SHARE))}\n")
     machines: dict[bool, dict[str, Hardware]] = {True: {}, False: {}}
     for name, hardware in MACHINES.items():
         chosen = replace(hardware, capacities=told, cache=folder / f"{name}-chosen")
         fixed = replace(hardware, cache=folder / f"{name}-fixed")
-        file, directory = folder / f"{name}.json", folder / "models" / model
+        file, directory = folder / f"{name}-{model}.json", folder / "models" / model
         console.print(f"measuring {model} on {name} ...")
         _run(command("profile", str(directory), "-o", str(file)), chosen, budget_bytes, folder)
         found = profile_store.read(file)
