@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -23,7 +22,7 @@ from pipeload.machine.sizes import format_bytes
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.planning.needs import planning_dims
 
-__all__ = ["Record", "Report", "compare", "rows"]
+__all__ = ["TOLERANCE", "Record", "Report", "answer", "compare", "cut_by", "difference", "rows"]
 
 TOKENS = 8
 TOLERANCE = 1e-4
@@ -97,7 +96,7 @@ def compare(
     for directory in directories:
         manifest = read(directory)
         with pipeload.load(directory) as alone:
-            expected = _answer(alone, manifest)
+            expected = answer(alone, manifest)
         for count in counts:
             record = _compared(directory, manifest, count, bits_per_s, latency_s, expected)
             report.records.append(record)
@@ -108,30 +107,15 @@ def compare(
 def _compared(
     directory: Path, manifest: Manifest, count: int, bits_per_s: int, latency_s: float, expected: Any
 ) -> Record:
-    stages = _stages(manifest, count)
+    stages = cut_by(manifest, SHARES[:count])
     weights = {name: _weight_bytes(manifest, shards) for name, shards in stages.items()}
     # Half of the stage's weights has no place, or a little more.
     budgets = {name: 260_000_000 + max(nbytes // 2, 150_000_000) for name, nbytes in weights.items()}
-    with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as folder:
-        models = Path(folder) / "models"
-        models.mkdir()
-        (models / directory.name).symlink_to(directory.resolve())
-        with boards(
-            models,
-            budgets,
-            bits_per_s=bits_per_s,
-            latency_s=latency_s,
-            read_bytes_per_s=None,
-            certificates=Path(folder) / "certificates",
-        ) as running:
-            with running.connection.load(directory.name, stages=stages) as model:
-                made = _answer(model, manifest)
-            peaks = {name: node.peak_bytes for name, node in running.nodes.items()}
-    error = None
-    if isinstance(expected, Mapping):
-        error = max(
-            float(np.abs(made[name] - array).max() / (np.ptp(array) or 1.0)) for name, array in expected.items()
-        )
+    with boards([directory], budgets, bits_per_s=bits_per_s, latency_s=latency_s) as running:
+        with running.connection.load(directory.name, stages=stages) as model:
+            made = answer(model, manifest)
+        peaks = {name: node.peak_bytes for name, node in running.nodes.items()}
+    error = difference(made, expected)
     return Record(
         model=directory.name,
         stages=stages,
@@ -142,16 +126,25 @@ def _compared(
     )
 
 
-def _answer(model: Any, manifest: Manifest) -> Any:
+def answer(model: Any, manifest: Manifest) -> Any:
+    """A model's answer to the same question: the ids of tokens, or the outputs of one pass by name."""
     if manifest.caches:
         return model.generate([*PROMPT], max_new_tokens=TOKENS, eos_token_id=[]).token_ids
     return model.run(example_inputs(manifest, planning_dims(manifest)))
 
 
-def _stages(manifest: Manifest, count: int) -> dict[str, str]:
+def difference(made: Any, expected: Any) -> float | None:
+    """The largest difference of an output of `answer`, relative to its range; None for tokens."""
+    if not isinstance(expected, Mapping):
+        return None
+    return max(float(np.abs(made[name] - array).max() / (np.ptp(array) or 1.0)) for name, array in expected.items())
+
+
+def cut_by(manifest: Manifest, shares: Sequence[int]) -> dict[str, str]:
+    """Stages `board-1`, `board-2` ... whose numbers of blocks are in proportion to the shares."""
     names, cuts = [shard.name for shard in manifest.shards], stage_places(manifest)
-    shares = [0, *accumulate(SHARES[:count])]
-    ends = [cuts[round(len(cuts) * share / shares[-1])] for share in shares[1:-1]]
+    sums = [0, *accumulate(shares)]
+    ends = [cuts[round(len(cuts) * share / sums[-1])] for share in sums[1:-1]]
     return {
         f"board-{number + 1}": f"{names[begin]}:{names[end - 1]}"
         for number, (begin, end) in enumerate(pairwise([0, *ends, len(names)]))

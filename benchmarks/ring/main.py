@@ -5,6 +5,7 @@ tokens     GPT-2 XL on one, two and four nodes of 2 GB: seconds a token
 moves      a text whose model moves: its caches copied, and computed again
 peers      the same of one text, beside llama.cpp and its rpc-servers on the same nodes
 trace      what pipeload does when links, processors, memory and nodes change, beside three that do nothing
+cores      HiDP's two levels, each with and without, on nodes that differ in disk, processor time and cores
 paper      up to 64 boards and models of up to 70 billion parameters, by the planner's own recurrence
 --tables   only write the README's tables again, from results/*.json
 """
@@ -20,6 +21,7 @@ from rich.console import Console
 import pipeload_export
 from benchmarks.models import ROOT
 from benchmarks.ring import answers as answers_part
+from benchmarks.ring import cores as cores_part
 from benchmarks.ring import moves as moves_part
 from benchmarks.ring import paper as paper_part
 from benchmarks.ring import peers as peers_part
@@ -38,6 +40,7 @@ PARTS = Parts(
         "moves": (moves_part.Report, moves_part.rows),
         "peers": (peers_part.Report, peers_part.rows),
         "trace": (trace_part.Report, trace_part.rows),
+        "cores": (cores_part.Report, cores_part.rows),
         "paper": (paper_part.Report, paper_part.rows),
     },
     commands={
@@ -176,6 +179,23 @@ def trace(
     report = trace_part.live(_directory("bert-large", console), window_s=window_s, only=only or (), console=console)
     if only is None and (output or not short):
         PARTS.keep("trace", report, output)
+
+
+@app.command()
+def cores(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(cores_part.BUDGETS_MB)}.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each variant is run.")] = 3,
+    link: Link = 1000,
+    latency: Latency = 0.3,
+    output: Output = None,
+) -> None:
+    """HiDP's two levels, each with and without, on nodes that differ in disk, processor time and cores."""
+    console = Console()
+    directories = [_directory(name, console) for name in models or cores_part.BUDGETS_MB]
+    report = cores_part.compare(
+        directories, rounds, bits_per_s=link * 1_000_000, latency_s=latency / 1000, console=console
+    )
+    PARTS.keep("cores", report, output)
 
 
 @app.command()

@@ -6,7 +6,6 @@ ways take turns on the same nodes. What pipeload predicts of both stands beside 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,26 +112,15 @@ def measure(
         console: is told of each length.
     """
     report = Report(model=directory.name, budget_bytes=budget_bytes, bits_per_s=bits_per_s, latency_s=latency_s)
-    with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as folder:
-        models = Path(folder) / "models"
-        models.mkdir()
-        (models / directory.name).symlink_to(directory.resolve())
-        names = [f"board-{number + 1}" for number in range(3)]
-        with (
-            pipeload.load(directory) as alone,
-            boards(
-                models,
-                dict.fromkeys(names, budget_bytes),
-                bits_per_s=bits_per_s,
-                latency_s=latency_s,
-                read_bytes_per_s=None,
-                certificates=Path(folder) / "certificates",
-            ) as running,
-        ):
-            for length in lengths:
-                record = _length(running, alone, directory.name, length)
-                report.records.append(record)
-                console.print(record, markup=False, highlight=False, soft_wrap=True)
+    budgets = {f"board-{number + 1}": budget_bytes for number in range(3)}
+    with (
+        pipeload.load(directory) as alone,
+        boards([directory], budgets, bits_per_s=bits_per_s, latency_s=latency_s) as running,
+    ):
+        for length in lengths:
+            record = _length(running, alone, directory.name, length)
+            report.records.append(record)
+            console.print(record, markup=False, highlight=False, soft_wrap=True)
     return report
 
 

@@ -253,19 +253,14 @@ def shares(layers: Layers, servers: int, budget_bytes: int, *, first_bytes: int 
 
 
 def _pipeload(report: Report, directory: Path, count: int, expected: Sequence[int]) -> Record:
-    with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as folder:
-        models = Path(folder) / "models"
-        models.mkdir()
-        (models / directory.name).symlink_to(directory.resolve())
-        with boards(
-            models,
-            dict.fromkeys(_names(count), report.budget_bytes),
-            bits_per_s=report.bits_per_s,
-            latency_s=report.latency_s,
-            read_bytes_per_s=report.read_bytes_per_s,
-            certificates=Path(folder) / "certificates",
-        ) as running:
-            made = tokens.generate(running, directory, expected, texts=1)
+    with boards(
+        [directory],
+        dict.fromkeys(_names(count), report.budget_bytes),
+        bits_per_s=report.bits_per_s,
+        latency_s=report.latency_s,
+        read_bytes_per_s=report.read_bytes_per_s,
+    ) as running:
+        made = tokens.generate(running, directory, expected, texts=1)
     return Record(
         engine="pipeload",
         way="cluster",

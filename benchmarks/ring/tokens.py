@@ -7,7 +7,6 @@ decides.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,23 +126,17 @@ def measure(
     with pipeload.load(directory) as model:
         expected = model.generate([*PROMPT], max_new_tokens=SETTLING + TOKENS, eos_token_id=[]).token_ids
     for count in counts:
-        with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as folder:
-            models = Path(folder) / "models"
-            models.mkdir()
-            (models / directory.name).symlink_to(directory.resolve())
-            budgets = {f"board-{number + 1}": budget_bytes for number in range(count)}
-            with boards(
-                models,
-                budgets,
-                bits_per_s=bits_per_s,
-                latency_s=latency_s,
-                read_bytes_per_s=read_bytes_per_s,
-                certificates=Path(folder) / "certificates",
-            ) as running:
-                for texts in sorted({1, 2 * count}):
-                    record = generate(running, directory, expected, texts)
-                    report.records.append(record)
-                    console.print(record, markup=False, highlight=False, soft_wrap=True)
+        with boards(
+            [directory],
+            {f"board-{number + 1}": budget_bytes for number in range(count)},
+            bits_per_s=bits_per_s,
+            latency_s=latency_s,
+            read_bytes_per_s=read_bytes_per_s,
+        ) as running:
+            for texts in sorted({1, 2 * count}):
+                record = generate(running, directory, expected, texts)
+                report.records.append(record)
+                console.print(record, markup=False, highlight=False, soft_wrap=True)
     return report
 
 

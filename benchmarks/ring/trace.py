@@ -5,7 +5,6 @@ All send the same requests through the same events: two clients, each with the n
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 import time
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import pipeload
-from benchmarks.ring.boards import BESIDE_BYTES, Boards, boards
+from benchmarks.ring.boards import BESIDE_BYTES, Boards, Hardware, boards
 from benchmarks.study import markdown_table
 from pipeload.bench.machine import machine_facts
 from pipeload.bench.table import seconds
@@ -45,15 +44,15 @@ BUDGETS = {
     "board-4": 600_000_000,
     "board-5": 700_000_000,
 }
-CORES = {"board-1": 0.7, "board-2": 0.7, "board-3": 0.7, "board-4": 0.5, "board-5": 0.7}
+PROCESSORS = {"board-1": 0.7, "board-2": 0.7, "board-3": 0.7, "board-4": 0.5, "board-5": 0.7}
 JOINS = "board-5"
 READ_BYTES_PER_S, BITS_PER_S, LATENCY_S = 200_000_000, 10**9, 0.0003
-SLOW_BITS_PER_S, FEW_CORES, LESS_BYTES = 10_000_000, 1 / 4, 350_000_000
+SLOW_BITS_PER_S, FEW_SHARE, LESS_BYTES = 10_000_000, 1 / 4, 350_000_000
 CLIENTS, TEXTS = 2, 4
 LATENCY_SHARE = 0.5
 """Two requests are on their way at a time: neither one alone, nor as many as there is room for."""
 WINDOW_S, SHORT_WINDOW_S = 38.0, 15.0
-NOISE_S, NOISE_CORES = 5.0, 1 / 2
+NOISE_S, NOISE_SHARE = 5.0, 1 / 2
 TOLERANCE = 1e-4
 SLO = 3.0
 """Times the median of the largest node alone before the first event."""
@@ -310,10 +309,10 @@ class _Life:
 
         def processor() -> None:
             network.limit("board-1")
-            nodes["board-2"].limit_cores(FEW_CORES * CORES["board-2"])
+            nodes["board-2"].limit_processors(FEW_SHARE * PROCESSORS["board-2"])
 
         def memory() -> None:
-            nodes["board-2"].limit_cores(CORES["board-2"])
+            nodes["board-2"].limit_processors(PROCESSORS["board-2"])
             self._limits["board-3"] = LESS_BYTES
 
         def kill() -> None:
@@ -341,7 +340,7 @@ class _Life:
             node, taken = self._running.nodes["board-1"], False
             while not ended.wait(NOISE_S):
                 taken = not taken
-                node.limit_cores(CORES["board-1"] * (NOISE_CORES if taken else 1))
+                node.limit_processors(PROCESSORS["board-1"] * (NOISE_SHARE if taken else 1))
 
         thread = threading.Thread(target=disturb)
 
@@ -430,21 +429,14 @@ def live(directory: Path, *, window_s: float, only: Sequence[str] = (), console:
 
 @contextmanager
 def _cluster(directory: Path) -> Iterator[Boards]:
-    with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as folder:
-        models = Path(folder) / "models"
-        models.mkdir()
-        (models / directory.name).symlink_to(directory.resolve())
+    # Profiles of this machine are not those of boards.
+    with tempfile.TemporaryDirectory(prefix="pipeload-ring-") as cache:
+        hardware = {
+            name: Hardware(read_bytes_per_s=READ_BYTES_PER_S, processors=processors, cache=Path(cache))
+            for name, processors in PROCESSORS.items()
+        }
         with boards(
-            models,
-            BUDGETS,
-            bits_per_s=BITS_PER_S,
-            latency_s=LATENCY_S,
-            read_bytes_per_s=READ_BYTES_PER_S,
-            certificates=Path(folder) / "certificates",
-            cores=CORES,
-            later=(JOINS,),
-            # Profiles of this machine are not those of boards.
-            env={**os.environ, "PIPELOAD_CACHE": str(Path(folder) / "cache")},
+            [directory], BUDGETS, bits_per_s=BITS_PER_S, latency_s=LATENCY_S, hardware=hardware, later=(JOINS,)
         ) as running:
             yield running
 

@@ -97,3 +97,10 @@ def test_a_child_beside_another_is_charged_to_its_cgroup() -> None:
             assert other.process.stdout is not None
             other.process.stdout.readline()
             assert other.oom_kills() == one.oom_kills() == 1
+
+
+def test_a_quota_of_processors_is_what_the_child_may_use() -> None:
+    program = "from pipeload.machine import cgroups, hardware; print(cgroups.cpu_quota(), hardware.cores())"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "engine")}
+    with cgroup.started([sys.executable, "-c", program], processors=0.5, env=environment) as child:
+        assert child.process.communicate(timeout=TIMEOUT_S)[0] == "0.5 1\n"

@@ -1,4 +1,4 @@
-"""Limits for a child process: memory and disk bandwidth by cgroups v1 or v2, if this process may make them.
+"""Limits for a child process: memory, disk bandwidth and processors by cgroups v1 or v2, if this process may make them.
 
 A limit counts everything that the kernel charges: anonymous memory and page cache alike. Files should be evicted from
 the page cache before a measurement (`evict`): pages that another process read are charged to that process.
@@ -10,7 +10,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ _ROOT = Path("/sys/fs/cgroup")
 _ENTER = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1" || exit 126; shift; n=$((n - 1)); done; exec "$@"'
 _SAMPLE_S = 0.05
 _END_S = 30
+_PERIOD_US = 20_000
+"""Short beside the time of a shard, so that a child computes slowly, and not by fits and starts."""
 _UNTHROTTLED_BYTES_PER_S = 1 << 60
 """v1 counts a group's bytes only on disks for which the group has a rule."""
 
@@ -115,6 +117,7 @@ class Started:
     process: subprocess.Popen[str]
     _memory: _MemoryGroup | None
     _groups: tuple[Path, ...] = ()
+    _processors: Path | None = None
 
     def peak_bytes(self) -> int | None:
         """The cgroup's highest usage so far, page cache included; None without one, and with v2 before Linux 5.19."""
@@ -146,6 +149,11 @@ class Started:
         if self._memory:
             self._memory.limit(memory_bytes)
 
+    def limit_processors(self, processors: float) -> None:
+        """Change the quota of processor time of a child that was started with one."""
+        assert self._processors is not None
+        _limit_processors(self._processors, processors)
+
 
 @contextmanager
 def started(
@@ -155,6 +163,7 @@ def started(
     memory_bytes: int | None = None,
     read_bytes_per_s: int | None = None,
     disk_of: Path | None = None,
+    processors: float | None = None,
     grouped: bool = True,
     beside: Started | None = None,
     env: Mapping[str, str] | None = None,
@@ -167,6 +176,7 @@ def started(
         memory_bytes: see `run`.
         read_bytes_per_s: see `run`.
         disk_of: see `run`.
+        processors: its quota of time, such as 0.5 of one; None for no quota.
         grouped: False starts it without a cgroup.
         beside: a child in whose cgroup it is started, under the same limits, which are not given again; None for a
             cgroup of its own.
@@ -179,17 +189,20 @@ def started(
     with ExitStack() as stack:
         memory: _MemoryGroup | None = None
         groups: tuple[Path, ...] = ()
+        quota: Path | None = None
         if beside:
-            memory, groups = beside._memory, beside._groups
+            memory, groups, quota = beside._memory, beside._groups, beside._processors
         elif grouped:
             memory = stack.enter_context(_memory_group(memory_bytes))
-            groups = _folders(memory, stack.enter_context(_disk_group(memory, read_bytes_per_s, disk_of)))
+            disk = stack.enter_context(_disk_group(memory, read_bytes_per_s, disk_of))
+            quota = stack.enter_context(_processor_group(memory, processors))
+            groups = _folders(memory, disk, quota)
         errors = stack.enter_context(log.open("w")) if log else None
         child = stack.enter_context(
             subprocess.Popen(_entering(command, groups), stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
         )
         try:
-            yield Started(child, memory, groups)
+            yield Started(child, memory, groups, quota)
         finally:
             child.terminate()
             try:
@@ -308,9 +321,9 @@ def _watch(
     )
 
 
-def _folders(memory: _MemoryGroup, disk: Path | None) -> tuple[Path, ...]:
-    """The groups of a child, each once: with v2 the group of its memory may be that of the disk."""
-    return tuple(dict.fromkeys(folder for folder in (memory.folder, disk) if folder))
+def _folders(memory: _MemoryGroup, *others: Path | None) -> tuple[Path, ...]:
+    """The groups of a child, each once: with v2 the group of its memory is that of disk and processors too."""
+    return tuple(dict.fromkeys(folder for folder in (memory.folder, *others) if folder))
 
 
 def _entering(command: Sequence[str], groups: Sequence[Path]) -> list[str]:
@@ -386,6 +399,26 @@ def _disk_group(memory: _MemoryGroup, read_bytes_per_s: int | None, disk_of: Pat
             rule = f"{number} {read_bytes_per_s or _UNTHROTTLED_BYTES_PER_S}"
             (folder / "blkio.throttle.read_bps_device").write_text(rule)
             yield folder
+
+
+@contextmanager
+def _processor_group(memory: _MemoryGroup, processors: float | None) -> Iterator[Path | None]:
+    """The group with a quota of processor time: in v2 the memory group, in v1 one of its own; None without a quota."""
+    if processors is None:
+        yield None
+        return
+    with nullcontext(memory.folder) if memory.unified else _group(_ROOT / "cpu") as folder:
+        _limit_processors(folder, processors)
+        yield folder
+
+
+def _limit_processors(folder: Path, processors: float) -> None:
+    quota = round(processors * _PERIOD_US)
+    if (folder / "cpu.max").exists():
+        (folder / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
+    else:
+        (folder / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+        (folder / "cpu.cfs_quota_us").write_text(str(quota))
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Affinity:
         """
         if not self._capacities:
             return
-        if any(affinity(agent) not in (cores, frozenset()) for agent, cores in self._pinned.items()):
+        if any(affinity(agent) not in (cores, frozenset()) for agent, cores in [*self._pinned.items()]):
             self._capacities = {}
             return
         for agent in agents:

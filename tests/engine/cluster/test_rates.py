@@ -58,3 +58,17 @@ def test_a_node_without_room_to_measure_still_tells_a_speed(toy: Path, opened: l
     speed = _speed(toy, PROCESS_BYTES)
     assert opened == []
     assert speed.times
+
+
+def test_where_cores_are_little_a_node_is_measured_and_tells_its_speed_on_the_big_ones(
+    toy: Path, opened: list[pipeload.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The kernel refuses to pin a thread to these, which is no error.
+    capacities = {900: 400, 901: 1024}
+    monkeypatch.setattr(rates, "core_capacities", lambda: capacities)
+    monkeypatch.setattr("pipeload.measuring.profiler.core_capacities", lambda: capacities)
+    monkeypatch.setattr(rates, "cores", lambda: 2)
+    speed = _speed(toy, 8 * _GB)
+    assert list(speed.times) == [1]
+    assert speed.core_capacities == capacities
+    assert [model.plan.threads for model in opened] == [1]

@@ -221,3 +221,16 @@ def test_a_step_ends_when_its_caches_are_closed(
         await stage.close()
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_cores_of_a_stage_where_one_is_little(node: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cores() -> Any:
+        stage = Stage("hash", "toy", "prologue:epilogue")
+        (facts,) = node.stages.values()
+        await stage.close()
+        return facts.get("cores")
+
+    assert asyncio.run(asyncio.wait_for(cores(), PATIENCE_S)) is None
+    # The kernel refuses to pin a thread to these, which is no error. Nothing was measured: the big core computes.
+    monkeypatch.setattr("pipeload.measuring.profiler.core_capacities", lambda: {900: 1024, 901: 400})
+    assert asyncio.run(asyncio.wait_for(cores(), PATIENCE_S)) == "computing on 900, reading on 901"
