@@ -1,7 +1,8 @@
 """Big and little cores: which of the logical processors compute, and which read.
 
-Where all cores are equal, the kernel places threads best, and nothing here does anything. Where they differ, n threads
-compute on the n cores of the largest capacity, and Loading Agents have the others, or all when there are none.
+Where all cores are equal, the kernel places threads best, and nothing here does anything. Where they differ, as many
+threads as there are big cores compute on these, and Loading Agents have the others; with another number of threads the
+kernel places all of them, on all cores. The planner chooses by measured times.
 """
 
 from __future__ import annotations
@@ -66,19 +67,24 @@ def big_cores(capacities: Mapping[int, int]) -> int:
 
 
 def computing_cores(capacities: Mapping[int, int], threads: int) -> frozenset[int]:
-    """Cores for this many threads that compute; empty where threads are not pinned.
+    """Cores for this many threads that compute: the big ones, or all where that is another number; empty where no core
+    is little.
 
     Args:
         capacities: of `core_capacities`.
         threads: intra-op threads of a session.
     """
-    if big_cores(capacities) == len(capacities):
+    big = big_cores(capacities)
+    if big == len(capacities):
         return frozenset()
-    return frozenset(sorted(capacities, key=lambda core: (-capacities[core], core))[:threads])
+    if threads != big:
+        return frozenset(capacities)
+    return frozenset(sorted(capacities, key=lambda core: (-capacities[core], core))[:big])
 
 
 def reading_cores(capacities: Mapping[int, int], threads: int) -> frozenset[int]:
-    """Cores for Loading Agents beside this many threads that compute: the others, or all; empty where none is pinned.
+    """Cores for Loading Agents beside this many threads that compute: the little ones, or all; empty where no core is
+    little.
 
     Args:
         capacities: of `core_capacities`.
@@ -89,9 +95,9 @@ def reading_cores(capacities: Mapping[int, int], threads: int) -> frozenset[int]
 
 
 def spelled(capacities: Mapping[int, int], threads: int) -> str:
-    """Which cores compute and which read, for a user; empty where threads are not pinned."""
+    """Which cores compute and which read, for a user; empty where the kernel places all threads."""
     computing, reading = computing_cores(capacities, threads), reading_cores(capacities, threads)
-    return f"computing on {_numbers(computing)}, reading on {_numbers(reading)}" if computing else ""
+    return f"computing on {_numbers(computing)}, reading on {_numbers(reading)}" if computing != reading else ""
 
 
 def affinity(thread: int) -> frozenset[int]:
