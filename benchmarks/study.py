@@ -156,11 +156,13 @@ class Parts:
         folder: of the benchmark.
         kinds: name -> the class of the part's results, which have `machine` and `ok`, and its table.
         pictures: name -> draws the results, for `results/PART.png`.
+        commands: name -> the words that make it, where they are not its name.
     """
 
     folder: Path
     kinds: Mapping[str, tuple[Any, Callable[[Any], str]]]
     pictures: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
 
     def keep(self, part: str, report: Any, output: Path | None) -> None:
         """Write the results, print their table, and end with 1 if an answer is not right.
@@ -188,7 +190,12 @@ class Parts:
     def _publish(self, part: str) -> None:
         kind, rows = self.kinds[part]
         report = from_json(self._path(part).read_bytes(), kind)
-        publish(self.folder / "README.md", f"{self.folder.name}.main {part}", report.machine, rows(report))
+        publish(
+            self.folder / "README.md",
+            f"{self.folder.name}.main {self.commands.get(part, part)}",
+            report.machine,
+            rows(report),
+        )
         if part in self.pictures:
             self.pictures[part](report).savefig(self._path(part).with_suffix(".png"))
 

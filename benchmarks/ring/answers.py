@@ -65,11 +65,13 @@ class Report:
 
     Attributes:
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         machine: see `machine_facts`.
         records: of the runs.
     """
 
     bits_per_s: int
+    latency_s: float = 0.0
     machine: dict[str, Any] = field(default_factory=machine_facts)
     records: list[Record] = field(default_factory=list)
 
@@ -79,28 +81,33 @@ class Report:
         return all(one.ok for one in self.records)
 
 
-def compare(directories: Sequence[Path], counts: Sequence[int], *, bits_per_s: int, console: Console) -> Report:
+def compare(
+    directories: Sequence[Path], counts: Sequence[int], *, bits_per_s: int, latency_s: float, console: Console
+) -> Report:
     """Run models on clusters of these numbers of nodes.
 
     Args:
         directories: sharded model directories.
         counts: numbers of nodes.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         console: is told of each run.
     """
-    report = Report(bits_per_s=bits_per_s)
+    report = Report(bits_per_s=bits_per_s, latency_s=latency_s)
     for directory in directories:
         manifest = read(directory)
         with pipeload.load(directory) as alone:
             expected = _answer(alone, manifest)
         for count in counts:
-            record = _compared(directory, manifest, count, bits_per_s, expected)
+            record = _compared(directory, manifest, count, bits_per_s, latency_s, expected)
             report.records.append(record)
             console.print(record, markup=False, highlight=False, soft_wrap=True)
     return report
 
 
-def _compared(directory: Path, manifest: Manifest, count: int, bits_per_s: int, expected: Any) -> Record:
+def _compared(
+    directory: Path, manifest: Manifest, count: int, bits_per_s: int, latency_s: float, expected: Any
+) -> Record:
     stages = _stages(manifest, count)
     weights = {name: _weight_bytes(manifest, shards) for name, shards in stages.items()}
     # Half of the stage's weights has no place, or a little more.
@@ -113,6 +120,7 @@ def _compared(directory: Path, manifest: Manifest, count: int, bits_per_s: int, 
             models,
             budgets,
             bits_per_s=bits_per_s,
+            latency_s=latency_s,
             read_bytes_per_s=None,
             certificates=Path(folder) / "certificates",
         ) as running:

@@ -154,6 +154,7 @@ class Report:
         model: its name.
         budget_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         read_bytes_per_s: of each disk.
         llama: version of llama-cpp-python.
         machine: see `machine_facts`.
@@ -165,6 +166,7 @@ class Report:
     bits_per_s: int
     read_bytes_per_s: int
     llama: str
+    latency_s: float = 0.0
     machine: dict[str, Any] = field(default_factory=machine_facts)
     records: list[Record] = field(default_factory=list)
 
@@ -185,6 +187,7 @@ def compare(
     llama: Llama,
     budget_bytes: int,
     bits_per_s: int,
+    latency_s: float,
     read_bytes_per_s: int,
     console: Console,
 ) -> Report:
@@ -196,6 +199,7 @@ def compare(
         llama: the other engine.
         budget_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         read_bytes_per_s: of each disk.
         console: is told of each run.
     """
@@ -206,6 +210,7 @@ def compare(
         model=directory.name,
         budget_bytes=budget_bytes,
         bits_per_s=bits_per_s,
+        latency_s=latency_s,
         read_bytes_per_s=read_bytes_per_s,
         llama=subprocess.run(version, check=True, capture_output=True, text=True).stdout.strip(),
     )
@@ -256,6 +261,7 @@ def _pipeload(report: Report, directory: Path, count: int, expected: Sequence[in
             models,
             dict.fromkeys(_names(count), report.budget_bytes),
             bits_per_s=report.bits_per_s,
+            latency_s=report.latency_s,
             read_bytes_per_s=report.read_bytes_per_s,
             certificates=Path(folder) / "certificates",
         ) as running:
@@ -284,7 +290,7 @@ def _llama(
     hosts = names[1:] if way == "mapped" else names
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pipeload-ring-")))
-        addresses = stack.enter_context(machines(names, report.bits_per_s))
+        addresses = stack.enter_context(machines(names, report.bits_per_s, report.latency_s)).addresses
         cgroup.evict([path])
         limits: dict[str, Any] = {
             "memory_bytes": report.budget_bytes + BESIDE_BYTES,

@@ -46,6 +46,7 @@ class Record:
         read_bytes: bytes that each node of a stage read for a token.
         peak_bytes: the highest usage of each node's cgroup.
         right: the tokens are those of one machine that has all memory.
+        links_cores: processors that the links took of this machine, which made them.
     """
 
     nodes: int
@@ -55,6 +56,7 @@ class Record:
     read_bytes: dict[str, int]
     peak_bytes: dict[str, int]
     right: bool
+    links_cores: float | None = None
 
     def slowest_s(self, read_bytes_per_s: int) -> float:
         """Seconds that the disk with the most to read needs for a token."""
@@ -73,6 +75,7 @@ class Report:
         model: its name.
         budget_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         read_bytes_per_s: of each disk.
         machine: see `machine_facts`.
         records: of the runs.
@@ -82,6 +85,7 @@ class Report:
     budget_bytes: int
     bits_per_s: int
     read_bytes_per_s: int
+    latency_s: float = 0.0
     machine: dict[str, Any] = field(default_factory=machine_facts)
     records: list[Record] = field(default_factory=list)
 
@@ -98,6 +102,7 @@ def measure(
     *,
     budget_bytes: int,
     bits_per_s: int,
+    latency_s: float,
     read_bytes_per_s: int,
     console: Console,
 ) -> Report:
@@ -108,11 +113,16 @@ def measure(
         counts: numbers of nodes.
         budget_bytes: of each node.
         bits_per_s: of each link.
+        latency_s: from one machine to another.
         read_bytes_per_s: of each disk.
         console: is told of each run.
     """
     report = Report(
-        model=directory.name, budget_bytes=budget_bytes, bits_per_s=bits_per_s, read_bytes_per_s=read_bytes_per_s
+        model=directory.name,
+        budget_bytes=budget_bytes,
+        bits_per_s=bits_per_s,
+        latency_s=latency_s,
+        read_bytes_per_s=read_bytes_per_s,
     )
     with pipeload.load(directory) as model:
         expected = model.generate([*PROMPT], max_new_tokens=SETTLING + TOKENS, eos_token_id=[]).token_ids
@@ -126,6 +136,7 @@ def measure(
                 models,
                 budgets,
                 bits_per_s=bits_per_s,
+                latency_s=latency_s,
                 read_bytes_per_s=read_bytes_per_s,
                 certificates=Path(folder) / "certificates",
             ) as running:
@@ -155,6 +166,7 @@ def generate(running: Boards, directory: Path, expected: Sequence[int], texts: i
         return made.token_ids == expected
 
     # For the shortest time of one text, or for the most tokens of several.
+    links_s, began_s = running.network.processor_s, time.perf_counter()
     opened = running.connection.load(directory.name, latency_share=1.0 if texts == 1 else 0.0)
     with opened as model, ThreadPoolExecutor(texts) as pool:
         right = all(pool.map(generated, [model] * texts, range(texts)))
@@ -174,6 +186,7 @@ def generate(running: Boards, directory: Path, expected: Sequence[int], texts: i
         read_bytes={name: (end[2][name] - begin[2][name]) // tokens for name in stages},
         peak_bytes={name: node.peak_bytes for name, node in running.nodes.items()},
         right=right,
+        links_cores=(running.network.processor_s - links_s) / (time.perf_counter() - began_s),
     )
 
 
@@ -181,7 +194,17 @@ def rows(report: Report) -> str:
     """The table."""
     rate = report.read_bytes_per_s
     return markdown_table(
-        ("nodes", "stages", "texts", "s/token", "the slowest disk", "all disks", "most memory of a node", "tokens"),
+        (
+            "nodes",
+            "stages",
+            "texts",
+            "s/token",
+            "the slowest disk",
+            "all disks",
+            "most memory of a node",
+            "links",
+            "tokens",
+        ),
         [
             (
                 str(one.nodes),
@@ -191,6 +214,7 @@ def rows(report: Report) -> str:
                 seconds(one.slowest_s(rate)),
                 seconds(one.together_s(rate)),
                 format_bytes(max(one.peak_bytes.values())),
+                "-" if one.links_cores is None else f"{one.links_cores:.2f} cores",
                 "right" if one.right else "WRONG",
             )
             for one in report.records

@@ -38,6 +38,7 @@ from pipeload.errors import (
     ClosedError,
     ClusterError,
     ConfigError,
+    DeadlineError,
     EmbeddingWarning,
     ExportError,
     LoadError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from pipeload.cluster.connecting import connect
     from pipeload.decode import DecodeState
     from pipeload.model import Model, load
+    from pipeload.pipeline.deadlines import deadline
     from pipeload.planning.planner import Plan
     from pipeload.planning.profile import Profile
     from pipeload.tasks.answer.spans import Answer
@@ -81,6 +83,7 @@ __all__ = [
     "ClosedError",
     "ClusterError",
     "ConfigError",
+    "DeadlineError",
     "DecodeState",
     "EmbeddingWarning",
     "Entity",
@@ -105,6 +108,7 @@ __all__ = [
     "TextStream",
     "TruncationWarning",
     "connect",
+    "deadline",
     "load",
 ]
 
@@ -126,6 +130,7 @@ _HOMES = {
     "Stats": "tracing.stats",
     "TextStream": "tasks.generate.streaming",
     "connect": "cluster.connecting",
+    "deadline": "pipeline.deadlines",
     "load": "model",
 }
 """Name -> module, imported at the name's first use: with onnxruntime and NumPy an import takes up to seconds, in which

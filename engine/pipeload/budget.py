@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from pipeload.errors import BudgetError, ClosedError, ConfigError, LoadError
 from pipeload.machine.sizes import format_bytes, parse_budget
+from pipeload.pipeline.deadlines import held
 from pipeload.pipeline.open_pipelines import OPEN_PIPELINES
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.planning.shares import Share, Shares
@@ -24,6 +25,7 @@ __all__ = ["Budget", "budget_of"]
 
 _Made = TypeVar("_Made")
 
+_MOVING = "while memory moved between models"
 _ROUND_BYTES = 1_000_000
 """What a model lacks is told in whole megabytes."""
 _USEFUL_FACTOR = 1.25
@@ -84,7 +86,7 @@ class Budget:
         """
         budget_bytes = parse_budget(memory_budget)
         while True:
-            with self._moving:
+            with held(self._moving, _MOVING):
                 try:
                     self._set(budget_bytes)
                     return
@@ -210,7 +212,7 @@ class Budget:
             error: tells what it lacks.
             most_bytes: what it may also have of memory that others do not use.
         """
-        with self._moving:
+        with held(self._moving, _MOVING):
             if self._gather(share, error, most_bytes):
                 return True
         return self._leave_out_drafts(error)
@@ -235,7 +237,7 @@ class Budget:
         Raises:
             BudgetError: that one needs the memory.
         """
-        with self._moving:
+        with held(self._moving, _MOVING):
             share.counted_bytes += nbytes
             try:
                 while (holder := self._holder) is not None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeload.errors import ClosedError, ConfigError
 from pipeload.format.caches import can_be_cut, growth, past_symbols
 from pipeload.format.manifest import LENGTH_AXIS, Manifest, evaluate_dim, symbols
-from pipeload.inputs import Arrays
+from pipeload.inputs import Arrays, numpy_dtype
+from pipeload.pipeline.cache_room import zeros
 from pipeload.pipeline.session import Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed
 from pipeload.planning import needs
@@ -120,6 +124,17 @@ class DecodeState:
             self.caches = {name: _cut(value, kept) for name, value in self.caches.items()}
         self.length = length
 
+    def cached(self, name: str, begin: int, end: int) -> NDArray[Any]:
+        """A copy of a cache's tokens from `begin` to before `end`.
+
+        Args:
+            name: of the graph input.
+            begin: the first token.
+            end: the token after the last one, at most `length`; of a model whose caches can be cut.
+        """
+        assert self._length_axis is not None
+        return to_array(self.caches[name])[(slice(None),) * self._length_axis + (slice(begin, end),)].copy()
+
     def close(self) -> None:
         """Give the caches' memory back. May be called again."""
         if not self.closed:
@@ -171,6 +186,7 @@ class Decoding:
         self.caches = {cache.input: cache.output for cache in manifest.caches}
         self.in_place = any(cache.in_place for cache in manifest.caches)
         self._shapes = {spec.name: spec.shape for spec in manifest.inputs}
+        self._dtypes = {spec.name: spec.dtype for spec in manifest.inputs}
         self._length_axis, self._grown = growth(manifest) if manifest.caches else (0, 0)
         self.lengths = _lengths(manifest, self._grown) if manifest.caches else None
         self._can_be_cut = can_be_cut(manifest)
@@ -232,12 +248,7 @@ class Decoding:
                 f"This state holds {state.length} tokens of the one kind, and with this step they become {length} of "
                 "the other. Take the whole text in the first step of a new state."
             )
-        room = -(-length // CAPACITY_STEP) * CAPACITY_STEP
-        wanted = max(state.expected, state.capacity)
-        if length > wanted:
-            wanted = room
-        # Attention goes over all room in the caches, so they have no more of it than the text is about to need.
-        feed.room = min(room, wanted)
+        wanted, feed.room = _room_for(state, length)
         rows = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
         expected, batch = max(state.expected, length), max(state.batch, rows)
         step = Step(length=length, capacity=wanted, expected=expected, batch=batch)
@@ -252,6 +263,48 @@ class Decoding:
         state.length, state.capacity, state.batch = step.length, step.capacity, step.batch
         state.steps += 1
         state._coming = None
+
+    @contextmanager
+    def holding(self, state: DecodeState, dims: Mapping[str, int], length: int) -> Iterator[None]:
+        """Count a state without tokens as one that has the caches of a text; not, where the body fails.
+
+        Args:
+            state: see above.
+            dims: sizes of the symbolic dimensions in a step of the text.
+            length: its tokens.
+        """
+        before = state.batch, state.capacity
+        state.batch = evaluate_dim(self._shapes[next(iter(self.caches))][0], dims)
+        state.capacity, _ = _room_for(state, length)
+        try:
+            yield
+        except BaseException:
+            state.batch, state.capacity = before
+            raise
+
+    def hold(self, state: DecodeState, dims: Mapping[str, int], length: int) -> dict[str, NDArray[Any]]:
+        """Make the caches of a state that `holding` counts. Returns them, without the room behind their tokens.
+
+        Args:
+            state: see there.
+            dims: likewise.
+            length: likewise.
+        """
+        _, room = _room_for(state, length)
+        held = {}
+        for name, shape in self.shapes(dims, length).items():
+            dtype = self._dtypes[name]
+            sizes = (*shape[:LENGTH_AXIS], room, *shape[LENGTH_AXIS + 1 :]) if self.in_place else shape
+            memory = zeros(sizes, np.dtype(numpy_dtype(dtype)))
+            state.caches[name] = to_value(memory, dtype)
+            held[name] = memory[tuple(slice(size) for size in shape)]
+        state.length, state._is_long = length, self._is_long(length)
+        return held
+
+    def shapes(self, dims: Mapping[str, int], length: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of caches of this many tokens, of a text whose other sizes are `dims`."""
+        sizes = {**dims, **dict.fromkeys(past_symbols(self._manifest), length)}
+        return {name: tuple(evaluate_dim(dim, sizes) for dim in self._shapes[name]) for name in self.caches}
 
     def abandon(self, state: DecodeState) -> None:
         """Settle a step that failed or was withdrawn."""
@@ -332,6 +385,18 @@ class Decoding:
         # "past + new": one of the symbols stands for all tokens, the others are 0.
         dims[next(symbol for symbol in symbols(self._grown) if symbol in dims)] = capacity
         return needs.cache_bytes(self._manifest, dims)
+
+
+def _room_for(state: DecodeState, length: int) -> tuple[int, int]:
+    """Tokens to plan for, and to make the caches for, of a state that gets this many.
+
+    Attention goes over all room in the caches, so they have no more of it than the text is about to need.
+    """
+    room = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+    wanted = max(state.expected, state.capacity)
+    if length > wanted:
+        wanted = room
+    return wanted, min(room, wanted)
 
 
 def _lengths(manifest: Manifest, grown: int | str) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ PipeloadError
  |- RunError        ONNX Runtime failed while it ran a shard
  |- ExportError     a model could not be exported, split or verified
  |- ClusterError    a node of the cluster was lost, or the cluster cannot do what was asked
+ |- DeadlineError   the call was not done within its `pipeload.deadline`
  '- ClosedError     the model was closed before or during the call
 ```
 
@@ -33,6 +34,7 @@ __all__ = [
     "ClosedError",
     "ClusterError",
     "ConfigError",
+    "DeadlineError",
     "EmbeddingWarning",
     "ExportError",
     "LoadError",
@@ -94,6 +96,10 @@ class ExportError(PipeloadError):
 
 class ClusterError(PipeloadError):
     """The cluster cannot do what was asked: it cannot be reached, a node was lost, or no placement works."""
+
+
+class DeadlineError(PipeloadError, TimeoutError):
+    """The call was not done within its `pipeload.deadline`."""
 
 
 class ClosedError(PipeloadError):

@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, evaluate_dim, match_dims, symbols
 
-__all__ = ["Arrays", "GraphInputs", "batches", "split_batch"]
+__all__ = [
+    "INPUTS_FACT",
+    "INPUTS_REMEDY",
+    "Arrays",
+    "GraphInputs",
+    "batches",
+    "check_batches",
+    "numpy_dtype",
+    "split_batch",
+]
+
+INPUTS_FACT, INPUTS_REMEDY = "The inputs could not be brought into the pipeline", "Pass smaller inputs."
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
@@ -55,7 +66,7 @@ class GraphInputs:
             spec = self.specs.get(name)
             if not isinstance(array, np.ndarray):
                 faults.append(f"'{name}' is a {type(array).__name__}, not a NumPy array")
-            elif spec and array.dtype != (wanted := _numpy_dtype(spec.dtype)):
+            elif spec and array.dtype != (wanted := numpy_dtype(spec.dtype)):
                 faults.append(f"'{name}' has dtype {array.dtype}, the model takes {wanted}")
         given = [name for name in self._caches if name in inputs or name in cached]
         left_out = [self.specs[name] for name in self._caches if name not in given]
@@ -72,13 +83,21 @@ class GraphInputs:
         dims = {symbol: dims.get(symbol, 0) for symbol in self._manifest.dims}
         arrays = dict(inputs)
         for spec in left_out:
-            arrays[spec.name] = np.zeros([evaluate_dim(dim, dims) for dim in spec.shape], _numpy_dtype(spec.dtype))
+            arrays[spec.name] = np.zeros([evaluate_dim(dim, dims) for dim in spec.shape], numpy_dtype(spec.dtype))
         return arrays, dims
 
 
-def _numpy_dtype(dtype: str) -> str:
+def numpy_dtype(dtype: str) -> str:
     """NumPy's name of a dtype; it has no bfloat16, which appears as uint16."""
     return "uint16" if dtype == "bfloat16" else dtype
+
+
+def check_batches(items: object, batch: object) -> None:
+    """Raise ConfigError unless these are items, and the most that are joined."""
+    if not isinstance(batch, int | np.integer) or batch < 1:
+        raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
+    if not isinstance(items, Iterable):
+        raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
 
 
 def batches(items: Iterable[Mapping[str, NDArray[Any]]], count: int) -> Iterator[tuple[Arrays, list[int]]]:

@@ -32,9 +32,10 @@ from pipeload.format import manifest as manifests
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import MANIFEST_NAME, Manifest, TensorSpec
 from pipeload.format.stages import stage_of
-from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
+from pipeload.inputs import INPUTS_FACT, INPUTS_REMEDY, Arrays, GraphInputs, batches, check_batches, split_batch
 from pipeload.machine.sizes import format_bytes
 from pipeload.opening import Opened, Options, draft_bytes, open_pipeline, weigh_draft
+from pipeload.pipeline.deadlines import lifted
 from pipeload.pipeline.joining import Joins, Padding, Rows
 from pipeload.pipeline.pipeline import Pipeline
 from pipeload.pipeline.requests import Call
@@ -48,7 +49,7 @@ from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.answer.answer import answer
-from pipeload.tasks.arguments import check_positive, is_whole
+from pipeload.tasks.arguments import check_capacity, check_positive
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.classify.rerank import rerank
@@ -66,8 +67,6 @@ from pipeload.tracing.trace import Progress, Trace
 _Sizes: TypeAlias = tuple[tuple[str, int], ...]
 
 __all__ = ["Model", "load"]
-
-_INPUTS_FACT, _INPUTS_REMEDY = "The inputs could not be brought into the pipeline", "Pass smaller inputs."
 
 
 def load(
@@ -290,6 +289,7 @@ class Model:
             ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
             BudgetError: inputs of this size do not fit the budget; nothing was read.
             ShardError, LoadError, RunError: a shard could not be read, built or run; the next call starts afresh.
+            DeadlineError: the call was not done within its `pipeload.deadline`.
             ClosedError: the model was closed before or during the call.
         """
         return self._budget.with_room(self._pipeline.share, lambda: self._arrays(self._start(inputs).result()))
@@ -333,10 +333,7 @@ class Model:
         Raises:
             PipeloadError: as `run`; ConfigError also when batch is below 1.
         """
-        if not isinstance(batch, int | np.integer) or batch < 1:
-            raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
-        if not isinstance(items, Iterable):
-            raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
+        check_batches(items, batch)
         if self.manifest.quantised_dynamically:
             batch = 1
         queue: deque[tuple[Call[dict[str, Value]], Arrays, list[int]]] = deque()
@@ -390,7 +387,7 @@ class Model:
             yield
             left_bytes = kept_bytes
         finally:
-            with suppress(ClosedError):
+            with suppress(ClosedError), lifted():
                 self._budget.extend(room, left_bytes - most_bytes)
             if left_bytes:
                 self._pipeline.rooms.append(room)
@@ -407,10 +404,7 @@ class Model:
             ConfigError: the model has no caches.
         """
         self._check_usable()
-        if not is_whole(capacity, 0):
-            raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
-        if not self._decoding.caches:
-            raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
+        check_capacity(self.manifest, capacity)
         return self._decoding.new_state(capacity, self)
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: DecodeState, *, positions: int = 1) -> NDArray[Any]:
@@ -479,6 +473,28 @@ class Model:
         running = RunningTop(top)
         running.push(self._logits(outputs, positions))
         return running.result
+
+    def hold(self, state: DecodeState, dims: Mapping[str, int], length: int) -> dict[str, NDArray[Any]]:
+        """Room for the caches of a text that another process has computed; weights give way to them.
+
+        Args:
+            state: without tokens.
+            dims: sizes of the symbolic dimensions in a step of the text.
+            length: its tokens.
+
+        Returns:
+            Graph input -> its cache, to be written before the state's next step, which follows these tokens.
+
+        Raises:
+            BudgetError: the caches do not fit the budget; the state is as it was.
+            ClosedError: the model or the state was closed.
+        """
+        self._check_usable()
+        state.check_usable_by(self)
+        pipeline = self._pipeline
+        change = partial(self._decoding.holding, state, dims, length)
+        self._budget.with_room(pipeline.share, lambda: pipeline.change(change).result())
+        return self._decoding.hold(state, dims, length)
 
     def session(self, capacity: int = 0) -> Session[DecodeState]:
         """A growing text: its `generate` does not recompute the beginning that the caches already hold.
@@ -594,7 +610,7 @@ class Model:
             raise ConfigError(f"state is {state!r}; make one with model.new_state().")
         state.check_usable_by(self)
         decoding = self._decoding
-        with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs, decoding.cached_shapes(state))
         step = decoding.begin(state, feed, dims)
         try:
@@ -638,7 +654,7 @@ class Model:
             passes: likewise.
         """
         self._check_usable()
-        with foreign_errors(RunError, _INPUTS_FACT, _INPUTS_REMEDY):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs)
             if lent_bytes is not None:
                 lent_bytes += 2 * sum(needs.tensor_bytes(spec, dims) for spec in self.manifest.outputs)

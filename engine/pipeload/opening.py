@@ -165,6 +165,7 @@ def open_pipeline(
                     known,
                     process_bytes=own_bytes + brought_bytes,
                     cores=process.cores,
+                    core_capacities=process.core_capacities,
                     runtime_bytes=runtime_bytes,
                 ),
                 budget_bytes=options.budget.budget_bytes,
@@ -216,7 +217,7 @@ def weigh_draft(
         process_bytes = process.process_bytes + OPEN_PIPELINES.to_come_bytes()
         own_bytes = options.budget.process_bytes(process.process_bytes, brought_bytes)
     known = options.profile or profile_store.find(directory, profiler.profile_dims(manifest)) or process
-    profile = replace(known, process_bytes=process_bytes, cores=process.cores)
+    profile = replace(known, process_bytes=process_bytes, cores=process.cores, core_capacities=process.core_capacities)
     guesser = draft_contender(*draft, profile)
     free_bytes = FreeMemory()()
     told = weigh(
@@ -260,7 +261,13 @@ def draft_contender(directory: Path, manifest: Manifest, model: Profile) -> Cont
     kept = profile_store.find(directory, profiler.profile_dims(manifest))
     own = kept or replace(model, times={}, dims={})
     # One process has one runtime.
-    own = replace(own, process_bytes=model.process_bytes, cores=model.cores, runtime_bytes=model.runtime_bytes)
+    own = replace(
+        own,
+        process_bytes=model.process_bytes,
+        cores=model.cores,
+        core_capacities=model.core_capacities,
+        runtime_bytes=model.runtime_bytes,
+    )
     return Contender(
         manifest=manifest, profile=own, needs=first_needs(manifest, Decoding(manifest), _draft_dims(manifest))
     )

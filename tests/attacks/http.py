@@ -83,7 +83,7 @@ def heads_that_are_none(_folder: Path) -> str:
     with Server() as server:
         for head in (
             b"GET /v1/models\r\n\r\n",
-            b"GET /v1/models HTTP/9.9\r\n\r\n",
+            b"GET /v1/models HTTP/9.9\r\nConnection: close\r\n\r\n",
             b"GET  /v1/models HTTP/1.1\r\n\r\n",
             line + b"\r\n",
             line + b"Host: localhost\r\nHost: evil\r\n\r\n",
@@ -181,7 +181,7 @@ def bodies_of_many_clients(_folder: Path) -> str:
         stack.enter_context(mock.patch.object(intake, "_PART", 1 << 60))
         stack.enter_context(mock.patch.object(intake, "_UNKNOWN_BYTES", 0))
         server = stack.enter_context(Server())
-        head = _POST + b"Content-Length: %d\r\n\r\n" % (2 * mib)
+        head = _POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % (2 * mib)
         slow = stack.enter_context(server.connect())
         slow.sendall(head + b" " * (2 * mib - 1))
         # Whichever of the two finds no room is refused.

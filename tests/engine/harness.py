@@ -66,6 +66,16 @@ class Gate:
         self._open.set()
 
 
+class Clock:
+    """Stands in for the module `time`: a clock that goes on when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
 class Background(threading.Thread):
     """A call in a thread of its own, which keeps its result or its exception."""
 
@@ -101,21 +111,52 @@ def agents() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("pipeload-")]
 
 
-def run_python(program: str, exit_code: int = 0, *, traced: bool = True) -> subprocess.CompletedProcess[str]:
+def decoder_inputs(model: Any, ids: NDArray[np.integer[Any]], past: int = 0) -> dict[str, NDArray[Any]]:
+    """The inputs of a decoder's step.
+
+    Args:
+        model: of one machine, or of a cluster.
+        ids: `[rows, tokens]`.
+        past: tokens in the caches.
+    """
+    rows, tokens = ids.shape
+    offered = {
+        "input_ids": ids,
+        "attention_mask": np.ones((rows, past + tokens), np.int64),
+        "position_ids": np.tile(np.arange(past, past + tokens), (rows, 1)),
+    }
+    return {spec.name: offered[spec.name].astype(spec.dtype) for spec in model.inputs}
+
+
+def run_python(
+    program: str,
+    *arguments: object,
+    exit_code: int = 0,
+    given: str = "",
+    timeout_s: float = PATIENCE_S,
+    traced: bool = True,
+) -> subprocess.CompletedProcess[str]:
     """Run a program in a process of its own, with this one's import path; it must end with that exit code.
 
-    `make coverage` traces it, unless `traced` is False.
+    Args:
+        program: its text.
+        arguments: its own, as text.
+        exit_code: see above.
+        given: what it reads.
+        timeout_s: it must end before.
+        traced: `make coverage` traces it.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     if not traced:
         environment = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_PROCESS_")}
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env=environment,
+        input=given,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == exit_code, done.stderr

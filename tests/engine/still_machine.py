@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 import pipeload.opening
+from pipeload.machine.cores import core_capacities
 from pipeload.machine.hardware import cores
 from pipeload.machine.heap import is_scattered
 from pipeload.machine.memory import FreeMemory, rss_bytes, warm_rss_bytes
@@ -53,6 +54,7 @@ def stand_still(patch: pytest.MonkeyPatch, *, memory: bool = True, times: bool =
         _replace(patch, warm_rss_bytes, lambda: PROCESS_BYTES)
         patch.setattr(Replanner, "correct", lambda *_, **__: None)
         _replace(patch, cores, lambda: CORES)
+        _replace(patch, core_capacities, dict)
         _replace(patch, FreeMemory, lambda: lambda: FREE_BYTES)
         _replace(patch, is_scattered, lambda: False)
     if times:

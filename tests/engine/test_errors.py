@@ -17,6 +17,7 @@ def test_the_tree_is_pinned() -> None:
         "ClosedError": (errors.PipeloadError,),
         "ClusterError": (errors.PipeloadError,),
         "ConfigError": (errors.PipeloadError, ValueError),
+        "DeadlineError": (errors.PipeloadError, TimeoutError),
         "EmbeddingWarning": (UserWarning,),
         "ExportError": (errors.PipeloadError,),
         "LoadError": (errors.PipeloadError,),

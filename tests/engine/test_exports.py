@@ -25,6 +25,7 @@ def test_the_public_names_are_pinned() -> None:
         "ClosedError",
         "ClusterError",
         "ConfigError",
+        "DeadlineError",
         "DecodeState",
         "EmbeddingWarning",
         "Entity",
@@ -49,6 +50,7 @@ def test_the_public_names_are_pinned() -> None:
         "TextStream",
         "TruncationWarning",
         "connect",
+        "deadline",
         "load",
     ]
 

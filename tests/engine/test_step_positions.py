@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.engine.harness import assert_close
+from tests.engine.harness import assert_close, decoder_inputs
 from tests.engine.tasks.generate.drafting import load
 from tests.marks import slow
 
@@ -17,19 +17,9 @@ import pipeload
 _TOKENS = np.random.default_rng(5).integers(0, 90, (2, 24))
 
 
-def _inputs(model: pipeload.Model, ids: NDArray[np.int64], past: int) -> dict[str, NDArray[Any]]:
-    batch, length = ids.shape
-    offered = {
-        "input_ids": ids,
-        "attention_mask": np.ones((batch, past + length), np.int64),
-        "position_ids": np.tile(np.arange(past, past + length), (batch, 1)),
-    }
-    return {spec.name: offered[spec.name] for spec in model.inputs}
-
-
 def _step(model: pipeload.Model, ids: NDArray[np.int64], state: Any, **options: Any) -> NDArray[Any]:
     """The logits of the new tokens that were asked for, `[batch, positions, vocabulary]`."""
-    logits = model.step(_inputs(model, ids, state.length), state, **options)
+    logits = model.step(decoder_inputs(model, ids, state.length), state, **options)
     return logits.reshape(len(ids), -1, logits.shape[-1])
 
 
@@ -54,7 +44,7 @@ def test_several_positions_are_what_single_steps_give(decoder: Path, room_bytes:
                 for length, positions in [(7, 7), (5, 3), (1, 1), (4, 4), (7, 2)]:
                     end = begin + length
                     logits = model.step(
-                        _inputs(model, ids[:, begin:end], begin),
+                        decoder_inputs(model, ids[:, begin:end], begin),
                         state,
                         **({"positions": positions} if positions > 1 else {}),
                     )
@@ -92,7 +82,7 @@ def test_positions_that_are_not_there_are_refused(one_of_each: Path, wrong: Any)
         expected = _single_steps(model, ids)
         _step(model, ids[:, :9], state)
         with pytest.raises(pipeload.ConfigError, match="positions"):
-            model.step(_inputs(model, ids[:, 9:14], 9), state, positions=wrong)
+            model.step(decoder_inputs(model, ids[:, 9:14], 9), state, positions=wrong)
         assert state.length == 9
         _assert_close(_step(model, ids[:, 9:14], state, positions=5), expected[:, 9:14])
 

@@ -36,7 +36,7 @@ def draw(target: Path, chat: Path, embedder: Path) -> None:
         # The machine as it is when the last sweep has ended.
         sweeps = [model["sweep"]["number"] for model in page.request.get(f"{address}/machine").json()["models"]]
         for model, number in zip(page.locator("#machine section.model").all(), sweeps, strict=True):
-            expect(model.locator("h4")).to_contain_text(f"Agents in sweep {number},")
+            expect(model.locator("h4").first).to_contain_text(f"Agents in sweep {number},")
         page.screenshot(path=target, full_page=True)
 
 

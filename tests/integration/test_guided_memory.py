@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.engine.harness import run_python
 
 pytest.importorskip("llguidance")
 pytest.importorskip("uvicorn")
@@ -43,15 +41,7 @@ asyncio.run(main())
 def test_a_grammar_keeps_to_the_budget_or_is_refused(budget_bytes: int, status: int) -> None:
     if not (_MODEL / "pipeload.json").exists():
         pytest.skip(f"needs {_MODEL}, which make demo exports")
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(_MODEL), str(budget_bytes)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(_PROGRAM, _MODEL, budget_bytes, timeout_s=800, traced=False)
     process_budget_bytes, *told = [json.loads(line) for line in done.stdout.splitlines()]
     _, before, guided, after = told
     assert [one["status"] for one in told] == [200, 200, status, 200], told

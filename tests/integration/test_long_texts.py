@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tests.engine.harness import run_python
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("tokenizers")
@@ -49,15 +47,7 @@ def test_long_texts_keep_to_the_budget_or_are_refused() -> None:
     directories = [_MODELS / "minilm", _MODELS / "smollm2-135m"]
     if not all((directory / "pipeload.json").exists() for directory in directories):
         pytest.skip(f"needs {_MODELS}, which make demo exports")
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, str(_BUDGET_BYTES), *map(str, directories)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(_PROGRAM, _BUDGET_BYTES, *directories, timeout_s=800, traced=False)
     budget_bytes, *told = [json.loads(line) for line in done.stdout.splitlines()]
     assert max(one["peak_bytes"] for one in told) <= budget_bytes
     short, words, marks, again = ([one["status"] for one in told[place : place + 3]] for place in (0, 3, 6, 9))

@@ -242,7 +242,7 @@ def test_the_machine_shows_memory_shards_and_lanes(opened: Watched, server: tupl
     machine = page.request.get(f"{server[0]}/machine").json()
     chat = page.locator("#machine section.model").filter(has_text="text-generation")
     sweep = machine["models"][0]["sweep"]
-    expect(chat.locator("h4")).to_contain_text(f"Agents in sweep {sweep['number']},")
+    expect(chat.locator("h4").first).to_contain_text(f"Agents in sweep {sweep['number']},")
     expect(page.locator("#machine dl").first).to_contain_text("4.00 GB")
     label = page.locator("#machine .memory svg").get_attribute("aria-label") or ""
     assert label.startswith("Memory: ")
@@ -258,6 +258,30 @@ def test_the_machine_shows_memory_shards_and_lanes(opened: Watched, server: tupl
     assert chat.locator(".lanes rect").count() == sum(len(lane["spans"]) for lane in sweep["lanes"])
     chat.locator("summary").click()
     expect(chat.locator("details th[scope=row]").first).to_have_text("inference")
+
+
+def test_the_machine_shows_where_a_model_of_a_cluster_was_placed_anew(
+    opened: Watched, server: tuple[str, Application]
+) -> None:
+    """The latest change first; a reason is a text, whatever is in it."""
+    page = opened.page
+    machine = page.request.get(f"{server[0]}/machine").json()
+    stages = [{"node": name, "first": f"block.00{at}", "last": f"block.01{at}"} for at, name in enumerate("ab")]
+    changes = [
+        {"at_s": 0, "before": stages[:1], "after": stages, "why": "The node b has joined.", "waited_s": 0},
+        {"at_s": 86400, "before": stages, "after": None, "why": "<b>No room</b>.", "waited_s": 1.5},
+    ]
+    machine["models"][0] |= {"memory": None, "sweep": None, "shards": [], "stages": stages, "reconfigurations": changes}
+    page.route("**/machine", lambda route: route.fulfill(json=machine))
+    items = page.locator("#machine section.model").first.locator(".changes li")
+    expect(items).to_have_count(2)
+    expect(items.nth(0)).to_contain_text(": <b>No room</b>. Stays on a (block.000 to block.010), b (block.001 to")
+    expect(items.nth(0)).to_contain_text("calls waited 1.50 s.")
+    expect(items.nth(0).locator("time")).to_have_attribute("datetime", "1970-01-02T00:00:00.000Z")
+    expect(items.nth(1)).to_contain_text(": The node b has joined. Moved from a (block.000 to block.010) to a (block")
+    expect(items.nth(1)).to_contain_text("no call waited.")
+    expect(page.locator("#machine section.model").last.locator(".changes")).to_be_hidden()
+    page.unroute("**/machine")
 
 
 @pytest.mark.parametrize("opened", [{"viewport": _PHONE}], indirect=True)

@@ -65,7 +65,7 @@ TESTS = {
         "planning/test_fewer_sessions.py",
         "planning/test_planner.py",
     ],
-    "planning/schedule.py": ["planning/test_schedule.py", "planning/test_fewer_sessions.py"],
+    "planning/schedule.py": ["planning/test_schedule.py", "planning/test_fewer_sessions.py", "planning/test_cores.py"],
 }
 """Module -> the tests that state its rules, below tests/engine."""
 

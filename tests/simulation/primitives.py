@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -184,6 +185,7 @@ class Threading:
     """Stands in for the module `threading`: the names of it that the code under test uses, and no others."""
 
     Thread = _Thread
+    TIMEOUT_MAX = threading.TIMEOUT_MAX
 
     def __init__(self, module: str) -> None:
         self._module = module.rsplit(".", 1)[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from tests.simulation.machine import Machine
 from tests.simulation.models import turned, weight_of
@@ -54,6 +54,7 @@ class SimulatedSession:
         packed: bool = False,
         copied: bool = False,
         arena: bool = False,
+        cores: Collection[int] = (),
     ) -> None:
         self._sessions = SimulatedSession.sessions()
         self._shard = shard

@@ -120,9 +120,31 @@ class Started:
         """The cgroup's highest usage so far, page cache included; None without one, and with v2 before Linux 5.19."""
         return self._memory.peak_bytes() if self._memory else None
 
+    def forget_peak(self) -> None:
+        """Let `peak_bytes` count from now on. With v1 only."""
+        if self._memory:
+            self._memory.forget_peak()
+
     def oom_kills(self) -> int:
         """Processes of the cgroup that the kernel has killed for memory."""
         return self._memory.oom_kills() if self._memory else 0
+
+    def used_bytes(self) -> int:
+        """What is charged to the cgroup now, page cache included."""
+        return self._memory.used_bytes() if self._memory else 0
+
+    def limit_bytes(self) -> int | None:
+        """The cap of the cgroup; None without one."""
+        return self._memory.limit_bytes() if self._memory else None
+
+    def limit_memory(self, memory_bytes: int) -> None:
+        """Change the cap of the cgroup.
+
+        Raises:
+            OSError: v1, and more is in use that the kernel cannot take away.
+        """
+        if self._memory:
+            self._memory.limit(memory_bytes)
 
 
 @contextmanager
@@ -221,9 +243,26 @@ class _MemoryGroup:
         path = self.folder / ("memory.peak" if self.unified else "memory.max_usage_in_bytes")
         return int(path.read_text()) if path.exists() else None
 
+    def forget_peak(self) -> None:
+        """Let the highest usage count from now on. With v1 only."""
+        (self.folder / "memory.max_usage_in_bytes").write_text("0")
+
     def used_bytes(self) -> int:
         """What is charged to it now, page cache included."""
         return int((self.folder / ("memory.current" if self.unified else "memory.usage_in_bytes")).read_text())
+
+    @property
+    def _cap(self) -> Path:
+        return self.folder / ("memory.max" if self.unified else "memory.limit_in_bytes")
+
+    def limit_bytes(self) -> int | None:
+        """The cap; None with v2 where there is none. v1 then tells a number of exabytes."""
+        text = self._cap.read_text().strip()
+        return None if text == "max" else int(text)
+
+    def limit(self, limit_bytes: int) -> None:
+        """Change the cap."""
+        self._cap.write_text(str(limit_bytes))
 
     def oom_kills(self) -> int:
         """Processes in it that the kernel killed for memory."""

@@ -8,6 +8,7 @@ scheduler     the process that knows the nodes
 offer         a node's offer: its budget, its models, its trust label
 pace          whether a node has become slower with a model
 store         a node's disk for files of other nodes, within a limit
+sources       which nodes may send which file
 fetching      takes them from there, in pieces
 rates         a model's speed on a node: the kept profile, or measured there
 links         how fast messages go from node to node
@@ -26,6 +27,7 @@ rings         the present ring, and how another one takes its place
 adapter       looks at the nodes, and moves the model
 state         KV caches on the nodes, and the tokens to compute them again from
 model         a model with the methods of `pipeload.Model`
+nodes         what the nodes tell a client: models, files, speeds, links
 connection    the cluster as a program sees it
 connecting    `pipeload.connect`
 ```

@@ -22,7 +22,7 @@ from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.format.manifest import Manifest
 from pipeload.machine.sizes import format_bytes
-from pipeload.planning.adapting import Adapting, Outlook, Slowness
+from pipeload.planning.adapting import Adapting, Outlook, Sending, Slowness
 from pipeload.planning.placement import Placement
 
 __all__ = ["Adapter", "usable_bytes"]
@@ -33,6 +33,8 @@ _NOTICED_LOOKS = 10
 """A call that a node refuses for want of memory waits for a move for this many looks: first the node has to tell."""
 _ASK_AGAIN_S = 60.0
 """A node that cannot tell its speed is asked again after this time."""
+_SENT_BYTES, _OTHER_LINK = 1_000_000, 2.0
+"""A link on which as many bytes take this many times as long, or as short, has changed."""
 
 _LOG = logging.getLogger("pipeload.cluster")
 
@@ -64,7 +66,7 @@ class Adapter:
         latency_share: see `place_shards`.
         offers: gives the nodes that have the model, or take its shards from others, by address.
         member: asks one of them for its speed; gives an error where it cannot tell.
-        links: measures those between nodes that are not known yet.
+        links: measures those between nodes that are not known yet, and anew those of some processes.
         ring: gives one of a placement, beside the present one.
     """
 
@@ -78,13 +80,13 @@ class Adapter:
         *,
         offers: Callable[[], dict[str, Offer]],
         member: Callable[[str, Offer], Awaitable[Member | PipeloadError]],
-        links: Callable[[list[Member]], Awaitable[Links]],
-        ring: Callable[[Placement, Sequence[Member], Ring], Ring],
+        links: Callable[[list[Member], frozenset[str]], Awaitable[Links]],
+        ring: Callable[[Placement, Sequence[Member], Links, Ring], Ring],
     ) -> None:
         self._rings, self._manifest = rings, manifest
         self._watch, self._sha256, self._latency_share = watch, sha256, latency_share
         self._offers, self._member, self._links, self._ring = offers, member, links, ring
-        self._adapting, self._slowness = Adapting(latency_share), Slowness()
+        self._adapting, self._slowness, self._sending = Adapting(latency_share), Slowness(), Sending()
         self._members: dict[str, Member] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._silent: set[str] = set()
@@ -92,6 +94,8 @@ class Adapter:
         self._outlook = Outlook(present=None, best=None)
         self._refusal: ClusterError | None = None
         self._before: Nodes = ()
+        self._known_links: Links | None = None
+        self._links_before: Links | None = None
         self._begun: Ring | None = None
         self._looked: asyncio.Future[None] | None = None
 
@@ -136,8 +140,11 @@ class Adapter:
             self._begun, used = ring, _nodes(ring.members)
             processes = {process for process, *_ in used}
             self._before = (*used, *(one for one in nodes if one[0] not in processes))
-        if self._seen != (nodes, ring.placement):
-            links = await self._links(members)
+            self._links_before = self._known_links
+        anew = self._sending.look(self._sent(), now_s)
+        if anew or self._seen != (nodes, ring.placement):
+            links = self._known_links = await self._links(members, anew)
+            self._links_before = links if self._links_before is None else self._links_before
             found = await asyncio.to_thread(self._predicted, members, links, ring.placement)
             if found is None:
                 return
@@ -150,10 +157,12 @@ class Adapter:
             self._rings.refuse(self._refusal)
         if decision != "move" or best is None:
             return
-        why = _why(self._before, nodes, self._outlook, self._latency_share)
+        links_before, links_now = self._links_before or {}, self._known_links or {}
+        changes = [*_changes(self._before, nodes), *_link_changes(links_before, links_now)]
+        why = _why(changes, self._outlook, self._latency_share)
         together = await asyncio.to_thread(have_room_for_both, self._manifest, members, ring.placement, best)
         moved = await asyncio.to_thread(
-            self._rings.move, ring, lambda seen: self._ring(best, members, seen), why, together=together
+            self._rings.move, ring, lambda seen: self._ring(best, members, links_now, seen), why, together=together
         )
         # Where a node was lost meanwhile, the calls have placed the model anew.
         if moved or self._rings.present is ring:
@@ -191,6 +200,18 @@ class Adapter:
         names = [member.offer.name for member in found]
         # Two nodes of one name cannot be told apart; the first one keeps it.
         return [member for place, member in enumerate(found) if member.offer.name not in names[:place]]
+
+    def _sent(self) -> dict[tuple[str, str], float]:
+        """Processes of a stage's node and the next one's -> how much longer sending takes than at its best."""
+        offers = self._offers()
+        return {
+            (offers[address].process, offers[following].process): factor
+            for address, stages in self._watch.facts.items()
+            for facts in stages
+            if facts.get("sha256") == self._sha256
+            for following, factor in facts.get("links", {}).items()
+            if address in offers and following in offers
+        }
 
     def _ask(self, address: str, offer: Offer) -> None:
         if offer.process in self._asking:
@@ -230,8 +251,8 @@ def _nodes(members: Sequence[Member]) -> Nodes:
     return tuple(sorted((one.offer.process, one.offer.name, one.offer.budget_bytes, one.slowness) for one in members))
 
 
-def _why(before: Nodes, now: Nodes, outlook: Outlook, latency_share: float) -> str:
-    """The reason for a move, in words: what has changed at the nodes, and what is gained."""
+def _changes(before: Nodes, now: Nodes) -> list[str]:
+    """What has changed at the nodes, in words."""
     known = {process: (budget, slowness) for process, _, budget, slowness in before}
     there = {process for process, *_ in now}
     reasons = [f"the node {name} is there no more" for process, name, *_ in before if process not in there]
@@ -245,6 +266,22 @@ def _why(before: Nodes, now: Nodes, outlook: Outlook, latency_share: float) -> s
             reasons.append(f"the node {name} may use {format_bytes(budget)}, {less} than before")
         if slowness != slowness_before:
             reasons.append(f"the node {name} takes {max(slowness):.1f} times as long as at its best")
+    return reasons
+
+
+def _link_changes(before: Links, now: Links) -> list[str]:
+    """What has changed at the links, in words."""
+    reasons = []
+    for pair in before.keys() & now.keys():
+        factor = now[pair].seconds(_SENT_BYTES) / before[pair].seconds(_SENT_BYTES)
+        if not 1 / _OTHER_LINK < factor < _OTHER_LINK:
+            text = f"{factor:.1f} times as long as" if factor > 1 else f"1/{1 / factor:.1f} of the time of"
+            reasons.append(f"sending between the nodes {' and '.join(sorted(pair))} takes {text} before")
+    return sorted(reasons)
+
+
+def _why(reasons: Sequence[str], outlook: Outlook, latency_share: float) -> str:
+    """The reason for a move, in words: what has changed, and what is gained."""
     if outlook.present is None:
         gain = "a stage has no place any more"
     else:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import combinations
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,27 +21,22 @@ from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.costs import Links, Member
 from pipeload.cluster.history import EVENTS
-from pipeload.cluster.links import Link
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.model import ClusterModel
-from pipeload.cluster.node import SETTINGS_BYTES
+from pipeload.cluster.nodes import Nodes
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.ring import Ring
 from pipeload.cluster.state import Texts
 from pipeload.cluster.watch import Watch
-from pipeload.errors import ClosedError, ClusterError, ConfigError, PipeloadError
+from pipeload.errors import ClosedError, ClusterError, ConfigError
 from pipeload.foreign import foreign_errors
-from pipeload.format import manifest as manifests
-from pipeload.format.manifest import MANIFEST_NAME, Manifest
+from pipeload.format.manifest import Manifest
 from pipeload.planning.placement import Placement
-from pipeload.planning.profile import Profile
 
 __all__ = ["Change", "Connection", "Status"]
 
 _CONNECT_S = 15
-_ASK_S = 120.0
-"""A node measures a model that it has no profile of, and may have to fetch its first shards before."""
 _FAREWELL_S = 5.0
 
 
@@ -55,8 +48,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         offer: see there.
         budget_bytes: what the node may use now: its budget, or less where its memory is short.
         stages: of each open one, the model's name and sha256, its shards, the number of its calls, of those that run or
-            wait, the seconds of computing and reading of its latest pass, and how much longer both take than at their
-            best, None before.
+            wait, the seconds of computing and reading of its latest pass, how much longer both take than at their
+            best, None before, and how much longer sending takes, by address of the next node.
     """
 
     address: str
@@ -101,8 +94,6 @@ class Connection:
         security = security_of(address, certificates, "client")
         self._address = address
         self._models: weakref.WeakSet[ClusterModel] = weakref.WeakSet()
-        self._known: dict[tuple[str, str], Member] = {}
-        self._links: dict[frozenset[str], Link] = {}
         self._closing = threading.Lock()
         self._closed = False
         self.loop = Loop()
@@ -115,6 +106,7 @@ class Connection:
                 self._client = self.loop.begin(_connected(address, security)).result()
             self.loop.at_the_end(partial(_disconnected, self._client))
             self._watch = Watch(self._client.scheduler)
+            self._nodes = Nodes(self.loop, self._watch, self._client.rpc)
             self.loop.ask(self._watch.look())
             self.loop.begin(self._watch.run())
         except BaseException:
@@ -167,8 +159,8 @@ class Connection:
         Raises:
             ClusterError: as `load`.
         """
-        sha256, _ = self._named(model)
-        placement, _ = self._placed(sha256, self._manifest(sha256)[0], frozenset(), stages, latency_share)
+        sha256, _ = self._nodes.named(model)
+        placement, _ = self._placed(sha256, self._nodes.manifest(sha256)[0], frozenset(), stages, latency_share)
         return placement
 
     def manifest(self, model: str | os.PathLike[str]) -> Manifest:
@@ -180,7 +172,7 @@ class Connection:
         Raises:
             ClusterError: no node has the model, or none answers.
         """
-        return self._manifest(self._named(model)[0])[0]
+        return self._nodes.manifest(self._nodes.named(model)[0])[0]
 
     def load(
         self, model: str | os.PathLike[str], *, stages: Mapping[str, str] | None = None, latency_share: float = 1.0
@@ -204,22 +196,37 @@ class Connection:
             PipeloadError: a stage cannot be opened, as `pipeload.load`.
         """
         self._check_usable()
-        sha256, name = self._named(model)
-        manifest, content = self._manifest(sha256)
+        sha256, name = self._nodes.named(model)
+        manifest, content = self._nodes.manifest(sha256)
         given = [stages]
+
+        def ring(
+            placement: Placement,
+            members: Sequence[Member],
+            links: Links | None = None,
+            beside: Ring | None = None,
+            lost: frozenset[str] = frozenset(),
+        ) -> Ring:
+            sources = [*self._nodes.candidates(sha256, lost)]
+            return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside, links)
 
         def open_ring(lost: frozenset[str]) -> Ring:
             # What the caller has named holds for the first placement.
             wanted = given.pop() if given else None
             placement, members = self._placed(sha256, manifest, lost, wanted, latency_share)
-            sources = [*self._owners(sha256, lost)]
-            return self.loop.ask(self._opened(manifest, placement, members, sha256, name, sources))
+
+            async def started() -> Ring:
+                made = ring(placement, members, lost=lost)
+                await made.start()
+                return made
+
+            return self.loop.ask(started(), "while the stages of the model were opened")
 
         with foreign_errors(ClusterError, "The model's settings cannot be kept here", "Make room for temporary files."):
             folder = tempfile.TemporaryDirectory(prefix="pipeload-cluster-", ignore_cleanup_errors=True)
         try:
             directory = Path(folder.name) / name
-            self._bring(sha256, manifest, content, directory)
+            self._nodes.bring(sha256, manifest, content, directory)
             opened = ClusterModel(self.loop, name, directory, manifest, open_ring, self._tell)
         except BaseException:
             folder.cleanup()
@@ -232,7 +239,7 @@ class Connection:
             opened.close()
             self._check_usable()
         if stages is None and Texts(manifest).can_go_on:
-            self._adapt(opened, sha256, name, latency_share)
+            self._adapt(opened, sha256, latency_share, ring)
         return opened
 
     def close(self) -> None:
@@ -258,19 +265,6 @@ class Connection:
     ) -> None:
         self.close()
 
-    async def _opened(
-        self,
-        manifest: Manifest,
-        placement: Placement,
-        members: list[Member],
-        sha256: str,
-        name: str,
-        sources: list[str],
-    ) -> Ring:
-        ring = Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members)
-        await ring.start()
-        return ring
-
     def _tell(self, change: Mapping[str, Any]) -> None:
         """Let the scheduler keep a change; one that is lost, or a closed connection, takes none."""
         with suppress(ClosedError):
@@ -290,91 +284,6 @@ class Connection:
         with suppress(OSError, RuntimeError):
             await self._client.log_event(EVENTS, dict(change))
 
-    def _named(self, model: str | os.PathLike[str]) -> tuple[str, str]:
-        """A model's sha256 and name."""
-        with foreign_errors(
-            ConfigError, f"{model!r:.80} is no name of a model", "Pass a str, or the path of one here."
-        ):
-            path = Path(model)
-        if (path / MANIFEST_NAME).is_file():
-            return hashlib.sha256(manifests.content(path)).hexdigest(), path.resolve().name
-        self.loop.ask(self._watch.look())
-        offers = self._watch.offers.values()
-        found = {offer.models[str(model)] for offer in offers if str(model) in offer.models}
-        if len(found) == 1:
-            return found.pop(), str(model)
-        if found:
-            raise ClusterError(
-                f"The nodes have {len(found)} different models of the name {model}. Copy one of them to all nodes, or "
-                "name the model by its directory here."
-            )
-        known = ", ".join(sorted({name for offer in offers for name in offer.models})) or "none"
-        raise ClusterError(
-            f"No node has a model of the name {model}; there are {known}. Start a node that has it.{self._others()}"
-        )
-
-    def _owners(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
-        """The nodes that have all of a model, by address."""
-        self.loop.ask(self._watch.look())
-        found = {
-            address: offer
-            for address, offer in self._watch.offers.items()
-            if offer.has(sha256) and offer.process not in lost
-        }
-        if not found:
-            raise ClusterError(
-                f"No node has the model. Start one with `pipeload node` that has it in --models.{self._others()}"
-            )
-        return found
-
-    def _members(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
-        """The nodes that have a model, or take its shards from those that have, by address."""
-        self._owners(sha256, lost)
-        return self._candidates(sha256, lost)
-
-    def _candidates(self, sha256: str, lost: frozenset[str]) -> dict[str, Offer]:
-        """The same, as the latest look has found them."""
-        return {
-            address: offer
-            for address, offer in self._watch.offers.items()
-            if (offer.has(sha256) or offer.fetched_bytes) and offer.process not in lost
-        }
-
-    def _others(self) -> str:
-        """What is to say of nodes that take part in nothing."""
-        return "".join(f" {address}: {error}" for address, error in self._watch.strangers.items())
-
-    def _manifest(self, sha256: str) -> tuple[Manifest, bytes]:
-        content = self._asked(sha256, "pipeload_manifest")
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise ClusterError("A node sent another manifest than it offers. Start the node again.")
-        return manifests.parse(content, Path(MANIFEST_NAME)), content
-
-    def _bring(self, sha256: str, manifest: Manifest, content: bytes, directory: Path) -> None:
-        """Write a model's manifest, tokenizer and settings."""
-        weights = {shard.weights.path for shard in manifest.shards if shard.weights}
-        weights |= {lookup.path for shard in manifest.shards for lookup in shard.lookups}
-        weights |= {shard.graph.path for shard in manifest.shards}
-        for record in manifest.files:
-            if record.path not in weights and record.nbytes <= SETTINGS_BYTES:
-                _write(directory / record.path, self._asked(sha256, "pipeload_file", path=record.path))
-        _write(directory / MANIFEST_NAME, content)
-
-    def _asked(self, sha256: str, operation: str, **arguments: Any) -> Any:
-        """The answer of the first node that has the model and answers."""
-        refusal: PipeloadError | None = None
-        for address in self._owners(sha256, frozenset()):
-            try:
-                return self.loop.ask(self._call(address, operation, {"sha256": sha256, **arguments}))
-            except ClusterError as error:
-                refusal = error
-        assert refusal is not None
-        raise refusal
-
-    async def _call(self, address: str, operation: str, arguments: Mapping[str, Any]) -> Any:
-        with foreign_errors(ClusterError, f"The node at {address} does not answer", "This machine must reach it too."):
-            return await asyncio.wait_for(getattr(self._client.rpc(address), operation)(**arguments), _ASK_S)
-
     def _placed(
         self,
         sha256: str,
@@ -386,94 +295,40 @@ class Connection:
         _check(stages, latency_share)
         offers = {
             address: offer
-            for address, offer in self._members(sha256, lost).items()
+            for address, offer in self._nodes.members(sha256, manifest, lost).items()
             # A node that is not named need not fetch shards to be measured by them.
             if stages is None or offer.has(sha256) or offer.name in stages
         }
         members = []
-        for member in self.loop.ask(self._speeds_of(sha256, offers)):
+        for member in self.loop.ask(self._nodes.speeds(sha256, offers)):
             told_bytes = self._watch.budgets.get(member.address, member.offer.budget_bytes)
             members.append(member.now(manifest, usable_bytes(member.offer, told_bytes), member.slowness))
         names = [member.offer.name for member in members]
         if len(set(names)) < len(names):
             raise ClusterError(f"Two nodes have one name: {', '.join(sorted(names))}. Start them with --name.")
-        links = self.loop.ask(self._links_of(members))
+        links = self.loop.ask(self._nodes.links(members))
         if stages is not None:
             return by_hand(manifest, members, stages, links), members
         return place(manifest, members, links, latency_share=latency_share), members
 
-    async def _speeds_of(self, sha256: str, offers: Mapping[str, Offer]) -> list[Member]:
-        """The nodes that tell their speed; one that does not answer takes no part."""
-        found = await asyncio.gather(*(self._speed_of(sha256, address, offer) for address, offer in offers.items()))
-        members = [member for member in found if isinstance(member, Member)]
-        if not members:
-            refusals = " ".join(dict.fromkeys(str(refusal) for refusal in found))
-            raise ClusterError(f"None of the nodes that have the model can run it. {refusals}")
-        return members
-
-    async def _speed_of(self, sha256: str, address: str, offer: Offer) -> Member | PipeloadError:
-        """A node with its speed, or the error where it cannot tell that."""
-        key = offer.process, sha256
-        if key not in self._known:
-            fetches = not offer.has(sha256)
-            sources = [own for own, other in self._watch.offers.items() if other.has(sha256)] if fetches else []
-            try:
-                told = await self._call(address, "pipeload_speed", {"sha256": sha256, "sources": sources})
-            except PipeloadError as error:
-                return error
-            speed = msgspec.convert(told, Profile, str_keys=True)
-            self._known[key] = Member(address=address, offer=offer, speed=speed, fetches=fetches)
-        return self._known[key]
-
-    def _adapt(self, model: ClusterModel, sha256: str, name: str, latency_share: float) -> None:
+    def _adapt(self, model: ClusterModel, sha256: str, latency_share: float, ring: Callable[..., Ring]) -> None:
         """Let a model move when its nodes change."""
-        manifest = model.manifest
-
-        def ring(placement: Placement, members: Sequence[Member], beside: Ring) -> Ring:
-            sources = [address for address, offer in self._watch.offers.items() if offer.has(sha256)]
-            return Ring(self._client, self._watch, manifest, sha256, name, sources, placement, members, beside)
-
         adapter = Adapter(
             model.rings,
-            manifest,
+            model.manifest,
             self._watch,
             sha256,
             latency_share,
-            offers=partial(self._candidates, sha256, frozenset()),
-            member=partial(self._speed_of, sha256),
-            links=self._links_of,
+            offers=partial(self._nodes.candidates, sha256),
+            member=partial(self._nodes.speed, sha256),
+            links=self._nodes.links,
             ring=ring,
         )
         self.loop.begin(adapter.run())
 
-    async def _links_of(self, members: list[Member]) -> Links:
-        """The links between nodes, measured by one node after another: they would disturb each other."""
-        for number, member in enumerate(members):
-            others = {
-                other.address: other.offer.process
-                for other in members[number + 1 :]
-                if _pair(member, other) not in self._links
-            }
-            if others:
-                with suppress(PipeloadError):
-                    told = await self._call(member.address, "pipeload_links", {"others": others})
-                    for other in members:
-                        if other.address in told:
-                            self._links[_pair(member, other)] = msgspec.convert(told[other.address], Link)
-        return {
-            frozenset((one.offer.name, other.offer.name)): self._links[_pair(one, other)]
-            for one, other in combinations(members, 2)
-            if _pair(one, other) in self._links
-        }
-
     def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("The connection to the cluster is closed. Connect again.")
-
-
-def _pair(one: Member, other: Member) -> frozenset[str]:
-    """Two starts of nodes, whichever measures the way between them."""
-    return frozenset((one.offer.process, other.offer.process))
 
 
 async def _connected(address: str, security: Any) -> Client:
@@ -503,9 +358,3 @@ def _check(stages: object, latency_share: object) -> None:
         raise ConfigError(f"stages is {stages!r:.80}; it must be shards by name of a node, as text, or None.")
     if not isinstance(latency_share, int | float) or not 0 <= latency_share <= 1:
         raise ConfigError(f"latency_share is {latency_share!r:.80}; it must be from 0 (throughput) to 1 (latency).")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with foreign_errors(ClusterError, f"{path} cannot be written", "Make room for temporary files."):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)

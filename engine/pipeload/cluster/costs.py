@@ -13,25 +13,26 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pipeload.cluster.links import Link
+from pipeload.cluster.links import PIECE_BYTES, Link
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.route import crossing_bytes
 from pipeload.cluster.store import files_of
 from pipeload.decode import Decoding
 from pipeload.errors import BudgetError, ClusterError
+from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest
 from pipeload.format.stages import stage
 from pipeload.machine.sizes import format_bytes
 from pipeload.measuring.profiler import profile_dims
 from pipeload.opening import first_needs
 from pipeload.planning import needs, planner
-from pipeload.planning.needs import Needs
-from pipeload.planning.placement import Node, Turn
+from pipeload.planning.needs import Needs, tensor_bytes
+from pipeload.planning.placement import Node, Placement, Turn
 from pipeload.planning.planner import Plan
 from pipeload.planning.profile import Profile, ShardTimes
 from pipeload.planning.rates import Rates
 
-__all__ = ["ASSUMED", "CALL_S", "Costs", "Links", "Member"]
+__all__ = ["ASSUMED", "CALL_S", "Costs", "Links", "Member", "copying_s"]
 
 CALL_S = 0.002
 """A message from node to node, on the software's side."""
@@ -90,6 +91,39 @@ class Member:
         return self.others[key]
 
 
+def copying_s(
+    manifest: Manifest, before: Placement, after: Placement, links: Links, *, dims: Mapping[str, int], length: int
+) -> float:
+    """Seconds until the stages after a move have the caches of a text from those before; all take them at once.
+
+    Args:
+        manifest: the model.
+        before: the placement that the model leaves.
+        after: the one that it moves to.
+        links: between the nodes.
+        dims: sizes of the symbolic dimensions in a step of the text.
+        length: its tokens.
+    """
+    slowest_s = 0.0
+    for target in after.segments:
+        own_s = 0.0
+        for source in before.segments:
+            begin, end = max(source.begin, target.begin), min(source.end, target.end)
+            if begin >= end or (source.node, source.begin, source.end) == (target.node, target.begin, target.end):
+                continue
+            taken = stage(manifest, begin, end)
+            if not taken.caches:
+                continue
+            sizes = {**dims, **dict.fromkeys(past_symbols(taken), length)}
+            found = [tensor_bytes(spec, sizes) for spec in taken.inputs if spec.name in taken.cache_inputs]
+            own_s += sum(-(-nbytes // PIECE_BYTES) for nbytes in found) * CALL_S
+            if source.node != target.node:
+                link = links.get(frozenset((source.node, target.node)), ASSUMED)
+                own_s += sum(map(link.seconds, found))
+        slowest_s = max(slowest_s, own_s)
+    return slowest_s
+
+
 class Costs:
     """Times and memory of stages on nodes; equal stages are planned once for each node."""
 
@@ -123,7 +157,7 @@ class Costs:
     def send_s(self, sender: Node, receiver: Node, place: int) -> float:
         """See `planning.placement.Sends`."""
         link = self._links.get(frozenset((sender.name, receiver.name)), ASSUMED)
-        return CALL_S + link.latency_s + self._crossing(place) / link.bytes_per_s
+        return CALL_S + link.seconds(self._crossing(place))
 
     def lack(self, member: Member, shards: str, begin: int, end: int) -> ClusterError:
         """The error for a stage that a node has no room for."""

@@ -7,7 +7,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Link", "measured"]
+__all__ = ["PIECE_BYTES", "Link", "measured"]
+
+PIECE_BYTES = 1 << 20
+"""Caches go from node to node in pieces of about this size."""
 
 _SMALL, _LARGE = 10, 3
 """Messages without data, and with them. The fastest of each counts: others waited for other work."""
@@ -29,6 +32,10 @@ class Link:
 
     latency_s: float
     bytes_per_s: float
+
+    def seconds(self, nbytes: float) -> float:
+        """The time until a message is there."""
+        return self.latency_s + nbytes / self.bytes_per_s
 
 
 async def measured(other: Any) -> Link:

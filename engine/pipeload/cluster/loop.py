@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
+from contextvars import Context
 from typing import Any, TypeVar
 
 from pipeload.errors import ClosedError, ClusterError
@@ -15,6 +16,7 @@ from pipeload.pipeline.callers import wait_for
 __all__ = ["Loop"]
 
 _CLOSED = "The connection to the cluster is closed. Connect again."
+_ASKED = "while the cluster was asked"
 _JOIN_S = 15.0
 
 _Made = TypeVar("_Made")
@@ -35,45 +37,55 @@ class Loop:
         self._thread.start()
 
     def begin(self, work: Coroutine[Any, Any, _Made]) -> Future[_Made]:
-        """Begin a coroutine.
+        """Begin a coroutine. It has none of its caller's context: it may outlive the call, and so its deadline.
 
         Raises:
             ClosedError: the loop is closed.
         """
         with self._lock:
             if not self._closed:
-                future = asyncio.run_coroutine_threadsafe(work, self._loop)
+                future = Context().run(asyncio.run_coroutine_threadsafe, work, self._loop)
                 self._waiting.add(future)
                 future.add_done_callback(self._waiting.discard)
                 return future
         work.close()
         raise ClosedError(_CLOSED)
 
-    def result(self, future: Future[_Made]) -> _Made:
-        """Wait for what `begin` has begun. A caller that is interrupted, or leaves, cancels it.
+    def result(self, future: Future[_Made], when: str = _ASKED) -> _Made:
+        """Wait for what `begin` has begun. A caller that is interrupted, leaves, or has a deadline that passes, cancels
+        it.
+
+        Args:
+            future: what it has given.
+            when: ends the sentence "The deadline of 2 s passed ...".
 
         Raises:
             ClosedError: the loop was closed meanwhile, or the caller has left.
+            DeadlineError: the caller's deadline has passed.
             ClusterError: a library failed in it.
             PipeloadError: of the coroutine.
         """
         try:
             with foreign_errors(ClusterError, "The cluster failed", "The logs of its processes have more."):
                 try:
-                    return wait_for(future)
+                    return wait_for(future, lambda: when)
                 except CancelledError:
                     raise ClosedError(_CLOSED) from None
         except BaseException:
             future.cancel()
             raise
 
-    def ask(self, work: Coroutine[Any, Any, _Made]) -> _Made:
+    def ask(self, work: Coroutine[Any, Any, _Made], when: str = _ASKED) -> _Made:
         """The result of a coroutine.
+
+        Args:
+            work: the coroutine.
+            when: as for `result`.
 
         Raises:
             PipeloadError: as `result`.
         """
-        return self.result(self.begin(work))
+        return self.result(self.begin(work), when)
 
     def at_the_end(self, farewell: Callable[[], Awaitable[object]]) -> None:
         """Set what the loop does last."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from distributed.protocol import to_serialize
 from pipeload.errors import ClusterError, PipeloadError
 from pipeload.foreign import first_line, foreign_errors
 
-__all__ = ["DisconnectedError", "Job", "NodeLostError", "Place", "TextLostError", "call"]
+__all__ = ["DisconnectedError", "Job", "NodeLostError", "Place", "Text", "TextLostError", "call"]
 
 
 class NodeLostError(ClusterError):
@@ -74,6 +74,23 @@ class Job:
     expected: int
     positions: int
     top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """What the caches of a batch of growing texts are.
+
+    Attributes:
+        state: their id on each node.
+        length: tokens in them.
+        expected: tokens that they will have in the end, as far as the caller knows.
+        dims: sizes of the symbolic dimensions in their latest step.
+    """
+
+    state: str
+    length: int
+    expected: int
+    dims: Mapping[str, int]
 
 
 async def call(pool: Callable[[str], Any], place: Place, method: str, *arguments: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 import weakref
 from collections import deque
@@ -12,14 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pipeload.cluster.history import History, Reconfiguration
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.messages import Job
 from pipeload.cluster.ring import Ring
-from pipeload.cluster.rings import Begun, Rings
+from pipeload.cluster.rings import FAREWELL_S, Begun, Rings
 from pipeload.cluster.state import ClusterState, Texts
 from pipeload.errors import (
     ClosedError,
@@ -31,13 +31,13 @@ from pipeload.errors import (
 )
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import Manifest, TensorSpec
-from pipeload.inputs import Arrays, GraphInputs, batches, split_batch
+from pipeload.inputs import INPUTS_FACT, INPUTS_REMEDY, Arrays, GraphInputs, batches, check_batches, split_batch
 from pipeload.pipeline.joining import Padding
 from pipeload.pipeline.top_logits import TopLogits
 from pipeload.planning.placement import Placement
 from pipeload.storage.model_files import ModelFiles
 from pipeload.tasks.answer.answer import answer
-from pipeload.tasks.arguments import check_positive, is_whole
+from pipeload.tasks.arguments import check_capacity, check_positive
 from pipeload.tasks.chat.chat import chat_prompt
 from pipeload.tasks.classify.classify import classify
 from pipeload.tasks.classify.rerank import rerank
@@ -49,8 +49,6 @@ from pipeload.tasks.generate.session import Session
 from pipeload.tracing.stats import Stats
 
 __all__ = ["ClusterModel"]
-
-_FAREWELL_S = 30.0
 
 _Answer = TypeVar("_Answer")
 
@@ -148,6 +146,7 @@ class ClusterModel:
             ConfigError: an input is missing, unknown, or of the wrong dtype or shape; all faults at once.
             ClusterError: a node was lost, and then another one, or the nodes that are left cannot run the model.
             PipeloadError: as `Model.run`, of the nodes.
+            DeadlineError: the call was not done within its `pipeload.deadline`.
             ClosedError: the model was closed before or during the call.
         """
         arrays = self._checked(inputs)
@@ -178,10 +177,7 @@ class ClusterModel:
         Raises:
             PipeloadError: as `run`; ConfigError also when batch is below 1.
         """
-        if not isinstance(batch, int | np.integer) or batch < 1:
-            raise ConfigError(f"batch is {batch!r}; it must be a whole number, at least 1.")
-        if not isinstance(items, Iterable):
-            raise ConfigError(f"items is {items!r}; it must be an iterable of inputs.")
+        check_batches(items, batch)
         if self.manifest.quantised_dynamically:
             batch = 1
         queue: deque[tuple[Begun[Arrays], Arrays, list[int]]] = deque()
@@ -214,11 +210,10 @@ class ClusterModel:
             ConfigError: the model has no caches.
         """
         self._check_usable()
-        if not is_whole(capacity, 0):
-            raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
-        if not self.manifest.caches:
-            raise ConfigError(f"This {self.manifest.task} model has no KV cache, so it cannot decode step by step.")
-        return ClusterState(self._texts, capacity, self._end_state)
+        check_capacity(self.manifest, capacity)
+        state = ClusterState(self._texts, capacity, self._end_state)
+        self.rings.keep(state)
+        return state
 
     def step(self, inputs: Mapping[str, NDArray[Any]], state: ClusterState, *, positions: int = 1) -> NDArray[Any]:
         """One pass of a decoder over new tokens, which follow the tokens in the state.
@@ -297,7 +292,7 @@ class ClusterModel:
         self._finalizer.detach()
         if (closing := self.rings.close()) is not None:
             with suppress(PipeloadError, TimeoutError, CancelledError):
-                closing.result(_FAREWELL_S)
+                closing.result(FAREWELL_S)
 
     def __repr__(self) -> str:
         nodes = ", ".join(segment.node for segment in self.placement.segments)
@@ -323,7 +318,7 @@ class ClusterModel:
         state.check_usable()
         texts = self._texts
         cached = texts.cached_shapes(state.dims, state.length) if state.length else None
-        with foreign_errors(RunError, "The inputs could not be brought into the pipeline", "Pass smaller inputs."):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             arrays, dims = self._graph_inputs.check(inputs, cached)
         arrays = texts.free(arrays)
         length = texts.length(dims)
@@ -335,16 +330,18 @@ class ClusterModel:
         known = state.inputs is not None
         whole = texts.joined(state.inputs, arrays) if state.inputs is not None and texts.can_be_joined else arrays
 
-        def once(ring: Ring) -> Future[Any]:
-            if state.begin(ring):
-                pieces = texts.pieces(arrays, dims, state.length, length, positions, state.expected)
-            elif known and texts.can_be_joined:
-                pieces = texts.pieces(whole, dims, 0, length, positions, state.expected)
+        async def on(ring: Ring) -> Any:
+            if await state.bring(ring):
+                past, given = state.length, arrays
             else:
-                raise ClusterError(
-                    "A node was lost, and the caches of this model cannot be computed again from its tokens at once. "
-                    "Generate the text anew."
-                )
+                past, given = 0, whole
+                if state.length and not (known and texts.can_be_joined):
+                    raise ClusterError(
+                        "A node was lost, and the caches of this model cannot be computed again from its tokens at "
+                        "once. Generate the text anew."
+                    )
+                state.start(ring)
+            pieces = texts.pieces(given, dims, past, length, positions, state.expected)
             last = len(pieces) - 1
             jobs = [
                 Job(
@@ -359,10 +356,12 @@ class ClusterModel:
                 )
                 for number, (_, past) in enumerate(pieces)
             ]
-            work = [(piece, job) for (piece, _), job in zip(pieces, jobs, strict=True)]
-            return self._loop.begin(ring.step(work))
+            begin_s = time.perf_counter()
+            answer = await ring.step([(piece, job) for (piece, _), job in zip(pieces, jobs, strict=True)])
+            state.timed(length - past, time.perf_counter() - begin_s)
+            return answer
 
-        made = self._tried(once, failed=state.drop)
+        made = self._tried(lambda ring: self._loop.begin(on(ring)), failed=state.drop)
         state.inputs, state.length, state.dims = whole, length, dims
         state.steps += 1
         state.batch = max(state.batch, next(iter(arrays.values())).shape[0])
@@ -373,7 +372,7 @@ class ClusterModel:
 
     def _checked(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         self._check_usable()
-        with foreign_errors(RunError, "The inputs could not be brought into the pipeline", "Pass smaller inputs."):
+        with foreign_errors(RunError, INPUTS_FACT, INPUTS_REMEDY):
             self._graph_inputs.check(inputs)
         # Caches that are left out are empty on the nodes too.
         return dict(inputs)
@@ -392,8 +391,10 @@ class ClusterModel:
     def _end_state(self, state: ClusterState) -> None:
         """Not waited for: the nodes close it when they hear of it, or with the stage."""
         if state.ring is not None and state.id and not self._closed:
-            with suppress(ClosedError):
-                self._loop.begin(state.ring.end_state(state.id))
+            # A move may have brought them to the present stages already.
+            for ring in {state.ring, self.rings.present}:
+                with suppress(ClosedError):
+                    self._loop.begin(ring.end_state(state.id))
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -22,8 +22,8 @@ from pipeload.cluster import settings
 from pipeload.cluster.certificates import check_accepted, security_of
 from pipeload.cluster.fetching import Fetcher
 from pipeload.cluster.links import Link, measured
-from pipeload.cluster.offer import BUDGET, OFFER, Offer, models_in
-from pipeload.cluster.pace import Pace
+from pipeload.cluster.offer import BUDGET, FETCHED, OFFER, Offer, models_in
+from pipeload.cluster.pace import Pace, Series
 from pipeload.cluster.rates import first_shards, speed_of
 from pipeload.cluster.running import until_stopped
 from pipeload.cluster.store import PIECE_BYTES, Store
@@ -65,6 +65,7 @@ class Node:
         budget: of all stages.
         stages: id -> facts about each open stage, for `pipeload cluster status`.
         paces: sha256 -> how fast the model's stages have been here.
+        sends: address -> how fast activations have gone to that node.
 
     Raises:
         ConfigError: there is no model, and none is to be fetched.
@@ -98,6 +99,7 @@ class Node:
         self.budget = Budget(budget_bytes, beside_bytes=_MESSAGES_BYTES)
         self.stages: dict[str, dict[str, Any]] = {}
         self.paces: defaultdict[str, Pace] = defaultdict(Pace)
+        self.sends: defaultdict[str, Series] = defaultdict(Series)
         self._free = FreeMemory()
         here = measure()
         self.offer = Offer(
@@ -130,12 +132,18 @@ class Node:
         """What its memory lets the node use now: the budget, or less where cgroup and machine leave less."""
         return min(self.offer.budget_bytes, self._free())
 
+    @property
+    def fetched(self) -> dict[str, str]:
+        """Of each model that it has fetched files of, the sha256 of the manifest and the name."""
+        return self._fetcher.store.names
+
     def listen_to(self, worker: Any) -> None:
         """Let other processes ask this node through Dask's worker, and this one ask other nodes."""
         worker.extensions[OFFER] = self
         worker.handlers |= {
             "pipeload_manifest": self.manifest,
             "pipeload_file": self.file,
+            "pipeload_files": self.files,
             "pipeload_piece": self.piece,
             "pipeload_fetch": self.fetch,
             "pipeload_speed": self.speed,
@@ -143,6 +151,13 @@ class Node:
             "pipeload_take": self.take,
         }
         self._pool = self._fetcher.pool = worker.rpc
+
+    def _files_of(self, sha256: str) -> ModelFiles:
+        """The files of a model that is here, or was: which of them are there is seen when they are read."""
+        if sha256 not in self._files:
+            directory, data = self.model(sha256)
+            self._files[sha256] = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        return self._files[sha256]
 
     def _open_models(self) -> set[str]:
         return {facts["sha256"] for facts in self.stages.values()}
@@ -164,47 +179,60 @@ class Node:
             raise ShardError(f"The model has no file '{path}'.")
         return content
 
+    async def files(self, sha256: str) -> list[str]:
+        """The sha256 of each file of a model that is here whole; none of a model that this node does not know.
+
+        For other processes.
+        """
+
+        def found() -> list[str]:
+            with suppress(ShardError):
+                known = self._files_of(sha256)
+                return [record.sha256 for path, record in known.records.items() if known.path(path).is_file()]
+            return []
+
+        return await asyncio.to_thread(found)
+
     def known_speed(self, sha256: str) -> Profile | None:
         """What `speed` has told of a model, by which it was placed: its stages are planned alike. None before."""
         return self._speeds.get(sha256)
 
     async def piece(self, sha256: str, path: str, offset: int, nbytes: int) -> bytes:
-        """A piece of a file of a model that this node has all of. For other nodes.
+        """A piece of a file of a model that is here whole. For other nodes.
 
         Raises:
             ShardError: there is no such model or file, or it cannot be read.
         """
-        if not self.offer.has(sha256):
-            raise ShardError(f"The node {self.offer.name} has not all of the model {sha256[:16]} ...")
-        if sha256 not in self._files:
-            directory, data = self.model(sha256)
-            self._files[sha256] = ModelFiles(directory, manifests.parse(data, directory / MANIFEST_NAME))
+        files = self._files_of(sha256)
         async with self._sending:
-            return await asyncio.to_thread(self._files[sha256].piece, path, offset, min(nbytes, PIECE_BYTES))
+            await asyncio.to_thread(self._fetcher.store.note_use, sha256)
+            return await asyncio.to_thread(files.piece, path, offset, min(nbytes, PIECE_BYTES))
 
-    async def fetch(self, sha256: str, shards: str, sources: Sequence[str]) -> None:
+    async def fetch(self, sha256: str, name: str, shards: str, sources: Sequence[str]) -> None:
         """Take the files of a stage from other nodes, as far as they are not here. For clients.
 
         Args:
             sha256: of the model's manifest.
+            name: the model's.
             shards: its first and last shard, as `pipeload.load` takes them.
-            sources: addresses of nodes that have all of the model.
+            sources: addresses of nodes that may have files of the model.
 
         Raises:
             ClusterError: none of them gives a file. The next try goes on from where this one stopped.
             ConfigError: there is no room within the limit of --fetch, or on the disk.
         """
-        await self._fetcher.bring(sha256, lambda whole: stage_of(whole, shards), sources, self._open_models())
+        await self._fetcher.bring(sha256, name, lambda whole: stage_of(whole, shards), sources, self._open_models())
 
-    async def speed(self, sha256: str, sources: Sequence[str] = ()) -> dict[str, Any]:
+    async def speed(self, sha256: str, name: str = "", sources: Sequence[str] = ()) -> dict[str, Any]:
         """The fields of a profile of a model on this node; takes a second or two the first time. For clients.
 
         Args:
             sha256: of the model's manifest.
+            name: the model's.
             sources: of its first shards, by which it is measured, where this node has not all of it.
         """
         if not self.offer.has(sha256):
-            await self._fetcher.bring(sha256, first_shards, sources, self._open_models())
+            await self._fetcher.bring(sha256, name, first_shards, sources, self._open_models())
         directory, data = self.model(sha256)
         async with self._measuring:
             if sha256 not in self._speeds:
@@ -218,17 +246,18 @@ class Node:
         """The number of these bytes. For other nodes, which measure the way here."""
         return len(data)
 
-    async def links(self, others: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    async def links(self, others: Mapping[str, str], anew: bool = False) -> dict[str, dict[str, float]]:
         """The ways to other nodes, by address, as far as they answer; measured the first time. For clients.
 
         Args:
             others: address -> process of each, see `Offer`.
+            anew: measure those that are known too; one that does not answer stays as it is known.
         """
         assert self._pool is not None
         found = {}
         async with self._measuring:
             for key in others.items():
-                if key not in self._links:
+                if anew or key not in self._links:
                     with suppress(ClusterError), foreign_errors(ClusterError, "It does not answer", "Look at its log."):
                         async with asyncio.timeout(_LINK_S):
                             self._links[key] = await measured(self._pool(key[0]))
@@ -295,6 +324,7 @@ def start(
                     metrics={
                         OFFER: lambda _: list(node.stages.values()),
                         BUDGET: lambda _: node.present_budget_bytes(),
+                        FETCHED: lambda _: node.fetched,
                     },
                 )
                 # Clients may ask as soon as the scheduler knows the node.

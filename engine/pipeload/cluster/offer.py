@@ -14,12 +14,14 @@ from pipeload.errors import ClusterError, ConfigError, ManifestError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import MANIFEST_NAME
 
-__all__ = ["BUDGET", "OFFER", "Offer", "models_in"]
+__all__ = ["BUDGET", "FETCHED", "OFFER", "Offer", "models_in"]
 
 OFFER = "pipeload"
 """Its key in what Dask tells of a worker."""
 BUDGET = "pipeload-budget"
 """The key of the bytes that the node may use now."""
+FETCHED = "pipeload-fetched"
+"""The key of the names of models that the node has fetched files of, by sha256 of the manifest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

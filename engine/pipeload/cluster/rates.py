@@ -9,6 +9,7 @@ from pipeload.budget import Budget
 from pipeload.errors import BudgetError, RunError
 from pipeload.format.manifest import Manifest
 from pipeload.format.stages import cut_places, stage
+from pipeload.machine.cores import core_capacities
 from pipeload.machine.hardware import cores
 from pipeload.measuring import profile_store
 from pipeload.measuring.bandwidth import one_agent_bandwidth
@@ -41,7 +42,7 @@ def speed_of(directory: Path, manifest: Manifest, budget: Budget, process_bytes:
     kept = profile_store.find(directory, dims)
     if kept is not None and kept.measured:
         return replace(kept, process_bytes=process_bytes)
-    assumed = Profile(process_bytes=process_bytes, cores=cores(), dims=dims)
+    assumed = Profile(process_bytes=process_bytes, cores=cores(), dims=dims, core_capacities=core_capacities())
     rates = Rates.of(manifest, assumed, None)
     (threads, times), *_ = rates.times.items()
     factor = _slowness(directory, manifest, budget, dims, {name: one.run_s for name, one in times.items()})

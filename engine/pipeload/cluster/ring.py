@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeload.cluster.costs import Member
-from pipeload.cluster.messages import Job, NodeLostError, Place, call
+from pipeload.cluster.costs import Links, Member, copying_s
+from pipeload.cluster.messages import Job, NodeLostError, Place, Text, call
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.route import leaving, shards_of
 from pipeload.cluster.stage import Stage
 from pipeload.cluster.watch import Watch
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
-from pipeload.foreign import foreign_errors
+from pipeload.foreign import foreign_errors, let_go
 from pipeload.format.manifest import Manifest
+from pipeload.format.stages import stage as stage_of
 from pipeload.inputs import Arrays
 from pipeload.planning.placement import Placement
 
@@ -25,6 +27,8 @@ __all__ = ["Ring"]
 
 _FAREWELL_S = 5.0
 """A node that does not answer for this time closes the stage when it hears that nothing refers to it any more."""
+
+_LOG = logging.getLogger("pipeload.cluster")
 
 _Answer = TypeVar("_Answer")
 
@@ -58,10 +62,11 @@ class Ring:
         manifest: the whole model.
         sha256: of it.
         name: the model's.
-        sources: addresses of nodes that have all of the model, for those that have not.
+        sources: addresses of nodes that may have files of the model, for those that have not all.
         placement: which node runs which shards.
         members: the nodes that it names.
         beside: the ring whose stages are taken over where they are the same; both are open until one is closed.
+        links: between the nodes of both.
 
     Attributes:
         placement: see above.
@@ -78,6 +83,7 @@ class Ring:
         placement: Placement,
         members: Sequence[Member],
         beside: Ring | None = None,
+        links: Links | None = None,
     ) -> None:
         known = {member.offer.name: member for member in members}
         self._client, self._watch, self._manifest = client, watch, manifest
@@ -85,6 +91,8 @@ class Ring:
         self.placement = placement
         self._members = [known[segment.node] for segment in placement.segments]
         self._route = uuid.uuid4().hex
+        self._beside, self._links = beside, links or {}
+        self._taken: dict[str, asyncio.Future[bool]] = {}
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         there = {(one.process, one.begin, one.end): one for one in beside._stages} if beside else {}
         self._stages: list[_Opened] = []
@@ -176,8 +184,37 @@ class Ring:
 
         return await self._answered(number, [send(*piece) for piece in pieces])
 
+    def copying_s(self, before: Ring, dims: Mapping[str, int], length: int) -> float | None:
+        """Seconds until these stages have the caches of a text from those before; None where they cannot take them.
+
+        Args:
+            before: the ring that has them.
+            dims: sizes of the symbolic dimensions in a step of the text.
+            length: its tokens.
+        """
+        if self._beside is not before:
+            return None
+        ways = self._manifest, before.placement, self.placement, self._links
+        return copying_s(*ways, dims=dims, length=length)
+
+    async def take(self, text: Text) -> bool:
+        """Let the stages take the caches of a text from the ring before. Returns whether they have them.
+
+        Who asks again gets the same answer.
+        """
+        if text.state not in self._taken:
+            self._taken[text.state] = asyncio.ensure_future(self._take(text))
+        return await asyncio.shield(self._taken[text.state])
+
+    async def settled(self) -> None:
+        """The move to these stages has ended: no caches are taken from the ring before any more."""
+        self._beside = None
+        self._taken.clear()
+
     async def end_state(self, state: str) -> None:
         """Give the memory of a state's caches back on all nodes."""
+        if (taking := self._taken.pop(state, None)) is not None:
+            await asyncio.wait([taking])
         await asyncio.gather(*(self._told(place, "end_state", state) for place in self._places))
 
     async def close(self, reason: PipeloadError | None = None) -> None:
@@ -227,6 +264,29 @@ class Ring:
                 self._lost.set_exception(NodeLostError(text, member.address))
                 return
 
+    async def _take(self, text: Text) -> bool:
+        before = self._beside
+        if before is None or not before._stages:
+            return False
+        held = [(one.place, self._caches_of(one)) for one in before._stages]
+        try:
+            takes = []
+            for stage in self._stages:
+                own = self._caches_of(stage)
+                sources = [(place, sorted(names & own)) for place, names in held if names & own]
+                takes.append(self._call(stage.place, "take", self._route, text, sources))
+            # A node of either ring may be lost.
+            await before._unless_lost([self._unless_lost(takes)])
+        except PipeloadError as error:
+            _LOG.info("The caches of a text were not copied, and are computed again: %s", error)
+            let_go(error)
+            await asyncio.gather(*(self._told(place, "end_state", text.state) for place in self._places))
+            return False
+        return True
+
+    def _caches_of(self, stage: _Opened) -> frozenset[str]:
+        return stage_of(self._manifest, stage.begin, stage.end).cache_inputs
+
     @property
     def _places(self) -> list[Place]:
         return [stage.place for stage in self._stages]
@@ -243,8 +303,9 @@ class Ring:
         fact = f"The node {member.offer.name} could not fetch shards {shards}"
         try:
             with foreign_errors(ClusterError, "It does not answer", "Its log may have more."):
+                sources = [source for source in self._sources if source != member.address]
                 await self._client.rpc(member.address).pipeload_fetch(
-                    sha256=self._sha256, shards=shards, sources=self._sources
+                    sha256=self._sha256, name=self._name, shards=shards, sources=sources
                 )
         except PipeloadError as error:
             raise ClusterError(f"{fact}. {error}") from error
@@ -257,12 +318,13 @@ class Ring:
             raise ClusterError(f"The node {stage.place.node} could not open its stage: {error}.") from error
 
     async def _answered(self, number: str, passes: Sequence[Coroutine[Any, Any, None]]) -> Any:
-        last = self._places[-1]
+        places = self._places
         try:
-            return (await self._unless_lost([self._call(last, "answer", number), *passes]))[0]
-        except PipeloadError as error:
-            if not _is_at(last, error):
-                await self._told(last, "forget", number)
+            return (await self._unless_lost([self._call(places[-1], "answer", number), *passes]))[0]
+        except (PipeloadError, asyncio.CancelledError) as error:
+            # It is cancelled where the caller was interrupted, has left, or is late.
+            there = [place for place in places if not _is_at(place, error)]
+            await asyncio.gather(*(self._told(place, "forget", number) for place in there))
             raise
 
     async def _unless_lost(self, calls: Sequence[Coroutine[Any, Any, _Answer]]) -> list[_Answer]:
@@ -290,5 +352,5 @@ class Ring:
         return await call(self._client.rpc, place, method, *arguments)
 
 
-def _is_at(place: Place, error: PipeloadError | None) -> bool:
+def _is_at(place: Place, error: BaseException | None) -> bool:
     return isinstance(error, NodeLostError) and error.address == place.address

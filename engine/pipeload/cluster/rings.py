@@ -13,19 +13,24 @@ from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakSet
 
 from pipeload.cluster.calls import Calls
 from pipeload.cluster.history import History
 from pipeload.cluster.loop import Loop
 from pipeload.cluster.messages import NodeLostError, TextLostError
 from pipeload.cluster.ring import Ring
-from pipeload.errors import BudgetError, ClosedError, ClusterError, PipeloadError
+from pipeload.cluster.state import ClusterState
+from pipeload.errors import BudgetError, ClosedError, ClusterError, DeadlineError, PipeloadError
+from pipeload.pipeline import deadlines
 
-__all__ = ["Begun", "Rings"]
+__all__ = ["FAREWELL_S", "Begun", "Rings"]
 
 _ATTEMPTS = 2
 """A call whose node was lost is tried this many times in all."""
-_FAREWELL_S = 30.0
+FAREWELL_S = 30.0
+"""Closing stages is waited for this long."""
+_MOVING = "while the model moved to other stages"
 _SHORT_SHARE = 0.98
 """A node that refuses a call within less than this fraction of its budget is short of memory."""
 
@@ -66,6 +71,8 @@ class Rings:
         self._placing = threading.Lock()
         self._opening: Future[None] | None = None
         self._refusal: ClusterError | None = None
+        self._texts: WeakSet[ClusterState] = WeakSet()
+        self._keeping = threading.Lock()
         self.lost: frozenset[str] = frozenset()
         self.replaced = 0
         self.notice: Callable[[], Coroutine[Any, Any, None]] | None = None
@@ -81,10 +88,20 @@ class Rings:
         """Whether the model is closed, or being closed."""
         return self._calls.closed
 
+    def keep(self, state: ClusterState) -> None:
+        """Let the caches of a text follow the model where it moves, as long as something refers to them."""
+        with self._keeping:
+            self._texts.add(state)
+
     def begin(self, once: Callable[[Ring], Future[_Answer]]) -> Begun[_Answer]:
-        """Begin a call on the present stages; waits while there are none."""
+        """Begin a call on the present stages; waits while there are none.
+
+        Raises:
+            DeadlineError: the caller's deadline has passed.
+        """
+        deadlines.check("before a pass began")
         while isinstance(ring := self._calls.enter(), Future):
-            self._loop.result(ring)
+            self._loop.result(ring, _MOVING)
         moves = self._calls.moves
         try:
             future = once(ring)
@@ -113,17 +130,17 @@ class Rings:
         while True:
             begun = begun or self.begin(once)
             try:
-                made = self._loop.result(begun.future)
+                made = self._loop.result(begun.future, _ran(begun.ring))
             except BaseException as error:
                 failed()
                 tries -= 1
                 if isinstance(error, BudgetError) and not waited and (ends := self._calls.settled(begun.moves)):
                     # The stages before and after a move were there together. That is no fault of the nodes.
-                    self._loop.result(ends)
+                    self._loop.result(ends, _MOVING)
                     waited, tries = True, tries + 1
                 elif isinstance(error, BudgetError) and not waited and self.notice and _is_short(begun.ring, error):
                     # The model will leave that node in a few looks, if another placement has room.
-                    self._loop.ask(self.notice())
+                    self._loop.ask(self.notice(), "while a node was short of memory")
                     waited, tries = True, tries + 1
                 elif isinstance(error, BudgetError) and self._refusal is not None:
                     raise self._refusal from error
@@ -149,7 +166,8 @@ class Rings:
     def move(self, seen: Ring, prepare: Callable[[Ring], Ring], why: str, *, together: bool) -> bool:
         """Move to other stages, between two passes. Returns whether the model has moved.
 
-        Calls on their way end on the stages before. Texts go on there from their tokens.
+        Calls on their way end on the stages before. Texts go on from their caches, which are copied where both rings
+        are there and that is faster, or from their tokens.
 
         Args:
             seen: the ring that the decision was made for; where it is not the present one, nothing is done.
@@ -174,6 +192,7 @@ class Rings:
                         self._wait_for(ring.start())
                         self._calls.to(ring)
                         self._calls.ended(seen)
+                        self._wait_for(self._bring_texts(seen, ring))
                     else:
                         self._wait_for(ring.bring())
                         self._calls.shut()
@@ -188,6 +207,7 @@ class Rings:
                     for one in (seen, ring):
                         if one is not self._calls.ring or self._calls.closed:
                             self._loop.ask(one.close(_left()))
+                    self._loop.ask(ring.settled())
             except PipeloadError as error:
                 if not self._calls.closed:
                     self._history.add(seen.placement, None, f"{why} That failed: {error}", _since(shut_s))
@@ -216,6 +236,14 @@ class Rings:
         except ClosedError:
             return None
 
+    async def _bring_texts(self, seen: Ring, ring: Ring) -> None:
+        """Copy the caches of the texts that have had no step since the move."""
+        with self._keeping:
+            texts = [*self._texts]
+        for text in texts:
+            if text.ring is seen:
+                await text.bring(ring)
+
     def _wait_for(self, work: Coroutine[Any, Any, None]) -> None:
         """Wait for a part of a move; ends when the model is closed meanwhile."""
         self._opening = self._loop.begin(work)
@@ -227,8 +255,8 @@ class Rings:
             self._opening = None
 
     def _replace(self, lost: Ring, error: NodeLostError) -> None:
-        """Place the model anew, where no other thread has done so."""
-        with self._placing:
+        """Place the model anew, where no other thread has done so; a late caller leaves that to the next one."""
+        with deadlines.held(self._placing, _MOVING):
             if self._calls.closed:
                 raise ClosedError("The model was closed during the call. Load it again.")
             if self._calls.ring is not lost:
@@ -236,13 +264,21 @@ class Rings:
             begin_s = time.monotonic()
             self.lost |= lost.processes_at(error.address)
             with suppress(PipeloadError, TimeoutError, CancelledError):
-                self._loop.begin(lost.close(error)).result(_FAREWELL_S)
+                left_s = deadlines.left_s()
+                self._loop.begin(lost.close(error)).result(FAREWELL_S if left_s is None else min(left_s, FAREWELL_S))
             try:
                 self._calls.to(self._open_ring(self.lost))
+            except DeadlineError:
+                raise
             except PipeloadError as refusal:
                 raise ClusterError(f"{error} The model cannot be placed anew: {refusal}") from refusal
             self.replaced += 1
             self._history.add(lost.placement, self.present.placement, str(error), time.monotonic() - begin_s)
+
+
+def _ran(ring: Ring) -> str:
+    """When a pass on these stages is late; see `deadlines.check`."""
+    return f"while a pass ran on {', '.join(segment.node for segment in ring.placement.segments)}"
 
 
 def _is_short(ring: Ring, error: BudgetError) -> bool:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from math import log2
 from typing import Any, TypeVar
 
 import numpy as np
 from distributed import Status, get_worker
 
-from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, TextLostError, call
+from pipeload.cluster.links import PIECE_BYTES
+from pipeload.cluster.messages import DisconnectedError, Job, NodeLostError, Place, Text, TextLostError, call
 from pipeload.cluster.offer import OFFER
 from pipeload.decode import DecodeState
 from pipeload.errors import ClosedError, ClusterError, PipeloadError
 from pipeload.foreign import let_go
-from pipeload.format.caches import past_symbols
+from pipeload.format.caches import growth, past_symbols
 from pipeload.format.manifest import symbols
 from pipeload.inputs import Arrays
+from pipeload.machine.cores import spelled
 from pipeload.model import Model, load
+from pipeload.pipeline.callers import Caller
 from pipeload.planning import planner
 
 __all__ = ["Stage"]
@@ -31,7 +36,10 @@ __all__ = ["Stage"]
 _CALLERS = 16
 """Calls that run or wait in the stage's model at once: those that wait share its next sweep."""
 _ANSWERS = 256
-"""Answers whose caller has not come for them."""
+"""Answers whose caller has not come for them; and as many calls whose caller has left."""
+_LEAST_S = 1e-6
+_SIZES = 4
+"""Messages count as of one size in this many steps from a size to twice as many bytes."""
 
 _Made = TypeVar("_Made")
 
@@ -46,6 +54,7 @@ class _Slot:
         step: number of the latest step that has begun.
         busy: a piece runs.
         failed: a piece has; the caches are of no use any more.
+        caller: of its pieces, who leaves when the caches are closed.
         changed: notified when one of these has changed.
     """
 
@@ -54,6 +63,7 @@ class _Slot:
     step: int = -1
     busy: bool = False
     failed: bool = False
+    caller: Caller = field(default_factory=Caller)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def has_turn(self, job: Job) -> bool:
@@ -108,7 +118,10 @@ class Stage:
         self._made = [spec.name for spec in self._model.outputs]
         self._threads = ThreadPoolExecutor(_CALLERS, "pipeload-stage")
         self._slots: dict[str, _Slot] = {}
+        self._callers: dict[str, Caller] = {}
         self._answers: OrderedDict[str, asyncio.Future[Any]] = OrderedDict()
+        # Calls whose caller has left: a pass of one may come later, and keeps no answer.
+        self._left: OrderedDict[str, None] = OrderedDict()
         self._ways: dict[str, _Way] = {}
         self._id = uuid.uuid4().hex
         self._pace = self._node.paces[sha256]
@@ -126,6 +139,8 @@ class Stage:
             "read_s": 0.0,
             # Not measured yet.
             "slowness": None,
+            "links": {},
+            **self._cores(),
         }
         self._node.stages[self._id] = self._facts
         # A client that has gone closes nothing: then Dask drops the stage, and its model ends with it.
@@ -147,21 +162,24 @@ class Stage:
         for state in [state for state, slot in self._slots.items() if slot.route == route]:
             await self.end_state(state)
 
-    async def run(self, route: str, number: str, arrays: Arrays) -> None:
-        """One pass; it returns when the last stage has the answer.
+    async def run(self, route: str, number: str, arrays: Arrays) -> float:
+        """One pass; it returns when the last stage has the answer, with the seconds since the call came here.
 
         Args:
             route: of the ring.
             number: of the call, for `answer`.
             arrays: graph inputs and edges that this stage and later ones take.
         """
+        came_s = time.perf_counter()
         self._way(route)
         given = {name: array for name, array in arrays.items() if name in self._takes or name in self._caches}
-        made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given))
+        with self._caller(number) as caller:
+            made = await self._in_thread(lambda: self._model.run(_usable(given)), _sizes(given), caller)
         await self._pass_on("run", route, number, arrays | made)
+        return time.perf_counter() - came_s
 
-    async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> None:
-        """One piece of a step; it returns when the last stage has the answer.
+    async def step(self, route: str, number: str, arrays: Arrays, job: Job) -> float:
+        """One piece of a step; it returns as `run` does.
 
         Args:
             route: of the ring.
@@ -169,29 +187,90 @@ class Stage:
             arrays: as for `run`, without caches.
             job: see there.
         """
+        came_s = time.perf_counter()
         given = {name: arrays[name] for name in self._takes}
         is_last = self._way(route).following is None
         async with self._turn(route, job) as slot:
             # Computing depends on the cached tokens too, though little.
             kind = _sizes({name: given[name] for name in given if name not in self._grown}), job.past.bit_length()
-            made = await self._in_thread(lambda: self._step(slot.state, _usable(given), job, is_last), kind)
+            made = await self._in_thread(
+                lambda: self._step(slot.state, _usable(given), job, is_last), kind, slot.caller
+            )
         await self._pass_on("step", route, number, made if is_last else arrays | made, job)
+        return time.perf_counter() - came_s
 
     async def answer(self, number: str) -> Any:
         """The answer of a call, once it is there; of the last stage."""
+        if number in self._left:
+            raise _caller_left()
         try:
             return await self._answer(number)
         finally:
             self._answers.pop(number, None)
 
     async def forget(self, number: str) -> None:
-        """There will be no answer of this call, or its caller has left."""
+        """There will be no answer of this call, or its caller has left: a pass of it ends at its next shard."""
+        self._left[number] = None
+        while len(self._left) > _ANSWERS:
+            self._left.popitem(last=False)
         if (answer := self._answers.pop(number, None)) is not None:
             answer.cancel()
+        if (caller := self._callers.get(number)) is not None:
+            caller.leave()
+
+    async def cached(self, state: str, name: str, begin: int, end: int) -> Arrays:
+        """Tokens of a text's cache from `begin` to before `end`, by the name of the graph input.
+
+        Raises:
+            TextLostError: they are not there.
+        """
+        slot = self._slots.get(state)
+        if slot is None or slot.busy or slot.failed or slot.state.closed or slot.state.length < end:
+            raise TextLostError("The caches of a text are not there. Call again.")
+        return {name: slot.state.cached(name, begin, end)}
+
+    async def take(self, route: str, text: Text, sources: Sequence[tuple[Place, Sequence[str]]]) -> None:
+        """Have the caches of a text from now on, for calls of a ring.
+
+        Args:
+            route: the ring's.
+            text: see there.
+            sources: the stages that have them, and names of graph inputs.
+
+        Raises:
+            BudgetError: there is no room for them.
+            PipeloadError: as `call`.
+        """
+        self._way(route)
+        if (known := self._slots.get(text.state)) is not None:
+            # It has been in the ring before too.
+            known.route = route
+            return
+        slot = self._slots[text.state] = _Slot(route=route, state=self._model.new_state(), busy=True)
+        try:
+            slot.state.expect(text.expected)
+            held = await self._in_thread(
+                lambda: self._model.hold(slot.state, text.dims, text.length), "hold", slot.caller
+            )
+            axis, _ = growth(self._model.manifest)
+            for place, name in ((place, name) for place, names in sources for name in names):
+                array = held[name].swapaxes(0, axis)
+                size = max(1, PIECE_BYTES // max(1, array[:1].nbytes))
+                for begin in range(0, text.length, size):
+                    end = min(begin + size, text.length)
+                    made = await call(self._worker.rpc, place, "cached", text.state, name, begin, end)
+                    array[begin:end] = made[name].swapaxes(0, axis)
+        except BaseException:
+            await self.end_state(text.state)
+            raise
+        async with slot.changed:
+            slot.busy = False
+            slot.changed.notify_all()
 
     async def end_state(self, state: str) -> None:
         """Give the memory of a state's caches back. May be called again."""
         if (slot := self._slots.pop(state, None)) is not None:
+            slot.caller.leave()
             await self._fail(slot)
             slot.state.close()
 
@@ -234,6 +313,21 @@ class Stage:
             slot.busy = False
             slot.changed.notify_all()
 
+    @contextmanager
+    def _caller(self, number: str) -> Iterator[Caller]:
+        """The caller of a pass that runs.
+
+        Raises:
+            ClosedError: it has left before.
+        """
+        if number in self._left:
+            raise _caller_left()
+        caller = self._callers[number] = Caller()
+        try:
+            yield caller
+        finally:
+            del self._callers[number]
+
     def _slot(self, route: str, job: Job) -> _Slot:
         if job.state not in self._slots:
             # Of a step of several pieces, another one than the first may arrive first.
@@ -250,17 +344,25 @@ class Stage:
         way = self._way(route)
         if way.following is None:
             answer = arrays[""] if job else {name: arrays[name] for name in arrays if name in way.passes}
-            if number and not (waiting := self._answer(number)).done():
+            if number and number not in self._left and not (waiting := self._answer(number)).done():
                 waiting.set_result(answer)
             return
         leaving = {name: array for name, array in arrays.items() if name in way.passes}
+        left_s = time.perf_counter()
         try:
-            await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
+            there_s = await call(self._worker.rpc, way.following, method, route, number, leaving, *job)
         except ClusterError as error:
             # Where this node ends, its connections do: the next node is not lost.
             if self._ends or isinstance(error, DisconnectedError):
                 raise self._ending() from None
             raise
+        # The rest of the time was on the way: there with the arrays, and back without.
+        sent_bytes, sent_s = sum(array.nbytes for array in leaving.values()), time.perf_counter() - left_s - there_s
+        # A mask grows with each token.
+        kind = round(_SIZES * log2(1 + sent_bytes))
+        self._node.sends[way.following.address].note(kind, max(sent_s, _LEAST_S))
+        followings = [each.following.address for each in self._ways.values() if each.following]
+        self._facts["links"] = {address: self._node.sends[address].slowness for address in followings}
 
     def _way(self, route: str) -> _Way:
         if route not in self._ways:
@@ -288,18 +390,24 @@ class Stage:
             f"The node {self._node.offer.name} at {address} was lost during the call: it ends.", address
         )
 
-    async def _in_thread(self, run: Callable[[], _Made], kind: Hashable) -> _Made:
+    async def _in_thread(self, run: Callable[[], _Made], kind: Hashable, caller: Caller) -> _Made:
         """Run a call in a thread.
 
         Args:
             run: the call.
             kind: equal for calls of the same sizes.
+            caller: of the call.
         """
+
+        def within() -> _Made:
+            with caller:
+                return run()
+
         self._calls.append(kind)
         self._facts["calls"] += 1
         self._facts["waiting"] = len(self._calls)
         try:
-            made = await asyncio.get_running_loop().run_in_executor(self._threads, run)
+            made = await asyncio.get_running_loop().run_in_executor(self._threads, within)
             self._time(kind)
             return made
         except PipeloadError as error:
@@ -326,7 +434,21 @@ class Stage:
         self._timed_passes = stats.passes
         plan = self._model.plan
         self._pace.note((kind, plan.threads, plan.packed, plan.streamed_bytes > 0), stats.last, self._expected_s)
-        self._facts |= {"run_s": self._pace.run_s, "read_s": self._pace.read_s, "slowness": self._pace.slowness}
+        self._facts |= {
+            "run_s": self._pace.run_s,
+            "read_s": self._pace.read_s,
+            "slowness": self._pace.slowness,
+            **self._cores(),
+        }
+
+    def _cores(self) -> dict[str, str]:
+        """Which cores compute and which read, where one is little."""
+        cores = spelled(self._model.profile.core_capacities, self._model.plan.threads)
+        return {"cores": cores} if cores else {}
+
+
+def _caller_left() -> ClosedError:
+    return ClosedError("The call was ended, since its caller has left.")
 
 
 def _sizes(arrays: Arrays) -> Hashable:

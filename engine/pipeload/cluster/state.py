@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeload.cluster.messages import Text
 from pipeload.decode import Decoding, Step
 from pipeload.errors import ClosedError, ConfigError
-from pipeload.format.caches import can_be_cut, growth, past_symbols
+from pipeload.format.caches import can_be_cut, growth
 from pipeload.format.manifest import Manifest, evaluate_dim, symbols
 from pipeload.inputs import Arrays
 
@@ -32,8 +33,6 @@ class Texts:
         self.decoding = Decoding(manifest)
         self.can_be_cut = bool(manifest.caches) and can_be_cut(manifest)
         self._shapes = {spec.name: spec.shape for spec in manifest.free_inputs}
-        self._caches = {spec.name: spec.shape for spec in manifest.inputs if spec.name in manifest.cache_inputs}
-        self._past = past_symbols(manifest)
         self._grown = growth(manifest)[1] if manifest.caches else 0
 
     @property
@@ -44,7 +43,7 @@ class Texts:
     @property
     def can_go_on(self) -> bool:
         """Whether no text ends where its caches are lost: they can be computed again, or there are none."""
-        return self.can_be_joined or not self._caches
+        return self.can_be_joined or not self.decoding.caches
 
     def length(self, dims: Mapping[str, int]) -> int:
         """Tokens in the caches after a step of these sizes."""
@@ -52,8 +51,7 @@ class Texts:
 
     def cached_shapes(self, dims: Mapping[str, int], length: int) -> dict[str, tuple[int, ...]]:
         """Shapes of caches of this many tokens, of a text whose other sizes are `dims`."""
-        sizes = {**dims, **dict.fromkeys(self._past, length)}
-        return {name: tuple(evaluate_dim(dim, sizes) for dim in shape) for name, shape in self._caches.items()}
+        return self.decoding.shapes(dims, length)
 
     def free(self, arrays: Arrays) -> Arrays:
         """The arrays without caches."""
@@ -118,7 +116,7 @@ class ClusterState:
         dims: sizes of the latest step.
         inputs: of all tokens in the caches, as those of one step; None before the first one.
         ring: where the caches are; None where they are nowhere.
-        id: the caches' there.
+        id: the caches' there. It changes where they are computed anew.
         steps: taken there.
         closed: by `close`.
     """
@@ -132,6 +130,7 @@ class ClusterState:
         self.ring: Ring | None = None
         self.id = ""
         self.closed = False
+        self._most, self._most_s = 0, 0.0
 
     @property
     def nbytes(self) -> int:
@@ -162,12 +161,40 @@ class ClusterState:
         if not length and not self._texts.can_be_cut:
             self.drop()
 
-    def begin(self, ring: Ring) -> bool:
-        """Take a step on these stages. Returns whether they have the caches of its tokens."""
-        if self.ring is ring:
-            return True
+    async def bring(self, ring: Ring) -> bool:
+        """Whether these stages have the caches; they take them from the stages before where that is the faster way.
+
+        Only called in the client's loop, as `start`.
+        """
+        before = self.ring
+        if before is ring or before is None or not self.length:
+            return before is ring
+        copying_s = ring.copying_s(before, self.dims, self.length)
+        if copying_s is None or not self._texts.can_be_cut or copying_s >= self.again_s(before, ring):
+            return False
+        text = Text(state=self.id, length=self.length, expected=self.expected, dims=self.dims)
+        if not await ring.take(text):
+            return False
+        # It was brought by both, a step and the move itself; or it was closed.
+        if self.ring is before and self.id == text.state:
+            self.ring = ring
+        if self.ring is not ring:
+            await ring.end_state(text.state)
+        return self.ring is ring
+
+    def start(self, ring: Ring) -> None:
+        """Begin anew on these stages, with the first token."""
         self.ring, self.id, self.steps = ring, uuid.uuid4().hex, 0
-        return not self.length
+
+    def timed(self, tokens: int, seconds: float) -> None:
+        """Note the time of a step. That of the largest one tells how long it takes to compute the caches again."""
+        if tokens >= self._most:
+            self._most, self._most_s = tokens, seconds
+
+    def again_s(self, before: Ring, ring: Ring) -> float:
+        """Seconds to compute the caches again: as the largest step has taken, on nodes as fast as those now are."""
+        gain = ring.placement.latency_s / before.placement.latency_s
+        return self._most_s * self.length / self._most * gain if self._most else 0.0
 
     def drop(self) -> None:
         """The caches are of no use any more; the next step computes them again."""

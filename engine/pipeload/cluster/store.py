@@ -2,9 +2,11 @@
 
 ```
 FOLDER/<sha256 of the manifest>/pipeload.json, shards/block.003.onnx ...   as in the model directory of another node
+                                pipeload.json.name                        the model's name there
                                 shards/block.003.safetensors.part         what has come of a file
 ```
-A model's folder goes when another one needs its room, unless it is open here, or was used in the last ten minutes.
+A model's folder goes when another one needs its room, unless it is open here, or was used in the last ten minutes: also
+by nodes that took files of it.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeload.errors import ConfigError, LoadError, ShardError
 from pipeload.foreign import foreign_errors
 from pipeload.format.manifest import MANIFEST_NAME, FileRecord, Manifest
-from pipeload.machine.files import append_file, open_file, read_at, replace_file
+from pipeload.machine.files import append_file, open_file, read_at, read_file, replace_file
 from pipeload.machine.sizes import format_bytes
 from pipeload.storage.digests import FileDigests, ranges_of
 
@@ -28,7 +30,11 @@ __all__ = ["PIECE_BYTES", "Incoming", "Store", "files_of"]
 PIECE_BYTES = 1 << 20
 """Of a file, in one message."""
 _FRESH_S = 600.0
+_NOTED_S = 60.0
+"""Other nodes' use of a folder is noted at most this often."""
 _PART = ".part"
+_NAME_BYTES = 4096
+_NAME = f"{MANIFEST_NAME}.name"
 
 
 def files_of(own: Manifest, whole: Manifest) -> list[FileRecord]:
@@ -56,11 +62,13 @@ class Store:
 
     Attributes:
         most_bytes: see above.
+        names: sha256 of the manifest -> name, of each model that has a folder.
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
         self._folder = folder
         self.most_bytes = most_bytes
+        self.names = self._found()
 
     def directory(self, sha256: str) -> Path:
         """A model's folder, which may not be there.
@@ -70,11 +78,12 @@ class Store:
         """
         return self._folder / sha256
 
-    def begin(self, sha256: str, content: bytes) -> Path:
+    def begin(self, sha256: str, name: str, content: bytes) -> Path:
         """Make or find a model's folder, with its manifest, and note that it is used now.
 
         Args:
             sha256: of the manifest.
+            name: the model's; "" leaves it as it is.
             content: the manifest.
 
         Raises:
@@ -83,8 +92,19 @@ class Store:
         directory = self.directory(sha256)
         with _writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
+            if name and self.names.get(sha256) != name:
+                replace_file(directory / _NAME, name.encode())
+                self.names = {**self.names, sha256: name}
             replace_file(directory / MANIFEST_NAME, content)
         return directory
+
+    def note_use(self, sha256: str) -> None:
+        """Another node takes a file of a model, which may have no folder."""
+        directory = self.directory(sha256)
+        # It may go at this moment.
+        with suppress(OSError):
+            if _used_s(directory) < time.time() - _NOTED_S:
+                os.utime(directory / MANIFEST_NAME)
 
     def missing(self, sha256: str, records: Iterable[FileRecord]) -> list[FileRecord]:
         """Those of the files that are not there whole."""
@@ -118,6 +138,7 @@ class Store:
             for _, other in sorted(others):
                 if self._nbytes() + needed <= self.most_bytes:
                     break
+                self.names = {known: name for known, name in self.names.items() if known != other.name}
                 shutil.rmtree(other)
             taken, free = self._nbytes(), shutil.disk_usage(self._folder).free
         if taken + needed > self.most_bytes or needed > free:
@@ -134,6 +155,14 @@ class Store:
             LoadError: the part cannot be read.
         """
         return Incoming(self.directory(sha256) / record.path, manifest, record)
+
+    def _found(self) -> dict[str, str]:
+        """The names of an earlier start; a folder without one is found by its sha256 only."""
+        found = {}
+        for path in self._folder.glob(f"*/{_NAME}"):
+            with suppress(OSError, UnicodeDecodeError):
+                found[path.parent.name] = read_file(path, most_bytes=_NAME_BYTES).decode()
+        return found
 
     def _nbytes(self) -> int:
         return sum(_size(Path(folder, name)) for folder, _, names in os.walk(self._folder) for name in names)

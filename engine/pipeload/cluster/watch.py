@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeload.cluster.offer import BUDGET, OFFER, Offer
+from pipeload.cluster.offer import BUDGET, FETCHED, OFFER, Offer
 from pipeload.cluster.settings import LOST_AFTER_S
 from pipeload.errors import ClusterError
 from pipeload.foreign import foreign_errors
@@ -30,6 +30,7 @@ class Watch:
         strangers: address -> the error of a node whose offer cannot be read; it takes part in nothing.
         facts: address -> the open stages of the node.
         budgets: address -> bytes that the node may use now: its budget, or less where its memory is short.
+        fetched: address -> sha256 of the manifest and name of each model that the node has fetched files of.
         lost: the scheduler did not answer for some time; models that were opened before that are of no use.
         listeners: called, in the loop's thread, with the offers after each look, or with an error once the scheduler
             is lost.
@@ -41,6 +42,7 @@ class Watch:
         self.strangers: dict[str, ClusterError] = {}
         self.facts: dict[str, list[dict[str, Any]]] = {}
         self.budgets: dict[str, int] = {}
+        self.fetched: dict[str, dict[str, str]] = {}
         self.lost = False
         self.listeners: set[Callable[[dict[str, Offer] | ClusterError], object]] = set()
 
@@ -59,6 +61,7 @@ class Watch:
             workers = {address: facts for address, facts in told["workers"].items() if OFFER in facts}
             facts = {address: list(own["metrics"].get(OFFER, ())) for address, own in workers.items()}
             budgets = {address: own["metrics"].get(BUDGET) for address, own in workers.items()}
+            self.fetched = {address: dict(own["metrics"].get(FETCHED) or {}) for address, own in workers.items()}
         self.offers, self.strangers, self.facts, self.budgets = {}, {}, facts, {}
         for address, own in workers.items():
             try:

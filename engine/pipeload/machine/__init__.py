@@ -9,6 +9,7 @@ cgroups       limits on memory and reading
 memory        RSS, its peak, and free memory
 heap          the C library's heap
 hardware      processors, memory, storage device
+cores         big and little processors, and pinning to them
 threads       jobs at the same time
 ```
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -13,6 +13,7 @@ from statistics import fmean
 import numpy as np
 
 from pipeload.format.manifest import PAGE_BYTES, Shard
+from pipeload.machine.cores import pin
 from pipeload.machine.threads import together
 from pipeload.notify import Notify
 from pipeload.storage.buffers import Buffer
@@ -45,8 +46,16 @@ class Bandwidth:
     read_bytes_per_s_by_request: dict[int, float]
 
 
-def measure_bandwidth(storage: Storage, shards: Sequence[Shard], progress: Notify) -> Bandwidth:
+def measure_bandwidth(
+    storage: Storage, shards: Sequence[Shard], progress: Notify, cores: Collection[int] = ()
+) -> Bandwidth:
     """Read the shards' weights in several ways, for about a second each; nothing is kept.
+
+    Args:
+        storage: the model's files.
+        shards: what is read.
+        progress: called with (what, done, total).
+        cores: logical processors on which agents read; none for any.
 
     Raises:
         ShardError, LoadError: a file could not be read.
@@ -60,7 +69,7 @@ def measure_bandwidth(storage: Storage, shards: Sequence[Shard], progress: Notif
     seen: dict[tuple[int, int, bool], list[float]] = {}
     for number, way in enumerate(ways):
         progress("Reading", number, len(ways))
-        seen.setdefault(way, []).append(_bandwidth(storage, shards, *way))
+        seen.setdefault(way, []).append(_bandwidth(storage, shards, *way, cores))
     progress("Reading", len(ways), len(ways))
     found = {way: fmean(rounds) for way, rounds in seen.items()}
     return Bandwidth(
@@ -88,7 +97,14 @@ def filled_buffer(nbytes: int) -> Buffer:
     return buffer
 
 
-def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_bytes: int, direct: bool) -> float:
+def _bandwidth(
+    storage: Storage,
+    shards: Sequence[Shard],
+    agents: int,
+    request_bytes: int,
+    direct: bool,
+    cores: Collection[int] = (),
+) -> float:
     """Bytes per second of agents that each read the next shard that no agent has begun, until they have read enough."""
     for shard in shards:
         storage.forget_cached(shard)
@@ -103,6 +119,7 @@ def _bandwidth(storage: Storage, shards: Sequence[Shard], agents: int, request_b
 
     def read(agent: int) -> None:
         try:
+            pin(0, cores)
             while not over.is_set():
                 shard = shards[next(turns) % len(shards)]
                 for nbytes in storage.stream_weights(shard, scratches[agent], direct=direct):

@@ -12,7 +12,7 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import msgspec
 from pipeload.errors import ConfigError, PipeloadError
 from pipeload.format import manifest as manifests
 from pipeload.machine.cgroups import read_limits
+from pipeload.machine.cores import core_capacities
 from pipeload.machine.files import read_file, read_stream, replace_file, write_whole
 from pipeload.machine.hardware import cores, cpu_name, device_of, memory_bytes
 from pipeload.machine.memory import rss_bytes
@@ -46,6 +47,7 @@ class Identity:
         software: package -> version.
         model: sha256 of the model's manifest.
         dims: sizes of the symbolic dimensions.
+        core_capacities: see `Profile`.
     """
 
     architecture: str
@@ -57,6 +59,7 @@ class Identity:
     software: dict[str, str]
     model: str
     dims: dict[str, int]
+    core_capacities: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,7 @@ def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
         software={name: _version(name) for name in _SOFTWARE},
         model=hashlib.sha256(manifests.content(directory)).hexdigest(),
         dims=dict(sorted(dims.items())),
+        core_capacities=core_capacities(),
     )
 
 
@@ -130,10 +134,18 @@ def keep(directory: Path, profile: Profile) -> Path | None:
 
 
 def _encode(profile: Profile, identity: Identity | None) -> bytes:
-    fields: dict[str, Any] = msgspec.to_builtins(profile)
+    fields = _told(profile)
     del fields["process_bytes"]
-    content = _File(format=_FORMAT, identity=identity, profile=fields)
+    content = {"format": _FORMAT, "profile": fields, "identity": None if identity is None else _told(identity)}
     return msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n"
+
+
+def _told(facts: Profile | Identity) -> dict[str, Any]:
+    """Their fields; without capacities where no core is little, as files were before there were any."""
+    fields: dict[str, Any] = msgspec.to_builtins(facts, str_keys=True)
+    if not facts.core_capacities:
+        del fields["core_capacities"]
+    return fields
 
 
 def _read(path: Path, read_bytes: Callable[..., bytes]) -> tuple[Profile, Identity | None]:
@@ -163,6 +175,8 @@ def _fault(profile: Profile) -> str | None:
         for name, times in shards.items():
             if threads < 1 or min(msgspec.to_builtins(times).values()) < 0:
                 return f"shard '{name}' with {threads} threads has {times}"
+    if any(core < 0 or capacity < 1 for core, capacity in profile.core_capacities.items()):
+        return f"cores have the capacities {profile.core_capacities}"
     counts = (profile.runtime_bytes, profile.activation_bytes, profile.cache_bytes_per_token, *profile.dims.values())
     if profile.cores < 1 or min(counts) < 0:
         return "it has a negative number of bytes, or no cores"
@@ -170,7 +184,7 @@ def _fault(profile: Profile) -> str | None:
 
 
 def _place(identity: Identity) -> Path | None:
-    digest = hashlib.sha256(msgspec.json.encode(identity, order="sorted")).hexdigest()
+    digest = hashlib.sha256(msgspec.json.encode(_told(identity), order="sorted")).hexdigest()
     folder = user_cache("profiles")
     return folder / f"{digest[:16]}.json" if folder else None
 

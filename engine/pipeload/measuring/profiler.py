@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from pipeload.errors import ConfigError
 from pipeload.format.caches import past_symbols
 from pipeload.format.manifest import Manifest, symbols
+from pipeload.machine.cores import big_cores, core_capacities, reading_cores
 from pipeload.machine.hardware import cores
 from pipeload.machine.heap import trim
 from pipeload.machine.memory import warm_rss_bytes
+from pipeload.machine.threads import together
 from pipeload.measuring.bandwidth import measure_bandwidth
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.measuring.stopwatch import Stopwatch
@@ -29,7 +32,7 @@ _PAST_TOKENS = 128
 def measure() -> Profile:
     """The profile of this process as it is now; takes less than a millisecond."""
     trim()
-    return Profile(process_bytes=warm_rss_bytes(), cores=cores())
+    return Profile(process_bytes=warm_rss_bytes(), cores=cores(), core_capacities=core_capacities())
 
 
 def profile_dims(manifest: Manifest, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -66,7 +69,7 @@ def measure_model(
         directory: the sharded model directory.
         manifest: its validated manifest.
         dims: sizes of all symbolic dimensions, such as `profile_dims` gives.
-        threads: numbers of intra-op threads to run with; None takes every core, and one less.
+        threads: numbers of intra-op threads to run with; None takes every core, one less, and the big ones.
         progress: called with (what, done, total).
 
     Returns:
@@ -79,11 +82,15 @@ def measure_model(
     before = measure()
     report = progress or (lambda *_: None)
     storage = Storage(directory, manifest, verify=False)
-    bandwidth = measure_bandwidth(storage, manifest.shards, report)
-    wanted = dict.fromkeys(threads or (before.cores, max(1, before.cores - 1)))
-    stopwatch = Stopwatch(storage, manifest, tuple(wanted), report)
+    capacities = before.core_capacities
+    big = min(before.cores, big_cores(capacities) or before.cores)
+    bandwidth = measure_bandwidth(storage, manifest.shards, report, reading_cores(capacities, big))
+    wanted = dict.fromkeys(threads or (before.cores, max(1, before.cores - 1), big))
+    stopwatch = Stopwatch(storage, manifest, tuple(wanted), report, capacities)
     arrays = example_inputs(manifest, dims)
-    times = stopwatch.run({spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs})
+    inputs = {spec.name: to_value(arrays[spec.name], spec.dtype) for spec in manifest.inputs}
+    # It moves from core to core, which the calling thread must not.
+    (times,) = together([partial(stopwatch.run, inputs)]) if capacities else (stopwatch.run(inputs),)
     activation_bytes = stopwatch.activation_bytes
     if activation_bytes is None:
         activation_bytes = needs.pass_bytes(manifest, dims, positions=1 if manifest.caches else None)
@@ -98,6 +105,7 @@ def measure_model(
         runtime_bytes=max(0, stopwatch.settled_bytes - before.process_bytes),
         activation_bytes=activation_bytes,
         cache_bytes_per_token=_cache_bytes_per_token(manifest, dims),
+        core_capacities=capacities,
     )
 
 

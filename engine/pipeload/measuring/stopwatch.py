@@ -11,17 +11,18 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from statistics import median
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import cast
 
 import numpy as np
 
 from pipeload.format.manifest import Manifest, Shard
 from pipeload.format.placement import place
+from pipeload.machine.cores import computing_cores, pin, reading_cores
 from pipeload.machine.heap import trim
 from pipeload.machine.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
 from pipeload.machine.threads import together
@@ -48,11 +49,15 @@ _PACKING_FACTOR = 2.5
 class Stopwatch:
     """Runs the shards one after another, each on the outputs of those before it, and times them.
 
+    Where cores differ, the calling thread goes from those that make sessions to those that compute, as a pipeline's
+    agents are placed, and stays on the last ones.
+
     Args:
         storage: the model's files.
         manifest: the model.
         threads: numbers of intra-op threads.
         progress: called with (what, done, total).
+        capacities: see `core_capacities`.
 
     Attributes:
         activation_bytes: the most that a shard was seen to need beside weights, its inputs and outputs included; None
@@ -60,8 +65,16 @@ class Stopwatch:
         settled_bytes: memory of the process, beside weights and tensors, after it had run the largest shard once.
     """
 
-    def __init__(self, storage: Storage, manifest: Manifest, threads: Sequence[int], progress: Notify) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        threads: Sequence[int],
+        progress: Notify,
+        capacities: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
         self._storage, self._manifest, self._threads, self._progress = storage, manifest, threads, progress
+        self._capacities = capacities
         self._buffer = filled_buffer(max(shard.nbytes for shard in manifest.shards))
         self._placements = {shard.name: place(shard, (0, 0)) for shard in manifest.shards}
         self._wide = filled_buffer(max(placement.nbytes for placement in self._placements.values()))
@@ -141,7 +154,7 @@ class Stopwatch:
                 self._seen["run_s", threads, shard.name].append(run_s)
             if shard.name in self._chosen:
                 beside = partial(self._stream, shard, threads, run, _CHOSEN_S)
-                for _, run_s in self._beside_reader(shard, beside):
+                for _, run_s in self._beside_reader(shard, beside, reading_cores(self._capacities, threads)):
                     self._seen["loading_run_s", threads, shard.structure].append(run_s)
                 if not shard.packed and _PACKING_FACTOR * shard.memory_bytes <= auto_budget_bytes() - rss_bytes():
                     pack_s, runs = self._pack(shard, threads, run)
@@ -187,7 +200,9 @@ class Stopwatch:
             runs.append(time.perf_counter() - begin)
         return pack_s, runs
 
-    def _beside_reader(self, shard: Shard, job: Callable[[], list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    def _beside_reader(
+        self, shard: Shard, job: Callable[[], list[tuple[float, float]]], cores: Collection[int] = ()
+    ) -> list[tuple[float, float]]:
         """Do the job while an agent reads the other shards, again and again."""
         others = [other for other in self._manifest.shards if other.nbytes and other.name != shard.name] or [shard]
         reading, over = threading.Event(), threading.Event()
@@ -195,6 +210,7 @@ class Stopwatch:
 
         def read() -> list[tuple[float, float]]:
             try:
+                pin(0, cores)
                 while not over.is_set():
                     for _ in (nbytes for other in others for nbytes in self._storage.stream_weights(other, scratch)):
                         reading.set()
@@ -218,6 +234,8 @@ class Stopwatch:
             scratch.close()
 
     def _open(self, shard: Shard, threads: int, *, packed: bool = False, arena: bool = True) -> ShardSession:
+        computing = computing_cores(self._capacities, threads)
+        pin(0, reading_cores(self._capacities, threads))
         parts = [Part(0, shard.nbytes, self._buffer)]
         placement = self._placements[shard.name]
         if placement.places:
@@ -225,7 +243,11 @@ class Stopwatch:
             widen(shard, parts)
         arena = arena and in_arena(self._manifest)
         graph = self._storage.graph(shard)
-        return ShardSession(shard, graph, parts, threads, packed=packed or shard.packed, arena=arena)
+        session = ShardSession(
+            shard, graph, parts, threads, packed=packed or shard.packed, arena=arena, cores=computing
+        )
+        pin(0, computing)
+        return session
 
 
 def _go_on(seconds: Sequence[float], enough_s: float) -> bool:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipeload.format.manifest import LENGTH_AXIS
 
-__all__ = ["with_room"]
+__all__ = ["with_room", "zeros"]
 
 
 def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:
@@ -19,12 +19,12 @@ def with_room(cache: NDArray[Any], tokens: int) -> NDArray[Any]:
     held = cache.shape[LENGTH_AXIS]
     if held >= tokens:
         return cache
-    larger = _zeros((*cache.shape[:LENGTH_AXIS], tokens, *cache.shape[LENGTH_AXIS + 1 :]), cache.dtype)
+    larger = zeros((*cache.shape[:LENGTH_AXIS], tokens, *cache.shape[LENGTH_AXIS + 1 :]), cache.dtype)
     larger[:, :, :held] = cache
     return larger
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Zeros in pages of their own: values hidden by a mask of minus infinity must still be numbers.
 
     On the heap they would lie between short-lived activations, and keep freed memory from going back to the system.

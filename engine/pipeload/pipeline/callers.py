@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from contextvars import ContextVar, Token
 from types import TracebackType
 
 from pipeload.errors import ClosedError
 from pipeload.machine.threads import Result
+from pipeload.pipeline import deadlines
 
 __all__ = ["Caller", "wait_for"]
 
@@ -36,18 +38,19 @@ class Caller:
             # An answer that is there already stays one.
             outcome.cancel()
 
-    def wait(self, outcome: Future[Result]) -> Result:
-        """The outcome of a call.
+    def wait(self, outcome: Future[Result], when: Callable[[], str]) -> Result:
+        """The outcome of a call. See `wait_for`.
 
         Raises:
             ClosedError: the caller has left.
+            DeadlineError: the deadline has passed.
         """
         with self._lock:
             if self.left:
                 raise ClosedError("The call was ended, since its caller has left.")
             self._outcome = outcome  # type: ignore[assignment] # only cancelled
         try:
-            return outcome.result()
+            return deadlines.result_of(outcome, when)
         except CancelledError:
             raise ClosedError("The call was ended, since its caller has left.") from None
         finally:
@@ -68,7 +71,16 @@ class Caller:
 _CURRENT: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
-def wait_for(outcome: Future[Result]) -> Result:
-    """The outcome of a call of this thread, whose caller may leave meanwhile: then ClosedError is raised."""
+def wait_for(outcome: Future[Result], when: Callable[[], str]) -> Result:
+    """The outcome of a call of this thread.
+
+    Args:
+        outcome: of the call.
+        when: ends the sentence "The deadline of 2 s passed ...".
+
+    Raises:
+        ClosedError: the caller has left meanwhile; see `Caller`.
+        DeadlineError: the deadline has passed meanwhile.
+    """
     caller = _CURRENT.get()
-    return outcome.result() if caller is None else caller.wait(outcome)
+    return deadlines.result_of(outcome, when) if caller is None else caller.wait(outcome, when)

@@ -16,6 +16,7 @@ from pipeload.format.manifest import Manifest, Shard, first_places
 from pipeload.format.pages import room_bytes
 from pipeload.format.placement import place
 from pipeload.machine.heap import trim
+from pipeload.pipeline.affinity import Affinity
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.messages import LoadedShard, Task
 from pipeload.pipeline.session import ShardSession
@@ -42,19 +43,27 @@ class Loader:
         exchange: holds the resident shards, and says which tasks are stale.
         memory: holds the plan, the reservations and the buffers.
         trace: takes the agents' spans.
+        affinity: places the threads of sessions.
 
     Attributes:
         gave_up_packing: packing has failed once; from then on the shards run as they are.
     """
 
     def __init__(
-        self, manifest: Manifest, storage: Storage, exchange: Exchange, memory: WeightsMemory, trace: Trace
+        self,
+        manifest: Manifest,
+        storage: Storage,
+        exchange: Exchange,
+        memory: WeightsMemory,
+        trace: Trace,
+        affinity: Affinity,
     ) -> None:
         self._manifest = manifest
         self._storage = storage
         self._exchange = exchange
         self._memory = memory
         self._trace = trace
+        self._affinity = affinity
         self._in_arena = in_arena(manifest)
         firsts = Counter(first_places(manifest.shards))
         self._common = {manifest.shards[place].weights for place, count in firsts.items() if count > 1}
@@ -225,7 +234,10 @@ class Loader:
     def _session(self, shard: Shard, parts: Sequence[Part], *, packed: bool, copied: bool) -> ShardSession:
         threads = self._memory.plan.threads
         graph = self._storage.graph(shard)
-        return ShardSession(shard, graph, parts, threads, packed=packed, copied=copied, arena=self._in_arena)
+        cores = self._affinity.pool(threads)
+        return ShardSession(
+            shard, graph, parts, threads, packed=packed, copied=copied, arena=self._in_arena, cores=cores
+        )
 
 
 def _agent() -> str:

@@ -26,6 +26,8 @@ from pipeload.foreign import first_line, foreign_errors
 from pipeload.format.manifest import Manifest
 from pipeload.machine.memory import peak_rss_bytes
 from pipeload.machine.threads import THREADS_REMEDY, start
+from pipeload.pipeline import deadlines
+from pipeload.pipeline.affinity import Affinity
 from pipeload.pipeline.agents import answer, daemon_agent, inference_agent, loading_agent
 from pipeload.pipeline.exchange import Exchange
 from pipeload.pipeline.joining import Batch, Rows, grouped
@@ -103,7 +105,8 @@ class Pipeline:
         self._lent = LentOutputs()
         self._exchange = Exchange()
         self._memory = WeightsMemory(plan, self.trace, in_arena=self._in_arena)
-        self._loader = Loader(manifest, storage, self._exchange, self._memory, self.trace)
+        self._affinity = Affinity(replanner.profile.core_capacities)
+        self._loader = Loader(manifest, storage, self._exchange, self._memory, self.trace, self._affinity)
         self._room = Room(manifest, self._exchange, self._memory, replanner, self._lent)
         self._sweep = Sweep(manifest, storage)
         self.share.occupied = lambda: self._memory.occupied_bytes
@@ -204,9 +207,11 @@ class Pipeline:
         Raises:
             ClosedError: the pipeline is closed.
             ConfigError: an agent itself wants to wait for the call.
+            DeadlineError: the caller's deadline has passed.
         """
         if threading.current_thread() in self._threads:
             raise ConfigError("A progress callback runs inside a pass and cannot wait for another one. Call it later.")
+        deadlines.check("before a pass began")
         return self._exchange.calls.submit(call)
 
     def set_budget(self, budget_bytes: int | None) -> None:
@@ -285,6 +290,7 @@ class Pipeline:
                 # Also where the caller is interrupted when it has just been started.
                 if thread.ident is not None:
                     self._threads.append(thread)
+        self._affinity.place([thread], self.plan.threads)
 
     def _spawn_loaders(self) -> None:
         """Start the plan's number of Loading Agents, and one more to pack while the others wait for their turn to load.
@@ -435,6 +441,7 @@ class Pipeline:
         """Make room for the next pass; see `Room.prepare`. Another plan may have more Loading Agents."""
         self._room.prepare(self._ledger.passes + 1, needs, strict=strict)
         self._spawn_loaders()
+        self._affinity.place(self._threads, self.plan.threads)
 
     def _settle(self) -> None:
         """After a pass, when its caller has the answer: learn from it, and improve the choice of resident shards."""

@@ -56,9 +56,11 @@ class Call(Generic[Result]):
         self._queue: Calls | None = None
 
     def result(self) -> Result:
-        """Wait for the end of the call. A caller that is interrupted while waiting, or leaves, withdraws the call."""
+        """Wait for the end of the call. A caller that is interrupted while waiting, leaves, or has a deadline that
+        passes, withdraws the call.
+        """
         try:
-            return wait_for(self.outcome)
+            return wait_for(self.outcome, self._when)
         except BaseException:
             self.withdraw()
             raise
@@ -67,6 +69,13 @@ class Call(Generic[Result]):
         """Stop waiting for the call: forget it, or end it if it runs."""
         assert self._queue is not None
         self._queue.forget(self)
+
+    def _when(self) -> str:
+        """When its deadline passed; see `deadlines.check`."""
+        assert self._queue is not None
+        if not self.runs_sweep:
+            return "while the model changed its plan"
+        return "while a pass waited behind other calls" if self._queue.has_waiting(self) else "while a pass ran"
 
 
 class Calls:
@@ -158,6 +167,11 @@ class Calls:
         """Whether no call runs or waits."""
         with self._changed:
             return not self._served and not self._waiting
+
+    def has_waiting(self, call: Call[Any]) -> bool:
+        """Whether this call waits."""
+        with self._changed:
+            return call in self._waiting
 
     def close(self, cause: BaseException | None = None) -> None:
         """End every waiting or running call with ClosedError, raised from `cause` if there is one."""

@@ -17,7 +17,7 @@ process-wide state: every session has its own threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
 from typing import Any, TypeAlias
@@ -45,6 +45,7 @@ _BFLOAT16 = 16
 _PROVIDERS = ["CPUExecutionProvider"]
 _FOLDER = "session.model_external_initializers_file_folder_path"
 """Of a graph that is given as bytes: where the files lie that it names."""
+_AFFINITIES = "session.intra_op_thread_affinities"
 _SPIN_US = 50
 _ARENA_LOCK = threading.Lock()
 _SAME_AS_REQUESTED = 1
@@ -162,6 +163,7 @@ class ShardSession:
         packed: lay the weights out for the CPU, in memory of the session's own.
         copied: copy what a packed session needs of the buffers.
         arena: keep activations in the arena that all such sessions share. The outputs of a run lie in it too.
+        cores: logical processors for its threads beside the one that runs it; none for those of the calling thread.
 
     Raises:
         LoadError: onnxruntime refused the graph, or the process has no memory or thread left for it.
@@ -177,6 +179,7 @@ class ShardSession:
         packed: bool = False,
         copied: bool = False,
         arena: bool = False,
+        cores: Collection[int] = (),
     ) -> None:
         self._name = shard.name
         self._outputs = list(shard.outputs)
@@ -194,6 +197,10 @@ class ShardSession:
         # Threads spin briefly while they wait for the next operator: other shards and the Loading Agents need the
         # cores, and by default the threads of a new pool would keep one busy until its first run.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+        if cores and threads > 1:
+            # Of each thread; onnxruntime counts processors from 1.
+            each = ",".join(str(core + 1) for core in sorted(cores))
+            options.add_session_config_entry(_AFFINITIES, ";".join([each] * (threads - 1)))
         names = [spec.widened or spec.name for spec in shard.tensors]
         weights: list[Value] = []
         if shard.weights is not None:

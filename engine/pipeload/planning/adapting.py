@@ -16,13 +16,14 @@ any more, tells nothing new: it stays slow for some minutes, twice as long each 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from typing import Literal, TypeAlias
 
 from pipeload.planning.placement import Placement
 
-__all__ = ["Adapting", "Decision", "Outlook", "Slowness"]
+__all__ = ["Adapting", "Decision", "Outlook", "Sending", "Slowness"]
 
 _GAIN = 0.1
 """Another placement must save at least this fraction of the objective."""
@@ -38,6 +39,9 @@ _SLOW_S, _MOST_SLOW_S = 600.0, 9600.0
 """The time for which a node that runs nothing counts as slow."""
 _STEP = 0.2
 """A slowness that differs from the one in force by less than this fraction is the same."""
+
+_OTHER_TIME = 2.0
+"""Messages that take this many times as long, or as short, as when their link was measured: it has changed."""
 
 Decision: TypeAlias = Literal["keep", "move", "give up"]
 
@@ -147,6 +151,46 @@ class Slowness:
         elif now_s >= own.until_s:
             own.factors = _FAST
         return own.factors
+
+
+class Sending:
+    """When links are measured anew: rarely, since that takes a part of what they carry.
+
+    Stages tell how much longer their messages take than at their best. Where that has changed for some looks in a row,
+    all links of both nodes are measured, since only one of them may be at fault; and again after some minutes, twice as
+    many each time, since links that carry nothing any more tell nothing.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], float] = {}
+        self._measured: frozenset[str] = frozenset()
+        self._looks = 0
+        self._rests_until_s, self._again_s, self._lasts_s = -inf, inf, _SLOW_S
+
+    def look(self, told: Mapping[tuple[str, str], float], now_s: float) -> frozenset[str]:
+        """The nodes whose links are to be measured now.
+
+        Args:
+            told: nodes that send and take -> how much longer that takes than at its best.
+            now_s: by a clock that never goes back.
+        """
+        changed = {
+            pair
+            for pair, factor in told.items()
+            if not 1 / _OTHER_TIME < factor / self._known.get(pair, 1.0) < _OTHER_TIME
+        }
+        self._looks = self._looks + 1 if changed else 0
+        if self._looks >= _FORCED_LOOKS and now_s >= self._rests_until_s:
+            nodes, self._lasts_s = frozenset().union(*changed), _SLOW_S
+        elif now_s >= self._again_s:
+            nodes, self._lasts_s = self._measured, min(2 * self._lasts_s, _MOST_SLOW_S)
+        else:
+            return frozenset()
+        self._known |= told
+        self._measured |= nodes
+        self._looks = 0
+        self._rests_until_s, self._again_s = now_s + _REST_S, now_s + self._lasts_s
+        return nodes
 
 
 def _stepped(before: float, now: float) -> float:

@@ -44,6 +44,7 @@ from typing import Any
 
 from pipeload.errors import BudgetError
 from pipeload.format.manifest import Manifest, first_places
+from pipeload.machine.cores import computing_cores, reading_cores
 from pipeload.machine.sizes import format_bytes
 from pipeload.planning.footprint import least_bytes
 from pipeload.planning.layouts import Layout, Range, layouts
@@ -184,10 +185,12 @@ def make_plan(
     for layout in layouts(manifest.shards, free, speed, loaders):
         work = _work(manifest, firsts, layout, speed.times[layout.threads])
         bandwidth = speed.bandwidth(layout.loaders)
-        least_s = max(least_steady_s(work, layout.threads, profile.cores), layout.streamed_bytes / bandwidth)
+        loading_cores = _loading_cores(profile, layout.threads)
+        least_s = least_steady_s(work, layout.threads, profile.cores, loading_cores)
+        least_s = max(least_s, layout.streamed_bytes / bandwidth)
         if least_s > fastest_s * (1 + _CLOSE):
             continue
-        schedule = _simulate(work, layout, bandwidth, profile.cores)
+        schedule = _simulate(work, layout, bandwidth, profile)
         if layout.threads < most_threads and schedule.steady_s * _FEWER_THREADS > fastest_s:
             continue
         fastest_s = min(fastest_s, schedule.steady_s)
@@ -275,14 +278,14 @@ def forecast(manifest: Manifest, profile: Profile, plan: Plan) -> Schedule:
     speed = Rates.of(manifest, profile, plan.threads)
     work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
     bandwidth = speed.bandwidth(plan.loaders)
-    return _simulate(work, plan, bandwidth, profile.cores)
+    return _simulate(work, plan, bandwidth, profile)
 
 
 def rested_pass_s(manifest: Manifest, profile: Profile, plan: Plan) -> float:
     """Seconds of a pass after a rest in which the Loading Agents have filled the buffers; see `schedule.rested`."""
     speed = Rates.of(manifest, profile, plan.threads)
     work = _work(manifest, first_places(manifest.shards), plan, speed.times[plan.threads])
-    return _simulate(rested(work, plan.buffers), plan, speed.bandwidth(plan.loaders), profile.cores).first_s
+    return _simulate(rested(work, plan.buffers), plan, speed.bandwidth(plan.loaders), profile).first_s
 
 
 def budget_for_latency(
@@ -352,7 +355,7 @@ def _work(
     return work
 
 
-def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s: float, cores: int) -> Schedule:
+def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s: float, profile: Profile) -> Schedule:
     return simulate(
         work,
         loaders=layout.loaders,
@@ -360,8 +363,15 @@ def _simulate(work: Sequence[ShardWork], layout: Layout | Plan, read_bytes_per_s
         sessions=layout.sessions,
         read_bytes_per_s=read_bytes_per_s,
         threads=layout.threads,
-        cores=cores,
+        cores=profile.cores,
+        loading_cores=_loading_cores(profile, layout.threads),
     )
+
+
+def _loading_cores(profile: Profile, threads: int) -> int:
+    """Processors that only Loading Agents have, beside this many threads that compute; no more than a quota allows."""
+    own = reading_cores(profile.core_capacities, threads) - computing_cores(profile.core_capacities, threads)
+    return min(len(own), profile.cores)
 
 
 def _preferred(equal: Sequence[tuple[Layout, Schedule]]) -> tuple[Layout, Schedule]:

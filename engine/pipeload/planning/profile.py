@@ -44,6 +44,9 @@ class Profile:
             plan's figure for a pass; 0 when it is not known.
         activation_bytes: measured memory of a pass beside weights and caches.
         cache_bytes_per_token: bytes that a token adds to the KV caches of one sequence.
+        core_capacities: logical processor that the process may use -> its capacity, of 1024 for the machine's largest;
+            empty where no core is little. `times` are then those of threads on the largest cores, and of sessions that
+            are made on the others.
     """
 
     __module__ = "pipeload"
@@ -58,6 +61,7 @@ class Profile:
     runtime_bytes: int = 0
     activation_bytes: int = 0
     cache_bytes_per_token: int = 0
+    core_capacities: dict[int, int] = field(default_factory=dict)
 
     @property
     def measured(self) -> bool:

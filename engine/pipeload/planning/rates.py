@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipeload.errors import ConfigError
 from pipeload.format.manifest import Manifest, Shard
+from pipeload.machine.cores import big_cores
 from pipeload.planning.profile import Profile, ShardTimes
 
 __all__ = ["ASSUMED_READ_BYTES_PER_S", "LOADERS", "Rates"]
@@ -60,7 +61,9 @@ class Rates:
                     "Measure this one with `pipeload profile`."
                 )
         if not times:
-            times = {threads or profile.cores: {shard.name: _assumed_times(shard) for shard in manifest.shards}}
+            # Threads on big cores would wait for those on little ones.
+            fitting = min(profile.cores, big_cores(profile.core_capacities) or profile.cores)
+            times = {threads or fitting: {shard.name: _assumed_times(shard) for shard in manifest.shards}}
         assumed = dict.fromkeys(LOADERS, ASSUMED_READ_BYTES_PER_S)
         return cls(
             read_bytes_per_s=bandwidth or assumed,

@@ -15,7 +15,8 @@ Passes follow each other without a pause, so reading goes on for the next pass w
 The steady pass is the mean distance between the ends of later ones.
 
 Loading Agents widen weights and make sessions on the processors that compute, so no steady pass is shorter than all of
-this work on all of them: (threads x sum compute + sum session of loaded shards) / cores.
+this work on all of them: (threads x sum compute + sum session of loaded shards) / cores. Where they have processors of
+their own, it is no shorter than their work on these: sum session / processors of their own.
 
 The roofline T* is the shortest time that a pass can take on this machine under any schedule: W bytes of weights, R of
 them resident, bandwidth B, compute time c_i of shard i and its size s_i. Weights that shards have in common count once,
@@ -88,6 +89,7 @@ def simulate(
     read_bytes_per_s: float,
     threads: int,
     cores: int,
+    loading_cores: int = 0,
 ) -> Schedule:
     """The times of a first and of a steady pass; see the module's docstring.
 
@@ -99,6 +101,7 @@ def simulate(
         read_bytes_per_s: bandwidth of this many Loading Agents together.
         threads: that compute.
         cores: processors for computing and Loading Agents.
+        loading_cores: of them, those that are the Loading Agents' own; 0 where they compute too.
     """
     steady_bytes = sum(shard.steady_bytes for shard in work)
     alone_s = sum(shard.run_s for shard in work)
@@ -133,7 +136,7 @@ def simulate(
     # The simulation may still use up shards that a long first pass made ready: in the long run, no pass takes less
     # time than its reading, its sessions, and its work on all cores.
     sessions_s = sum(shard.session_s for shard in work if shard.streamed) / min(loaders, sessions or loaders)
-    apart_s, work_s = (ends[-1] - ends[1]) / (_PASSES - 2), least_steady_s(work, threads, cores)
+    apart_s, work_s = (ends[-1] - ends[1]) / (_PASSES - 2), least_steady_s(work, threads, cores, loading_cores)
     return Schedule(first_s=ends[0], steady_s=max(apart_s, reading_s, sessions_s, work_s))
 
 
@@ -161,17 +164,19 @@ def rested(work: Sequence[ShardWork], buffers: int) -> list[ShardWork]:
     return found
 
 
-def least_steady_s(work: Sequence[ShardWork], threads: int, cores: int) -> float:
+def least_steady_s(work: Sequence[ShardWork], threads: int, cores: int, loading_cores: int = 0) -> float:
     """The least seconds of a steady pass: its computing, and all of its work on all processors.
 
     Args:
         work: the shards.
         threads: that compute.
         cores: processors for computing and Loading Agents.
+        loading_cores: as for `simulate`.
     """
     run_s = sum(shard.run_s for shard in work)
     sessions_s = sum(shard.session_s for shard in work if shard.streamed)
-    return max(run_s, (min(threads, cores) * run_s + sessions_s) / cores)
+    apart_s = sessions_s / loading_cores if loading_cores else 0.0
+    return max(run_s, (min(threads, cores) * run_s + sessions_s) / cores, apart_s)
 
 
 def roofline(manifest: Manifest, profile: Profile, resident_bytes: int = 0) -> Roofline:

@@ -17,6 +17,7 @@ from pipeload.serve.bodies.machine import (
     Machine,
     MachineModel,
     ModelMemory,
+    PlacementChange,
     ShardState,
     StageOnNode,
     Sweep,
@@ -27,6 +28,7 @@ from pipeload.tracing.trace import Span, Trace, agent_times
 
 if TYPE_CHECKING:
     from pipeload.format.manifest import Manifest, Shard
+    from pipeload.planning.placement import Placement
     from pipeload.planning.planner import Plan
     from pipeload.serve.routes.desk import Desk
     from pipeload.tracing.stats import Stats
@@ -37,6 +39,8 @@ _NEWEST = 1000
 """Spans of the trace that are looked at: 0.2 MB while an answer is made."""
 _MOST_SPANS = 400
 """Spans of an answer, in all lanes of a model."""
+_CHANGES = 10
+"""The latest changes of a model's placement that an answer has."""
 
 
 def machine_of(desk: Desk) -> Machine:
@@ -86,12 +90,23 @@ def _model(served: Served, tokens_per_s: float | None) -> MachineModel:
         made.sweep = _sweep(stats, here.trace)
     if (there := served.there) is not None:
         made.replacements = there.replacements
-        names = [shard.name for shard in manifest.shards]
-        made.stages = [
-            StageOnNode(node=one.node, first=names[one.begin], last=names[one.end - 1])
-            for one in there.placement.segments
+        made.stages = _stages(manifest, there.placement)
+        made.reconfigurations = [
+            PlacementChange(
+                at_s=change.at.timestamp(),
+                before=_stages(manifest, change.before),
+                after=None if change.after is None else _stages(manifest, change.after),
+                why=change.why,
+                waited_s=change.waited_s,
+            )
+            for change in there.reconfigurations[-_CHANGES:]
         ]
     return made
+
+
+def _stages(manifest: Manifest, placement: Placement) -> list[StageOnNode]:
+    names = [shard.name for shard in manifest.shards]
+    return [StageOnNode(node=one.node, first=names[one.begin], last=names[one.end - 1]) for one in placement.segments]
 
 
 def _memory(plan: Plan) -> ModelMemory:

@@ -8,8 +8,9 @@ from typing import TypeVar
 import numpy as np
 
 from pipeload.errors import ConfigError
+from pipeload.format.manifest import Manifest
 
-__all__ = ["check_positive", "check_several", "is_whole"]
+__all__ = ["check_capacity", "check_positive", "check_several", "is_whole"]
 
 Item = TypeVar("Item")
 
@@ -17,6 +18,14 @@ Item = TypeVar("Item")
 def is_whole(value: object, least: int) -> bool:
     """Whether a value is a whole number of at least `least`."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+
+
+def check_capacity(manifest: Manifest, capacity: object) -> None:
+    """Raise ConfigError unless a model has caches, and this is a number of tokens to plan for."""
+    if not is_whole(capacity, 0):
+        raise ConfigError(f"capacity is {capacity!r:.80}; it must be a whole number of tokens, not below 0.")
+    if not manifest.caches:
+        raise ConfigError(f"This {manifest.task} model has no KV cache, so it cannot decode step by step.")
 
 
 def check_positive(name: str, value: object) -> None:

@@ -103,6 +103,16 @@ def test_what_is_packed_is_told_for_what_stays_and_for_what_is_read(call: Any) -
 # A budget that cannot work
 
 
+def test_cores_that_compute_and_read_are_told_only_where_one_is_little(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "cores" not in _rows(call("--budget=8GB").stdout)
+    process = Profile(process_bytes=rss_bytes(), cores=2, core_capacities={0: 1024, 1: 400, 2: 400, 3: 1024})
+    monkeypatch.setattr("pipeload.cli.commands.plan.measure", lambda: process)
+    assert _rows(call("--budget=8GB").stdout)["cores"] == "computing on 0, 3, reading on 1-2"
+    assert json.loads(call("--budget=8GB", "--json").stdout)["plan"]["cores"] == "computing on 0, 3, reading on 1-2"
+
+
 def test_a_budget_that_cannot_work_is_an_error_alone(call: Any) -> None:
     for arguments in (["--budget=2MB"], ["--budget=2MB", "--json"]):
         result = call(*arguments)

@@ -47,6 +47,14 @@ def test_it_prints_reading_shards_and_memory(toy: Path, own_store: Path) -> None
     assert result.stdout.splitlines()[-1] == f"kept in {next(own_store.iterdir())}"
 
 
+def test_the_cores_that_it_ran_on_are_told_where_one_is_little(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel refuses to pin a thread to these, which is no error.
+    monkeypatch.setattr("pipeload.measuring.profiler.core_capacities", lambda: {900: 1024, 901: 400})
+    result = _call(toy, "--threads=1")
+    assert result.exit_code == 0, result.output
+    assert "shards with 1 thread, computing on 900, reading on 901, ms" in result.stdout
+
+
 def test_a_model_with_caches_has_its_decode_step_and_the_cache_of_a_token(toy_decoder: Path) -> None:
     result = _call(toy_decoder, "--threads=1")
     assert result.stdout.splitlines()[0].endswith("batch_size=1 sequence_length=1 past_sequence_length=128")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pipeload
 from pipeload.cluster import adapter as adapters
 from pipeload.cluster.adapter import Adapter, usable_bytes
 from pipeload.cluster.costs import Links, Member
+from pipeload.cluster.links import Link
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.placing import have_room_for_both, place
 from pipeload.errors import PipeloadError
@@ -28,22 +30,25 @@ LOOKS, FORCED_LOOKS = adapting._LOOKS, adapting._FORCED_LOOKS
 ENOUGH, TIGHT = 300 * MB, 232 * MB
 
 
-async def _no_links(_: Sequence[Member]) -> Links:
-    return {}
-
-
 class _Cluster:
     """Nodes that tell facts, and a model on them whose moves are kept.
 
     Attributes:
+        links: between the nodes, as they would be measured now.
+        measured: the nodes whose links were measured anew.
         moves: (why, together, nodes after) of each.
         fails: moves fail.
     """
 
-    def __init__(self, directory: Path, budgets: dict[str, int], **options: Any) -> None:
+    def __init__(
+        self, directory: Path, budgets: dict[str, int], *, links: Links | None = None, latency_share: float = 1.0
+    ) -> None:
         self.manifest = manifests.read(directory)
         self.nodes: dict[str, Member] = {}
         self.watch: Any = SimpleNamespace(budgets={}, facts={}, listeners=set())
+        self.links: dict[frozenset[str], Link] = dict(links or {})
+        self._known_links: dict[frozenset[str], Link] = dict(self.links)
+        self.measured: list[frozenset[str]] = []
         self.asked: list[str] = []
         self.refusal: pipeload.ClusterError | None = None
         self.moves: list[tuple[str, bool, list[str]]] = []
@@ -51,7 +56,7 @@ class _Cluster:
         self.now_s = 0.0
         for name, budget_bytes in budgets.items():
             self.join(name, budget_bytes)
-        self._stand_on(place(self.manifest, [*self.nodes.values()]))
+        self._stand_on(place(self.manifest, [*self.nodes.values()], links, latency_share=latency_share))
         self.rings: Any = SimpleNamespace(
             present=self.ring, closed=False, lost=frozenset(), notice=None, refuse=self._refuse, move=self._move
         )
@@ -60,12 +65,11 @@ class _Cluster:
             self.manifest,
             self.watch,
             "hash",
-            1.0,
+            latency_share,
             offers=lambda: {one.address: one.offer for one in self.nodes.values()},
             member=self._member,
-            links=_no_links,
+            links=self._links,
             ring=self._ring,
-            **options,
         )
 
     @property
@@ -85,6 +89,12 @@ class _Cluster:
     def slow(self, name: str, run: float, read: float = 1.0) -> None:
         self.watch.facts[f"tcp://{name}"] = [{"sha256": "hash", "slowness": [run, read]}]
 
+    def sends(self, sender: str, receiver: str, factor: float) -> None:
+        """A stage tells how much longer sending takes than at its best."""
+        self.watch.facts[f"tcp://{sender}"] = [
+            {"sha256": "hash", "slowness": None, "links": {f"tcp://{receiver}": factor}}
+        ]
+
     def looks(self, number: int) -> None:
         async def main() -> None:
             for _ in range(number):
@@ -100,11 +110,17 @@ class _Cluster:
         used = [self.nodes[segment.node] for segment in placement.segments]
         self.ring: Any = SimpleNamespace(placement=placement, members=used)
 
+    async def _links(self, _: Sequence[Member], anew: frozenset[str]) -> Links:
+        if anew:
+            self.measured.append(anew)
+        self._known_links |= {pair: link for pair, link in self.links.items() if pair & anew}
+        return {**self._known_links}
+
     async def _member(self, address: str, _: Offer) -> Member | PipeloadError:
         self.asked.append(address)
         return next(one for one in self.nodes.values() if one.address == address)
 
-    def _ring(self, placement: Placement, members: Sequence[Member], beside: Any) -> Any:
+    def _ring(self, placement: Placement, members: Sequence[Member], _: Links, beside: Any) -> Any:
         assert beside is self.ring
         assert {segment.node for segment in placement.segments} <= {one.offer.name for one in members}
         return placement
@@ -200,6 +216,53 @@ def test_slow_storage_counts_where_weights_are_read(toy_large: Path) -> None:
     cluster.slow("a", 1.0, read=5.0)
     cluster.looks(LOOKS)
     assert len(cluster.moves) == 1
+
+
+FAST = Link(latency_s=1e-5, bytes_per_s=1e9)
+
+
+def test_a_slow_link_is_measured_and_left(toy_large: Path, clock: SimpleNamespace) -> None:
+    links = dict.fromkeys(map(frozenset, combinations("abc", 2)), FAST)
+    cluster = _Cluster(toy_large, dict.fromkeys("abc", 252 * MB), links=links, latency_share=0.0)
+    first, second, *_ = cluster.on
+    cluster.looks(3)
+    cluster.sends(first, second, 50.0)
+    slow = Link(latency_s=1.0, bytes_per_s=1e6)
+    cluster.links |= {pair: slow for pair in links if second in pair}
+    cluster.looks(FORCED_LOOKS - 1)
+    assert cluster.measured == []
+    cluster.looks(LOOKS)
+    assert cluster.measured == [{first, second}]
+    ((why, _, after),) = cluster.moves
+    assert second not in after, "its other links are slow too, and were measured with this one"
+    assert f"sending between the nodes {' and '.join(sorted((first, second)))} takes" in why.lower()
+    assert "as long as before" in why
+    # It carries nothing now, and tells nothing.
+    cluster.watch.facts.clear()
+    clock.now_s = cluster.now_s
+    cluster.looks(200)
+    assert len(cluster.measured) == len(cluster.moves) == 1
+
+
+def test_messages_that_took_longer_for_another_reason_move_nothing(toy_large: Path) -> None:
+    """The link is as it was."""
+    links = dict.fromkeys(map(frozenset, combinations("abc", 2)), FAST)
+    cluster = _Cluster(toy_large, dict.fromkeys("abc", 252 * MB), links=links, latency_share=0.0)
+    first, second, *_ = cluster.on
+    cluster.looks(3)
+    cluster.sends(first, second, 50.0)
+    cluster.looks(100)
+    assert cluster.measured == [{first, second}]
+    assert cluster.moves == []
+
+
+def test_links_of_other_models_and_of_nodes_that_have_left_tell_nothing(toy_large: Path) -> None:
+    cluster = _Cluster(toy_large, {"a": ENOUGH, "b": ENOUGH})
+    cluster.sends("a", "gone", 50.0)
+    cluster.sends("gone", "a", 50.0)
+    cluster.watch.facts["tcp://b"] = [{"sha256": "other", "slowness": None, "links": {"tcp://a": 50.0}}]
+    cluster.looks(20)
+    assert cluster.measured == []
 
 
 def test_where_nothing_has_room_calls_get_one_clear_error(toy_large: Path) -> None:

@@ -94,9 +94,9 @@ def test_a_node_that_joins_is_used_and_a_text_goes_on(
     changed.hidden = {"middle", "large"}
     connection.plan("llama")
     # By its profile the node that is there takes ten times as long as the one that joins.
-    for key, member in [*connection._known.items()]:
+    for key, member in [*connection._nodes.known.items()]:
         speed = costs._slowed(connection.manifest("llama"), member.speed, 10.0, 10.0)
-        connection._known[key] = replace(member, speed=speed, turns={}, others={})
+        connection._nodes.known[key] = replace(member, speed=speed, turns={}, others={})
     told: list[int] = []
 
     with connection.load("llama") as model:
@@ -196,27 +196,29 @@ def test_a_text_goes_on_wherever_the_model_is_cut(
     told: list[int] = []
     with connection.load(name, stages=first) as model:
 
-        def move() -> None:
-            sha256, _ = connection._named(name)
-            members = connection.loop.ask(connection._speeds_of(sha256, connection._members(sha256, frozenset())))
-            placement = placing.by_hand(manifest, members, second)
-
-            def prepare(before: Ring) -> Ring:
-                return Ring(
-                    connection._client, connection._watch, manifest, sha256, name, [], placement, members, before
-                )
-
-            assert model.rings.move(model.rings.present, prepare, "Asked.", together=together)
-
         def on_token(token: pipeload.NewToken) -> None:
             told.append(token.token_id)
             if len(told) == 4:
-                move()
+                move(connection, model, name, second, together=together)
 
         assert model.generate(prompt, on_token=on_token, **options).token_ids == expected
         assert tuple(told) == expected
         assert on(model.placement) == [*after]
     assert_stages(connection, lambda stages: not stages)
+
+
+def move(
+    connection: Connection, model: ClusterModel, name: str, stages: dict[str, str], *, together: bool = True
+) -> None:
+    """Move a model to stages that are chosen by hand."""
+    sha256, _ = connection._nodes.named(name)
+    members = connection.loop.ask(connection._nodes.speeds(sha256, connection._nodes.candidates(sha256)))
+    placement = placing.by_hand(model.manifest, members, stages)
+
+    def prepare(before: Ring) -> Ring:
+        return Ring(connection._client, connection._watch, model.manifest, sha256, name, [], placement, members, before)
+
+    assert model.rings.move(model.rings.present, prepare, "Asked.", together=together)
 
 
 _SHORT_NODE = """

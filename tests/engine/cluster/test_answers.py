@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.engine.cluster.processes import Cluster, line
-from tests.engine.harness import PATIENCE_S, Background, assert_close
+from tests.engine.harness import PATIENCE_S, Background, assert_close, decoder_inputs
 from tests.models import REFERENCE_NAME
 
 import pipeload
@@ -79,10 +79,10 @@ def test_a_long_text_passes_in_pieces(connection: Connection, models: Path) -> N
     """Stages work on different pieces at the same time, and the caches are those of one piece."""
     ids = np.random.default_rng(0).integers(0, 1000, (1, 600))
     with pipeload.load(models / "llama") as alone, alone.new_state() as state:
-        inputs = _inputs_of(alone, ids)
-        expected = [alone.step(inputs, state, positions=3), alone.step(_next(alone, ids), state)]
+        inputs = decoder_inputs(alone, ids)
+        expected = [alone.step(inputs, state, positions=3), alone.step(next_of(alone, ids), state)]
     with connection.load("llama", stages=stages_on(models / "llama", *NODES)) as model, model.new_state() as own:
-        found = [model.step(inputs, own, positions=3), model.step(_next(model, ids), own)]
+        found = [model.step(inputs, own, positions=3), model.step(next_of(model, ids), own)]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
@@ -91,10 +91,12 @@ def test_a_state_that_is_cut_goes_on_from_there(connection: Connection, models: 
     ids = np.random.default_rng(1).integers(0, 1000, (1, 20))
     with connection.load("llama", stages=stages_on(models / "llama", *NODES)) as model:
         with model.new_state() as state, model.new_state() as other:
-            model.step(_inputs_of(model, ids), state)
+            model.step(decoder_inputs(model, ids), state)
             state.truncate(9)
-            again = model.step(_inputs_of(model, ids[:, 9:15], past=9), state)
-            np.testing.assert_allclose(again, model.step(_inputs_of(model, ids[:, :15]), other), rtol=1e-4, atol=1e-5)
+            again = model.step(decoder_inputs(model, ids[:, 9:15], past=9), state)
+            np.testing.assert_allclose(
+                again, model.step(decoder_inputs(model, ids[:, :15]), other), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_a_node_without_the_model_fetches_its_shards(
@@ -120,8 +122,8 @@ def test_a_node_without_the_model_fetches_its_shards(
 
 def test_links_are_measured_before_a_model_is_placed(connection: Connection) -> None:
     connection.plan("bert")
-    assert len(connection._links) == len(NODES) * (len(NODES) - 1) / 2
-    assert all(link.latency_s > 0 and link.bytes_per_s > 0 for link in connection._links.values())
+    assert len(connection._nodes.known_links) == len(NODES) * (len(NODES) - 1) / 2
+    assert all(link.latency_s > 0 and link.bytes_per_s > 0 for link in connection._nodes.known_links.values())
 
 
 def test_callers_share_the_stages(connection: Connection, models: Path) -> None:
@@ -190,15 +192,5 @@ def at_a_look(connection: Connection, holds: Callable[[], bool]) -> None:
         watch.listeners.discard(look)
 
 
-def _inputs_of(model: Any, ids: np.ndarray[Any, Any], past: int = 0) -> dict[str, Any]:
-    total = past + ids.shape[1]
-    offered = {
-        "input_ids": ids,
-        "attention_mask": np.ones((1, total), np.int64),
-        "position_ids": np.arange(past, total)[None],
-    }
-    return {spec.name: offered[spec.name].astype(spec.dtype) for spec in model.inputs}
-
-
-def _next(model: Any, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
-    return _inputs_of(model, ids[:, :1], past=ids.shape[1])
+def next_of(model: Any, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
+    return decoder_inputs(model, ids[:, :1], past=ids.shape[1])

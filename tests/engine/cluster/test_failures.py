@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.engine.cluster.conftest import BUDGETS
 from tests.engine.cluster.processes import Cluster, line
-from tests.engine.cluster.test_answers import references, stages_on, wait_until
+from tests.engine.cluster.test_answers import at_a_look, references, stages_on, wait_until
 from tests.engine.harness import PATIENCE_S, Background, Gate, assert_close
 
 import pipeload
@@ -69,21 +70,60 @@ def test_without_a_node_each_call_has_one_clear_error(cluster: Cluster, connecti
                 model.run(inputs)
 
 
+def test_a_model_outlives_the_nodes_that_had_all_of_it(
+    cluster: Cluster, connection: Connection, models: Path, tmp_path: Path
+) -> None:
+    """Two nodes have fetched a half each; a third one, which comes later, takes all from both."""
+    inputs = references(models / "llama")
+    with pipeload.load(models / "llama") as alone:
+        expected = [alone.run(each) for each in inputs]
+        text = alone.generate([5, 6, 7], max_new_tokens=4).token_ids
+
+    def begin(name: str) -> None:
+        (tmp_path / name).mkdir()
+        cluster.start({name: "400MB"}, "--fetch", "10MB", models=tmp_path / name)
+
+    def check(stages: Mapping[str, str] | None) -> None:
+        with connection.load("llama", stages=stages) as model:
+            for one, other in zip([model.run(each) for each in inputs], expected, strict=True):
+                assert_close(one, other, 1e-5)
+            assert model.generate([5, 6, 7], max_new_tokens=4).token_ids == text
+
+    try:
+        for name in ("half", "rest"):
+            begin(name)
+        check(stages_on(models / "llama", "half", "rest"))
+        for name in BUDGETS:
+            cluster.kill(name)
+        begin("third")
+        watch = connection._watch
+        at_a_look(connection, lambda: len(watch.offers) == 3 and sum(map(bool, watch.fetched.values())) == 2)
+        check(stages_on(models / "llama", "third"))
+        check(None)
+    finally:
+        for name in {"half", "rest", "third"} & cluster.nodes.keys():
+            cluster.kill(name)
+    (fetched,) = (tmp_path / "third" / ".fetched").iterdir()
+    assert {path.name for path in (fetched / "shards").iterdir()} == {
+        path.name for path in (models / "llama" / "shards").iterdir()
+    }
+
+
 def test_a_node_that_does_not_tell_its_speed_takes_no_part(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call, silent = connection._call, {node.address for node in connection.nodes() if node.offer.name != "middle"}
+    call, silent = connection._nodes.call, {node.address for node in connection.nodes() if node.offer.name != "middle"}
 
     async def cut_off(address: str, operation: str, arguments: Mapping[str, Any]) -> Any:
         if address in silent:
             raise pipeload.ClusterError(f"The node at {address} does not answer.")
         return await call(address, operation, arguments)
 
-    monkeypatch.setattr(connection, "_call", cut_off)
+    monkeypatch.setattr(connection._nodes, "call", cut_off)
     # The manifest, too, comes from the first node that answers.
     assert [segment.node for segment in connection.plan("bert").segments] == ["middle"]
     silent |= {node.address for node in connection.nodes()}
-    connection._known.clear()
+    connection._nodes.known.clear()
     with pytest.raises(pipeload.ClusterError, match="does not answer"):
         connection.plan("bert")
 
@@ -127,6 +167,34 @@ def test_a_node_that_hangs_is_lost_within_a_bounded_time(
             assert "large" not in [segment.node for segment in model.placement.segments]
         finally:
             cluster.kill("large")
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_call_that_is_late_costs_the_nodes_nothing(
+    cluster: Cluster, connection: Connection, models: Path, name: str
+) -> None:
+    """A node hangs until the deadline has passed, and no longer: it is not lost, and forgets the call."""
+    with connection.load(name, stages=stages_on(models / name, "small", "large")) as model:
+
+        def call() -> Any:
+            return model.run(references(models / name)[0]) if name == "bert" else model.generate([5, 6, 7], seed=1)
+
+        expected = call()
+        os.kill(cluster.nodes["large"].pid, signal.SIGSTOP)
+        try:
+            with (
+                pytest.raises(pipeload.DeadlineError, match="while a pass ran on small, large"),
+                pipeload.deadline(0.5),
+            ):
+                call()
+        finally:
+            os.kill(cluster.nodes["large"].pid, signal.SIGCONT)
+        wait_until(connection, lambda stages: len(stages) == 2 and not any(stage["waiting"] for stage in stages))
+        if name == "bert":
+            assert_close(call(), expected, 1e-5)
+        else:
+            assert call().token_ids == expected.token_ids
+        assert model.replacements == 0
 
 
 def test_closing_ends_a_call_that_waits(connection: Connection, models: Path) -> None:

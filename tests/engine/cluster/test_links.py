@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from tests.engine.cluster.test_placing import MB, member
 
+import pipeload
 from pipeload.cluster import links
 from pipeload.cluster.costs import ASSUMED, CALL_S
 from pipeload.cluster.links import Link, measured
 from pipeload.cluster.node import Node
+from pipeload.cluster.nodes import Nodes
 from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.route import crossing_bytes, stage_places
 from pipeload.format import manifest as manifests
@@ -79,7 +81,8 @@ def test_a_clock_that_is_too_coarse_promises_no_link_without_time(measure: Calla
 def test_a_node_measures_each_start_of_another_once(toy: Path, tmp_path: Path) -> None:
     (tmp_path / "toy").symlink_to(toy)
     other = _Other(0.0, 1e9)
-    worker = SimpleNamespace(extensions={}, handlers={}, rpc={"tcp://there": other}.__getitem__)
+    rpc = {"tcp://there": other}
+    worker = SimpleNamespace(extensions={}, handlers={}, rpc=rpc.__getitem__)
 
     async def main() -> None:
         node = Node("node", tmp_path, "8GB", trusted=True)
@@ -91,8 +94,38 @@ def test_a_node_measures_each_start_of_another_once(toy: Path, tmp_path: Path) -
         assert len(other.sizes) == once
         await ask({"tcp://there": "second"})
         assert len(other.sizes) == 2 * once
+        await ask({"tcp://there": "second"}, anew=True)
+        assert len(other.sizes) == 3 * once
+        del rpc["tcp://there"]
+        assert (await ask({"tcp://there": "second"}, anew=True)).keys() == {"tcp://there"}, "it stays as it is known"
 
     asyncio.run(main())
+
+
+def test_a_client_has_links_measured_anew_of_the_nodes_that_it_names() -> None:
+    asked: list[tuple[str, list[str], bool]] = []
+    speed = 1e9
+
+    async def call(address: str, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        assert operation == "pipeload_links"
+        asked.append((address, [*arguments["others"]], arguments["anew"]))
+        if address == "tcp://b":
+            raise pipeload.ClusterError("does not answer")
+        return {other: {"latency_s": 0.0, "bytes_per_s": speed} for other in arguments["others"]}
+
+    asking: Any = object.__new__(Nodes)
+    asking.known_links, asking.call = {}, call
+    nodes = [member(name, 900 * MB) for name in "abc"]
+    ab, ac = frozenset("ab"), frozenset("ac")
+    assert asyncio.run(asking.links(nodes)).keys() == {ab, ac}
+    asked.clear()
+    asyncio.run(asking.links(nodes))
+    assert asked == [("tcp://b", ["tcp://c"], False)], "it has not answered yet"
+    asked.clear()
+    speed = 1e6
+    found = asyncio.run(asking.links(nodes, frozenset("c")))
+    assert asked == [("tcp://a", ["tcp://c"], True), ("tcp://b", ["tcp://c"], True)]
+    assert (found[ab].bytes_per_s, found[ac].bytes_per_s) == (1e9, 1e6)
 
 
 @pytest.fixture

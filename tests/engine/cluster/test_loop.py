@@ -12,6 +12,7 @@ from tests.engine.harness import PATIENCE_S, Background, Gate, agents
 
 import pipeload
 from pipeload.cluster.loop import Loop
+from pipeload.pipeline import callers, deadlines
 from pipeload.pipeline.callers import Caller
 
 
@@ -81,6 +82,32 @@ def test_a_call_whose_caller_has_left_is_cancelled() -> None:
         caller.leave()
         assert isinstance(waiting.wait(), pipeload.ClosedError)
         assert ended.wait(PATIENCE_S)
+    finally:
+        loop.close()
+
+
+def test_a_call_that_is_late_is_cancelled() -> None:
+    loop, future = Loop(), Future[None]()
+    try:
+        with pytest.raises(pipeload.DeadlineError, match="while the cluster was asked"), pipeload.deadline(0.01):
+            loop.result(future)
+        assert future.cancelled()
+    finally:
+        loop.close()
+
+
+def test_what_a_call_has_begun_is_not_bound_to_it() -> None:
+    """A model that is opened in a call adapts after it: neither its caller nor its deadline end that."""
+    loop = Loop()
+
+    async def context() -> tuple[object, object]:
+        return await asyncio.to_thread(lambda: (callers._CURRENT.get(), deadlines.current()))
+
+    try:
+        with Caller() as caller, pipeload.deadline(PATIENCE_S):
+            begun = loop.begin(context())
+            caller.leave()
+        assert begun.result(PATIENCE_S) == (None, None)
     finally:
         loop.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.engine.cluster.test_placing import MB, member
-from tests.engine.harness import PATIENCE_S, Background, Gate, agents
+from tests.engine.harness import PATIENCE_S, Background, Clock, Gate, agents
 
 import pipeload
 from pipeload.cluster.calls import Calls
@@ -21,6 +21,7 @@ from pipeload.cluster.model import ClusterModel
 from pipeload.format import manifest as manifests
 from pipeload.measuring.example_inputs import example_inputs
 from pipeload.measuring.profiler import profile_dims
+from pipeload.pipeline import deadlines
 from pipeload.planning.placement import Placement, Segment
 
 
@@ -67,6 +68,12 @@ class _Ring:
         if self.failures:
             raise self.failures.pop(0)
         return self.name
+
+    def copying_s(self, *_: object) -> None:
+        """No caches can be taken from other stages: texts begin anew."""
+
+    async def settled(self) -> None:
+        self.told.append(f"settled {self.name}")
 
     async def end_state(self, _: str) -> None:
         return None
@@ -146,7 +153,7 @@ def test_calls_on_their_way_end_where_they_began(opened: _Opened) -> None:
     opened.old.passes.open()
     assert on_its_way.end() == "old"
     assert move.end()
-    assert opened.told == ["opening new", "open new", "closed old"]
+    assert opened.told == ["opening new", "open new", "closed old", "settled new"]
     (change,) = opened.model.reconfigurations
     assert (change.before, change.after) == (opened.old.placement, opened.new.placement)
     assert (change.why, change.waited_s) == ("faster.", 0.0)
@@ -399,3 +406,108 @@ def test_many_moves_and_many_calls_lose_no_call() -> None:
     for caller in callers:
         caller.end()
     assert not calls._counts
+
+
+def _late(opened: _Opened, when: str) -> None:
+    with (
+        pytest.raises(pipeload.DeadlineError, match=rf"The deadline of 0\.05 s passed {when}"),
+        pipeload.deadline(0.05),
+    ):
+        opened.run()
+    # It is not on its way any more: no move waits for it.
+    wait_for(opened, lambda calls: not calls._counts)
+
+
+def test_a_call_that_is_late_leaves_the_others(opened: _Opened) -> None:
+    opened.old.passes = Gate()
+    other = Background(opened.run)
+    opened.old.passes.wait_reached()
+    with pytest.raises(pipeload.DeadlineError, match="while a pass ran on old"), pipeload.deadline(0.05):
+        opened.run()
+    wait_for(opened, lambda calls: calls._counts[opened.old] == 1)
+    opened.old.passes.open()
+    assert other.end() == "old"
+    assert opened.run() == "old"
+
+
+def test_waiting_for_a_move_takes_time_of_a_deadline(opened: _Opened) -> None:
+    opened.new.opens = Gate()
+    move = Background(lambda: opened.move(together=False))
+    opened.new.opens.wait_reached()
+    _late(opened, "while the model moved to other stages")
+    opened.new.opens.open()
+    assert move.end()
+    assert opened.run() == "new"
+
+
+def test_waiting_for_a_thread_that_places_the_model_anew_takes_time_of_a_deadline(opened: _Opened) -> None:
+    opened.old.failures = [NodeLostError("The node old was lost.", "tcp://old")]
+    with opened.model.rings._placing:
+        _late(opened, "while the model moved to other stages")
+    assert opened.run() == "old"
+
+
+def test_a_caller_that_is_late_leaves_a_lost_node_to_the_next_one(opened: _Opened) -> None:
+    """Opening other stages takes time of its deadline; no stage stays half open, and the model is not lost with it."""
+    rings, opening = opened.model.rings, opened.third
+    opening.opens = Gate()
+
+    def open_ring(_: object) -> Any:
+        opened.loop.ask(opening.start())
+        return opening
+
+    rings._open_ring = open_ring
+    opened.old.failures = [NodeLostError("The node old was lost.", "tcp://old") for _ in range(2)]
+    _late(opened, "while the cluster was asked")
+    opening.opens.open()
+    assert opened.model.replacements == 0
+    assert opened.run() == "third"
+    assert opened.model.replacements == 1
+
+
+def test_a_call_that_waits_for_a_node_with_little_memory_is_late(opened: _Opened) -> None:
+    async def notice() -> None:
+        await asyncio.Event().wait()
+
+    opened.model.rings.notice = notice
+    opened.old.failures = [_refused_within(100 * MB)]
+    _late(opened, "while a node was short of memory")
+
+
+def test_a_text_that_is_late_begins_no_pass_and_goes_on_later(
+    toy_decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, opened = Clock(), _Opened(toy_decoder)
+    monkeypatch.setattr(deadlines, "time", clock)
+    model = opened.model
+
+    def step(new: int) -> None:
+        offered = {
+            "input_ids": np.ones((1, new), np.int64),
+            "attention_mask": np.ones((1, state.length + new), np.int64),
+            "position_ids": np.arange(state.length, state.length + new)[None],
+        }
+        model.step({spec.name: offered[spec.name] for spec in model.inputs}, state)
+
+    try:
+        with model.new_state() as state:
+            with pipeload.deadline(5):
+                step(3)
+                clock.now_s += 6
+                with pytest.raises(pipeload.DeadlineError, match="before a pass began"):
+                    step(1)
+            assert state.length == 3
+            step(1)
+            assert opened.old.steps == [[3], [1]]
+            # A step that is on its way takes the caches with it, which are computed again.
+            opened.old.passes = Gate()
+            with pytest.raises(pipeload.DeadlineError, match="while a pass ran on old"), pipeload.deadline(0.01):
+                step(1)
+            opened.old.passes.open()
+            step(1)
+            assert state.length == 5
+            assert opened.old.steps[-1] == [5]
+    finally:
+        opened.old.passes.open()
+        model.close()
+        opened.loop.close()

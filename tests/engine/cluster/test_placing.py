@@ -12,7 +12,8 @@ import pytest
 from tests.engine.still_machine import PROFILE
 
 import pipeload
-from pipeload.cluster.costs import Member
+from pipeload.cluster.costs import ASSUMED, CALL_S, Member, copying_s
+from pipeload.cluster.links import PIECE_BYTES, Link
 from pipeload.cluster.offer import Offer
 from pipeload.cluster.placing import by_hand, place
 from pipeload.cluster.route import leaving, stage_places
@@ -20,6 +21,7 @@ from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest
 from pipeload.format.stages import stage
 from pipeload.planning import planner
+from pipeload.planning.placement import Placement, Segment
 from pipeload.planning.planner import Plan
 
 MB = 1_000_000
@@ -163,3 +165,40 @@ def test_offers_of_another_version_are_refused() -> None:
     assert replace(offer, name="b") != offer
     with pytest.raises(pipeload.ClusterError, match="one version of pipeload"):
         Offer.heard({"name": "a"})
+
+
+def test_copying_takes_the_caches_that_change_their_node(exported_llama: Path) -> None:
+    """By the slower of two stages that take theirs at the same time; within a node only the messages count."""
+    manifest = manifests.read(exported_llama)
+    count, cuts = len(manifest.shards), stage_places(manifest)
+    first, last = cuts[0], cuts[-1]
+    assert first < last
+    dims = {**dict.fromkeys(manifest.dims, 1), "batch_size": 2}
+    slow = {frozenset(("a", "c")): Link(latency_s=0.5, bytes_per_s=1000.0)}
+
+    def on(*ranges: tuple[str, int, int]) -> Placement:
+        times = {"run_s": 1.0, "read_s": 0.0, "send_s": 0.0}
+        return Placement(segments=tuple(Segment(node=node, begin=b, end=e, **times) for node, b, e in ranges))
+
+    def seconds(before: Placement, after: Placement, length: int = 300) -> float:
+        return copying_s(manifest, before, after, slow, dims=dims, length=length)
+
+    def sizes(begin: int, end: int, length: int = 300) -> list[int]:
+        own = stage(manifest, begin, end)
+        rows = [spec.shape for spec in own.inputs if spec.name in own.cache_inputs]
+        return [2 * int(shape[1]) * length * int(shape[3]) * 4 for shape in rows]
+
+    whole = on(("a", 0, count))
+    assert seconds(whole, whole) == 0.0
+    assert seconds(whole, on(("c", 0, count))) == pytest.approx(
+        sum(-(-n // PIECE_BYTES) * CALL_S + 0.5 + n / 1000 for n in sizes(0, count))
+    )
+    # The beginning stays on its node, as part of another stage; the end goes over an unknown link.
+    moved = sizes(last, count)
+    over = sum(-(-n // PIECE_BYTES) * CALL_S + n / ASSUMED.bytes_per_s for n in moved)
+    within = sum(-(-n // PIECE_BYTES) * CALL_S for n in sizes(0, last))
+    assert seconds(whole, on(("a", 0, last), ("b", last, count))) == pytest.approx(max(over, within))
+    assert seconds(on(("a", 0, first), ("b", first, count)), on(("a", 0, first), ("c", first, count))) < seconds(
+        on(("a", 0, first), ("b", first, count)), on(("c", 0, first), ("b", first, count))
+    )
+    assert seconds(whole, on(("c", 0, count)), 600) > seconds(whole, on(("c", 0, count)), 300)

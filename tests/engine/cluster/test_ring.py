@@ -59,9 +59,9 @@ class _Nodes:
     def rpc(self, address: str) -> Any:
         """A node, which is asked for one thing by the ring itself: to fetch."""
 
-        async def pipeload_fetch(sha256: str, shards: str, sources: list[str]) -> None:
+        async def pipeload_fetch(sha256: str, name: str, shards: str, sources: list[str]) -> None:
             assert not self.actors, "its stage is opened when the files are there"
-            assert (sha256, sources) == ("sha256", ["tcp://source"])
+            assert (sha256, name, sources) == ("sha256", "toy", ["tcp://source"])
             self.calls.append((address, shards))
             if self.failure is not None:
                 raise self.failure
@@ -89,7 +89,7 @@ def ring_on(
     )
     members = [member(one, MB, models=() if one in fetches else ("sha256",)) for one in names]
     placement = Placement(segments=segments)
-    return Ring(nodes, watch, manifest, "sha256", "toy", ["tcp://source"], placement, members, beside)
+    return Ring(nodes, watch, manifest, "sha256", "toy", ["tcp://source", "tcp://b"], placement, members, beside)
 
 
 @pytest.fixture
@@ -132,8 +132,8 @@ def test_a_call_ends_with_a_lost_node_and_asks_nothing_of_it(in_a_ring: Callable
         with pytest.raises(NodeLostError) as told:
             await call
         assert told.value.address == f"tcp://{lost}"
-        # The last stage drops the answer that will not come, unless it is the lost one.
-        assert (("b", "forget") in nodes.calls) == (lost != "b")
+        # The stages end what they have of the call, but for the lost one.
+        assert [node for node, method in nodes.calls if method == "forget"] == [*{"a", "b"} - {lost}]
         await ring.close(told.value)
         assert (lost, "close") not in nodes.calls
         assert {("a", "close"), ("b", "close")} & {*nodes.calls}
@@ -158,6 +158,22 @@ def test_closing_ends_beside_a_node_that_does_not_answer(
             await call
         assert all(actor.released for actor in nodes.actors)
         assert not watch.listeners
+
+    in_a_ring(body)
+
+
+def test_stages_forget_a_call_that_is_cancelled(in_a_ring: Callable[..., None]) -> None:
+    async def body(ring: Ring, nodes: _Nodes, _: Watch) -> None:
+        nodes.silent = {("a", "run"), ("b", "answer")}
+        call = asyncio.ensure_future(ring.run({}))
+        await nodes.reached.acquire()
+        await nodes.reached.acquire()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert {("a", "forget"), ("b", "forget")} <= {*nodes.calls}
+        nodes.silent.clear()
+        assert await ring.run({}) == {}
 
     in_a_ring(body)
 

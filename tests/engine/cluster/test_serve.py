@@ -100,6 +100,11 @@ def test_a_stream_goes_on_where_a_node_is_lost(cluster: Cluster, models: Path, m
             gate.open()
         await answer.until(lambda: answer.ended)
         (model,) = (await client.get("/machine")).json()["models"]
+        changes = model["reconfigurations"]
+        lost = [change for change in changes if "was lost" in change["why"]]
+        assert len(lost) == model["replacements"]
+        assert all(change["waited_s"] > 0 for change in lost)
+        assert not lose or changes[-1]["after"] == model["stages"]
         return "".join(event["choices"][0]["text"] for event in answer.events()), model["replacements"]
 
     expected = with_server(clients.settings(models / CHAT), lambda client: text(client, lose=False))

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from distributed import Status
 
 import pipeload
+from pipeload.cluster import stage as stages
 from pipeload.cluster.messages import NodeLostError, Place
+from pipeload.cluster.pace import Series
 from pipeload.cluster.stage import Stage
+from pipeload.pipeline.callers import Caller
 
 CLOSED = RuntimeError("ConnectionPool is closed")
 
@@ -57,5 +64,48 @@ def test_a_model_that_ends_with_its_node_is_lost_with_it(status: Status, kind: t
         raise pipeload.ClosedError("The model is closed.")
 
     with ThreadPoolExecutor(1) as threads, pytest.raises(pipeload.PipeloadError) as told:
-        asyncio.run(_stage(status, threads)._in_thread(closed, None))
+        asyncio.run(_stage(status, threads)._in_thread(closed, None, Caller()))
     assert type(told.value) is kind
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), range(1000, 1100)], ids=["two", "growing"])
+@pytest.mark.parametrize("there_s", [0.0, 5.0])
+def test_a_stage_tells_how_long_its_arrays_are_on_the_way(
+    monkeypatch: pytest.MonkeyPatch, there_s: float, sizes: Sequence[int]
+) -> None:
+    """Whatever the stages behind take, and arrays of other sizes; also where they grow with each token."""
+    growing = cycle(sizes)
+    made, now_s, way_s = _stage(Status.running), 0.0, 0.01
+
+    async def actor_execute(args: list[Any], **_: object) -> dict[str, Any]:
+        nonlocal now_s
+        (arrays,) = (each.data for each in args if isinstance(each.data, dict))
+        now_s += way_s * arrays["edge"].nbytes + there_s
+        return {"status": "OK", "result": there_s}
+
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    made._worker.rpc = lambda _: SimpleNamespace(actor_execute=actor_execute)
+    made._ways["way"].passes = frozenset({"edge"})
+    made._node.sends = defaultdict(Series)
+
+    def factor(passes: int) -> float:
+        for _ in range(passes):
+            array = np.zeros(next(growing), np.float32)
+            asyncio.run(made._pass_on("run", "way", "1", {"edge": array, "other": array}))
+        told: dict[str, float] = made._facts["links"]
+        assert told.keys() == {"tcp://next"}
+        return told["tcp://next"]
+
+    assert factor(20) == pytest.approx(1.0, rel=0.1)
+    way_s = 0.08
+    assert factor(20) == pytest.approx(8.0, rel=0.1)
+    way_s = 0.01
+    assert factor(20) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_stage_without_a_next_one_sends_nothing() -> None:
+    made = _stage(Status.running)
+    made._ways["way"] = SimpleNamespace(following=None, passes=frozenset())
+    made._answers = {}
+    asyncio.run(made._pass_on("run", "way", "", {}))
+    assert "links" not in made._facts

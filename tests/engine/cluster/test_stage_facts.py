@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from distributed import Status
 from tests.engine.harness import PATIENCE_S, Gate
+from tests.engine.model.loading import gated_reads
 
 import pipeload
 from pipeload.cluster import stage as stages
@@ -44,7 +46,7 @@ def node(toy: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         stages={},
         paces=defaultdict(_Pace),
     )
-    monkeypatch.setattr(stages, "get_worker", lambda: SimpleNamespace(extensions={OFFER: made}))
+    monkeypatch.setattr(stages, "get_worker", lambda: SimpleNamespace(extensions={OFFER: made}, status=Status.running))
     return made
 
 
@@ -129,6 +131,93 @@ def test_a_stage_that_left_a_ring_has_no_caches_of_it(
         with pytest.raises(pipeload.ClosedError):
             await stage.run("before", "late", inputs)
         assert {*stage._slots} == {"of after"}
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["while it runs", "before it begins"])
+def test_a_pass_ends_when_its_caller_has_left(
+    node: SimpleNamespace, toy: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """It computes nothing more, and leaves no answer; other passes go on."""
+    manifest = manifests.read(toy)
+    inputs = example_inputs(manifest, profile_dims(manifest))
+    gate = gated_reads(monkeypatch, at="block.001")
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        await stage.follow("way", None, [spec.name for spec in manifest.outputs])
+        await asyncio.to_thread(gate.wait_reached)
+        if not begun:
+            await stage.forget("1")
+        call = asyncio.ensure_future(stage.run("way", "1", inputs))
+        asked = asyncio.ensure_future(stage.answer("1"))
+        other = asyncio.ensure_future(stage.run("way", "2", inputs))
+        if begun:
+            while "1" not in stage._callers or not stage._callers["1"]._outcome:
+                await asyncio.sleep(0)
+            await stage.forget("1")
+        with pytest.raises(pipeload.ClosedError, match="caller has left"):
+            await call
+        with pytest.raises((asyncio.CancelledError, pipeload.ClosedError)):
+            await asked
+        gate.open()
+        await other
+        assert {*await stage.answer("2")} == {spec.name for spec in manifest.outputs}
+        # One that ends as its caller leaves keeps no answer.
+        await stage.forget("3")
+        await stage._pass_on("run", "way", "3", {})
+        assert stage._answers == stage._callers == {}
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_callers_that_have_left_cost_no_other_caller_its_answer(node: SimpleNamespace, toy: Path) -> None:
+    """However many have left while a call waits: they are remembered apart."""
+    assert node.stages == {}
+    shards = manifests.read(toy).shards
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{shards[0].name}:{shards[-1].name}")
+        await stage.follow("way", None, [])
+        waiting = asyncio.ensure_future(stage.answer("waits"))
+        await asyncio.sleep(0)
+        for number in range(3 * stages._ANSWERS):
+            await stage.forget(str(number))
+        assert len(stage._left) == stages._ANSWERS
+        await stage._pass_on("run", "way", "waits", {})
+        assert await waiting == {}
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_a_step_ends_when_its_caches_are_closed(
+    toy_decoder: Path, node: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "model", lambda _: (toy_decoder, b""))
+    manifest = manifests.read(toy_decoder)
+    dims = profile_dims(manifest) | dict.fromkeys(past_symbols(manifest), 0)
+    inputs = {
+        name: array for name, array in example_inputs(manifest, dims).items() if name not in manifest.cache_inputs
+    }
+    gate = gated_reads(monkeypatch, at=manifest.shards[1].name)
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        await stage.follow("way", None, [spec.name for spec in manifest.outputs])
+        job = Job(state="text", step=0, past=0, first=True, last=True, expected=8, positions=1, top=0)
+        call = asyncio.ensure_future(stage.step("way", "1", inputs, job))
+        await asyncio.to_thread(gate.wait_reached)
+        while "text" not in stage._slots:
+            await asyncio.sleep(0)
+        await stage.end_state("text")
+        with pytest.raises(pipeload.PipeloadError):
+            await call
+        gate.open()
+        assert stage._model._decoding.cache_bytes() == 0
         await stage.close()
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))

@@ -25,6 +25,7 @@ _STAGE = {
     "run_s": 0.0123,
     "read_s": 0.5,
     "slowness": [2.04, 1.0],
+    "links": {"tcp://b": 3.04, "tcp://c": 1.0},
 }
 
 
@@ -58,11 +59,12 @@ def _change(number: int, after: str | None = "large a:b") -> Change:
 
 
 def test_nodes_and_changes(status: Any) -> None:
-    idle = {**_STAGE, "slowness": None}
+    idle = {**_STAGE, "slowness": None, "links": {}}
     told = status([_node("a", 300 * MB, _STAGE), _node("b", 400 * MB, idle)], [_change(1), _change(2, None)])
     assert "300.0 MB of 400.0 MB" in told
     assert "bert a:b, 7 calls, 2 now, computing 12.3 ms, reading 500.0 ms, 2.0 times slower than at its best" in told
-    assert told.count("slower than") == 1
+    assert "at its best, sending 3.0 times slower than at its best" in told
+    assert told.count("slower than") == 2
     assert "bert: Reason 1. It moved from small a:b to large a:b; calls waited 1.2 s." in told
     assert "bert: Reason 2. It stays on small a:b;" in told
 
@@ -90,3 +92,11 @@ def test_changes_of_another_version_are_left_out() -> None:
     connection: Any = SimpleNamespace(_client=SimpleNamespace(get_events=get_events))
     found = asyncio.run(Connection._changes(connection))
     assert [(one.at_s, one.model) for one in found] == [(1.0, "bert")]
+
+
+def test_cores_of_a_stage_are_told_where_one_is_little(status: Any) -> None:
+    cores = "computing on 0, reading on 1"
+    nodes = [_node("equal", 400 * MB, _STAGE), _node("unequal", 400 * MB, {**_STAGE, "cores": cores})]
+    lines = {line.split()[0]: line.rstrip() for line in status(nodes, []).splitlines() if line.strip()}
+    assert "computing on" not in lines["equal"]
+    assert lines["unequal"].endswith(cores)

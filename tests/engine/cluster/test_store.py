@@ -33,7 +33,7 @@ def sha256_of(directory: Path) -> str:
 def fill(store: Store, directory: Path, records: list[FileRecord], piece: int = 1000) -> Path:
     """Let files come."""
     sha256, manifest = sha256_of(directory), manifests.read(directory)
-    made = store.begin(sha256, (directory / MANIFEST_NAME).read_bytes())
+    made = store.begin(sha256, "toy", (directory / MANIFEST_NAME).read_bytes())
     for record in records:
         data = (directory / record.path).read_bytes()
         incoming = store.incoming(sha256, manifest, record)
@@ -128,11 +128,11 @@ def test_a_part_that_is_too_long_begins_anew(toy: Path, tmp_path: Path, record: 
 
 def test_the_limit_holds_for_what_is_there_and_what_is_to_come(toy: Path, tmp_path: Path) -> None:
     records = [*manifests.read(toy).files]
-    whole = sum(record.nbytes for record in records) + (toy / MANIFEST_NAME).stat().st_size
+    whole = sum(record.nbytes for record in records) + (toy / MANIFEST_NAME).stat().st_size + len("toy")
     sha256, content = sha256_of(toy), (toy / MANIFEST_NAME).read_bytes()
     exact, less = Store(tmp_path / "exact", whole), Store(tmp_path / "less", whole - 1)
     for store in (exact, less):
-        store.begin(sha256, content)
+        store.begin(sha256, "toy", content)
     exact.make_room(sha256, records, ())
     fill(exact, toy, records)
     exact.make_room(sha256, records, ())
@@ -144,11 +144,11 @@ def test_other_models_make_room_but_those_in_use(toy: Path, tmp_path: Path) -> N
     """The one goes that was used the longest time ago."""
     manifest = manifests.read(toy)
     records, content = [*manifest.files], (toy / MANIFEST_NAME).read_bytes()
-    whole = sum(record.nbytes for record in records) + len(content)
+    whole = sum(record.nbytes for record in records) + len(content) + len("toy")
     store = Store(tmp_path, 5 * whole)
     ages_s = {"open": 5 * stores._FRESH_S, "older": 4 * stores._FRESH_S, "old": 3 * stores._FRESH_S, "fresh": 0.0}
     for name, age_s in ages_s.items():
-        directory = store.begin(name, content)
+        directory = store.begin(name, "toy", content)
         for record in records:
             incoming = store.incoming(name, manifest, record)
             incoming.add((toy / record.path).read_bytes())
@@ -157,7 +157,7 @@ def test_other_models_make_room_but_those_in_use(toy: Path, tmp_path: Path) -> N
         os.utime(directory / MANIFEST_NAME, (used_s, used_s))
     left = {"open", "older", "old", "fresh"}
     for name, gone in (("fifth", None), ("sixth", "older"), ("seventh", "old")):
-        store.begin(name, content)
+        store.begin(name, "toy", content)
         store.make_room(name, records, {"open"})
         left = left - {gone} | {name}
         assert {path.name for path in tmp_path.iterdir()} == left
@@ -166,7 +166,45 @@ def test_other_models_make_room_but_those_in_use(toy: Path, tmp_path: Path) -> N
             incoming.add((toy / record.path).read_bytes())
             incoming.finish()
     # Those that are left were used a moment ago, or are open.
-    store.begin("eighth", content)
+    store.begin("eighth", "toy", content)
     with pytest.raises(pipeload.ConfigError, match="larger --fetch"):
         store.make_room("eighth", records, {"open"})
     assert {path.name for path in tmp_path.iterdir()} == left | {"eighth"}
+
+
+def test_a_model_that_others_take_files_of_is_in_use(toy: Path, tmp_path: Path) -> None:
+    """The folder that has not served anyone for longer makes room."""
+    manifest = manifests.read(toy)
+    records, content = [*manifest.files], (toy / MANIFEST_NAME).read_bytes()
+    whole = sum(record.nbytes for record in records) + len(content) + len("toy")
+    store = Store(tmp_path, 3 * whole)
+    for name in ("sending", "resting"):
+        directory = store.begin(name, "toy", content)
+        for record in records:
+            incoming = store.incoming(name, manifest, record)
+            incoming.add((toy / record.path).read_bytes())
+            incoming.finish()
+        used_s = (directory / MANIFEST_NAME).stat().st_mtime - (3 if name == "sending" else 2) * stores._FRESH_S
+        os.utime(directory / MANIFEST_NAME, (used_s, used_s))
+    store.note_use("sending")
+    # One that is not there, or goes at this moment, is not used.
+    store.note_use("gone")
+    store.begin("third", "toy", content)
+    store.make_room("third", records, ())
+    store.begin("fourth", "toy", content)
+    with pytest.raises(pipeload.ConfigError, match="larger --fetch"):
+        store.make_room("fourth", [*records, replace(records[0], path="more", nbytes=2 * whole)], ())
+    assert {path.name for path in tmp_path.iterdir()} == {"sending", "third", "fourth"}
+    assert store.names.keys() == {"sending", "third", "fourth"}
+
+
+def test_names_of_models_outlive_the_process(toy: Path, tmp_path: Path) -> None:
+    content = (toy / MANIFEST_NAME).read_bytes()
+    store = Store(tmp_path, 100 * _MB)
+    assert store.names == {}
+    store.begin("one", "bert", content)
+    store.begin("one", "", content)
+    store.begin("other", "", content)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / stores._NAME).write_bytes(b"\xff")
+    assert store.names == Store(tmp_path, 100 * _MB).names == {"one": "bert"}

@@ -199,7 +199,7 @@ def go_on():
 {end}
 """
     expected = {"raise ValueError('mine')": 1, "os.kill(os.getpid(), signal.SIGINT)": -signal.SIGINT}.get(end, 0)
-    done = run_python(program, expected)
+    done = run_python(program, exit_code=expected)
     if expected == 0:
         assert done.stderr == ""
     else:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from pipeload.planning import adapting
-from pipeload.planning.adapting import Adapting, Outlook, Slowness
+from pipeload.planning.adapting import Adapting, Outlook, Sending, Slowness
 from pipeload.planning.placement import Placement, Segment
 
 LOOKS, FORCED_LOOKS, REST_S = adapting._LOOKS, adapting._FORCED_LOOKS, adapting._REST_S
@@ -173,3 +173,53 @@ def test_a_node_with_another_stage_is_as_slow_as_before_until_a_pass_tells() -> 
     for now_s in (1.0, 10_000.0):
         assert known.look("a", None, now_s, runs=True) == (3.0, 1.0)
     assert known.look("a", (1.0, 1.0), 10_001.0, runs=True) == (1.0, 1.0)
+
+
+PAIR, OTHER = ("a", "b"), ("b", "c")
+
+
+def measurements(sending: Sending, factors: list[dict[tuple[str, str], float]], begin_s: float = 0.0) -> list[str]:
+    """Names of the nodes whose links each look has measured, joined."""
+    return ["".join(sorted(sending.look(told, begin_s + LOOK_S * look))) for look, told in enumerate(factors)]
+
+
+def test_messages_that_take_longer_for_some_looks_have_the_links_of_both_nodes_measured() -> None:
+    factors = [{PAIR: 3.0, OTHER: 1.0}] * FORCED_LOOKS
+    assert measurements(Sending(), factors[1:]) == [""] * (FORCED_LOOKS - 1)
+    assert measurements(Sending(), factors) == [*[""] * (FORCED_LOOKS - 1), "ab"]
+
+
+def test_messages_that_swing_measure_nothing() -> None:
+    for seed in range(10):
+        noise = random.Random(seed)
+        swings = [{PAIR: noise.uniform(1.0, 1.9), OTHER: noise.uniform(1.0, 1.9)} for _ in range(500)]
+        assert not any(measurements(Sending(), swings))
+        spells = [{PAIR: 9.0 if look % FORCED_LOOKS else 1.0} for look in range(500)]
+        assert not any(measurements(Sending(), spells))
+
+
+def test_a_link_that_stays_as_it_was_measured_is_not_measured_at_each_look() -> None:
+    sending = Sending()
+    slow = [{PAIR: 8.0}] * 200
+    assert [found for found in measurements(sending, slow) if found] == ["ab"]
+    faster = measurements(sending, [{PAIR: 1.0}] * 200, begin_s=200.0)
+    assert [found for found in faster if found] == ["ab"], "it has changed again"
+
+
+def test_links_that_change_all_the_time_are_measured_at_most_once_a_rest() -> None:
+    factors = [{PAIR: 8.0 if look // 10 % 2 else 1.0} for look in range(1000)]
+    found = [look * LOOK_S for look, nodes in enumerate(measurements(Sending(), factors)) if nodes]
+    assert len(found) > 1
+    assert all(later - sooner >= REST_S for sooner, later in pairwise(found))
+
+
+def test_a_link_that_was_slow_is_measured_again_ever_later() -> None:
+    """It carries nothing any more, so nothing tells that it is fast again."""
+    sending = Sending()
+    assert any(measurements(sending, [{PAIR: 8.0}] * FORCED_LOOKS))
+    found = [look * LOOK_S for look, nodes in enumerate(measurements(sending, [{}] * 12_000, 2.0)) if nodes]
+    assert found[0] == pytest.approx(adapting._SLOW_S, abs=1.0)
+    assert [later - sooner for sooner, later in pairwise(found)] == [
+        pytest.approx(factor * adapting._SLOW_S, abs=1.0) for factor in (2, 4)[: len(found) - 1]
+    ]
+    assert len(found) == 3

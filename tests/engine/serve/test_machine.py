@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from tests.engine.harness import smallest_budget
 from tests.engine.serve.client import Client, settings, with_server
@@ -14,7 +17,11 @@ from tests.engine.serve.conftest import Sweeps
 from tests.engine.tasks.fakes import WORDS, write_bert_tokenizer, write_json
 
 import pipeload
+from pipeload.cluster.history import Reconfiguration
+from pipeload.format import manifest as manifests
+from pipeload.planning.placement import Placement, Segment
 from pipeload.serve import machine as view
+from pipeload.tracing.stats import Stats
 from pipeload.tracing.trace import KINDS, Span, Trace, lane_order
 
 _ASKED = {"prompt": [5, 6, 7], "max_tokens": 4}
@@ -167,3 +174,39 @@ def test_a_sweep_whose_record_has_gone_has_no_lanes() -> None:
     trace = _filled(10, later=view._NEWEST)
     assert view._lanes(trace.spans_since(0.0, trace.count - view._NEWEST), 1) == ([], 0)
     assert view._lanes([], 1) == ([], 0)
+
+
+def test_the_latest_changes_of_a_placement_on_a_cluster_are_shown(toy: Path) -> None:
+    """As the model tells them: when, from where, to where, why, and how long calls waited."""
+    manifest = manifests.read(toy)
+    names = [shard.name for shard in manifest.shards]
+
+    def placed(node: str) -> Placement:
+        segment = Segment(node=node, begin=0, end=len(names), run_s=0.0, read_s=0.0, send_s=0.0)
+        return Placement(segments=(segment,))
+
+    changes = [
+        Reconfiguration(
+            at=datetime.fromtimestamp(number, UTC),
+            before=placed(f"node-{number}"),
+            after=placed(f"node-{number + 1}") if number < 11 else None,
+            why=f"reason {number}",
+            waited_s=number / 4,
+        )
+        for number in range(12)
+    ]
+    there = SimpleNamespace(stats=Stats(), replacements=1, placement=placed("node-11"), reconfigurations=tuple(changes))
+    served: Any = SimpleNamespace(
+        name="toy", manifest=manifest, model=there, here=None, there=there, sweeps=0, read_bytes=0
+    )
+    found = msgspec.to_builtins(view._model(served, None))
+    assert [one["at_s"] for one in found["reconfigurations"]] == [*range(2, 12)]
+    first, *_, last = found["reconfigurations"]
+    assert first == {
+        "at_s": 2.0,
+        "before": [{"node": "node-2", "first": names[0], "last": names[-1]}],
+        "after": [{"node": "node-3", "first": names[0], "last": names[-1]}],
+        "why": "reason 2",
+        "waited_s": 0.5,
+    }
+    assert last["after"] is None

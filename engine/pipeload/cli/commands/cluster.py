@@ -20,6 +20,8 @@ __all__ = ["init", "plan", "start", "status"]
 _SHOWN_CHANGES = 10
 _SLOWER = 1.25
 """A factor below that is the usual swing."""
+_SENDS_SLOWER = 2.0
+"""Likewise, of messages."""
 
 Address = Annotated[
     str, typer.Option("--cluster", metavar="ADDRESS", help="The cluster's address, such as tls://10.0.0.1:8786.")
@@ -151,11 +153,13 @@ def _budget(node: Any) -> str:
 
 
 def _stage(facts: dict[str, Any]) -> str:
-    slower = max(facts["slowness"] or (1.0,))
+    slower, sending = max(facts["slowness"] or (1.0,)), max(facts["links"].values(), default=1.0)
     return (
         f"{facts['model']} {facts['shards']}, {facts['calls']} calls, {facts['waiting']} now, computing "
         f"{facts['run_s'] * 1000:.1f} ms, reading {facts['read_s'] * 1000:.1f} ms"
         + (f", {slower:.1f} times slower than at its best" if slower > _SLOWER else "")
+        + (f", sending {sending:.1f} times slower than at its best" if sending > _SENDS_SLOWER else "")
+        + (f", {facts['cores']}" if "cores" in facts else "")
     )
 
 

@@ -20,6 +20,7 @@ from pipeload.cli.terminal import say
 from pipeload.errors import BudgetError, ConfigError, ManifestError
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
+from pipeload.machine.cores import spelled
 from pipeload.machine.memory import auto_budget_bytes
 from pipeload.machine.sizes import format_bytes, parse_budget
 from pipeload.measuring import profile_store
@@ -169,7 +170,12 @@ def _profile(directory: Path, manifest: Manifest, dims: dict[str, int], file: Pa
         profile_store.keep(directory, found)
     if not found.measured:
         raise ConfigError(f"{file} has no bandwidths or no times. Measure it again with `pipeload profile -o {file}`.")
-    return replace(found, process_bytes=process.process_bytes, cores=process.cores)
+    return replace(
+        found,
+        process_bytes=process.process_bytes,
+        cores=process.cores,
+        core_capacities=process.core_capacities,
+    )
 
 
 def _process(directory: Path, manifest: Manifest) -> Profile:
@@ -188,6 +194,7 @@ def _process(directory: Path, manifest: Manifest) -> Profile:
 
 def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
     bound = roofline(manifest, profile, plan.resident_bytes)
+    cores = spelled(profile.core_capacities, plan.threads)
     return {
         "budget_bytes": plan.budget_bytes,
         "peak_bytes": plan.peak_bytes,
@@ -210,6 +217,7 @@ def _facts(manifest: Manifest, profile: Profile, plan: Plan) -> dict[str, Any]:
         "sessions": plan.buffers if plan.sessions is None else plan.sessions,
         "direct": plan.direct,
         "threads": plan.threads,
+        **({"cores": cores} if cores else {}),
     }
 
 
@@ -232,6 +240,7 @@ def _shown(manifest: Manifest, facts: dict[str, Any]) -> dict[str, str]:
         "Loading Agents": f"{facts['loaders']}, {'past' if facts['direct'] else 'through'} the page cache",
         "buffers": buffers,
         "threads": str(facts["threads"]),
+        **({"cores": facts["cores"]} if "cores" in facts else {}),
     }
 
 

@@ -14,6 +14,7 @@ from pipeload.cli.report import print_json, table
 from pipeload.cli.terminal import say
 from pipeload.format import manifest as manifests
 from pipeload.format.manifest import Manifest, Shard
+from pipeload.machine.cores import spelled
 from pipeload.machine.sizes import format_bytes
 from pipeload.measuring import profile_store
 from pipeload.measuring.profiler import measure_model, profile_dims
@@ -44,7 +45,9 @@ def profile(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Run shards with N threads; else with every core, and one less."),
+        typer.Option(
+            metavar="N", min=1, help="Run shards with N threads; else with every core, one less, and the big ones."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -77,7 +80,8 @@ def profile(
     say(f"{directory}  " + " ".join(f"{name}={size}" for name, size in found.dims.items()))
     _print_reading(found)
     for number, times in found.times.items():
-        say(f"\nshards with {number} {'thread' if number == 1 else 'threads'}, ms")
+        cores = spelled(found.core_capacities, number)
+        say(f"\nshards with {number} {'thread' if number == 1 else 'threads'}{', ' if cores else ''}{cores}, ms")
         say(table(_rows(manifest, times, max(found.read_bytes_per_s.values(), default=0.0))))
     say("\nmemory that is not weights")
     facts = {"process": found.process_bytes, "onnxruntime": found.runtime_bytes, "one pass": found.activation_bytes}

@@ -6,7 +6,17 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Lane", "LaneSpan", "Machine", "MachineModel", "ModelMemory", "ShardState", "StageOnNode", "Sweep"]
+__all__ = [
+    "Lane",
+    "LaneSpan",
+    "Machine",
+    "MachineModel",
+    "ModelMemory",
+    "PlacementChange",
+    "ShardState",
+    "StageOnNode",
+    "Sweep",
+]
 
 
 class ModelMemory(msgspec.Struct, kw_only=True):
@@ -102,6 +112,24 @@ class StageOnNode(msgspec.Struct, kw_only=True):
     last: str
 
 
+class PlacementChange(msgspec.Struct, kw_only=True):
+    """A change of a model's placement on a cluster, or one that failed.
+
+    Attributes:
+        at_s: when it was over, in seconds since 1970.
+        before: the stages until then.
+        after: those from then on; null where the ones before stay, or there are none.
+        why: the reason, and what failed.
+        waited_s: seconds in which no call of the model could begin.
+    """
+
+    at_s: float
+    before: list[StageOnNode]
+    after: list[StageOnNode] | None
+    why: str
+    waited_s: float
+
+
 class MachineModel(msgspec.Struct, kw_only=True):
     """A model.
 
@@ -115,6 +143,7 @@ class MachineModel(msgspec.Struct, kw_only=True):
         shards: in their order; none while the model is closed, and where it runs on a cluster.
         stages: of a model that is open on a cluster, in their order.
         replacements: how often it was placed anew there, since a node was lost.
+        reconfigurations: its latest ten changes of placement there, since it was opened, the oldest first.
     """
 
     name: str
@@ -130,6 +159,7 @@ class MachineModel(msgspec.Struct, kw_only=True):
     shards: list[ShardState] = []
     stages: list[StageOnNode] = []
     replacements: int = 0
+    reconfigurations: list[PlacementChange] = []
 
 
 class Machine(msgspec.Struct, kw_only=True):

@@ -194,16 +194,19 @@ class ModelView {
   laneLegend = element("ul", { class: "legend" });
   table = element("table", {});
   details = element("details", {}, element("summary", {}, "The same as a table"), this.table);
+  changesTitle = element("h4", {}, "Latest changes of its placement");
+  changes = element("ul", { class: "changes" });
   #drawn = "";
 
   constructor(name) {
     const parts = [this.state, this.figures, this.shards, this.shardLegend, this.title, this.lanes, this.laneLegend];
     this.root = element("section", { class: "model" }, element("h3", {}, name), ...parts, this.details);
+    this.root.append(this.changesTitle, this.changes);
   }
 
   update(model) {
     const { memory, sweep } = model;
-    const stages = model.stages.map((stage) => `${stage.node} (${stage.first} to ${stage.last})`).join(", ");
+    const stages = placement(model.stages);
     this.state.textContent = stages
       ? `${model.task}, open on ${stages}`
       : memory
@@ -224,6 +227,9 @@ class ModelView {
     );
     this.#drawShards(model.shards);
     this.#drawSweep(sweep);
+    const changes = model.reconfigurations.toReversed().map((change) => element("li", {}, ...changeLine(change)));
+    this.changesTitle.hidden = this.changes.hidden = !changes.length;
+    this.changes.replaceChildren(...changes);
   }
 
   #drawShards(shards) {
@@ -255,6 +261,20 @@ class ModelView {
     this.laneLegend.replaceChildren(...legend(found));
     this.table.replaceChildren(...laneTable(lanes, seconds, found, sweep?.left_out));
   }
+}
+
+function placement(stages) {
+  return stages.map((stage) => `${stage.node} (${stage.first} to ${stage.last})`).join(", ");
+}
+
+function changeLine(change) {
+  const at = new Date(1000 * change.at_s);
+  const where = change.after
+    ? `Moved from ${placement(change.before)} to ${placement(change.after)}`
+    : `Stays on ${placement(change.before)}`;
+  const shown = element("time", { datetime: at.toISOString() }, at.toLocaleString());
+  const waited = change.waited_s ? `calls waited ${time(change.waited_s)}` : "no call waited";
+  return [shown, `: ${change.why} ${where}; ${waited}.`];
 }
 
 function laneRow(lane, seconds) {

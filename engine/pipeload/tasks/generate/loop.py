@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 
-from pipeload.errors import PipeloadError
+from pipeload.errors import DeadlineError, PipeloadError
 from pipeload.tasks.generate.cached_text import Reading
 from pipeload.tasks.generate.drafts import Drafter, DraftLength
 from pipeload.tasks.generate.own_draft import OwnDraft
@@ -46,6 +46,8 @@ def extend_with_drafts(
         draft: list[int] = []
         try:
             draft = drafter.propose(sequence.ids, count, sequence.chooser) if count else []
+        except DeadlineError:
+            raise
         except PipeloadError as error:
             # A draft only speeds the text up: its failure must not end the text.
             warnings.warn(f"The text goes on without drafts, since the draft model failed: {error}", stacklevel=2)

@@ -9,11 +9,13 @@ from types import TracebackType
 from typing import TypeAlias
 
 from pipeload.errors import ConfigError
+from pipeload.pipeline import deadlines
 
 __all__ = ["Streamer", "TextStream"]
 
 Streamer: TypeAlias = Callable[[str], None]
 """Takes pieces of text as they come. `TextStream` is one."""
+_LATE = "while its reader waited for text"
 
 
 class TextStream:
@@ -22,7 +24,8 @@ class TextStream:
     Pass it to one call of `generate` as `streamer`, in a thread of your own, and iterate, with `for` or, under asyncio,
     with `async for`. The pieces together are the text. The iteration ends with the generation, and raises its error, if
     any. A reader that stops iterating early, closes the stream or is cancelled ends the generation: its result has the
-    text up to then, with the `finish_reason` `abort`.
+    text up to then, with the `finish_reason` `abort`. A `pipeload.deadline` in whose body the stream is made holds for
+    the generation too, and the one in whose body it is read for its reader.
 
     Example:
         >>> with pipeload.load("models/exported/smollm2-135m", "256MB") as model, pipeload.TextStream() as stream:
@@ -39,6 +42,8 @@ class TextStream:
     def __init__(self) -> None:
         self.closed = False
         self._taken = False
+        # The generation's thread knows nothing of it.
+        self._deadline = deadlines.current()
         self._pieces: SimpleQueue[str | _End] = SimpleQueue()
         self._wake: Callable[[], object] | None = None
 
@@ -51,10 +56,11 @@ class TextStream:
 
         Raises:
             PipeloadError: the error of the generation.
+            DeadlineError: the reader's deadline has passed.
         """
         # Also runs when the reader leaves the loop over this generator early.
         try:
-            while not self.closed and (piece := _piece(self._pieces.get())) is not None:
+            while not self.closed and (piece := _piece(self._next())) is not None:
                 yield piece
         finally:
             self.close()
@@ -64,6 +70,7 @@ class TextStream:
 
         Raises:
             PipeloadError: the error of the generation.
+            DeadlineError: the reader's deadline has passed.
         """
         # 7 MB, which programs without tasks need not pay.
         import asyncio
@@ -76,7 +83,11 @@ class TextStream:
                 try:
                     item = self._pieces.get_nowait()
                 except Empty:
-                    await came.wait()
+                    try:
+                        async with asyncio.timeout(deadlines.left_s()):
+                            await came.wait()
+                    except TimeoutError:
+                        raise deadlines.late(_LATE) from None
                     continue
                 if (piece := _piece(item)) is None:
                     return
@@ -109,11 +120,18 @@ class TextStream:
             raise ConfigError("This TextStream has been given to a generation already. Make a new one for each.")
         self._taken = True
         try:
-            yield
+            with deadlines.within(self._deadline):
+                yield
         except BaseException as error:
             self._put(_End(error))
             raise
         self._put(_End())
+
+    def _next(self) -> str | _End:
+        try:
+            return self._pieces.get(timeout=deadlines.left_s())
+        except Empty:
+            raise deadlines.late(_LATE) from None
 
     def _put(self, item: str | _End) -> None:
         self._pieces.put(item)

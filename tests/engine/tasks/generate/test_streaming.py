@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.harness import Background, Gate
+from tests.engine.harness import Background, Clock, Gate
 from tests.engine.tasks.fakes import Array, ToyDecoder, ToyState, write_bert_tokenizer
 
-from pipeload.errors import ConfigError
+from pipeload.errors import ConfigError, DeadlineError
+from pipeload.pipeline import deadlines
 from pipeload.tasks.generate.generate import Generation, generate
 from pipeload.tasks.generate.streaming import TextStream
 
@@ -209,4 +210,60 @@ def test_a_generation_outlives_the_loop_of_its_reader(tmp_path: Path) -> None:
     assert asyncio.run(read()) == WORDS[0]
     for gate in gates:
         gate.open()
+    assert writer.end().finish_reason == "abort"
+
+
+def test_a_deadline_goes_with_the_stream_to_the_thread_that_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, left = Clock(), list[float | None]()
+    monkeypatch.setattr(deadlines, "time", clock)
+
+    class Timed(GatedDecoder):
+        def step(self, inputs: Mapping[str, Array], state: ToyState, *, positions: int = 1) -> Any:
+            left.append(deadlines.left_s())
+            deadlines.check("before a pass began")
+            return super().step(inputs, state, positions=positions)
+
+    gates = [Gate() for _ in SCRIPT]
+    model = Timed(tmp_path, gates, script=SCRIPT)
+    with deadlines.deadline(60):
+        stream = TextStream()
+    writer, pieces = _start(model, stream), iter(stream)
+    gates[0].wait_reached()
+    gates[0].open()
+    gates[1].wait_reached()
+    clock.now_s += 70
+    gates[1].open()
+    # Pieces that were given stay given; then both sides have the error.
+    assert [next(pieces), next(pieces)] == WORDS[:2]
+    with pytest.raises(DeadlineError, match="60 s passed before a pass began"):
+        next(pieces)
+    assert isinstance(writer.wait(), DeadlineError)
+    assert left == [60, 60, 0]
+    assert model.states[0].closed
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_a_reader_that_is_late_ends_the_generation(tmp_path: Path, in_a_task: bool) -> None:
+    gates = [Gate() for _ in SCRIPT]
+    model, stream = GatedDecoder(tmp_path, gates, script=SCRIPT), TextStream()
+    writer = _start(model, stream)
+    gates[0].open()
+    gates[1].wait_reached()
+    pieces: list[str] = []
+
+    async def read_in_a_task() -> None:
+        async for piece in stream:
+            pieces.append(piece)
+
+    def read() -> None:
+        if in_a_task:
+            asyncio.run(read_in_a_task())
+        pieces.extend(stream)
+
+    with pytest.raises(DeadlineError, match="while its reader waited for text"), deadlines.deadline(0.01):
+        read()
+    gates[1].open()
+    assert pieces == WORDS[:1]
     assert writer.end().finish_reason == "abort"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.engine.harness import PATIENCE_S
+from tests.engine.harness import PATIENCE_S, run_python
 from tests.engine.tasks.fakes import ToyRunner, manifest, write_bert_tokenizer, write_gpt_tokenizer
 
 from pipeload.errors import BudgetError, ConfigError, ShardError
@@ -73,17 +71,7 @@ for words in (200, 4000):
 
 def _child(program: str, directory: Path, given: str = "") -> list[str]:
     """The lines that a program of its own prints, whose memory is measured."""
-    done = subprocess.run(
-        [sys.executable, "-c", _BEGIN + program, str(directory)],
-        input=given,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return run_python(_BEGIN + program, directory, given=given, traced=False).stdout.splitlines()
 
 
 def _tokenizer(directory: Path, **settings: Any) -> tuple[ToyRunner, Tokenizer]:
