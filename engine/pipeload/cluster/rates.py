@@ -14,6 +14,7 @@ from pipeload.machine.hardware import cores
 from pipeload.measuring import profile_store
 from pipeload.measuring.bandwidth import one_agent_bandwidth
 from pipeload.measuring.example_inputs import example_inputs
+from pipeload.measuring.lasting import LastingClock
 from pipeload.measuring.profiler import profile_dims
 from pipeload.model import load
 from pipeload.planning.profile import Profile, ShardTimes
@@ -83,13 +84,15 @@ def _slowness(
     own = first_shards(manifest)
     arrays = example_inputs(own, dims)
     names = f"{own.shards[0].name}:{own.shards[-1].name}"
-    found = []
+    found, clock = [], LastingClock()
     try:
         with load(directory, budget, shards=names) as model:
             for _ in range(_RUNS):
+                begin = clock.now()
                 model.run(arrays)
                 last = model.stats.last
-                found.append(last.agents["inference"].kinds.get("run", 0.0) if last else 0.0)
+                run_s = last.agents["inference"].kinds.get("run", 0.0) if last else 0.0
+                found.append(clock.since(begin, run_s))
     except (BudgetError, RunError):
         # Other models have the memory now, or the node is too small for this one: placing finds out. Or the model has
         # fewer positions than the sizes that speeds are measured at.

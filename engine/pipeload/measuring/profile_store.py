@@ -20,7 +20,7 @@ import msgspec
 
 from pipeload.errors import ConfigError, PipeloadError
 from pipeload.format import manifest as manifests
-from pipeload.machine.cgroups import read_limits
+from pipeload.machine.cgroups import cpu_quota, read_limits
 from pipeload.machine.cores import core_capacities
 from pipeload.machine.files import read_file, read_stream, replace_file, write_whole
 from pipeload.machine.hardware import cores, cpu_name, device_of, memory_bytes
@@ -48,6 +48,7 @@ class Identity:
         model: sha256 of the model's manifest.
         dims: sizes of the symbolic dimensions.
         core_capacities: see `Profile`.
+        cpu_quota: processors, where a cgroup allows less than `cores`, which are whole; None where it does not.
     """
 
     architecture: str
@@ -60,6 +61,7 @@ class Identity:
     model: str
     dims: dict[str, int]
     core_capacities: dict[int, int] = field(default_factory=dict)
+    cpu_quota: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +77,11 @@ def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
     Raises:
         ManifestError: the directory's manifest cannot be read.
     """
+    quota, whole = cpu_quota(), cores()
     return Identity(
         architecture=platform.machine(),
         cpu=cpu_name(),
-        cores=cores(),
+        cores=whole,
         memory_bytes=memory_bytes(),
         device=device_of(directory),
         read_limits=read_limits(),
@@ -86,6 +89,7 @@ def identify(directory: Path, dims: Mapping[str, int]) -> Identity:
         model=hashlib.sha256(manifests.content(directory)).hexdigest(),
         dims=dict(sorted(dims.items())),
         core_capacities=core_capacities(),
+        cpu_quota=quota if quota < whole else None,
     )
 
 
@@ -141,11 +145,11 @@ def _encode(profile: Profile, identity: Identity | None) -> bytes:
 
 
 def _told(facts: Profile | Identity) -> dict[str, Any]:
-    """Their fields; without capacities where no core is little, as files were before there were any."""
+    """Their fields; without capacities where no core is little, and without a quota where there is none, as files were
+    before they had them.
+    """
     fields: dict[str, Any] = msgspec.to_builtins(facts, str_keys=True)
-    if not facts.core_capacities:
-        del fields["core_capacities"]
-    return fields
+    return {name: value for name, value in fields.items() if value or name not in ("core_capacities", "cpu_quota")}
 
 
 def _read(path: Path, read_bytes: Callable[..., bytes]) -> tuple[Profile, Identity | None]:

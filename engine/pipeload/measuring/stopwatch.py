@@ -9,7 +9,6 @@ three of a structure    beside a reader: session, run ...     | packed session, 
 from __future__ import annotations
 
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from pipeload.machine.heap import trim
 from pipeload.machine.memory import auto_budget_bytes, peak_rss_bytes, reset_peak_rss, rss_bytes
 from pipeload.machine.threads import together
 from pipeload.measuring.bandwidth import REQUEST_BYTES, filled_buffer
+from pipeload.measuring.lasting import LastingClock
 from pipeload.notify import Notify
 from pipeload.pipeline.session import ShardSession, Stopper, Value, to_array, to_value
 from pipeload.pipeline.sweep import Feed, Sweep
@@ -75,6 +75,7 @@ class Stopwatch:
     ) -> None:
         self._storage, self._manifest, self._threads, self._progress = storage, manifest, threads, progress
         self._capacities = capacities
+        self._clock = LastingClock()
         self._buffer = filled_buffer(max(shard.nbytes for shard in manifest.shards))
         self._placements = {shard.name: place(shard, (0, 0)) for shard in manifest.shards}
         self._wide = filled_buffer(max(placement.nbytes for placement in self._placements.values()))
@@ -178,11 +179,11 @@ class Stopwatch:
         """Seconds to widen and to make a session, and of its first run: a streamed shard's session gets no other."""
         seen: list[tuple[float, float]] = []
         while _go_on([run_s for _, run_s in seen], enough_s):
-            begin = time.perf_counter()
+            begin = self._clock.now()
             session = self._open(shard, threads)
-            middle = time.perf_counter()
+            session_s, middle = self._clock.since(begin), self._clock.now()
             run(session)
-            seen.append((middle - begin, time.perf_counter() - middle))
+            seen.append((session_s, self._clock.since(middle)))
             del session
         return seen
 
@@ -190,14 +191,14 @@ class Stopwatch:
         """Seconds to widen and to pack, and of the runs but the first: a packed shard's session stays."""
         runs: list[float] = []
         trim()
-        begin = time.perf_counter()
+        begin = self._clock.now()
         session = self._open(shard, threads, packed=True)
-        pack_s = time.perf_counter() - begin
+        pack_s = self._clock.since(begin)
         run(session)
         while _go_on(runs, _CHOSEN_S):
-            begin = time.perf_counter()
+            begin = self._clock.now()
             run(session)
-            runs.append(time.perf_counter() - begin)
+            runs.append(self._clock.since(begin))
         return pack_s, runs
 
     def _beside_reader(
