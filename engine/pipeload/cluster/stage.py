@@ -55,6 +55,7 @@ class _Slot:
         busy: a piece runs.
         failed: a piece has; the caches are of no use any more.
         caller: of its pieces, who leaves when the caches are closed.
+        copying: fills the caches from those of other stages; None where they were computed here.
         changed: notified when one of these has changed.
     """
 
@@ -64,6 +65,7 @@ class _Slot:
     busy: bool = False
     failed: bool = False
     caller: Caller = field(default_factory=Caller)
+    copying: asyncio.Future[None] | None = None
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def has_turn(self, job: Job) -> bool:
@@ -247,21 +249,13 @@ class Stage:
             known.route = route
             return
         slot = self._slots[text.state] = _Slot(route=route, state=self._model.new_state(), busy=True)
+        slot.copying = asyncio.ensure_future(self._copy(slot, text, sources))
         try:
-            slot.state.expect(text.expected)
-            held = await self._in_thread(
-                lambda: self._model.hold(slot.state, text.dims, text.length), "hold", slot.caller
-            )
-            axis, _ = growth(self._model.manifest)
-            for place, name in ((place, name) for place, names in sources for name in names):
-                array = held[name].swapaxes(0, axis)
-                size = max(1, PIECE_BYTES // max(1, array[:1].nbytes))
-                for begin in range(0, text.length, size):
-                    end = min(begin + size, text.length)
-                    made = await call(self._worker.rpc, place, "cached", text.state, name, begin, end)
-                    array[begin:end] = made[name].swapaxes(0, axis)
+            await asyncio.shield(slot.copying)
         except BaseException:
             await self.end_state(text.state)
+            if slot.copying.cancelled():
+                raise TextLostError("The caches of a text were closed while they were copied. Call again.") from None
             raise
         async with slot.changed:
             slot.busy = False
@@ -272,6 +266,10 @@ class Stage:
         if (slot := self._slots.pop(state, None)) is not None:
             slot.caller.leave()
             await self._fail(slot)
+            if slot.copying is not None:
+                # Memory that is being written is in use.
+                slot.copying.cancel()
+                await asyncio.gather(slot.copying, return_exceptions=True)
             slot.state.close()
 
     async def close(self) -> None:
@@ -283,6 +281,18 @@ class Stage:
             await self.forget(number)
         await asyncio.to_thread(self._model.close)
         await asyncio.to_thread(self._threads.shutdown)
+
+    async def _copy(self, slot: _Slot, text: Text, sources: Sequence[tuple[Place, Sequence[str]]]) -> None:
+        slot.state.expect(text.expected)
+        held = await self._in_thread(lambda: self._model.hold(slot.state, text.dims, text.length), "hold", slot.caller)
+        axis, _ = growth(self._model.manifest)
+        for place, name in ((place, name) for place, names in sources for name in names):
+            array = held[name].swapaxes(0, axis)
+            size = max(1, PIECE_BYTES // max(1, array[:1].nbytes))
+            for begin in range(0, text.length, size):
+                end = min(begin + size, text.length)
+                made = await call(self._worker.rpc, place, "cached", text.state, name, begin, end)
+                array[begin:end] = made[name].swapaxes(0, axis)
 
     def _step(self, state: DecodeState, given: Arrays, job: Job, is_last: bool) -> Any:
         if state.length > job.past:

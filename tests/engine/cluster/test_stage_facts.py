@@ -16,7 +16,7 @@ from tests.engine.model.loading import gated_reads
 
 import pipeload
 from pipeload.cluster import stage as stages
-from pipeload.cluster.messages import Job
+from pipeload.cluster.messages import Job, Place, Text, TextLostError
 from pipeload.cluster.offer import OFFER
 from pipeload.cluster.stage import Stage
 from pipeload.format import manifest as manifests
@@ -218,6 +218,42 @@ def test_a_step_ends_when_its_caches_are_closed(
             await call
         gate.open()
         assert stage._model._decoding.cache_bytes() == 0
+        await stage.close()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_caches_that_are_closed_while_they_are_copied_count_until_nothing_writes_into_them(
+    toy_decoder: Path, node: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "model", lambda _: (toy_decoder, b""))
+    manifest = manifests.read(toy_decoder)
+    names = sorted(manifest.cache_inputs)
+    text = Text(state="text", length=8, expected=8, dims=profile_dims(manifest))
+
+    async def main() -> None:
+        stage = Stage("hash", "toy", f"{manifest.shards[0].name}:{manifest.shards[-1].name}")
+        await stage.follow("way", None, [])
+        begun, counted = asyncio.Event(), []
+
+        async def call(*_: object) -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                counted.append(stage._model._decoding.cache_bytes())
+
+        stage._worker.rpc = None
+        monkeypatch.setattr(stages, "call", call)
+        taking = asyncio.ensure_future(stage.take("way", text, [(Place(node="a", address="b", key="c"), names)]))
+        await begun.wait()
+        await stage.end_state("text")
+        with pytest.raises(TextLostError, match="while they were copied"):
+            await taking
+        assert counted[0] > 0
+        assert len(counted) == 1
+        assert stage._model._decoding.cache_bytes() == 0
+        assert stage._slots == {}
         await stage.close()
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
