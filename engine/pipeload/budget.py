@@ -199,6 +199,7 @@ class Budget:
                     raise
                 if self.gather(share, error, most_bytes()) or self._wait_for_closing():
                     continue
+                self._wait_for_moves(share)
                 if share.standing == standing:
                     raise self.refusal(error, share) from error
 
@@ -358,6 +359,15 @@ class Budget:
                     call.result()
                     moved += nbytes
         return moved
+
+    def _wait_for_moves(self, share: Share) -> None:
+        """Wait until models have given back what `called` has asked them for: they have it no more, and the taker has
+        not got it yet.
+        """
+        for one in self._models:
+            if one.share is not share:
+                with suppress(BudgetError, ClosedError, ConfigError, LoadError):
+                    one.change(nullcontext).result()
 
     def _wait_for_closing(self) -> bool:
         """Wait until models that are being closed have given their memory back. Returns whether one has."""

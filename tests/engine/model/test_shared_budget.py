@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,15 @@ from typing import Any
 
 import pytest
 from tests.engine import toy as toys
-from tests.engine.harness import Background, Gate, assert_same, figures_of_memory, run_sequentially, smallest_budget
+from tests.engine.harness import (
+    PATIENCE_S,
+    Background,
+    Gate,
+    assert_same,
+    figures_of_memory,
+    run_sequentially,
+    smallest_budget,
+)
 from tests.engine.model.loading import THREADS, fast_profile, load, no_subprocess
 from tests.engine.still_machine import PROCESS_BYTES
 
@@ -175,8 +184,7 @@ def test_a_pass_that_runs_is_let_be(toy_large: Path) -> None:
 
 
 def test_larger_inputs_take_what_they_lack_from_the_others(toy_large: Path) -> None:
-    # More than elsewhere: the process itself grows by some megabytes where it has larger inputs for the first time.
-    budget = pipeload.Budget(least_for_both(toy_large, toy_large) + _SPARE + 10_000_000)
+    budget = pipeload.Budget(least_for_both(toy_large, toy_large) + _SPARE)
     with opened(budget, toy_large, toy_large) as (first, other):
         for _ in range(3):
             run(first)
@@ -193,6 +201,52 @@ def test_larger_inputs_take_what_they_lack_from_the_others(toy_large: Path) -> N
         budget.set(caught.value.needed_bytes)
         other.run(toys.inputs(16, 128))
         assert_within(budget, first, other)
+
+
+def wait_until(holds: Callable[[], object]) -> bool:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        if time.monotonic() > deadline_s:
+            return False
+    return True
+
+
+def test_memory_on_its_way_to_a_model_is_waited_for(toy_large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model that gives it has it no more, and the one that has asked for it not yet: that is no refusal."""
+    busy, giving, waiting = Gate(), Gate(), Gate()
+
+    @contextmanager
+    def held_by(gate: Gate) -> Iterator[None]:
+        gate.stop_here()
+        yield
+
+    with opened(pipeload.Budget(least_for_both(toy_large, toy_large) + _SPARE), toy_large, toy_large) as (first, other):
+        for _ in range(3):
+            run(first)
+        run(other)
+        calls = [
+            one._pipeline.change(lambda gate=gate: held_by(gate)) for one, gate in ((first, busy), (other, waiting))
+        ]
+        prepare = first._pipeline._room.prepare
+
+        def given_back(*arguments: Any, **options: Any) -> None:
+            if first._pipeline.share.usable_bytes is not None:
+                giving.stop_here()
+            prepare(*arguments, **options)
+
+        monkeypatch.setattr(first._pipeline._room, "prepare", given_back)
+        larger = Background(lambda: run(other, 4, 64))
+        waiting.wait_reached()
+        queue = first._pipeline._exchange.calls
+        assert wait_until(lambda: queue._waiting), "it was not asked for memory"
+        busy.open()
+        giving.wait_reached()
+        waiting.open()
+        assert wait_until(lambda: queue._waiting or not larger.is_alive())
+        giving.open()
+        larger.end()
+        for call in calls:
+            call.result()
 
 
 def test_a_closed_model_leaves_its_memory_to_the_others(toy_large: Path) -> None:
